@@ -1,0 +1,124 @@
+"""Functions that capture arrays, made explicit.
+
+XLA folds captured constants for tens of seconds, recompiles for every new data set, and no derivative reaches what a
+`custom_jvp` captured. `explicit` traces a function once and returns it with the captured arrays, concrete or traced, as
+part of its first argument. `jax.closure_convert` does this for tracers only, and arrays captured by a `jit` *inside* the
+function stay hidden from it; here those inner calls are inlined first.
+
+Results are remembered by function and shapes, so the same function gives the same object and nothing is compiled twice.
+As with `jax.jit`, a captured array is read once: changing a NumPy array in place afterwards goes unnoticed.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+from typing import Callable
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+
+from partime_mcmc.types import PyTree
+
+
+class _Explicit:
+    """A traced function with its captured arrays as the first part of its first argument."""
+
+    def __init__(self, jaxpr, structure):
+        self.jaxpr, self.structure = jaxpr, structure
+
+    def __call__(self, captured_and_params, *rest):
+        captured, params = captured_and_params
+        leaves = jax.tree.leaves((params, *rest))
+        return jax.tree.unflatten(self.structure, jax.core.eval_jaxpr(self.jaxpr, captured, *leaves))
+
+
+_CACHE: collections.OrderedDict = collections.OrderedDict()
+_CACHE_SIZE = 256
+_CACHE_LOCK = threading.Lock()
+
+
+def explicit(function: Callable, params: PyTree, *rest: PyTree) -> tuple[_Explicit, tuple]:
+    """A function without captured arrays, and the arrays it captured.
+
+    Args:
+        function: `(params, *rest) -> anything`, pure.
+        params: Example of the first argument.
+        *rest: Examples of the others; only structure, shapes and types matter.
+
+    Returns:
+        `(explicit_function, first_argument)`: `explicit_function(first_argument, *rest)` is `function(params, *rest)`,
+        and `first_argument` holds the captured arrays and `params`.
+    """
+    if isinstance(function, _Explicit):
+        return function, params
+    examples = (params, *rest)
+    leaves, tree = jax.tree.flatten(examples)
+    shapes = tuple((jnp.shape(leaf), jnp.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype)
+                   for leaf in leaves)
+    entry = (function, tree, shapes, jax.config.jax_enable_x64)
+    with _CACHE_LOCK:
+        found = _CACHE.get(entry)
+        if found:
+            _CACHE.move_to_end(entry)
+    if not found:
+        abstract = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
+        closed, result = jax.make_jaxpr(function, return_shape=True)(*abstract)
+        if _hides_arrays(closed.jaxpr):
+            inlined = lambda *args: _evaluate(closed.jaxpr, closed.consts, *jax.tree.leaves(args))  # noqa: E731
+            closed = jax.make_jaxpr(inlined)(*abstract)
+        found = (_Explicit(closed.jaxpr, jax.tree.structure(result)), [_as_array(const) for const in closed.consts])
+        if not any(isinstance(const, jax.core.Tracer) for const in found[1]):
+            with _CACHE_LOCK:
+                _CACHE[entry] = found
+                while len(_CACHE) > _CACHE_SIZE:
+                    _CACHE.popitem(last=False)
+    step, captured = found
+    return step, (captured, params)
+
+
+def _as_array(const):
+    return const if isinstance(const, (jax.Array, jax.core.Tracer)) else jnp.asarray(np.asarray(const))
+
+
+def _inner_jit(equation):
+    """The jaxpr of a nested `jit`, or None."""
+    return equation.params.get("jaxpr") if equation.primitive.name in ("jit", "pjit") else None
+
+
+def _hides_arrays(jaxpr) -> bool:
+    """Whether a `jit` inside captured arrays that are not among the outer captured arrays."""
+    inner = [found for found in map(_inner_jit, jaxpr.eqns) if found is not None]
+    return any(closed.consts or _hides_arrays(closed.jaxpr) for closed in inner)
+
+
+def _evaluate(jaxpr, consts, *args) -> list:
+    """Evaluate a jaxpr with those nested `jit`s inlined that capture arrays, so that a new trace finds the arrays."""
+    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args)))
+
+    def read(atom):
+        return atom.val if isinstance(atom, jax.extend.core.Literal) else values[atom]
+
+    for equation in jaxpr.eqns:
+        inputs = [read(atom) for atom in equation.invars]
+        inner = _inner_jit(equation)
+        if inner is not None and (inner.consts or _hides_arrays(inner.jaxpr)):
+            outputs = _evaluate(inner.jaxpr, [_as_array(const) for const in inner.consts], *inputs)
+        else:
+            outputs = _evaluate_one(jaxpr, equation, inputs)
+        values.update(zip(equation.outvars, outputs))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _evaluate_one(jaxpr, equation, inputs) -> list:
+    """Evaluate one equation: a jaxpr of its own, because the way to bind a primitive differs between JAX versions."""
+    variables = [atom for atom in equation.invars if not isinstance(atom, jax.extend.core.Literal)]
+    known = [value for atom, value in zip(equation.invars, inputs)
+             if not isinstance(atom, jax.extend.core.Literal)]
+    dropped = [isinstance(atom, jax.extend.core.DropVar) for atom in equation.outvars]
+    kept = [atom for atom, drop in zip(equation.outvars, dropped) if not drop]
+    single = jaxpr.replace(constvars=[], invars=variables, outvars=kept, eqns=[equation])
+    results = iter(jax.core.eval_jaxpr(single, [], *known))
+    return [None if drop else next(results) for drop in dropped]

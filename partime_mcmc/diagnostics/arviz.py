@@ -1,0 +1,306 @@
+"""Draws as ArviZ objects, as NetCDF files and as a table of posterior summaries.
+
+For one scalar quantity with draws ``x`` of shape ``(C, T)`` (C chains, T draws) ArviZ gives the rank-normalised bulk and
+tail effective sample size, the rank-normalised split R-hat (Vehtari, Gelman, Simpson, Carpenter, Bürkner 2021,
+arXiv:1903.08008) and Monte Carlo standard errors (MCSE); the wrappers here hand them on as Python floats.
+
+Two generations are served and agree to rounding: ArviZ 0.23 (``InferenceData``, Python 3.11) and ArviZ 1.x (xarray's
+``DataTree``, Python 3.12 and later). ArviZ is imported at the first call, never when this module is imported.
+
+A chain that never moves deceives the usual diagnostics: ArviZ calls a constant coordinate N effective draws. Here it is
+NaN, and tables and attributes carry a ``frozen`` flag of their own. Left out: plots (ArviZ has them) and warm-up draws.
+"""
+
+import functools
+import importlib.metadata
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from partime_mcmc.diagnostics.report import plain
+
+# Fewer draws than this may all be rejections of a healthy chain, so they are never called frozen.
+MIN_DRAWS_TO_FREEZE = 10
+_TAILS = (0.05, 0.95)
+_STAT_NAMES = {"num_steps": "n_steps", "logdensity": "lp"}
+
+
+@functools.cache
+def _arviz() -> tuple[Any, Any]:
+    """The modules that hold the statistics and the converters, whichever generation is installed."""
+    if int(importlib.metadata.version("arviz").split(".")[0]) >= 1:
+        import arviz_base
+        import arviz_stats
+
+        return arviz_stats, arviz_base
+    with warnings.catch_warnings():
+        # 0.23 announces its successor on every import; both are served here, so the user has nothing to do about it.
+        warnings.filterwarnings("ignore", r"\s*ArviZ is undergoing a major refactor", FutureWarning)
+        import arviz
+    return arviz, arviz
+
+
+def _statistic(name: str, x: np.ndarray, min_chains: int, **options: Any) -> float:
+    """One ArviZ statistic of ``x`` (C, T), or NaN where ArviZ would warn or mislead: see :func:`ess_bulk`."""
+    x = np.asarray(x, dtype=np.float64)
+    if x.ndim != 2:
+        raise ValueError(f"x must have shape (num_chains, num_draws), got {x.shape}")
+    if x.shape[0] < min_chains or x.shape[1] < 4 or not np.isfinite(x).all() or (x == x[0, 0]).all():
+        return float("nan")
+    with np.errstate(all="ignore"):  # a constant half of a chain divides 0 by 0 inside; the NaN that results is the answer
+        return float(getattr(_arviz()[0], name)(x, **options))
+
+
+def ess_bulk(x: np.ndarray) -> float:
+    """Rank-normalised bulk effective sample size of ``x`` (C, T); NaN if not finite, constant, or with T < 4."""
+    return _statistic("ess", x, 1, method="bulk")
+
+
+def ess_tail(x: np.ndarray) -> float:
+    """Smaller effective sample size of the 5% and 95% quantiles of ``x`` (C, T); NaN as in :func:`ess_bulk`."""
+    return _statistic("ess", x, 1, method="tail", prob=_TAILS)
+
+
+def rhat(x: np.ndarray) -> float:
+    """Rank-normalised split R-hat of ``x`` (C, T); NaN as in :func:`ess_bulk` and for a single chain."""
+    return _statistic("rhat", x, 2, method="rank")
+
+
+def mcse_mean(x: np.ndarray) -> float:
+    """Monte Carlo standard error of the mean of ``x`` (C, T); NaN as in :func:`ess_bulk`."""
+    return _statistic("mcse", x, 1, method="mean")
+
+
+def mcse_sd(x: np.ndarray) -> float:
+    """Monte Carlo standard error of the standard deviation of ``x`` (C, T); NaN as in :func:`ess_bulk`."""
+    return _statistic("mcse", x, 1, method="sd")
+
+
+def mcse_quantile(x: np.ndarray, q: float) -> float:
+    """Monte Carlo standard error of the ``q`` quantile of ``x`` (C, T); NaN as in :func:`ess_bulk`."""
+    return _statistic("mcse", x, 1, method="quantile", prob=q)
+
+
+def named_positions(draws: Any) -> dict[str, np.ndarray]:
+    """Leaves of ``draws.positions`` by their path: ``{"a": {"b": leaf}}`` is ``"a.b"``, a bare array ``"position"``.
+
+    Returns:
+        name -> array (C, T, ...), plain NumPy; empty if there are no positions.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(getattr(draws, "positions", None))[0]
+    named = {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in leaves}
+    return {name or "position": values for name, values in named.items()}
+
+
+def named_draws(draws: Any) -> dict[str, np.ndarray]:
+    """What a reader of the model wants to see: ``draws.constrained``, or the positions if there is no such thing.
+
+    Returns:
+        name -> array (C, T, ...), plain NumPy.
+
+    Raises:
+        ValueError: if ``draws`` holds neither, or an array that does not start with the same (C, T) as the others.
+    """
+    constrained = getattr(draws, "constrained", None)
+    named = {name: np.asarray(values) for name, values in constrained.items()} if constrained else named_positions(draws)
+    if not named:
+        raise ValueError("draws has neither constrained values nor positions")
+    lead = next(iter(named.values())).shape[:2]
+    for name, values in named.items():
+        if values.ndim < 2 or values.shape[:2] != lead:
+            raise ValueError(f"draws: {name!r} has shape {values.shape}, wanted (num_chains, num_draws, ...) = {lead}")
+    return named
+
+
+def coordinates(named: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """Every scalar coordinate of ``named`` with its label, such as ``theta[3]``, as a float64 array (C, T)."""
+    for name, values in named.items():
+        for index in np.ndindex(values.shape[2:]):
+            label = f"{name}[{', '.join(map(str, index))}]" if index else name
+            yield label, values[(slice(None), slice(None), *index)].astype(np.float64)
+
+
+def frozen_chains(draws: Any) -> np.ndarray:
+    """Chains that never moved: named so by the certificate, or with a coordinate of their position constant.
+
+    Without positions the constrained values are asked, where a coordinate constant at one value in every chain (the
+    diagonal of a correlation matrix, say) does not count.
+
+    Returns:
+        (C,) bool.
+    """
+    positions = named_positions(draws)
+    frozen = np.zeros(next(iter((positions or named_draws(draws)).values())).shape[0], bool)
+    for _, x in coordinates(positions or named_draws(draws)):
+        stuck = _stuck(x)
+        frozen |= stuck if positions or not _shared_constant(x) else False
+    certified = getattr(getattr(draws, "certificate", None), "frozen", None)
+    return frozen if certified is None else frozen | np.asarray(certified, bool)
+
+
+def _stuck(x: np.ndarray) -> np.ndarray:
+    """Chains (C,) of ``x`` (C, T) whose draws are all equal, where there are enough of them to say so."""
+    return (x == x[:, :1]).all(axis=1) & (x.shape[1] >= MIN_DRAWS_TO_FREEZE)
+
+
+def _shared_constant(x: np.ndarray) -> bool:
+    return bool(x.size and (x == x.flat[0]).all())
+
+
+def partly_constant(x: np.ndarray) -> bool:
+    """Whether some chain of ``x`` (C, T) is constant although ``x`` as a whole is not."""
+    return bool(_stuck(x).any() and not _shared_constant(x))
+
+
+def summary_table(draws: Any) -> list[dict[str, Any]]:
+    """Posterior summaries of every scalar coordinate, ready to print or to write as JSON.
+
+    Returns:
+        One dict per coordinate: ``name``, ``mean``, ``sd``, ``q05``, ``q50``, ``q95``, ``mcse_mean``, ``ess_bulk``,
+        ``ess_tail``, ``r_hat`` (floats, NaN where undefined) and ``frozen`` (bool: some chain never moved, so that the
+        row says nothing about the posterior).
+    """
+    frozen, rows = frozen_chains(draws), []
+    for name, x in coordinates(named_draws(draws)):
+        with np.errstate(all="ignore"):
+            q05, q50, q95 = np.quantile(x, [0.05, 0.5, 0.95]) if x.size else [np.nan] * 3
+            sd = x.std(ddof=1) if x.size > 1 else np.nan
+        rows.append(
+            {
+                "name": name,
+                "mean": float(x.mean()) if x.size else float("nan"),
+                "sd": float(sd),
+                "q05": float(q05),
+                "q50": float(q50),
+                "q95": float(q95),
+                "mcse_mean": mcse_mean(x),
+                "ess_bulk": ess_bulk(x),
+                "ess_tail": ess_tail(x),
+                "r_hat": rhat(x),
+                "frozen": bool((_stuck(x) & frozen).any() or partly_constant(x)),
+            }
+        )
+    return rows
+
+
+def to_arviz(draws: Any, *, coords: Mapping[str, Any] | None = None, dims: Mapping[str, Any] | None = None) -> Any:
+    """Draws as ArviZ knows them: groups ``posterior`` and ``sample_stats``, plain NumPy inside.
+
+    ``sample_stats`` holds what the kernel recorded, under ArviZ's names (``acceptance_rate``, ``diverging``, ``energy``,
+    ``n_steps``, ``lp``), and the certificate's ``accepted`` and ``residual``. The attributes of the whole (and of
+    ``posterior``) say which library, version and plan made the draws and what the certificate found; composite ones
+    are JSON text, flags are 0 or 1, since NetCDF knows strings and numbers only.
+
+    Args:
+        draws: draws with ``constrained`` or ``positions`` of shapes (C, T, ...); the rest is optional.
+        coords: labels of dimensions, as in ``arviz.from_dict``.
+        dims: names of each variable's own dimensions, as in ``arviz.from_dict``.
+
+    Returns:
+        ``arviz.InferenceData`` with ArviZ 0.23, ``xarray.DataTree`` with ArviZ 1.x.
+
+    Raises:
+        ValueError: as :func:`named_draws`.
+    """
+    groups = {"posterior": named_draws(draws), "sample_stats": _sample_stats(draws)}
+    groups = {name: group for name, group in groups.items() if group}
+    converters = _arviz()[1]
+    if hasattr(converters, "InferenceData"):
+        tree = converters.from_dict(**groups, coords=coords, dims=dims)
+    else:
+        tree = converters.from_dict(groups, coords=coords, dims=dims)
+    attributes = _attributes(draws)
+    tree.attrs.update(attributes)
+    tree["posterior"].attrs.update(attributes)
+    return tree
+
+
+def _sample_stats(draws: Any) -> dict[str, np.ndarray]:
+    certificate, stats = getattr(draws, "certificate", None), {}
+    for name in ("accepted", "residual"):
+        stats[name] = getattr(certificate, name, None)
+    stats.update(getattr(draws, "info", None) or {})
+    return {_STAT_NAMES.get(name, name): np.asarray(values) for name, values in stats.items() if values is not None}
+
+
+def _attributes(draws: Any) -> dict[str, str | int | float]:
+    """What a file must say about itself: strings and numbers only."""
+    report, certificate = getattr(draws, "report", None), getattr(draws, "certificate", None)
+    frozen = np.flatnonzero(frozen_chains(draws))
+    attributes: dict[str, str | int | float] = {
+        "inference_library": "partime_mcmc",
+        "inference_library_version": _library_version(report),
+        "frozen": int(frozen.size > 0),
+        "frozen_chains": json.dumps(frozen.tolist()),
+        "plan": json.dumps(plain(getattr(draws, "plan", None) or {})),
+    }
+    if certificate is not None:
+        fields = {name: value for name, value in _fields(certificate).items() if np.ndim(value) < 2}
+        attributes["certificate"] = json.dumps(plain(fields))
+        attributes["certified"] = int(np.all(np.asarray(certificate.certified)))
+        attributes["max_residual"] = float(np.max(np.asarray(certificate.max_residual), initial=0.0))
+    if report is not None:
+        wanted = ("status", "iterations", "fallbacks", "dtype", "device", "versions")
+        attributes["run"] = json.dumps(plain({name: getattr(report, name, None) for name in wanted}))
+        if getattr(report, "seconds_run", None) is not None:
+            attributes["sampling_time"] = float(report.seconds_run)
+    return attributes
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {name: field for name, field in vars(value).items() if not name.startswith("_")}
+
+
+def _library_version(report: Any) -> str:
+    versions = getattr(report, "versions", None) or {}
+    try:
+        return str(versions.get("partime_mcmc") or importlib.metadata.version("partime_mcmc"))
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"
+
+
+def save_netcdf(draws: Any, path: str | os.PathLike) -> Path:
+    """Write :func:`to_arviz` of the draws to one NetCDF file, which appears complete or not at all.
+
+    Returns:
+        The path written.
+
+    Raises:
+        OSError: if the file cannot be written; one already there stays as it was.
+        ImportError: if h5netcdf or h5py is missing.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        to_arviz(draws).to_netcdf(str(partial), engine="h5netcdf")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def read_netcdf(path: str | os.PathLike) -> Any:
+    """Read a file of :func:`save_netcdf` wholly into memory, so that no handle on it stays open.
+
+    Returns:
+        As :func:`to_arviz`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no NetCDF file at {path}")
+    converters = _arviz()[1]
+    if hasattr(converters, "InferenceData"):
+        with converters.rc_context({"data.load": "eager"}):
+            return converters.from_netcdf(str(path), engine="h5netcdf")
+    import xarray
+
+    with xarray.open_datatree(str(path), engine="h5netcdf") as tree:
+        return tree.load()

@@ -1,0 +1,224 @@
+"""Does a chain solved in parallel agree with a sequential one? Step by step where it can be asked, in distribution else.
+
+With dice ``u_t`` thrown the chain ``x_t = f(x_{t-1}, u_t)`` has one solution, so agreement is a matter of paths. Two runs
+*share their dice* if their plans agree on key, numbers of samples and chains (and on kernel, dice, thinning and warm-up
+as far as both say) and their states have one dtype. The level is then found so:
+
+* ``FAIL``: a chain of either side is not finite or never moved, or different keys gave one and the same path.
+* ``BITWISE``: every state holds the same bits.
+* ``CERTIFIED_PATH``: the parallel run's certificate holds for every chain, the dice are shared, and the paths are the
+  same: within 1e-3 posterior sd at every step, with equal accept decisions, means and sds equal to 0.1 MCSE.
+  A batched and an unbatched ``f`` round differently, so in float32 a decision on a knife's edge falls the other way now
+  and then; both paths then obey the recurrence, and on a forgetful chain they meet again. Such excursions are allowed,
+  and counted, if (a) every one of them has re-merged by the last step, (b) there are no more of them than rounding
+  explains (the 99.9% quantile of a Poisson count with 5e-4 a step in float32, none in float64), (c) the paired test of
+  means and sds still holds, (d) no distributional test fails. If not, the certificate may well be right (in chaos two
+  paths of exact residual differ everywhere), but no claim about *this* sequential chain is left, and:
+* ``STATISTICAL``, ``INCONCLUSIVE`` or ``FAIL``: what the distributional tests say; they are all there is to ask of runs
+  with different dice. Four chains and a bulk and tail ESS of 400 a side are required first, else ``INCONCLUSIVE``.
+
+The certificate is a claim about the parallel path alone; the sequential run is a second witness, and may refute it.
+z-scores, Kolmogorov-Smirnov and joint test each err with probability ``family_alpha`` at most, and a pass is worth what
+``min_detectable_shift`` says (:mod:`partime_mcmc.diagnostics.distribution` has the tests).
+
+Left out: estimates of forward error, conditioning and Lyapunov exponent; and the second, ten times longer run that a
+suspicious verdict deserves.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from partime_mcmc.diagnostics.distribution import Distribution, compare_distributions
+from partime_mcmc.diagnostics.paths import PATH_TOLERANCE, Side, compare_paths, equal_bits, plan_entry, same_dice
+from partime_mcmc.diagnostics.report import Level, PathComparison, Report
+
+
+def compare(parallel: Any, sequential: Any, *, family_alpha: float = 1e-3) -> Report:
+    """Judge how well a parallel run agrees with a sequential one; the module's docstring has the rules.
+
+    Args:
+        parallel: draws with ``constrained`` or ``positions`` (C, T, ...), and ``certificate``, ``info``, ``plan`` and
+            ``report`` as far as there are any; without a certificate or a plan no path can be certified.
+        sequential: likewise; its certificate is not looked at. Same dice or not, same numbers of draws or not.
+        family_alpha: probability with which each family of tests may fail on runs of the same law.
+
+    Returns:
+        The finding. It never raises for runs that disagree: ask ``.ok`` or ``.or_raise()``.
+
+    Raises:
+        ValueError: if ``family_alpha`` is not in (0, 1), a side holds no draws, or the sides share no coordinate.
+    """
+    if not 0 < family_alpha < 1:
+        raise ValueError(f"family_alpha must lie between 0 and 1, got {family_alpha}")
+    ours, theirs = Side.of(parallel, "parallel"), Side.of(sequential, "sequential")
+    names = [name for name in ours.named if name in theirs.named]
+    if not names:
+        raise ValueError(f"the runs share no coordinate: {list(ours.named)[:5]} and {list(theirs.named)[:5]}")
+    faults = _faults(ours) + _faults(theirs)
+    distribution, path = Distribution([], [], [], {}, [], None, float("nan")), None
+    if not faults:
+        distribution = compare_distributions(ours, theirs, names, family_alpha)
+        path = compare_paths(ours, theirs, distribution.table) if same_dice(ours, theirs) else None
+    level, reasons = _judge(ours, theirs, faults, path, distribution)
+    notes = distribution.notes + _notes(ours, theirs, names, path)
+    return _report(ours, theirs, level, reasons, notes, path, distribution)
+
+
+def _faults(side: Side) -> list[str]:
+    faults = []
+    for what, chains in (("hold values that are not finite", side.nonfinite), ("never moved", side.frozen)):
+        if chains.any():
+            faults.append(f"{side.title}: chains {np.flatnonzero(chains).tolist()} {what}")
+    return faults
+
+
+def _judge(
+    ours: Side, theirs: Side, faults: list[str], path: PathComparison | None, distribution: Distribution
+) -> tuple[Level, list[str]]:
+    """The level and why it is not a better one."""
+    if faults:
+        return Level.FAIL, faults
+    same = equal_bits(ours, theirs)
+    keys = plan_entry(ours, "key"), plan_entry(theirs, "key")
+    if same is not None and same.all():
+        if None not in keys and keys[0] != keys[1]:
+            return Level.FAIL, ["different keys gave the same path bit for bit: the keys were not used"]
+        if not _same_values(ours, theirs):
+            return Level.FAIL, ["the positions are equal bit for bit, but the values in the model's space are not"]
+        return Level.BITWISE, []
+    reasons = _path_reasons(ours, path)
+    certified = _uncertified(ours) == [] and path is not None and path.ok
+    if certified and (path.num_knife_edges == 0 or not distribution.failures):
+        return Level.CERTIFIED_PATH, ["some steps differ in their last bits"]
+    reasons += distribution.failures + distribution.gates
+    if distribution.gates:
+        return Level.INCONCLUSIVE, reasons
+    return (Level.FAIL if distribution.failures else Level.STATISTICAL), reasons
+
+
+def _same_values(ours: Side, theirs: Side) -> bool:
+    """Whether equal positions were turned into equal values, up to rounding."""
+    for name in set(ours.named) & set(theirs.named):
+        a, b = ours.named[name], theirs.named[name]
+        if not np.allclose(a, b, rtol=PATH_TOLERANCE, atol=PATH_TOLERANCE * b.std()):
+            return False
+    return True
+
+
+def _uncertified(side: Side) -> list[str]:
+    certificate = getattr(side.draws, "certificate", None)
+    if certificate is None:
+        return ["the parallel run has no certificate"]
+    missing = np.flatnonzero(~np.atleast_1d(np.asarray(certificate.certified, bool))).tolist()
+    return [f"the certificate does not hold for chains {missing}"] if missing else []
+
+
+def _path_reasons(ours: Side, path: PathComparison | None) -> list[str]:
+    reasons = _uncertified(ours)
+    if path is None:
+        return [*reasons, "the runs do not share their dice, so there is no path to compare"]
+    if path.num_knife_edges > path.max_knife_edges:
+        reasons.append(
+            f"{sum(path.num_excursions)} excursions and {max(sum(path.num_flips), 0)} different accept decisions, where "
+            f"rounding explains {path.max_knife_edges}: not the same recurrence, or a chaotic one"
+        )
+    if sum(path.num_unmerged):
+        reasons.append(f"in {sum(path.num_unmerged)} chains the paths are apart at the last step")
+    if not path.paired_ok:
+        reasons.append(f"means differ by {path.mean_shift:.2g} MCSE and sds by {path.sd_shift:.2g}, allowed 0.1")
+    return reasons
+
+
+def _notes(ours: Side, theirs: Side, names: list[str], path: PathComparison | None) -> list[str]:
+    notes = []
+    lonely = sorted(set(ours.named) ^ set(theirs.named))
+    if lonely:
+        notes.append(f"{len(lonely)} coordinates are on one side only and were not compared: {', '.join(lonely[:5])}")
+    if path is not None and path.ok and sum(path.num_excursions):
+        notes.append(
+            f"{sum(path.num_excursions)} knife-edge decisions fell the other way by rounding; the paths met again after at "
+            f"most {max(path.longest_excursion)} steps"
+        )
+    certificate = getattr(ours.draws, "certificate", None)
+    counted = {
+        "num_ambiguous": "accept decisions within rounding of their threshold",
+        "num_nonfinite_proposals": "proposals that were not finite, and rejected",
+    }
+    for name, text in counted.items():
+        count = _total(certificate, name)
+        if count > 0:
+            notes.append(f"{count} {text}")
+    return notes + [f"fallback: {entry}" for entry in _entries(getattr(ours.draws, "report", None), "fallbacks")]
+
+
+def _total(certificate: Any, name: str) -> int:
+    """Sum over chains of a count, -1 for unknown."""
+    counts = _values(certificate, name)
+    return int(counts.sum()) if counts.size and (counts >= 0).all() else -1
+
+
+def _values(source: Any, name: str) -> np.ndarray:
+    """A numeric field as a float array with one axis, empty if there is no such thing."""
+    value = getattr(source, name, None)
+    return np.atleast_1d(np.asarray([] if value is None else value, np.float64))
+
+
+def _entries(source: Any, name: str) -> list[Any]:
+    value = getattr(source, name, None)
+    return [] if value is None else list(value)
+
+
+def _verdict(level: Level, path: PathComparison | None, distribution: Distribution) -> str:
+    shift = distribution.min_detectable_shift
+    power = f"a shift of {shift:.2g} sd would have been found" if np.isfinite(shift) else "at unknown power"
+    excursions = sum(path.num_excursions) if path is not None else 0
+    same = f"is the sequential one, {excursions} re-merged excursions apart" if excursions else "is the sequential one"
+    return {
+        Level.BITWISE: "BITWISE: the parallel path is the sequential one, bit for bit.",
+        Level.CERTIFIED_PATH: f"CERTIFIED PATH: the parallel path obeys the recurrence and {same}.",
+        Level.STATISTICAL: f"STATISTICAL: the runs agree in distribution, not as paths ({power}).",
+        Level.INCONCLUSIVE: "INCONCLUSIVE: too little to go by; this is not a pass.",
+        Level.FAIL: "FAIL: the runs do not agree, or one of them is broken.",
+    }[level]
+
+
+def _report(
+    ours: Side,
+    theirs: Side,
+    level: Level,
+    reasons: list[str],
+    notes: list[str],
+    path: PathComparison | None,
+    distribution: Distribution,
+) -> Report:
+    certificate, run = getattr(ours.draws, "certificate", None), getattr(ours.draws, "report", None)
+    residual, worst, margin = (_values(certificate, name) for name in ("max_residual", "worst_step", "min_margin"))
+    chain = int(np.argmax(np.nan_to_num(residual, nan=np.inf))) if residual.size else 0
+    margin = margin[np.isfinite(margin)]
+    return Report(
+        level=level,
+        verdict=_verdict(level, path, distribution),
+        reasons=reasons,
+        notes=notes,
+        status=[getattr(status, "name", str(status)) for status in _entries(run, "status")],
+        dtype=getattr(run, "dtype", None) or str(np.result_type(*ours.leaves)),
+        device=getattr(run, "device", None),
+        versions=dict(getattr(run, "versions", None) or {}),
+        num_samples=(ours.shape[1], theirs.shape[1]),
+        num_chains=(ours.shape[0], theirs.shape[0]),
+        iterations=_values(run, "iterations").astype(int).tolist(),
+        max_residual=float(residual[chain]) if residual.size else float("nan"),
+        worst_step=(chain, int(worst[chain])) if worst.size > chain else None,
+        residual_tolerance=float(np.max(_values(certificate, "tolerance"))) if certificate is not None else float("nan"),
+        num_ambiguous=_total(certificate, "num_ambiguous"),
+        min_margin=float(margin.min()) if margin.size else float("nan"),
+        num_nonfinite_proposals=_total(certificate, "num_nonfinite_proposals"),
+        num_frozen=int(ours.frozen.sum() + theirs.frozen.sum()),
+        fallbacks=[str(entry) for entry in _entries(run, "fallbacks")],
+        path=path,
+        tests=distribution.tests,
+        table=distribution.table,
+        worst=distribution.worst,
+        min_detectable_shift=distribution.min_detectable_shift,
+    )

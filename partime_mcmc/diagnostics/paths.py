@@ -1,0 +1,176 @@
+"""Two runs step by step: did they throw the same dice, and are they the same path?
+
+With states a, b of shape (C, T, D) and posterior sds s of shape (D,), all over coordinates j:
+
+    distance[c, t] = max_j |a[c, t, j] - b[c, t, j]| / s[j]        an excursion: consecutive steps with distance > 1e-3.
+
+Where rounding may flip accept decisions at a rate p a step (the mean difference of the two evaluators' acceptance
+probabilities), n steps show a Poisson(p n) number of flips: more than its 99.9% quantile are no rounding. The paired test
+wants means and sds to differ by at most 0.1 MCSE, which independent runs never achieve.
+
+Left out: what follows from it (:mod:`partime_mcmc.diagnostics.compare`), and why a flip happened.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from scipy import special
+
+from partime_mcmc.diagnostics import arviz
+from partime_mcmc.diagnostics.report import PathComparison
+
+PATH_TOLERANCE = 1e-3  # posterior sd: how far a certified path may be from the exact one
+FLIPS_PER_STEP = {np.dtype(np.float64): 1e-11}  # ten times the largest |difference of acceptance probabilities| seen
+FLIPS_PER_STEP_ELSE = 5e-4  # the largest mean seen in healthy float32
+MAX_PAIRED_SHIFT = 0.1  # MCSE
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One of the two runs, ready for questions.
+
+    Attributes:
+        draws: the run itself.
+        title: ``parallel`` or ``sequential``.
+        leaves: states as drawn, (C, T, d) each: positions, or the constrained values where there are none.
+        named: label -> scalar coordinate in the model's space, (C, T) float64.
+        frozen: chains that never moved, (C,) bool.
+        nonfinite: chains with a value that is not finite, (C,) bool.
+    """
+
+    draws: Any
+    title: str
+    leaves: list[np.ndarray]
+    named: dict[str, np.ndarray]
+    frozen: np.ndarray
+    nonfinite: np.ndarray
+
+    @classmethod
+    def of(cls, draws: Any, title: str) -> "Side":
+        """Take in one run.
+
+        Raises:
+            ValueError: if it holds no draws.
+        """
+        named = dict(arviz.coordinates(arviz.named_draws(draws)))
+        arrays = arviz.named_positions(draws) or arviz.named_draws(draws)
+        leaves = [leaf.reshape(*leaf.shape[:2], int(np.prod(leaf.shape[2:]))) for leaf in arrays.values()]
+        if not named or not next(iter(named.values())).size:
+            raise ValueError(f"{title} holds no draws")
+        values = [*leaves, *(x[..., None] for x in named.values())]
+        nonfinite = np.any([~np.isfinite(value).all(axis=(1, 2)) for value in values], axis=0)
+        return cls(draws, title, leaves, named, arviz.frozen_chains(draws), nonfinite)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.leaves[0].shape[:2]
+
+    @property
+    def states(self) -> np.ndarray:
+        """(C, T, D) float64."""
+        return np.concatenate([leaf.astype(np.float64) for leaf in self.leaves], axis=-1)
+
+    def info(self, name: str) -> np.ndarray | None:
+        """What the run recorded under ``name``, (C, T), or None; decisions may also lie in the certificate."""
+        values = (getattr(self.draws, "info", None) or {}).get(name)
+        if values is None and name == "accepted":
+            values = getattr(getattr(self.draws, "certificate", None), name, None)
+        values = None if values is None else np.asarray(values)
+        return values if values is not None and values.shape == self.shape else None
+
+
+def plan_entry(side: Side, name: str) -> Any:
+    """The plan's entry as a list of plain values, so that keys compare whatever holds them; None if there is none."""
+    value = (getattr(side.draws, "plan", None) or {}).get(name)
+    return None if value is None else np.asarray(value).ravel().tolist()
+
+
+def _forms(side: Side) -> list[tuple[tuple[int, ...], np.dtype]]:
+    return [(leaf.shape, leaf.dtype) for leaf in side.leaves]
+
+
+def same_dice(ours: Side, theirs: Side) -> bool:
+    """Whether both plans name the same dice and the states have the same shapes and dtypes."""
+    if _forms(ours) != _forms(theirs):
+        return False
+    for name in ("key", "num_samples", "num_chains"):
+        if plan_entry(ours, name) is None or plan_entry(ours, name) != plan_entry(theirs, name):
+            return False
+    both = [(plan_entry(ours, name), plan_entry(theirs, name)) for name in ("kernel", "dice", "thinning", "num_warmup")]
+    return all(a == b for a, b in both if a is not None and b is not None)
+
+
+def equal_bits(ours: Side, theirs: Side) -> np.ndarray | None:
+    """Steps (C, T) whose states hold the same bits, or None for runs of different shapes or dtypes."""
+    if _forms(ours) != _forms(theirs):
+        return None
+    same = np.ones(ours.shape, bool)
+    for a, b in zip(ours.leaves, theirs.leaves, strict=True):
+        bits = f"u{a.dtype.itemsize}"  # as integers, so that 0.0 is not -0.0
+        same &= (np.ascontiguousarray(a).view(bits) == np.ascontiguousarray(b).view(bits)).all(axis=-1)
+    return same
+
+
+def compare_paths(ours: Side, theirs: Side, table: list[dict[str, Any]]) -> PathComparison:
+    """Compare two runs that share their dice.
+
+    Args:
+        ours: the parallel run.
+        theirs: the sequential run, of equal shapes and dtypes.
+        table: rows with either side's ``mean`` and ``sd`` and the sequential run's MCSEs of both.
+    """
+    a, b, same = ours.states, theirs.states, equal_bits(ours, theirs)
+    sd, size = b.std(axis=(0, 1)), np.abs(b).max(axis=(0, 1))
+    scale = np.where(sd > 0, sd, np.where(size > 0, size, 1.0))  # magnitudes where there are too few draws for an sd
+    distance = (np.abs(a - b) / scale).max(axis=-1, initial=0.0)
+    apart = distance > PATH_TOLERANCE
+    starts = apart & ~np.pad(apart, ((0, 0), (1, 0)))[:, :-1]
+    decisions = ours.info("accepted"), theirs.info("accepted")
+    flips = None if decisions[0] is None or decisions[1] is None else decisions[0] != decisions[1]
+    edges = int(starts.sum()) + (0 if flips is None else int((flips & ~apart).sum()))
+    rate = FLIPS_PER_STEP.get(np.result_type(*ours.leaves), FLIPS_PER_STEP_ELSE)
+    max_edges = _poisson_limit(rate * apart.size)
+    mean_shift, sd_shift = _shift(table, "mean", "mcse_mean"), _shift(table, "sd", "mcse_sd")
+    paired_ok = max(mean_shift, sd_shift) <= MAX_PAIRED_SHIFT
+    return PathComparison(
+        tolerance=PATH_TOLERANCE,
+        first_difference=np.where(same.all(axis=1), -1, (~same).argmax(axis=1)).tolist(),
+        fraction_equal=same.mean(axis=1).tolist(),
+        fraction_within=(~apart).mean(axis=1).tolist(),
+        max_distance=distance.max(axis=1).tolist(),
+        max_distance_merged=np.where(apart, 0.0, distance).max(axis=1).tolist(),
+        num_flips=[-1] * len(apart) if flips is None else flips.sum(axis=1).tolist(),
+        num_excursions=starts.sum(axis=1).tolist(),
+        longest_excursion=[_longest_run(chain) for chain in apart],
+        num_unmerged=apart[:, -1].astype(int).tolist(),
+        num_knife_edges=edges,
+        max_knife_edges=max_edges,
+        mean_shift=mean_shift,
+        sd_shift=sd_shift,
+        paired_ok=bool(paired_ok),
+        ok=bool(paired_ok and edges <= max_edges and not apart[:, -1].any()),
+    )
+
+
+def _shift(table: list[dict[str, Any]], what: str, error: str) -> float:
+    """Largest difference of ``what`` in the sequential run's MCSE; infinite where that is unknown and they differ."""
+    worst = 0.0
+    for row in table:
+        difference, unit = abs(row[f"{what}_parallel"] - row[f"{what}_sequential"]), row[f"{error}_sequential"]
+        if difference > PATH_TOLERANCE**2 * row["sd_sequential"]:  # less than that is nothing, however short the run
+            worst = max(worst, difference / unit if unit > 0 else np.inf)
+    return float(worst)
+
+
+def _poisson_limit(mean: float) -> int:
+    """The 99.9% quantile of a Poisson count."""
+    count = 0
+    while special.pdtrc(count, mean) > 1e-3:
+        count += 1
+    return count
+
+
+def _longest_run(flags: np.ndarray) -> int:
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8)))
+    return int((edges[1::2] - edges[::2]).max(initial=0))

@@ -1,0 +1,137 @@
+"""Affine maps of a state, as a monoid: the elements that a parallel scan composes.
+
+A step linearised around a guess is `x ↦ A x + shift`. Such maps compose to maps of the same kind,
+
+    (A₂, s₂) ∘ (A₁, s₁) = (A₂ A₁, A₂ s₁ + s₂),
+
+and composition is associative, so all T partial compositions come from one prefix scan of depth log T
+(Blelloch 1990, "Prefix sums and their applications"). The shape of `A` (dense, diagonal, identity, zero) sets the
+price: D³, D, 0 and 0 multiplications per composition. Every class here holds one map, `shift` of shape `(D,)`;
+batches of maps are made by `vmap`, as everywhere in JAX.
+
+Left out: low-rank and block maps (a new class with these five methods is enough to add one).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import jax.numpy as jnp
+
+from partime_mcmc.types import Array, pytree
+
+
+class AffineMap(Protocol):
+    """A map `x ↦ A x + shift` on states of shape `(D,)`."""
+
+    shift: Array
+
+    def __call__(self, x: Array) -> Array:
+        """The image of `x`, shape `(D,)`."""
+        ...
+
+    def linear(self, x: Array) -> Array:
+        """`A x`, without the shift."""
+        ...
+
+    def after(self, earlier: AffineMap) -> AffineMap:
+        """`self ∘ earlier`, a map of the same class."""
+        ...
+
+    def with_shift(self, shift: Array) -> AffineMap:
+        """The same `A` with another shift of shape `(D,)`."""
+        ...
+
+    def transpose(self) -> AffineMap:
+        """`x ↦ Aᵀ x + shift`."""
+        ...
+
+
+@pytree()
+class Dense:
+    """`x ↦ matrix @ x + shift`, `matrix` of shape `(D, D)`."""
+
+    matrix: Array
+    shift: Array
+
+    def __call__(self, x: Array) -> Array:
+        return self.linear(x) + self.shift
+
+    def linear(self, x: Array) -> Array:
+        return self.matrix @ x
+
+    def after(self, earlier: Dense) -> Dense:
+        return Dense(self.matrix @ earlier.matrix, self(earlier.shift))
+
+    def with_shift(self, shift: Array) -> Dense:
+        return Dense(self.matrix, shift)
+
+    def transpose(self) -> Dense:
+        return Dense(self.matrix.T, self.shift)
+
+
+@pytree()
+class Diagonal:
+    """`x ↦ diagonal * x + shift`, `diagonal` of shape `(D,)`."""
+
+    diagonal: Array
+    shift: Array
+
+    def __call__(self, x: Array) -> Array:
+        return self.linear(x) + self.shift
+
+    def linear(self, x: Array) -> Array:
+        return self.diagonal * x
+
+    def after(self, earlier: Diagonal) -> Diagonal:
+        return Diagonal(self.diagonal * earlier.diagonal, self(earlier.shift))
+
+    def with_shift(self, shift: Array) -> Diagonal:
+        return Diagonal(self.diagonal, shift)
+
+    def transpose(self) -> Diagonal:
+        return self
+
+
+@pytree()
+class Identity:
+    """`x ↦ x + shift`: a scan of these is a cumulative sum (Picard's iteration)."""
+
+    shift: Array
+
+    def __call__(self, x: Array) -> Array:
+        return x + self.shift
+
+    def linear(self, x: Array) -> Array:
+        return x
+
+    def after(self, earlier: Identity) -> Identity:
+        return Identity(earlier.shift + self.shift)
+
+    def with_shift(self, shift: Array) -> Identity:
+        return Identity(shift)
+
+    def transpose(self) -> Identity:
+        return self
+
+
+@pytree()
+class Zero:
+    """`x ↦ shift`: forgets its argument, so a scan of these does nothing (Jacobi's iteration)."""
+
+    shift: Array
+
+    def __call__(self, x: Array) -> Array:
+        return self.shift
+
+    def linear(self, x: Array) -> Array:
+        return jnp.zeros_like(x)
+
+    def after(self, earlier: Zero) -> Zero:
+        return self
+
+    def with_shift(self, shift: Array) -> Zero:
+        return Zero(shift)
+
+    def transpose(self) -> Zero:
+        return self

@@ -1,0 +1,87 @@
+"""The time axis: the only place that knows where the steps of a path live.
+
+Solvers ask four things of time and never slice, concatenate or communicate themselves:
+
+    previous(x_0, x_1..x_T) = x_0..x_{T-1}       prefix(M, x) = M_t(… M_1(x)) for all t
+    maximum(v) = max over all steps              suffix(M, x) = M_t(… M_T(x)) for all t
+
+`LocalTime` keeps the whole path on one device. An axis spread over devices answers the same four questions with
+collectives, and no solver changes.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from partime_mcmc.reduction import largest
+from partime_mcmc.scan.prefix import Scan, default_scan
+from partime_mcmc.types import Array, PyTree, pytree
+
+
+class TimeAxis(Protocol):
+    """What solvers may ask of time; leaves have leading axis `T`."""
+
+    def previous(self, initial: PyTree, states: PyTree) -> PyTree:
+        """The states before each step."""
+        ...
+
+    def following(self, states: PyTree, final: PyTree) -> PyTree:
+        """The states after each step, `final` standing after the last."""
+        ...
+
+    def prefix(self, elements: PyTree, start: PyTree) -> PyTree:
+        """All prefixes of the maps applied to `start`."""
+        ...
+
+    def suffix(self, elements: PyTree, end: PyTree) -> PyTree:
+        """All suffixes of the maps applied to `end`, the last map acting first."""
+        ...
+
+    def maximum(self, values: Array) -> Array:
+        """The largest of `values ≥ 0`, shape `(T, ...)`, over the first axis; NaN if any is NaN."""
+        ...
+
+    def total(self, values: Array) -> Array:
+        """The sum of `values`, shape `(T, ...)`, over the first axis."""
+        ...
+
+    def length_of_true(self, flags: Array) -> Array:
+        """How many steps from the start on are true, `flags` of shape `(T,)`."""
+        ...
+
+
+@pytree(static=("scan",))
+class LocalTime:
+    """The whole path on one device.
+
+    Attributes:
+        scan: How prefixes are computed; None takes `default_scan()` when tracing.
+    """
+
+    scan: Scan | None = None
+
+    def previous(self, initial: PyTree, states: PyTree) -> PyTree:
+        return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest[:-1]])[: rest.shape[0]],
+                            initial, states)
+
+    def following(self, states: PyTree, final: PyTree) -> PyTree:
+        return jax.tree.map(lambda rest, last: jnp.concatenate([rest[1:], last[None]])[: rest.shape[0]], states, final)
+
+    def prefix(self, elements: PyTree, start: PyTree) -> PyTree:
+        return (self.scan or default_scan())(elements, start)
+
+    def suffix(self, elements: PyTree, end: PyTree) -> PyTree:
+        backwards = jax.tree.map(lambda leaf: jnp.flip(leaf, 0), elements)
+        return jax.tree.map(lambda leaf: jnp.flip(leaf, 0), self.prefix(backwards, end))
+
+    def maximum(self, values: Array) -> Array:
+        return largest(values, axis=0)
+
+    def total(self, values: Array) -> Array:
+        return jnp.sum(values, axis=0)
+
+    def length_of_true(self, flags: Array) -> Array:
+        return jnp.sum(jnp.cumprod(flags.astype(jnp.int32)))

@@ -1,0 +1,9 @@
+"""One pass over a path: Newton, Kalman trust regions, and the sequential loop in the same shape."""
+
+from partime_mcmc.solvers.base import Proposal, Solver
+from partime_mcmc.solvers.damping import ConstantDamping, DampingPolicy, RelaxingDamping
+from partime_mcmc.solvers.kalman import Kalman
+from partime_mcmc.solvers.newton import Newton
+from partime_mcmc.solvers.rollout import Rollout
+
+__all__ = ["ConstantDamping", "DampingPolicy", "Kalman", "Newton", "Proposal", "RelaxingDamping", "Rollout", "Solver"]

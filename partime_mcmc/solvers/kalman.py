@@ -1,0 +1,106 @@
+"""Newton's method inside a trust region, evaluated with a Kalman smoother: ELK and quasi-ELK.
+
+The Levenberg–Marquardt step of the path problem minimises
+
+    ½ Σ_t ‖r_t + A_t δ_{t-1} − δ_t‖² + ½ λ Σ_t ‖δ_t‖²,
+
+which is the mean of δ under the linear Gaussian model `δ_t = A_t δ_{t-1} + r_t + N(0, I)`, `0 = δ_t + N(0, I/λ)`: a Kalman
+filter forwards and a Rauch–Tung–Striebel smoother backwards (Gonzalez et al. 2024, arXiv:2407.19115). The filter is a
+prefix scan of Kalman messages; given its beliefs the smoothed means obey an affine recurrence backwards in time, so the
+smoother is a suffix scan of affine maps. λ = 0 is Newton's step; a large λ stays near the guess, which keeps an
+unstable stretch from overflowing. λ follows a policy that relaxes as the residual falls.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from partime_mcmc.dynamics import Dynamics
+from partime_mcmc.linearize.base import Linearizer
+from partime_mcmc.scan.affine import Dense, Diagonal, Identity, Zero
+from partime_mcmc.scan.gaussian import DenseMessage, DiagonalMessage
+from partime_mcmc.scan.time_axis import TimeAxis
+from partime_mcmc.solvers.base import Proposal, replace_nonfinite_jacobians, replace_nonfinite_updates
+from partime_mcmc.solvers.damping import DampingPolicy, RelaxingDamping
+from partime_mcmc.types import Array, Key, PyTree, pytree
+
+
+@pytree()
+class Kalman:
+    """Levenberg–Marquardt over the path, dense or diagonal by the linearizer."""
+
+    linearizer: Linearizer
+    damping: DampingPolicy = RelaxingDamping()
+
+    def init(self, initial: Array, states: Array) -> PyTree:
+        del states
+        return self.damping.init(initial)
+
+    def step(self, dynamics: Dynamics, initial: Array, states: Array, drives: PyTree, state: PyTree, *,
+             axis: TimeAxis, key: Key) -> tuple[Proposal, PyTree]:
+        values, maps = self.linearizer(dynamics, axis.previous(initial, states), drives, key)
+        residual = values - states
+        maps, num_jacobians = replace_nonfinite_jacobians(maps)
+        right = jnp.where(jnp.isfinite(residual), residual, 0)
+        merit = jnp.sqrt(axis.total(jnp.mean(right**2, axis=1)) / states.shape[0])
+        damping, state = self.damping(merit, state)
+        correction = trust_region_step(maps.with_shift(right), damping, initial, axis)
+        updated, num_updates = replace_nonfinite_updates(states + correction, values, states)
+        num_steps = jnp.asarray(states.shape[0], jnp.float32)
+        return Proposal(updated, states, residual, num_jacobians, num_updates, jnp.ones((), jnp.int32),
+                        num_steps), state
+
+    def jvps(self, dimension: int) -> int:
+        return self.linearizer.jvps(dimension)
+
+
+def trust_region_step(maps: PyTree, damping: Array, like: Array, axis: TimeAxis) -> Array:
+    """The minimiser δ of the damped least squares problem above.
+
+    Args:
+        maps: T affine maps, shift `r_t`.
+        damping: λ ≥ 0, a scalar.
+        like: Any state, for shape `(D,)` and type.
+        axis: The time axis.
+
+    Returns:
+        δ, shape `(T, D)`.
+    """
+    maps, message = _as_gaussian(maps)
+    nothing = jnp.zeros_like(like)
+    messages = jax.vmap(lambda step: message.trust_region(step, damping))(maps)
+    beliefs = axis.prefix(messages, message.certain(nothing))
+    # The last step has nothing after it: its smoothed mean is its filtered mean, a map that ignores its argument.
+    after_last = jax.tree.map(lambda leaf: jnp.zeros_like(leaf[0]), maps)
+    following = axis.following(maps, after_last)
+    backwards = jax.vmap(message.smoother)(beliefs, following)
+    return axis.suffix(backwards, nothing)
+
+
+@functools.singledispatch
+def _as_gaussian(maps):
+    """The maps as dense or diagonal ones, and the Kalman message that fits them."""
+    raise TypeError(f"linearizer: no Kalman message fits {type(maps).__name__} maps; wanted Dense or Diagonal")
+
+
+@_as_gaussian.register
+def _(maps: Dense):
+    return maps, DenseMessage
+
+
+@_as_gaussian.register
+def _(maps: Diagonal):
+    return maps, DiagonalMessage
+
+
+@_as_gaussian.register
+def _(maps: Identity):
+    return Diagonal(jnp.ones_like(maps.shift), maps.shift), DiagonalMessage
+
+
+@_as_gaussian.register
+def _(maps: Zero):
+    return Diagonal(jnp.zeros_like(maps.shift), maps.shift), DiagonalMessage

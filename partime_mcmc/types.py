@@ -1,0 +1,70 @@
+"""Type aliases, and the decorator that makes a frozen dataclass a pytree.
+
+Everything that travels through `jit` and `vmap` is a frozen dataclass whose array fields are leaves and whose other
+fields (functions, numbers that fix shapes) are static. `pytree` says both in one line, so that a reader sees at a
+class's head what is data and what is structure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Callable, TypeAlias, TypeVar
+
+import jax
+
+Array: TypeAlias = jax.Array
+PyTree: TypeAlias = Any
+Key: TypeAlias = jax.Array
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def pytree(*, static: tuple[str, ...] = ()) -> Callable[[_Class], _Class]:
+    """Make a class a frozen dataclass and register it as a JAX pytree.
+
+    Args:
+        static: Names of the fields that are part of the structure (hashed, compared, never traced).
+
+    Returns:
+        A class decorator.
+
+    Raises:
+        TypeError: If `static` names something that is not a field.
+    """
+
+    def decorate(cls: _Class) -> _Class:
+        cls = dataclasses.dataclass(frozen=True)(cls)
+        names = [field.name for field in dataclasses.fields(cls)]
+        unknown = set(static) - set(names)
+        if unknown:
+            raise TypeError(f"static: {sorted(unknown)} are not fields of {cls.__name__}; its fields are {names}")
+        _register(cls, tuple(name for name in names if name not in static), tuple(static))
+        return cls
+
+    return decorate
+
+
+def _register(cls: type, data: tuple[str, ...], static: tuple[str, ...]) -> None:
+    """Register `cls`, with the class itself among its static data.
+
+    `jax.tree_util.register_dataclass` is not used because the structures of two classes with equal fields compare equal
+    there (seen on JAX 0.10 and 0.12): `jit` then takes compiled code of one solver for another whenever hashes collide.
+    """
+
+    def structure(value):
+        return (cls, *(getattr(value, name) for name in static))
+
+    def flatten(value):
+        return tuple(getattr(value, name) for name in data), structure(value)
+
+    def flatten_with_keys(value):
+        return tuple((jax.tree_util.GetAttrKey(name), getattr(value, name)) for name in data), structure(value)
+
+    def unflatten(structure, children):
+        # Without __init__: JAX unflattens placeholders that no validation would let pass.
+        value = object.__new__(cls)
+        for name, field in (*zip(data, children), *zip(static, structure[1:])):
+            object.__setattr__(value, name, field)
+        return value
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
