@@ -3,7 +3,7 @@
     x̂ ← guess;  repeat:  r_t = f(x̂_{t-1}, u_t) − x̂_t;  stop if exact;  x̂ ← the solver's proposal
 
 Every solver, schedule and time axis goes through this loop, and only this loop says CONVERGED, by the exact residual of
-the very path it returns. What is within tolerance from the start of time on is final: it is never touched again.
+the very path it returns.
 
 Verdicts other than CONVERGED: NONFINITE as soon as the step after the exact prefix is not finite (its past is right, so no
 iteration can help), STALLED when an iterate repeats (compared at powers of two, Brent 1980), OUT_OF_ITERATIONS at the
@@ -137,16 +137,15 @@ def _one_pass(dynamics, initial, drives, solver, schedule, tolerance, key, axis,
         [jnp.int32(Status.CONVERGED), jnp.int32(Status.NONFINITE), jnp.int32(Status.STALLED),
          jnp.int32(Status.OUT_OF_ITERATIONS)], jnp.int32(_RUNNING))
     over = status != _RUNNING
-    # Exact steps are final. At the end return the path that was judged, never one whose residual nobody has seen.
-    kept = jnp.where(((jnp.arange(window) < num_exact) | over)[:, None], proposal.judged, proposal.states)
     ahead = jnp.where(over, 0, schedule.advance(num_exact, window))
     start = jnp.minimum(loop.start + ahead, num_steps - window)
+    # What the window leaves behind, or returns at the end, is what was judged: never a path whose residual nobody saw.
+    counted = (jnp.arange(window) < start - loop.start) | over
+    kept = jnp.where(counted[:, None], proposal.judged, proposal.states)
     path = lax.dynamic_update_slice_in_dim(loop.states, kept, loop.start, 0)
     # A new window knows nothing of the old one's residual, so neither may the solver.
     fresh = solver.init(initial, states)
     memory = jax.tree.map(lambda new, old: jnp.where(ahead == window, new, old), fresh, memory)
-    # What counts for good: the whole window at the end, before that the steps that the window leaves behind.
-    counted = (jnp.arange(window) < start - loop.start) | over
     left = axis.maximum(jnp.where(counted, per_step, 0))
     return _Loop(
         _extend_guess(path, loop.start + window, start, window), start, memory, status,

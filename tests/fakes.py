@@ -42,13 +42,13 @@ def draws(x: np.ndarray, *, key: int = 7, certified: Any = True, **info: np.ndar
 def certificate(num_chains: int, num_samples: int, certified: Any = True) -> SimpleNamespace:
     """A certificate with small residuals; the largest, 3e-10, at step 5 of chain 1."""
     residual = np.full((num_chains, num_samples), 1e-13)
-    residual[min(1, num_chains - 1), min(5, num_samples - 1)] = 3e-10
+    residual[1:2, 5:6] = 3e-10
     ones = np.ones(num_chains, int)
     return SimpleNamespace(
         num_steps=num_samples * ones,
         finite=ones.astype(bool),
-        max_residual=residual.max(axis=1),
-        worst_step=residual.argmax(axis=1),
+        max_residual=residual.max(axis=1, initial=0.0),
+        worst_step=residual.argmax(axis=1) if num_samples else 0 * ones,
         num_rejected=20 * ones,
         longest_rejection=3 * ones,
         num_nonfinite_proposals=0 * ones,

@@ -171,7 +171,7 @@ def _entries(source: Any, name: str) -> list[Any]:
 
 def _verdict(level: Level, path: PathComparison | None, distribution: Distribution) -> str:
     shift = distribution.min_detectable_shift
-    power = f"a shift of {shift:.2g} sd would have been found" if np.isfinite(shift) else "at unknown power"
+    power = f"a shift of {shift:.2g} sd would show" if np.isfinite(shift) else "at unknown power"
     excursions = sum(path.num_excursions) if path is not None else 0
     same = f"is the sequential one, {excursions} re-merged excursions apart" if excursions else "is the sequential one"
     return {

@@ -41,7 +41,7 @@ class Distribution:
 def compare_distributions(ours: Side, theirs: Side, names: list[str], alpha: float) -> Distribution:
     """Run every test on the coordinates ``names``; each family of tests errs with probability ``alpha`` at most."""
     rows, failures, gates, notes = _rows(ours, theirs, names)
-    run = _run_statistics(ours, theirs)
+    run = _run_statistics(ours, theirs, names)
     scores = [(row["name"], quantity, z) for row in rows for quantity, z in row["z"].items()]
     scores = [score for score in [*scores, *(("run", name, z) for name, z in run.items())] if not np.isnan(score[2])]
     max_z = float(-special.ndtri(alpha / (2 * max(len(scores), 1))))
@@ -81,7 +81,8 @@ def _rows(ours: Side, theirs: Side, names: list[str]) -> tuple[list[dict[str, An
             continue
         if min(a.shape[1], b.shape[1]) >= arviz.MIN_DRAWS_TO_FREEZE and any(constant):
             failures.append(f"{name} is constant on one side only, or at different values")
-        elif arviz.partly_constant(a) or arviz.partly_constant(b):
+            continue
+        if arviz.partly_constant(a) or arviz.partly_constant(b):
             gates.append(f"{name} is constant in some chains although the positions move")
         rows.append(_row(name, a, b))
     if not rows:
@@ -146,7 +147,7 @@ def _ks_distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(shares[0] - shares[1]).max())
 
 
-def _run_statistics(ours: Side, theirs: Side) -> dict[str, float]:
+def _run_statistics(ours: Side, theirs: Side, names: list[str]) -> dict[str, float]:
     """z-scores of what broken accept logic spoils first: acceptance rate, squared jump, energy and its changes."""
     sides, series = (ours, theirs), {}
     for name in ("acceptance_rate", "accepted"):
@@ -156,10 +157,11 @@ def _run_statistics(ours: Side, theirs: Side) -> dict[str, float]:
     if all(energy is not None for energy in energies):
         series["squared energy change"] = [np.diff(energy.astype(np.float64), axis=1) ** 2 for energy in energies]
     states = [side.states for side in sides]
-    if states[0].shape[-1] == states[1].shape[-1]:
-        sd = states[1].std(axis=(0, 1))
-        unit = np.where(sd > 0, sd, 1.0)
-        series["squared jump"] = [(np.diff(x / unit, axis=1) ** 2).sum(axis=-1) for x in states]
+    if ours.on_positions != theirs.on_positions or states[0].shape[-1] != states[1].shape[-1]:
+        states = [np.stack([side.named[name] for name in names], axis=-1) for side in sides]
+    sd = states[1].std(axis=(0, 1))
+    unit = np.where(sd > 0, sd, 1.0)
+    series["squared jump"] = [(np.diff(x / unit, axis=1) ** 2).sum(axis=-1) for x in states]
     scores = {}
     for name, pair in series.items():
         if any(x is None or x.shape[1] == 0 or not np.isfinite(x.astype(np.float64)).all() for x in pair):

@@ -34,6 +34,7 @@ class Side:
         draws: the run itself.
         title: ``parallel`` or ``sequential``.
         leaves: states as drawn, (C, T, d) each: positions, or the constrained values where there are none.
+        on_positions: whether they are positions.
         named: label -> scalar coordinate in the model's space, (C, T) float64.
         frozen: chains that never moved, (C,) bool.
         nonfinite: chains with a value that is not finite, (C,) bool.
@@ -42,6 +43,7 @@ class Side:
     draws: Any
     title: str
     leaves: list[np.ndarray]
+    on_positions: bool
     named: dict[str, np.ndarray]
     frozen: np.ndarray
     nonfinite: np.ndarray
@@ -54,13 +56,14 @@ class Side:
             ValueError: if it holds no draws.
         """
         named = dict(arviz.coordinates(arviz.named_draws(draws)))
-        arrays = arviz.named_positions(draws) or arviz.named_draws(draws)
+        positions = arviz.named_positions(draws)
+        arrays = positions or arviz.named_draws(draws)
         leaves = [leaf.reshape(*leaf.shape[:2], int(np.prod(leaf.shape[2:]))) for leaf in arrays.values()]
         if not named or not next(iter(named.values())).size:
             raise ValueError(f"{title} holds no draws")
         values = [*leaves, *(x[..., None] for x in named.values())]
         nonfinite = np.any([~np.isfinite(value).all(axis=(1, 2)) for value in values], axis=0)
-        return cls(draws, title, leaves, named, arviz.frozen_chains(draws), nonfinite)
+        return cls(draws, title, leaves, bool(positions), named, arviz.frozen_chains(draws), nonfinite)
 
     @property
     def shape(self) -> tuple[int, int]:
