@@ -23,6 +23,26 @@ from partime_mcmc.reduction import largest
 from partime_mcmc.types import Array, PyTree, pytree
 
 
+@pytree(static=("enter", "advance", "leave"))
+class Memo:
+    """The same recurrence for those who go through it step by step: what one step computes for the next is kept.
+
+    A gradient-based kernel evaluates the gradient at the end of a step; the next step begins with that very gradient.
+    All functions take parameters first; `leave(advance(enter(x, u), u))` is `step(x, u)` up to rounding.
+
+    Attributes:
+        enter: `(params, state, first_drive) -> memory`.
+        advance: `(params, memory, drive) -> memory`.
+        leave: `(params, memory) -> state`.
+        params: Parameters of `enter`, `advance` and `leave`, in this order.
+    """
+
+    enter: Callable
+    advance: Callable
+    leave: Callable
+    params: tuple = (None, None, None)
+
+
 @pytree(static=("step",))
 class Dynamics:
     """A recurrence `state = step(params, state, drive)`.
@@ -31,10 +51,12 @@ class Dynamics:
         step: A pure function `(params, state, drive) -> state` whose result has the structure, shapes and types of
             `state`. Compared by identity: use one function object for one recurrence, or it is compiled again.
         params: Whatever `step` needs besides; a pytree, differentiable.
+        memo: The same recurrence with a memory, for sequential use; None where steps share nothing.
     """
 
     step: Callable[[PyTree, PyTree, PyTree], PyTree]
     params: PyTree = None
+    memo: Memo | None = None
 
     def __call__(self, state: PyTree, drive: PyTree) -> PyTree:
         return self.step(self.params, state, drive)
@@ -56,6 +78,25 @@ class Dynamics:
         return cls(step, captured)
 
 
+def without_captures(dynamics: Dynamics, state: PyTree, drive: PyTree) -> Dynamics:
+    """The same dynamics with every captured array among its parameters.
+
+    Args:
+        dynamics: The recurrence.
+        state: An example state; only shapes and types matter.
+        drive: An example drive of one step.
+    """
+    step, params = explicit(dynamics.step, dynamics.params, state, drive)
+    memo = dynamics.memo
+    if memo is not None:
+        memory = jax.eval_shape(memo.enter, memo.params[0], state, drive)
+        enter, p0 = explicit(memo.enter, memo.params[0], state, drive)
+        advance, p1 = explicit(memo.advance, memo.params[1], memory, drive)
+        leave, p2 = explicit(memo.leave, memo.params[2], memory)
+        memo = Memo(enter, advance, leave, (p0, p1, p2))
+    return Dynamics(step, params, memo)
+
+
 def rollout(dynamics: Dynamics, initial: PyTree, drives: PyTree) -> PyTree:
     """The path, one step after another: the oracle for everything else.
 
@@ -68,11 +109,20 @@ def rollout(dynamics: Dynamics, initial: PyTree, drives: PyTree) -> PyTree:
         `x_1..x_T`, leaves with leading axis `T`.
     """
 
-    def advance(state, drive):
-        state = dynamics(state, drive)
-        return state, state
+    if dynamics.memo is None or jax.tree.leaves(drives)[0].shape[0] == 0:
+        def advance(state, drive):
+            state = dynamics(state, drive)
+            return state, state
 
-    return lax.scan(advance, initial, drives)[1]
+        return lax.scan(advance, initial, drives)[1]
+    memo = dynamics.memo
+
+    def advance_memory(memory, drive):
+        memory = memo.advance(memo.params[1], memory, drive)
+        return memory, memo.leave(memo.params[2], memory)
+
+    first = jax.tree.map(lambda leaf: leaf[0], drives)
+    return lax.scan(advance_memory, memo.enter(memo.params[0], initial, first), drives)[1]
 
 
 def residual(dynamics: Dynamics, initial: PyTree, states: PyTree, drives: PyTree) -> Array:
@@ -122,7 +172,10 @@ def ravel(dynamics: Dynamics, initial: PyTree) -> tuple[Dynamics, Array, Callabl
         raise ValueError("initial: the state has no elements, wanted at least one number")
     if len(leaves) == 1 and flat.shape == jnp.shape(leaves[0][1]) and jax.tree.structure(initial) == _LEAF:
         return dynamics, flat, _identity
-    return Dynamics(_Flat(dynamics.step, _Unravel(initial)), dynamics.params), flat, unravel
+    border, memo = _Unravel(initial), dynamics.memo
+    if memo is not None:
+        memo = Memo(_FlatEnter(memo.enter, border), memo.advance, _FlatLeave(memo.leave), memo.params)
+    return Dynamics(_FlatStep(dynamics.step, border), dynamics.params, memo), flat, unravel
 
 
 _LEAF = jax.tree.structure(0)
@@ -154,34 +207,45 @@ class _Unravel:
         return hash((self.structure, self.shapes))
 
 
-class _Flat:
-    """A step on flat states."""
+class _Wrapped:
+    """A function and what wraps it; equal when both are, so that compiled code is found again."""
 
-    def __init__(self, step: Callable, unravel: _Unravel):
-        self.step, self.unravel = step, unravel
-
-    def __call__(self, params, flat, drive):
-        return ravel_pytree(self.step(params, self.unravel(flat), drive))[0]
+    def __init__(self, *parts):
+        self.parts = parts
 
     def __eq__(self, other):
-        return isinstance(other, _Flat) and (self.step, self.unravel) == (other.step, other.unravel)
+        return type(self) is type(other) and self.parts == other.parts
 
     def __hash__(self):
-        return hash((self.step, self.unravel))
+        return hash((type(self), self.parts))
 
 
-class _WithoutParams:
+class _FlatStep(_Wrapped):
+    """A step on flat states."""
+
+    def __call__(self, params, flat, drive):
+        step, unravel = self.parts
+        return ravel_pytree(step(params, unravel(flat), drive))[0]
+
+
+class _FlatEnter(_Wrapped):
+    """`Memo.enter` from a flat state."""
+
+    def __call__(self, params, flat, drive):
+        enter, unravel = self.parts
+        return enter(params, unravel(flat), drive)
+
+
+class _FlatLeave(_Wrapped):
+    """`Memo.leave` to a flat state."""
+
+    def __call__(self, params, memory):
+        return ravel_pytree(self.parts[0](params, memory))[0]
+
+
+class _WithoutParams(_Wrapped):
     """A function `(state, drive)` as a step `(params, state, drive)`."""
-
-    def __init__(self, function: Callable):
-        self.function = function
 
     def __call__(self, params, state, drive):
         del params
-        return self.function(state, drive)
-
-    def __eq__(self, other):
-        return isinstance(other, _WithoutParams) and self.function == other.function
-
-    def __hash__(self):
-        return hash(self.function)
+        return self.parts[0](state, drive)

@@ -20,8 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from partime_mcmc.adjoint import Adjoint, Implicit
-from partime_mcmc.closures import explicit
-from partime_mcmc.dynamics import Dynamics, ravel
+from partime_mcmc.dynamics import Dynamics, ravel, without_captures
 from partime_mcmc.recipes import DEFAULT_MAX_ITERATIONS, deer
 from partime_mcmc.reduction import largest
 from partime_mcmc.scan.time_axis import LocalTime, TimeAxis
@@ -196,8 +195,8 @@ def _num_steps(drives: PyTree) -> int:
 def _check_step(dynamics: Dynamics, initial: PyTree, drives: PyTree) -> Dynamics:
     """The dynamics with captured arrays as parameters, once its step is known to return a state like `initial`."""
     drive = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), drives)
-    step, params = explicit(dynamics.step, dynamics.params, initial, drive)
-    result = jax.eval_shape(step, params, initial, drive)
+    dynamics = without_captures(dynamics, initial, drive)
+    result = jax.eval_shape(dynamics.step, dynamics.params, initial, drive)
     if jax.tree.structure(result) != jax.tree.structure(initial):
         raise TypeError(f"dynamics: step returns {jax.tree.structure(result)}, wanted the state's structure "
                         f"{jax.tree.structure(initial)}")
@@ -205,7 +204,7 @@ def _check_step(dynamics: Dynamics, initial: PyTree, drives: PyTree) -> Dynamics
         if got.shape != wanted.shape or got.dtype != wanted.dtype:
             raise TypeError(f"dynamics: step returns {jax.tree_util.keystr(path) or 'a state'} with shape {got.shape} "
                             f"and type {got.dtype}, wanted {wanted.shape} and {wanted.dtype} as in `initial`")
-    return Dynamics(step, params)
+    return dynamics
 
 
 def _check_iterations(max_iterations: int | None, num_steps: int) -> int:

@@ -1,7 +1,7 @@
 """Checks of arguments that need no log density: keys, counts, dtypes, memory.
 
-An error names the argument, what it got and what it wanted. Memory is plain arithmetic: with C chains, T steps solved at
-once, D numbers of state and m numbers per linear map, the peak of one iteration is about
+An error names the argument, what it got and what it wanted. Memory is plain arithmetic: with C chains, T steps solved
+at once, D numbers of state and m numbers per linear map, the peak of one iteration is about
 
     bytes = 6 · C · T · (m + D) · itemsize,     m = D² for dense Jacobians, D for diagonal ones, 0 for none.
 
@@ -145,8 +145,9 @@ def check_bytes(
     if per_step > dimension:
         advice += ", or keep diagonal Jacobians only, solver=quasi_deer()"
     raise TooLarge(
-        f"num_samples: got {num_steps} steps of dimension {dimension} in {num_chains} chain(s), about {_readable(total)}; "
-        f"wanted at most max_bytes={max_bytes} ({_readable(max_bytes)}): {advice}, or raise max_bytes"
+        f"num_samples: got {num_steps} steps of dimension {dimension} in {num_chains} chain(s), about "
+        f"{_readable(total)}; wanted at most max_bytes={max_bytes} ({_readable(max_bytes)}): {advice}, or raise "
+        "max_bytes"
     )
 
 

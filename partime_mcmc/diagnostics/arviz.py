@@ -1,7 +1,7 @@
 """Draws as ArviZ objects, as NetCDF files and as a table of posterior summaries.
 
-For one scalar quantity with draws ``x`` of shape ``(C, T)`` (C chains, T draws) ArviZ gives the rank-normalised bulk and
-tail effective sample size, the rank-normalised split R-hat (Vehtari, Gelman, Simpson, Carpenter, Bürkner 2021,
+For one scalar quantity with draws ``x`` of shape ``(C, T)`` (C chains, T draws) ArviZ gives the rank-normalised bulk
+and tail effective sample size, the rank-normalised split R-hat (Vehtari, Gelman, Simpson, Carpenter, Bürkner 2021,
 arXiv:1903.08008) and Monte Carlo standard errors (MCSE); the wrappers here hand them on as Python floats.
 
 Two generations are served and agree to rounding: ArviZ 0.23 (``InferenceData``, Python 3.11) and ArviZ 1.x (xarray's
@@ -53,7 +53,8 @@ def _statistic(name: str, x: np.ndarray, min_chains: int, **options: Any) -> flo
         raise ValueError(f"x must have shape (num_chains, num_draws), got {x.shape}")
     if x.shape[0] < min_chains or x.shape[1] < 4 or not np.isfinite(x).all() or (x == x[0, 0]).all():
         return float("nan")
-    with np.errstate(all="ignore"):  # a constant half of a chain divides 0 by 0 inside; the NaN that results is the answer
+    # A constant half of a chain divides 0 by 0 inside; the NaN that results is the answer.
+    with np.errstate(all="ignore"):
         return float(getattr(_arviz()[0], name)(x, **options))
 
 
@@ -107,8 +108,8 @@ def named_draws(draws: Any) -> dict[str, np.ndarray]:
     Raises:
         ValueError: if ``draws`` holds neither, or an array that does not start with the same (C, T) as the others.
     """
-    constrained = getattr(draws, "constrained", None)
-    named = {name: np.asarray(values) for name, values in constrained.items()} if constrained else named_positions(draws)
+    constrained = getattr(draws, "constrained", None) or {}
+    named = {name: np.asarray(values) for name, values in constrained.items()} or named_positions(draws)
     if not named:
         raise ValueError("draws has neither constrained values nor positions")
     lead = next(iter(named.values())).shape[:2]
@@ -192,9 +193,9 @@ def summary_table(draws: Any) -> list[dict[str, Any]]:
 def to_arviz(draws: Any, *, coords: Mapping[str, Any] | None = None, dims: Mapping[str, Any] | None = None) -> Any:
     """Draws as ArviZ knows them: groups ``posterior`` and ``sample_stats``, plain NumPy inside.
 
-    ``sample_stats`` holds what the kernel recorded, under ArviZ's names (``acceptance_rate``, ``diverging``, ``energy``,
-    ``n_steps``, ``lp``), and the certificate's ``accepted`` and ``residual``. The attributes of the whole (and of
-    ``posterior``) say which library, version and plan made the draws and what the certificate found; composite ones
+    ``sample_stats`` holds what the kernel recorded, under ArviZ's names (``acceptance_rate``, ``diverging``,
+    ``energy``, ``n_steps``, ``lp``), and the certificate's ``accepted`` and ``residual``. The attributes of the whole
+    (and of ``posterior``) say which library, version and plan made the draws and what the certificate found; composite ones
     are JSON text, flags are 0 or 1, since NetCDF knows strings and numbers only.
 
     Args:

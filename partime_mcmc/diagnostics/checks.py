@@ -1,8 +1,8 @@
 """Pre-flight checks: refuse, in plain words, what would fail late or be wrong in silence.
 
 A sampler started where log p(x) is -inf, or where its gradient is NaN, rejects every proposal and never says so; a log
-density that differs between two calls at the same x has no path to converge to. With a position x (a pytree of D numbers
-in all), l(x) = log p(x) and g(x) its gradient, a run may begin where
+density that differs between two calls at the same x has no path to converge to. With a position x (a pytree of D
+numbers in all), l(x) = log p(x) and g(x) its gradient, a run may begin where
 
     x finite,  D > 0,  l(x) a real scalar,  l(x) finite,  g(x) finite,  l(x) = l(x) bit for bit when asked twice,
 
@@ -146,7 +146,8 @@ def check_precision(logdensity: LogDensity, position: PyTree) -> float | None:
     if error > MAX_RELATIVE_ERROR:
         warnings.warn(
             f"logdensity: got {here:.7g} in {leaves[0].dtype} where float64 gives {there:.7g} (relative error "
-            f"{error:.1e}); wanted at most {MAX_RELATIVE_ERROR:g}. Run in float64 (jax.enable_x64), or rescale the model",
+            f"{error:.1e}); wanted at most {MAX_RELATIVE_ERROR:g}. Run in float64 (jax.enable_x64), or rescale the "
+            "model",
             PrecisionWarning,
             stacklevel=2,
         )

@@ -1,6 +1,6 @@
-"""Does a chain solved in parallel agree with a sequential one? Step by step where it can be asked, in distribution else.
+"""Does a chain solved in parallel agree with a sequential one? Step by step if that can be asked, in distribution else.
 
-With dice ``u_t`` thrown the chain ``x_t = f(x_{t-1}, u_t)`` has one solution, so agreement is a matter of paths. Two runs
+With dice ``u_t`` thrown the chain ``x_t = f(x_{t-1}, u_t)`` has one solution, so agreement is a matter of paths. Runs
 *share their dice* if their plans agree on key, numbers of samples and chains (and on kernel, dice, thinning and warm-up
 as far as both say) and their states have one dtype. The level is then found so:
 
@@ -62,6 +62,8 @@ def compare(parallel: Any, sequential: Any, *, family_alpha: float = 1e-3) -> Re
         path = compare_paths(ours, theirs, distribution.table) if same_dice(ours, theirs) else None
     level, reasons = _judge(ours, theirs, faults, path, distribution)
     notes = distribution.notes + _notes(ours, theirs, names, path)
+    if level >= Level.CERTIFIED_PATH:  # equal states cannot fail a test, but what was recorded along with them can
+        notes += [f"although the paths agree: {failure}" for failure in distribution.failures]
     return _report(ours, theirs, level, reasons, notes, path, distribution)
 
 
@@ -120,8 +122,8 @@ def _path_reasons(ours: Side, path: PathComparison | None) -> list[str]:
         return [*reasons, "the runs do not share their dice, so there is no path to compare"]
     if path.num_knife_edges > path.max_knife_edges:
         reasons.append(
-            f"{sum(path.num_excursions)} excursions and {max(sum(path.num_flips), 0)} different accept decisions, where "
-            f"rounding explains {path.max_knife_edges}: not the same recurrence, or a chaotic one"
+            f"{sum(path.num_excursions)} excursions and {max(sum(path.num_flips), 0)} different accept decisions, where"
+            f" rounding explains {path.max_knife_edges}: not the same recurrence, or a chaotic one"
         )
     if sum(path.num_unmerged):
         reasons.append(f"in {sum(path.num_unmerged)} chains the paths are apart at the last step")
@@ -137,8 +139,8 @@ def _notes(ours: Side, theirs: Side, names: list[str], path: PathComparison | No
         notes.append(f"{len(lonely)} coordinates are on one side only and were not compared: {', '.join(lonely[:5])}")
     if path is not None and path.ok and sum(path.num_excursions):
         notes.append(
-            f"{sum(path.num_excursions)} knife-edge decisions fell the other way by rounding; the paths met again after at "
-            f"most {max(path.longest_excursion)} steps"
+            f"{sum(path.num_excursions)} knife-edge decisions fell the other way by rounding; the paths met again after"
+            f" at most {max(path.longest_excursion)} steps"
         )
     certificate = getattr(ours.draws, "certificate", None)
     counted = {
@@ -170,6 +172,7 @@ def _entries(source: Any, name: str) -> list[Any]:
 
 
 def _verdict(level: Level, path: PathComparison | None, distribution: Distribution) -> str:
+    broken = not distribution.failures
     shift = distribution.min_detectable_shift
     power = f"a shift of {shift:.2g} sd would show" if np.isfinite(shift) else "at unknown power"
     excursions = sum(path.num_excursions) if path is not None else 0
@@ -179,7 +182,7 @@ def _verdict(level: Level, path: PathComparison | None, distribution: Distributi
         Level.CERTIFIED_PATH: f"CERTIFIED PATH: the parallel path obeys the recurrence and {same}.",
         Level.STATISTICAL: f"STATISTICAL: the runs agree in distribution, not as paths ({power}).",
         Level.INCONCLUSIVE: "INCONCLUSIVE: too little to go by; this is not a pass.",
-        Level.FAIL: "FAIL: the runs do not agree, or one of them is broken.",
+        Level.FAIL: "FAIL: one of the runs is broken." if broken else "FAIL: the runs do not draw from the same law.",
     }[level]
 
 
@@ -210,7 +213,7 @@ def _report(
         iterations=_values(run, "iterations").astype(int).tolist(),
         max_residual=float(residual[chain]) if residual.size else float("nan"),
         worst_step=(chain, int(worst[chain])) if worst.size > chain else None,
-        residual_tolerance=float(np.max(_values(certificate, "tolerance"))) if certificate is not None else float("nan"),
+        residual_tolerance=float(np.max(_values(certificate, "tolerance"))) if certificate else float("nan"),
         num_ambiguous=_total(certificate, "num_ambiguous"),
         min_margin=float(margin.min()) if margin.size else float("nan"),
         num_nonfinite_proposals=_total(certificate, "num_nonfinite_proposals"),

@@ -1,10 +1,10 @@
 """Two runs by distribution: gates, z-scores, R-hat, Kolmogorov-Smirnov, a joint test, and the power of it all.
 
-For an estimate e with Monte Carlo standard error (MCSE) on either side, z = (e_a - e_b) / hypot(MCSE_a, MCSE_b), which is
-near standard normal for runs of one law; m of them are held to the normal quantile at 1 - alpha / 2m. R-hat over both
+For an estimate e with Monte Carlo standard error (MCSE) on either side, z = (e_a - e_b) / hypot(MCSE_a, MCSE_b), near
+standard normal for runs of one law; m of them are held to the normal quantile at 1 - alpha / 2m. R-hat over both
 sides' chains may be max(1.01, 1 + 2.6 / ESS per chain), its 99.9% quantile under the null. The joint test asks for the
 energy distance 2 E|X - Y| - E|X - X'| - E|Y - Y'| of draws thinned to independence, by permutation (Székely and Rizzo
-2013, J. Stat. Plan. Inference 143). A shift of (quantile + 2.33) sqrt(1 / ESS_a + 1 / ESS_b) sd is found with probability
+2013, J. Stat. Plan. Inference 143). A shift of (quantile + 2.33) sqrt(1 / ESS_a + 1 / ESS_b) sd is found with chance
 0.99: a pass means no more than that. R-hat says little and KS is conservative; the z-scores carry the weight.
 
 Left out: tests of joint structure finer than pairwise distances, and quantiles beyond 5% and 95%.
@@ -46,11 +46,12 @@ def compare_distributions(ours: Side, theirs: Side, names: list[str], alpha: flo
     scores = [score for score in [*scores, *(("run", name, z) for name, z in run.items())] if not np.isnan(score[2])]
     max_z = float(-special.ndtri(alpha / (2 * max(len(scores), 1))))
     worst = max(scores, key=lambda score: abs(score[2]), default=None)
-    failures += [f"{n}, {quantity}: z = {z:.1f}, allowed {max_z:.2f}" for n, quantity, z in scores if abs(z) > max_z]
+    beyond = sorted((score for score in scores if abs(score[2]) > max_z), key=lambda score: -abs(score[2]))
+    failures += [f"{name}, {quantity}: z = {z:.1f}, allowed {max_z:.2f}" for name, quantity, z in beyond]
     gates += _gates(ours, theirs, rows)
     joint_p = _joint_test(ours, theirs, rows, alpha)
     if joint_p < alpha:
-        failures.append(f"joint test (energy distance): p = {joint_p:.2g}, wanted {alpha:g}")
+        failures.append(f"joint test (energy distance): p = {joint_p:.3g}, at least {alpha:g} wanted")
     for found, said in _row_verdicts(rows, alpha):
         (failures if found else gates).append(said)
     least = [min((row[f"ess_bulk_{side.title}"] for row in rows), default=np.nan) for side in (ours, theirs)]

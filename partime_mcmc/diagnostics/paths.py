@@ -5,8 +5,8 @@ With states a, b of shape (C, T, D) and posterior sds s of shape (D,), all over 
     distance[c, t] = max_j |a[c, t, j] - b[c, t, j]| / s[j]        an excursion: consecutive steps with distance > 1e-3.
 
 Where rounding may flip accept decisions at a rate p a step (the mean difference of the two evaluators' acceptance
-probabilities), n steps show a Poisson(p n) number of flips: more than its 99.9% quantile are no rounding. The paired test
-wants means and sds to differ by at most 0.1 MCSE, which independent runs never achieve.
+probabilities), n steps show a Poisson(p n) number of flips: more than its 99.9% quantile are no rounding. The paired
+test wants means and sds to differ by at most 0.1 MCSE, which independent runs never achieve.
 
 Left out: what follows from it (:mod:`partime_mcmc.diagnostics.compare`), and why a flip happened.
 """
@@ -161,8 +161,10 @@ def _shift(table: list[dict[str, Any]], what: str, error: str) -> float:
     worst = 0.0
     for row in table:
         difference, unit = abs(row[f"{what}_parallel"] - row[f"{what}_sequential"]), row[f"{error}_sequential"]
-        if difference > PATH_TOLERANCE**2 * row["sd_sequential"]:  # less than that is nothing, however short the run
-            worst = max(worst, difference / unit if unit > 0 else np.inf)
+        if unit > 0:
+            worst = max(worst, difference / unit)
+        elif difference > PATH_TOLERANCE**2 * row["sd_sequential"]:  # less than that is nothing, however short the run
+            worst = np.inf
     return float(worst)
 
 

@@ -5,7 +5,7 @@ Levels, from worst to best (a report says one of them and why it is not a better
 * ``FAIL``: the runs disagree, or one of them is broken (not finite, frozen).
 * ``INCONCLUSIVE``: too few chains or effective draws to say anything; never to be read as a pass.
 * ``STATISTICAL``: only distributional tests pass.
-* ``CERTIFIED_PATH``: the parallel path obeys the recurrence, and the sequential run with the same dice is the same path.
+* ``CERTIFIED_PATH``: the parallel path obeys the recurrence, and is the path of the sequential run with the same dice.
 * ``BITWISE``: the two runs hold the same bits.
 
 Left out: how a level is reached, which is :mod:`partime_mcmc.diagnostics.compare`'s affair.
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 WIDTH = 100
-MAX_ROWS = 30
+MAX_ROWS, MAX_REASONS = 30, 8
 
 
 class Level(enum.IntEnum):
@@ -165,8 +165,10 @@ class Report:
 
     def __str__(self) -> str:
         lines = [self.verdict]
-        for label, entries in (("why not better", self.reasons), ("note", self.notes)):
-            lines += [f"{label}: {entry}" for entry in entries]
+        for label, entries in (("reason", self.reasons), ("note", self.notes)):
+            lines += [f"{label}: {entry}" for entry in entries[:MAX_REASONS]]
+            if len(entries) > MAX_REASONS:
+                lines.append(f"{label}s: {len(entries) - MAX_REASONS} more, in to_json()")
         lines += [f"{label}: {text}" for label, text in self._facts()]
         wrapped = [piece for line in lines for piece in textwrap.wrap(line, WIDTH, subsequent_indent="    ")]
         return "\n".join([*wrapped, "", *self._table()])
@@ -180,10 +182,11 @@ class Report:
             facts.append(
                 (
                     "path",
-                    f"{np.mean(path.fraction_equal):.1%} of the steps equal bit for bit, {np.mean(path.fraction_within):.2%} "
-                    f"within {path.tolerance:g} sd; largest distance {max(path.max_distance):.2g} sd; accept decisions "
-                    f"that differ: {flips}; excursions: {sum(path.num_excursions)}; first difference per chain "
-                    f"{path.first_difference}; means differ by {path.mean_shift:.2g} MCSE, sds by {path.sd_shift:.2g}",
+                    f"{np.mean(path.fraction_equal):.1%} of the steps equal bit for bit, "
+                    f"{np.mean(path.fraction_within):.2%} within {path.tolerance:g} sd; "
+                    f"largest distance {max(path.max_distance):.2g} sd; accept decisions that differ: {flips}; "
+                    f"excursions: {sum(path.num_excursions)}; first difference per chain {path.first_difference}; "
+                    f"means differ by {path.mean_shift:.2g} MCSE, sds by {path.sd_shift:.2g}",
                 )
             )
         if math.isfinite(self.residual_tolerance):
@@ -197,14 +200,17 @@ class Report:
                 (
                     "distribution",
                     f"{tests['num_z']} z-scores, largest {abs(self.worst['z']) if self.worst else math.nan:.2f} of "
-                    f"{tests['max_z']:.2f} allowed; R-hat up to {tests['r_hat']:.4f}; smallest KS p {tests['ks_p']:.2g}; "
-                    f"joint test p {tests['joint_p']:.2g}; a shift of {self.min_detectable_shift:.2g} sd would be found",
+                    f"{tests['max_z']:.2f} allowed; R-hat up to {tests['r_hat']:.4f}; smallest KS p "
+                    f"{tests['ks_p']:.2g}; joint test p {tests['joint_p']:.3g}; a shift of "
+                    f"{self.min_detectable_shift:.2g} sd would be found",
                 )
             )
         return facts
 
     def _table(self) -> list[str]:
-        rows = sorted(self.table, key=lambda row: -_or_zero(row["worst_z"])) if len(self.table) > MAX_ROWS else self.table
+        rows = self.table
+        if len(rows) > MAX_ROWS:
+            rows = sorted(rows, key=lambda row: -_or_zero(row["worst_z"]))
         columns = {
             "coordinate": "name",
             "mean par": "mean_parallel",
@@ -260,7 +266,7 @@ def _or_zero(value: float) -> float:
 
 
 def plain(value: Any) -> Any:
-    """``value`` made of Python's own types, fit for strict JSON: dicts by string, lists, NaN as "nan", enums by name."""
+    """``value`` in Python's own types, fit for strict JSON: dicts by string, lists, NaN as "nan", enums by name."""
     if isinstance(value, enum.Enum):
         return value.name
     if value is None or isinstance(value, (str, bool)):

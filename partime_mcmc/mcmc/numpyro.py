@@ -86,12 +86,8 @@ def from_numpyro(
     def constrain(position: PyTree) -> dict[str, Array]:
         return postprocess(position)
 
-    reported = [
-        name
-        for name, site in sites.items()
-        if site["type"] == "deterministic" or (site["type"] == "sample" and not site["is_observed"])
-    ]
-    return Target(logdensity, initial, constrain, tuple(reported), _plate_dims(sites, reported))
+    names = _reported(sites)
+    return Target(logdensity, initial, constrain, names, _plate_dims(sites, names))
 
 
 # --- running the model -----------------------------------------------------------------------------------------------
@@ -100,8 +96,9 @@ def from_numpyro(
 class _WithData:
     """A model bound to its data: a model without arguments.
 
-    NumPy arrays are handed over as NumPy arrays, so that a model may still branch and index on its data, in the dtypes
-    JAX has at that moment. Left as float64 they would fail inside JAX once they are used in both precisions.
+    NumPy arrays are handed over as NumPy arrays, so that a model may still branch and index on its data, but as a copy
+    for each precision: JAX remembers captured NumPy arrays by identity, and one array used with x64 on and off comes
+    back in the dtype of the other mode.
     """
 
     def __init__(self, model: Callable, args: tuple, kwargs: dict):
@@ -132,7 +129,7 @@ class _WithData:
 
 def _in_jax_dtype(leaf: Any) -> Any:
     if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "iufc":
-        return leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=False)
+        return leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=True)
     return leaf
 
 
@@ -285,7 +282,12 @@ def _check_traceable(potential: Callable, position: dict) -> None:
     ) from cause
 
 
-def _plate_dims(sites: dict, names: list[str]) -> dict[str, tuple[str, ...]]:
+def _reported(sites: dict) -> tuple[str, ...]:
+    latent = {name for name, site in sites.items() if site["type"] == "sample" and not site["is_observed"]}
+    return tuple(name for name, site in sites.items() if name in latent or site["type"] == "deterministic")
+
+
+def _plate_dims(sites: dict, names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     """Axis names for sites whose axes are exactly their plates."""
     dims = {}
     for name in names:

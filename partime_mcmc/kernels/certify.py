@@ -1,0 +1,230 @@
+"""The certificate: one independent pass that says whether a path is the chain of its kernel.
+
+All steps are evaluated at once from the path itself, x_t against f(x_{t-1}, k_t), whatever solver made the path, and
+
+    ρ_t = max_j |f(x_{t-1}, k_t) − x_t|_j / scale_j
+
+is reported in units that mean something: standard deviations of the proposal's noise where the kernel knows it (an
+accepted step of MALA with ρ_t is *exactly* a step whose noise was shifted by ρ_t standard deviations), standard deviations
+of the chain otherwise. A wrong accept decision shows as ρ_t of order 1.
+
+The margin of a decision is |acceptance probability − uniform|. Where it is smaller than what rounding can change, the
+decision is *ambiguous*: another compilation of the same kernel may decide otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from partime_mcmc.closures import explicit
+from partime_mcmc.kernels.kernel import Carry, Kernel, Tape
+from partime_mcmc.reduction import largest
+from partime_mcmc.types import Array, PyTree, pytree
+
+# Noise units. The floors seen are 4e-15 and 2e-6; a flipped decision shows as 1 or more.
+_TOLERANCE = {jnp.dtype("float64"): 1e-8, jnp.dtype("float32"): 1e-4}
+# Ten times the difference in acceptance probability that was seen between two compilations of one kernel.
+_AMBIGUOUS = {jnp.dtype("float64"): 1e-11, jnp.dtype("float32"): 2e-3}
+
+
+@pytree()
+class Certificate:
+    """What an independent pass found; one number per chain, shape `(C,)` where chains are batched.
+
+    Attributes:
+        certified: All finite, and every step within `tolerance`.
+        max_residual: The largest ρ_t.
+        worst_step: Where it is, counted from 0.
+        tolerance: The bound on ρ_t.
+        num_steps: T.
+        finite: Whether all states are finite.
+        frozen: Whether the position never changes although there is more than one step.
+        num_rejected: Rejected proposals; −1 where the kernel makes no such decision.
+        longest_rejection: Longest run of steps without movement.
+        num_nonfinite_proposals: Proposals with a log density or energy that is not finite (they are rejected).
+        num_ambiguous: Decisions with a margin below `10 ×` rounding; −1 where margins are not known.
+        min_margin: The smallest margin; NaN where margins are not known.
+        discrete_consistent: Whether the tape's discrete leaves are the ones that the path produces.
+        accepted: Decisions, shape `(..., T)`; all True where the kernel makes none.
+        residual: ρ_t, shape `(..., T)`.
+    """
+
+    certified: Array
+    max_residual: Array
+    worst_step: Array
+    tolerance: Array
+    num_steps: Array
+    finite: Array
+    frozen: Array
+    num_rejected: Array
+    longest_rejection: Array
+    num_nonfinite_proposals: Array
+    num_ambiguous: Array
+    min_margin: Array
+    discrete_consistent: Array
+    accepted: Array
+    residual: Array
+
+
+@pytree()
+class Records:
+    """What a kernel says of each step, shape `(T,)` each; None where it does not say.
+
+    Attributes:
+        accepted: Whether the proposal was accepted.
+        acceptance_rate: Its acceptance probability.
+        diverging: Whether the trajectory diverged.
+        energy: The Hamiltonian's value.
+        num_steps: Leapfrog steps.
+        logdensity: Log density of the new state.
+        nonfinite: Whether the proposal's log density or energy was not finite.
+    """
+
+    accepted: Array | None
+    acceptance_rate: Array | None
+    diverging: Array | None
+    energy: Array | None
+    num_steps: Array | None
+    logdensity: Array | None
+    nonfinite: Array
+
+
+def certify(kernel: Kernel, initial: PyTree, states: PyTree, drives: Tape, *, scale: Array | None = None) -> Certificate:
+    """Check a path of carries against its kernel, all steps at once.
+
+    Args:
+        kernel: The kernel.
+        initial: The carry before the first step.
+        states: The path of carries, leading axis `T`.
+        drives: The tape, leading axis `T`.
+        scale: The unit of the residual in flat coordinates, a scalar or shape `(D,)`; None takes the kernel's noise
+            scale, or the standard deviation of the path.
+
+    Returns:
+        The certificate.
+    """
+    return certify_with_records(kernel, initial, states, drives, scale=scale)[0]
+
+
+def certify_with_records(kernel: Kernel, initial: PyTree, states: PyTree, drives: Tape, *,
+                         scale: Array | None = None) -> tuple[Certificate, Records]:
+    """As `certify`, with what the kernel says of each step of the path."""
+    first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), drives)
+    observe, params = explicit(_Observe(kernel), None, initial, first)
+    unit = kernel.noise_scale if scale is None else scale
+    return _certify(observe, params, initial, states, drives, unit)
+
+
+class _Observe:
+    """One step of a kernel with everything worth recording; equal for equal kernels."""
+
+    def __init__(self, kernel: Kernel):
+        self.kernel = kernel
+
+    def __call__(self, params, carry, drive):
+        del params
+        new, state, info = self.kernel.transition(carry, drive)
+        return new, self.kernel.discrete(state), _record(state, info), _uniform(drive.key, info)
+
+    def __eq__(self, other):
+        mine, yours = self.kernel.algorithm, getattr(other, "kernel", self.kernel).algorithm
+        return isinstance(other, _Observe) and (mine.init, mine.step) == (yours.init, yours.step)
+
+    def __hash__(self):
+        return hash((self.kernel.algorithm.init, self.kernel.algorithm.step))
+
+
+def _record(state, info) -> Records:
+    def of(name, source=info):
+        value = getattr(source, name, None)
+        return None if value is None else jnp.asarray(value)
+
+    energy, rate, proposal = of("energy"), of("acceptance_rate"), getattr(info, "proposal", None)
+    judged = [value for value in (energy, rate, of("logdensity", proposal), of("logdensity", state)) if value is not None]
+    nonfinite = functools.reduce(jnp.logical_or, [~jnp.isfinite(value) for value in judged], jnp.zeros((), bool))
+    if energy is None and rate is not None:
+        # MALA does not show its proposal; BlackJAX turns a proposal that is not finite into probability exactly 0.
+        nonfinite = nonfinite | (rate == 0)
+    return Records(of("is_accepted"), rate, of("is_divergent"), energy, of("num_integration_steps"),
+                   of("logdensity", state), nonfinite)
+
+
+def _uniform(key, info):
+    """The uniform behind an accept decision, if it is drawn as BlackJAX's MALA and HMC do; checked against decisions."""
+    rate = getattr(info, "acceptance_rate", None)
+    if rate is None or getattr(info, "is_accepted", None) is None:
+        return None
+    return jax.random.uniform(jax.random.split(key)[1], jnp.shape(rate), jnp.result_type(rate))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _certify(observe, params, initial, states, drives, unit):
+    before = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b[:-1]])[: b.shape[0]], initial, states)
+    values, discrete, records, uniform = jax.vmap(observe, in_axes=(None, 0, 0))(params, before, drives)
+    flatten = jax.vmap(lambda carry: ravel_pytree(carry)[0])
+    path, expected, previous = flatten(states), flatten(values), flatten(before)
+    num_steps, dtype = path.shape[0], path.dtype
+    if num_steps == 0:
+        path, expected, previous = (jnp.zeros((0, ravel_pytree(initial)[0].size), dtype) for _ in range(3))
+    unit = _spread(path) if unit is None else jnp.asarray(unit, dtype)
+    residual = largest(jnp.abs(expected - path) / unit, axis=1)
+    finite = jnp.isfinite(path).all()
+    tolerance = jnp.asarray(_TOLERANCE.get(dtype, 1e-4), dtype)
+    positions = [carry.position if isinstance(carry, Carry) else carry for carry in (states, before)]
+    moved = (flatten(positions[0]) != flatten(positions[1])).any(axis=1) if num_steps else jnp.zeros(0, bool)
+    accepted = jnp.ones(num_steps, bool) if records.accepted is None else jnp.broadcast_to(
+        records.accepted, (num_steps,))
+    num_ambiguous, min_margin = _margins(uniform, records, dtype)
+    consistent = _consistent(discrete, drives.discrete)
+    worst = jnp.argmax(jnp.where(jnp.isnan(residual), jnp.inf, residual)) if num_steps else jnp.zeros((), jnp.int32)
+    certificate = Certificate(
+        certified=finite & jnp.all(residual <= tolerance) & consistent,
+        max_residual=largest(residual), worst_step=worst, tolerance=tolerance,
+        num_steps=jnp.asarray(num_steps), finite=finite, frozen=(num_steps > 1) & ~moved.any(),
+        num_rejected=jnp.asarray(-1) if records.accepted is None else jnp.sum(~accepted),
+        longest_rejection=_longest_run(~moved),
+        num_nonfinite_proposals=jnp.sum(records.nonfinite), num_ambiguous=num_ambiguous, min_margin=min_margin,
+        discrete_consistent=consistent, accepted=accepted, residual=residual)
+    return certificate, records
+
+
+def _spread(path: Array) -> Array:
+    """Standard deviation of each coordinate; 1 where it does not move, so that any residual there shows."""
+    spread = jnp.std(path, axis=0) if path.shape[0] else jnp.ones(path.shape[1:], path.dtype)
+    return jnp.where(jnp.isfinite(spread) & (spread > 0), spread, 1)
+
+
+def _margins(uniform, records, dtype):
+    unknown = jnp.asarray(-1), jnp.asarray(jnp.nan, dtype)
+    if uniform is None or records.accepted is None:
+        return unknown
+    margin = jnp.abs(records.acceptance_rate - uniform)
+    # Only if this uniform explains every decision is it the kernel's own.
+    explains = jnp.all((uniform < records.acceptance_rate) == records.accepted) & jnp.any(~records.accepted)
+    ambiguous = jnp.sum(margin < _AMBIGUOUS.get(dtype, 2e-3))
+    return (jnp.where(explains, ambiguous, -1),
+            jnp.where(explains, jnp.min(margin, initial=jnp.inf), jnp.nan).astype(dtype))
+
+
+def _consistent(produced, taped):
+    """Whether the discrete leaves after each step are the tape's before the next one."""
+    same = [jnp.all(_raw(new)[:-1] == _raw(old)[1:]) for new, old in zip(jax.tree.leaves(produced),
+                                                                         jax.tree.leaves(taped))]
+    return functools.reduce(jnp.logical_and, same, jnp.ones((), bool))
+
+
+def _raw(leaf):
+    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+
+def _longest_run(flags: Array) -> Array:
+    def advance(run, flag):
+        run = jnp.where(flag, run + 1, 0)
+        return run, run
+
+    runs = jax.lax.scan(advance, jnp.zeros((), jnp.int32), flags)[1]
+    return jnp.max(runs, initial=0)

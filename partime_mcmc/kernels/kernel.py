@@ -1,0 +1,227 @@
+"""Markov kernels as dynamical systems: fix the dice, and a chain is a recurrence.
+
+A kernel is two pure functions, `init(position, key) -> state` and `step(key, state) -> (state, info)`, BlackJAX's own
+shape. With the keys k_1..k_T on a tape it becomes x_t = f(x_{t-1}, k_t), and any solver of this package finds the path
+that the kernel's own loop would have walked with the same keys.
+
+What travels from step to step is the *carry*: the state without `logdensity` and `logdensity_grad`, which follow from the
+position and which `init` recomputes. A state that holds nothing else than its position has the position itself as its
+carry. Leaves that are not floating point (counters, keys) cannot be solved for; they must follow from the dice alone,
+and the tape holds them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from partime_mcmc.dynamics import Dynamics, Memo
+from partime_mcmc.types import Array, Key, PyTree, pytree
+
+_DERIVED = ("logdensity", "logdensity_grad")
+
+
+@pytree()
+class Tape:
+    """The dice of a chain, leaves with leading axis `T`.
+
+    Attributes:
+        key: One key per step.
+        discrete: The leaves of the state before each step that are not floating point, by field name; often empty.
+    """
+
+    key: Key
+    discrete: PyTree
+
+
+@pytree()
+class Carry:
+    """The carry of a kernel whose state holds more than its position.
+
+    Attributes:
+        position: The kernel's position.
+        others: Other floating-point fields of the state, by name.
+    """
+
+    position: PyTree
+    others: dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A Markov kernel.
+
+    A `Kernel` is itself a BlackJAX sampling algorithm: `init` and `step` run in BlackJAX's own loops.
+
+    Attributes:
+        algorithm: Anything with `init(position[, rng_key]) -> state` and `step(rng_key, state) -> (state, info)`. States
+            are named tuples with a field `position`, or positions themselves.
+        enter: From the user's position to the kernel's; None where they are the same.
+        leave: From the kernel's position to the user's; None where they are the same.
+        noise_scale: Standard deviation of the proposal's noise in the kernel's flat coordinates, a scalar or shape
+            `(D,)`; None where it is not known. Residuals are reported in this unit.
+        name: What to call it in reports.
+    """
+
+    algorithm: Any
+    enter: Callable[[PyTree], PyTree] | None = None
+    leave: Callable[[PyTree], PyTree] | None = None
+    noise_scale: Any = None
+    name: str = "kernel"
+
+    def init(self, position: PyTree, rng_key: Key | None = None) -> PyTree:
+        """The state at a position of the user's.
+
+        Args:
+            position: As the log density takes it.
+            rng_key: For kernels whose state holds more than the position (momenta, slices); None is a fixed key.
+        """
+        position = position if self.enter is None else self.enter(position)
+        return self._init(position, rng_key)
+
+    def step(self, rng_key: Key, state: PyTree) -> tuple[PyTree, PyTree]:
+        """One transition: `(new_state, info)`."""
+        return self.algorithm.step(rng_key, state)
+
+    def carry(self, state: PyTree) -> PyTree:
+        """What travels from step to step: floating-point fields that `init` cannot recompute."""
+        fields = _fields(state)
+        if fields is None:
+            return state
+        others = {name: value for name, value in fields.items()
+                  if name not in (*_DERIVED, "position") and not _is_discrete(value)}
+        return Carry(fields["position"], others) if others else fields["position"]
+
+    def discrete(self, state: PyTree) -> dict:
+        """The fields of a state that are not floating point."""
+        fields = _fields(state) or {}
+        return {name: value for name, value in fields.items() if name not in _DERIVED and _is_discrete(value)}
+
+    def state(self, carry: PyTree, discrete: PyTree) -> PyTree:
+        """The full state of a carry: log density and gradient are evaluated here."""
+        carry = carry if isinstance(carry, Carry) else Carry(carry, {})
+        state = self._init(carry.position, None)
+        # The position is put back because `init` may have changed its type.
+        return state if _fields(state) is None else state._replace(position=carry.position, **carry.others, **discrete)
+
+    def position(self, carry: PyTree) -> PyTree:
+        """The user's position of one carry."""
+        position = carry.position if isinstance(carry, Carry) else carry
+        return position if self.leave is None else self.leave(position)
+
+    def transition(self, carry: PyTree, drive: Tape) -> tuple[PyTree, PyTree, PyTree]:
+        """One step on carries: the new carry, the new state and the kernel's info."""
+        state, info = self.step(drive.key, self.state(carry, drive.discrete))
+        return self.carry(state), state, info
+
+    def dynamics(self) -> Dynamics:
+        """The kernel as a recurrence on carries, driven by a `Tape`; with the kernel's own memory for sequential use."""
+        memo = Memo(_Method(self, "_enter_memo"), _Method(self, "_advance_memo"), _Method(self, "_leave_memo"))
+        return Dynamics(_Method(self, "_step_carry"), None, memo)
+
+    def tape(self, key: Key, num_steps: int, state: PyTree) -> Tape:
+        """The dice of one chain.
+
+        Step t uses `jax.random.split(key, num_steps)[t]`, the keys a BlackJAX user's loop would use.
+
+        Args:
+            key: One key.
+            num_steps: `T`.
+            state: The state that the chain starts from.
+        """
+        return self.tape_of(jax.random.split(key, num_steps), state)
+
+    def tape_of(self, keys: Key, state: PyTree) -> Tape:
+        """The tape of given step keys, leading axis `T`, for a chain that starts from `state`."""
+        start = self.discrete(state)
+        if not start:
+            return Tape(keys, start)
+
+        def advance(discrete, key):
+            # Positions stand still here: discrete leaves may not depend on them, which `certify` verifies.
+            new_state, _ = self.step(key, state._replace(**discrete))
+            return self.discrete(new_state), discrete
+
+        return Tape(keys, lax.scan(advance, start, keys)[1])
+
+    def _init(self, position: PyTree, rng_key: Key | None) -> PyTree:
+        if _takes_key(self.algorithm.init):
+            return self.algorithm.init(position, jax.random.key(0) if rng_key is None else rng_key)
+        return self.algorithm.init(position)
+
+    def _step_carry(self, carry, drive):
+        return self.transition(carry, drive)[0]
+
+    def _enter_memo(self, carry, drive):
+        return self.state(carry, drive.discrete)
+
+    def _advance_memo(self, state, drive):
+        return self.step(drive.key, state)[0]
+
+    def _leave_memo(self, state):
+        return self.carry(state)
+
+
+class _Method:
+    """A method of a kernel as a function with parameters first; equal for equal kernels, so code is found again."""
+
+    def __init__(self, kernel: Kernel, name: str):
+        self.kernel, self.name = kernel, name
+
+    def __call__(self, params, *args):
+        del params
+        return getattr(self.kernel, self.name)(*args)
+
+    def _identity(self):
+        algorithm = self.kernel.algorithm
+        return (self.name, algorithm.init, algorithm.step)
+
+    def __eq__(self, other):
+        return isinstance(other, _Method) and self._identity() == other._identity()
+
+    def __hash__(self):
+        return hash(self._identity())
+
+
+def loop(kernel: Kernel, state: PyTree, keys: Key) -> tuple[PyTree, PyTree]:
+    """BlackJAX's own loop: `lax.scan` over `kernel.step` with full states, gradients cached.
+
+    Args:
+        kernel: The kernel.
+        state: The state to start from, from `kernel.init`.
+        keys: One key per step, leading axis `T`.
+
+    Returns:
+        Carries and infos, leading axis `T`.
+    """
+
+    def advance(state, key):
+        state, info = kernel.step(key, state)
+        return state, (kernel.carry(state), info)
+
+    return lax.scan(advance, state, keys)[1]
+
+
+def _fields(state: PyTree) -> dict | None:
+    return state._asdict() if hasattr(state, "_asdict") and hasattr(state, "position") else None
+
+
+def _is_discrete(value: PyTree) -> bool:
+    leaves = jax.tree.leaves(value)
+    return bool(leaves) and not any(jnp.issubdtype(jnp.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype,
+                                                   jnp.floating) for leaf in leaves)
+
+
+def _takes_key(init: Callable) -> bool:
+    """Whether `init` takes a key besides the position."""
+    try:
+        parameters = inspect.signature(init).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(positional) > 1

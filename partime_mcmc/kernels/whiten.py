@@ -1,0 +1,79 @@
+"""Whitened coordinates: x = center + scale · z, so that the posterior of z is nearly standard normal.
+
+In these coordinates MALA's Jacobian is nearly a multiple of the identity (its diagonal says almost everything), the
+dense metric of HMC is the identity, and chains forget their past at the same rate in every direction. A kernel that
+works on z is exactly the kernel with metric `scale scaleᵀ` on x; only where rounding falls differs.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from partime_mcmc.types import Array, PyTree, pytree
+
+
+@pytree()
+class Whitening:
+    """An affine change of coordinates between positions and vectors `z`.
+
+    Attributes:
+        example: Any position: its structure, shapes and type.
+        center: Shape `(D,)`, in the order of `jax.flatten_util.ravel_pytree`.
+        scale: Shape `(D,)` (diagonal) or lower-triangular `(D, D)`.
+    """
+
+    example: PyTree
+    center: Array
+    scale: Array
+
+    @classmethod
+    def of_covariance(cls, example: PyTree, center: Array, covariance: Array) -> Whitening:
+        """Whitening by a covariance: variances of shape `(D,)` or a matrix of shape `(D, D)`.
+
+        Raises:
+            ValueError: If shapes do not fit, or the covariance is not symmetric and positive definite.
+        """
+        flat, _ = ravel_pytree(example)
+        center, covariance = jnp.asarray(center, flat.dtype), jnp.asarray(covariance, flat.dtype)
+        if center.shape != flat.shape:
+            raise ValueError(f"center: shape {center.shape}, wanted {flat.shape} as the position has {flat.size} numbers")
+        return cls(example, center, checked_root(covariance, flat.size, "covariance"))
+
+    def enter(self, position: PyTree) -> Array:
+        """`z` of a position, shape `(D,)`."""
+        offset = ravel_pytree(position)[0] - self.center
+        if self.scale.ndim == 1:
+            return offset / self.scale
+        return jnp.linalg.solve(self.scale, offset)
+
+    def leave(self, z: Array) -> PyTree:
+        """The position of `z`."""
+        flat = self.center + (self.scale * z if self.scale.ndim == 1 else self.scale @ z)
+        return ravel_pytree(self.example)[1](flat)
+
+
+def checked_root(covariance: Array, dimension: int, name: str) -> Array:
+    """The square root of variances `(D,)`, or the Cholesky factor of a matrix `(D, D)`.
+
+    Raises:
+        ValueError: Naming `name`, if the shape does not fit, entries are not finite, a variance is not positive, or a
+            matrix is not symmetric and positive definite.
+    """
+    if covariance.shape not in ((dimension,), (dimension, dimension)):
+        raise ValueError(f"{name}: shape {covariance.shape}, wanted ({dimension},) or ({dimension}, {dimension}) for a "
+                         f"position of {dimension} numbers")
+    if not bool(jnp.isfinite(covariance).all()):
+        raise ValueError(f"{name}: has entries that are not finite")
+    if covariance.ndim == 1:
+        if not bool((covariance > 0).all()):
+            raise ValueError(f"{name}: smallest variance {float(covariance.min()):.3g}, wanted positive ones")
+        return jnp.sqrt(covariance)
+    asymmetry = float(jnp.abs(covariance - covariance.T).max())
+    if asymmetry > 1e-3 * float(jnp.abs(covariance).max()):
+        raise ValueError(f"{name}: not symmetric (entries differ by up to {asymmetry:.3g} from their mirror images)")
+    root = jnp.linalg.cholesky(covariance)
+    if not bool(jnp.isfinite(root).all()):
+        smallest = float(jnp.linalg.eigvalsh(covariance).min())
+        raise ValueError(f"{name}: not positive definite (smallest eigenvalue {smallest:.3g})")
+    return root
