@@ -1,1 +1,38 @@
-"""partime_mcmc: Markov chain Monte Carlo and recurrent networks, parallel over time."""
+"""partime_mcmc: Markov chain Monte Carlo and recurrent systems, parallel over time.
+
+    engine        Dynamics, solve, rollout, residual; Solution, Status, Tolerance, Stats
+    recipes       sequential, deer, quasi_deer, elk, quasi_elk, picard, jacobi
+    schedules     Whole, Stretches, Sliding
+    linearizers   DenseJacobian, DiagonalJacobian, HutchinsonDiagonal, IdentityJacobian, ZeroJacobian, Clipped, Damped
+    kernels       from_blackjax, hmc, mala, nuts, random_walk, Kernel, Whitening, certify
+    sampling      Target, from_numpyro, sample, Draws
+    judging       compare, to_arviz
+"""
+
+from partime_mcmc.diagnostics.arviz import read_netcdf, save_netcdf, summary_table, to_arviz
+from partime_mcmc.diagnostics.compare import compare
+from partime_mcmc.dynamics import Dynamics, residual, rollout
+from partime_mcmc.kernels import Certificate, Kernel, Whitening, certify, from_blackjax, hmc, loop, mala, nuts, random_walk
+from partime_mcmc.linearize import (Clipped, Damped, DenseJacobian, DiagonalJacobian, HutchinsonDiagonal,
+                                    IdentityJacobian, ZeroJacobian)
+from partime_mcmc.mcmc.draws import Draws
+from partime_mcmc.mcmc.numpyro import from_numpyro
+from partime_mcmc.mcmc.progress import progress_line, quiet
+from partime_mcmc.mcmc.sample import sample
+from partime_mcmc.mcmc.target import Target
+from partime_mcmc.recipes import deer, elk, jacobi, picard, quasi_deer, quasi_elk, sequential
+from partime_mcmc.schedule import Sliding, Stretches, Whole
+from partime_mcmc.solution import Solution, SolveError, Stats, Status, Tolerance
+from partime_mcmc.solve import solve
+from partime_mcmc.solvers import ConstantDamping, Kalman, Newton, RelaxingDamping
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Certificate", "Clipped", "ConstantDamping", "Damped", "DenseJacobian", "DiagonalJacobian", "Draws", "Dynamics",
+    "HutchinsonDiagonal", "IdentityJacobian", "Kalman", "Kernel", "Newton", "RelaxingDamping", "Sliding", "Solution",
+    "SolveError", "Stats", "Status", "Stretches", "Target", "Tolerance", "Whitening", "Whole", "ZeroJacobian",
+    "certify", "compare", "deer", "elk", "from_blackjax", "from_numpyro", "hmc", "jacobi", "loop", "mala", "nuts",
+    "picard", "progress_line", "quasi_deer", "quasi_elk", "quiet", "random_walk", "read_netcdf", "residual", "rollout",
+    "sample", "save_netcdf", "sequential", "solve", "summary_table", "to_arviz",
+]

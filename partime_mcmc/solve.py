@@ -45,8 +45,8 @@ def solve(dynamics: Dynamics, initial: PyTree, drives: PyTree, *, solver: Solver
         solver: One of the recipes, or your own.
         schedule: All of time at once, or a window that moves.
         tolerance: How small the residual must be.
-        max_iterations: Passes allowed per window's length of time; None is 200 (or T + 1, if fewer). It is a bound,
-            not a plan: the loop stops as soon as the path is exact.
+        max_iterations: Passes allowed per window's length of time; None is 200. It is a bound, not a plan:
+            the loop stops as soon as the path is exact.
         guess: A first path, shaped like the result; None is `x_0` at every step. Values that are not finite are
             replaced by `x_0`.
         adjoint: How derivatives reach the path.
@@ -65,7 +65,7 @@ def solve(dynamics: Dynamics, initial: PyTree, drives: PyTree, *, solver: Solver
     num_steps = _num_steps(drives)
     flat, start, unravel = ravel(_check_step(dynamics, initial, drives), initial)
     window = schedule.window(num_steps)
-    max_iterations = _check_iterations(max_iterations, num_steps)
+    max_iterations = _check_iterations(max_iterations)
     path = _flat_guess(guess, initial, start, num_steps)
     key = jax.random.key(0) if key is None else key
     found = _solve(flat, start, drives, path, solver, schedule, tolerance, key, axis=axis, window=window,
@@ -207,9 +207,9 @@ def _check_step(dynamics: Dynamics, initial: PyTree, drives: PyTree) -> Dynamics
     return dynamics
 
 
-def _check_iterations(max_iterations: int | None, num_steps: int) -> int:
+def _check_iterations(max_iterations: int | None) -> int:
     if max_iterations is None:
-        return min(DEFAULT_MAX_ITERATIONS, num_steps + 1)
+        return DEFAULT_MAX_ITERATIONS
     if isinstance(max_iterations, bool) or not isinstance(max_iterations, int) or max_iterations < 1:
         raise ValueError(f"max_iterations must be an integer of at least 1 or None, got {max_iterations!r}")
     return max_iterations

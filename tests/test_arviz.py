@@ -88,7 +88,9 @@ def test_a_constant_of_the_model_is_not_frozen(run):
 
 
 def test_few_draws_are_not_called_frozen():
-    assert not arviz.frozen_chains(types.SimpleNamespace(positions=np.ones((2, 5)))).any()
+    run = types.SimpleNamespace(positions=np.ones((2, 5)), certificate=fakes.certificate(2, 5))
+    run.certificate.frozen = np.ones(2, bool)
+    assert not arviz.frozen_chains(run).any()
 
 
 def test_summary_of_a_known_law(run):

@@ -249,7 +249,7 @@ def test_rank_and_distance_tests_see_a_shift_of_their_own():
     x, y = fakes.chains(1, num_samples=3000), fakes.chains(2, num_samples=3000)
     reasons = compare(fakes.draws(x + 0.5, key=1), fakes.draws(y, key=2)).reasons
     assert any(reason.startswith("mu: R-hat over both sides 1.0") for reason in reasons)
-    assert any(reason.startswith("mu: Kolmogorov-Smirnov distance 0.2") for reason in reasons)
+    assert any(reason.startswith("mu: Kolmogorov-Smirnov distance") for reason in reasons)
 
 
 def test_dependence_that_no_coordinate_shows_fails_the_joint_test():

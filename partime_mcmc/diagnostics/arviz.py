@@ -25,7 +25,6 @@ import numpy as np
 
 from partime_mcmc.diagnostics.report import plain
 
-# Fewer draws than this may all be rejections of a healthy chain, so they are never called frozen.
 MIN_DRAWS_TO_FREEZE = 10
 _TAILS = (0.05, 0.95)
 _STAT_NAMES = {"num_steps": "n_steps", "logdensity": "lp"}
@@ -130,6 +129,7 @@ def coordinates(named: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarr
 def frozen_chains(draws: Any) -> np.ndarray:
     """Chains that never moved: named so by the certificate, or with a coordinate of their position constant.
 
+    Fewer than ten draws are never called frozen: a healthy chain may reject as many proposals in a row.
     Without positions the constrained values are asked, where a coordinate constant at one value in every chain (the
     diagonal of a correlation matrix, say) does not count.
 
@@ -137,12 +137,15 @@ def frozen_chains(draws: Any) -> np.ndarray:
         (C,) bool.
     """
     positions = named_positions(draws)
-    frozen = np.zeros(next(iter((positions or named_draws(draws)).values())).shape[0], bool)
+    num_chains, num_draws = next(iter((positions or named_draws(draws)).values())).shape[:2]
+    frozen = np.zeros(num_chains, bool)
     for _, x in coordinates(positions or named_draws(draws)):
         stuck = _stuck(x)
         frozen |= stuck if positions or not _shared_constant(x) else False
     certified = getattr(getattr(draws, "certificate", None), "frozen", None)
-    return frozen if certified is None else frozen | np.asarray(certified, bool)
+    if certified is None or num_draws < MIN_DRAWS_TO_FREEZE:
+        return frozen
+    return frozen | np.asarray(certified, bool)
 
 
 def _stuck(x: np.ndarray) -> np.ndarray:
@@ -195,8 +198,8 @@ def to_arviz(draws: Any, *, coords: Mapping[str, Any] | None = None, dims: Mappi
 
     ``sample_stats`` holds what the kernel recorded, under ArviZ's names (``acceptance_rate``, ``diverging``,
     ``energy``, ``n_steps``, ``lp``), and the certificate's ``accepted`` and ``residual``. The attributes of the whole
-    (and of ``posterior``) say which library, version and plan made the draws and what the certificate found; composite ones
-    are JSON text, flags are 0 or 1, since NetCDF knows strings and numbers only.
+    (and of ``posterior``) say which library, version and plan made the draws and what the certificate found;
+    composite ones are JSON text, flags are 0 or 1, since NetCDF knows strings and numbers only.
 
     Args:
         draws: draws with ``constrained`` or ``positions`` of shapes (C, T, ...); the rest is optional.
@@ -242,7 +245,8 @@ def _attributes(draws: Any) -> dict[str, str | int | float]:
         "plan": json.dumps(plain(getattr(draws, "plan", None) or {})),
     }
     if certificate is not None:
-        fields = {name: value for name, value in _fields(certificate).items() if np.ndim(value) < 2}
+        per_draw = ("accepted", "residual")  # these are in sample_stats
+        fields = {name: value for name, value in vars(certificate).items() if name not in per_draw}
         attributes["certificate"] = json.dumps(plain(fields))
         attributes["certified"] = int(np.all(np.asarray(certificate.certified)))
         attributes["max_residual"] = float(np.max(np.asarray(certificate.max_residual), initial=0.0))
@@ -252,10 +256,6 @@ def _attributes(draws: Any) -> dict[str, str | int | float]:
         if getattr(report, "seconds_run", None) is not None:
             attributes["sampling_time"] = float(report.seconds_run)
     return attributes
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    return {name: field for name, field in vars(value).items() if not name.startswith("_")}
 
 
 def _library_version(report: Any) -> str:

@@ -1,0 +1,227 @@
+"""Running chains: one compiled solve for all of them, stretch after stretch, with an exact sequential fallback.
+
+Stretch s of every chain is the recurrence x_t = f(x_{t-1}, u_t) for its part of the tape, from where the chain ended before.
+Chains whose solve does not converge are finished by the kernel's own loop, with the same dice. When the same chains have
+needed that in two stretches running, the rest of the run is sequential at once: these chains do not forget.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from partime_mcmc.dynamics import without_captures
+from partime_mcmc.kernels import Kernel, Tape
+from partime_mcmc.mcmc.progress import Progress
+from partime_mcmc.recipes import sequential
+from partime_mcmc.schedule import Schedule, Stretches, Whole
+from partime_mcmc.solution import Solution, Status, Tolerance
+from partime_mcmc.solve import solve
+from partime_mcmc.solvers import Rollout, Solver
+from partime_mcmc.types import Key, PyTree
+
+_GIVE_UP_AFTER = 2
+
+
+class Clock:
+    """Seconds by what they were spent on."""
+
+    def __init__(self):
+        self.seconds = {"compile": 0.0, "run": 0.0, "certify": 0.0}
+
+    @contextlib.contextmanager
+    def measure(self, what: str):
+        """Add the seconds inside to `what`."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - begin
+
+
+@dataclasses.dataclass
+class Chains:
+    """Solved chains: `initial` leaves `(C, ...)`, `carries` and `tape` leaves `(C, T, ...)`, and the books."""
+
+    initial: PyTree
+    carries: PyTree
+    tape: Tape
+    status: list[Status]
+    iterations: np.ndarray
+    evaluations_per_sample: float
+    jvps_per_sample: float
+    depth: int
+    fallbacks: list[str]
+    num_sequential: np.ndarray
+    residual_history: np.ndarray
+    clock: Clock
+
+
+def run_chains(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *, solver: Solver, schedule: Schedule,
+               tolerance: Tolerance, max_iterations: int | None, progress: Progress) -> Chains:
+    """Solve all chains.
+
+    Args:
+        kernel: The tuned kernel.
+        positions: One start per chain, leaves `(C, ...)`.
+        keys: One key per chain, shape `(C,)`.
+        num_samples: T.
+        solver: The recipe.
+        schedule: `Stretches` are run from here, with progress after each; others within one solve.
+        tolerance: How small residuals must be.
+        max_iterations: Passes per stretch.
+        progress: What to tell.
+
+    Returns:
+        The chains. Every chain with status CONVERGED is exact.
+    """
+    clock = Clock()
+    with clock.measure("compile"):
+        state, tape = _dice(kernel, positions, keys, num_samples)
+        initial = jax.vmap(kernel.carry)(state)
+        first = jax.tree.map(lambda leaf: leaf[0], initial)
+        drive = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), tape)
+        dynamics = without_captures(kernel.dynamics(), first, drive)
+    size = _stretch_size(solver, schedule, num_samples)
+    inside = Whole() if isinstance(schedule, Stretches) else schedule
+    solve_stretch = _Compiled(functools.partial(_solve_all, solver, inside, tolerance, max_iterations), clock)
+    roll_stretch = _Compiled(functools.partial(_solve_all, sequential(), Whole(), tolerance, None), clock)
+    books = _Books(jax.tree.leaves(initial)[0].shape[0], num_samples)
+    current, pieces = initial, []
+    label = "sequential" if isinstance(solver, Rollout) else "parallel in time"
+    with progress.stage(label, num_samples) as advance:
+        for start in range(0, num_samples, size):
+            stop = min(start + size, num_samples)
+            stretch = jax.tree.map(lambda leaf: leaf[:, start:stop], tape)
+            chosen = roll_stretch if books.hopeless else solve_stretch
+            found = chosen(dynamics, current, stretch)
+            states = books.enter(found, start, stop, chosen is roll_stretch,
+                                 lambda: roll_stretch(dynamics, current, stretch))
+            pieces.append(states)
+            current = jax.tree.map(lambda leaf: leaf[:, -1], states)
+            advance(stop - start, **books.shown())
+    carries = jax.tree.map(lambda leaf: jnp.zeros((leaf.shape[0], 0, *leaf.shape[1:]), leaf.dtype), initial)
+    if pieces:
+        carries = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *pieces)
+    return books.close(initial, carries, tape, clock)
+
+
+def _stretch_size(solver: Solver, schedule: Schedule, num_samples: int) -> int:
+    # A sequential run gains nothing from stretches, and neither does an empty one.
+    if isinstance(schedule, Stretches) and not isinstance(solver, Rollout):
+        return schedule.size
+    return max(num_samples, 1)
+
+
+def _dice(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int):
+    """The starting states and the tapes of all chains."""
+    def one(position, key):
+        state = kernel.init(position, jax.random.fold_in(key, 0))
+        return state, kernel.tape(key, num_samples, state)
+
+    return jax.block_until_ready(jax.jit(jax.vmap(one))(positions, keys))
+
+
+def _solve_all(solver, schedule, tolerance, max_iterations, dynamics, initial, tape) -> Solution:
+    """One stretch of every chain."""
+    return jax.vmap(lambda first, drives: solve(
+        dynamics, first, drives, solver=solver, schedule=schedule, tolerance=tolerance,
+        max_iterations=max_iterations))(initial, tape)
+
+
+class _Compiled:
+    """A function compiled ahead, once per shape, with compilation and execution timed apart."""
+
+    def __init__(self, function, clock: Clock):
+        self.function, self.clock, self.compiled = jax.jit(function), clock, {}
+
+    def __call__(self, *args):
+        shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(args))
+        if shapes not in self.compiled:
+            with self.clock.measure("compile"):
+                self.compiled[shapes] = self.function.lower(*args).compile()
+        with self.clock.measure("run"):
+            return jax.block_until_ready(self.compiled[shapes](*args))
+
+
+class _Books:
+    """What happened, stretch by stretch."""
+
+    def __init__(self, num_chains: int, num_samples: int):
+        self.num_samples = num_samples
+        self.status = [Status.CONVERGED] * num_chains
+        self.iterations = np.zeros(num_chains, int)
+        self.evaluations, self.jvps = np.zeros(num_chains), np.zeros(num_chains)
+        self.depth = np.zeros(num_chains, int)
+        self.num_sequential = np.zeros(num_chains, int)
+        self.history: np.ndarray | None = None
+        self.fallbacks: list[str] = []
+        self.failed_running = 0
+        self.worst = 0.0
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether to stop trying."""
+        return self.failed_running >= _GIVE_UP_AFTER
+
+    def enter(self, found: Solution, start: int, stop: int, rolled: bool, roll) -> PyTree:
+        """Book one stretch; chains that did not converge are replaced by their sequential path."""
+        verdicts = [Status(int(code)) for code in np.asarray(found.status)]
+        self._count(found, stop - start)
+        if self.history is None:
+            self.history = np.asarray(found.stats.residual_history)
+        bad = np.array([verdict != Status.CONVERGED for verdict in verdicts])
+        if rolled:
+            self.num_sequential += stop - start
+        states = found.states
+        if bad.any() and not rolled:
+            verdicts, states = self._fall_back(found, verdicts, bad, start, stop, roll())
+        self.failed_running = self.failed_running + 1 if bad.any() else 0
+        if self.hopeless and not rolled:
+            self.fallbacks.append(f"from step {stop} on all chains ran sequentially: {_GIVE_UP_AFTER} stretches running "
+                                  "did not converge")
+        for chain, verdict in enumerate(verdicts):
+            if verdict != Status.CONVERGED and self.status[chain] == Status.CONVERGED:
+                self.status[chain] = verdict
+        self.worst = max(self.worst, float(np.nanmax(np.where(bad, 0, np.asarray(found.residual)), initial=0.0)))
+        return states
+
+    def _fall_back(self, found, verdicts, bad, start, stop, rolled):
+        for chain in np.flatnonzero(bad):
+            self.fallbacks.append(
+                f"chain {chain}, steps {start} to {stop}: {verdicts[chain].name} after "
+                f"{int(np.asarray(found.iterations)[chain])} iterations with {int(np.asarray(found.num_exact)[chain])} "
+                f"steps exact; finished sequentially")
+            self.num_sequential[chain] += stop - start
+        self.evaluations += np.where(bad, stop - start, 0)
+        verdicts = [Status(int(code)) if bad[chain] else verdicts[chain]
+                    for chain, code in enumerate(np.asarray(rolled.status))]
+        mask = jnp.asarray(bad)
+        pick = lambda a, b: jnp.where(mask.reshape(-1, *(1,) * (a.ndim - 1)), a, b)  # noqa: E731
+        return verdicts, jax.tree.map(pick, rolled.states, found.states)
+
+    def _count(self, found: Solution, steps: int) -> None:
+        self.iterations += np.asarray(found.iterations)
+        self.evaluations += np.asarray(found.stats.evaluations, float) * steps
+        self.jvps += np.asarray(found.stats.jvps, float) * steps
+        self.depth += np.asarray(found.stats.depth)
+
+    def shown(self) -> dict[str, Any]:
+        """What a progress line shows."""
+        return {"iterations": int(self.iterations.max()), "residual": f"{self.worst:.0e}",
+                "fallbacks": len(self.fallbacks)}
+
+    def close(self, initial: PyTree, carries: PyTree, tape: Tape, clock: Clock) -> Chains:
+        """The finished chains."""
+        steps = max(self.num_samples, 1)
+        history = np.full((len(self.status), 0), np.nan) if self.history is None else self.history
+        return Chains(initial, carries, tape, self.status, self.iterations, float(self.evaluations.mean() / steps),
+                      float(self.jvps.mean() / steps), int(self.depth.max()), self.fallbacks, self.num_sequential, history,
+                      clock)

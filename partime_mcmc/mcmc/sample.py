@@ -1,0 +1,175 @@
+"""Sampling: starts, warm-up, dice, the solve stretch by stretch, the certificate.
+
+    draws = sample(key, target, hmc, num_samples=4096)
+
+All chains are solved together (`vmap`), time in stretches, so that progress can be shown and memory stays bounded. A chain
+that a solver cannot finish within its bound is finished sequentially with the same dice, and the report says so: the
+result is always the exact chain, slower at worst. Data travel as arguments, so compilation does not grow with them.
+
+The dice: `key` is split into keys for starts, warm-up and chains; chain c has `jax.random.split(chains_key, C)[c]`, and its
+step t has `jax.random.split(chain_key, T)[t]`, as a user of BlackJAX would write it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from partime_mcmc.diagnostics.checks import (check_count, check_deterministic, check_key, check_precision, check_starts,
+                                             looks_improper)
+from partime_mcmc.kernels import Kernel, certify_with_records
+from partime_mcmc.mcmc.draws import Draws, RunReport
+from partime_mcmc.mcmc.progress import Progress, quiet
+from partime_mcmc.mcmc.run import Chains, run_chains
+from partime_mcmc.mcmc.target import Target
+from partime_mcmc.mcmc.warmup import Builder, Warmup, warm_up
+from partime_mcmc.recipes import quasi_deer
+from partime_mcmc.schedule import Schedule, Stretches
+from partime_mcmc.solution import Status, Tolerance
+from partime_mcmc.solvers import Solver
+from partime_mcmc.types import Key, PyTree
+
+DEFAULT_STRETCH = 512
+
+
+def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_samples: int, num_chains: int = 4,
+           num_warmup: int = 1000, solver: Solver | None = None, schedule: Schedule | None = None,
+           tolerance: Tolerance | None = None, max_iterations: int | None = None,
+           progress: Progress = quiet) -> Draws:
+    """Sample a target with exact chains, parallel over time.
+
+    Args:
+        key: One key, typed or legacy.
+        target: What to sample.
+        kernel: A tuned `Kernel` (chains start at the target's starts, no warm-up), the warm-up of another run (chains
+            start where it ended), or a builder such as `hmc`, `mala`, `nuts`, which warm-up tunes.
+        num_samples: Draws per chain, T ≥ 0.
+        num_chains: Chains, C ≥ 1.
+        num_warmup: Warm-up steps per chain, for a builder.
+        solver: A recipe; None takes `default_solver()`.
+        schedule: How time is cut; None takes stretches of 512 steps. `sequential()` runs through in one.
+        tolerance: How small residuals must be; None suits the type of the states.
+        max_iterations: Passes per stretch before a chain is finished sequentially; None is the stated default.
+        progress: What to tell while it works; `quiet` or `progress_line`.
+
+    Returns:
+        The draws, certified.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument has a value that cannot work, or a start has no finite density or gradient.
+    """
+    key = check_key(key)
+    num_samples, num_chains = check_count(num_samples, "num_samples", 0), check_count(num_chains, "num_chains", 1)
+    start_key, warmup_key, chains_key = jax.random.split(key, 3)
+    kernel, warmup, positions = _prepare(start_key, warmup_key, target, kernel, num_chains, num_warmup, progress)
+    solver = default_solver() if solver is None else solver
+    schedule = Stretches(DEFAULT_STRETCH) if schedule is None else schedule
+    chains = run_chains(kernel, positions, jax.random.split(chains_key, num_chains), num_samples, solver=solver,
+                        schedule=schedule, tolerance=Tolerance() if tolerance is None else tolerance,
+                        max_iterations=max_iterations, progress=progress)
+    draws = _finish(target, kernel, chains, warmup, plan={
+        "kernel": kernel.name, "solver": _described(solver), "schedule": _described(schedule),
+        "num_samples": num_samples, "num_chains": num_chains, "num_warmup": num_warmup if warmup else 0,
+        "key": [int(word) for word in np.ravel(jax.random.key_data(key))]})
+    progress.note(_sentence(draws))
+    return draws
+
+
+def default_solver() -> Solver:
+    """The solver for chains of unknown temper: quasi-DEER with bounded, damped diagonals."""
+    return quasi_deer(damping=0.1)
+
+
+def _prepare(start_key, warmup_key, target, kernel, num_chains, num_warmup, progress):
+    """A tuned kernel and one position per chain."""
+    if isinstance(kernel, Warmup):
+        have = jax.tree.leaves(kernel.positions)[0].shape[0]
+        if have != num_chains:
+            raise ValueError(f"num_chains: got {num_chains}, but the warm-up given as `kernel` has {have} chains")
+        return kernel.kernel, kernel, kernel.positions
+    if not isinstance(target, Target):
+        raise TypeError(f"target: got {type(target).__name__}, wanted a Target, e.g. from_numpyro(model, ..., key=key) or "
+                        "Target(logdensity, initial)")
+    if not callable(kernel) and not isinstance(kernel, Kernel):
+        raise TypeError(f"kernel: got {type(kernel).__name__}, wanted a Kernel, a builder such as hmc, or a Warmup")
+    starts = [target.start(one) for one in jax.random.split(start_key, num_chains)]
+    positions = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
+    check_starts(target.logdensity, positions)
+    check_deterministic(target.logdensity, starts[0])
+    check_precision(target.logdensity, starts[0])
+    if isinstance(kernel, Kernel):
+        return kernel, None, positions
+    num_warmup = check_count(num_warmup, "num_warmup", 20)
+    with progress.stage("warm-up", num_warmup) as advance:
+        warmup = warm_up(warmup_key, target.logdensity, kernel, positions, num_warmup, advance)
+    suspicion = looks_improper(positions, warmup.positions, warmup.settings.get("step_size", 1.0))
+    if suspicion:
+        progress.warn(suspicion)
+    return warmup.kernel, warmup, warmup.positions
+
+
+def _finish(target: Target, kernel: Kernel, chains: Chains, warmup: Warmup | None, plan: dict[str, Any]) -> Draws:
+    """Certificate, infos on the converged path, and the model's own space."""
+    clock = chains.clock
+    with clock.measure("certify"):
+        certificate, records = jax.block_until_ready(jax.vmap(
+            lambda first, path, tape: certify_with_records(kernel, first, path, tape))(
+                chains.initial, chains.carries, chains.tape))
+    positions = jax.vmap(jax.vmap(kernel.position))(chains.carries)
+    constrained = _constrained(target, positions)
+    shape = certificate.residual.shape
+    named = {"accepted": records.accepted, "acceptance_rate": records.acceptance_rate, "diverging": records.diverging,
+             "energy": records.energy, "num_steps": records.num_steps, "logdensity": records.logdensity,
+             "residual": certificate.residual}
+    info = {name: jnp.broadcast_to(value, shape) for name, value in named.items() if value is not None}
+    frozen = np.asarray(certificate.frozen)
+    status = tuple(Status.FROZEN if frozen[c] and one == Status.CONVERGED else one for c, one in enumerate(chains.status))
+    report = RunReport(
+        status, chains.iterations, chains.evaluations_per_sample, chains.jvps_per_sample, chains.depth,
+        tuple(chains.fallbacks), chains.num_sequential, chains.residual_history, clock.seconds["compile"],
+        clock.seconds["run"], clock.seconds["certify"], str(jax.tree.leaves(chains.carries)[0].dtype),
+        _device(), versions())
+    return Draws(positions, constrained, info, certificate, report, plan, warmup,
+                 dict(target.dims) if target.dims else None, tuple(target.names) if target.names else None)
+
+
+def _constrained(target: Target, positions: PyTree) -> dict:
+    if target.constrain is None:
+        if isinstance(positions, dict):
+            return dict(positions)
+        leaves = jax.tree_util.tree_leaves_with_path(positions)
+        return {jax.tree_util.keystr(path) or "x": leaf for path, leaf in leaves}
+    return dict(jax.jit(jax.vmap(jax.vmap(target.constrain)))(positions))
+
+
+def _sentence(draws: Draws) -> str:
+    report, certified = draws.report, np.asarray(draws.certificate.certified)
+    what = "all chains certified" if certified.all() else f"{int(certified.sum())} of {certified.size} chains certified"
+    return (f"{what}: largest residual {float(np.max(np.asarray(draws.certificate.max_residual))):.1e} noise units, "
+            f"{report.evaluations_per_sample:.1f} evaluations per draw, {len(report.fallbacks)} sequential fallbacks")
+
+
+def _described(strategy: Any) -> str:
+    return repr(strategy)
+
+
+def _device() -> str:
+    device = jax.devices()[0]
+    return f"{device.platform}: {device.device_kind}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides about bits."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in ("partime_mcmc", "jax", "jaxlib", "blackjax", "numpyro", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
