@@ -9,6 +9,7 @@
 | `quasi_elk`    | its diagonal                         | Kalman smoother   | arXiv:2407.19115                          |
 | `picard`       | identity                             | Newton            | Gonzalez et al. 2025, arXiv:2509.21716    |
 | `jacobi`       | zero                                 | Newton            | same                                      |
+| `shooting`     | none                                 | segments          | this package; Bellen & Zennaro 1989       |
 
 Every recipe takes at most `DEFAULT_MAX_ITERATIONS` passes unless told otherwise, and says so when that was not enough.
 """
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from partime_mcmc.linearize import (Clipped, Damped, DenseJacobian, DiagonalJacobian, HutchinsonDiagonal,
                                     IdentityJacobian, Linearizer, ZeroJacobian)
-from partime_mcmc.solvers import DampingPolicy, Kalman, Newton, RelaxingDamping, Rollout
+from partime_mcmc.solvers import DampingPolicy, Kalman, Newton, RelaxingDamping, Rollout, Shooting
 
 # A stated bound that does not grow with T: a method that needs more passes than this has lost to the sequential loop.
 DEFAULT_MAX_ITERATIONS = 200
@@ -69,6 +70,16 @@ def quasi_elk(*, num_probes: int | None = None, policy: DampingPolicy = Relaxing
         clip: Largest entry of a linear part.
     """
     return Kalman(_tamed(_diagonal(num_probes), 0.0, clip), policy)
+
+
+def shooting(num_segments: int | None = None, steps: int | None = None) -> Shooting:
+    """Segments rolled side by side until they coalesce; near one evaluation per step on a system that forgets.
+
+    Args:
+        num_segments: C; None chooses by device and path. One segment is the sequential chain.
+        steps: Steps per segment, instead of `num_segments`.
+    """
+    return Shooting(num_segments, steps)
 
 
 def picard() -> Newton:

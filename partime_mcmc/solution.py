@@ -71,6 +71,12 @@ class Tolerance:
     relative: Array | float | None = None
     absolute: Array | float | None = None
 
+    def parts(self, dtype: jnp.dtype) -> tuple[Array, Array]:
+        """`absolute` and `relative` as arrays of `dtype`, defaults filled in."""
+        unit = DEFAULT_ULPS * jnp.finfo(dtype).eps
+        return (jnp.asarray(unit if self.absolute is None else self.absolute, dtype),
+                jnp.asarray(unit if self.relative is None else self.relative, dtype))
+
     def ratio(self, residual: Array, states: Array) -> Array:
         """How far each step is from the tolerance.
 
@@ -81,9 +87,7 @@ class Tolerance:
         Returns:
             Shape `(T,)`: at most 1 where the step is exact; NaN where the residual is not finite.
         """
-        unit = DEFAULT_ULPS * jnp.finfo(states.dtype).eps
-        relative = unit if self.relative is None else self.relative
-        absolute = unit if self.absolute is None else self.absolute
+        absolute, relative = self.parts(states.dtype)
         # Residual and bound are compared without dividing by zero: a tolerance of 0 asks for bitwise equality.
         bound = jnp.asarray(absolute + relative * jnp.abs(states), states.dtype)
         size = jnp.abs(residual)

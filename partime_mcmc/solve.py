@@ -122,7 +122,7 @@ def _one_pass(dynamics, initial, drives, solver, schedule, tolerance, key, axis,
     """One pass over the window: propose, judge, move on."""
     num_steps = loop.states.shape[0]
     first, states, stretch = _cut(initial, loop.states, drives, loop.start, window)
-    proposal, memory = solver.step(dynamics, first, states, stretch, loop.memory, axis=axis, key=key)
+    proposal, memory = solver.step(dynamics, first, states, stretch, loop.memory, axis=axis, key=key, tolerance=tolerance)
     num_exact = axis.length_of_true(tolerance.ratio(proposal.residual, proposal.judged) <= 1).astype(jnp.int32)
     per_step = largest(jnp.abs(proposal.residual), axis=1)
     size = axis.maximum(per_step)
@@ -132,7 +132,7 @@ def _one_pass(dynamics, initial, drives, solver, schedule, tolerance, key, axis,
     nonfinite = axis.total(at_front & ~jnp.isfinite(per_step)) > 0
     done = (num_exact == window) & (loop.start + window == num_steps)
     status = jnp.select(
-        [done, nonfinite, repeats, loop.iterations >= max_iterations],
+        [done, nonfinite, repeats, (loop.iterations >= max_iterations) | proposal.gave_up],
         [jnp.int32(Status.CONVERGED), jnp.int32(Status.NONFINITE), jnp.int32(Status.STALLED),
          jnp.int32(Status.OUT_OF_ITERATIONS)], jnp.int32(_RUNNING))
     over = status != _RUNNING

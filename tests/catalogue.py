@@ -18,7 +18,7 @@ from partime_mcmc.dynamics import Dynamics, rollout
 from partime_mcmc.linearize import Clipped, Damped, DenseJacobian
 from partime_mcmc.recipes import deer, elk, jacobi, picard, quasi_deer, quasi_elk, sequential
 from partime_mcmc.schedule import Schedule, Sliding, Stretches, Whole
-from partime_mcmc.scan import AssociativeScan, ChunkedScan, LocalTime, TimeAxis
+from partime_mcmc.scan import ChunkedScan, LocalTime, TimeAxis
 from partime_mcmc.solution import Solution
 from partime_mcmc.solve import solve
 from partime_mcmc.solvers import ConstantDamping, Newton, Solver
@@ -33,7 +33,8 @@ class SolverRow:
 
     Attributes:
         solver: The solver.
-        newton_like: After k passes at least the first k states are exact, so T + 1 passes always suffice.
+        newton_like: After k passes at least the first k states are exact, so T passes always suffice.
+        variant: Another form of a row above: pairs with some of the dynamics only, unless the full catalogue is asked for.
         schedule: The schedule it runs under.
         axis: The time axis, where another scan is worth testing.
     """
@@ -41,6 +42,7 @@ class SolverRow:
     name: str
     solver: Solver
     newton_like: bool
+    variant: bool = False
     schedule: Schedule = Whole()
     axis: TimeAxis = LocalTime()
 
@@ -49,14 +51,15 @@ SOLVERS = [
     SolverRow("sequential", sequential(), newton_like=False),
     SolverRow("deer", deer(), newton_like=True),
     SolverRow("deer, tamed, chunked scan", Newton(Damped(Clipped(DenseJacobian(), 1.0), 0.1)), newton_like=True,
-              axis=LocalTime(ChunkedScan(6))),
-    SolverRow("deer, sliding", deer(), newton_like=True, schedule=Sliding(40)),
+              variant=True, axis=LocalTime(ChunkedScan(6))),
+    SolverRow("deer, sliding", deer(), newton_like=True, variant=True, schedule=Sliding(40)),
     SolverRow("quasi-deer", quasi_deer(), newton_like=True),
-    SolverRow("quasi-deer, two probes", quasi_deer(num_probes=2, damping=0.2), newton_like=True),
-    SolverRow("quasi-deer, stretches", quasi_deer(clip=None), newton_like=True, schedule=Stretches(50)),
+    SolverRow("quasi-deer, two probes", quasi_deer(num_probes=2, damping=0.2), newton_like=True, variant=True),
+    SolverRow("quasi-deer, stretches", quasi_deer(clip=None), newton_like=True, variant=True, schedule=Stretches(50)),
     SolverRow("elk", elk(), newton_like=False),
-    SolverRow("quasi-elk, associative scan", quasi_elk(), newton_like=False, axis=LocalTime(AssociativeScan())),
-    SolverRow("quasi-elk, constant damping", quasi_elk(policy=ConstantDamping(1e-2), clip=1.0), newton_like=False),
+    SolverRow("quasi-elk", quasi_elk(), newton_like=False),
+    SolverRow("quasi-elk, constant damping", quasi_elk(policy=ConstantDamping(1e-2), clip=1.0), newton_like=False,
+              variant=True),
     SolverRow("picard", picard(), newton_like=True),
     SolverRow("jacobi", jacobi(), newton_like=True),
 ]
@@ -229,10 +232,7 @@ def _program(row: SolverRow, max_iterations):
     return program
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
-def oracle(problem_parts):
-    """The path by one loop, from `(dynamics, initial, drives)`."""
-    return rollout(*problem_parts)
+_rollout = jax.jit(rollout, compiler_options=QUICK)
 
 
 @functools.partial(jax.jit, compiler_options=QUICK)
@@ -240,22 +240,36 @@ def _images(dynamics, previous, drives):
     return jax.vmap(lambda state, drive: dynamics.step(dynamics.params, state, drive))(previous, drives)
 
 
+def _padded(tree, num_steps, room=257):
+    """Leaves with at least `room` steps, so that all lengths share one program."""
+    def pad(leaf):
+        leaf = np.asarray(leaf)
+        last = leaf[-1:] if num_steps else np.zeros((1, *leaf.shape[1:]), leaf.dtype)
+        return np.concatenate([leaf, np.repeat(last, max(room - num_steps, 0), axis=0)])
+
+    return jax.tree.map(pad, tree)
+
+
 def sequential_path(problem: Problem):
-    """`x_1..x_T` by one loop."""
-    return oracle((problem.dynamics, problem.initial, problem.drives))
+    """`x_1..x_T` by one loop, as NumPy arrays."""
+    num_steps = jax.tree.leaves(problem.drives)[0].shape[0]
+    path = _rollout(problem.dynamics, problem.initial, _padded(problem.drives, num_steps))
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[:num_steps], path)
 
 
 def flat(tree, num_steps) -> np.ndarray:
     """A path as one NumPy array of shape `(T, D)`."""
-    return np.concatenate([np.asarray(leaf).reshape(num_steps, -1) for leaf in jax.tree.leaves(tree)], axis=1)
+    columns = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    return np.concatenate([leaf.reshape(num_steps, int(np.prod(leaf.shape[1:]))) for leaf in columns], axis=1)
 
 
 def measured_residual(problem: Problem, states) -> np.ndarray:
     """`f(x_{t-1}, u_t) − x_t`, shape `(T, D)`, by a program and NumPy code that share nothing with the library's."""
     previous = jax.tree.map(lambda first, rest: np.concatenate([np.asarray(first)[None], np.asarray(rest)])[:-1],
                             problem.initial, states)
-    images = _images(problem.dynamics, previous, problem.drives)
     num_steps = jax.tree.leaves(states)[0].shape[0]
+    images = _images(problem.dynamics, _padded(previous, num_steps), _padded(problem.drives, num_steps))
+    images = jax.tree.map(lambda leaf: np.asarray(leaf)[:num_steps], images)
     with np.errstate(invalid="ignore", over="ignore"):
         return flat(images, num_steps) - flat(states, num_steps)
 

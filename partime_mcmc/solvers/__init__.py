@@ -5,5 +5,7 @@ from partime_mcmc.solvers.damping import ConstantDamping, DampingPolicy, Relaxin
 from partime_mcmc.solvers.kalman import Kalman
 from partime_mcmc.solvers.newton import Newton
 from partime_mcmc.solvers.rollout import Rollout
+from partime_mcmc.solvers.shooting import Shooting
 
-__all__ = ["ConstantDamping", "DampingPolicy", "Kalman", "Newton", "Proposal", "RelaxingDamping", "Rollout", "Solver"]
+__all__ = ["ConstantDamping", "DampingPolicy", "Kalman", "Newton", "Proposal", "RelaxingDamping", "Rollout", "Shooting",
+           "Solver"]

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from partime_mcmc.dynamics import Dynamics
 from partime_mcmc.scan.affine import AffineMap
 from partime_mcmc.scan.time_axis import TimeAxis
+from partime_mcmc.solution import Tolerance
 from partime_mcmc.types import Array, Key, PyTree, pytree
 
 
@@ -30,6 +31,7 @@ class Proposal:
         num_replaced_updates: How many new states were not finite and were replaced by `f(x̂_{t-1})`; a scalar.
         depth: Dependent evaluations of `f` one after another in this pass; a scalar.
         evaluations: Evaluations of `f` in this pass, over all steps of the window; a scalar.
+        gave_up: Whether the solver sees that further passes will not help; a scalar.
     """
 
     states: Array
@@ -39,6 +41,7 @@ class Proposal:
     num_replaced_updates: Array
     depth: Array
     evaluations: Array
+    gave_up: Array | bool = False
 
 
 class Solver(Protocol):
@@ -49,7 +52,7 @@ class Solver(Protocol):
         ...
 
     def step(self, dynamics: Dynamics, initial: Array, states: Array, drives: PyTree, state: PyTree, *,
-             axis: TimeAxis, key: Key) -> tuple[Proposal, PyTree]:
+             axis: TimeAxis, key: Key, tolerance: Tolerance) -> tuple[Proposal, PyTree]:
         """One pass.
 
         Args:
@@ -60,6 +63,7 @@ class Solver(Protocol):
             state: What the solver remembers.
             axis: The time axis.
             key: For estimates; the same in every pass.
+            tolerance: How near two states must be to count as one.
 
         Returns:
             The proposal and what to remember.

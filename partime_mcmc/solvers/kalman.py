@@ -23,6 +23,7 @@ from partime_mcmc.linearize.base import Linearizer
 from partime_mcmc.scan.affine import Dense, Diagonal, Identity, Zero
 from partime_mcmc.scan.gaussian import DenseMessage, DiagonalMessage
 from partime_mcmc.scan.time_axis import TimeAxis
+from partime_mcmc.solution import Tolerance
 from partime_mcmc.solvers.base import Proposal, replace_nonfinite_jacobians, replace_nonfinite_updates
 from partime_mcmc.solvers.damping import DampingPolicy, RelaxingDamping
 from partime_mcmc.types import Array, Key, PyTree, pytree
@@ -40,7 +41,7 @@ class Kalman:
         return self.damping.init(initial)
 
     def step(self, dynamics: Dynamics, initial: Array, states: Array, drives: PyTree, state: PyTree, *,
-             axis: TimeAxis, key: Key) -> tuple[Proposal, PyTree]:
+             axis: TimeAxis, key: Key, tolerance: Tolerance) -> tuple[Proposal, PyTree]:
         values, maps = self.linearizer(dynamics, axis.previous(initial, states), drives, key)
         residual = values - states
         maps, num_jacobians = replace_nonfinite_jacobians(maps)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from partime_mcmc.dynamics import Dynamics
 from partime_mcmc.linearize.base import Linearizer
 from partime_mcmc.scan.time_axis import TimeAxis
+from partime_mcmc.solution import Tolerance
 from partime_mcmc.solvers.base import Proposal, replace_nonfinite_jacobians, replace_nonfinite_updates
 from partime_mcmc.types import Array, Key, PyTree, pytree
 
@@ -36,7 +37,7 @@ class Newton:
         return ()
 
     def step(self, dynamics: Dynamics, initial: Array, states: Array, drives: PyTree, state: PyTree, *,
-             axis: TimeAxis, key: Key) -> tuple[Proposal, PyTree]:
+             axis: TimeAxis, key: Key, tolerance: Tolerance) -> tuple[Proposal, PyTree]:
         previous = axis.previous(initial, states)
         values, maps = self.linearizer(dynamics, previous, drives, key)
         residual = values - states

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from partime_mcmc.dynamics import Dynamics, rollout
 from partime_mcmc.scan.time_axis import TimeAxis
+from partime_mcmc.solution import Tolerance
 from partime_mcmc.solvers.base import Proposal
 from partime_mcmc.types import Array, Key, PyTree, pytree
 
@@ -24,7 +25,7 @@ class Rollout:
         return ()
 
     def step(self, dynamics: Dynamics, initial: Array, states: Array, drives: PyTree, state: PyTree, *,
-             axis: TimeAxis, key: Key) -> tuple[Proposal, PyTree]:
+             axis: TimeAxis, key: Key, tolerance: Tolerance) -> tuple[Proposal, PyTree]:
         del axis, key
         path = rollout(dynamics, initial, drives)
         finite = jnp.isfinite(path)

@@ -1,0 +1,124 @@
+"""The kernels' half of the catalogue: one row per BlackJAX algorithm, and every row runs through the whole suite.
+
+A row is an algorithm tuned by hand for the target below, which is small, correlated and not normal, on positions that
+are a dict with a site called "position" (BlackJAX's states have a field of that name).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Callable
+
+import blackjax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from blackjax.mcmc.random_walk import normal
+
+from partime_mcmc.kernels import Kernel, from_blackjax
+from partime_mcmc.recipes import deer, jacobi, picard, quasi_deer
+from partime_mcmc.solvers import Solver
+
+
+@dataclasses.dataclass(frozen=True)
+class AlgorithmRow:
+    """A BlackJAX algorithm.
+
+    Attributes:
+        name: For the test's name.
+        algorithm: `(logdensity, dimension, dtype) -> SamplingAlgorithm`.
+        solver: A recipe that suits it.
+        decides: A step accepts or rejects, says so, and rejects some of the first steps on the target.
+        margins: The uniform behind its decisions is `uniform(split(key)[1])`.
+        discrete: Fields of its state that are not floating point.
+        others: Floating-point fields of its state that are neither the position nor follow from it.
+    """
+
+    name: str
+    algorithm: Callable[[Callable, int, Any], blackjax.SamplingAlgorithm]
+    solver: Solver
+    decides: bool = False
+    margins: bool = False
+    discrete: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+
+    def build(self, logdensity: Callable, dimension: int, dtype: Any) -> Kernel:
+        """The algorithm as a kernel."""
+        return from_blackjax(self.algorithm(logdensity, dimension, dtype), name=self.name)
+
+
+def _mala(logdensity, dimension, dtype):
+    del dimension, dtype
+    return blackjax.mala(logdensity, 0.35)
+
+
+def _hmc(logdensity, dimension, dtype):
+    return blackjax.hmc(logdensity, 0.8, jnp.ones(dimension, dtype), 2)
+
+
+def _multinomial_hmc(logdensity, dimension, dtype):
+    return blackjax.multinomial_hmc(logdensity, 0.7, jnp.ones(dimension, dtype), 2)
+
+
+def _nuts(logdensity, dimension, dtype):
+    return blackjax.nuts(logdensity, 0.6, jnp.ones(dimension, dtype), max_num_doublings=3)
+
+
+def _dynamic_hmc(logdensity, dimension, dtype):
+    return blackjax.dynamic_hmc(logdensity, 0.9, jnp.ones(dimension, dtype),
+                                integration_steps_fn=lambda key: jax.random.randint(key, (), 1, 4))
+
+
+def _ghmc(logdensity, dimension, dtype):
+    return blackjax.ghmc(logdensity, 0.8, jnp.ones(dimension, dtype), 0.5, 0.3)
+
+
+def _mclmc(logdensity, dimension, dtype):
+    del dimension, dtype
+    return blackjax.mclmc(logdensity, L=2.0, step_size=0.5)
+
+
+def _barker(logdensity, dimension, dtype):
+    del dimension, dtype
+    return blackjax.barker(logdensity, 0.9)
+
+
+def _elliptical_slice(logdensity, dimension, dtype):
+    return blackjax.elliptical_slice(logdensity, mean=jnp.zeros(dimension, dtype), cov=jnp.ones(dimension, dtype))
+
+
+def _random_walk(logdensity, dimension, dtype):
+    return blackjax.additive_step_random_walk(logdensity, normal(0.8 * jnp.ones(dimension, dtype)))
+
+
+KERNELS = [
+    AlgorithmRow("mala", _mala, quasi_deer(num_probes=1), decides=True, margins=True),
+    AlgorithmRow("hmc", _hmc, quasi_deer(damping=0.1), decides=True, margins=True),
+    AlgorithmRow("multinomial hmc", _multinomial_hmc, deer()),
+    AlgorithmRow("nuts", _nuts, quasi_deer(damping=0.1)),
+    AlgorithmRow("dynamic hmc", _dynamic_hmc, quasi_deer(damping=0.1), decides=True, margins=True,
+                 discrete=("random_generator_arg",)),
+    AlgorithmRow("ghmc", _ghmc, jacobi(), decides=True, others=("momentum", "slice")),
+    AlgorithmRow("mclmc", _mclmc, picard(), others=("momentum",)),
+    AlgorithmRow("barker", _barker, picard(), decides=True, margins=True),
+    AlgorithmRow("elliptical slice", _elliptical_slice, jacobi()),
+    AlgorithmRow("random walk", _random_walk, picard(), decides=True, margins=True),
+]
+
+DIMENSION = 3
+
+
+def logdensity_of(dtype) -> Callable:
+    """A correlated normal density with a quartic wall."""
+    precision = jnp.asarray(np.array([[1.5, 0.6, 0.0], [0.6, 1.0, -0.3], [0.0, -0.3, 0.8]]), dtype)
+
+    def logdensity(position):
+        x = jnp.append(position["position"], position["slope"])
+        return -0.5 * x @ precision @ x - 0.05 * jnp.sum(x**4)
+
+    return logdensity
+
+
+def start_of(dtype) -> dict:
+    """Where chains on it start."""
+    return {"position": jnp.asarray([1.0, -0.5], dtype), "slope": jnp.asarray(0.3, dtype)}
