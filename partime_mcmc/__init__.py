@@ -1,7 +1,7 @@
 """partime_mcmc: Markov chain Monte Carlo and recurrent systems, parallel over time.
 
     engine        Dynamics, solve, rollout, residual; Solution, Status, Tolerance, Stats
-    recipes       sequential, deer, quasi_deer, elk, quasi_elk, picard, jacobi
+    recipes       sequential, deer, quasi_deer, elk, quasi_elk, picard, jacobi, shooting
     schedules     Whole, Stretches, Sliding
     linearizers   DenseJacobian, DiagonalJacobian, HutchinsonDiagonal, IdentityJacobian, ZeroJacobian, Clipped, Damped
     kernels       from_blackjax, hmc, mala, nuts, random_walk, Kernel, Whitening, certify
@@ -20,7 +20,7 @@ from partime_mcmc.mcmc.numpyro import from_numpyro
 from partime_mcmc.mcmc.progress import progress_line, quiet
 from partime_mcmc.mcmc.sample import sample
 from partime_mcmc.mcmc.target import Target
-from partime_mcmc.recipes import deer, elk, jacobi, picard, quasi_deer, quasi_elk, sequential
+from partime_mcmc.recipes import deer, elk, jacobi, picard, quasi_deer, quasi_elk, sequential, shooting
 from partime_mcmc.schedule import Sliding, Stretches, Whole
 from partime_mcmc.solution import Solution, SolveError, Stats, Status, Tolerance
 from partime_mcmc.solve import solve
@@ -34,5 +34,5 @@ __all__ = [
     "SolveError", "Stats", "Status", "Stretches", "Target", "Tolerance", "Whitening", "Whole", "ZeroJacobian",
     "certify", "compare", "deer", "elk", "from_blackjax", "from_numpyro", "hmc", "jacobi", "loop", "mala", "nuts",
     "picard", "progress_line", "quasi_deer", "quasi_elk", "quiet", "random_walk", "read_netcdf", "residual", "rollout",
-    "sample", "save_netcdf", "sequential", "solve", "summary_table", "to_arviz",
+    "sample", "save_netcdf", "sequential", "shooting", "solve", "summary_table", "to_arviz",
 ]

@@ -25,13 +25,13 @@ from partime_mcmc.diagnostics.compare import compare
 from partime_mcmc.diagnostics.report import Report, text_table
 from partime_mcmc.mcmc.draws import Draws
 from partime_mcmc.mcmc.progress import progress_line
-from partime_mcmc.mcmc.sample import default_solver, sample
+from partime_mcmc.mcmc.sample import sample
 from partime_mcmc.models import MODELS
 
 KERNELS = {"hmc": kernels.hmc, "mala": kernels.mala, "nuts": kernels.nuts, "random_walk": kernels.random_walk}
 SOLVERS = {
-    "default": default_solver, "sequential": recipes.sequential, "deer": recipes.deer,
-    "quasi_deer": recipes.quasi_deer, "elk": recipes.elk, "quasi_elk": recipes.quasi_elk, "picard": recipes.picard,
+    "default": lambda: None, "sequential": recipes.sequential, "deer": recipes.deer,
+    "shooting": recipes.shooting, "quasi_deer": recipes.quasi_deer, "elk": recipes.elk, "quasi_elk": recipes.quasi_elk, "picard": recipes.picard,
     "jacobi": recipes.jacobi,
 }
 

@@ -13,6 +13,7 @@ import blackjax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from blackjax.mcmc.integrators import isokinetic_velocity_verlet
 from blackjax.mcmc.random_walk import normal
 
 from partime_mcmc.kernels import Kernel, from_blackjax
@@ -32,6 +33,7 @@ class AlgorithmRow:
         margins: The uniform behind its decisions is `uniform(split(key)[1])`.
         discrete: Fields of its state that are not floating point.
         others: Floating-point fields of its state that are neither the position nor follow from it.
+        float32: Runs in float32 too; False where another row has the same shape of state.
     """
 
     name: str
@@ -41,6 +43,7 @@ class AlgorithmRow:
     margins: bool = False
     discrete: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
+    float32: bool = True
 
     def build(self, logdensity: Callable, dimension: int, dtype: Any) -> Kernel:
         """The algorithm as a kernel."""
@@ -75,7 +78,7 @@ def _ghmc(logdensity, dimension, dtype):
 
 def _mclmc(logdensity, dimension, dtype):
     del dimension, dtype
-    return blackjax.mclmc(logdensity, L=2.0, step_size=0.5)
+    return blackjax.mclmc(logdensity, L=2.0, step_size=0.4, integrator=isokinetic_velocity_verlet)
 
 
 def _barker(logdensity, dimension, dtype):
@@ -94,13 +97,13 @@ def _random_walk(logdensity, dimension, dtype):
 KERNELS = [
     AlgorithmRow("mala", _mala, quasi_deer(num_probes=1), decides=True, margins=True),
     AlgorithmRow("hmc", _hmc, quasi_deer(damping=0.1), decides=True, margins=True),
-    AlgorithmRow("multinomial hmc", _multinomial_hmc, deer()),
-    AlgorithmRow("nuts", _nuts, quasi_deer(damping=0.1)),
+    AlgorithmRow("multinomial hmc", _multinomial_hmc, deer(), float32=False),
+    AlgorithmRow("nuts", _nuts, quasi_deer(num_probes=1), float32=False),
     AlgorithmRow("dynamic hmc", _dynamic_hmc, quasi_deer(damping=0.1), decides=True, margins=True,
                  discrete=("random_generator_arg",)),
     AlgorithmRow("ghmc", _ghmc, jacobi(), decides=True, others=("momentum", "slice")),
     AlgorithmRow("mclmc", _mclmc, picard(), others=("momentum",)),
-    AlgorithmRow("barker", _barker, picard(), decides=True, margins=True),
+    AlgorithmRow("barker", _barker, picard(), decides=True, margins=True, float32=False),
     AlgorithmRow("elliptical slice", _elliptical_slice, jacobi()),
     AlgorithmRow("random walk", _random_walk, picard(), decides=True, margins=True),
 ]

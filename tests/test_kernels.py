@@ -118,7 +118,7 @@ def test_tape_holds_the_keys_and_the_discrete_leaves(row):
     assert bool(found.certificate.discrete_consistent)
 
 
-@every_kernel
+@pytest.mark.parametrize("row", [row for row in KERNELS if row.float32], ids=lambda row: row.name)
 def test_float32_path_is_certified_and_stays_float32(row):
     with jax.enable_x64(False):
         kernel = row.build(logdensity_of(jnp.float32), DIMENSION, jnp.float32)
@@ -171,31 +171,15 @@ def test_kernel_runs_in_blackjaxs_own_helper():
     with jax.enable_x64(True):
         metric = Whitening.of_covariance(start_of(jnp.float64), jnp.ones(3), jnp.asarray(np.diag([1.0, 4.0, 0.25])))
         kernel = hmc(logdensity_of(jnp.float64), 0.7, metric, 2)
-        key, position = jax.random.key(6), start_of(jnp.float64)
+        key, state = jax.random.key(6), kernel.init(start_of(jnp.float64))
         _, history = run_inference_algorithm(
-            key, kernel, 20, initial_position=position, transform=lambda state, info: (state, info.is_accepted))
-        carries, infos = jax.jit(loop, static_argnums=0)(
-            _Hashable(kernel), kernel.init(position), jax.random.split(_run_key(key), 20))
+            key, kernel, 20, initial_state=state, transform=lambda state, info: (state, info.is_accepted))
+        carries, infos = jax.jit(functools.partial(loop, kernel))(state, jax.random.split(key, 20))
         np.testing.assert_allclose(history[0].position, carries, rtol=1e-12)
         np.testing.assert_array_equal(history[1], infos.is_accepted)
         there = jax.vmap(kernel.position)(carries)
         assert set(there) == {"position", "slope"}
         np.testing.assert_allclose(there["slope"], 1 + 0.5 * np.asarray(carries)[:, 2], rtol=1e-12)
-
-
-def _run_key(key):
-    # run_inference_algorithm splits off a key for `init` before it makes the step keys.
-    return jax.random.split(key, 2)[1]
-
-
-class _Hashable:
-    """A kernel as a static argument."""
-
-    def __init__(self, kernel):
-        self.kernel = kernel
-
-    def __getattr__(self, name):
-        return getattr(self.kernel, name)
 
 
 class _Phase(NamedTuple):
@@ -258,20 +242,6 @@ def test_whitening_enter_and_leave_are_inverse_and_white(shape):
         root = np.stack([ravel_pytree(metric.leave(unit))[0] - np.arange(3.0) for unit in np.eye(3)], axis=1)
         np.testing.assert_allclose(root @ root.T, covariance if shape == "dense" else np.diag(covariance), rtol=1e-12)
         np.testing.assert_allclose(metric.enter(metric.leave(jnp.zeros(3))), 0, atol=1e-12)
-
-
-class _TransposedMomenta:
-    """A standard normal metric in BlackJAX's sense, for a whitened chain that borrows x-space momenta: p_z = Lᵀ p_x."""
-
-    def __init__(self, root):
-        self.root = root
-
-    def dense(self, dimension):
-        """BlackJAX's own dense metric, inverse mass `L Lᵀ`, whose momenta are `L⁻ᵀ n`."""
-        del dimension
-        from blackjax.mcmc.metrics import gaussian_euclidean
-
-        return gaussian_euclidean(self.root @ self.root.T)
 
 
 @pytest.mark.parametrize("shape", ["dense", "diagonal"])

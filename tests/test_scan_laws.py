@@ -134,28 +134,30 @@ def random_maps(kind, num_steps, dtype, seed=0):
 
 @quick
 def all_scans(elements, start):
-    return [(LocalTime(scan).prefix(elements, start), LocalTime(scan).suffix(elements, start)) for scan in SCANS]
+    return [LocalTime(scan).prefix(elements, start) for scan in SCANS], LocalTime(ChunkedScan(4)).suffix(elements, start)
 
 
 # 0, 1, 2, a multiple of the chunk and no multiple of it.
-@pytest.mark.parametrize("num_steps", [0, 1, 2, 9, 11])
+@pytest.mark.parametrize("num_steps, dtype", [(0, "float64"), (1, "float64"), (2, "float32"), (9, "float64"),
+                                              (11, "float32")])
 @pytest.mark.parametrize("kind", MAPS)
-def test_every_scan_is_the_loop(precision, kind, num_steps):
-    maps = random_maps(kind, num_steps, precision)
-    start = jnp.asarray([1.0, -2.0, 0.5], precision)
-    matrices, shifts = as_matrix(maps), np.asarray(maps.shift, np.float64)
-    forwards, backwards = np.zeros((2, num_steps, D))
-    x = y = np.asarray(start, np.float64)
-    for t in range(num_steps):
-        x = forwards[t] = matrices[t] @ x + shifts[t]
-        y = backwards[-1 - t] = matrices[-1 - t] @ y + shifts[-1 - t]
-    scale = 1 + np.abs(forwards).max(initial=0) + np.abs(backwards).max(initial=0)
-    for prefix, suffix in all_scans(maps, start):
-        assert prefix.dtype == suffix.dtype == precision and prefix.shape == suffix.shape == (num_steps, D)
+def test_every_scan_is_the_loop(kind, num_steps, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        maps = random_maps(kind, num_steps, dtype)
+        start = jnp.asarray([1.0, -2.0, 0.5], dtype)
+        matrices, shifts = as_matrix(maps), np.asarray(maps.shift, np.float64)
+        forwards, backwards = np.zeros((2, num_steps, D))
+        x = y = np.asarray(start, np.float64)
+        for t in range(num_steps):
+            x = forwards[t] = matrices[t] @ x + shifts[t]
+            y = backwards[-1 - t] = matrices[-1 - t] @ y + shifts[-1 - t]
         # T steps of D products each; compositions grow to some ten times the path.
-        bound = 100 * D * np.finfo(precision).eps * scale
-        np.testing.assert_allclose(prefix, forwards, rtol=0, atol=bound)
-        np.testing.assert_allclose(suffix, backwards, rtol=0, atol=bound)
+        scale = 1 + np.abs(forwards).max(initial=0) + np.abs(backwards).max(initial=0)
+        bound = 100 * D * np.finfo(dtype).eps * scale
+        prefixes, suffix = all_scans(maps, start)
+        for got, wanted in [*((prefix, forwards) for prefix in prefixes), (suffix, backwards)]:
+            assert got.dtype == dtype and got.shape == (num_steps, D)
+            np.testing.assert_allclose(got, wanted, rtol=0, atol=bound)
 
 
 def textbook_filter(matrices, shifts, damping, start):
@@ -171,25 +173,25 @@ def textbook_filter(matrices, shifts, damping, start):
     return np.array(means), np.array(covariances)
 
 
+@functools.partial(jax.jit, static_argnames="message", compiler_options=QUICK)
+def filters(steps, damping, start, message):
+    messages = jax.vmap(lambda step: message.trust_region(step, damping))(steps)
+    return [scan(messages, message.certain(start)) for scan in SCANS[:4]]
+
+
 @pytest.mark.parametrize("maps, message", [(Dense, DenseMessage), (Diagonal, DiagonalMessage)])
-@pytest.mark.parametrize("damping", [1e-3, 1.0, 30.0])
-def test_messages_are_the_textbook_filter(precision, maps, message, damping):
+def test_messages_are_the_textbook_filter(precision, maps, message):
     steps = random_maps(maps, 7, precision, seed=1)
     start = jnp.asarray([1.0, -1.0, 2.0], precision)
-
-    @quick
-    def filters(steps, damping):
-        messages = jax.vmap(lambda step: message.trust_region(step, damping))(steps)
-        return [scan(messages, message.certain(start)) for scan in SCANS[:4]]
-
-    means, covariances = textbook_filter(as_matrix(steps), np.asarray(steps.shift, np.float64), damping,
-                                         np.asarray(start, np.float64))
     tolerance = 2000 * np.finfo(precision).eps  # seven steps of some thirty products, each amplified up to tenfold
-    for belief in filters(steps, jnp.asarray(damping, precision)):
-        spread = belief.covariance if maps is Dense else belief.variance
+    for damping in (1e-3, 1.0, 30.0):
+        means, covariances = textbook_filter(as_matrix(steps), np.asarray(steps.shift, np.float64), damping,
+                                             np.asarray(start, np.float64))
         wanted = covariances if maps is Dense else np.diagonal(covariances, axis1=1, axis2=2)
-        np.testing.assert_allclose(belief.mean, means, atol=tolerance * np.abs(means).max())
-        np.testing.assert_allclose(spread, wanted, atol=tolerance * np.abs(wanted).max())
+        for belief in filters(steps, jnp.asarray(damping, precision), start, message):
+            spread = belief.covariance if maps is Dense else belief.variance
+            np.testing.assert_allclose(belief.mean, means, atol=tolerance * np.abs(means).max())
+            np.testing.assert_allclose(spread, wanted, atol=tolerance * np.abs(wanted).max())
 
 
 def damped_least_squares(matrices, residuals, damping):
@@ -207,16 +209,17 @@ trust_regions = quick(lambda maps, damping: [trust_region_step(maps, damping, ma
                                              for scan in SCANS[:2]])
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 7])
+@pytest.mark.parametrize("num_steps, dtype", [(1, "float64"), (2, "float32"), (7, "float64"), (7, "float32")])
 @pytest.mark.parametrize("kind", MAPS)
-def test_the_trust_region_step_is_damped_least_squares(precision, kind, num_steps):
-    maps = random_maps(kind, num_steps, precision, seed=2)
-    for damping in (0.0, 1e-3, 1.0, 1e3):
-        wanted = damped_least_squares(as_matrix(maps), np.asarray(maps.shift, np.float64), damping)
-        for got in trust_regions(maps, jnp.asarray(damping, precision)):
-            # Filter and smoother lose what the textbook filter above loses, twice.
-            np.testing.assert_allclose(got, wanted, rtol=0,
-                                       atol=4000 * np.finfo(precision).eps * np.abs(wanted).max())
+def test_the_trust_region_step_is_damped_least_squares(kind, num_steps, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        maps = random_maps(kind, num_steps, dtype, seed=2)
+        for damping in (0.0, 1e-3, 1.0, 1e3):
+            wanted = damped_least_squares(as_matrix(maps), np.asarray(maps.shift, np.float64), damping)
+            # Filter and smoother each lose what the textbook filter above loses.
+            bound = 4000 * np.finfo(dtype).eps * np.abs(wanted).max()
+            for got in trust_regions(maps, jnp.asarray(damping, dtype)):
+                np.testing.assert_allclose(got, wanted, rtol=0, atol=bound)
 
 
 def test_the_time_axis_on_small_numbers(precision):

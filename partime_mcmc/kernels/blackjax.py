@@ -13,9 +13,13 @@ import math
 from typing import Callable
 
 import blackjax
+import jax
 import jax.numpy as jnp
 import numpy as np
+from blackjax.mcmc.random_walk import normal
+from jax.flatten_util import ravel_pytree
 
+from partime_mcmc.kernels.certify import check_scale
 from partime_mcmc.kernels.kernel import Kernel
 from partime_mcmc.kernels.whiten import Whitening, checked_root
 from partime_mcmc.types import Array, PyTree
@@ -39,11 +43,14 @@ def from_blackjax(algorithm: blackjax.SamplingAlgorithm, *, noise_scale: Array |
 
     Raises:
         TypeError: If it has no `init` and `step`.
+        ValueError: If `noise_scale` is not positive and finite.
     """
     for method in ("init", "step"):
         if not callable(getattr(algorithm, method, None)):
             raise TypeError(f"algorithm: got {type(algorithm).__name__} without a function `{method}`, wanted a BlackJAX "
                             "SamplingAlgorithm such as blackjax.mala(logdensity, step_size)")
+    if noise_scale is not None:
+        check_scale(noise_scale, "noise_scale")
     return Kernel(algorithm, noise_scale=noise_scale, name=name)
 
 
@@ -79,6 +86,7 @@ def hmc(logdensity: Callable[[PyTree], Array], step_size: float, metric: Whiteni
     check_step_size(step_size)
     if num_integration_steps is None:
         num_integration_steps = quarter_period_steps(step_size)
+    _check_positive_integer(num_integration_steps, "num_integration_steps")
     return _with_metric(lambda density, inverse_mass: blackjax.hmc(density, step_size, inverse_mass,
                                                                    num_integration_steps), logdensity, metric, "hmc")
 
@@ -97,6 +105,7 @@ def nuts(logdensity: Callable[[PyTree], Array], step_size: float, metric: Whiten
         ValueError: If the step size or the metric is unusable.
     """
     check_step_size(step_size)
+    _check_positive_integer(max_num_doublings, "max_num_doublings")
     return _with_metric(lambda density, inverse_mass: blackjax.nuts(
         density, step_size, inverse_mass, max_num_doublings=max_num_doublings), logdensity, metric, "nuts")
 
@@ -133,12 +142,15 @@ def check_step_size(step_size: float) -> None:
         raise ValueError(f"step_size: got {step_size!r}, wanted one positive finite number")
 
 
+def _check_positive_integer(value, name: str) -> None:
+    if isinstance(value, jax.core.Tracer):
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{name}: got {value!r}, wanted an integer of at least 1")
+
+
 def _gaussian_step(step_size):
-    from blackjax.mcmc.random_walk import normal
-
     def draw(key, position):
-        from jax.flatten_util import ravel_pytree
-
         return normal(step_size * jnp.ones_like(ravel_pytree(position)[0]))(key, position)
 
     return draw
@@ -161,4 +173,12 @@ def _with_metric(build: Callable, logdensity: Callable, metric: Whitening | Arra
     if metric.ndim not in (1, 2):
         raise ValueError(f"metric: shape {metric.shape}, wanted an inverse mass matrix of shape (D,) or (D, D)")
     checked_root(metric, metric.shape[0], "metric")
-    return Kernel(build(logdensity, metric), name=name)
+    algorithm = build(logdensity, metric)
+
+    def init(position, rng_key=None):
+        size = ravel_pytree(position)[0].size
+        if size != metric.shape[0]:
+            raise ValueError(f"metric: shape {metric.shape}, but the position has {size} numbers")
+        return algorithm.init(position, rng_key)
+
+    return Kernel(blackjax.SamplingAlgorithm(init, algorithm.step), name=name)

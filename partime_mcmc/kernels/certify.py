@@ -14,10 +14,12 @@ decision is *ambiguous*: another compilation of the same kernel may decide other
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.closures import explicit
@@ -45,7 +47,8 @@ class Certificate:
         frozen: Whether the position never changes although there is more than one step.
         num_rejected: Rejected proposals; −1 where the kernel makes no such decision.
         longest_rejection: Longest run of steps without movement.
-        num_nonfinite_proposals: Proposals with a log density or energy that is not finite (they are rejected).
+        num_nonfinite_proposals: Proposals with a log density or energy that is not finite (they are rejected). MALA does
+            not show its proposals: there, those with an acceptance probability of exactly 0 are counted.
         num_ambiguous: Decisions with a margin below `10 ×` rounding; −1 where margins are not known.
         min_margin: The smallest margin; NaN where margins are not known.
         discrete_consistent: Whether the tape's discrete leaves are the ones that the path produces.
@@ -82,6 +85,7 @@ class Records:
         num_steps: Leapfrog steps.
         logdensity: Log density of the new state.
         nonfinite: Whether the proposal's log density or energy was not finite.
+        held: Whether the kernel returned the very state it was given.
     """
 
     accepted: Array | None
@@ -91,6 +95,7 @@ class Records:
     num_steps: Array | None
     logdensity: Array | None
     nonfinite: Array
+    held: Array
 
 
 def certify(kernel: Kernel, initial: PyTree, states: PyTree, drives: Tape, *, scale: Array | None = None) -> Certificate:
@@ -106,6 +111,9 @@ def certify(kernel: Kernel, initial: PyTree, states: PyTree, drives: Tape, *, sc
 
     Returns:
         The certificate.
+
+    Raises:
+        ValueError: If `scale` is not positive and finite.
     """
     return certify_with_records(kernel, initial, states, drives, scale=scale)[0]
 
@@ -115,8 +123,42 @@ def certify_with_records(kernel: Kernel, initial: PyTree, states: PyTree, drives
     """As `certify`, with what the kernel says of each step of the path."""
     first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), drives)
     observe, params = explicit(_Observe(kernel), None, initial, first)
-    unit = kernel.noise_scale if scale is None else scale
+    unit = kernel.noise_scale if scale is None else check_scale(scale, "scale")
     return _certify(observe, params, initial, states, drives, unit)
+
+
+def check_scale(scale: Array | float, name: str) -> Array | float:
+    """Refuse a unit with which any path would pass.
+
+    Raises:
+        ValueError: Naming `name`, if a concrete scale is not positive and finite (traced ones pass).
+    """
+    if not isinstance(scale, jax.core.Tracer):
+        values = np.asarray(scale)
+        if not np.issubdtype(values.dtype, np.floating) and not np.issubdtype(values.dtype, np.integer) or not (
+                np.isfinite(values).all() and (values > 0).all()):
+            raise ValueError(f"{name}: got {scale!r}, wanted positive finite numbers")
+    return scale
+
+
+def hold(initial: PyTree, states: PyTree, held: Array) -> PyTree:
+    """Make a path stand still to the last bit where its kernel does.
+
+    A solver stops within a tolerance, so a rejected step may differ from the state before it by some ulp; no noise of the
+    proposal can explain that. Every such step takes the last state that moved.
+
+    Args:
+        initial: The carry before the first step.
+        states: The path, leading axis `T`.
+        held: Where the kernel returns the state it was given, shape `(T,)`.
+
+    Returns:
+        The path, exact on rejected steps.
+    """
+    index = jnp.arange(held.shape[0]) + 1
+    last = jax.lax.cummax(jnp.where(held, 0, index))
+    everything = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), initial, states)
+    return jax.tree.map(lambda leaf: leaf[last], everything)
 
 
 class _Observe:
@@ -146,11 +188,11 @@ def _record(state, info) -> Records:
     energy, rate, proposal = of("energy"), of("acceptance_rate"), getattr(info, "proposal", None)
     judged = [value for value in (energy, rate, of("logdensity", proposal), of("logdensity", state)) if value is not None]
     nonfinite = functools.reduce(jnp.logical_or, [~jnp.isfinite(value) for value in judged], jnp.zeros((), bool))
-    if energy is None and rate is not None:
+    if energy is None and rate is not None and of("logdensity", proposal) is None:
         # MALA does not show its proposal; BlackJAX turns a proposal that is not finite into probability exactly 0.
         nonfinite = nonfinite | (rate == 0)
     return Records(of("is_accepted"), rate, of("is_divergent"), energy, of("num_integration_steps"),
-                   of("logdensity", state), nonfinite)
+                   of("logdensity", state), nonfinite, jnp.zeros((), bool))
 
 
 def _uniform(key, info):
@@ -171,25 +213,28 @@ def _certify(observe, params, initial, states, drives, unit):
     if num_steps == 0:
         path, expected, previous = (jnp.zeros((0, ravel_pytree(initial)[0].size), dtype) for _ in range(3))
     unit = _spread(path) if unit is None else jnp.asarray(unit, dtype)
-    residual = largest(jnp.abs(expected - path) / unit, axis=1)
+    # A unit that is not positive and finite would let anything pass.
+    usable = (unit > 0) & jnp.isfinite(unit)
+    residual = largest(jnp.where(usable, jnp.abs(expected - path) / unit, jnp.nan), axis=1)
     finite = jnp.isfinite(path).all()
     tolerance = jnp.asarray(_TOLERANCE.get(dtype, 1e-4), dtype)
     positions = [carry.position if isinstance(carry, Carry) else carry for carry in (states, before)]
     moved = (flatten(positions[0]) != flatten(positions[1])).any(axis=1) if num_steps else jnp.zeros(0, bool)
     accepted = jnp.ones(num_steps, bool) if records.accepted is None else jnp.broadcast_to(
         records.accepted, (num_steps,))
+    held = ~moved | ~accepted
     num_ambiguous, min_margin = _margins(uniform, records, dtype)
     consistent = _consistent(discrete, drives.discrete)
     worst = jnp.argmax(jnp.where(jnp.isnan(residual), jnp.inf, residual)) if num_steps else jnp.zeros((), jnp.int32)
     certificate = Certificate(
         certified=finite & jnp.all(residual <= tolerance) & consistent,
         max_residual=largest(residual), worst_step=worst, tolerance=tolerance,
-        num_steps=jnp.asarray(num_steps), finite=finite, frozen=(num_steps > 1) & ~moved.any(),
+        num_steps=jnp.asarray(num_steps), finite=finite, frozen=(num_steps > 1) & held.all(),
         num_rejected=jnp.asarray(-1) if records.accepted is None else jnp.sum(~accepted),
-        longest_rejection=_longest_run(~moved),
+        longest_rejection=_longest_run(held),
         num_nonfinite_proposals=jnp.sum(records.nonfinite), num_ambiguous=num_ambiguous, min_margin=min_margin,
         discrete_consistent=consistent, accepted=accepted, residual=residual)
-    return certificate, records
+    return certificate, dataclasses.replace(records, held=(expected == previous).all(axis=1))
 
 
 def _spread(path: Array) -> Array:

@@ -42,6 +42,10 @@ class Linearizer(Protocol):
         """Jacobian-vector products per step, for a state of `dimension` numbers."""
         ...
 
+    def map_size(self, dimension: int) -> int:
+        """Numbers in the linear part of one step's map: what memory per step is estimated from."""
+        ...
+
 
 def no_shift(values: Array) -> Array:
     """The zero shift of freshly made maps, shaped like `values`."""

@@ -30,6 +30,9 @@ class DenseJacobian:
     def jvps(self, dimension: int) -> int:
         return dimension
 
+    def map_size(self, dimension: int) -> int:
+        return dimension * dimension
+
 
 def jacobian(dynamics: Dynamics, x: Array, drive: PyTree) -> tuple[Array, Array]:
     """The value of one step and its Jacobian, shapes `(D,)` and `(D, D)`, from one forward pass."""

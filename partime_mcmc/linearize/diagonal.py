@@ -40,6 +40,9 @@ class DiagonalJacobian:
     def jvps(self, dimension: int) -> int:
         return dimension
 
+    def map_size(self, dimension: int) -> int:
+        return dimension
+
 
 @pytree(static=("num_probes",))
 class HutchinsonDiagonal:
@@ -69,3 +72,6 @@ class HutchinsonDiagonal:
     def jvps(self, dimension: int) -> int:
         del dimension
         return self.num_probes
+
+    def map_size(self, dimension: int) -> int:
+        return dimension

@@ -30,6 +30,10 @@ class IdentityJacobian:
         del dimension
         return 0
 
+    def map_size(self, dimension: int) -> int:
+        del dimension
+        return 0
+
 
 @pytree()
 class ZeroJacobian:
@@ -41,5 +45,9 @@ class ZeroJacobian:
         return values, Zero(no_shift(values))
 
     def jvps(self, dimension: int) -> int:
+        del dimension
+        return 0
+
+    def map_size(self, dimension: int) -> int:
         del dimension
         return 0

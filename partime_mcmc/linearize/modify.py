@@ -37,6 +37,9 @@ class Damped:
     def jvps(self, dimension: int) -> int:
         return self.inner.jvps(dimension)
 
+    def map_size(self, dimension: int) -> int:
+        return self.inner.map_size(dimension)
+
 
 @pytree()
 class Clipped:
@@ -52,6 +55,9 @@ class Clipped:
 
     def jvps(self, dimension: int) -> int:
         return self.inner.jvps(dimension)
+
+    def map_size(self, dimension: int) -> int:
+        return self.inner.map_size(dimension)
 
 
 @functools.singledispatch

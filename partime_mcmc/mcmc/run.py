@@ -1,8 +1,10 @@
 """Running chains: one compiled solve for all of them, stretch after stretch, with an exact sequential fallback.
 
 Stretch s of every chain is the recurrence x_t = f(x_{t-1}, u_t) for its part of the tape, from where the chain ended before.
-Chains whose solve does not converge are finished by the kernel's own loop, with the same dice. When the same chains have
-needed that in two stretches running, the rest of the run is sequential at once: these chains do not forget.
+Chains whose solve does not converge are finished by the kernel's own loop, with the same dice. When every chain has needed
+that in two stretches running, the rest of the run is sequential at once: these chains do not forget. One bad chain never
+changes how the others are run, so that their draws stay the same bits. From the step on where a chain leaves the finite
+numbers its draws are NaN.
 """
 
 from __future__ import annotations
@@ -122,6 +124,7 @@ def _stretch_size(solver: Solver, schedule: Schedule, num_samples: int) -> int:
 
 def _dice(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int):
     """The starting states and the tapes of all chains."""
+
     def one(position, key):
         state = kernel.init(position, jax.random.fold_in(key, 0))
         return state, kernel.tape(key, num_samples, state)
@@ -180,16 +183,24 @@ class _Books:
         bad = np.array([verdict != Status.CONVERGED for verdict in verdicts])
         if rolled:
             self.num_sequential += stop - start
-        states = found.states
+        states, rolled_exact = found.states, found.num_exact
         if bad.any() and not rolled:
-            verdicts, states = self._fall_back(found, verdicts, bad, start, stop, roll())
-        self.failed_running = self.failed_running + 1 if bad.any() else 0
-        if self.hopeless and not rolled:
-            self.fallbacks.append(f"from step {stop} on all chains ran sequentially: {_GIVE_UP_AFTER} stretches running "
-                                  "did not converge")
+            verdicts, states, rolled_exact = self._fall_back(found, verdicts, bad, start, stop, roll())
+        if not rolled:
+            self.failed_running = self.failed_running + 1 if bad.all() else 0
+            if self.hopeless and stop < self.num_samples:
+                self.fallbacks.append(f"from step {stop} on all chains ran sequentially: none converged in "
+                                      f"{_GIVE_UP_AFTER} stretches running")
         for chain, verdict in enumerate(verdicts):
             if verdict != Status.CONVERGED and self.status[chain] == Status.CONVERGED:
                 self.status[chain] = verdict
+        # What is not finite is not a draw: say so in the draws themselves.
+        lost = np.array([verdict == Status.NONFINITE for verdict in verdicts])
+        if lost.any():
+            exact = np.where(lost, np.asarray(rolled_exact), stop - start)
+            keep = jnp.asarray(np.arange(stop - start) < exact[:, None])
+            states = jax.tree.map(lambda leaf: jnp.where(
+                keep.reshape(*keep.shape, *(1,) * (leaf.ndim - 2)), leaf, jnp.nan), states)
         self.worst = max(self.worst, float(np.nanmax(np.where(bad, 0, np.asarray(found.residual)), initial=0.0)))
         return states
 
@@ -205,7 +216,7 @@ class _Books:
                     for chain, code in enumerate(np.asarray(rolled.status))]
         mask = jnp.asarray(bad)
         pick = lambda a, b: jnp.where(mask.reshape(-1, *(1,) * (a.ndim - 1)), a, b)  # noqa: E731
-        return verdicts, jax.tree.map(pick, rolled.states, found.states)
+        return verdicts, jax.tree.map(pick, rolled.states, found.states), rolled.num_exact
 
     def _count(self, found: Solution, steps: int) -> None:
         self.iterations += np.asarray(found.iterations)

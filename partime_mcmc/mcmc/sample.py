@@ -20,25 +20,29 @@ import numpy as np
 
 from partime_mcmc.diagnostics.checks import (check_count, check_deterministic, check_key, check_precision, check_starts,
                                              looks_improper)
-from partime_mcmc.kernels import Kernel, certify_with_records
+from partime_mcmc.kernels import Kernel, certify_with_records, hold
+from partime_mcmc.mcmc.arguments import check_memory, check_strategies, chosen_progress
 from partime_mcmc.mcmc.draws import Draws, RunReport
-from partime_mcmc.mcmc.progress import Progress, quiet
+from partime_mcmc.mcmc.progress import Progress
 from partime_mcmc.mcmc.run import Chains, run_chains
 from partime_mcmc.mcmc.target import Target
 from partime_mcmc.mcmc.warmup import Builder, Warmup, warm_up
-from partime_mcmc.recipes import quasi_deer
+from partime_mcmc.recipes import shooting
 from partime_mcmc.schedule import Schedule, Stretches
 from partime_mcmc.solution import Status, Tolerance
 from partime_mcmc.solvers import Solver
 from partime_mcmc.types import Key, PyTree
 
-DEFAULT_STRETCH = 512
+DEFAULT_STRETCH = 16384
+# Chains × segments that fill a device: a hundred or so for two CPU cores, thousands for a GPU.
+_LANES = {"cpu": 128}
+_LANES_ELSEWHERE = 4096
 
 
 def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_samples: int, num_chains: int = 4,
            num_warmup: int = 1000, solver: Solver | None = None, schedule: Schedule | None = None,
-           tolerance: Tolerance | None = None, max_iterations: int | None = None,
-           progress: Progress = quiet) -> Draws:
+           tolerance: Tolerance | None = None, max_iterations: int | None = None, max_bytes: int | None = None,
+           progress: Progress | bool = True) -> Draws:
     """Sample a target with exact chains, parallel over time.
 
     Args:
@@ -50,10 +54,11 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
         num_chains: Chains, C ≥ 1.
         num_warmup: Warm-up steps per chain, for a builder.
         solver: A recipe; None takes `default_solver()`.
-        schedule: How time is cut; None takes stretches of 512 steps. `sequential()` runs through in one.
+        schedule: How time is cut; None takes stretches of 16,384 steps. `sequential()` runs through in one.
         tolerance: How small residuals must be; None suits the type of the states.
         max_iterations: Passes per stretch before a chain is finished sequentially; None is the stated default.
-        progress: What to tell while it works; `quiet` or `progress_line`.
+        max_bytes: Memory that the run may take; None is most of the device's. Checked before anything is allocated.
+        progress: True shows one line per stage on a terminal; or `quiet`, `progress_line`, or your own.
 
     Returns:
         The draws, certified.
@@ -62,12 +67,16 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
         TypeError: If an argument has the wrong type.
         ValueError: If an argument has a value that cannot work, or a start has no finite density or gradient.
     """
-    key = check_key(key)
+    key, progress = check_key(key), chosen_progress(progress)
+    check_strategies(target, kernel, solver, schedule, tolerance, max_iterations)
     num_samples, num_chains = check_count(num_samples, "num_samples", 0), check_count(num_chains, "num_chains", 1)
     start_key, warmup_key, chains_key = jax.random.split(key, 3)
     kernel, warmup, positions = _prepare(start_key, warmup_key, target, kernel, num_chains, num_warmup, progress)
-    solver = default_solver() if solver is None else solver
+    solver = default_solver(num_chains) if solver is None else solver
     schedule = Stretches(DEFAULT_STRETCH) if schedule is None else schedule
+    leaves = jax.tree.leaves(positions)
+    check_memory(solver, getattr(schedule, "size", num_samples), num_samples, num_chains,
+                 sum(leaf[0].size for leaf in leaves), leaves[0].dtype.itemsize, max_bytes)
     chains = run_chains(kernel, positions, jax.random.split(chains_key, num_chains), num_samples, solver=solver,
                         schedule=schedule, tolerance=Tolerance() if tolerance is None else tolerance,
                         max_iterations=max_iterations, progress=progress)
@@ -79,9 +88,10 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
     return draws
 
 
-def default_solver() -> Solver:
-    """The solver for chains of unknown temper: quasi-DEER with bounded, damped diagonals."""
-    return quasi_deer(damping=0.1)
+def default_solver(num_chains: int = 1) -> Solver:
+    """Shooting, the lanes of the device shared by all chains: near one evaluation per draw where chains forget."""
+    lanes = _LANES.get(jax.default_backend(), _LANES_ELSEWHERE)
+    return shooting(num_segments=max(1, lanes // num_chains))
 
 
 def _prepare(start_key, warmup_key, target, kernel, num_chains, num_warmup, progress):
@@ -91,11 +101,6 @@ def _prepare(start_key, warmup_key, target, kernel, num_chains, num_warmup, prog
         if have != num_chains:
             raise ValueError(f"num_chains: got {num_chains}, but the warm-up given as `kernel` has {have} chains")
         return kernel.kernel, kernel, kernel.positions
-    if not isinstance(target, Target):
-        raise TypeError(f"target: got {type(target).__name__}, wanted a Target, e.g. from_numpyro(model, ..., key=key) or "
-                        "Target(logdensity, initial)")
-    if not callable(kernel) and not isinstance(kernel, Kernel):
-        raise TypeError(f"kernel: got {type(kernel).__name__}, wanted a Kernel, a builder such as hmc, or a Warmup")
     starts = [target.start(one) for one in jax.random.split(start_key, num_chains)]
     positions = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
     check_starts(target.logdensity, positions)
@@ -116,10 +121,14 @@ def _finish(target: Target, kernel: Kernel, chains: Chains, warmup: Warmup | Non
     """Certificate, infos on the converged path, and the model's own space."""
     clock = chains.clock
     with clock.measure("certify"):
-        certificate, records = jax.block_until_ready(jax.vmap(
-            lambda first, path, tape: certify_with_records(kernel, first, path, tape))(
-                chains.initial, chains.carries, chains.tape))
-    positions = jax.vmap(jax.vmap(kernel.position))(chains.carries)
+        check = jax.vmap(lambda first, path, tape: certify_with_records(kernel, first, path, tape))
+        certificate, records = jax.block_until_ready(check(chains.initial, chains.carries, chains.tape))
+        carries = jax.vmap(hold)(chains.initial, chains.carries, records.held)
+        if not all(bool(jnp.all((a == b) | ~jnp.isfinite(b))) for a, b in zip(
+                jax.tree.leaves(carries), jax.tree.leaves(chains.carries))):
+            # Standing still to the last bit changes what the next steps start from: certify what is returned.
+            certificate, records = jax.block_until_ready(check(chains.initial, carries, chains.tape))
+    positions = jax.vmap(jax.vmap(kernel.position))(carries)
     constrained = _constrained(target, positions)
     shape = certificate.residual.shape
     named = {"accepted": records.accepted, "acceptance_rate": records.acceptance_rate, "diverging": records.diverging,

@@ -3,8 +3,8 @@
 Three stages, all chains side by side, each step one after another:
 
     1  every chain runs BlackJAX's window adaptation (NUTS, dense metric) to find the typical set
-    2  twice: the chains' draws are pooled into one covariance Σ, shrunk towards its diagonal; the kernel under
-       tuning runs in the whitened coordinates x = μ + L z, LLᵀ = Σ, with its step size chosen anew
+    2  twice: the chains' draws are pooled into one covariance Σ, shrunk towards the metric before it; the kernel
+       under tuning runs in the whitened coordinates x = μ + L z, LLᵀ = Σ, with its step size chosen anew
     3  freeze; the report says what was chosen and what it cost
 
 A window adaptation alone leaves a poor dense metric on several regressions (step sizes five times smaller than need be),
@@ -92,11 +92,12 @@ def warm_up(key: Key, logdensity: Callable[[PyTree], Array], builder: Builder, s
     density, params = explicit(_Density(logdensity), None, example)
     keys = jax.random.split(key, 6)
     first, rounds = num_warmup // 2, (num_warmup // 4, num_warmup - num_warmup // 2 - num_warmup // 4)
-    positions, draws, num_gradients = _adapt(density, params, starts, keys[0], first)
+    positions, draws, metric, num_gradients = _adapt(density, params, starts, keys[0], first)
     advance(first)
     notes: list[str] = []
     for number, steps in enumerate(rounds):
-        whitening = _pooled_whitening(example, draws)
+        metric = _pooled_covariance(draws, metric)
+        whitening = Whitening.of_covariance(example, _pooled_mean(draws), metric)
         trial = _Trials(builder, density, params, whitening, draws, keys[1 + number])
         settings, acceptance = trial.choose(notes if number else [])
         num_gradients += trial.num_gradients
@@ -120,7 +121,8 @@ class _Density:
 
 
 def _adapt(density, params, starts, key, num_steps):
-    """BlackJAX's window adaptation in every chain: last positions, second half of the draws, gradients spent."""
+    """BlackJAX's window adaptation in every chain: last positions, second half of the draws, the chains' mean metric,
+    gradients spent."""
 
     @jax.jit
     def run(params, starts, keys):
@@ -130,9 +132,9 @@ def _adapt(density, params, starts, key, num_steps):
         one = lambda key, start: adaptation.run(key, start, num_steps)  # noqa: E731
         return jax.vmap(one)(keys, starts)
 
-    (state, _), (draws, steps) = run(params, starts, jax.random.split(key, _num_chains(starts)))
+    (state, tuned), (draws, steps) = run(params, starts, jax.random.split(key, _num_chains(starts)))
     half = jax.tree.map(lambda leaf: leaf[:, num_steps // 2:], draws)
-    return state.state.position if hasattr(state, "state") else state.position, half, int(jnp.sum(steps))
+    return state.position, half, np.asarray(tuned["inverse_mass_matrix"], float).mean(axis=0), int(jnp.sum(steps))
 
 
 def _run(builder, density, params, whitening, settings, positions, key, num_steps):
@@ -222,19 +224,24 @@ class _Trials:
         return float(rate)
 
 
-def _pooled_whitening(example: PyTree, draws: PyTree) -> Whitening:
-    """Whitening by the pooled covariance of all chains, shrunk towards its diagonal."""
+def _pooled_covariance(draws: PyTree, previous: np.ndarray) -> np.ndarray:
+    """The pooled covariance of all chains, shrunk a little towards the metric before it."""
+    flat = _pooled(draws)
+    # Draws are correlated: a fifth of them counts, against five pseudo-draws of the old metric. Shrinking towards the
+    # diagonal instead would undo exactly the correlations that a dense metric is for.
+    weight = (len(flat) / 5) / (len(flat) / 5 + 5)
+    covariance = weight * np.atleast_2d(np.cov(flat, rowvar=False)) + (1 - weight) * previous
+    floor = 1e-12 * (1 + flat.mean(axis=0) ** 2)
+    return covariance + np.diag(np.maximum(floor - np.diag(covariance), 0))
+
+
+def _pooled_mean(draws: PyTree) -> np.ndarray:
+    return _pooled(draws).mean(axis=0)
+
+
+def _pooled(draws: PyTree) -> np.ndarray:
     flat = np.asarray(jax.vmap(jax.vmap(lambda position: ravel_pytree(position)[0]))(draws), float)
-    flat = flat.reshape(-1, flat.shape[-1])
-    count, dimension = flat.shape
-    center = flat.mean(axis=0)
-    covariance = np.atleast_2d(np.cov(flat, rowvar=False))
-    # Draws are correlated: count a fifth of them, against as many pseudo-draws as there are dimensions.
-    weight = (count / 5) / (count / 5 + dimension + 5)
-    variances = np.maximum(np.diag(covariance), 1e-12 * (1 + center**2))
-    shrunk = weight * covariance + (1 - weight) * np.diag(variances)
-    shrunk[np.diag_indices(dimension)] = np.maximum(np.diag(shrunk), variances)
-    return Whitening.of_covariance(example, center, shrunk)
+    return flat.reshape(-1, flat.shape[-1])
 
 
 def _num_chains(positions: PyTree) -> int:

@@ -32,6 +32,7 @@ class Proposal:
         depth: Dependent evaluations of `f` one after another in this pass; a scalar.
         evaluations: Evaluations of `f` in this pass, over all steps of the window; a scalar.
         gave_up: Whether the solver sees that further passes will not help; a scalar.
+        num_passes: Passes that this step stands for, for solvers that make several at once; a scalar.
     """
 
     states: Array
@@ -42,6 +43,7 @@ class Proposal:
     depth: Array
     evaluations: Array
     gave_up: Array | bool = False
+    num_passes: Array | int = 1
 
 
 class Solver(Protocol):
@@ -73,6 +75,19 @@ class Solver(Protocol):
     def jvps(self, dimension: int) -> int:
         """Jacobian-vector products per step and pass."""
         ...
+
+    def map_size(self, dimension: int) -> int:
+        """Numbers kept per step besides the states: what memory is estimated from."""
+        ...
+
+
+def defect(values: Array, states: Array) -> Array:
+    """`values − states`, and exactly 0 where they are equal.
+
+    A compiler may fuse the last product of `f` with this subtraction and skip the rounding of the product; a state that
+    is `f` of its past would then show a residual below one ulp, and tolerance 0 could not be met.
+    """
+    return jnp.where(values == states, 0, values - states)
 
 
 def replace_nonfinite_jacobians(maps: AffineMap) -> tuple[AffineMap, Array]:

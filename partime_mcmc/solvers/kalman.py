@@ -24,7 +24,7 @@ from partime_mcmc.scan.affine import Dense, Diagonal, Identity, Zero
 from partime_mcmc.scan.gaussian import DenseMessage, DiagonalMessage
 from partime_mcmc.scan.time_axis import TimeAxis
 from partime_mcmc.solution import Tolerance
-from partime_mcmc.solvers.base import Proposal, replace_nonfinite_jacobians, replace_nonfinite_updates
+from partime_mcmc.solvers.base import Proposal, defect, replace_nonfinite_jacobians, replace_nonfinite_updates
 from partime_mcmc.solvers.damping import DampingPolicy, RelaxingDamping
 from partime_mcmc.types import Array, Key, PyTree, pytree
 
@@ -43,7 +43,7 @@ class Kalman:
     def step(self, dynamics: Dynamics, initial: Array, states: Array, drives: PyTree, state: PyTree, *,
              axis: TimeAxis, key: Key, tolerance: Tolerance) -> tuple[Proposal, PyTree]:
         values, maps = self.linearizer(dynamics, axis.previous(initial, states), drives, key)
-        residual = values - states
+        residual = defect(values, states)
         maps, num_jacobians = replace_nonfinite_jacobians(maps)
         right = jnp.where(jnp.isfinite(residual), residual, 0)
         merit = jnp.sqrt(axis.total(jnp.mean(right**2, axis=1)) / states.shape[0])
@@ -56,6 +56,10 @@ class Kalman:
 
     def jvps(self, dimension: int) -> int:
         return self.linearizer.jvps(dimension)
+
+    def map_size(self, dimension: int) -> int:
+        # A message holds three matrices where an affine map holds one.
+        return 3 * max(self.linearizer.map_size(dimension), dimension)
 
 
 def trust_region_step(maps: PyTree, damping: Array, like: Array, axis: TimeAxis) -> Array:

@@ -22,7 +22,7 @@ from partime_mcmc.dynamics import Dynamics
 from partime_mcmc.linearize.base import Linearizer
 from partime_mcmc.scan.time_axis import TimeAxis
 from partime_mcmc.solution import Tolerance
-from partime_mcmc.solvers.base import Proposal, replace_nonfinite_jacobians, replace_nonfinite_updates
+from partime_mcmc.solvers.base import Proposal, defect, replace_nonfinite_jacobians, replace_nonfinite_updates
 from partime_mcmc.types import Array, Key, PyTree, pytree
 
 
@@ -40,7 +40,7 @@ class Newton:
              axis: TimeAxis, key: Key, tolerance: Tolerance) -> tuple[Proposal, PyTree]:
         previous = axis.previous(initial, states)
         values, maps = self.linearizer(dynamics, previous, drives, key)
-        residual = values - states
+        residual = defect(values, states)
         maps, num_jacobians = replace_nonfinite_jacobians(maps)
         # A step whose f is not finite contributes nothing: the verdict comes from the residual, not from the scan.
         right = jnp.where(jnp.isfinite(residual), residual, 0)
@@ -53,3 +53,6 @@ class Newton:
 
     def jvps(self, dimension: int) -> int:
         return self.linearizer.jvps(dimension)
+
+    def map_size(self, dimension: int) -> int:
+        return self.linearizer.map_size(dimension)

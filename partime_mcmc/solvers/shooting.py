@@ -79,11 +79,15 @@ class Shooting:
         shoot = _shoot_for(memo.enter, memo.advance, memo.leave, steps, math.ceil(budget * steps))
         batched = jax.tree.map(lambda leaf: leaf[None], (initial, states, drives, absolute, relative))
         found = shoot(memo.params, *batched)
-        path, residual, evaluations, depth, gave_up = jax.tree.map(lambda leaf: leaf[0], found)
+        path, residual, evaluations, depth, gave_up, num_passes = jax.tree.map(lambda leaf: leaf[0], found)
         none = jnp.zeros((), jnp.int32)
-        return Proposal(path, path, residual, none, none, depth, evaluations, gave_up), state
+        return Proposal(path, path, residual, none, none, depth, evaluations, gave_up, num_passes), state
 
     def jvps(self, dimension: int) -> int:
+        del dimension
+        return 0
+
+    def map_size(self, dimension: int) -> int:
         del dimension
         return 0
 
@@ -128,11 +132,11 @@ def _shoot_for(enter, advance, leave, steps: int, max_depth: int):
             # Every chain has parameters of its own: one after another.
             spread = [jax.tree.map(lambda leaf, is_in: leaf if is_in else jnp.broadcast_to(
                 leaf, (axis_size, *leaf.shape)), value, flags) for value, flags in zip((params, *chains), in_batched)]
-            return lax.map(lambda one: shoot(*one), tuple(spread)), _all_true_like(5)
+            return lax.map(lambda one: shoot(*one), tuple(spread)), _all_true_like(6)
         merged = jax.tree.map(lambda leaf, is_in: _merge(leaf, is_in, axis_size), chains, tuple(in_batched[1:]))
         found = shoot(params, *merged)
         split = jax.tree.map(lambda leaf: leaf.reshape(axis_size, -1, *leaf.shape[1:]), found)
-        return split, _all_true_like(5)
+        return split, _all_true_like(6)
 
     return shoot
 
@@ -150,7 +154,7 @@ def _shoot(enter, advance, leave, steps, max_depth, params, initial, guess, driv
     """All passes over B chains; lanes are chains × segments.
 
     Returns:
-        Path `(B, T, D)`, residual `(B, T, D)`, evaluations `(B,)`, depth `(B,)`, and whether it gave up `(B,)`.
+        Path `(B, T, D)`, residual `(B, T, D)`, and evaluations, depth, whether it gave up, and passes, `(B,)` each.
     """
     num_chains, num_steps, dimension = guess.shape
     num_segments = math.ceil(num_steps / steps)
@@ -194,9 +198,9 @@ def _shoot(enter, advance, leave, steps, max_depth, params, initial, guess, driv
     everything, residual = (values.transpose(1, 0, 2).reshape(num_chains, num_segments * steps, dimension)[:, :num_steps]
                             for values in (path, residual))
     depth, unmet = end[3], open_lanes(end).reshape(num_chains, num_segments)
+    each = functools.partial(jnp.broadcast_to, shape=(num_chains,))
     return (jnp.where(jnp.isfinite(everything), everything, initial[:, None]), residual,
-            jnp.full(num_chains, depth * num_segments, jnp.float32), jnp.broadcast_to(depth, (num_chains,)),
-            unmet.any(axis=1))
+            jnp.full(num_chains, depth * num_segments, jnp.float32), each(depth), unmet.any(axis=1), each(end[0]))
 
 
 def _judged(end, new, num_segments):

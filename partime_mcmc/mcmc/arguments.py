@@ -1,0 +1,87 @@
+"""What `sample` refuses before anything is compiled, naming the argument, what it got and what it wanted."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import jax
+
+from partime_mcmc.diagnostics.checks import check_bytes, check_count
+from partime_mcmc.kernels import Kernel
+from partime_mcmc.mcmc.progress import Progress, progress_line, quiet
+from partime_mcmc.mcmc.target import Target
+from partime_mcmc.mcmc.warmup import Warmup
+from partime_mcmc.schedule import Schedule
+from partime_mcmc.solution import Tolerance
+from partime_mcmc.solvers import Solver
+
+# Of the memory of the device; the rest is for the compiler, the host and everybody else.
+_SHARE = 0.6
+
+
+def check_strategies(target: Any, kernel: Any, solver: Any, schedule: Any, tolerance: Any, max_iterations: Any) -> None:
+    """Refuse arguments of the wrong kind.
+
+    Raises:
+        TypeError: Naming the argument.
+        ValueError: If `max_iterations` is not a positive integer.
+    """
+    if not isinstance(target, Target):
+        raise TypeError(f"target: got {_kind(target)}, wanted a Target, e.g. from_numpyro(model, ..., key=key) or "
+                        "Target(logdensity, initial)")
+    if not callable(kernel) and not isinstance(kernel, (Kernel, Warmup)):
+        raise TypeError(f"kernel: got {_kind(kernel)}, wanted a Kernel (from_blackjax(...)), a builder such as hmc, or the "
+                        "warm-up of another run")
+    _check_has(solver, "solver", ("init", "step", "jvps", "map_size"), "a recipe such as shooting() or quasi_deer(), or None")
+    _check_has(schedule, "schedule", ("window", "advance"), "Whole(), Stretches(size), Sliding(size), or None")
+    if tolerance is not None and not isinstance(tolerance, Tolerance):
+        raise TypeError(f"tolerance: got {_kind(tolerance)}, wanted Tolerance(relative, absolute) or None")
+    if max_iterations is not None:
+        check_count(max_iterations, "max_iterations", 1)
+
+
+def check_memory(solver: Solver, stretch: int, num_samples: int, num_chains: int, dimension: int, itemsize: int,
+                 max_bytes: int | None) -> None:
+    """Refuse a run that cannot fit, before allocating.
+
+    Raises:
+        TooLarge: Naming the setting to change.
+    """
+    limit = default_max_bytes() if max_bytes is None else check_count(max_bytes, "max_bytes", 1)
+    check_bytes(min(stretch, num_samples), dimension, itemsize, limit, per_step=solver.map_size(dimension),
+                num_chains=num_chains)
+    check_bytes(num_samples, dimension, itemsize, limit, per_step=0, num_chains=num_chains)
+
+
+def default_max_bytes() -> int:
+    """Most of the memory of the default device."""
+    stats = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return int(_SHARE * stats["bytes_limit"])
+    return int(_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def chosen_progress(progress: Progress | bool) -> Progress:
+    """The progress meant by `progress`: True is a line on a terminal and silence elsewhere, as users of NumPyro expect.
+
+    Raises:
+        TypeError: If it is neither a bool nor a Progress.
+    """
+    if isinstance(progress, bool):
+        return progress_line if progress and sys.stderr.isatty() else quiet
+    _check_has(progress, "progress", ("stage", "note", "warn"), "True, False, quiet or progress_line")
+    return progress
+
+
+def _check_has(value: Any, name: str, methods: tuple[str, ...], wanted: str) -> None:
+    if value is None:
+        return
+    missing = [method for method in methods if not callable(getattr(value, method, None))]
+    if missing or isinstance(value, type):
+        raise TypeError(f"{name}: got {_kind(value)}, wanted {wanted}")
+
+
+def _kind(value: Any) -> str:
+    return repr(value) if isinstance(value, (str, int, float, bool, type(None))) else f"a {type(value).__name__}"

@@ -1,0 +1,429 @@
+"""Sampling from end to end: the chain is BlackJAX's own whatever solves it, faults are seen, and nothing hides."""
+
+import functools
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import blackjax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kernel_catalogue import logdensity_of, start_of
+
+import partime_mcmc.mcmc.sample as sampling
+from partime_mcmc.diagnostics.checks import InvalidStart, NonDeterministicTarget
+from partime_mcmc.kernels import Kernel, from_blackjax, hmc, mala
+from partime_mcmc.mcmc.progress import progress_line, quiet
+from partime_mcmc.mcmc.sample import sample
+from partime_mcmc.mcmc.target import Target
+from partime_mcmc.models.eight_schools import make_target as eight_schools
+from partime_mcmc.recipes import jacobi, sequential
+from partime_mcmc.schedule import Sliding, Stretches, Whole
+from partime_mcmc.solution import SolveError, Status
+
+T, CHAINS, STEP = 90, 3, 0.35
+
+
+@pytest.fixture(autouse=True)
+def in_float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@functools.cache
+def target():
+    """A dict position with a site called "position"; every chain has its own start."""
+    def initial(key):
+        return {"position": jax.random.normal(key, (2,)), "slope": jnp.asarray(0.3)}
+
+    return Target(logdensity_of(jnp.float64), initial)
+
+
+@functools.cache
+def kernel():
+    return from_blackjax(blackjax.mala(target().logdensity, STEP), noise_scale=np.sqrt(2 * STEP))
+
+
+def run(key=None, **changes):
+    """The run that most tests look at, or a variation of it."""
+    arguments = {"num_samples": T, "num_chains": CHAINS, "solver": jacobi(), "schedule": Stretches(32)} | changes
+    return sample(jax.random.key(0) if key is None else key, target(), kernel(), **arguments)
+
+
+@pytest.fixture(scope="module")
+def base():
+    with jax.enable_x64(True):
+        return run()
+
+
+@functools.cache
+def by_hand():
+    """The chains as a BlackJAX user would draw them, by the documented use of the key."""
+    start_key, _, chains_key = jax.random.split(jax.random.key(0), 3)
+    algorithm = blackjax.mala(target().logdensity, STEP)
+
+    def advance(state, key):
+        state, info = algorithm.step(key, state)
+        return state, (state.position, info)
+
+    def chain(start_key, key):
+        return jax.lax.scan(advance, algorithm.init(target().initial(start_key)), jax.random.split(key, T))[1]
+
+    return jax.jit(jax.vmap(chain))(jax.random.split(start_key, CHAINS), jax.random.split(chains_key, CHAINS))
+
+
+def assert_same_chains(draws, wanted, atol=1e-8):
+    for name, values in wanted.items():
+        np.testing.assert_allclose(draws.positions[name], values, rtol=0, atol=atol, err_msg=name)
+
+
+# --- the chain
+
+
+def test_draws_are_blackjaxs_own_chains(base):
+    positions, infos = by_hand()
+    assert_same_chains(base, positions)
+    np.testing.assert_array_equal(base.info["accepted"], infos.is_accepted)
+    np.testing.assert_allclose(base.info["acceptance_rate"], infos.acceptance_rate, atol=1e-8)
+    density = jax.vmap(jax.vmap(target().logdensity))(positions)
+    np.testing.assert_allclose(base.info["logdensity"], density, atol=1e-8)
+    rejected = (~np.asarray(infos.is_accepted)).sum(axis=1)
+    assert (rejected > 10).all() and (rejected < T - 10).all()
+    np.testing.assert_array_equal(base.certificate.num_rejected, rejected)
+
+
+def test_what_a_run_returns(base):
+    assert base.report.status == (Status.CONVERGED,) * CHAINS and base.or_raise() is base
+    assert {name: leaf.shape for name, leaf in base.positions.items()} == {"position": (CHAINS, T, 2),
+                                                                          "slope": (CHAINS, T)}
+    assert set(base.constrained) == {"position", "slope"} and base.warmup is None
+    assert {value.shape for value in base.info.values()} == {(CHAINS, T)}
+    assert set(base.info) == {"accepted", "acceptance_rate", "logdensity", "residual"}
+    certificate = base.certificate
+    assert np.asarray(certificate.certified).tolist() == [True] * CHAINS
+    assert certificate.max_residual.shape == (CHAINS,) and certificate.residual.shape == (CHAINS, T)
+    report = base.report
+    assert report.dtype == "float64" and report.fallbacks == () and not report.num_sequential.any()
+    assert report.iterations.shape == (CHAINS,) and (report.iterations > 3).all()
+    assert report.jvps_per_sample == 0 and 1 < report.evaluations_per_sample < 40
+    assert report.residual_history.shape[0] == CHAINS and report.seconds_compile > 0 and report.versions["jax"]
+    plan = base.plan
+    assert plan["key"] == [0, 0] and plan["num_samples"] == T and plan["num_chains"] == CHAINS
+    assert "ZeroJacobian" in plan["solver"] and "32" in plan["schedule"]
+
+
+def test_same_seed_and_plan_same_bits_with_progress_and_a_legacy_key(base, capsys):
+    assert capsys.readouterr().err == ""
+    again = run(jax.random.PRNGKey(0), progress=progress_line)
+    jax.tree.map(np.testing.assert_array_equal, again.positions, base.positions)
+    jax.tree.map(np.testing.assert_array_equal, again.info, base.info)
+    assert again.plan == base.plan
+    said = capsys.readouterr()
+    assert said.out == "" and "parallel in time" in said.err and f"{T}/{T}" in said.err
+    assert "all chains certified" in said.err
+
+
+@pytest.mark.parametrize(("solver", "schedule"), [
+    (None, Stretches(41)), (sequential(), None), (jacobi(), Sliding(20))], ids=["default", "sequential", "sliding"])
+def test_another_solver_and_schedule_give_the_same_chains(solver, schedule):
+    draws = run(solver=solver, schedule=schedule)
+    assert_same_chains(draws, by_hand()[0])
+    assert draws.or_raise().report.fallbacks == ()
+
+
+def test_a_solver_that_cannot_converge_falls_back_to_the_exact_chain_and_says_so():
+    draws = run(schedule=Stretches(15), max_iterations=1)
+    assert_same_chains(draws, by_hand()[0], atol=1e-12)
+    report = draws.or_raise().report
+    np.testing.assert_array_equal(report.num_sequential, T)
+    first = [sentence for sentence in report.fallbacks if "steps 0 to 15" in sentence]
+    assert len(first) == CHAINS and all("OUT_OF_ITERATIONS" in sentence and "sequentially" in sentence for sentence in first)
+    given_up = [number for number, sentence in enumerate(report.fallbacks) if sentence.startswith("from step 30 on all")]
+    assert given_up == [len(report.fallbacks) - 1], "having given up, it must not try again"
+
+
+def test_one_chain_and_one_step():
+    draws = run(num_chains=1, num_samples=1)
+    assert draws.positions["position"].shape == (1, 1, 2) and bool(draws.or_raise().certificate.certified[0])
+    start_key, _, chains_key = jax.random.split(jax.random.key(0), 3)
+    state = kernel().init(target().initial(jax.random.split(start_key, 1)[0]))
+    state, _ = kernel().step(jax.random.split(jax.random.split(chains_key, 1)[0], 1)[0], state)
+    np.testing.assert_allclose(draws.positions["position"][0, 0], state.position["position"], atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", [Stretches(8), Whole()], ids=["stretches", "whole"])
+def test_no_steps(schedule):
+    draws = run(num_samples=0, num_chains=2, schedule=schedule)
+    assert {leaf.shape for leaf in jax.tree.leaves(draws.positions)} == {(2, 0, 2), (2, 0)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(draws.positions)} == {jnp.dtype("float64")}
+    assert {value.shape for value in draws.info.values()} == {(2, 0)}
+    assert draws.or_raise().report.evaluations_per_sample == 0
+
+
+# --- trouble at run time
+
+
+class _Walk(NamedTuple):
+    position: jax.Array
+
+
+def _walk_into_nan(key, state):
+    """An autoregression that keeps its first coordinate; where that is large it leaves the finite numbers."""
+    x = state.position
+    new = jnp.concatenate([x[:1], 0.6 * jnp.sin(x[1:]) + jax.random.normal(key, (2,))])
+    return _Walk(jnp.where((x[0] > 50) & (new[1] > 1.5), jnp.nan, new)), ()
+
+
+def test_one_bad_chain_leaves_the_others_bit_for_bit():
+    """Chain 5 of eight meets NaN in its first stretch: it says so, and seven chains are as if it were well."""
+    walker = Kernel(SimpleNamespace(init=lambda position: _Walk(position), step=_walk_into_nan), noise_scale=1.0)
+    start_key = jax.random.split(jax.random.key(0), 3)[0]
+    unlucky = jax.random.key_data(jax.random.split(start_key, 8)[5])
+
+    def initial(far, key):
+        is_it = jnp.all(jax.random.key_data(key) == unlucky)
+        return jnp.zeros(3).at[0].set(jnp.where(is_it, far, 1.0))
+
+    found = {far: sample(jax.random.key(0), Target(lambda x: -0.5 * jnp.sum(x**2), functools.partial(initial, far)),
+                         walker, num_samples=60, num_chains=8, solver=jacobi(), schedule=Stretches(12))
+             for far in (1.0, 60.0)}
+    good, bad = found[1.0], found[60.0]
+    assert good.or_raise().report.fallbacks == ()
+    assert [status.name for status in bad.report.status] == ["CONVERGED"] * 5 + ["NONFINITE"] + ["CONVERGED"] * 2
+    assert np.asarray(bad.certificate.certified).tolist() == [True] * 5 + [False] + [True] * 2
+    with pytest.raises(SolveError, match="NONFINITE: chain 5"):
+        bad.or_raise()
+    well = np.arange(8) != 5
+    np.testing.assert_array_equal(np.asarray(bad.positions)[well], np.asarray(good.positions)[well])
+    np.testing.assert_array_equal(np.asarray(bad.certificate.residual)[well], np.asarray(good.certificate.residual)[well])
+    np.testing.assert_array_equal(bad.report.iterations[well], good.report.iterations[well])
+    assert not bad.report.num_sequential[well].any(), "the well ones are still solved in parallel"
+
+
+def test_a_frozen_chain_says_so():
+    draws = sample(jax.random.key(0), target(), from_blackjax(blackjax.mala(target().logdensity, 1e6)), num_samples=20,
+                   num_chains=2, solver=jacobi())
+    assert draws.report.status == (Status.FROZEN,) * 2 and np.asarray(draws.certificate.frozen).all()
+    assert (np.ptp(np.asarray(draws.positions["position"]), axis=1) == 0).all()
+    with pytest.raises(SolveError, match="FROZEN: chain 0: the chain never moves"):
+        draws.or_raise()
+
+
+# --- warm-up
+
+
+@pytest.fixture(scope="module")
+def tuned():
+    """MALA tuned on a correlated normal density with scales 0.01 and 100."""
+    with jax.enable_x64(True):
+        spread = np.array([0.01, 100.0, 1.0])
+        correlation = np.array([[1.0, 0.9, 0.0], [0.9, 1.0, 0.3], [0.0, 0.3, 1.0]])
+        covariance = correlation * np.outer(spread, spread)
+        precision, center = jnp.asarray(np.linalg.inv(covariance)), jnp.array([5.0, -3.0, 0.0])
+        badly_scaled = Target(lambda x: -0.5 * (x - center) @ precision @ (x - center),
+                              lambda key: center + jax.random.uniform(key, (3,), minval=-2.0, maxval=2.0) * spread)
+        draws = sample(jax.random.key(1), badly_scaled, mala, num_samples=24, num_chains=4, num_warmup=600,
+                       solver=jacobi())
+        return SimpleNamespace(target=badly_scaled, draws=draws, covariance=covariance)
+
+
+def test_warm_up_whitens_and_tunes(tuned):
+    warmup = tuned.draws.or_raise().warmup
+    scale = np.asarray(warmup.whitening.scale)
+    root = np.linalg.solve(np.linalg.cholesky(tuned.covariance), scale)  # orthogonal, were the estimate perfect
+    singular = np.linalg.svd(root, compute_uv=False)
+    assert 0.6 < singular.min() and singular.max() < 1.6
+    # In whitened coordinates MALA's step is of order 1, not of order 0.01² as in the position's own.
+    assert 0.25 < warmup.settings["step_size"] <= 1.0
+    assert warmup.target_acceptance - 1e-9 <= warmup.acceptance < 0.9
+    rate = float(np.mean(tuned.draws.info["acceptance_rate"]))
+    assert abs(rate - warmup.acceptance) < 0.2  # 96 draws; sd of one is about 0.3, and draws are correlated
+    assert warmup.num_steps == 600 and warmup.num_gradients > 4 * 600 and warmup.seconds > 0
+    assert tuned.draws.plan["num_warmup"] == 600
+
+
+def test_warm_up_reused_goes_on_where_it_ended(tuned):
+    warmup = tuned.draws.warmup
+    draws = sample(jax.random.key(1), tuned.target, warmup, num_samples=24, num_chains=4, solver=jacobi())
+    assert draws.warmup is warmup
+    np.testing.assert_array_equal(draws.positions, tuned.draws.positions)
+    with pytest.raises(ValueError, match="num_chains: got 3, but the warm-up given as `kernel` has 4 chains"):
+        sample(jax.random.key(1), tuned.target, warmup, num_samples=24, num_chains=3)
+    with pytest.raises(TypeError, match="target: got NoneType, wanted a Target"):
+        sample(jax.random.key(1), None, warmup, num_samples=24, num_chains=4)
+
+
+def test_eight_schools_from_end_to_end():
+    """A NumPyro model, HMC tuned by warm-up, the default solver; no large array is compiled in as a constant."""
+    draws = sample(jax.random.key(0), eight_schools(jax.random.key(1)), hmc, num_samples=100, num_chains=4,
+                   num_warmup=300, schedule=Stretches(50))
+    assert draws.or_raise().report.status == (Status.CONVERGED,) * 4
+    assert {name: value.shape for name, value in draws.constrained.items()} == {
+        "mu": (4, 100), "tau": (4, 100), "theta_trans": (4, 100, 8), "theta": (4, 100, 8)}
+    assert (np.asarray(draws.constrained["tau"]) > 0).all() and draws.dims["theta"] == ("school",)
+    theta = draws.constrained["mu"][..., None] + draws.constrained["tau"][..., None] * draws.constrained["theta_trans"]
+    np.testing.assert_allclose(draws.constrained["theta"], theta, rtol=1e-12)
+    np.testing.assert_allclose(np.exp(draws.positions["tau"]), draws.constrained["tau"], rtol=1e-12)
+    assert {"energy", "num_steps", "diverging"} <= set(draws.info)
+    # Reference posterior: mu 4.4 ± 3.3, tau 3.6 ± 3.2; 400 draws of quarter-period HMC know the means to about 0.3.
+    assert abs(float(np.mean(draws.constrained["mu"])) - 4.4) < 1.5
+    assert abs(float(np.mean(draws.constrained["tau"])) - 3.6) < 1.5
+
+
+# --- data
+
+
+@pytest.fixture
+def no_large_constants():
+    """JAX warns (here: raises) where a program is compiled with more than 1,000 bytes of captured constants."""
+    before = jax.config.jax_captured_constants_warn_bytes
+    jax.config.update("jax_captured_constants_warn_bytes", 1000)
+    yield
+    jax.config.update("jax_captured_constants_warn_bytes", before)
+
+
+def test_data_travel_as_arguments(no_large_constants):
+    rows = jnp.asarray(np.random.default_rng(0).normal(size=(500, 2)))
+    with pytest.raises(UserWarning, match="constants"):  # the alarm itself works
+        jax.jit(lambda x: jnp.sum(jnp.tanh(rows @ x)))(jnp.zeros(2))
+    regression = Target(lambda x: -0.5 * jnp.sum(x**2) - jnp.sum(jnp.logaddexp(0.0, rows @ x)), jnp.zeros(2),
+                        constrain=lambda x: {"mean": jnp.tanh(rows @ x).mean()})
+    draws = sample(jax.random.key(0), regression, mala(regression.logdensity, 0.002), num_samples=12, num_chains=2,
+                   solver=jacobi())
+    assert draws.or_raise().constrained["mean"].shape == (2, 12)
+
+
+# --- what is refused before anything runs
+
+NORMAL = Target(lambda x: -0.5 * jnp.sum(x**2), np.ones(2))
+
+
+def _nowhere(x):
+    return jnp.where(jnp.all(jnp.abs(x) < 0.5), 0.0, -jnp.inf)
+
+
+def _trap(x):
+    return jnp.sum(jnp.where(x > 1, jnp.sqrt(x - 1) * 0, 0.0))
+
+
+def _noisy(x, count=[]):  # noqa: B006 (a function with a memory is the point)
+    count.append(0)
+    return -0.5 * jnp.sum(x**2) + len(count)
+
+
+class _Calls:
+    """Refusals come before warm-up and before the run."""
+
+    def __call__(self, *args, **kwargs):
+        raise AssertionError("the run began")
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch):
+    monkeypatch.setattr(sampling, "warm_up", _Calls())
+    monkeypatch.setattr(sampling, "run_chains", _Calls())
+
+
+KEYS = {
+    "int": (0, TypeError, "key: got 0"), "float": (0.5, TypeError, "key: got 0.5"),
+    "batch": ("batch", ValueError, r"key: got a batch of keys of shape \(3,\)"),
+    "width": (np.zeros(4, np.uint32), ValueError, r"key: got uint32 numbers of shape \(4,\)"),
+    "float array": (np.zeros(2), TypeError, "key: got an array of dtype float64"),
+}
+
+
+@pytest.mark.parametrize("case", KEYS)
+def test_bad_keys(case, nothing_runs):
+    key, error, message = KEYS[case]
+    key = jax.random.split(jax.random.key(0), 3) if isinstance(key, str) else key
+    with pytest.raises(error, match=message):
+        sample(key, NORMAL, mala, num_samples=5)
+
+
+TARGETS = {
+    "density -inf": (lambda: Target(_nowhere, np.ones(2)), InvalidStart, "initial: got a start where the log density is -inf"),
+    "density NaN": (lambda: Target(lambda x: jnp.log(-jnp.sum(x**2)), np.ones(2)), InvalidStart, "log density is nan"),
+    "NaN start": (lambda: Target(NORMAL.logdensity, np.array([0.0, np.nan])), InvalidStart, r"initial\[1\]: got nan"),
+    "NaN gradient": (lambda: Target(_trap, np.zeros(2)), InvalidStart, "double-where"),
+    "vector density": (lambda: Target(lambda x: -x**2, np.ones(2)), InvalidStart, r"got shape \(2,\).*\.sum\(\)"),
+    "density (1,)": (lambda: Target(lambda x: -jnp.sum(x**2)[None], np.ones(2)), InvalidStart, r"got shape \(1,\)"),
+    "no entries": (lambda: Target(NORMAL.logdensity, np.ones(0)), InvalidStart, "dimension 0"),
+    "bool start": (lambda: Target(NORMAL.logdensity, np.array([True])), InvalidStart, "bool"),
+    "complex start": (lambda: Target(NORMAL.logdensity, np.array([1j])), InvalidStart, "complex"),
+    "object start": (lambda: Target(NORMAL.logdensity, np.array([None])), InvalidStart, "object"),
+    "random density": (lambda: Target(_noisy, np.ones(2)), NonDeterministicTarget, "wanted one value for one position"),
+    "mixed types": (lambda: Target(lambda x: -x["a"]**2 - x["b"]**2, {"a": np.float32(1), "b": np.float64(1)}),
+                    InvalidStart, "mix of floating dtypes"),
+    "no target": (lambda: NORMAL.logdensity, TypeError, "target: got function, wanted a Target"),
+}
+
+
+@pytest.mark.parametrize("case", TARGETS)
+def test_bad_targets_and_starts(case, nothing_runs):
+    make, error, message = TARGETS[case]
+    with pytest.raises(error, match=message):
+        sample(jax.random.key(0), make(), mala, num_samples=5)
+
+
+def test_one_bad_start_of_several_is_named(nothing_runs):
+    keys = jax.random.split(jax.random.split(jax.random.key(0), 3)[0], 4)
+    third = jax.random.key_data(keys[2])
+    starts = Target(NORMAL.logdensity,
+                    lambda key: jnp.where(jnp.all(jax.random.key_data(key) == third), jnp.inf, jnp.zeros(2)))
+    with pytest.raises(InvalidStart, match=r"chain 2, initial\[0\]: got inf"):
+        sample(jax.random.key(0), starts, mala, num_samples=5)
+
+
+def test_integer_starts_become_floats_with_a_warning(nothing_runs):
+    with pytest.warns(UserWarning, match="initial: got integers .* they become float64"):
+        with pytest.raises(AssertionError, match="the run began"):
+            sample(jax.random.key(0), Target(NORMAL.logdensity, np.array([1, 2])), mala, num_samples=5)
+
+
+ARGUMENTS = {
+    "num_samples negative": ({"num_samples": -1}, ValueError, "num_samples: got -1; wanted an int of at least 0"),
+    "num_samples float": ({"num_samples": 4.0}, TypeError, "num_samples: got 4.0"),
+    "num_samples bool": ({"num_samples": True}, TypeError, "num_samples: got the bool True"),
+    "no chains": ({"num_chains": 0}, ValueError, "num_chains: got 0; wanted an int of at least 1"),
+    "num_warmup": ({"num_warmup": 3}, ValueError, "num_warmup: got 3; wanted an int of at least 20"),
+    "max_iterations": ({"max_iterations": 0}, ValueError, "max_iterations"),
+    "solver": ({"solver": "deer"}, TypeError, "solver"),
+    "schedule": ({"schedule": 5}, TypeError, "schedule"),
+    "tolerance": ({"tolerance": 1e-8}, TypeError, "tolerance"),
+    "progress": ({"progress": True}, TypeError, "progress"),
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_bad_arguments(case, nothing_runs):
+    changes, error, message = ARGUMENTS[case]
+    with pytest.raises(error, match=message):
+        sample(jax.random.key(0), NORMAL, mala, **({"num_samples": 5} | changes))
+
+
+KERNELS = {
+    "number": (lambda: 5, TypeError, "kernel: got int"),
+    "BlackJAX's own": (lambda: blackjax.mala(NORMAL.logdensity, 0.1), TypeError, "kernel: got SamplingAlgorithm"),
+    "step size": (lambda: mala(NORMAL.logdensity, -0.1), ValueError, "step_size: got -0.1"),
+    "metric": (lambda: hmc(NORMAL.logdensity, 0.1, jnp.array([1.0, -1.0])), ValueError, "metric"),
+}
+
+
+@pytest.mark.parametrize("case", KERNELS)
+def test_bad_kernels(case, nothing_runs):
+    make, error, message = KERNELS[case]
+    with pytest.raises(error, match=message):
+        sample(jax.random.key(0), NORMAL, make(), num_samples=5)
+
+
+def test_good_arguments_do_begin(nothing_runs):
+    """So that every refusal above is about the argument it names."""
+    with pytest.raises(AssertionError, match="the run began"):
+        sample(jax.random.key(0), NORMAL, mala, num_samples=5, num_chains=1, num_warmup=20, solver=jacobi(),
+               schedule=Whole(), max_iterations=1, progress=quiet)
+
+
+def test_start_is_made_for_catalogue_positions():
+    """The dict start used above is the kernels' catalogue's own shape."""
+    assert jax.tree.structure(start_of(jnp.float64)) == jax.tree.structure(target().start(jax.random.key(0)))

@@ -1,0 +1,221 @@
+"""Exactness of the law: chains solved in parallel time have the moments, and kernels the invariant law, that they must.
+
+Seeds are fixed, so a test here either always passes or always fails on one machine; thresholds are set so that with fresh
+seeds a right library would fail once in about 1,000 (moments) or 100,000 (conservation) runs. Every gate states what it
+can see, and the conservation test has to catch kernels that are wrong on purpose.
+"""
+
+import functools
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from partime_mcmc.dynamics import rollout
+from partime_mcmc.kernels import Kernel, Whitening, hmc, mala, nuts
+from partime_mcmc.mcmc.sample import sample
+from partime_mcmc.mcmc.target import Target
+from partime_mcmc.models import banana
+from partime_mcmc.recipes import quasi_deer
+from partime_mcmc.schedule import Stretches
+
+
+@pytest.fixture(autouse=True)
+def in_float64():
+    with jax.enable_x64(True):
+        yield
+
+
+# --- moments of parallel draws
+
+
+def z_scores(values, truth):
+    """How many standard errors the mean of each quantity is off, and its effective sample size, by batch means.
+
+    Args:
+        values: Shape (C, T, m).
+        truth: Shape (m,).
+    """
+    num_batches = 20
+    batches = values.reshape(values.shape[0] * num_batches, -1, values.shape[-1]).mean(axis=1)
+    error = batches.std(axis=0, ddof=1) / np.sqrt(len(batches))
+    return (batches.mean(axis=0) - truth) / error, values.var(axis=(0, 1)) / error**2
+
+
+def assert_moments(values, truth, *, smallest_ess, detectable):
+    """Gates: enough effective draws, power as claimed (in standard deviations), then every |z| by Bonferroni at 1e-3."""
+    z, ess = z_scores(np.asarray(values), np.asarray(truth))
+    assert ess.min() > smallest_ess, f"inconclusive: effective sample sizes {ess}"
+    num_batches = 20 * values.shape[0]
+    threshold = stats.t.ppf(1 - 1e-3 / (2 * len(z)), num_batches - 1)
+    assert 1.3 * threshold / np.sqrt(smallest_ess) <= detectable, "the power claimed in the test is not there"
+    assert np.abs(z).max() < threshold, f"z-scores {z}, threshold {threshold:.2f}"
+
+
+COVARIANCE = ((2.0, 1.2, -0.3), (1.2, 1.5, 0.4), (-0.3, 0.4, 0.7))
+MEAN = (1.0, -2.0, 0.5)
+
+
+def test_moments_of_a_correlated_normal_by_whitened_mala():
+    mean, covariance = jnp.array(MEAN), jnp.array(COVARIANCE)
+    precision = jnp.linalg.inv(covariance)
+
+    def logdensity(x):
+        return -0.5 * (x - mean) @ precision @ (x - mean)
+
+    # The metric is off by a factor on purpose: draws must not depend on it.
+    kernel = mala(logdensity, 0.8, Whitening.of_covariance(mean, mean + 0.3, covariance * jnp.array([1.2, 1.0, 0.8])[:, None]
+                                                           * jnp.array([1.2, 1.0, 0.8])))
+    draws = sample(jax.random.key(11), Target(logdensity, mean), kernel, num_samples=4000, num_chains=4,
+                   solver=quasi_deer(), schedule=Stretches(500)).or_raise()
+    assert draws.report.fallbacks == () and (np.asarray(draws.certificate.num_rejected) > 400).all()
+    x = np.asarray(draws.positions)
+    first, second = np.triu_indices(3)
+    centred = x - np.array(MEAN)
+    values = np.concatenate([x, centred[..., first] * centred[..., second]], axis=-1)
+    truth = [*MEAN, *np.array(COVARIANCE)[first, second]]
+    assert_moments(values, truth, smallest_ess=1500, detectable=0.15)
+
+
+def test_moments_of_the_banana_by_hmc():
+    scale = jnp.array([banana.SCALE, 4.0])
+    kernel = hmc(banana.logdensity, 0.2, Whitening.of_covariance(jnp.zeros(2), jnp.zeros(2), scale**2), 7)
+    # Exact starts: no burn-in to argue about.
+    starts = banana.exact_draws(jax.random.key(5), 8)
+    keys = jax.random.split(jax.random.split(jax.random.key(12), 3)[0], 8)
+    raw = jax.random.key_data(keys)
+
+    def initial(key):
+        return starts[jnp.argmax(jnp.all(raw == jax.random.key_data(key), axis=1))]
+
+    draws = sample(jax.random.key(12), Target(banana.logdensity, initial), kernel, num_samples=2000, num_chains=8,
+                   solver=quasi_deer(damping=0.1), schedule=Stretches(250)).or_raise()
+    assert (np.asarray(draws.certificate.num_rejected) > 20).all()
+    x1, x2 = np.moveaxis(np.asarray(draws.positions), -1, 0)
+    values = np.stack([x1, x2, x1**2, x2**2, x1 * x2, x1**2 * x2], axis=-1)
+    assert_moments(values, [0, 0, 100, 19, 0, 600], smallest_ess=700, detectable=0.2)
+
+
+# --- conservation: exact draws stay exact
+
+NUM_STARTS, NUM_STEPS = 20_000, 8
+
+
+@functools.cache
+def conjugate():
+    """Linear regression with normal prior and noise: posterior normal, known. D = 3."""
+    rng = np.random.default_rng(2)
+    rows = rng.normal(size=(12, 3)) * np.array([1.0, 0.3, 2.0])
+    outcomes = rows @ np.array([0.5, -1.0, 0.2]) + rng.normal(size=12)
+    covariance = np.linalg.inv(np.eye(3) / 4 + rows.T @ rows)
+    mean = covariance @ rows.T @ outcomes
+    rows, outcomes = jnp.asarray(rows), jnp.asarray(outcomes)
+
+    def logdensity(x):
+        return -jnp.sum(x**2) / 8 - jnp.sum((outcomes - rows @ x)**2) / 2
+
+    return SimpleNamespace(logdensity=logdensity, mean=mean, covariance=covariance)
+
+
+def distances(kernel):
+    """Largest distances between empirical and exact distribution functions, after some steps from exact starts.
+
+    Looked at are three whitened coordinates, one direction across them, and the squared radius; of the moves as well as
+    of the states nothing else is needed, for a chain that moves (asserted) and whose start is exact.
+    """
+    target = conjugate()
+    root = np.linalg.cholesky(target.covariance)
+    starts = target.mean + jax.random.normal(jax.random.key(3), (NUM_STARTS, 3)) @ jnp.asarray(root.T)
+
+    @jax.jit
+    def walk(starts, keys):
+        def one(start, key):
+            state = kernel.init(start)
+            path = rollout(kernel.dynamics(), kernel.carry(state), kernel.tape(key, NUM_STEPS, state))
+            return kernel.position(jax.tree.map(lambda leaf: leaf[-1], path))
+
+        return jax.vmap(one)(starts, keys)
+
+    ends = np.asarray(walk(starts, jax.random.split(jax.random.key(4), NUM_STARTS)))
+    assert np.isfinite(ends).all() and (ends != np.asarray(starts)).any(axis=1).mean() > 0.9
+    z = np.linalg.solve(root, (ends - target.mean).T).T
+    across = z @ np.array([1.0, -1.0, 1.0]) / np.sqrt(3)
+    uniforms = [*stats.norm.cdf(z.T), stats.norm.cdf(across), stats.chi2.cdf(np.sum(z**2, axis=1), 3)]
+    grid = np.arange(NUM_STARTS + 1) / NUM_STARTS
+    return [max(np.max(np.sort(u) - grid[:-1]), np.max(grid[1:] - np.sort(u))) for u in uniforms]
+
+
+# Dvoretzky-Kiefer-Wolfowitz with Massart's constant: P(distance > band) ≤ 2 exp(−2 n band²) = 1e-6; 0.019 here.
+BAND = np.sqrt(np.log(2 / 1e-6) / (2 * NUM_STARTS))
+
+
+def metric(shape):
+    """Whitened coordinates, not quite those of the posterior."""
+    covariance = conjugate().covariance * np.outer([1.3, 1.0, 0.8], [1.3, 1.0, 0.8])
+    return Whitening.of_covariance(jnp.zeros(3), conjugate().mean, covariance if shape == "dense" else np.diag(covariance))
+
+
+CONSERVING = {
+    "mala": lambda: mala(conjugate().logdensity, 0.7, metric("dense")),
+    "mala, diagonal": lambda: mala(conjugate().logdensity, 0.4, metric("diagonal")),
+    "hmc": lambda: hmc(conjugate().logdensity, 0.9, metric("dense"), 2),
+    "nuts": lambda: nuts(conjugate().logdensity, 0.7, metric("dense"), 4),
+}
+
+
+@pytest.mark.parametrize("name", CONSERVING)
+def test_kernel_conserves_its_target(name):
+    assert max(distances(CONSERVING[name]())) < BAND
+
+
+class _Point(NamedTuple):
+    position: jax.Array
+
+
+def langevin(step_size, accept):
+    """A Langevin kernel with an acceptance rule of one's own: `accept(values, forth, back) -> log probability`."""
+    whitening = metric("dense")
+
+    def logdensity(z):
+        return conjugate().logdensity(whitening.leave(z))
+
+    def step(key, state):
+        noise_key, accept_key = jax.random.split(key)
+        x, noise = state.position, jax.random.normal(noise_key, (3,))
+        value, slope = jax.value_and_grad(logdensity)(x)
+        y = x + step_size * slope + jnp.sqrt(2 * step_size) * noise
+        new_value, new_slope = jax.value_and_grad(logdensity)(y)
+        back = jnp.sum((x - y - step_size * new_slope)**2) / (4 * step_size)
+        ratio = accept(new_value - value, jnp.sum(noise**2) / 2, back)
+        return _Point(jnp.where(jnp.log(jax.random.uniform(accept_key)) < ratio, y, x)), ()
+
+    return Kernel(SimpleNamespace(init=_Point, step=step), whitening.enter, whitening.leave)
+
+
+MUTANTS = {
+    "no Hastings correction": lambda gain, forth, back: gain,
+    "correction upside down": lambda gain, forth, back: gain + back - forth,
+    "no rejection": lambda gain, forth, back: 0.0,
+    "accepts twice too easily": lambda gain, forth, back: (gain + forth - back) / 2,
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_conservation_test_catches_wrong_kernels(name):
+    assert max(distances(langevin(0.7, MUTANTS[name]))) > 1.5 * BAND
+
+
+def test_hand_written_langevin_is_right_when_its_rule_is():
+    """So that the mutants above are caught for the one thing that is wrong with them."""
+    assert max(distances(langevin(0.7, lambda gain, forth, back: gain + forth - back))) < BAND
+
+
+def test_a_wrong_change_of_coordinates_is_caught():
+    """Whitening that leaves by another affine map than the density was written for."""
+    good = mala(conjugate().logdensity, 0.7, metric("dense"))
+    other = Whitening(jnp.zeros(3), metric("dense").center, metric("dense").scale * 1.1)
+    assert max(distances(Kernel(good.algorithm, good.enter, other.leave))) > 1.5 * BAND
