@@ -72,14 +72,16 @@ def quasi_elk(*, num_probes: int | None = None, policy: DampingPolicy = Relaxing
     return Kalman(_tamed(_diagonal(num_probes), 0.0, clip), policy)
 
 
-def shooting(num_segments: int | None = None, steps: int | None = None) -> Shooting:
+def shooting(num_segments: int | None = None, steps: int | None = None,
+             correction: Linearizer = ZeroJacobian()) -> Shooting:
     """Segments rolled side by side until they coalesce; near one evaluation per step on a system that forgets.
 
     Args:
         num_segments: C; None chooses by device and path. One segment is the sequential chain.
-        steps: Steps per segment, instead of `num_segments`.
+        steps: Steps per segment, instead of `num_segments`; one step with `DenseJacobian()` as the correction is DEER.
+        correction: What stands for the Jacobian of a whole segment; clip it where forgetting is slow.
     """
-    return Shooting(num_segments, steps)
+    return Shooting(num_segments, steps, correction)
 
 
 def picard() -> Newton:

@@ -91,6 +91,7 @@ class _Loop:
     num_exact: Array
     fingerprint: Array
     evaluations: Array
+    jvps: Array
     depth: Array
     history: Array
     num_jacobians: Array
@@ -106,14 +107,14 @@ def _solve(dynamics: Dynamics, initial: Array, drives: PyTree, guess: Array, sol
     zero = jnp.zeros((), jnp.int32)
     begin = _Loop(
         guess, zero, solver.init(initial, guess[:window]), jnp.asarray(_RUNNING if num_steps else 0, jnp.int32), zero,
-        jnp.zeros((), dtype), zero, jnp.full(3, jnp.nan, dtype), jnp.zeros((), jnp.float32), zero,
+        jnp.zeros((), dtype), zero, jnp.full(3, jnp.nan, dtype), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32),
+        zero,
         jnp.full(min(max_iterations + 1, _MAX_HISTORY), jnp.nan, dtype), zero, zero)
     one_pass = functools.partial(_one_pass, dynamics, initial, drives, solver, schedule, tolerance, key, axis, window,
                                  max_iterations)
     end = lax.while_loop(lambda loop: loop.status == _RUNNING, one_pass, begin) if num_steps else begin
     per_step = jnp.maximum(num_steps, 1)
-    evaluations = end.evaluations / per_step
-    stats = Stats(evaluations, evaluations * solver.jvps(initial.shape[0]), end.depth, end.history, end.num_jacobians,
+    stats = Stats(end.evaluations / per_step, end.jvps / per_step, end.depth, end.history, end.num_jacobians,
                   end.num_updates)
     return Solution(end.states, end.status, end.iterations, end.residual, end.num_exact, stats)
 
@@ -149,7 +150,7 @@ def _one_pass(dynamics, initial, drives, solver, schedule, tolerance, key, axis,
     return _Loop(
         _extend_guess(path, loop.start + window, start, window), start, memory, status,
         loop.iterations + proposal.num_passes - over.astype(jnp.int32), largest(jnp.stack([loop.residual, left])), loop.start + num_exact,
-        fingerprint, loop.evaluations + proposal.evaluations, loop.depth + proposal.depth,
+        fingerprint, loop.evaluations + proposal.evaluations, loop.jvps + proposal.jvps, loop.depth + proposal.depth,
         loop.history.at[loop.iterations].set(size, mode="drop"),
         loop.num_jacobians + proposal.num_replaced_jacobians, loop.num_updates + proposal.num_replaced_updates)
 

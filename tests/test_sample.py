@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_catalogue import logdensity_of, start_of
+from kernel_catalogue import logdensity_of
 
 import partime_mcmc.mcmc.sample as sampling
 from partime_mcmc.diagnostics.checks import InvalidStart, NonDeterministicTarget
@@ -144,7 +144,7 @@ def test_a_solver_that_cannot_converge_falls_back_to_the_exact_chain_and_says_so
 
 
 def test_one_chain_and_one_step():
-    draws = run(num_chains=1, num_samples=1)
+    draws = run(num_chains=1, num_samples=1, schedule=Whole())
     assert draws.positions["position"].shape == (1, 1, 2) and bool(draws.or_raise().certificate.certified[0])
     start_key, _, chains_key = jax.random.split(jax.random.key(0), 3)
     state = kernel().init(target().initial(jax.random.split(start_key, 1)[0]))
@@ -255,9 +255,9 @@ def test_warm_up_reused_goes_on_where_it_ended(tuned):
 
 
 def test_eight_schools_from_end_to_end():
-    """A NumPyro model, HMC tuned by warm-up, the default solver; no large array is compiled in as a constant."""
+    """A NumPyro model, HMC tuned by warm-up, solved in stretches."""
     draws = sample(jax.random.key(0), eight_schools(jax.random.key(1)), hmc, num_samples=100, num_chains=4,
-                   num_warmup=300, schedule=Stretches(50))
+                   num_warmup=300, solver=jacobi(), schedule=Stretches(50))
     assert draws.or_raise().report.status == (Status.CONVERGED,) * 4
     assert {name: value.shape for name, value in draws.constrained.items()} == {
         "mu": (4, 100), "tau": (4, 100), "theta_trans": (4, 100, 8), "theta": (4, 100, 8)}
@@ -422,8 +422,3 @@ def test_good_arguments_do_begin(nothing_runs):
     with pytest.raises(AssertionError, match="the run began"):
         sample(jax.random.key(0), NORMAL, mala, num_samples=5, num_chains=1, num_warmup=20, solver=jacobi(),
                schedule=Whole(), max_iterations=1, progress=quiet)
-
-
-def test_start_is_made_for_catalogue_positions():
-    """The dict start used above is the kernels' catalogue's own shape."""
-    assert jax.tree.structure(start_of(jnp.float64)) == jax.tree.structure(target().start(jax.random.key(0)))

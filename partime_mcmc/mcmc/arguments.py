@@ -34,7 +34,7 @@ def check_strategies(target: Any, kernel: Any, solver: Any, schedule: Any, toler
     if not callable(kernel) and not isinstance(kernel, (Kernel, Warmup)):
         raise TypeError(f"kernel: got {_kind(kernel)}, wanted a Kernel (from_blackjax(...)), a builder such as hmc, or the "
                         "warm-up of another run")
-    _check_has(solver, "solver", ("init", "step", "jvps", "map_size"), "a recipe such as shooting() or quasi_deer(), or None")
+    _check_has(solver, "solver", ("init", "step", "map_size"), "a recipe such as shooting() or quasi_deer(), or None")
     _check_has(schedule, "schedule", ("window", "advance"), "Whole(), Stretches(size), Sliding(size), or None")
     if tolerance is not None and not isinstance(tolerance, Tolerance):
         raise TypeError(f"tolerance: got {_kind(tolerance)}, wanted Tolerance(relative, absolute) or None")

@@ -31,6 +31,7 @@ class Proposal:
         num_replaced_updates: How many new states were not finite and were replaced by `f(x̂_{t-1})`; a scalar.
         depth: Dependent evaluations of `f` one after another in this pass; a scalar.
         evaluations: Evaluations of `f` in this pass, over all steps of the window; a scalar.
+        jvps: Jacobian-vector products of `f` in this pass, over all steps of the window; a scalar.
         gave_up: Whether the solver sees that further passes will not help; a scalar.
         num_passes: Passes that this step stands for, for solvers that make several at once; a scalar.
     """
@@ -42,6 +43,7 @@ class Proposal:
     num_replaced_updates: Array
     depth: Array
     evaluations: Array
+    jvps: Array
     gave_up: Array | bool = False
     num_passes: Array | int = 1
 
@@ -70,10 +72,6 @@ class Solver(Protocol):
         Returns:
             The proposal and what to remember.
         """
-        ...
-
-    def jvps(self, dimension: int) -> int:
-        """Jacobian-vector products per step and pass."""
         ...
 
     def map_size(self, dimension: int) -> int:

@@ -51,11 +51,8 @@ class Kalman:
         correction = trust_region_step(maps.with_shift(right), damping, initial, axis)
         updated, num_updates = replace_nonfinite_updates(states + correction, values, states)
         num_steps = jnp.asarray(states.shape[0], jnp.float32)
-        return Proposal(updated, states, residual, num_jacobians, num_updates, jnp.ones((), jnp.int32),
-                        num_steps), state
-
-    def jvps(self, dimension: int) -> int:
-        return self.linearizer.jvps(dimension)
+        return Proposal(updated, states, residual, num_jacobians, num_updates, jnp.ones((), jnp.int32), num_steps,
+                        num_steps * self.linearizer.jvps(initial.shape[0])), state
 
     def map_size(self, dimension: int) -> int:
         # A message holds three matrices where an affine map holds one.

@@ -49,10 +49,8 @@ class Newton:
         updated = values + jax.vmap(lambda step, delta: step.linear(delta))(maps, axis.previous(nothing, corrections))
         updated, num_updates = replace_nonfinite_updates(updated, values, states)
         num_steps = jnp.asarray(states.shape[0], jnp.float32)
-        return Proposal(updated, states, residual, num_jacobians, num_updates, jnp.ones((), jnp.int32), num_steps), state
-
-    def jvps(self, dimension: int) -> int:
-        return self.linearizer.jvps(dimension)
+        return Proposal(updated, states, residual, num_jacobians, num_updates, jnp.ones((), jnp.int32), num_steps,
+                        num_steps * self.linearizer.jvps(initial.shape[0])), state
 
     def map_size(self, dimension: int) -> int:
         return self.linearizer.map_size(dimension)

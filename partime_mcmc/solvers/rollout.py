@@ -34,11 +34,7 @@ class Rollout:
         none = jnp.zeros((), jnp.int32)
         num_steps = states.shape[0]
         return Proposal(path, path, residual, none, none, jnp.asarray(num_steps, jnp.int32),
-                        jnp.asarray(num_steps, jnp.float32)), state
-
-    def jvps(self, dimension: int) -> int:
-        del dimension
-        return 0
+                        jnp.asarray(num_steps, jnp.float32), jnp.zeros((), jnp.float32)), state
 
     def map_size(self, dimension: int) -> int:
         del dimension

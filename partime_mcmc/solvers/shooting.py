@@ -6,14 +6,19 @@ same dice, so on a system that forgets they coalesce after m ≪ n steps, and ev
 
     pass 1       x_{c,0} guessed         n steps deep, T evaluations
     pass k > 1   x_{c,0} ← x_{c-1,n}     until |x_{c,i} − stored_{c,i}| ≤ tolerance in all segments, or i = n
-    done when no start has changed       depth about n + m, evaluations about 1 + m/n per step
+    done when every segment starts at its predecessor's end, to the tolerance: depth n + m, 1 + m/n evaluations per step
 
 One segment is the sequential chain. After k passes the first k segments are exact whatever the system; a system that does
 not forget needs C passes, so the solver gives up once the work says so (`gave_up`), and the caller goes on sequentially.
 No derivative is needed and nothing can overflow that does not overflow in the sequential chain. This is multiple shooting
 (Bellen & Zennaro 1989), i.e. parareal without a coarse model, with coalescence in place of contraction estimates.
 
-Left out: correcting the starts by Newton steps over the segment maps.
+Where forgetting is slow the starts can be corrected: with F_c the map of a whole segment and A_c its linearisation,
+
+    x_{c+1,0} ← F_c(x_{c,0}) + A_c δ_c,     δ_c the change of x_{c,0} by this very rule,
+
+which is a Newton or quasi-Newton step for the joints. `steps=1` with the Jacobian is DEER; A = 0, the default, is the rule
+above. A correction costs one more roll of every segment and its JVPs, and may overflow unless it is clipped.
 """
 
 from __future__ import annotations
@@ -26,10 +31,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from partime_mcmc.dynamics import Dynamics, Memo
-from partime_mcmc.reduction import largest
+from partime_mcmc.linearize import Linearizer, ZeroJacobian
 from partime_mcmc.scan.time_axis import TimeAxis
 from partime_mcmc.solution import Tolerance
 from partime_mcmc.solvers.base import Proposal
+from partime_mcmc.solvers.junctions import corrector, hand_over
 from partime_mcmc.types import Array, Key, PyTree, pytree
 
 # Lanes that fill a device: chains × segments. Two CPU cores are full with some hundred, a GPU with thousands.
@@ -46,12 +52,14 @@ class Shooting:
     Attributes:
         num_segments: C; None chooses by the device and the length of the path.
         steps: n, instead of `num_segments`; at most one of the two is given.
+        correction: What stands for the Jacobian of a whole segment when starts are corrected; zero hands over ends as they are.
         max_evaluations: Evaluations per step after which to give up if more than half of the segments are still open,
             and four times as many in any case; None is 4 + 256 / n.
     """
 
     num_segments: int | None = None
     steps: int | None = None
+    correction: Linearizer = ZeroJacobian()
     max_evaluations: float | None = None
 
     def __post_init__(self):
@@ -70,26 +78,21 @@ class Shooting:
 
     def step(self, dynamics: Dynamics, initial: Array, states: Array, drives: PyTree, state: PyTree, *,
              axis: TimeAxis, key: Key, tolerance: Tolerance) -> tuple[Proposal, PyTree]:
-        del axis, key
         steps = self.segment_steps(states.shape[0])
         absolute, relative = tolerance.parts(states.dtype)
         absolute = jnp.broadcast_to(absolute, initial.shape)
         memo = dynamics.memo or _stateless(dynamics)
         budget = 4 + 256 / steps if self.max_evaluations is None else self.max_evaluations
         shoot = _shoot_for(memo.enter, memo.advance, memo.leave, steps, math.ceil(budget * steps))
+        shared = jax.tree.map(jnp.asarray, (memo.params, self.correction)), key
         batched = jax.tree.map(lambda leaf: leaf[None], (initial, states, drives, absolute, relative))
-        found = shoot(memo.params, *batched)
-        path, residual, evaluations, depth, gave_up, num_passes = jax.tree.map(lambda leaf: leaf[0], found)
+        found = shoot(shared, *batched)
+        path, residual, evaluations, jvps, depth, gave_up, num_passes = jax.tree.map(lambda leaf: leaf[0], found)
         none = jnp.zeros((), jnp.int32)
-        return Proposal(path, path, residual, none, none, depth, evaluations, gave_up, num_passes), state
-
-    def jvps(self, dimension: int) -> int:
-        del dimension
-        return 0
+        return Proposal(path, path, residual, none, none, depth, evaluations, jvps, gave_up, num_passes), state
 
     def map_size(self, dimension: int) -> int:
-        del dimension
-        return 0
+        return self.correction.map_size(dimension)
 
     def segment_steps(self, num_steps: int) -> int:
         """The length n of a segment for a path of `num_steps`."""
@@ -116,27 +119,27 @@ def _leave_as_is(params, memory):
 
 @functools.lru_cache(maxsize=256)
 def _shoot_for(enter, advance, leave, steps: int, max_depth: int):
-    """The shooting of B chains at once, `(params, initial (B, D), guess (B, T, D), drives (B, T, ...), ...)`.
+    """The shooting of B chains at once, `(shared, initial (B, D), guess (B, T, D), drives (B, T, ...), ...)`.
 
     Under `vmap` the new axis joins the chains: all lanes share one loop. Left to itself, `vmap` would turn the loop's
     condition into a selection over the whole path in every step.
     """
 
     @jax.custom_batching.custom_vmap
-    def shoot(params, initial, guess, drives, absolute, relative):
-        return _shoot(enter, advance, leave, steps, max_depth, params, initial, guess, drives, absolute, relative)
+    def shoot(shared, initial, guess, drives, absolute, relative):
+        return _shoot(enter, advance, leave, steps, max_depth, shared, initial, guess, drives, absolute, relative)
 
     @shoot.def_vmap
-    def _(axis_size, in_batched, params, *chains):
+    def _(axis_size, in_batched, shared, *chains):
         if any(jax.tree.leaves(in_batched[0])):
             # Every chain has parameters of its own: one after another.
             spread = [jax.tree.map(lambda leaf, is_in: leaf if is_in else jnp.broadcast_to(
-                leaf, (axis_size, *leaf.shape)), value, flags) for value, flags in zip((params, *chains), in_batched)]
-            return lax.map(lambda one: shoot(*one), tuple(spread)), _all_true_like(6)
+                leaf, (axis_size, *leaf.shape)), value, flags) for value, flags in zip((shared, *chains), in_batched)]
+            return lax.map(lambda one: shoot(*one), tuple(spread)), _all_true_like(7)
         merged = jax.tree.map(lambda leaf, is_in: _merge(leaf, is_in, axis_size), chains, tuple(in_batched[1:]))
-        found = shoot(params, *merged)
+        found = shoot(shared, *merged)
         split = jax.tree.map(lambda leaf: leaf.reshape(axis_size, -1, *leaf.shape[1:]), found)
-        return split, _all_true_like(6)
+        return split, _all_true_like(7)
 
     return shoot
 
@@ -150,72 +153,78 @@ def _all_true_like(count: int) -> tuple:
     return (True,) * count
 
 
-def _shoot(enter, advance, leave, steps, max_depth, params, initial, guess, drives, absolute, relative):
+def _shoot(enter, advance, leave, steps, max_depth, shared, initial, guess, drives, absolute, relative):
     """All passes over B chains; lanes are chains × segments.
 
     Returns:
-        Path `(B, T, D)`, residual `(B, T, D)`, and evaluations, depth, whether it gave up, and passes, `(B,)` each.
+        Path `(B, T, D)`, residual `(B, T, D)`, and evaluations, JVPs, depth, whether it gave up, and passes, `(B,)` each.
     """
     num_chains, num_steps, dimension = guess.shape
     num_segments = math.ceil(num_steps / steps)
     lanes = num_chains * num_segments
-    tape = jax.tree.map(lambda leaf: _to_lanes(leaf, num_segments, steps), drives)
+    drives_of_segments = jax.tree.map(lambda leaf: _to_segments(leaf, num_segments, steps), drives)
+    tape = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), drives_of_segments)
     first_drives = jax.tree.map(lambda leaf: leaf[0], tape)
     bound = jnp.repeat(absolute, num_segments, axis=0), jnp.repeat(relative, num_segments)[:, None]
-    guessed = _hand_over(initial, guess[:, steps - 1::steps][:, :num_segments - 1])
+    ends = guess[:, jnp.minimum(jnp.arange(1, num_segments + 1) * steps, num_steps) - 1]
+    guessed = hand_over(initial, ends.reshape(lanes, dimension))
 
     def roll(memory, drive):
         memory = jax.vmap(advance, in_axes=(None, 0, 0))(params[1], memory, drive)
         return memory, jax.vmap(leave, in_axes=(None, 0))(params[2], memory)
 
-    def next_starts(carry):
-        passes, _, path, _, _ = carry
-        ends = path[-1].reshape(num_chains, num_segments, dimension)
-        return jnp.where(passes == 0, guessed, _hand_over(initial, ends[:, :-1]))
+    (params, correction), key = shared
+    correct = corrector(enter, advance, leave, params, correction, key, drives_of_segments, num_chains, initial)
 
     def open_lanes(carry):
-        # NaN differs from itself: a segment that starts from NaN twice has not changed.
-        new, old = next_starts(carry), carry[1]
-        return ((new != old) & ~(jnp.isnan(new) & jnp.isnan(old))).any(axis=1) | (carry[0] == 0)
+        passes, old, _, path = carry[:4]
+        wanted = hand_over(initial, path[-1])
+        return ~_same(wanted, old, bound).all(axis=1) | (passes == 0)
 
     def unfinished(carry):
-        still, depth = open_lanes(carry), carry[3]
+        still, depth = open_lanes(carry), carry[4]
         patient = (depth < max_depth) | ((2 * still.sum() <= lanes) & (depth < 4 * max_depth))
         return still.any() & patient
 
     def one_pass(carry):
-        passes, _, path, depth, gaps = carry
-        new = next_starts(carry)
+        passes, old, new, path, depth, gaps = carry
         memory = jax.vmap(enter, in_axes=(None, 0, 0))(params[0], new, first_drives)
-        path, done, gaps = _roll_until_met(roll, memory, tape, path, ~open_lanes(carry), passes == 0, bound, gaps)
-        return passes + 1, new, path, depth + done, gaps
+        # Not the same question as whether a joint is open: a correction may move a start whose joint was closed.
+        unchanged = ((new == old) | (jnp.isnan(new) & jnp.isnan(old))).all(axis=1) & (passes > 0)
+        path, done, gaps = _roll_until_met(roll, memory, tape, path, unchanged, passes == 0, bound, gaps)
+        return passes + 1, new, correct(new, path[-1]), path, depth + done, gaps
 
     zero = jnp.zeros((), jnp.int32)
     no_gaps = jnp.zeros(lanes, jnp.int32), jnp.zeros((lanes, dimension), guess.dtype)
     end = lax.while_loop(unfinished, one_pass, (
-        zero, guessed, jnp.zeros((steps, lanes, dimension), guess.dtype), zero, no_gaps))
-    path, residual = _judged(end, next_starts(end), num_segments)
+        zero, guessed, guessed, jnp.zeros((steps, lanes, dimension), guess.dtype), zero, no_gaps))
+    passes, depth = end[0], end[4]
+    path, residual = _judged(end, initial, num_segments)
     everything, residual = (values.transpose(1, 0, 2).reshape(num_chains, num_segments * steps, dimension)[:, :num_steps]
                             for values in (path, residual))
-    depth, unmet = end[3], open_lanes(end).reshape(num_chains, num_segments)
+    unmet = open_lanes(end).reshape(num_chains, num_segments)
     each = functools.partial(jnp.broadcast_to, shape=(num_chains,))
+    corrections = passes * (not isinstance(correction, ZeroJacobian))
     return (jnp.where(jnp.isfinite(everything), everything, initial[:, None]), residual,
-            jnp.full(num_chains, depth * num_segments, jnp.float32), each(depth), unmet.any(axis=1), each(end[0]))
+            jnp.full(num_chains, (depth + corrections * steps) * num_segments, jnp.float32),
+            jnp.full(num_chains, corrections * steps * num_segments * correction.jvps(dimension), jnp.float32),
+            each(depth + corrections * steps), unmet.any(axis=1), each(passes))
 
 
-def _judged(end, new, num_segments):
+def _judged(end, initial, num_segments):
     """The path and its residual, shapes `(n, L, D)`.
 
     Rolled steps have residual 0 by construction, and meetings the gap that was seen there. A segment still open was rolled
     from a start that is not its predecessor's end: with that start put in the end's place, the defect is the residual of
     the predecessor's last step and every other step is exact, so that nothing has to be evaluated again.
     """
-    _, starts, path, _, (where, gap) = end
+    _, starts, _, path, _, (where, gap) = end
     lanes = path.shape[1]
+    wanted = hand_over(initial, path[-1])
     residual = jnp.where(jnp.isfinite(path), 0, jnp.nan).astype(path.dtype)
     residual = residual.at[where, jnp.arange(lanes)].add(gap)
     has_successor = (jnp.arange(lanes) % num_segments != num_segments - 1)[:, None]
-    used, wanted = (jnp.roll(values, -1, axis=0) for values in (starts, new))
+    used, wanted = (jnp.roll(values, -1, axis=0) for values in (starts, wanted))
     defect = jnp.where(has_successor & jnp.isfinite(wanted), wanted - used, 0)
     last = jnp.where(has_successor & jnp.isfinite(wanted), used, path[-1])
     return path.at[-1].set(last), residual.at[-1].add(defect)
@@ -248,8 +257,7 @@ def _roll_until_met(roll, memory, tape, path, met, is_first, bound, gaps):
         drive = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, step, keepdims=False), tape)
         memory, new = roll(memory, drive)
         stored = lax.dynamic_index_in_dim(path, step, keepdims=False)
-        same = (jnp.abs(new - stored) <= bound[0] + bound[1] * jnp.abs(stored)) | (jnp.isnan(new) & jnp.isnan(stored))
-        meets = ~met & same.all(axis=1) & ~is_first
+        meets = ~met & _same(new, stored, bound).all(axis=1) & ~is_first
         # An older gap further on is still there; the larger of the two stands for both, at the place of the newer.
         older = jnp.where((where > step)[:, None], jnp.abs(gap), 0)
         gap = jnp.where(meets[:, None], jnp.maximum(jnp.abs(new - stored), older), gap)
@@ -267,16 +275,15 @@ def _roll_until_met(roll, memory, tape, path, met, is_first, bound, gaps):
     return path, step, (where, jnp.where(now_met[:, None], gap, 0))
 
 
-def _hand_over(initial: Array, ends: Array) -> Array:
-    """The start of every lane: `(B, D)` and `(B, C − 1, D)` → `(B C, D)`."""
-    starts = jnp.concatenate([initial[:, None], ends], axis=1)
-    return starts.reshape(-1, initial.shape[-1])
+def _same(new: Array, stored: Array, bound: tuple[Array, Array]) -> Array:
+    """Whether states `(L, D)` agree within the tolerance; NaN agrees with NaN, or a lost segment would never close."""
+    near = jnp.abs(new - stored) <= bound[0] + bound[1] * jnp.abs(stored)
+    return near | (jnp.isnan(new) & jnp.isnan(stored))
 
 
-def _to_lanes(leaf: Array, num_segments: int, steps: int) -> Array:
-    """Drives `(B, T, ...)` as `(n, B C, ...)`; the last segment is filled up with the last drive."""
+def _to_segments(leaf: Array, num_segments: int, steps: int) -> Array:
+    """Drives `(B, T, ...)` as `(B C, n, ...)`; the last segment is filled up with the last drive."""
     missing = num_segments * steps - leaf.shape[1]
     if missing:
         leaf = jnp.concatenate([leaf, jnp.repeat(leaf[:, -1:], missing, axis=1)], axis=1)
-    leaf = leaf.reshape(leaf.shape[0] * num_segments, steps, *leaf.shape[2:])
-    return jnp.moveaxis(leaf, 1, 0)
+    return leaf.reshape(leaf.shape[0] * num_segments, steps, *leaf.shape[2:])
