@@ -76,9 +76,8 @@ def test_first_derivatives_in_everything(row, double):
     assert all(matters[:-1]) and matters[-1] != row.rejects
 
 
-@pytest.mark.parametrize("name", ["tanh network", "pytree"])
-def test_second_derivatives(name, double):
-    problem = by_name(DYNAMICS, name).build(5, double)
+def test_second_derivatives(double):
+    problem = by_name(DYNAMICS, "pytree").build(4, double)
     values, rebuild = floats((problem.dynamics, problem.initial, problem.drives))
     tangents = directions(values, 1)
 
@@ -124,10 +123,9 @@ def test_captured_arrays_keep_their_derivatives(wrap, double):
 
     weights = jnp.asarray(0.3 * rng.normal(size=(2, 2)))
     parallel = functools.partial(loss, path=functools.partial(solved, solver=deer()))
-    wanted = jax.grad(loss)(weights, rollout)
-    assert_close(jax.grad(parallel)(weights), wanted)
-    assert_close(quick(jax.grad(parallel))(weights), wanted)
-    assert_close(jax.jacfwd(parallel)(weights), wanted)
+    reverse, forward = quick(lambda weights: (jax.grad(parallel)(weights), jax.jacfwd(parallel)(weights)))(weights)
+    wanted = quick(jax.grad(functools.partial(loss, path=rollout)))(weights)
+    assert_close((reverse, forward), (wanted, wanted))
 
 
 def _with_keys(params, state, drive):

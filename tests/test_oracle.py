@@ -1,7 +1,7 @@
 """Every solver on every dynamics gives the path of the sequential loop, and its residual is as small as claimed.
 
 Without `--full-catalogue` a covering choice runs: every solver with every dynamics at one length and in one type, in
-turn (a variant with every other dynamics), and every dynamics at every short length.
+turn (a variant with every third dynamics), and every dynamics at every short length.
 """
 
 import functools
@@ -28,7 +28,7 @@ def covering():
     """Pairs of a solver and a dynamics at one long length each, and every dynamics at every short length."""
     for i, row in enumerate(SOLVERS):
         for j, dynamics in enumerate(DYNAMICS):
-            if not row.variant or (i + j) % 2 == 0:
+            if not row.variant or (i + j) % 3 == 0:
                 yield row, dynamics, (17, 257)[(i + j) // 2 % 2], TYPES[(i // 2 + j) % 2]
     for j, dynamics in enumerate(DYNAMICS):
         for length in (0, 1, 2):
@@ -99,8 +99,8 @@ def test_windows_shorter_than_a_burst_of_rejections(schedule, size, double):
         assert float(solution.stats.evaluations) <= 2.1
 
 
-@pytest.mark.parametrize("scan", [AssociativeScan(), ChunkedScan(4)], ids=["associative", "chunked"])
-@pytest.mark.parametrize("solver", [deer(), quasi_elk()], ids=["deer", "quasi-elk"])
+@pytest.mark.parametrize("solver, scan", [(deer(), AssociativeScan()), (quasi_elk(), ChunkedScan(4))],
+                         ids=["deer, associative", "quasi-elk, chunked"])
 def test_another_scan_gives_the_same_path(solver, scan, double):
     problem = by_name(DYNAMICS, "accept or reject").build(17, double)
     solution = run(SolverRow("", solver, False, axis=LocalTime(scan)), problem)
@@ -141,7 +141,7 @@ def test_plain_numbers_and_numpy_arrays_are_taken():
 
 def test_work_is_counted(double):
     problem = by_name(DYNAMICS, "tanh network").build(17, double)
-    for name, jvps in (("deer", 4), ("quasi-deer, two probes", 2), ("jacobi", 0)):
+    for name, jvps in (("quasi-deer, two probes", 2), ("jacobi", 0)):
         solution = run(by_name(SOLVERS, name), problem, max_iterations=17)
         passes = int(solution.iterations) + 1
         assert float(solution.stats.evaluations) == passes and int(solution.stats.depth) == passes

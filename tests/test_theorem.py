@@ -68,7 +68,7 @@ def assert_by_hand(problem, states, initial, dtype):
     assert (np.abs(residual) <= 32 * np.finfo(dtype).eps * (1 + np.abs(np.asarray(states)[:NUM_PASSES]))).all()
 
 
-@pytest.mark.parametrize("row", NEWTON_LIKE, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [by_name(SOLVERS, "deer"), by_name(SOLVERS, "picard")], ids=lambda row: row.name)
 def test_as_many_passes_as_steps_always_suffice(row, double):
     problem = by_name(DYNAMICS, "accept or reject").build(NUM_STEPS, double)
     for guess in guesses(1, 3, double):

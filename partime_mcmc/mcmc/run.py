@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from partime_mcmc.closures import explicit
 from partime_mcmc.dynamics import without_captures
 from partime_mcmc.kernels import Kernel, Tape
 from partime_mcmc.mcmc.progress import Progress
@@ -125,11 +126,12 @@ def _stretch_size(solver: Solver, schedule: Schedule, num_samples: int) -> int:
 def _dice(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int):
     """The starting states and the tapes of all chains."""
 
-    def one(position, key):
+    def one(_, position, key):
         state = kernel.init(position, jax.random.fold_in(key, 0))
         return state, kernel.tape(key, num_samples, state)
 
-    return jax.block_until_ready(jax.jit(jax.vmap(one))(positions, keys))
+    throw, params = explicit(one, None, jax.tree.map(lambda leaf: leaf[0], positions), keys[0])
+    return jax.block_until_ready(jax.jit(jax.vmap(throw, in_axes=(None, 0, 0)))(params, positions, keys))
 
 
 def _solve_all(solver, schedule, tolerance, max_iterations, dynamics, initial, tape) -> Solution:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from partime_mcmc.closures import explicit
 from partime_mcmc.diagnostics.checks import (check_count, check_deterministic, check_key, check_precision, check_starts,
                                              looks_improper)
 from partime_mcmc.kernels import Kernel, certify_with_records, hold
@@ -152,7 +153,10 @@ def _constrained(target: Target, positions: PyTree) -> dict:
             return dict(positions)
         leaves = jax.tree_util.tree_leaves_with_path(positions)
         return {jax.tree_util.keystr(path) or "x": leaf for path, leaf in leaves}
-    return dict(jax.jit(jax.vmap(jax.vmap(target.constrain)))(positions))
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), positions)
+    constrain, params = explicit(lambda _, position: target.constrain(position), None, one)
+    both = jax.vmap(jax.vmap(constrain, in_axes=(None, 0)), in_axes=(None, 0))
+    return dict(jax.jit(both)(params, positions))
 
 
 def _sentence(draws: Draws) -> str:

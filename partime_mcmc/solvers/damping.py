@@ -52,27 +52,33 @@ class ConstantDamping:
 class RelaxingDamping:
     """λ = `initial` · g · (residual / first residual), with a factor g that halves after progress and grows after none.
 
+    The residual of a chain has local minima (a wrong decision, and everything after it), where a λ proportional to it would
+    stay for ever. So λ has a ceiling that falls with every pass, and ELK turns into Newton's method in the end, which is
+    exact on one more step per pass whatever happens.
+
     Attributes:
         initial: λ of the first pass.
         grow: What g is multiplied by when the residual did not fall.
         shrink: What g is multiplied by when it did.
+        cooling: What the ceiling, at first 10⁴ · `initial`, is multiplied by in every pass.
     """
 
     initial: float = 1.0
     grow: float = 4.0
     shrink: float = 0.5
+    cooling: float = 0.7
 
     def init(self, like: Array) -> PyTree:
         one = jnp.ones((), like.dtype)
-        return -one, -one, one
+        return -one, -one, one, 1e4 * self.initial * one
 
     def __call__(self, merit: Array, memory: PyTree) -> tuple[Array, PyTree]:
-        first, before, factor = memory
+        first, before, factor, ceiling = memory
         fresh = first < 0
         first = jnp.where(fresh, jnp.where(merit > 0, merit, 1), first)
         progress = merit < before
         factor = jnp.where(fresh, factor, factor * jnp.where(progress, self.shrink, self.grow).astype(factor.dtype))
         # Bounded, because near the rounding floor the residual stops falling for a reason no damping can mend.
         factor = jnp.clip(factor, 1e-4, 1e4)
-        damping = self.initial * factor * jnp.minimum(merit / first, 1e6)
-        return damping.astype(factor.dtype), (first, merit, factor)
+        damping = jnp.minimum(self.initial * factor * jnp.minimum(merit / first, 1e6), ceiling)
+        return damping.astype(factor.dtype), (first, merit, factor, (self.cooling * ceiling).astype(factor.dtype))

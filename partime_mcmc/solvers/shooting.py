@@ -191,9 +191,12 @@ def _shoot(enter, advance, leave, steps, max_depth, shared, initial, guess, driv
         memory = jax.vmap(enter, in_axes=(None, 0, 0))(params[0], new, first_drives)
         # Not the same question as whether a joint is open: a correction may move a start whose joint was closed.
         unchanged = ((new == old) | (jnp.isnan(new) & jnp.isnan(old))).all(axis=1) & (passes > 0)
-        path, done, gaps = _roll_until_met(roll, memory, tape, path, unchanged, passes == 0, bound, gaps)
+        path, done, gaps = _roll_until_met(roll, memory, tape, path, unchanged, passes == 0, meeting, gaps)
         return passes + 1, new, correct(new, path[-1]), path, depth + done, gaps
 
+    # A corrected start differs from its predecessor's end by what the meeting leaves over: that must still close the joint.
+    plain = isinstance(correction, ZeroJacobian)
+    meeting = bound if plain else tuple(0.25 * part for part in bound)
     zero = jnp.zeros((), jnp.int32)
     no_gaps = jnp.zeros(lanes, jnp.int32), jnp.zeros((lanes, dimension), guess.dtype)
     end = lax.while_loop(unfinished, one_pass, (
@@ -204,7 +207,7 @@ def _shoot(enter, advance, leave, steps, max_depth, shared, initial, guess, driv
                             for values in (path, residual))
     unmet = open_lanes(end).reshape(num_chains, num_segments)
     each = functools.partial(jnp.broadcast_to, shape=(num_chains,))
-    corrections = passes * (not isinstance(correction, ZeroJacobian))
+    corrections = passes * (not plain)
     return (jnp.where(jnp.isfinite(everything), everything, initial[:, None]), residual,
             jnp.full(num_chains, (depth + corrections * steps) * num_segments, jnp.float32),
             jnp.full(num_chains, corrections * steps * num_segments * correction.jvps(dimension), jnp.float32),
