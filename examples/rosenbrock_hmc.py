@@ -1,17 +1,21 @@
 """HMC in Rosenbrock's valley: where Newton over the whole chain overflows, and what to do about it.
 
-    log p(x, y) = -((1 - x)² + b (y - x²)²) / 2,      HMC with plain step size and unit metric
+    log p(x, y) = -((1 - x)² + b (y - x²)²) / 2,      HMC with a plain step size and the unit metric
 
-This chain forgets where it started (two chains with the same dice meet after some 200 steps), yet in the curved valley single
-steps stretch distances by large factors. Newton's method over the *whole* chain multiplies a thousand such Jacobians around a
-guess that is nowhere near the chain, and overflows: an iteration's front of exact steps crawls on, the rest is 1e100 and worse.
-Clipping the Jacobians stops the overflow, ELK's trust region does so too, and neither alone finds the chain. Cutting time does:
-in a short stretch (`Stretches`), or behind the front of exact steps (`Sliding`), products stay bounded and guesses stay good.
+This chain forgets where it started (two chains with the same dice meet after some 200 steps), yet in the curved valley
+single steps stretch distances by large factors. Newton's method over the *whole* chain multiplies a thousand such
+Jacobians around a guess that is nowhere near the chain, and overflows: its front of exact steps crawls on, the rest is
+1e100 and worse. Clipping the Jacobians stops the overflow, with or without ELK's trust region, but does not find the
+chain either. Cutting time does: in a short stretch (`Stretches`), or behind the front of exact steps (`Sliding`),
+products stay bounded and guesses stay good.
 
-Read the table by the status and the residual first; `differs` is the distance from the sequential path. An evaluation of the
-kernel per draw is what the sequential loop pays, depth is the number of dependent evaluations: on a machine with enough lanes
-time goes with depth, on two CPU cores it goes with evaluations. With `--num-integration-steps 8 --step-size 0.3` the chain
-becomes chaotic: stretches then find *a* path with residual 1e-15 that is not the sequential one. Both obey the kernel.
+How to read the table: status and residual first; `exact` counts the steps from the start on that are right, `differs` is
+the distance from the sequential path. The sequential loop needs one evaluation per draw; `depth` counts evaluations that
+wait for one another. On a machine with enough lanes time goes with depth; on two cores it goes with evaluations, and here
+the sequential loop wins. Only the last lines' depth is below T, and not by much: the honest verdict on this target.
+
+With `--step-size 0.3 --num-integration-steps 8` the chain is chaotic: stretches then find *a* path with residual 1e-15
+that is far from the sequential one. Both obey the kernel; rounding decides which one you get.
 
     python examples/rosenbrock_hmc.py --num-samples 1024
 """
@@ -22,10 +26,10 @@ import time
 import jax
 import jax.numpy as jnp
 
-from partime_mcmc import (ConstantDamping, Sliding, Status, Stretches, Whole, certify, deer, elk, hmc, loop, quasi_deer,
-                          quasi_elk, sequential, solve)
+from partime_mcmc import (Sliding, Status, Stretches, Whole, certify, deer, elk, hmc, loop, quasi_deer,
+                          sequential, solve)
 
-HEADER = (f"{'method':34} {'status':18} {'passes':>6} {'exact':>5} {'evals/draw':>10} {'JVPs/draw':>9} {'depth':>6} "
+HEADER = (f"{'method':32} {'status':18} {'passes':>6} {'exact':>5} {'evals/draw':>10} {'JVPs/draw':>9} {'depth':>6} "
           f"{'residual':>9} {'differs':>8} {'seconds':>8}")
 
 
@@ -35,12 +39,11 @@ def methods(size):
         ("sequential", sequential(), Whole()),
         ("DEER, whole chain", deer(), Whole()),
         ("quasi-DEER, whole chain", quasi_deer(clip=None), Whole()),
-        ("quasi-DEER clipped, whole chain", quasi_deer(), Whole()),
-        ("ELK, whole chain", elk(), Whole()),
-        ("quasi-ELK, whole chain", quasi_elk(), Whole()),
+        ("quasi-DEER clipped, whole", quasi_deer(), Whole()),
+        ("ELK clipped, whole", elk(clip=1.0), Whole()),
         (f"DEER, stretches of {size}", deer(), Stretches(size)),
-        (f"quasi-DEER clipped, stretches of {size}"[:34], quasi_deer(), Stretches(size)),
-        (f"ELK clipped, stretches of {size}", elk(policy=ConstantDamping(1e-4), clip=1.0), Stretches(size)),
+        (f"quasi-DEER, stretches of {size}", quasi_deer(), Stretches(size)),
+        (f"ELK clipped, stretches of {size}", elk(clip=1.0), Stretches(size)),
         (f"DEER, sliding window of {size}", deer(), Sliding(size)),
     ]
 
@@ -78,18 +81,18 @@ def main(argv=None):
         found = jax.block_until_ready(compiled(initial, tape))
         seconds = time.perf_counter() - begin
         truth = found.states if truth is None else truth
-        # Not the solver's word: an independent pass over the path, rejections counted.
-        certificate = certify(kernel, initial, found.states, tape)
+        # Not the solver's word: an independent pass over the path, in units that do not grow with a path's own errors.
+        certificate = certify(kernel, initial, found.states, tape, scale=truth.std(axis=0))
         row = dict(method=name, status=Status(int(found.status)).name, passes=int(found.iterations),
                    exact=int(found.num_exact), evaluations=float(found.stats.evaluations), jvps=float(found.stats.jvps),
                    depth=int(found.stats.depth), residual=float(certificate.max_residual),
                    differs=float(jnp.abs(found.states - truth).max()), seconds=seconds,
                    certified=bool(certificate.certified), rejected=int(certificate.num_rejected))
         rows.append(row)
-        print(f"{name:34} {row['status']:18} {row['passes']:6d} {row['exact']:5d} {row['evaluations']:10.1f} "
-              f"{row['jvps']:9.1f} {row['depth']:6d} {row['residual']:9.1e} {row['differs']:8.1e} {seconds:8.3f}", flush=True)
-    print(f"\nresidual: in posterior standard deviations, by an independent pass; seconds: compilation apart; the sequential "
-          f"chain rejected {rows[0]['rejected']} of {args.num_samples} proposals")
+        print(f"{name:32} {row['status']:18} {row['passes']:6d} {row['exact']:5d} {row['evaluations']:10.1f} "
+              f"{row['jvps']:9.1f} {row['depth']:6d} {row['residual']:9.1e} {row['differs']:8.1e} {seconds:8.3f}")
+    print(f"\nresidual: in standard deviations of the sequential chain, by an independent pass; seconds: compilation apart\n"
+          f"the sequential chain rejected {rows[0]['rejected']} of {args.num_samples} proposals")
     return rows
 
 

@@ -57,7 +57,7 @@ SOLVERS = [
     SolverRow("quasi-deer, two probes", quasi_deer(num_probes=2, damping=0.2), newton_like=True, variant=True),
     SolverRow("quasi-deer, stretches", quasi_deer(clip=None), newton_like=True, variant=True, schedule=Stretches(50)),
     SolverRow("elk", elk(), newton_like=False),
-    SolverRow("quasi-elk", quasi_elk(), newton_like=False),
+    SolverRow("quasi-elk", quasi_elk(), newton_like=False, variant=True),
     SolverRow("quasi-elk, constant damping", quasi_elk(policy=ConstantDamping(1e-2), clip=1.0), newton_like=False,
               variant=True),
     SolverRow("picard", picard(), newton_like=True),

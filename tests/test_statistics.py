@@ -47,7 +47,7 @@ def z_scores(values, truth):
 
 
 def assert_moments(values, truth, *, smallest_ess, detectable):
-    """Gates: enough effective draws, power as claimed (in standard deviations), then every |z| by Bonferroni at 1e-3."""
+    """Gates: enough effective draws, power as claimed (in standard deviations), then |z| by Bonferroni at 1e-3."""
     z, ess = z_scores(np.asarray(values), np.asarray(truth))
     assert ess.min() > smallest_ess, f"inconclusive: effective sample sizes {ess}"
     num_batches = 20 * values.shape[0]
@@ -82,22 +82,27 @@ def test_moments_of_a_correlated_normal_by_whitened_mala():
 
 
 def test_moments_of_the_banana_by_hmc():
-    scale = jnp.array([banana.SCALE, 4.0])
-    kernel = hmc(banana.logdensity, 0.2, Whitening.of_covariance(jnp.zeros(2), jnp.zeros(2), scale**2), 7)
+    """In coordinates in which it is standard normal, so that no moment hangs on a few far points.
+
+    The step is short for the curvature of the far ends: with a longer one chains stick there, and a right kernel fails.
+    """
+    scale, num_chains, num_samples = jnp.array([banana.SCALE, 4.0]), 8, 1000
+    kernel = hmc(banana.logdensity, 0.1, Whitening.of_covariance(jnp.zeros(2), jnp.zeros(2), scale**2), 20)
     # Exact starts: no burn-in to argue about.
-    starts = banana.exact_draws(jax.random.key(5), 8)
-    keys = jax.random.split(jax.random.split(jax.random.key(12), 3)[0], 8)
-    raw = jax.random.key_data(keys)
+    starts = banana.exact_draws(jax.random.key(5), num_chains)
+    raw = jax.random.key_data(jax.random.split(jax.random.split(jax.random.key(12), 3)[0], num_chains))
 
     def initial(key):
         return starts[jnp.argmax(jnp.all(raw == jax.random.key_data(key), axis=1))]
 
-    draws = sample(jax.random.key(12), Target(banana.logdensity, initial), kernel, num_samples=2000, num_chains=8,
-                   solver=quasi_deer(damping=0.1), schedule=Stretches(250)).or_raise()
-    assert (np.asarray(draws.certificate.num_rejected) > 20).all()
+    draws = sample(jax.random.key(12), Target(banana.logdensity, initial), kernel, num_samples=num_samples,
+                   num_chains=num_chains, schedule=Stretches(250)).or_raise()
+    assert draws.report.num_sequential.mean() < num_samples / 2, "most of it was solved in parallel time"
+    assert (np.asarray(draws.certificate.num_rejected) > 2).all()
     x1, x2 = np.moveaxis(np.asarray(draws.positions), -1, 0)
-    values = np.stack([x1, x2, x1**2, x2**2, x1 * x2, x1**2 * x2], axis=-1)
-    assert_moments(values, [0, 0, 100, 19, 0, 600], smallest_ess=250, detectable=0.35)
+    straight, bent = x1 / banana.SCALE, x2 - banana.CURVATURE * (x1**2 - banana.SCALE**2)
+    values = np.stack([straight, bent, straight**2, bent**2, straight * bent, straight**2 * bent], axis=-1)
+    assert_moments(values, [0, 0, 1, 1, 0, 0], smallest_ess=1200, detectable=0.15)
 
 
 # --- conservation: exact draws stay exact
@@ -141,10 +146,10 @@ def distances(build, *numbers):
     """Largest distances between empirical and exact distribution functions, after some steps from exact starts.
 
     Looked at are three whitened coordinates, one direction across them, and the squared radius; of the moves as well as
-    of the states nothing else is needed, for a chain that moves (asserted) and whose start is exact. `build(*numbers)` is
-    the kernel; kernels that differ in numbers only are compiled once.
+    of the states nothing else is needed, for a chain that moves (asserted) and whose start is exact. `build(*numbers)`
+    is the kernel; kernels that differ in numbers only are compiled once.
     """
-    target = conjugate()
+    target, _ = conjugate(), (metric("dense"), metric("diagonal"))  # made here, not inside a trace
     root = np.linalg.cholesky(target.covariance)
     starts = target.mean + jax.random.normal(jax.random.key(3), (NUM_STARTS, 3)) @ jnp.asarray(root.T)
     ends = np.asarray(_walk(build)(numbers, starts, jax.random.split(jax.random.key(4), NUM_STARTS)))
@@ -160,10 +165,12 @@ def distances(build, *numbers):
 BAND = np.sqrt(np.log(2 / 1e-6) / (2 * NUM_STARTS))
 
 
+@functools.cache
 def metric(shape):
     """Whitened coordinates, not quite those of the posterior."""
     covariance = conjugate().covariance * np.outer([1.3, 1.0, 0.8], [1.3, 1.0, 0.8])
-    return Whitening.of_covariance(jnp.zeros(3), conjugate().mean, covariance if shape == "dense" else np.diag(covariance))
+    covariance = covariance if shape == "dense" else np.diag(covariance)
+    return Whitening.of_covariance(jnp.zeros(3), conjugate().mean, covariance)
 
 
 CONSERVING = {

@@ -3,9 +3,9 @@
 Three stages, all chains side by side, each step one after another:
 
     1  every chain runs BlackJAX's window adaptation (NUTS, dense metric) to find the typical set
-    2  twice: the chains' draws are pooled into one covariance Σ, shrunk towards the metric before it; the kernel
-       under tuning runs in the whitened coordinates x = μ + L z, LLᵀ = Σ, with its step size chosen anew
-    3  freeze; the report says what was chosen and what it cost
+    2  twice: all draws so far are pooled into one metric Σ; the kernel under tuning gets a step size for the whitened
+       coordinates x = μ + L z, LLᵀ = Σ, and runs a while
+    3  once more a metric from all draws and a step size; freeze; the report says what was chosen and what it cost
 
 A window adaptation alone leaves a poor dense metric on several regressions (step sizes five times smaller than need be),
 and it does not know MALA; pooling and step-size trials mend both. Step sizes are chosen by trial, not by a recursion:
@@ -26,10 +26,10 @@ import blackjax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.closures import explicit
 from partime_mcmc.kernels import Kernel, Whitening, hmc, mala, nuts, random_walk
+from partime_mcmc.mcmc.metric import pooled_metric
 from partime_mcmc.types import Array, Key, PyTree
 
 Builder = Callable[..., Kernel]
@@ -91,22 +91,24 @@ def warm_up(key: Key, logdensity: Callable[[PyTree], Array], builder: Builder, s
     example = jax.tree.map(lambda leaf: leaf[0], starts)
     density, params = explicit(_Density(logdensity), None, example)
     keys = jax.random.split(key, 6)
-    first, rounds = num_warmup // 2, (num_warmup // 4, num_warmup - num_warmup // 2 - num_warmup // 4)
+    first = num_warmup // 2
+    rest = (num_warmup - first) // 2, num_warmup - first - (num_warmup - first) // 2
     positions, draws, metric, num_gradients = _adapt(density, params, starts, keys[0], first)
     advance(first)
-    notes: list[str] = []
-    for number, steps in enumerate(rounds):
-        metric = _pooled_covariance(draws, metric)
-        whitening = Whitening.of_covariance(example, _pooled_mean(draws), metric)
-        trial = _Trials(builder, density, params, whitening, draws, keys[1 + number])
-        settings, acceptance = trial.choose(notes if number else [])
-        num_gradients += trial.num_gradients
-        positions, draws, cost = _run(builder, density, params, whitening, settings, positions, keys[3 + number], steps)
-        num_gradients += cost
-        advance(steps)
+    tuner = _Tuner(builder, density, params)
+    for number, steps in enumerate((*rest, 0)):
+        center, metric = pooled_metric(density, params, draws, metric)
+        whitening = Whitening.of_covariance(example, center, metric)
+        settings, acceptance = tuner.choose(whitening, draws, keys[1 + number])
+        if steps:
+            positions, new = tuner.run(whitening, settings, positions, keys[4 + number], steps)
+            draws = jax.tree.map(lambda old, fresh: jnp.concatenate([old, fresh], axis=1), draws, new)
+            advance(steps)
+    notes = () if acceptance >= tuner.target else (
+        f"no step size reached the target acceptance {tuner.target:.2f}; the best reached {acceptance:.2f}",)
     kernel = builder(logdensity, metric=whitening, **settings)
-    return Warmup(kernel, positions, settings, whitening, acceptance, trial.target, num_warmup, num_gradients,
-                  time.perf_counter() - begin, tuple(notes))
+    return Warmup(kernel, positions, settings, whitening, acceptance, tuner.target, num_warmup,
+                  num_gradients + tuner.num_gradients, time.perf_counter() - begin, notes)
 
 
 class _Density:
@@ -137,55 +139,52 @@ def _adapt(density, params, starts, key, num_steps):
     return state.position, half, np.asarray(tuned["inverse_mass_matrix"], float).mean(axis=0), int(jnp.sum(steps))
 
 
-def _run(builder, density, params, whitening, settings, positions, key, num_steps):
-    """The kernel under tuning, one step after another: last positions, second half of the draws, gradients spent."""
+class _Tuner:
+    """Trials and runs of a kernel under tuning; compiled once, metrics and step sizes are arguments."""
 
-    @jax.jit
-    def run(params, whitening, settings, positions, keys):
-        kernel = builder(functools.partial(density, params), metric=whitening, **settings)
-
-        def chain(position, key):
-            def advance(state, key):
-                state, info = kernel.step(key, state)
-                return state, (kernel.position(kernel.carry(state)), getattr(info, "num_integration_steps", 1))
-
-            state, (draws, steps) = jax.lax.scan(advance, kernel.init(position), jax.random.split(key, num_steps))
-            return kernel.position(kernel.carry(state)), draws, jnp.sum(jnp.broadcast_to(jnp.asarray(steps), num_steps))
-
-        return jax.vmap(chain)(positions, keys)
-
-    last, draws, steps = run(params, whitening, settings, positions, jax.random.split(key, _num_chains(positions)))
-    return last, jax.tree.map(lambda leaf: leaf[:, num_steps // 2:], draws), int(steps.sum())
-
-
-class _Trials:
-    """Step sizes tried on pooled states."""
-
-    def __init__(self, builder, density, params, whitening, draws, key):
-        self.base = builder
-        fixed: dict[str, Any] = {}
+    def __init__(self, builder: Builder, density: Callable, params: PyTree):
+        self.base, self.fixed = builder, {}
         while isinstance(self.base, functools.partial):
-            fixed = {**self.base.keywords, **fixed}
+            self.fixed = {**self.base.keywords, **self.fixed}
             self.base = self.base.func
-        self.fixed, self.target, self.num_gradients = fixed, _TARGETS.get(self.base, 0.7), 0
-        pooled = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), draws)
-        size = jax.tree.leaves(pooled)[0].shape[0]
-        pick = np.linspace(0, size - 1, min(_NUM_TRIALS, size)).astype(int)
-        self.states = jax.tree.map(lambda leaf: leaf[pick], pooled)
-        self.keys = jax.random.split(key, len(pick))
+        self.target, self.num_gradients = _TARGETS.get(self.base, 0.7), 0
+
+        def build(params, whitening, settings):
+            return builder(functools.partial(density, params), metric=whitening, **settings)
 
         @jax.jit
         def accept(params, whitening, settings, states, keys):
-            kernel = builder(functools.partial(density, params), metric=whitening, **settings)
+            kernel = build(params, whitening, settings)
 
             def one(position, key):
                 _, info = kernel.step(key, kernel.init(position))
-                return info.acceptance_rate, jnp.asarray(getattr(info, "num_integration_steps", 1))
+                return info.acceptance_rate, _leapfrogs(info)
 
             rates, steps = jax.vmap(one)(states, keys)
-            return jnp.mean(jnp.where(jnp.isfinite(rates), rates, 0)), jnp.sum(jnp.broadcast_to(steps, rates.shape))
+            return jnp.mean(jnp.where(jnp.isfinite(rates), rates, 0)), jnp.sum(steps)
 
-        self.accept = functools.partial(accept, params, whitening)
+        @functools.partial(jax.jit, static_argnames="num_steps")
+        def run(params, whitening, settings, positions, keys, num_steps):
+            kernel = build(params, whitening, settings)
+
+            def chain(position, key):
+                def advance(state, key):
+                    state, info = kernel.step(key, state)
+                    return state, (kernel.position(kernel.carry(state)), _leapfrogs(info))
+
+                state, (draws, steps) = jax.lax.scan(advance, kernel.init(position), jax.random.split(key, num_steps))
+                return kernel.position(kernel.carry(state)), draws, jnp.sum(steps)
+
+            return jax.vmap(chain)(positions, keys)
+
+        self._accept, self._run = functools.partial(accept, params), functools.partial(run, params)
+
+    def run(self, whitening: Whitening, settings: dict, positions: PyTree, key: Key, num_steps: int):
+        """One step after another: last positions and draws `(C, num_steps, ...)`."""
+        keys = jax.random.split(key, _num_chains(positions))
+        last, draws, steps = self._run(whitening, settings, positions, keys, num_steps=num_steps)
+        self.num_gradients += int(steps.sum())
+        return last, draws
 
     def candidates(self):
         """Settings to try, the boldest first."""
@@ -204,44 +203,33 @@ class _Trials:
         for power in range(_MAX_CANDIDATES):
             yield {"step_size": bold * _SHRINK**power}
 
-    def choose(self, notes: list[str]) -> tuple[dict, float]:
-        """The boldest settings that meet the target, and their acceptance; a note if none does."""
+    def choose(self, whitening: Whitening, draws: PyTree, key: Key) -> tuple[dict, float]:
+        """The boldest settings that meet the target in one trial from each of some draws, and their acceptance."""
+        pooled = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), draws)
+        size = jax.tree.leaves(pooled)[0].shape[0]
+        pick = np.linspace(0, size - 1, min(_NUM_TRIALS, size)).astype(int)
+        states, keys = jax.tree.map(lambda leaf: leaf[pick], pooled), jax.random.split(key, len(pick))
+        trial = functools.partial(self._acceptance, whitening, states, keys)
         if "step_size" in self.fixed:
-            return {}, self._acceptance({})
+            return {}, trial({})
         best: tuple[dict, float] = ({}, -1.0)
         for settings in self.candidates():
-            rate = self._acceptance(settings)
+            rate = trial(settings)
             if rate > best[1]:
                 best = (settings, rate)
             if rate >= self.target:
                 return settings, rate
-        notes.append(f"no step size reached the target acceptance {self.target:.2f}; the best reached {best[1]:.2f}")
         return best
 
-    def _acceptance(self, settings: dict) -> float:
-        rate, cost = self.accept(settings, self.states, self.keys)
+    def _acceptance(self, whitening, states, keys, settings: dict) -> float:
+        rate, cost = self._accept(whitening, settings, states, keys)
         self.num_gradients += int(cost)
         return float(rate)
 
 
-def _pooled_covariance(draws: PyTree, previous: np.ndarray) -> np.ndarray:
-    """The pooled covariance of all chains, shrunk a little towards the metric before it."""
-    flat = _pooled(draws)
-    # Draws are correlated: a fifth of them counts, against five pseudo-draws of the old metric. Shrinking towards the
-    # diagonal instead would undo exactly the correlations that a dense metric is for.
-    weight = (len(flat) / 5) / (len(flat) / 5 + 5)
-    covariance = weight * np.atleast_2d(np.cov(flat, rowvar=False)) + (1 - weight) * previous
-    floor = 1e-12 * (1 + flat.mean(axis=0) ** 2)
-    return covariance + np.diag(np.maximum(floor - np.diag(covariance), 0))
-
-
-def _pooled_mean(draws: PyTree) -> np.ndarray:
-    return _pooled(draws).mean(axis=0)
-
-
-def _pooled(draws: PyTree) -> np.ndarray:
-    flat = np.asarray(jax.vmap(jax.vmap(lambda position: ravel_pytree(position)[0]))(draws), float)
-    return flat.reshape(-1, flat.shape[-1])
+def _leapfrogs(info) -> Array:
+    """Gradients of one transition."""
+    return jnp.asarray(getattr(info, "num_integration_steps", 1))
 
 
 def _num_chains(positions: PyTree) -> int:

@@ -1,0 +1,13 @@
+"""Predicting, before a long run, whether it can be solved in parallel over time and what that gains.
+
+`lyapunov` looks at derivatives along a path, `meeting_times` and `distances` at pairs of paths with the same drives,
+and `advise` turns meeting times and the cost of a compiled step into a plan.
+"""
+
+from partime_mcmc.predict.advise import Advice, Meeting, advise
+from partime_mcmc.predict.coalescence import MeetingTimes, distances, meeting_times
+from partime_mcmc.predict.cost import CPU, GPU, Machine, calibrate
+from partime_mcmc.predict.lyapunov import Lyapunov, lyapunov
+
+__all__ = ["CPU", "GPU", "Advice", "Lyapunov", "Machine", "Meeting", "MeetingTimes", "advise", "calibrate", "distances",
+           "lyapunov", "meeting_times"]

@@ -1,11 +1,11 @@
 """Pilot pairs: two paths from different starts under the same drives, and the step at which they become one.
 
-    x_t = f(x_{t-1}, u_t),  y_t = f(y_{t-1}, u_t),     m = min {t : |x_tj − y_tj| ≤ absolute_j + relative · |y_tj| for all j}
+    x_t = f(x_{t-1}, u_t),  y_t = f(y_{t-1}, u_t),    m = min {t : |x_tj − y_tj| ≤ absolute_j + relative |y_tj|, all j}
 
-The same map takes equal states to equal states, so pairs that have met bit for bit are one path for ever; pairs within a
-tolerance of rounding are treated as one, as shooting treats them. m is what a re-rolled segment of shooting costs, and
-with far-apart starts it is the time after which the system has forgotten its start. Unlike a Lyapunov exponent it speaks
-for accept/reject decisions and piecewise-constant maps too (coupling from one set of dice: Johnson 1996; Wilson 2000).
+The same map takes equal states to equal states, so a pair that has met bit for bit is one path for ever; a pair within
+a tolerance of rounding is treated as one, as shooting treats it. m is what a re-rolled segment of shooting costs, and
+from far-apart starts the time after which the system has forgotten its start. Unlike a Lyapunov exponent it speaks for
+accept/reject decisions and piecewise-constant maps too (coupling by common dice: Johnson 1996; Wilson 2000).
 
 All pairs are rolled side by side, with the dynamics' memory where it has one, and the loop ends when all have met.
 """
@@ -30,8 +30,8 @@ class MeetingTimes:
     """When pairs of paths became one.
 
     Attributes:
-        steps: Steps until the pair was within tolerance, 0 for equal starts, shape `(K,)`; where a pair did not meet, the
-            steps that were looked at.
+        steps: Steps until the pair was within tolerance, 0 for equal starts, shape `(K,)`; where a pair did not meet,
+            the steps that were looked at.
         met: Whether it met, shape `(K,)`. A pair with a NaN in it has not.
         distance: `max_j |x_j − y_j| / scale_j` at that step, shape `(K,)`; NaN where a state is not finite.
     """
@@ -50,8 +50,8 @@ def meeting_times(dynamics: Dynamics, starts: PyTree, others: PyTree, drives: Py
         dynamics: The recurrence.
         starts: One start per pair, leaves `(K, ...)`.
         others: The other start of each pair, likewise.
-        drives: Leaves `(K, T, ...)`, a stretch of drives per pair, or `(T, ...)`, shared by all. Where both readings are
-            possible (T = K) it is the first.
+        drives: Leaves `(K, T, ...)`, a stretch of drives per pair, or `(T, ...)`, shared by all. Where both readings
+            are possible (T = K) it is the first.
         tolerance: How near two states must be to count as one; 0 asks for equal bits.
         max_steps: Steps to look at, at most T; None is T.
         scale: Unit of the distance, a scalar or shape `(D,)`.
@@ -194,5 +194,5 @@ def _are_shared(dynamics, state, drives, num_pairs: int) -> bool:
             continue
         if jax.tree.map(jnp.shape, result) == jax.tree.map(jnp.shape, state):
             return shared
-    raise ValueError(f"drives: shapes {[leaf.shape for leaf in leaves]}, wanted leaves (K, T, ...) with K = {num_pairs} "
-                     "and T ≥ 1, or (T, ...), that the step accepts")
+    raise ValueError(f"drives: shapes {[leaf.shape for leaf in leaves]}, wanted leaves (K, T, ...) with K = "
+                     f"{num_pairs} and T ≥ 1, or (T, ...), that the step accepts")

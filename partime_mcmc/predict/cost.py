@@ -1,20 +1,23 @@
-"""What a step costs when L lanes take it together, from the compiled program alone and never from a clock.
+"""What a step costs when L lanes take it together: from the compiled program and never from a clock.
 
-    c(L) = o · ops + a · L · work / min(cores, ops_parallel)        seconds
+    c(L) = o · kernels + w · L · work / threads(L)        seconds
+    threads(L) = 1 + e · (max(1, min(cores, L, L · work / (grain · kernels))) − 1)
 
-`ops` are the kernels that the compiled loop starts per step (loops with a known trip count unrolled in thought), each of
-which costs `o` however few lanes there are; `work` is the arithmetic of one lane in units of one fused multiply-add, counted
-in the jaxpr. A plan must be the same in every run with the same seeds, so both are static facts, and the constants come
-with a `Machine`: a default per backend, or one measured by `calibrate` and kept by whoever wants it.
+`kernels` are the kernels that the compiled loop starts per step, each of which costs `o` however few lanes there are;
+`work` is the arithmetic of one lane, counted in the jaxpr in units of one vectorised operation. A plan must be the same
+in every run with the same seeds, so both are static facts. The constants come with a `Machine`: a default per backend,
+or one that `calibrate` measured and somebody keeps.
 
-Loops whose trip count the program does not know (NUTS trees) are counted as `UNKNOWN_TRIPS` rounds; that factor hits the
-sequential loop and the parallel one alike. Left out: caches, memory bandwidth, what else runs on the machine.
+Loops whose trip count the program does not know (NUTS trees) count as `UNKNOWN_TRIPS` rounds, which hits the sequential
+loop and the parallel one alike. Left out: caches, memory bandwidth, and whatever else runs on the machine.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import os
 import re
 import time
 from typing import Callable
@@ -22,25 +25,77 @@ from typing import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from partime_mcmc.dynamics import Dynamics, Memo
+from partime_mcmc.dynamics import Dynamics, rollout
 from partime_mcmc.types import PyTree
 
 UNKNOWN_TRIPS = 4
 
-# Work per output element, in fused multiply-adds of a well vectorised loop.
-_FREE = {"reshape", "broadcast_in_dim", "squeeze", "convert_element_type", "stop_gradient", "copy", "iota", "random_wrap",
-         "random_unwrap", "transpose", "bitcast_convert_type", "slice"}
+# Work per output element, in units of one operation of a vectorised loop; a product's multiply-adds come cheaper, and
+# counter-based random numbers are far dearer.
+_PRODUCT = 0.5
+_FREE = {"reshape", "broadcast_in_dim", "squeeze", "convert_element_type", "stop_gradient", "copy", "iota",
+         "random_wrap", "random_unwrap", "transpose", "bitcast_convert_type", "slice"}
 _HEAVY = {"exp": 8, "exp2": 8, "log": 8, "log1p": 10, "expm1": 10, "tanh": 10, "logistic": 10, "erf": 10, "erf_inv": 20,
           "sin": 15, "cos": 15, "tan": 20, "pow": 20, "div": 3, "sqrt": 3, "rsqrt": 3, "lgamma": 40, "digamma": 40,
-          "random_bits": 60, "random_split": 60, "random_fold_in": 60, "random_seed": 60, "threefry2x32": 60}
+          "random_bits": 300, "random_split": 300, "random_fold_in": 300, "random_seed": 300, "threefry2x32": 300}
 _REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin",
                "cumsum", "cumprod", "cumlogsumexp", "cummax", "sort"}
 
 
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """The constants of the cost model.
+
+    Attributes:
+        name: For reports.
+        seconds_per_kernel: o, one kernel's start, however small.
+        seconds_per_work: w, one unit of work on one core.
+        num_cores: Cores that share the lanes of one step.
+        efficiency: e, what each further core adds, between 0 and 1.
+        grain: Units of work per kernel and core below which another core is not worth waking. A single lane has one
+            core: its kernels are small, and products of a matrix with one vector are not shared.
+        inlined: Cost of a kernel inside a loop so small that the compiler makes one kernel of it, relative to
+            `seconds_per_kernel`.
+        max_lanes: Lanes beyond which nothing is gained.
+        max_bytes: Memory that a path may take.
+    """
+
+    name: str
+    seconds_per_kernel: float
+    seconds_per_work: float
+    num_cores: int
+    efficiency: float
+    grain: float
+    inlined: float
+    max_lanes: int
+    max_bytes: float
+
+    def seconds(self, kernels: float, work: float, lanes: int) -> float:
+        """c(L): one step of `lanes` lanes with so many kernels, and so much work per lane."""
+        total = work * lanes
+        shares = min(self.num_cores, lanes, total / (self.grain * max(kernels, 1.0)))
+        threads = 1 + self.efficiency * (max(shares, 1.0) - 1)
+        return self.seconds_per_kernel * kernels + self.seconds_per_work * total / threads
+
+
+# Two cores of a server (AMD EPYC, AVX-512), JAX 0.10.1, float32: `lax.scan` of the vmapped step at 1, 4, 16, 64, 128,
+# 256 and 512 lanes for MALA and HMC (4 and 8 leapfrogs) on eight schools, HMC on a banana and on a logistic regression with
+# 944 rows, MALA on a mixture, tanh networks of 8 and 64 units and a GRU of 64; runs of 1 to 2 ms each, the fastest of
+# 1.2 seconds' worth, because other programs ran beside. The constants were chosen by hand to meet most of those times
+# within a factor of 2, which moves the best number of segments by half a power of two: it goes with the square root.
+CPU = Machine("2 CPU cores", 2e-8, 1.1e-10, 2, 0.8, 1e3, 0.4, 2048, 2.0**30)
+# A guess, measured nowhere: 4 µs to start a kernel, 10^12 operations per second once thousands of lanes fill it.
+GPU = Machine("a GPU (guessed)", 4e-6, 1e-12, 1, 1.0, 1e3, 1.0, 16384, 2.0**32)
+
+
+def default_machine(backend: str) -> Machine:
+    """The machine assumed for a JAX backend: `CPU` for "cpu", `GPU` for any other."""
+    return CPU if backend == "cpu" else GPU
+
+
 def lane_work(function: Callable, *args: PyTree) -> float:
-    """The arithmetic of one call, in fused multiply-adds.
+    """The arithmetic of one call, in units of one vectorised operation.
 
     Args:
         function: Pure.
@@ -65,7 +120,7 @@ def _work(jaxpr) -> float:
         elif name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
             shape = equation.invars[0].aval.shape
-            total += _size(equation.outvars) * float(np.prod([shape[axis] for axis in contracted], dtype=float))
+            total += _PRODUCT * _size(equation.outvars) * math.prod(shape[axis] for axis in contracted)
         elif name in ("cholesky", "triangular_solve", "lu", "eigh", "qr", "svd"):
             shape = equation.invars[0].aval.shape
             total += _size(equation.invars) * shape[-1] / 3
@@ -79,16 +134,20 @@ def _size(variables) -> float:
     return float(sum(np.prod(variable.aval.shape, dtype=float) for variable in variables))
 
 
-def kernels_per_step(text: str, num_steps: int) -> float:
+def kernels_per_step(text: str, num_steps: int, inlined: float = 1.0) -> float:
     """Kernels that a compiled loop starts per step, from its optimised HLO.
 
     Args:
         text: `compiled.as_text()` of a loop over `num_steps` steps.
         num_steps: Trips of the outer loop.
+        inlined: What a kernel counts inside a loop that the compiler has made one kernel of.
+
+    Returns:
+        Kernels per step; 0 if the text is not understood.
     """
     computations = _computations(text)
     entry = next((name for name, lines in computations.items() if lines and lines[0] == "ENTRY"), None)
-    return 0.0 if entry is None else _kernels(computations, entry, 0) / num_steps
+    return 0.0 if entry is None else _kernels(computations, entry, inlined, ()) / num_steps
 
 
 _NAME = re.compile(r"^(ENTRY\s+)?%?([\w.\-]+)\s*\(")
@@ -108,22 +167,150 @@ def _computations(text: str) -> dict[str, list[str]]:
     return found
 
 
-def _kernels(computations, name, depth) -> float:
-    total = 0.0
+def _kernels(computations, name, inlined, path) -> float:
+    """Kernels started by one run of a computation; `path` are its callers."""
+    if name in path:
+        return 0.0
+    total, inner = 0.0, functools.partial(_kernels, computations, inlined=inlined, path=(*path, name))
     for line in computations.get(name, ()):
-        body = line.split(" = ", 1)[-1]
-        opcode = _OPCODE.search(" " + re.sub(r"/\*.*?\*/", "", body))
-        if opcode is None or opcode.group(1) in _NO_KERNEL or depth > 50:
+        # Comments inside long shapes would hide the opcode.
+        opcode = _OPCODE.search(" " + re.sub(r"/\*.*?\*/", "", line.split(" = ", 1)[-1]))
+        opcode = opcode and opcode.group(1)
+        if opcode is None or opcode in _NO_KERNEL:
             continue
-        if opcode.group(1) == "while":
+        if opcode == "while":
             trips = re.search(r'known_trip_count"?:\{"n":"(\d+)"', line)
-            inner = sum(_kernels(computations, part, depth + 1) for part in re.findall(r"(?:body|condition)=%?([\w.\-]+)", line))
-            total += (int(trips.group(1)) if trips else UNKNOWN_TRIPS) * inner
-        elif opcode.group(1) == "conditional":
-            total += sum(_kernels(computations, part, depth + 1) for part in re.findall(
-                r"%([\w.\-]+)", line.split("branch_computations", 1)[-1]) if part in computations)
-        elif opcode.group(1) == "call" and "xla_cpu_small_call" not in line:
-            total += sum(_kernels(computations, part, depth + 1) for part in re.findall(r"to_apply=%?([\w.\-]+)", line))
+            parts = re.findall(r"(?:body|condition)=%?([\w.\-]+)", line)
+            total += (int(trips.group(1)) if trips else UNKNOWN_TRIPS) * sum(inner(part) for part in parts)
+        elif opcode == "conditional":
+            parts = re.findall(r"%([\w.\-]+)", re.sub(r"^.*?(?:branch_computations|true_computation)", "", line))
+            total += sum(inner(part) for part in parts if part in computations)
+        elif opcode == "call":
+            share = inlined if "xla_cpu_small_call" in line else 1.0
+            total += share * sum(inner(part) for part in re.findall(r"to_apply=%?([\w.\-]+)", line))
         else:
             total += 1
     return total
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCost:
+    """What is known of a step without running it.
+
+    Attributes:
+        kernels: Kernels per step of the sequential loop, tiny loops made one kernel.
+        kernels_wide: The same with no such favour: what many lanes pay.
+        work: Arithmetic of one lane, in single-precision units.
+        dimension: D.
+    """
+
+    kernels: float
+    kernels_wide: float
+    work: float
+    dimension: int
+
+    def loop(self, machine: Machine, lanes: int) -> float:
+        """Seconds per step of the vmapped sequential loop."""
+        kernels = self.kernels if lanes < _FEW_LANES else self.kernels_wide
+        return machine.seconds(kernels, self.work + 2 * self.dimension, lanes)
+
+    def rolled(self, machine: Machine, lanes: int) -> float:
+        """Seconds per step of shooting's loop."""
+        per_lane, per_number = _SHOOTING_WORK
+        return machine.seconds(self.kernels_wide + _SHOOTING_KERNELS,
+                               self.work + per_lane + per_number * self.dimension, lanes)
+
+
+# Up to here the compiler makes one kernel of small loops.
+_FEW_LANES = 16
+# What shooting does besides the step, per lane and per number of its state: compare, select, write, and carry paths and
+# drives between chains and lanes before and after. Measured on networks of 8 units, whose step costs next to nothing.
+_SHOOTING_KERNELS = 20
+_SHOOTING_WORK = 400, 60
+
+
+def step_cost(dynamics: Dynamics, initial: PyTree, drives: PyTree, num_steps: int, num_chains: int,
+              machine: Machine) -> StepCost:
+    """Compile the sequential loop of `num_chains` chains and read its cost; nothing is run.
+
+    Args:
+        dynamics: The recurrence on flat states, without captured arrays.
+        initial: `x_0`, shape `(D,)`.
+        drives: Shapes and types of one step's drives.
+        num_steps: T.
+        num_chains: C.
+        machine: For `inlined`.
+    """
+    lanes = min(num_chains, _FEW_LANES - 1)
+
+    def widened(leaf, *axes):
+        return jax.ShapeDtypeStruct((*axes, *leaf.shape), leaf.dtype)
+
+    many = jax.tree.map(lambda leaf: widened(leaf, lanes, num_steps), drives)
+    text = _loop.lower(dynamics, widened(initial, lanes), many).compile().as_text()
+    memo = dynamics.memo
+    if memo is None:
+        work = lane_work(dynamics.step, dynamics.params, initial, drives)
+    else:
+        memory = jax.eval_shape(memo.enter, memo.params[0], initial, drives)
+        work = lane_work(memo.advance, memo.params[1], memory, drives)
+        work += lane_work(memo.leave, memo.params[2], memory)
+    # The unit of work is single precision: wider numbers fill vectors and memory sooner.
+    work *= max(1.0, initial.dtype.itemsize / 4)
+    return StepCost(kernels_per_step(text, num_steps, machine.inlined), kernels_per_step(text, num_steps), work,
+                    initial.shape[0])
+
+
+@jax.jit
+def _loop(dynamics, initial, drives):
+    return jax.vmap(functools.partial(rollout, dynamics), out_axes=1)(initial, drives)
+
+
+def calibrate(name: str = "calibrated") -> Machine:
+    """Measure this machine: a few seconds of a small network (kernel starts) and a large one (work).
+
+    Nothing calls this for you. Keep the result with your seeds: another machine may give another plan, and another plan
+    other rounding.
+
+    Args:
+        name: For reports.
+
+    Returns:
+        The default machine of the backend with `seconds_per_kernel`, `seconds_per_work` and `efficiency` measured.
+    """
+    base = default_machine(jax.default_backend())
+    small, large = (_Network(size) for size in (8, 64))
+    # Two lane counts each: with L lanes and 2 L the difference is work, the rest is kernels.
+    per_kernel = max(2 * small.seconds(16) - small.seconds(32), 0.1 * small.seconds(16)) / small.kernels
+    alone = max(large.seconds(1) - per_kernel * large.kernels, 0.0) / large.work
+    crowd = max(large.seconds(512) - per_kernel * large.kernels, 0.0) / (512 * large.work)
+    alone, crowd = max(alone, crowd, 1e-15), max(crowd, 1e-15)
+    cores = base.num_cores if jax.default_backend() != "cpu" else os.cpu_count() or 1
+    efficiency = min(1.0, (alone / crowd - 1) / (cores - 1)) if cores > 1 else base.efficiency
+    return dataclasses.replace(base, name=name, seconds_per_kernel=per_kernel, seconds_per_work=alone, num_cores=cores,
+                               efficiency=efficiency)
+
+
+class _Network:
+    """A tanh network of D units, timed."""
+
+    def __init__(self, size: int, num_steps: int = 256):
+        self.num_steps, self.size = num_steps, size
+        self.dynamics = Dynamics(_network_step, jnp.eye(size) * 0.5)
+        cost = step_cost(self.dynamics, jnp.zeros(size), jax.ShapeDtypeStruct((size,), jnp.zeros(0).dtype), num_steps,
+                         8, default_machine(jax.default_backend()))
+        self.kernels, self.work = cost.kernels_wide, cost.work
+
+    def seconds(self, lanes: int) -> float:
+        """Seconds per step: the fastest of many runs, because others may use the machine."""
+        initial, drives = jnp.zeros((lanes, self.size)), jnp.ones((lanes, self.num_steps, self.size)) * 0.1
+        times = []
+        for _ in range(21):
+            begin = time.perf_counter()
+            jax.block_until_ready(_loop(self.dynamics, initial, drives))
+            times.append(time.perf_counter() - begin)
+        return min(times[1:]) / self.num_steps
+
+
+def _network_step(params, state, drive):
+    return jnp.tanh(params @ state) + drive

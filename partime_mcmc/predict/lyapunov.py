@@ -2,13 +2,14 @@
 
     λ = lim 1/T log ‖J_T ⋯ J_1 v‖,    J_t = ∂f/∂x (x_{t-1}, u_t),   v a random direction
 
-λ < 0: the system forgets its past, and methods parallel over time converge in about log T / |λ| steps; λ > 0: chaos, and
-they do not (Gonzalez et al. 2025, arXiv:2508.16817). The tangent is propagated by JVPs and brought back to norm 1 after
-every step; the mean of the logarithms of the norms is λ (Benettin, Galgani, Giorgilli & Strelcyn 1980, Meccanica 15).
+λ < 0: the system forgets its past, and solving it is well conditioned however long the path; λ > 0: chaos, and the
+conditioning grows like exp(λ T) (Gonzalez et al. 2025, arXiv:2508.16817). The tangent is propagated by JVPs and brought
+back to norm 1 after every step; λ is the mean logarithm of the norms (Benettin et al. 1980, Meccanica 15).
 
-Cut into S segments, all tangents are propagated side by side: each starts in a random direction `w` steps before its
-segment, so that it has turned to the leading direction when counting begins. The S segment means give the standard error
-(batch means). An exponent sees what smooth maps do to small differences, nothing else. Left out: the other exponents.
+The path is cut into S segments, with a tangent each, propagated side by side: it starts in a random direction up to 128
+steps before its segment, so that it has turned to the leading direction when counting begins. The S segment means give
+the standard error (batch means). An exponent sees what smooth maps do to small differences, and nothing else. Left out:
+the other exponents.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ def lyapunov(dynamics: Dynamics, initial: PyTree, states: PyTree, drives: PyTree
         states: The path `x_1..x_T`, leaves with leading axis `T`, as a solve returns it.
         drives: `u_1..u_T`, leaves with leading axis `T`.
         key: For the random directions.
-        num_directions: Tangents per segment, normalised together (their Frobenius norm is what grows): more of them make
-            it unlikely that all start orthogonal to the leading direction.
+        num_directions: Tangents per segment, normalised together (their Frobenius norm is what grows): the more, the
+            less likely that all start nearly orthogonal to the leading direction.
 
     Returns:
         The exponent with its standard error. Segment means are treated as independent, so on a path with a memory as
@@ -118,4 +119,5 @@ def _normalised(tangents):
     scale = jax.vmap(largest)(jnp.abs(tangents))
     tangents = tangents / jnp.where(scale == 0, 1, scale)[:, None, None]
     norm = jnp.sqrt(jnp.sum(tangents**2, axis=(1, 2)))
-    return tangents / jnp.where(scale == 0, 1, norm)[:, None, None], jnp.log(scale) + jnp.log(jnp.where(scale == 0, 1, norm))
+    norm = jnp.where(scale == 0, 1, norm)
+    return tangents / norm[:, None, None], jnp.log(scale) + jnp.log(norm)

@@ -1,0 +1,106 @@
+"""The examples run and show what their docstrings say, with few steps.
+
+Each `main(argv)` is called in this process and returns what it printed the figures from. Some scripts switch 64-bit floats
+on, as scripts may; the fixture switches them back.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from partime_mcmc.diagnostics.report import Level
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(autouse=True)
+def settings_restored():
+    """The global setting that a script may change, as it was."""
+    before = jax.config.jax_enable_x64
+    yield
+    jax.config.update("jax_enable_x64", before)
+
+
+def run(name, *flags):
+    """What `main` of an example returns, given flags."""
+    spec = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main([str(flag) for flag in flags])
+
+
+def test_every_example_is_tested():
+    tested = {"eight_schools", "logistic_regression", "rosenbrock_hmc", "own_kernel", "own_linearizer"}
+    assert tested == {path.stem for path in EXAMPLES.glob("*.py")}
+
+
+def test_eight_schools_is_one_path(capsys):
+    parallel, stepwise, finding = run("eight_schools", "--num-samples", 96, "--num-chains", 2, "--num-warmup", 200)
+    printed = capsys.readouterr().out
+    for draws in (parallel, stepwise):
+        assert np.all(draws.certificate.certified)
+        assert draws.report.dtype == "float64"
+    assert parallel.report.fallbacks == ()  # solved in parallel, not by the sequential fallback
+    assert parallel.report.depth < stepwise.report.depth or parallel.report.evaluations_per_sample > 1
+    assert np.max(parallel.certificate.max_residual) < 1e-10
+    assert finding.level >= Level.CERTIFIED_PATH
+    assert np.array_equal(parallel.info["accepted"], stepwise.info["accepted"])
+    assert "compare: CERTIFIED PATH" in printed or "compare: BITWISE" in printed
+    assert "theta[7]" in printed and "sequential:" in printed
+
+
+def test_logistic_regression_needs_at_most_20_iterations(capsys):
+    parallel, stepwise, finding = run("logistic_regression", "--num-samples", 256, "--num-chains", 2)
+    printed = capsys.readouterr().out
+    assert parallel.report.fallbacks == ()
+    assert 2 <= parallel.report.iterations.max() <= 20
+    assert parallel.report.jvps_per_sample == pytest.approx(parallel.report.evaluations_per_sample)  # one probe
+    for draws in (parallel, stepwise):
+        assert np.all(draws.certificate.certified)
+        assert draws.report.dtype == "float32"
+        assert np.all(draws.certificate.num_rejected > 0)
+    # In float32 a knife-edge decision may fall the other way between two compilations: then the level is STATISTICAL
+    # or INCONCLUSIVE at this length, and never FAIL.
+    assert finding.level > Level.FAIL
+    assert f"iterations per chain: {parallel.report.iterations.tolist()}" in printed
+
+
+def test_rosenbrock_overflows_whole_and_is_solved_in_stretches(capsys):
+    rows = {row["method"]: row for row in run("rosenbrock_hmc", "--num-samples", 512, "--max-iterations", 80)}
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in rows)
+    whole = rows["DEER, whole chain"]
+    assert whole["status"] == "OUT_OF_ITERATIONS" and whole["residual"] > 1e3 and not whole["certified"]
+    assert whole["exact"] >= 80  # as many exact steps as passes, even so
+    assert rows["quasi-DEER clipped, whole"]["differs"] < 1e3  # clipped: no overflow
+    for name in ("DEER, stretches of 64", "quasi-DEER, stretches of 64", "DEER, sliding window of 64"):
+        assert rows[name]["status"] == "CONVERGED", name
+        assert rows[name]["certified"] and rows[name]["differs"] < 1e-6, name
+    assert rows["sequential"]["evaluations"] == 1 and rows["sequential"]["rejected"] > 0
+
+
+def test_a_gibbs_sampler_of_ones_own(capsys):
+    rows, means, exact = run("own_kernel", "--num-samples", 1000, "--num-chains", 4)
+    printed = capsys.readouterr().out
+    assert "by quadrature" in printed
+    for row in rows:
+        assert set(row["status"]) == {"CONVERGED"}, row["method"]
+        assert row["residual"] < 1e-10 and row["differs"] < 1e-8, row["method"]
+    newton = {row["method"]: row for row in rows}["DEER"]
+    assert max(newton["iterations"]) <= 30  # of 1,000 sweeps
+    # Some 400 effective draws of mu (sd 5) and of tau (sd 5.5): six standard errors.
+    assert abs(means[0] - exact[0]) < 1.5 and abs(means[1] - exact[1]) < 1.7
+
+
+def test_a_linearizer_of_ones_own():
+    rows = {row["method"]: row for row in run("own_linearizer", "--num-samples", 512)}
+    ours, diagonal, picard = rows["ours: 1 - step size, or 1"], rows["exact diagonal"], rows["identity (Picard)"]
+    for name in ("ours: 1 - step size, or 1", "Hutchinson's diagonal, 1 probe", "exact diagonal", "Jacobian (DEER)"):
+        assert rows[name]["status"] == "CONVERGED" and rows[name]["certified"], name
+        assert rows[name]["differs"] < 1e-10, name
+    assert ours["jvps"] == 0 and ours["passes"] <= 1.5 * diagonal["passes"]
+    assert picard["status"] != "CONVERGED" and not picard["certified"]
+    assert rows["sequential"]["rejected"] > 0
