@@ -159,6 +159,24 @@ def ravel(dynamics: Dynamics, initial: PyTree) -> tuple[Dynamics, Array, Callabl
         TypeError: If a leaf is not floating point, or types are mixed.
         ValueError: If the state has no elements.
     """
+    check_state(initial)
+    leaves = jax.tree.leaves(initial)
+    flat, unravel = ravel_pytree(initial)
+    if len(leaves) == 1 and flat.shape == jnp.shape(leaves[0]) and jax.tree.structure(initial) == _LEAF:
+        return dynamics, flat, _identity
+    border, memo = _Unravel(initial), dynamics.memo
+    if memo is not None:
+        memo = Memo(_FlatEnter(memo.enter, border), memo.advance, _FlatLeave(memo.leave), memo.params)
+    return Dynamics(_FlatStep(dynamics.step, border), dynamics.params, memo), flat, unravel
+
+
+def check_state(initial: PyTree) -> None:
+    """Refuse a state that cannot be solved for.
+
+    Raises:
+        TypeError: If a leaf is not floating point, or types are mixed.
+        ValueError: If the state has no elements.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(initial)
     types = {jax.tree_util.keystr(path) or "the state": jnp.asarray(leaf).dtype for path, leaf in leaves}
     for name, dtype in types.items():
@@ -167,15 +185,8 @@ def ravel(dynamics: Dynamics, initial: PyTree) -> tuple[Dynamics, Array, Callabl
                             "to the drives")
     if len(set(types.values())) > 1:
         raise TypeError(f"initial: mixed floating-point types {({k: str(v) for k, v in types.items()})}, wanted one")
-    flat, unravel = ravel_pytree(initial)
-    if flat.size == 0:
+    if not sum(jnp.size(leaf) for _, leaf in leaves):
         raise ValueError("initial: the state has no elements, wanted at least one number")
-    if len(leaves) == 1 and flat.shape == jnp.shape(leaves[0][1]) and jax.tree.structure(initial) == _LEAF:
-        return dynamics, flat, _identity
-    border, memo = _Unravel(initial), dynamics.memo
-    if memo is not None:
-        memo = Memo(_FlatEnter(memo.enter, border), memo.advance, _FlatLeave(memo.leave), memo.params)
-    return Dynamics(_FlatStep(dynamics.step, border), dynamics.params, memo), flat, unravel
 
 
 _LEAF = jax.tree.structure(0)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -20,7 +21,7 @@ from partime_mcmc.types import Array, PyTree, pytree
 
 # A path is accepted when its residual is within this many units in the last place. The floor is some 2 to 20 ulp (one
 # rounding per operation of f, amplified by its Jacobian); a wrong accept decision is some 1e15 ulp in float64.
-DEFAULT_ULPS = 256
+DEFAULT_ULPS = 128
 
 
 class Status(enum.IntEnum):
@@ -64,12 +65,30 @@ class Tolerance:
     """How small a residual must be: `|r_tj| ≤ absolute_j + relative · |x_tj|`.
 
     Attributes:
-        relative: A scalar; None is 256 units in the last place of the state's type.
+        relative: A scalar; None is 128 units in the last place of the state's type.
         absolute: A scalar or an array of shape `(D,)`, in the units of the state; None is the same number.
     """
 
     relative: Array | float | None = None
     absolute: Array | float | None = None
+
+    def check(self, dimension: int) -> None:
+        """Refuse a tolerance that no path, or any path, could meet.
+
+        Args:
+            dimension: D, numbers in a state.
+
+        Raises:
+            ValueError: If a part is negative, not finite (traced ones pass), or of the wrong shape.
+        """
+        for name, shapes in (("relative", ((),)), ("absolute", ((), (1,), (dimension,)))):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if jnp.shape(value) not in shapes:
+                raise ValueError(f"tolerance: {name} has shape {jnp.shape(value)}, wanted one of {shapes}")
+            if not isinstance(value, jax.core.Tracer) and not (np.isfinite(value) & (np.asarray(value) >= 0)).all():
+                raise ValueError(f"tolerance: {name} must be finite and at least 0, got {value!r}")
 
     def parts(self, dtype: jnp.dtype) -> tuple[Array, Array]:
         """`absolute` and `relative` as arrays of `dtype`, defaults filled in."""

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from partime_mcmc.adjoint import Adjoint, Implicit
-from partime_mcmc.dynamics import Dynamics, ravel, without_captures
+from partime_mcmc.dynamics import Dynamics, check_state, ravel, without_captures
 from partime_mcmc.recipes import DEFAULT_MAX_ITERATIONS, deer
 from partime_mcmc.reduction import largest
 from partime_mcmc.scan.time_axis import LocalTime, TimeAxis
@@ -62,8 +62,10 @@ def solve(dynamics: Dynamics, initial: PyTree, drives: PyTree, *, solver: Solver
     """
     initial = jax.tree.map(jnp.asarray, initial)
     drives = jax.tree.map(jnp.asarray, drives)
+    check_state(initial)
     num_steps = _num_steps(drives)
     flat, start, unravel = ravel(_check_step(dynamics, initial, drives), initial)
+    tolerance.check(start.size)
     window = schedule.window(num_steps)
     max_iterations = _check_iterations(max_iterations)
     path = _flat_guess(guess, initial, start, num_steps)
@@ -220,6 +222,9 @@ def _flat_guess(guess: PyTree | None, initial: PyTree, start: Array, num_steps: 
     constant = jnp.broadcast_to(start, (num_steps, *start.shape))
     if guess is None:
         return constant
+    if jax.tree.structure(guess) != jax.tree.structure(initial):
+        raise ValueError(f"guess: structure {jax.tree.structure(guess)}, wanted the state's "
+                         f"{jax.tree.structure(initial)}")
     for (path, got), state in zip(jax.tree_util.tree_leaves_with_path(guess), jax.tree.leaves(initial)):
         if jnp.shape(got) != (num_steps, *state.shape):
             raise ValueError(f"guess: {jax.tree_util.keystr(path) or 'the array'} has shape {jnp.shape(got)}, wanted "

@@ -1,5 +1,6 @@
 """Predicting: Lyapunov exponents against known ones, meeting times against brute force, advice that keeps its word."""
 
+import dataclasses
 import functools
 import math
 
@@ -13,7 +14,7 @@ from partime_mcmc.dynamics import Dynamics, rollout
 from partime_mcmc.kernels import from_blackjax
 from partime_mcmc.predict import CPU, GPU, advise, calibrate, distances, lyapunov, meeting_times
 from partime_mcmc.predict.advise import slowest
-from partime_mcmc.predict.cost import kernels_per_step, lane_work
+from partime_mcmc.predict.cost import kernels_per_step, lane_work, step_cost
 from partime_mcmc.schedule import Stretches, Whole
 from partime_mcmc.solution import Tolerance
 from partime_mcmc.solve import solve
@@ -364,6 +365,17 @@ def test_work_counts_loops_and_products():
         return jax.lax.fori_loop(0, 10, lambda _, v: matrix @ v, vector)
 
     assert lane_work(body, jnp.ones((8, 8)), jnp.ones(8)) == pytest.approx(320, rel=0.1)
+
+
+def test_lanes_with_loops_of_unknown_length_wait_for_the_longest():
+    def halve(params, state, drive):
+        return jax.lax.while_loop(lambda x: jnp.abs(x).max() > 1, lambda x: x / 2, state) + drive
+
+    costs = [step_cost(Dynamics(step), jnp.zeros(3), jax.ShapeDtypeStruct((3,), jnp.float32), 50, 1, CPU)
+             for step in (halve, lambda params, state, drive: state / 2 + drive)]
+    assert [cost.waits for cost in costs] == [True, False]
+    assert costs[0].rolled(CPU, 64) > dataclasses.replace(costs[0], waits=False).rolled(CPU, 64)
+    assert costs[0].loop(CPU, 64) == 4 * dataclasses.replace(costs[0], waits=False).loop(CPU, 64)
 
 
 def test_kernels_of_a_compiled_loop_are_counted():

@@ -56,7 +56,7 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
         num_warmup: Warm-up steps per chain, for a builder.
         solver: A recipe; None takes `default_solver()`.
         schedule: How time is cut; None takes stretches of 16,384 steps. `sequential()` runs through in one.
-        tolerance: How small residuals must be; None suits the type of the states.
+        tolerance: How small residuals must be; None is `default_tolerance(...)`.
         max_iterations: Passes per stretch before a chain is finished sequentially; None is the stated default.
         max_bytes: Memory that the run may take; None is most of the device's. Checked before anything is allocated.
         progress: True shows one line per stage on a terminal; or `quiet`, `progress_line`, or your own.
@@ -79,7 +79,7 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
     check_memory(solver, getattr(schedule, "size", num_samples), num_samples, num_chains,
                  sum(leaf[0].size for leaf in leaves), leaves[0].dtype.itemsize, max_bytes)
     chains = run_chains(kernel, positions, jax.random.split(chains_key, num_chains), num_samples, solver=solver,
-                        schedule=schedule, tolerance=Tolerance() if tolerance is None else tolerance,
+                        schedule=schedule, tolerance=default_tolerance(kernel, leaves[0].dtype) if tolerance is None else tolerance,
                         max_iterations=max_iterations, progress=progress)
     draws = _finish(target, kernel, chains, warmup, plan={
         "kernel": kernel.name, "solver": _described(solver), "schedule": _described(schedule),
@@ -93,6 +93,16 @@ def default_solver(num_chains: int = 1) -> Solver:
     """Shooting, the lanes of the device shared by all chains: near one evaluation per draw where chains forget."""
     lanes = _LANES.get(jax.default_backend(), _LANES_ELSEWHERE)
     return shooting(num_segments=max(1, lanes // num_chains))
+
+
+def default_tolerance(kernel: Kernel, dtype: Any) -> Tolerance:
+    """A tenth (float32) to a thousandth (float64) of what the certificate allows, in the units of the kernel's noise.
+
+    What is left to the certificate's bound is for conditioning: an error of one step reaches the next ones.
+    """
+    unit = jnp.minimum(1.0, jnp.min(jnp.asarray(1.0 if kernel.noise_scale is None else kernel.noise_scale)))
+    size = 1e-11 if jnp.dtype(dtype) == jnp.float64 else 1e-5
+    return Tolerance(relative=0.25 * size, absolute=size * unit)
 
 
 def _prepare(start_key, warmup_key, target, kernel, num_chains, num_warmup, progress):
