@@ -3,8 +3,8 @@
 What one sees: a NumPyro model becomes a target; the first run warms up (step size, dense metric) and solves four HMC
 chains parallel over time; the second goes on from the very same warm-up with the same dice, step by step, as BlackJAX's
 own loop would. `compare` then says whether the two are one path: CERTIFIED_PATH or better means that every step of the
-parallel chains obeys the kernel, that every accept decision is the same, and that the states agree. So ESS and R-hat are
-those of the sequential sampler; only the way to the draws differs.
+parallel chains obeys the kernel, that every accept decision is the same, and that the states agree. So ESS and R-hat
+are those of the sequential sampler; only the way to the draws differs.
 
 What it costs: the sequential loop evaluates the kernel once per draw, quasi-DEER dozens of times and takes derivatives
 besides, but its evaluations depend on each other only from pass to pass (`depth`). Two CPU cores feel the work and lose
@@ -53,9 +53,8 @@ def main(argv=None):
     model_key, key = jax.random.split(jax.random.key(args.seed))
     target = from_numpyro(model, jnp.asarray(EFFECT), jnp.asarray(STANDARD_ERROR), key=model_key)
 
-    shape = dict(num_samples=args.num_samples, num_chains=args.num_chains)
-    parallel = sample(key, target, hmc, **shape, num_warmup=args.num_warmup, solver=quasi_deer(damping=0.1),
-                      progress=progress_line)
+    shape = dict(num_samples=args.num_samples, num_chains=args.num_chains, num_warmup=args.num_warmup)
+    parallel = sample(key, target, hmc, **shape, solver=quasi_deer(damping=0.1), progress=progress_line)
     # A warm-up is a tuned kernel and one state per chain. With the same key the second run throws the same dice.
     stepwise = sample(key, target, parallel.warmup, **shape, solver=sequential(), progress=progress_line)
 

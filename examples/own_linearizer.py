@@ -6,9 +6,9 @@ derivative: an accepted step is x + ε ∇log p(x) + noise with -∇² log p ≈
 
     A_t = (1 - ε) I  if step t moved,    A_t = I  if it did not          no Jacobian-vector product at all
 
-The class below is all there is to it: values and maps for T steps, and its price. With `Newton` it is a new method beside
-DEER (the Jacobian), quasi-DEER (its diagonal), Picard (the identity) and Jacobi (zero); `Clipped` and `Damped` wrap it
-like any other. The table shows the bargain: about as many passes as the exact diagonal, which costs D products a pass;
+The class below is all there is to it: values and maps for T steps, and its price. With `Newton` it is a new method
+beside DEER (the Jacobian), quasi-DEER (its diagonal), Picard (the identity) and Jacobi (zero); `Clipped` and `Damped`
+wrap it like any other. The table shows the bargain: about as many passes as the exact diagonal, which costs D products a pass;
 Picard and Jacobi, which know nothing of ε, do not get there. DEER needs the fewest passes, at D products and D² numbers
 a step. All of them find the same path.
 
@@ -53,10 +53,11 @@ def regression(key, num_rows=200, num_coefficients=20):
     def logdensity(beta):
         return jax.nn.log_sigmoid(signs * (rows @ beta)).sum() - 0.5 * beta @ beta
 
+    gradient, hessian = jax.jit(jax.grad(logdensity)), jax.jit(jax.hessian(logdensity))
     mode = jnp.zeros(num_coefficients)
     for _ in range(10):
-        mode = mode - jnp.linalg.solve(jax.hessian(logdensity)(mode), jax.grad(logdensity)(mode))
-    return logdensity, Whitening.of_covariance(mode, mode, jnp.linalg.inv(-jax.hessian(logdensity)(mode)))
+        mode = mode - jnp.linalg.solve(hessian(mode), gradient(mode))
+    return logdensity, Whitening.of_covariance(mode, mode, jnp.linalg.inv(-hessian(mode)))
 
 
 def main(argv=None):
@@ -103,7 +104,7 @@ def main(argv=None):
         rows.append(row)
         print(f"{name:30} {row['status']:18} {row['passes']:6d} {row['jvps']:9.1f} {row['evaluations']:10.1f} "
               f"{row['residual']:9.1e} {row['differs']:8.1e} {seconds:8.3f}")
-    print(f"\nresidual: in standard deviations of the proposal's noise, by an independent pass; seconds: compilation apart\n"
+    print(f"\nresidual: in standard deviations of the proposal's noise, by an independent pass; compilation apart\n"
           f"the sequential chain rejected {rows[0]['rejected']} of {args.num_samples} proposals")
     return rows
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from partime_mcmc.dynamics import Dynamics, rollout
 from partime_mcmc.linearize import Clipped, Damped, DenseJacobian
-from partime_mcmc.recipes import deer, elk, jacobi, picard, quasi_deer, quasi_elk, sequential
+from partime_mcmc.recipes import deer, elk, jacobi, picard, quasi_deer, quasi_elk, sequential, shooting
 from partime_mcmc.schedule import Schedule, Sliding, Stretches, Whole
 from partime_mcmc.scan import ChunkedScan, LocalTime, TimeAxis
 from partime_mcmc.solution import Solution
@@ -62,6 +62,7 @@ SOLVERS = [
               variant=True),
     SolverRow("picard", picard(), newton_like=True),
     SolverRow("jacobi", jacobi(), newton_like=True),
+    SolverRow("shooting", shooting(steps=48), newton_like=False),
 ]
 
 

@@ -8,8 +8,8 @@
 in every run with the same seeds, so both are static facts. The constants come with a `Machine`: a default per backend,
 or one that `calibrate` measured and somebody keeps.
 
-Loops whose trip count the program does not know (NUTS trees) count as `UNKNOWN_TRIPS` rounds; side by side all lanes wait
-for the longest, which a factor 1 + ½ log₂ L stands for. Left out: caches, memory bandwidth, and whatever else runs on the machine.
+Loops whose trip count the program does not know (NUTS trees) count as `UNKNOWN_TRIPS` rounds; side by side all lanes
+wait for the longest, which a factor 1 + ½ log₂ L stands for. Left out: caches, memory bandwidth, other programs.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class Machine:
 
 # Two cores of a server (AMD EPYC, AVX-512), JAX 0.10.1, float32: `lax.scan` of the vmapped step at 1, 4, 16, 64, 128,
 # 256 and 512 lanes for MALA and HMC (4 and 8 leapfrogs) on eight schools, HMC on a banana and on a logistic regression
-# with 944 rows, MALA on a mixture, tanh networks of 8 and 64 units and a GRU of 64; runs of 1 to 2 ms each, the fastest of
-# 1.2 seconds' worth, because other programs ran beside. The constants were chosen by hand to meet most of those times
+# with 944 rows, MALA on a mixture, tanh networks of 8 and 64 units and a GRU of 64; runs of 1 to 2 ms each, the fastest
+# of 1.2 seconds' worth, because other programs ran beside. The constants were chosen by hand to meet most of those times
 # within a factor of 2, which moves the best number of segments by half a power of two: it goes with the square root.
 CPU = Machine("2 CPU cores", 2e-8, 1.1e-10, 2, 0.8, 1e3, 0.4, 2048, 2.0**30)
 # A guess, measured nowhere: 4 µs to start a kernel, 10^12 operations per second once thousands of lanes fill it.
@@ -115,7 +115,7 @@ def _work(jaxpr) -> float:
         elif name == "cond":
             # Under vmap every branch is taken.
             total += sum(_work(branch.jaxpr) for branch in params["branches"])
-        elif inner := [value for value in params.values() if hasattr(value, "eqns") or hasattr(value, "jaxpr")]:
+        elif inner := [value for value in params.values() if _is_jaxpr(value)]:
             total += sum(_work(getattr(value, "jaxpr", value)) for value in inner)
         elif name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
@@ -133,11 +133,16 @@ def _work(jaxpr) -> float:
 def _waits(jaxpr) -> bool:
     """Whether there is a loop of unknown length inside."""
     for equation in jaxpr.eqns:
-        values = [part for value in equation.params.values() for part in (value if isinstance(value, tuple) else (value,))]
-        inner = [getattr(value, "jaxpr", value) for value in values if hasattr(value, "eqns") or hasattr(value, "jaxpr")]
-        if equation.primitive.name == "while" or any(map(_waits, inner)):
+        if equation.primitive.name == "while":
             return True
+        for value in jax.tree.leaves(tuple(equation.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(value) and _waits(getattr(value, "jaxpr", value)):
+                return True
     return False
+
+
+def _is_jaxpr(value) -> bool:
+    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
 
 
 def _size(variables) -> float:
