@@ -1,16 +1,16 @@
 """MALA on a logistic regression: a thousand steps in a dozen or so passes, one Jacobian-vector product per step each.
 
 The published claim (Zoltowski et al., NeurIPS 2025, arXiv:2508.18413): on a whitened logistic regression quasi-DEER
-with a single random probe per step finds a chain of T = 1,024 steps in at most 20 iterations. Here it is, on a survey of
-944 Americans (1996) with 25 coefficients, in float32, all of time in one window.
+with a single random probe per step finds a chain of T = 1,024 steps in at most 20 iterations. Here it is, on a survey
+of 944 Americans (1996) with 25 coefficients, in float32, all of time in one window.
 
 Why whitening matters: in coordinates in which the posterior is nearly standard normal, MALA's Jacobian is nearly a
 multiple of the identity, so its diagonal says almost everything. The coordinates come from Laplace's approximation
-(mode and Hessian), which for a regression costs less than any warm-up. `--unwhitened` shows what the claim rests on: the
-passes run out, and the library finishes the chains sequentially and says so.
+(mode and Hessian), which for a regression costs less than any warm-up. `--unwhitened` shows what the claim rests on:
+the passes run out, and the library finishes the chains sequentially and says so.
 
 Work against depth: every pass is one batch of T independent evaluations. On two CPU cores the sequential loop wins,
-since it evaluates each step once; on an accelerator the batch takes hardly longer than one step. Both times are printed.
+since it evaluates each step once; with enough lanes a batch takes hardly longer than one step. Both times are printed.
 
     python examples/logistic_regression.py --num-samples 1024 --step-size 0.2
 """
@@ -66,7 +66,7 @@ def main(argv=None):
     target = dataclasses.replace(target, initial=start)
 
     shape = dict(num_samples=args.num_samples, num_chains=args.num_chains)
-    # Absolute and in whitened coordinates: float32 certificates ask for 1e-4 of the noise's standard deviation, 0.6 here.
+    # In whitened coordinates: float32 certificates ask for 1e-4 of the noise's standard deviation, which is 0.6 here.
     parallel = sample(key, target, kernel, **shape, solver=quasi_deer(num_probes=args.num_probes), schedule=Whole(),
                       tolerance=Tolerance(relative=0.0, absolute=2e-5), max_iterations=100)
     stepwise = sample(key, target, kernel, **shape, solver=sequential())
@@ -76,8 +76,8 @@ def main(argv=None):
     for name, draws in (("quasi-DEER", parallel), ("sequential", stepwise)):
         report, certificate = draws.report, draws.certificate
         print(f"{name}: {report.seconds_run:.2f} s (compilation {report.seconds_compile:.1f} s apart), "
-              f"largest residual {np.max(certificate.max_residual):.1e} noise units, {int(np.sum(certificate.certified))} of "
-              f"{args.num_chains} chains certified, {report.evaluations_per_sample:.1f} evaluations and "
+              f"largest residual {np.max(certificate.max_residual):.1e} noise units, "
+              f"{int(np.sum(certificate.certified))} of {args.num_chains} chains certified, {report.evaluations_per_sample:.1f} evaluations and "
               f"{report.jvps_per_sample:.1f} JVPs per draw, depth {report.depth}")
     print(f"iterations per chain: {parallel.report.iterations.tolist()} (claim: at most 20)")
     for bound in (1e-2, 1e-3, 1e-4):

@@ -11,9 +11,9 @@ with m_j, s_j of the normal conditional and Q the quantiles of chi-square with J
 are moved and scaled copies of one standard distribution, so Φ⁻¹(u) and Q(u'') depend on the dice alone: the tape holds
 these numbers, drawn in bulk. The state is a pytree, with log tau, since a linearised tau may step below zero.
 
-What one sees: the chain mixes slowly and still forgets its start, so DEER finds all 2,000 sweeps in about ten passes, all
-of time in one window; quasi-DEER needs several times as many, since a sweep mixes all coordinates. Posterior means agree
-with quadrature over tau, given which everything is normal, to the Monte Carlo error of a slowly mixing chain.
+What one sees: the chain mixes slowly and still forgets its start, so DEER finds all 2,000 sweeps in about ten passes,
+all of time in one window; quasi-DEER needs several times as many, since a sweep mixes all coordinates. Posterior means
+agree with quadrature over tau, given which everything is normal, to the Monte Carlo error of a slowly mixing chain.
 
     python examples/own_kernel.py --num-samples 2000
 """
@@ -93,7 +93,8 @@ def main(argv=None):
         rows.append(row)
         print(f"{name:>10}: {'/'.join(sorted(set(row['status'])))}, passes per chain {row['iterations']}, "
               f"{row['evaluations']:.1f} evaluations and {row['jvps']:.1f} JVPs per sweep\n"
-              f"{'':12}residual {row['residual']:.1e}, {row['differs']:.1e} from the sequential path, {seconds:.3f} s (compilation apart)")
+              f"{'':12}residual {row['residual']:.1e}, {row['differs']:.1e} from the sequential path, "
+              f"{seconds:.3f} s (compilation apart)")
 
     draws = found.states
     means = float(draws["mu"].mean()), float(jnp.exp(draws["log_tau"]).mean())

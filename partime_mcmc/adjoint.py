@@ -58,7 +58,7 @@ def _attach_jvp(step, axis, primals, tangents):
 
     def push(params, first, drives):
         # Only x_0 moves here; how the other states move is what the recurrence below finds.
-        before = axis.previous(first, lax.stop_gradient(path))
+        before = axis.previous(first, path)
         return jax.vmap(lambda state, drive: step(params, state, drive))(before, drives)
 
     _, force = jax.jvp(push, (params, initial, drives), (params_dot, initial_dot, drives_dot))

@@ -34,7 +34,7 @@ class SolverRow:
     Attributes:
         solver: The solver.
         newton_like: After k passes at least the first k states are exact, so T passes always suffice.
-        variant: Another form of a row above: pairs with some of the dynamics only, unless the full catalogue is asked for.
+        variant: Another form of a row above: meets some of the dynamics only, unless the full catalogue is asked for.
         schedule: The schedule it runs under.
         axis: The time axis, where another scan is worth testing.
     """

@@ -40,8 +40,8 @@ def test_equal_shapes_are_traced_once():
     first = solve(Dynamics(step, jnp.float32(0.5)), jnp.float32(1.0), drives(), solver=jacobi())
     traces = step.traces
     # Another path, other parameters, another tolerance and another key: the same program.
-    second = solve(Dynamics(step, jnp.float32(0.6)), jnp.float32(2.0), drives(1), solver=jacobi(), key=jax.random.key(1),
-                   tolerance=Tolerance(), guess=drives(2))
+    second = solve(Dynamics(step, jnp.float32(0.6)), jnp.float32(2.0), drives(1), solver=jacobi(),
+                   key=jax.random.key(1), tolerance=Tolerance(), guess=drives(2))
     assert 0 < traces == step.traces
     assert not np.array_equal(first.states, second.states)
     wanted = rollout(Dynamics(Counted(), jnp.float32(0.6)), jnp.float32(2.0), drives(1))
@@ -186,7 +186,7 @@ class B:
     (deer(), quasi_deer(clip=None)), (picard(), jacobi()), (Stretches(5), Sliding(5)), (Whole(), ZeroJacobian()),
     (Identity(1.0), Zero(1.0))], ids=lambda value: type(value).__name__)
 def test_structures_of_different_classes_differ(one, other):
-    """Seen with `register_dataclass`: classes with equal fields had equal structures, and jit mixed up their programs."""
+    """With `register_dataclass` classes of equal fields had equal structures, and jit mixed up their programs."""
     first, second = jax.tree.structure(one), jax.tree.structure(other)
     assert first != second
     assert first == jax.tree.structure(jax.tree.map(lambda leaf: leaf, one)) and hash(first) == hash(

@@ -1,7 +1,7 @@
 """The examples run and show what their docstrings say, with few steps.
 
-Each `main(argv)` is called in this process and returns what it printed the figures from. Some scripts switch 64-bit floats
-on, as scripts may; the fixture switches them back.
+Each `main(argv)` is called in this process and returns what it printed the figures from. Some scripts switch 64-bit
+floats on, as scripts may; the fixture switches them back.
 """
 
 import importlib.util
@@ -38,13 +38,13 @@ def test_every_example_is_tested():
 
 
 def test_eight_schools_is_one_path(capsys):
-    parallel, stepwise, finding = run("eight_schools", "--num-samples", 96, "--num-chains", 2, "--num-warmup", 200)
+    parallel, stepwise, finding = run("eight_schools", "--num-samples", 64, "--num-chains", 2, "--num-warmup", 120)
     printed = capsys.readouterr().out
     for draws in (parallel, stepwise):
         assert np.all(draws.certificate.certified)
         assert draws.report.dtype == "float64"
     assert parallel.report.fallbacks == ()  # solved in parallel, not by the sequential fallback
-    assert parallel.report.depth < stepwise.report.depth or parallel.report.evaluations_per_sample > 1
+    assert stepwise.report.depth == 64 and stepwise.report.evaluations_per_sample == 1
     assert np.max(parallel.certificate.max_residual) < 1e-10
     assert finding.level >= Level.CERTIFIED_PATH
     assert np.array_equal(parallel.info["accepted"], stepwise.info["accepted"])
@@ -69,16 +69,19 @@ def test_logistic_regression_needs_at_most_20_iterations(capsys):
 
 
 def test_rosenbrock_overflows_whole_and_is_solved_in_stretches(capsys):
-    rows = {row["method"]: row for row in run("rosenbrock_hmc", "--num-samples", 512, "--max-iterations", 80)}
+    rows = {row["method"]: row for row in run(
+        "rosenbrock_hmc", "--num-samples", 512, "--max-iterations", 100,
+        "--only", "DEER", "quasi-DEER clipped", "quasi-DEER, stretches")}
     printed = capsys.readouterr().out
-    assert all(name in printed for name in rows)
+    assert len(rows) == 6 and all(name in printed for name in rows)
     whole = rows["DEER, whole chain"]
     assert whole["status"] == "OUT_OF_ITERATIONS" and whole["residual"] > 1e3 and not whole["certified"]
-    assert whole["exact"] >= 80  # as many exact steps as passes, even so
+    assert whole["exact"] >= 100  # as many exact steps as passes, even so
     assert rows["quasi-DEER clipped, whole"]["differs"] < 1e3  # clipped: no overflow
-    for name in ("DEER, stretches of 64", "quasi-DEER, stretches of 64", "DEER, sliding window of 64"):
+    for name in ("DEER, stretches of 32", "quasi-DEER, stretches of 32", "DEER, sliding window of 32"):
         assert rows[name]["status"] == "CONVERGED", name
         assert rows[name]["certified"] and rows[name]["differs"] < 1e-6, name
+        assert rows[name]["depth"] < 512, name
     assert rows["sequential"]["evaluations"] == 1 and rows["sequential"]["rejected"] > 0
 
 
@@ -96,9 +99,11 @@ def test_a_gibbs_sampler_of_ones_own(capsys):
 
 
 def test_a_linearizer_of_ones_own():
-    rows = {row["method"]: row for row in run("own_linearizer", "--num-samples", 512)}
+    rows = {row["method"]: row for row in run(
+        "own_linearizer", "--num-samples", 256, "--max-iterations", 60,
+        "--only", "ours", "exact", "Jacobian", "identity")}
     ours, diagonal, picard = rows["ours: 1 - step size, or 1"], rows["exact diagonal"], rows["identity (Picard)"]
-    for name in ("ours: 1 - step size, or 1", "Hutchinson's diagonal, 1 probe", "exact diagonal", "Jacobian (DEER)"):
+    for name in ("ours: 1 - step size, or 1", "exact diagonal", "Jacobian (DEER)"):
         assert rows[name]["status"] == "CONVERGED" and rows[name]["certified"], name
         assert rows[name]["differs"] < 1e-10, name
     assert ours["jvps"] == 0 and ours["passes"] <= 1.5 * diagonal["passes"]

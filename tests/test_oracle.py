@@ -65,7 +65,7 @@ def assert_same_path(solution, wanted, num_steps, ulps=16 * DEFAULT_ULPS):
 def test_equals_the_sequential_path(row, dynamics, length, kind):
     with jax.enable_x64(kind == "float64"):
         problem = dynamics.build(length, jnp.dtype(kind))
-        # A bound by the theorem on long paths, where Picard on a stiff system uses all of it; the default on short ones.
+        # The theorem's bound on long paths, where Picard needs all of it; the default on short ones.
         solution = run(row, problem, max_iterations=length if row.newton_like and length > 2 else None)
         wanted = sequential_path(problem)
         assert jax.tree.structure(solution.states) == jax.tree.structure(wanted)
@@ -83,8 +83,8 @@ def test_equals_the_sequential_path(row, dynamics, length, kind):
             assert int(solution.iterations) <= length * -(-length // row.schedule.window(length))
 
 
-@pytest.mark.parametrize("schedule, size", [(Stretches, 1), (Stretches, 7), (Stretches, 1000), (Sliding, 1), (Sliding, 3),
-                                            (Sliding, 39)])
+@pytest.mark.parametrize("schedule, size", [(Stretches, 1), (Stretches, 7), (Stretches, 1000),
+                                            (Sliding, 1), (Sliding, 3), (Sliding, 39)])
 def test_windows_shorter_than_a_burst_of_rejections(schedule, size, double):
     problem = langevin_problem(40, double, step_size=1.3)
     wanted = sequential_path(problem)

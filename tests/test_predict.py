@@ -138,10 +138,10 @@ def test_meeting_times_against_brute_force(precision):
     dynamics = Dynamics(_network, weights)
     starts, others = 3 * _normal(6, (5, 4), precision), 3 * _normal(7, (5, 4), precision)
     drives = _normal(8, (5, 300, 4), precision)
-    found = meeting_times(dynamics, starts, others, drives)
+    bound = 256 * float(jnp.finfo(precision).eps)
+    found = meeting_times(dynamics, starts, others, drives, tolerance=Tolerance(bound, bound))
     paths = [jax.jit(jax.vmap(lambda a, u: rollout(dynamics, a, u)))(begin, drives) for begin in (starts, others)]
     a, b = (np.asarray(path) for path in paths)
-    bound = 256 * np.finfo(precision).eps
     near = (np.abs(a - b) <= bound * (1 + np.abs(b))).all(axis=2)
     assert near.any(axis=1).all() and bool(found.met.all())
     # A batch of another width may round otherwise, which moves a meeting by a step at most.

@@ -54,7 +54,7 @@ def as_matrix(maps):
 
 
 def make_messages(kind, matrix, shift, other):
-    """Messages from arrays: `A` any matrix, `C` and `J` covariances (half scale, so that they stay well conditioned)."""
+    """Messages from arrays: `A` any matrix, `C` and `J` covariances (halved, to stay well conditioned)."""
     if kind is DenseMessage:
         def square(m):
             return 0.25 * m @ np.swapaxes(m, -1, -2)
@@ -134,7 +134,8 @@ def random_maps(kind, num_steps, dtype, seed=0):
 
 @quick
 def all_scans(elements, start):
-    return [LocalTime(scan).prefix(elements, start) for scan in SCANS], LocalTime(ChunkedScan(4)).suffix(elements, start)
+    prefixes = [LocalTime(scan).prefix(elements, start) for scan in SCANS]
+    return prefixes, LocalTime(ChunkedScan(4)).suffix(elements, start)
 
 
 # 0, 1, 2, a multiple of the chunk and no multiple of it.
@@ -161,7 +162,7 @@ def test_every_scan_is_the_loop(kind, num_steps, dtype):
 
 
 def textbook_filter(matrices, shifts, damping, start):
-    """Kalman's filter for x_t = A x_{t-1} + b + N(0, I), observed as 0 with variance 1/damping; predict, then update."""
+    """Predict and update for x_t = A x_{t-1} + b + N(0, I), seen as 0 with variance 1/damping."""
     mean, covariance = start, np.zeros((D, D))
     means, covariances = [], []
     for A, b in zip(matrices, shifts):

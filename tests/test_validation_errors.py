@@ -132,7 +132,8 @@ def test_clip(recipe, clip):
         recipe(clip=clip)
 
 
-@pytest.mark.parametrize("make", [HutchinsonDiagonal, lambda n: quasi_deer(num_probes=n), lambda n: quasi_elk(num_probes=n)])
+@pytest.mark.parametrize("make", [HutchinsonDiagonal, lambda n: quasi_deer(num_probes=n),
+                                  lambda n: quasi_elk(num_probes=n)])
 @pytest.mark.parametrize("number", [0, -1, 1.5])
 def test_num_probes(make, number):
     with refused(ValueError, "num_probes", "at least 1", str(number)):

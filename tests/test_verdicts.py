@@ -45,7 +45,8 @@ def scalar(num_steps, dtype, *, start=0.3, linear=0.0, logistic=0.0, shift=0.0, 
     flags[list(broken)] = True
     drives = {name: jnp.asarray(np.broadcast_to(value, num_steps), dtype)
               for name, value in (("linear", linear), ("logistic", logistic), ("shift", shift))}
-    return Problem(Dynamics(_map, jnp.ones((), dtype)), jnp.asarray(start, dtype), drives | {"broken": jnp.asarray(flags)})
+    drives["broken"] = jnp.asarray(flags)
+    return Problem(Dynamics(_map, jnp.ones((), dtype)), jnp.asarray(start, dtype), drives)
 
 
 NUM_STEPS = 2000

@@ -82,7 +82,7 @@ class Machine:
 # Two cores of a server (AMD EPYC, AVX-512), JAX 0.10.1, float32: `lax.scan` of the vmapped step at 1, 4, 16, 64, 128,
 # 256 and 512 lanes for MALA and HMC (4 and 8 leapfrogs) on eight schools, HMC on a banana and on a logistic regression
 # with 944 rows, MALA on a mixture, tanh networks of 8 and 64 units and a GRU of 64; runs of 1 to 2 ms each, the fastest
-# of 1.2 seconds' worth, because other programs ran beside. The constants were chosen by hand to meet most of those times
+# of 1.2 seconds' worth, because other programs ran beside. The constants were chosen by hand to meet most of the times
 # within a factor of 2, which moves the best number of segments by half a power of two: it goes with the square root.
 CPU = Machine("2 CPU cores", 2e-8, 1.1e-10, 2, 0.8, 1e3, 0.4, 2048, 2.0**30)
 # A guess, measured nowhere: 4 µs to start a kernel, 10^12 operations per second once thousands of lanes fill it.
