@@ -50,7 +50,7 @@ FENCES = {
     "equinox": ("rnn/adapters.py",),
 }
 # These are imported inside functions only, so that nobody waits for what he does not use.
-LAZY = {"matplotlib": (), "flax": (), "equinox": (), "numpyro": ("mcmc/numpyro.py",)}
+LAZY = {"matplotlib": (), "flax": (), "equinox": ()}
 
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 
@@ -202,4 +202,4 @@ def test_importing_does_nothing_but_import():
     assert seen["arrays"] == 0
     assert seen["config"] == []
     assert seen["environment"]
-    assert not {"numpyro", "arviz", "matplotlib", "flax", "equinox"} & set(seen["modules"])
+    assert not {"arviz", "matplotlib", "flax", "equinox"} & set(seen["modules"])

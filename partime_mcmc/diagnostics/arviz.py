@@ -16,16 +16,15 @@ import importlib.metadata
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
+from partime_mcmc.diagnostics.named import coordinates, frozen_chains, named_draws, named_positions, partly_constant
 from partime_mcmc.diagnostics.report import plain
 
-MIN_DRAWS_TO_FREEZE = 10
 _TAILS = (0.05, 0.95)
 _STAT_NAMES = {"num_steps": "n_steps", "logdensity": "lp"}
 
@@ -85,81 +84,6 @@ def mcse_sd(x: np.ndarray) -> float:
 def mcse_quantile(x: np.ndarray, q: float) -> float:
     """Monte Carlo standard error of the ``q`` quantile of ``x`` (C, T); NaN as in :func:`ess_bulk`."""
     return _statistic("mcse", x, 1, method="quantile", prob=q)
-
-
-def named_positions(draws: Any) -> dict[str, np.ndarray]:
-    """Leaves of ``draws.positions`` by their path: ``{"a": {"b": leaf}}`` is ``"a.b"``, a bare array ``"position"``.
-
-    Returns:
-        name -> array (C, T, ...), plain NumPy; empty if there are no positions.
-    """
-    leaves = jax.tree_util.tree_flatten_with_path(getattr(draws, "positions", None))[0]
-    named = {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in leaves}
-    return {name or "position": values for name, values in named.items()}
-
-
-def named_draws(draws: Any) -> dict[str, np.ndarray]:
-    """What a reader of the model wants to see: ``draws.constrained``, or the positions if there is no such thing.
-
-    Returns:
-        name -> array (C, T, ...), plain NumPy.
-
-    Raises:
-        ValueError: if ``draws`` holds neither, or an array that does not start with the same (C, T) as the others.
-    """
-    constrained = getattr(draws, "constrained", None) or {}
-    named = {name: np.asarray(values) for name, values in constrained.items()} or named_positions(draws)
-    if not named:
-        raise ValueError("draws has neither constrained values nor positions")
-    lead = next(iter(named.values())).shape[:2]
-    for name, values in named.items():
-        if values.ndim < 2 or values.shape[:2] != lead:
-            raise ValueError(f"draws: {name!r} has shape {values.shape}, wanted (num_chains, num_draws, ...) = {lead}")
-    return named
-
-
-def coordinates(named: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-    """Every scalar coordinate of ``named`` with its label, such as ``theta[3]``, as a float64 array (C, T)."""
-    for name, values in named.items():
-        for index in np.ndindex(values.shape[2:]):
-            label = f"{name}[{', '.join(map(str, index))}]" if index else name
-            yield label, values[(slice(None), slice(None), *index)].astype(np.float64)
-
-
-def frozen_chains(draws: Any) -> np.ndarray:
-    """Chains that never moved: named so by the certificate, or with a coordinate of their position constant.
-
-    Fewer than ten draws are never called frozen: a healthy chain may reject as many proposals in a row.
-    Without positions the constrained values are asked, where a coordinate constant at one value in every chain (the
-    diagonal of a correlation matrix, say) does not count.
-
-    Returns:
-        (C,) bool.
-    """
-    positions = named_positions(draws)
-    num_chains, num_draws = next(iter((positions or named_draws(draws)).values())).shape[:2]
-    frozen = np.zeros(num_chains, bool)
-    for _, x in coordinates(positions or named_draws(draws)):
-        stuck = _stuck(x)
-        frozen |= stuck if positions or not _shared_constant(x) else False
-    certified = getattr(getattr(draws, "certificate", None), "frozen", None)
-    if certified is None or num_draws < MIN_DRAWS_TO_FREEZE:
-        return frozen
-    return frozen | np.asarray(certified, bool)
-
-
-def _stuck(x: np.ndarray) -> np.ndarray:
-    """Chains (C,) of ``x`` (C, T) whose draws are all equal, where there are enough of them to say so."""
-    return (x == x[:, :1]).all(axis=1) & (x.shape[1] >= MIN_DRAWS_TO_FREEZE)
-
-
-def _shared_constant(x: np.ndarray) -> bool:
-    return bool(x.size and (x == x.flat[0]).all())
-
-
-def partly_constant(x: np.ndarray) -> bool:
-    """Whether some chain of ``x`` (C, T) is constant although ``x`` as a whole is not."""
-    return bool(_stuck(x).any() and not _shared_constant(x))
 
 
 def summary_table(draws: Any) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from numpyro.infer.util import initialize_model
 from numpyro.primitives import Messenger
 
 from partime_mcmc.diagnostics.checks import InvalidStart, check_key
+from partime_mcmc.mcmc.sites import plate_dims, reported
 from partime_mcmc.mcmc.target import Target
 from partime_mcmc.types import Array, Key, PyTree
 
@@ -86,8 +87,8 @@ def from_numpyro(
     def constrain(position: PyTree) -> dict[str, Array]:
         return postprocess(position)
 
-    names = _reported(sites)
-    return Target(logdensity, initial, constrain, names, _plate_dims(sites, names))
+    names = reported(sites)
+    return Target(logdensity, initial, constrain, names, plate_dims(sites, names))
 
 
 # --- running the model -----------------------------------------------------------------------------------------------
@@ -280,21 +281,6 @@ def _check_traceable(potential: Callable, position: dict) -> None:
         f"site {', '.join(map(repr, culprits or position))}: got Python control flow, or a NumPy function, on a latent "
         "value; wanted operations that JAX can trace (jnp.where, jax.lax.cond, jax.numpy)"
     ) from cause
-
-
-def _reported(sites: dict) -> tuple[str, ...]:
-    latent = {name for name, site in sites.items() if site["type"] == "sample" and not site["is_observed"]}
-    return tuple(name for name, site in sites.items() if name in latent or site["type"] == "deterministic")
-
-
-def _plate_dims(sites: dict, names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """Axis names for sites whose axes are exactly their plates."""
-    dims = {}
-    for name in names:
-        frames = sorted(sites[name].get("cond_indep_stack", ()), key=lambda frame: frame.dim)
-        if frames and len(frames) == np.ndim(sites[name]["value"]):
-            dims[name] = tuple(frame.name for frame in frames)
-    return dims
 
 
 def _base(distribution: dist.Distribution) -> dist.Distribution:
