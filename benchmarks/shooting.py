@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc import Dynamics, Kernel, Status, certify, hmc, loop, mala, nuts, rollout, sample, shooting, solve
+from partime_mcmc import Dynamics, Kernel, Status, certify, hmc, mala, nuts, rollout, sample, shooting, solve
 from partime_mcmc.dynamics import without_captures
 from partime_mcmc.mcmc.sample import versions
 from partime_mcmc.mcmc.target import Target

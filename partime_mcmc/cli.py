@@ -30,8 +30,8 @@ from partime_mcmc.models import MODELS
 
 KERNELS = {"hmc": kernels.hmc, "mala": kernels.mala, "nuts": kernels.nuts, "random_walk": kernels.random_walk}
 SOLVERS = {
-    "default": lambda: None, "sequential": recipes.sequential, "deer": recipes.deer,
-    "shooting": recipes.shooting, "quasi_deer": recipes.quasi_deer, "elk": recipes.elk, "quasi_elk": recipes.quasi_elk, "picard": recipes.picard,
+    "default": lambda: None, "sequential": recipes.sequential, "shooting": recipes.shooting, "deer": recipes.deer,
+    "quasi_deer": recipes.quasi_deer, "elk": recipes.elk, "quasi_elk": recipes.quasi_elk, "picard": recipes.picard,
     "jacobi": recipes.jacobi,
 }
 

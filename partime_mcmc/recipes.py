@@ -4,7 +4,7 @@
 |----------------|--------------------------------------|-------------------|-------------------------------------------|
 | `sequential`   | none                                 | one after another | the definition                            |
 | `deer`         | Jacobian                             | Newton            | Lim et al. 2024, arXiv:2309.12252         |
-| `quasi_deer`   | its diagonal, exact or estimated     | Newton            | Gonzalez 2024, arXiv:2407.19115; Zoltowski et al. 2025, arXiv:2508.18413 |
+| `quasi_deer`   | its diagonal, exact or estimated     | Newton            | arXiv:2407.19115, arXiv:2508.18413        |
 | `elk`          | Jacobian                             | Kalman smoother   | arXiv:2407.19115                          |
 | `quasi_elk`    | its diagonal                         | Kalman smoother   | arXiv:2407.19115                          |
 | `picard`       | identity                             | Newton            | Gonzalez et al. 2025, arXiv:2509.21716    |

@@ -151,8 +151,8 @@ def _one_pass(dynamics, initial, drives, solver, schedule, tolerance, key, axis,
     left = axis.maximum(jnp.where(counted, per_step, 0))
     return _Loop(
         _extend_guess(path, loop.start + window, start, window), start, memory, status,
-        loop.iterations + proposal.num_passes - over.astype(jnp.int32), largest(jnp.stack([loop.residual, left])), loop.start + num_exact,
-        fingerprint, loop.evaluations + proposal.evaluations, loop.jvps + proposal.jvps, loop.depth + proposal.depth,
+        loop.iterations + proposal.num_passes - over.astype(jnp.int32), largest(jnp.stack([loop.residual, left])),
+        loop.start + num_exact, fingerprint, loop.evaluations + proposal.evaluations, loop.jvps + proposal.jvps, loop.depth + proposal.depth,
         loop.history.at[loop.iterations].set(size, mode="drop"),
         loop.num_jacobians + proposal.num_replaced_jacobians, loop.num_updates + proposal.num_replaced_updates)
 

@@ -13,7 +13,7 @@ import pytest
 from partime_mcmc.dynamics import Dynamics, rollout
 from partime_mcmc.kernels import from_blackjax
 from partime_mcmc.predict import CPU, GPU, advise, calibrate, distances, lyapunov, meeting_times
-from partime_mcmc.predict.advise import slowest
+from partime_mcmc.predict.coalescence import slowest
 from partime_mcmc.predict.cost import kernels_per_step, lane_work, step_cost
 from partime_mcmc.schedule import Stretches, Whole
 from partime_mcmc.solution import Tolerance

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from partime_mcmc.diagnostics.named import coordinates, frozen_chains, named_draws, named_positions, partly_constant
+from partime_mcmc.diagnostics.named import coordinates, frozen_chains, named_draws, partly_constant, stuck
 from partime_mcmc.diagnostics.report import plain
 
 _TAILS = (0.05, 0.95)
@@ -111,7 +111,7 @@ def summary_table(draws: Any) -> list[dict[str, Any]]:
                 "ess_bulk": ess_bulk(x),
                 "ess_tail": ess_tail(x),
                 "r_hat": rhat(x),
-                "frozen": bool((_stuck(x) & frozen).any() or partly_constant(x)),
+                "frozen": bool((stuck(x) & frozen).any() or partly_constant(x)),
             }
         )
     return rows

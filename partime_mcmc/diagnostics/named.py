@@ -66,15 +66,14 @@ def frozen_chains(draws: Any) -> np.ndarray:
     num_chains, num_draws = next(iter((positions or named_draws(draws)).values())).shape[:2]
     frozen = np.zeros(num_chains, bool)
     for _, x in coordinates(positions or named_draws(draws)):
-        stuck = _stuck(x)
-        frozen |= stuck if positions or not _shared_constant(x) else False
+        frozen |= stuck(x) if positions or not _shared_constant(x) else False
     certified = getattr(getattr(draws, "certificate", None), "frozen", None)
     if certified is None or num_draws < MIN_DRAWS_TO_FREEZE:
         return frozen
     return frozen | np.asarray(certified, bool)
 
 
-def _stuck(x: np.ndarray) -> np.ndarray:
+def stuck(x: np.ndarray) -> np.ndarray:
     """Chains (C,) of ``x`` (C, T) whose draws are all equal, where there are enough of them to say so."""
     return (x == x[:, :1]).all(axis=1) & (x.shape[1] >= MIN_DRAWS_TO_FREEZE)
 
@@ -85,4 +84,4 @@ def _shared_constant(x: np.ndarray) -> bool:
 
 def partly_constant(x: np.ndarray) -> bool:
     """Whether some chain of ``x`` (C, T) is constant although ``x`` as a whole is not."""
-    return bool(_stuck(x).any() and not _shared_constant(x))
+    return bool(stuck(x).any() and not _shared_constant(x))

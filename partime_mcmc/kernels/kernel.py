@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from partime_mcmc.dynamics import Dynamics, Memo
-from partime_mcmc.types import Array, Key, PyTree, pytree
+from partime_mcmc.types import Key, PyTree, pytree
 
 _DERIVED = ("logdensity", "logdensity_grad")
 

@@ -13,7 +13,6 @@ from partime_mcmc.kernels import Kernel
 from partime_mcmc.mcmc.progress import Progress, progress_line, quiet
 from partime_mcmc.mcmc.target import Target
 from partime_mcmc.mcmc.warmup import Warmup
-from partime_mcmc.schedule import Schedule
 from partime_mcmc.solution import Tolerance
 from partime_mcmc.solvers import Solver
 

@@ -78,8 +78,9 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
     leaves = jax.tree.leaves(positions)
     check_memory(solver, getattr(schedule, "size", num_samples), num_samples, num_chains,
                  sum(leaf[0].size for leaf in leaves), leaves[0].dtype.itemsize, max_bytes)
+    tolerance = default_tolerance(kernel, leaves[0].dtype) if tolerance is None else tolerance
     chains = run_chains(kernel, positions, jax.random.split(chains_key, num_chains), num_samples, solver=solver,
-                        schedule=schedule, tolerance=default_tolerance(kernel, leaves[0].dtype) if tolerance is None else tolerance,
+                        schedule=schedule, tolerance=tolerance,
                         max_iterations=max_iterations, progress=progress)
     draws = _finish(target, kernel, chains, warmup, plan={
         "kernel": kernel.name, "solver": _described(solver), "schedule": _described(schedule),

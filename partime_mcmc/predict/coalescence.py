@@ -13,9 +13,11 @@ All pairs are rolled side by side, with the dynamics' memory where it has one, a
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
@@ -23,6 +25,8 @@ from partime_mcmc.dynamics import Dynamics, Memo, ravel, without_captures
 from partime_mcmc.reduction import largest
 from partime_mcmc.solution import Tolerance
 from partime_mcmc.types import Array, PyTree, pytree
+
+_EULER_GAMMA = 0.5772156649
 
 
 @pytree()
@@ -90,6 +94,23 @@ def distances(dynamics: Dynamics, starts: PyTree, others: PyTree, drives: PyTree
     """
     flat, pairs, tape, shared = _prepared(dynamics, starts, others, drives)
     return _distances(flat, pairs, tape, jnp.asarray(scale, pairs.dtype), shared=shared)
+
+
+def slowest(steps: np.ndarray, met: np.ndarray, lanes: int) -> float:
+    """The expected largest of `lanes` meeting times, from those of the pilots.
+
+    Args:
+        steps: Meeting times, shape `(K,)`; where `met` is False the pair had not met by then.
+        met: Shape `(K,)`.
+        lanes: How many segments wait for one another.
+    """
+    steps = np.asarray(steps, float)
+    median = float(np.median(steps))
+    above = steps > median
+    # Exponential beyond the median; pairs that have not met add waiting time and no meeting.
+    scale = float((steps[above] - median).sum()) / max(int((above & met).sum()), 1)
+    expected = median + scale * (math.log(max(lanes, 2) / 2) + _EULER_GAMMA)
+    return max(expected, float(steps.max())) if lanes >= steps.size else expected
 
 
 @functools.partial(jax.jit, static_argnames=("shared",))

@@ -17,9 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import os
 import re
-import time
 from typing import Callable
 
 import jax
@@ -27,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from partime_mcmc.dynamics import Dynamics, rollout
-from partime_mcmc.types import PyTree
+from partime_mcmc.types import Array, PyTree
 
 UNKNOWN_TRIPS = 4
 
@@ -270,7 +268,7 @@ def step_cost(dynamics: Dynamics, initial: PyTree, drives: PyTree, num_steps: in
         return jax.ShapeDtypeStruct((*axes, *leaf.shape), leaf.dtype)
 
     many = jax.tree.map(lambda leaf: widened(leaf, lanes, num_steps), drives)
-    text = _loop.lower(dynamics, widened(initial, lanes), many).compile().as_text()
+    text = sequential_loop.lower(dynamics, widened(initial, lanes), many).compile().as_text()
     memo = dynamics.memo
     if memo is None:
         step = jax.make_jaxpr(dynamics.step)(dynamics.params, initial, drives).jaxpr
@@ -284,55 +282,6 @@ def step_cost(dynamics: Dynamics, initial: PyTree, drives: PyTree, num_steps: in
 
 
 @jax.jit
-def _loop(dynamics, initial, drives):
+def sequential_loop(dynamics: Dynamics, initial: Array, drives: PyTree) -> Array:
+    """One step after another in L lanes: `initial` `(L, D)`, `drives` `(L, T, ...)`, result `(T, L, D)`."""
     return jax.vmap(functools.partial(rollout, dynamics), out_axes=1)(initial, drives)
-
-
-def calibrate(name: str = "calibrated") -> Machine:
-    """Measure this machine: a few seconds of a small network (kernel starts) and a large one (work).
-
-    Nothing calls this for you. Keep the result with your seeds: another machine may give another plan, and another plan
-    other rounding.
-
-    Args:
-        name: For reports.
-
-    Returns:
-        The default machine of the backend with `seconds_per_kernel`, `seconds_per_work` and `efficiency` measured.
-    """
-    base = default_machine(jax.default_backend())
-    small, large = (_Network(size) for size in (8, 64))
-    # Two lane counts each: with L lanes and 2 L the difference is work, the rest is kernels.
-    per_kernel = max(2 * small.seconds(16) - small.seconds(32), 0.1 * small.seconds(16)) / small.kernels
-    alone = max(large.seconds(1) - per_kernel * large.kernels, 0.0) / large.work
-    crowd = max(large.seconds(512) - per_kernel * large.kernels, 0.0) / (512 * large.work)
-    alone, crowd = max(alone, crowd, 1e-15), max(crowd, 1e-15)
-    cores = base.num_cores if jax.default_backend() != "cpu" else os.cpu_count() or 1
-    efficiency = min(1.0, (alone / crowd - 1) / (cores - 1)) if cores > 1 else base.efficiency
-    return dataclasses.replace(base, name=name, seconds_per_kernel=per_kernel, seconds_per_work=alone, num_cores=cores,
-                               efficiency=efficiency)
-
-
-class _Network:
-    """A tanh network of D units, timed."""
-
-    def __init__(self, size: int, num_steps: int = 256):
-        self.num_steps, self.size = num_steps, size
-        self.dynamics = Dynamics(_network_step, jnp.eye(size) * 0.5)
-        cost = step_cost(self.dynamics, jnp.zeros(size), jax.ShapeDtypeStruct((size,), jnp.zeros(0).dtype), num_steps,
-                         8, default_machine(jax.default_backend()))
-        self.kernels, self.work = cost.kernels_wide, cost.work
-
-    def seconds(self, lanes: int) -> float:
-        """Seconds per step: the fastest of many runs, because others may use the machine."""
-        initial, drives = jnp.zeros((lanes, self.size)), jnp.ones((lanes, self.num_steps, self.size)) * 0.1
-        times = []
-        for _ in range(21):
-            begin = time.perf_counter()
-            jax.block_until_ready(_loop(self.dynamics, initial, drives))
-            times.append(time.perf_counter() - begin)
-        return min(times[1:]) / self.num_steps
-
-
-def _network_step(params, state, drive):
-    return jnp.tanh(params @ state) + drive

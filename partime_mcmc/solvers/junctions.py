@@ -1,8 +1,8 @@
 """The joints between segments: how the ends of one pass become the starts of the next.
 
 With F_c the map of segment c, from its start s_c to its end e_c = F_c(s_c), the joints obey a recurrence of their own,
-s_{c+1} = F_c(s_c), with C steps instead of T. Handing ends over is Jacobi's iteration for it; a linearisation A_c of F_c gives
-Newton's,
+s_{c+1} = F_c(s_c), with C steps instead of T. Handing ends over is Jacobi's iteration for it; a linearisation A_c of F_c
+gives Newton's,
 
     δ_{c+1} = A_c δ_c + (e_c − s_{c+1}),   δ_0 = 0,      s_{c+1} ← e_c + A_c δ_c,
 

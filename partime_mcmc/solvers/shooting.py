@@ -52,7 +52,7 @@ class Shooting:
     Attributes:
         num_segments: C; None chooses by the device and the length of the path.
         steps: n, instead of `num_segments`; at most one of the two is given.
-        correction: What stands for the Jacobian of a whole segment when starts are corrected; zero hands over ends as they are.
+        correction: What stands for the Jacobian of a whole segment when starts are corrected; zero hands over ends.
         max_evaluations: Evaluations per step after which to give up if more than half of the segments are still open,
             and four times as many in any case; None is 4 + 256 / n.
     """
