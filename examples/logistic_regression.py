@@ -77,7 +77,8 @@ def main(argv=None):
         report, certificate = draws.report, draws.certificate
         print(f"{name}: {report.seconds_run:.2f} s (compilation {report.seconds_compile:.1f} s apart), "
               f"largest residual {np.max(certificate.max_residual):.1e} noise units, "
-              f"{int(np.sum(certificate.certified))} of {args.num_chains} chains certified, {report.evaluations_per_sample:.1f} evaluations and "
+              f"{int(np.sum(certificate.certified))} of {args.num_chains} chains certified, "
+              f"{report.evaluations_per_sample:.1f} evaluations and "
               f"{report.jvps_per_sample:.1f} JVPs per draw, depth {report.depth}")
     print(f"iterations per chain: {parallel.report.iterations.tolist()} (claim: at most 20)")
     for bound in (1e-2, 1e-3, 1e-4):

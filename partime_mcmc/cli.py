@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -116,6 +117,8 @@ def _tell(parallel: Draws, sequential: Draws, report: Report) -> None:
     certificate = parallel.certificate
     print(f"\nwarm-up     {warmup.settings}, acceptance {warmup.acceptance:.2f}, {warmup.num_gradients} gradients, "
           f"{warmup.seconds:.1f} s with compilation")
+    if parallel.advice is not None:
+        print(textwrap.fill(str(parallel.advice), 110, initial_indent="advice      ", subsequent_indent=" " * 12))
     print(f"certificate {_certified(certificate)}")
     print(f"work        {int(run.iterations.max())} iterations over all stretches, "
           f"{run.evaluations_per_sample:.2f} evaluations of f and {run.jvps_per_sample:.2f} JVPs per draw, depth "
@@ -127,7 +130,7 @@ def _tell(parallel: Draws, sequential: Draws, report: Report) -> None:
     print(f"time        parallel {run.seconds_run:.3f} s, sequential {sequential.report.seconds_run:.3f} s "
           f"(ratio {sequential.report.seconds_run / max(run.seconds_run, 1e-9):.2f}; compilation "
           f"{run.seconds_compile:.1f} s and {sequential.report.seconds_compile:.1f} s, certificate "
-          f"{run.seconds_certify:.1f} s, not included)")
+          f"{run.seconds_certify:.1f} s, advice {run.seconds_advise:.1f} s, not included)")
     print(f"comparison  {str(report).splitlines()[0]}")
 
 

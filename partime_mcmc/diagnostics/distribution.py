@@ -17,6 +17,7 @@ import numpy as np
 from scipy import special
 
 from partime_mcmc.diagnostics import arviz
+from partime_mcmc.diagnostics import named as by_name
 from partime_mcmc.diagnostics.paths import Side
 
 MIN_CHAINS, MIN_ESS = 4, 400
@@ -83,7 +84,7 @@ def _rows(ours: Side, theirs: Side, names: list[str]) -> tuple[list[dict[str, An
         if min(a.shape[1], b.shape[1]) >= arviz.MIN_DRAWS_TO_FREEZE and any(constant):
             failures.append(f"{name} is constant on one side only, or at different values")
             continue
-        if arviz.partly_constant(a) or arviz.partly_constant(b):
+        if by_name.partly_constant(a) or by_name.partly_constant(b):
             gates.append(f"{name} is constant in some chains although the positions move")
         rows.append(_row(name, a, b))
     if not rows:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from partime_mcmc.diagnostics import arviz
+from partime_mcmc.diagnostics import named as by_name
 from partime_mcmc.diagnostics.report import PathComparison
 
 PATH_TOLERANCE = 1e-3  # posterior sd: how far a certified path may be from the exact one
@@ -55,15 +55,15 @@ class Side:
         Raises:
             ValueError: if it holds no draws.
         """
-        named = dict(arviz.coordinates(arviz.named_draws(draws)))
-        positions = arviz.named_positions(draws)
-        arrays = positions or arviz.named_draws(draws)
+        named = dict(by_name.coordinates(by_name.named_draws(draws)))
+        positions = by_name.named_positions(draws)
+        arrays = positions or by_name.named_draws(draws)
         leaves = [leaf.reshape(*leaf.shape[:2], int(np.prod(leaf.shape[2:]))) for leaf in arrays.values()]
         if not named or not next(iter(named.values())).size:
             raise ValueError(f"{title} holds no draws")
         values = [*leaves, *(x[..., None] for x in named.values())]
         nonfinite = np.any([~np.isfinite(value).all(axis=(1, 2)) for value in values], axis=0)
-        return cls(draws, title, leaves, bool(positions), named, arviz.frozen_chains(draws), nonfinite)
+        return cls(draws, title, leaves, bool(positions), named, by_name.frozen_chains(draws), nonfinite)
 
     @property
     def shape(self) -> tuple[int, int]:

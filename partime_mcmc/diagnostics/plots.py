@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from partime_mcmc.diagnostics import arviz
+from partime_mcmc.diagnostics import named as by_name
 
 _PARALLEL, _SEQUENTIAL, _LIMIT = "#4c9be8", "#1b2a41", "#c8553d"
 _CHAINS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7f7f7f", "#a6761d")
@@ -113,7 +113,7 @@ def _pairs(
     parallel: Any, sequential: Any, names: Sequence[str] | None, limit: int, chain: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Coordinates of both runs, (C, T) each, by label."""
-    ours, theirs = (dict(arviz.coordinates(arviz.named_draws(draws))) for draws in (parallel, sequential))
+    ours, theirs = (dict(by_name.coordinates(by_name.named_draws(draws))) for draws in (parallel, sequential))
     both = [label for label in ours if label in theirs]
     if names is None:
         wanted = _spread(both, limit)
@@ -164,7 +164,7 @@ def _draw_traces(
 
 def _draw_distances(axis: Any, parallel: Any, sequential: Any) -> None:
     axis.set_title("Distance of the two paths", fontsize=11, loc="left")
-    ours, theirs = (dict(arviz.coordinates(arviz.named_draws(draws))) for draws in (parallel, sequential))
+    ours, theirs = (dict(by_name.coordinates(by_name.named_draws(draws))) for draws in (parallel, sequential))
     shapes = {x.shape for x in (*ours.values(), *theirs.values())}
     if len(shapes) != 1 or list(ours) != list(theirs):
         _say(axis, "runs of different shapes:\nno steps to compare")

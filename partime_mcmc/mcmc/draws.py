@@ -14,6 +14,7 @@ import numpy as np
 
 from partime_mcmc.kernels import Certificate
 from partime_mcmc.mcmc.warmup import Warmup
+from partime_mcmc.predict.advise import Advice
 from partime_mcmc.solution import SolveError, Status
 from partime_mcmc.types import Array, PyTree
 
@@ -31,6 +32,7 @@ class RunReport:
         fallbacks: One sentence per stretch and chain that was finished sequentially, and why.
         num_sequential: Draws per chain that came from the sequential fallback, shape `(C,)`.
         residual_history: Largest residual by iteration in the first stretch, shape `(C, H)`, NaN beyond the last.
+        seconds_advise: Asking for advice: pilot chains and a cost model, compilation included.
         seconds_compile: Tracing and compilation of the solve.
         seconds_run: The solve itself, the tape included, the certificate not.
         seconds_certify: The certifying pass, its compilation included.
@@ -47,6 +49,7 @@ class RunReport:
     fallbacks: tuple[str, ...]
     num_sequential: np.ndarray
     residual_history: np.ndarray
+    seconds_advise: float
     seconds_compile: float
     seconds_run: float
     seconds_certify: float
@@ -70,6 +73,8 @@ class Draws:
         warmup: The warm-up, None if the kernel came tuned.
         dims: Axis names of constrained values.
         names: The constrained values worth showing; None: all.
+        advice: Why this solver, if `sample` chose it. To run again with the very same plan give `advice.solver` and
+            `advice.schedule`.
     """
 
     positions: PyTree
@@ -81,6 +86,7 @@ class Draws:
     warmup: Warmup | None
     dims: dict[str, tuple[str, ...]] | None = None
     names: tuple[str, ...] | None = None
+    advice: Advice | None = None
 
     def or_raise(self) -> Draws:
         """These draws, if every chain is certified, finite and moving.

@@ -13,16 +13,17 @@ import contextlib
 import dataclasses
 import functools
 import time
-from typing import Any
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from partime_mcmc.closures import explicit
-from partime_mcmc.dynamics import without_captures
+from partime_mcmc.dynamics import Dynamics, without_captures
 from partime_mcmc.kernels import Kernel, Tape
 from partime_mcmc.mcmc.progress import Progress
+from partime_mcmc.predict.advise import Advice
 from partime_mcmc.recipes import sequential
 from partime_mcmc.schedule import Schedule, Stretches, Whole
 from partime_mcmc.solution import Solution, Status, Tolerance
@@ -32,12 +33,15 @@ from partime_mcmc.types import Key, PyTree
 
 _GIVE_UP_AFTER = 2
 
+# (dynamics, initial carries (C, ...), tapes (C, T, ...)) -> solver, schedule, and the advice behind them if any.
+Choice = Callable[[Dynamics, PyTree, Tape], tuple[Solver, Schedule, Advice | None]]
+
 
 class Clock:
     """Seconds by what they were spent on."""
 
     def __init__(self):
-        self.seconds = {"compile": 0.0, "run": 0.0, "certify": 0.0}
+        self.seconds = {"compile": 0.0, "advise": 0.0, "run": 0.0, "certify": 0.0}
 
     @contextlib.contextmanager
     def measure(self, what: str):
@@ -65,10 +69,13 @@ class Chains:
     num_sequential: np.ndarray
     residual_history: np.ndarray
     clock: Clock
+    solver: Solver
+    schedule: Schedule
+    advice: Advice | None
 
 
-def run_chains(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *, solver: Solver, schedule: Schedule,
-               tolerance: Tolerance, max_iterations: int | None, progress: Progress) -> Chains:
+def run_chains(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *, choose: Choice, tolerance: Tolerance,
+               max_iterations: int | None, progress: Progress) -> Chains:
     """Solve all chains.
 
     Args:
@@ -76,8 +83,8 @@ def run_chains(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *
         positions: One start per chain, leaves `(C, ...)`.
         keys: One key per chain, shape `(C,)`.
         num_samples: T.
-        solver: The recipe.
-        schedule: `Stretches` are run from here, with progress after each; others within one solve.
+        choose: What picks the solver and the schedule once dynamics, starts and tapes are known. `Stretches` are run from
+            here, with progress after each; other schedules within one solve.
         tolerance: How small residuals must be.
         max_iterations: Passes per stretch.
         progress: What to tell.
@@ -92,6 +99,8 @@ def run_chains(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *
         first = jax.tree.map(lambda leaf: leaf[0], initial)
         drive = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), tape)
         dynamics = without_captures(kernel.dynamics(), first, drive)
+    with clock.measure("advise"):
+        solver, schedule, advice = choose(dynamics, initial, tape)
     size = _stretch_size(solver, schedule, num_samples)
     inside = Whole() if isinstance(schedule, Stretches) else schedule
     solve_stretch = _Compiled(functools.partial(_solve_all, solver, inside, tolerance, max_iterations), clock)
@@ -113,7 +122,7 @@ def run_chains(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *
     carries = jax.tree.map(lambda leaf: jnp.zeros((leaf.shape[0], 0, *leaf.shape[1:]), leaf.dtype), initial)
     if pieces:
         carries = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *pieces)
-    return books.close(initial, carries, tape, clock)
+    return books.close(initial, carries, tape, clock, solver, schedule, advice)
 
 
 def _stretch_size(solver: Solver, schedule: Schedule, num_samples: int) -> int:
@@ -231,10 +240,10 @@ class _Books:
         return {"iterations": int(self.iterations.max()), "residual": f"{self.worst:.0e}",
                 "fallbacks": len(self.fallbacks)}
 
-    def close(self, initial: PyTree, carries: PyTree, tape: Tape, clock: Clock) -> Chains:
+    def close(self, initial: PyTree, carries: PyTree, tape: Tape, clock: Clock, *choice) -> Chains:
         """The finished chains."""
         steps = max(self.num_samples, 1)
         history = np.full((len(self.status), 0), np.nan) if self.history is None else self.history
         return Chains(initial, carries, tape, self.status, self.iterations, float(self.evaluations.mean() / steps),
                       float(self.jvps.mean() / steps), int(self.depth.max()), self.fallbacks, self.num_sequential, history,
-                      clock)
+                      clock, *choice)

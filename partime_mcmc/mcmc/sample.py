@@ -12,6 +12,7 @@ step t has `jax.random.split(chain_key, T)[t]`, as a user of BlackJAX would writ
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -28,7 +29,8 @@ from partime_mcmc.mcmc.progress import Progress
 from partime_mcmc.mcmc.run import Chains, run_chains
 from partime_mcmc.mcmc.target import Target
 from partime_mcmc.mcmc.warmup import Builder, Warmup, warm_up
-from partime_mcmc.recipes import shooting
+from partime_mcmc.predict.advise import advise
+from partime_mcmc.recipes import sequential, shooting
 from partime_mcmc.schedule import Schedule, Stretches
 from partime_mcmc.solution import Status, Tolerance
 from partime_mcmc.solvers import Solver
@@ -38,6 +40,8 @@ DEFAULT_STRETCH = 16384
 # Chains × segments that fill a device: a hundred or so for two CPU cores, thousands for a GPU.
 _LANES = {"cpu": 128}
 _LANES_ELSEWHERE = 4096
+# Runs too short to be worth pilots.
+_SHORT = 1024
 
 
 def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_samples: int, num_chains: int = 4,
@@ -54,8 +58,9 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
         num_samples: Draws per chain, T ≥ 0.
         num_chains: Chains, C ≥ 1.
         num_warmup: Warm-up steps per chain, for a builder.
-        solver: A recipe; None takes `default_solver()`.
-        schedule: How time is cut; None takes stretches of 16,384 steps. `sequential()` runs through in one.
+        solver: A recipe; None asks `advise`: pilot chains from the warm-up's draws say whether these chains forget, a cost
+            model how many segments pay; chains that do not forget are run sequentially, and `draws.advice` says why.
+        schedule: How time is cut; None follows the advice, or takes stretches of 16,384 steps.
         tolerance: How small residuals must be; None is `default_tolerance(...)`.
         max_iterations: Passes per stretch before a chain is finished sequentially; None is the stated default.
         max_bytes: Memory that the run may take; None is most of the device's. Checked before anything is allocated.
@@ -73,21 +78,39 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
     num_samples, num_chains = check_count(num_samples, "num_samples", 0), check_count(num_chains, "num_chains", 1)
     start_key, warmup_key, chains_key = jax.random.split(key, 3)
     kernel, warmup, positions = _prepare(start_key, warmup_key, target, kernel, num_chains, num_warmup, progress)
-    solver = default_solver(num_chains) if solver is None else solver
-    schedule = Stretches(DEFAULT_STRETCH) if schedule is None else schedule
     leaves = jax.tree.leaves(positions)
-    check_memory(solver, getattr(schedule, "size", num_samples), num_samples, num_chains,
+    check_memory(solver or sequential(), getattr(schedule or Stretches(DEFAULT_STRETCH), "size", num_samples),
+                 num_samples, num_chains,
                  sum(leaf[0].size for leaf in leaves), leaves[0].dtype.itemsize, max_bytes)
     tolerance = default_tolerance(kernel, leaves[0].dtype) if tolerance is None else tolerance
-    chains = run_chains(kernel, positions, jax.random.split(chains_key, num_chains), num_samples, solver=solver,
-                        schedule=schedule, tolerance=tolerance,
+    chains = run_chains(kernel, positions, jax.random.split(chains_key, num_chains), num_samples, choose=functools.partial(
+        _choose, kernel, warmup, positions, solver, schedule, tolerance), tolerance=tolerance,
                         max_iterations=max_iterations, progress=progress)
     draws = _finish(target, kernel, chains, warmup, plan={
-        "kernel": kernel.name, "solver": _described(solver), "schedule": _described(schedule),
+        "kernel": kernel.name, "solver": repr(chains.solver), "schedule": repr(chains.schedule),
         "num_samples": num_samples, "num_chains": num_chains, "num_warmup": num_warmup if warmup else 0,
         "key": [int(word) for word in np.ravel(jax.random.key_data(key))]})
+    if draws.advice is not None:
+        progress.note(str(draws.advice))
     progress.note(_sentence(draws))
     return draws
+
+
+def _choose(kernel, warmup, positions, solver, schedule, tolerance, dynamics, initial, tape):
+    """The solver and schedule asked for, or those that advice finds best for chains like these."""
+    num_chains, num_samples = tape.key.shape[:2]
+    stretches = Stretches(DEFAULT_STRETCH) if schedule is None else schedule
+    pool = positions if warmup is None else warmup.pool
+    num_pool = jax.tree.leaves(pool)[0].shape[0]
+    if solver is not None:
+        return solver, stretches, None
+    if num_samples < _SHORT or num_pool < 2:
+        return default_solver(num_chains), stretches, None
+    starts = jax.vmap(lambda position: kernel.carry(kernel.init(position)))(pool)
+    one = functools.partial(jax.tree.map, lambda leaf: leaf[0])
+    advice = advise(dynamics, one(initial), one(tape), starts=starts, num_steps=num_samples, num_chains=num_chains,
+                    tolerance=tolerance)
+    return advice.solver, advice.schedule if schedule is None else schedule, advice
 
 
 def default_solver(num_chains: int = 1) -> Solver:
@@ -151,11 +174,13 @@ def _finish(target: Target, kernel: Kernel, chains: Chains, warmup: Warmup | Non
     status = tuple(Status.FROZEN if frozen[c] and one == Status.CONVERGED else one for c, one in enumerate(chains.status))
     report = RunReport(
         status, chains.iterations, chains.evaluations_per_sample, chains.jvps_per_sample, chains.depth,
-        tuple(chains.fallbacks), chains.num_sequential, chains.residual_history, clock.seconds["compile"],
+        tuple(chains.fallbacks), chains.num_sequential, chains.residual_history, clock.seconds["advise"],
+        clock.seconds["compile"],
         clock.seconds["run"], clock.seconds["certify"], str(jax.tree.leaves(chains.carries)[0].dtype),
         _device(), versions())
     return Draws(positions, constrained, info, certificate, report, plan, warmup,
-                 dict(target.dims) if target.dims else None, tuple(target.names) if target.names else None)
+                 dict(target.dims) if target.dims else None, tuple(target.names) if target.names else None,
+                 chains.advice)
 
 
 def _constrained(target: Target, positions: PyTree) -> dict:
@@ -175,10 +200,6 @@ def _sentence(draws: Draws) -> str:
     what = "all chains certified" if certified.all() else f"{int(certified.sum())} of {certified.size} chains certified"
     return (f"{what}: largest residual {float(np.max(np.asarray(draws.certificate.max_residual))):.1e} noise units, "
             f"{report.evaluations_per_sample:.1f} evaluations per draw, {len(report.fallbacks)} sequential fallbacks")
-
-
-def _described(strategy: Any) -> str:
-    return repr(strategy)
 
 
 def _device() -> str:

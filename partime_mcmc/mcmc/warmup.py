@@ -36,6 +36,7 @@ Builder = Callable[..., Kernel]
 
 _LEAPFROGS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 _NUM_TRIALS = 128
+_NUM_POOL = 33
 _SHRINK = 0.85
 _MAX_CANDIDATES = 60
 # What each kernel's own theory asks for, on the safe side: a rejection is a coupling lost.
@@ -49,6 +50,7 @@ class Warmup:
     Attributes:
         kernel: The tuned kernel.
         positions: One position per chain to go on from, leaves `(C, ...)`.
+        pool: Some of the draws of all chains, leaves `(K, ...)`: far-apart starts for pilot chains.
         settings: What was chosen for the builder: `step_size` and, for HMC, `num_integration_steps`.
         whitening: The coordinates.
         acceptance: Mean acceptance probability in the trials of the chosen step size.
@@ -61,6 +63,7 @@ class Warmup:
 
     kernel: Kernel
     positions: PyTree
+    pool: PyTree
     settings: dict[str, Any]
     whitening: Whitening
     acceptance: float
@@ -107,7 +110,7 @@ def warm_up(key: Key, logdensity: Callable[[PyTree], Array], builder: Builder, s
     notes = () if acceptance >= tuner.target else (
         f"no step size reached the target acceptance {tuner.target:.2f}; the best reached {acceptance:.2f}",)
     kernel = builder(logdensity, metric=whitening, **settings)
-    return Warmup(kernel, positions, settings, whitening, acceptance, tuner.target, num_warmup,
+    return Warmup(kernel, positions, _some(draws, _NUM_POOL), settings, whitening, acceptance, tuner.target, num_warmup,
                   num_gradients + tuner.num_gradients, time.perf_counter() - begin, notes)
 
 
@@ -205,10 +208,8 @@ class _Tuner:
 
     def choose(self, whitening: Whitening, draws: PyTree, key: Key) -> tuple[dict, float]:
         """The boldest settings that meet the target in one trial from each of some draws, and their acceptance."""
-        pooled = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), draws)
-        size = jax.tree.leaves(pooled)[0].shape[0]
-        pick = np.linspace(0, size - 1, min(_NUM_TRIALS, size)).astype(int)
-        states, keys = jax.tree.map(lambda leaf: leaf[pick], pooled), jax.random.split(key, len(pick))
+        states = _some(draws, _NUM_TRIALS)
+        keys = jax.random.split(key, _num_chains(states))
         trial = functools.partial(self._acceptance, whitening, states, keys)
         if "step_size" in self.fixed:
             return {}, trial({})
@@ -230,6 +231,14 @@ class _Tuner:
 def _leapfrogs(info) -> Array:
     """Gradients of one transition."""
     return jnp.asarray(getattr(info, "num_integration_steps", 1))
+
+
+def _some(draws: PyTree, count: int) -> PyTree:
+    """Up to `count` of the draws of all chains, evenly spread: leaves `(C, n, ...)` → `(count, ...)`."""
+    pooled = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), draws)
+    size = _num_chains(pooled)
+    pick = np.linspace(0, size - 1, min(count, size)).astype(int)
+    return jax.tree.map(lambda leaf: leaf[pick], pooled)
 
 
 def _num_chains(positions: PyTree) -> int:

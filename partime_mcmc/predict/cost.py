@@ -21,7 +21,6 @@ import re
 from typing import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from partime_mcmc.dynamics import Dynamics, rollout
