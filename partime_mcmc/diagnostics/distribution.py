@@ -81,7 +81,7 @@ def _rows(ours: Side, theirs: Side, names: list[str]) -> tuple[list[dict[str, An
         if all(constant) and a.size > 1 and np.isclose(a[0, 0], b[0, 0]):
             notes.append(f"{name} is constant, equal on both sides, and left out of the tests")
             continue
-        if min(a.shape[1], b.shape[1]) >= arviz.MIN_DRAWS_TO_FREEZE and any(constant):
+        if min(a.shape[1], b.shape[1]) >= by_name.MIN_DRAWS_TO_FREEZE and any(constant):
             failures.append(f"{name} is constant on one side only, or at different values")
             continue
         if by_name.partly_constant(a) or by_name.partly_constant(b):
