@@ -1,7 +1,7 @@
 """Fixtures and options shared by all tests.
 
 Nothing global is set: 64-bit floats are switched on inside a fixture and off again, and no compilation cache is kept
-between runs (measured: a cold run writes it and gains nothing, and a stale one would hide what a compiler does today).
+between runs (a stale one would hide what a compiler does today).
 """
 
 import hypothesis
@@ -14,6 +14,17 @@ hypothesis.settings.register_profile(
     "partime", derandomize=True, deadline=None, database=None, max_examples=25,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("partime")
+
+
+# What depends on the generation of Python, JAX and ArviZ: run on a second one, too.
+SMOKE = {"test_architecture", "test_arviz", "test_certify", "test_derivatives", "test_numpyro", "test_selftest",
+         "test_shooting", "test_theorem"}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in SMOKE:
+            item.add_marker(pytest.mark.smoke)
 
 
 def pytest_addoption(parser):

@@ -1,0 +1,212 @@
+"""Shooting: its two ends are known methods, its path is the chain, its books are right, and it knows when to give up."""
+
+import blackjax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from partime_mcmc import (Clipped, DenseJacobian, Dynamics, HutchinsonDiagonal, Sliding, Status, Stretches, Target,
+                          Tolerance, certify, deer, from_blackjax, hmc, loop, random_walk, residual, rollout, sample,
+                          shooting, solve)
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def tanh_network(gain=0.5, width=3):
+    weights = gain * jax.random.orthogonal(jax.random.key(0), width).astype(float)
+    return Dynamics(_tanh_step, weights)
+
+
+def _tanh_step(weights, state, drive):
+    return jnp.tanh(weights @ state) + drive
+
+
+def logistic_map():
+    return Dynamics(lambda _, state, drive: 4 * state * (1 - state) + 0 * drive)
+
+
+def mala_chain(num_steps, step_size=0.35, key=1):
+    kernel = from_blackjax(blackjax.mala(lambda x: -0.5 * jnp.sum(x**2) - 0.1 * jnp.sum(x**4), step_size))
+    state = kernel.init(jnp.ones(3))
+    return kernel, state, kernel.tape(jax.random.key(key), num_steps, state)
+
+
+DRIVES = jax.random.normal
+
+
+def test_one_segment_is_the_sequential_chain():
+    dynamics, drives = tanh_network(), jax.random.normal(jax.random.key(1), (200, 3))
+    found = solve(dynamics, jnp.zeros(3), drives, solver=shooting(1)).or_raise()
+    np.testing.assert_allclose(found.states, rollout(dynamics, jnp.zeros(3), drives), rtol=0, atol=1e-15)
+    assert float(found.stats.evaluations) == 1.0 and int(found.stats.depth) == 200
+
+
+def test_one_step_with_the_jacobian_is_deer():
+    """The starts of pass k are DEER's iterate k, so both need the same number of passes (one more here: the last roll)."""
+    dynamics, drives = tanh_network(0.95), jax.random.normal(jax.random.key(1), (300, 3))
+    newton = solve(dynamics, jnp.zeros(3), drives, solver=deer()).or_raise()
+    shot = solve(dynamics, jnp.zeros(3), drives, solver=shooting(steps=1, correction=DenseJacobian())).or_raise()
+    assert abs(int(shot.iterations) - int(newton.iterations)) <= 1 < int(newton.iterations)
+    np.testing.assert_allclose(shot.states, newton.states, rtol=0, atol=1e-12)
+    # Without the correction the same segments need many more passes: the agreement above is the correction's doing.
+    plain = solve(dynamics, jnp.zeros(3), drives, solver=shooting(steps=1))
+    assert int(plain.iterations) > 2 * int(newton.iterations)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 63, 64, 257])
+@pytest.mark.parametrize("solver", [shooting(), shooting(5), shooting(steps=7), shooting(1000),
+                                    shooting(steps=16, correction=Clipped(DenseJacobian()))], ids=str)
+def test_any_length_and_any_cut_give_the_path(solver, num_steps):
+    dynamics, drives = tanh_network(), jax.random.normal(jax.random.key(1), (num_steps, 3))
+    found = solve(dynamics, jnp.zeros(3), drives, solver=solver).or_raise()
+    # An error within the tolerance at a meeting is carried on by a map that halves it every step.
+    np.testing.assert_allclose(found.states, rollout(dynamics, jnp.zeros(3), drives), rtol=0, atol=1e-12)
+    measured = float(jnp.max(residual(dynamics, jnp.zeros(3), found.states, drives)))
+    assert measured <= float(found.residual) + 1e-15
+
+
+def test_tolerance_zero_leaves_no_gap_anywhere():
+    dynamics, drives = tanh_network(), jax.random.normal(jax.random.key(1), (500, 3))
+    found = solve(dynamics, jnp.zeros(3), drives, solver=shooting(8), tolerance=Tolerance(0.0, 0.0)).or_raise()
+    assert float(found.residual) == 0.0
+    loose = solve(dynamics, jnp.zeros(3), drives, solver=shooting(8), tolerance=Tolerance(0.0, 1e-3)).or_raise()
+    assert 0.0 < float(loose.residual) <= 1e-3
+    assert float(loose.stats.evaluations) < float(found.stats.evaluations)
+    # The residual reported is the one that an independent evaluation finds.
+    measured = float(jnp.max(residual(dynamics, jnp.zeros(3), loose.states, drives)))
+    assert measured == pytest.approx(float(loose.residual), abs=1e-14)
+
+
+def test_evaluations_are_lanes_times_depth():
+    dynamics, drives = tanh_network(), jax.random.normal(jax.random.key(1), (1000, 3))
+    found = solve(dynamics, jnp.zeros(3), drives, solver=shooting(10)).or_raise()
+    assert float(found.stats.evaluations) == pytest.approx(10 * int(found.stats.depth) / 1000)
+    # A map that halves distances forgets 13 digits in some 45 steps.
+    assert 100 < int(found.stats.depth) < 100 + 60
+
+
+def test_the_chain_is_blackjaxs_own_with_rejections():
+    kernel, state, tape = mala_chain(2000)
+    carries, info = jax.jit(lambda start, keys: loop(kernel, start, keys))(state, tape.key)
+    found = solve(kernel.dynamics(), kernel.carry(state), tape, solver=shooting(16)).or_raise()
+    np.testing.assert_allclose(found.states, carries, rtol=0, atol=1e-10)
+    certificate = certify(kernel, kernel.carry(state), found.states, tape)
+    assert bool(certificate.certified) and int(certificate.num_rejected) > 20
+    np.testing.assert_array_equal(certificate.accepted, info.is_accepted)
+    assert float(found.stats.evaluations) < 2.0
+
+
+def test_chains_share_the_lanes_and_one_bad_chain_harms_no_other():
+    dynamics, drives = tanh_network(), jax.random.normal(jax.random.key(1), (8, 400, 3))
+    starts = jnp.ones((8, 3))
+
+    def run(starts, drives):
+        return jax.vmap(lambda start, drive: solve(dynamics, start, drive, solver=shooting(8)))(starts, drives)
+
+    good = jax.jit(run)(starts, drives)
+    bad = jax.jit(run)(starts, drives.at[3, 200].set(jnp.nan))
+    assert (np.asarray(good.status) == Status.CONVERGED).all()
+    assert int(bad.status[3]) == Status.NONFINITE and int(bad.num_exact[3]) == 200
+    others = np.arange(8) != 3
+    assert (np.asarray(bad.status)[others] == Status.CONVERGED).all()
+    np.testing.assert_array_equal(np.asarray(bad.states)[others], np.asarray(good.states)[others])
+
+
+def test_every_chain_may_have_parameters_of_its_own():
+    weights = jnp.stack([tanh_network(0.3).params, tanh_network(0.6).params])
+    drives = jax.random.normal(jax.random.key(1), (200, 3))
+    found = jax.vmap(lambda w: solve(Dynamics(_tanh_step, w), jnp.zeros(3), drives, solver=shooting(4)))(weights)
+    for one, states in zip(weights, found.states):
+        wanted = rollout(Dynamics(_tanh_step, one), jnp.zeros(3), drives)
+        np.testing.assert_allclose(states, wanted, rtol=0, atol=1e-12)
+
+
+def test_derivatives_do_not_depend_on_the_solver():
+    drives = jax.random.normal(jax.random.key(1), (60, 3))
+
+    def loss(weights, run):
+        return jnp.sum(run(Dynamics(_tanh_step, weights)) ** 2)
+
+    weights = tanh_network(0.7).params
+    got = jax.grad(loss)(weights, lambda d: solve(d, jnp.zeros(3), drives, solver=shooting(4)).states)
+    wanted = jax.grad(loss)(weights, lambda d: rollout(d, jnp.zeros(3), drives))
+    np.testing.assert_allclose(got, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", [Stretches(150), Sliding(150)], ids=str)
+def test_time_can_be_cut(schedule):
+    dynamics, drives = tanh_network(), jax.random.normal(jax.random.key(1), (500, 3))
+    found = solve(dynamics, jnp.zeros(3), drives, solver=shooting(4), schedule=schedule).or_raise()
+    np.testing.assert_allclose(found.states, rollout(dynamics, jnp.zeros(3), drives), rtol=0, atol=1e-12)
+
+
+def test_chaos_is_given_up_and_the_exact_prefix_is_exact():
+    drives = jnp.zeros(2000)
+    found = solve(logistic_map(), jnp.array([0.3]), drives, solver=shooting(32))
+    assert int(found.status) == Status.OUT_OF_ITERATIONS
+    exact = int(found.num_exact)
+    # Every pass adds a segment of 63 steps at least, and the budget of 4 + 256/63 evaluations allows some eight.
+    assert 63 <= exact < 2000
+    defects = residual(logistic_map(), jnp.array([0.3]), found.states, drives)
+    assert float(defects[:exact].max()) < 1e-12 and float(defects[exact]) > 1e-6
+    assert float(found.stats.evaluations) < 12
+
+
+def test_corrections_make_slow_systems_converge():
+    slow = Dynamics(_linear_step, 0.998 * jnp.eye(3))
+    drives = jax.random.normal(jax.random.key(1), (4000, 3))
+    plain = solve(slow, jnp.zeros(3), drives, solver=shooting(64))
+    assert int(plain.status) == Status.OUT_OF_ITERATIONS
+    for correction in (DenseJacobian(), HutchinsonDiagonal(1)):
+        found = solve(slow, jnp.zeros(3), drives, solver=shooting(64, correction=correction)).or_raise()
+        assert int(found.iterations) <= 3 and float(found.stats.jvps) > 0
+        np.testing.assert_allclose(found.states, rollout(slow, jnp.zeros(3), drives), rtol=0, atol=1e-9)
+
+
+def _linear_step(matrix, state, drive):
+    return matrix @ state + drive
+
+
+def test_a_chain_that_never_moves_is_the_same_chain():
+    kernel, state, tape = mala_chain(300, step_size=1e6)
+    found = solve(kernel.dynamics(), kernel.carry(state), tape, solver=shooting(8)).or_raise()
+    np.testing.assert_array_equal(found.states, jnp.ones((300, 3)))
+    assert bool(certify(kernel, kernel.carry(state), found.states, tape).frozen)
+
+
+def test_segments_shorter_than_a_burst_of_rejections():
+    kernel, state, tape = mala_chain(600, step_size=1.2)
+    carries, info = jax.jit(lambda start, keys: loop(kernel, start, keys))(state, tape.key)
+    runs = np.split(np.asarray(info.is_accepted), np.flatnonzero(np.asarray(info.is_accepted)))
+    assert max(map(len, runs)) > 6
+    found = solve(kernel.dynamics(), kernel.carry(state), tape, solver=shooting(steps=4)).or_raise()
+    np.testing.assert_allclose(found.states, carries, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (dict(num_segments=0), "num_segments must be an integer of at least 1, got 0"),
+    (dict(num_segments=2, steps=3), "num_segments and steps: got both"),
+    (dict(steps=2.5), "steps must be an integer of at least 1, got 2.5"),
+])
+def test_bad_arguments(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        shooting(**arguments)
+
+
+def test_sampling_follows_the_advice_and_says_why_when_chains_do_not_forget():
+    target = Target(lambda x: -0.5 * jnp.sum(x**2), lambda key: jax.random.normal(key, (4,)))
+    run = dict(num_samples=4096, num_chains=2, num_warmup=100, progress=False)
+    forgetful = sample(jax.random.key(0), target, hmc, **run).or_raise()
+    assert forgetful.advice.parallel and "shooting" in forgetful.plan["solver"].lower()
+    assert forgetful.report.evaluations_per_sample < 3
+    again = sample(jax.random.key(0), target, hmc, **run)
+    assert again.plan == forgetful.plan
+    np.testing.assert_array_equal(again.positions, forgetful.positions)
+    walk = sample(jax.random.key(0), target, random_walk, **run).or_raise()
+    assert not walk.advice.parallel and "Rollout" in walk.plan["solver"]
+    assert "forget" in str(walk.advice)
