@@ -33,8 +33,8 @@ def run(name, *flags):
 
 
 def test_every_example_is_tested():
-    tested = {"eight_schools", "logistic_regression", "rosenbrock_hmc", "own_kernel", "own_linearizer"}
-    assert tested == {path.stem for path in EXAMPLES.glob("*.py")}
+    tests = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
+    assert [path.stem for path in EXAMPLES.glob("*.py") if f'"{path.stem}"' not in tests] == []
 
 
 def test_eight_schools_is_one_path(capsys):
