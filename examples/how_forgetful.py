@@ -35,6 +35,7 @@ KERNELS = {
 def main(argv=None):
     """Warm up once, couple pairs for every kernel, draw and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kernels", nargs="+", choices=list(KERNELS), default=list(KERNELS))
     parser.add_argument("--model", choices=sorted(MODELS), default="eight_schools")
     parser.add_argument("--num-steps", type=int, default=400)
     parser.add_argument("--num-pairs", type=int, default=16)
@@ -53,8 +54,9 @@ def main(argv=None):
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axis = figure.add_subplot()
     print(f"{'kernel':<16}{'met':>8}{'median':>8}{'worst':>8}   advice for one chain of 65,536 steps")
-    for name, build in KERNELS.items():
-        kernel = build(target.logdensity, warmup.whitening)
+    found = {}
+    for name in args.kernels:
+        kernel = KERNELS[name](target.logdensity, warmup.whitening)
         tapes = jax.vmap(lambda key: kernel.tape(key, args.num_steps, None))(jax.random.split(dice_key, len(starts) - 1))
         apart = np.asarray(distances(kernel.dynamics(), starts[:-1], starts[1:], tapes))
         axis.plot(np.log10(np.maximum(apart, 1e-16)).mean(axis=0), label=name)
@@ -63,11 +65,13 @@ def main(argv=None):
         advice = advise(kernel.dynamics(), starts[0], jax.tree.map(lambda leaf: leaf[0], tapes), starts=starts,
                         num_steps=65_536)
         verdict = f"{advice.num_segments} segments, {advice.speedup:.1f}×" if advice.parallel else "sequential"
+        found[name] = met, advice
         print(f"{name:<16}{int(jnp.sum(met.met)):>4}/{len(steps)}{np.median(steps):>8.0f}{steps.max():>8}   {verdict}")
     axis.set(xlabel="step", ylabel="log₁₀ distance, mean over pairs", title=f"Same dice, different starts: {args.model}")
     axis.legend(frameon=False)
     figure.savefig(args.out, dpi=150)
     print(f"picture: {args.out}")
+    return found
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from partime_mcmc import (Sliding, Status, Stretches, Whole, certify, deer, elk, hmc, loop, quasi_deer,
+from partime_mcmc import (Sliding, Status, Stretches, Whole, certify, deer, elk, hmc, loop, quasi_deer, shooting,
                           sequential, solve)
 
 HEADER = (f"{'method':32} {'status':18} {'passes':>6} {'exact':>5} {'evals/draw':>10} {'JVPs/draw':>9} {'depth':>6} "
@@ -45,6 +45,7 @@ def methods(size):
         (f"quasi-DEER, stretches of {size}", quasi_deer(), Stretches(size)),
         (f"ELK clipped, stretches of {size}", elk(clip=1.0), Stretches(size)),
         (f"DEER, sliding window of {size}", deer(), Sliding(size)),
+        ("shooting, 4 segments", shooting(4), Whole()),
     ]
 
 

@@ -156,6 +156,11 @@ class Solution:
     num_exact: Array
     stats: Stats
 
+    @property
+    def verdict(self) -> Status:
+        """The status of a single path as a `Status`, with its message; the worst one of a batch (not under tracing)."""
+        return Status(int(np.max(np.asarray(self.status))))
+
     def or_raise(self) -> Solution:
         """This solution, if every path in it converged.
 

@@ -71,9 +71,9 @@ def test_logistic_regression_needs_at_most_20_iterations(capsys):
 def test_rosenbrock_overflows_whole_and_is_solved_in_stretches(capsys):
     rows = {row["method"]: row for row in run(
         "rosenbrock_hmc", "--num-samples", 512, "--max-iterations", 100,
-        "--only", "DEER", "quasi-DEER clipped", "quasi-DEER, stretches")}
+        "--only", "DEER", "quasi-DEER clipped", "quasi-DEER, stretches", "shooting")}
     printed = capsys.readouterr().out
-    assert len(rows) == 6 and all(name in printed for name in rows)
+    assert len(rows) == 7 and all(name in printed for name in rows)
     whole = rows["DEER, whole chain"]
     assert whole["status"] == "OUT_OF_ITERATIONS" and whole["residual"] > 1e3 and not whole["certified"]
     assert whole["exact"] >= 100  # as many exact steps as passes, even so
@@ -82,6 +82,7 @@ def test_rosenbrock_overflows_whole_and_is_solved_in_stretches(capsys):
         assert rows[name]["status"] == "CONVERGED", name
         assert rows[name]["certified"] and rows[name]["differs"] < 1e-6, name
         assert rows[name]["depth"] < 512, name
+    assert rows["shooting, 4 segments"]["certified"] and rows["shooting, 4 segments"]["evaluations"] < 5
     assert rows["sequential"]["evaluations"] == 1 and rows["sequential"]["rejected"] > 0
 
 
@@ -109,3 +110,13 @@ def test_a_linearizer_of_ones_own():
     assert ours["jvps"] == 0 and ours["passes"] <= 1.5 * diagonal["passes"]
     assert picard["status"] != "CONVERGED" and not picard["certified"]
     assert rows["sequential"]["rejected"] > 0
+
+
+def test_some_chains_forget_and_some_do_not(tmp_path, capsys):
+    found = run("how_forgetful", "--kernels", "HMC, path π/2", "random walk", "--num-warmup", 120, "--num-pairs", 6,
+                "--out", tmp_path / "picture.png")
+    quarter, walk = found["HMC, path π/2"], found["random walk"]
+    assert np.all(quarter[0].met) and np.max(quarter[0].steps) < 200 and quarter[1].parallel
+    assert not np.any(walk[0].met) and not walk[1].parallel
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    assert "segments" in capsys.readouterr().out

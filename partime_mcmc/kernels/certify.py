@@ -238,8 +238,16 @@ def _certify(observe, params, initial, states, drives, unit):
 
 
 def _spread(path: Array) -> Array:
-    """Standard deviation of each coordinate; 1 where it does not move, so that any residual there shows."""
-    spread = jnp.std(path, axis=0) if path.shape[0] else jnp.ones(path.shape[1:], path.dtype)
+    """Standard deviation of each coordinate; 1 where it does not move, so that any residual there shows.
+
+    The interquartile range speaks where it is the smaller one: a path that explodes somewhere must not set the unit by which
+    it is judged.
+    """
+    if not path.shape[0]:
+        return jnp.ones(path.shape[1:], path.dtype)
+    low, high = jnp.quantile(path, jnp.asarray([0.25, 0.75], path.dtype), axis=0)
+    spread, middle = jnp.std(path, axis=0), (high - low) / 1.349
+    spread = jnp.where((middle > 0) & ~(middle > spread), middle, spread)
     return jnp.where(jnp.isfinite(spread) & (spread > 0), spread, 1)
 
 

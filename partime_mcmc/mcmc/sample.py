@@ -88,7 +88,7 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
                         max_iterations=max_iterations, progress=progress)
     draws = _finish(target, kernel, chains, warmup, plan={
         "kernel": kernel.name, "solver": repr(chains.solver), "schedule": repr(chains.schedule),
-        "num_samples": num_samples, "num_chains": num_chains, "num_warmup": num_warmup if warmup else 0,
+        "num_samples": num_samples, "num_chains": num_chains, "num_warmup": warmup.num_steps if warmup else 0,
         "key": [int(word) for word in np.ravel(jax.random.key_data(key))]})
     if draws.advice is not None:
         progress.note(str(draws.advice))
