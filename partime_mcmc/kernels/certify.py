@@ -47,8 +47,8 @@ class Certificate:
         frozen: Whether the position never changes although there is more than one step.
         num_rejected: Rejected proposals; −1 where the kernel makes no such decision.
         longest_rejection: Longest run of steps without movement.
-        num_nonfinite_proposals: Proposals with a log density or energy that is not finite (they are rejected). MALA does
-            not show its proposals: there, those with an acceptance probability of exactly 0 are counted.
+        num_nonfinite_proposals: Proposals with a log density or energy that is not finite (they are rejected). Kernels
+            without an energy do not all show their proposals: there, an acceptance probability of exactly 0 counts, too.
         num_ambiguous: Decisions with a margin below `10 ×` rounding; −1 where margins are not known.
         min_margin: The smallest margin; NaN where margins are not known.
         discrete_consistent: Whether the tape's discrete leaves are the ones that the path produces.
@@ -188,8 +188,8 @@ def _record(state, info) -> Records:
     energy, rate, proposal = of("energy"), of("acceptance_rate"), getattr(info, "proposal", None)
     judged = [value for value in (energy, rate, of("logdensity", proposal), of("logdensity", state)) if value is not None]
     nonfinite = functools.reduce(jnp.logical_or, [~jnp.isfinite(value) for value in judged], jnp.zeros((), bool))
-    if energy is None and rate is not None and of("logdensity", proposal) is None:
-        # MALA does not show its proposal; BlackJAX turns a proposal that is not finite into probability exactly 0.
+    if energy is None and rate is not None:
+        # MALA and random walks do not show a rejected proposal; BlackJAX turns one that is not finite into probability 0.
         nonfinite = nonfinite | (rate == 0)
     return Records(of("is_accepted"), rate, of("is_divergent"), energy, of("num_integration_steps"),
                    of("logdensity", state), nonfinite, jnp.zeros((), bool))
