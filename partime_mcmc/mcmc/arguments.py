@@ -70,6 +70,8 @@ def chosen_progress(progress: Progress | bool) -> Progress:
     """
     if isinstance(progress, bool):
         return progress_line if progress and sys.stderr.isatty() else quiet
+    if progress is None:
+        return quiet
     _check_has(progress, "progress", ("stage", "note", "warn"), "True, False, quiet or progress_line")
     return progress
 
