@@ -62,6 +62,11 @@ def fixed_hmc(step_size: float, leapfrogs: int) -> tuple[Callable, Callable]:
     return hmc, lambda logdensity, metric, settings: hmc(logdensity, step_size, metric, leapfrogs)
 
 
+def raw_hmc(step_size: float, leapfrogs: int) -> tuple[Callable, Callable]:
+    """HMC with a unit metric in the target's own coordinates."""
+    return hmc, lambda logdensity, metric, settings: hmc(logdensity, step_size, jnp.ones_like(metric.center), leapfrogs)
+
+
 def tuned(builder: Callable) -> tuple[Callable, Callable]:
     """A builder, and the kernel with the settings that warm-up chose for it."""
     return builder, lambda logdensity, metric, settings: builder(logdensity, metric=metric, **settings)
@@ -75,7 +80,8 @@ ROWS = (
     Row("eight schools, HMC 4×0.4", EIGHT_SCHOOLS, *fixed_hmc(0.4, 4), 65_536),
     Row("eight schools, MALA", EIGHT_SCHOOLS, *tuned(mala), 65_536, "float32"),
     Row("eight schools, NUTS", EIGHT_SCHOOLS, *tuned(nuts), 16_384),
-    Row("banana, HMC 8×0.2", BANANA, *fixed_hmc(0.2, 8), 32_768),
+    Row("banana, HMC 8×0.5, unit metric", BANANA, *raw_hmc(0.5, 8), 32_768),
+    Row("banana, HMC 8×0.2, whitened", BANANA, *fixed_hmc(0.2, 8), 32_768),
     Row("mixture of two normals, MALA", mixture, *tuned(mala), 32_768),
     Row("logistic regression 944×25, HMC 4×0.4", LOGISTIC, *fixed_hmc(0.4, 4), 16_384),
 )
@@ -109,7 +115,7 @@ def measure(row: Row, repeats: int, num_warmup: int, scale: float) -> dict:
     reference = np.asarray(found["loop"]["value"])
     for segments in [key for key in runs if key != "loop"]:
         result["segments"].append(entry(segments, found[segments], found["loop"]["seconds"], reference))
-    best = max(result["segments"], key=lambda item: item["ratio"])
+    best = fastest(result["segments"])
     result["best"] = {**best, **certified(kernel, initial, found[best["segments"]]["value"].states, tape, reference)}
     return result
 
@@ -171,7 +177,17 @@ def network(repeats: int, scale: float) -> dict:
     items = [entry(key, found[key], found["loop"]["seconds"], reference) for key in runs if key != "loop"]
     return {"name": "tanh network, 64 units", "num_steps": num_steps, "dtype": "float32", "settings": {},
             "loop_seconds": found["loop"]["seconds"], "loop_compile": found["loop"]["compile"], "segments": items,
-            "best": max(items, key=lambda item: item["ratio"])}
+            "best": fastest(items)}
+
+
+def fastest(items: list[dict]) -> dict:
+    """The fastest number of segments that solved the chain, or the fastest of all if none did."""
+    return max(items, key=lambda item: (item["status"] == "CONVERGED", item["ratio"]))
+
+
+def gain(best: dict) -> str:
+    """The ratio of times, or that there is none."""
+    return f"**{best['ratio']:.1f}×**" if best["status"] == "CONVERGED" else f"not solved: {best['status']}"
 
 
 def table(results: list[dict]) -> str:
@@ -186,7 +202,7 @@ def table(results: list[dict]) -> str:
             f"{best['rejected']} rejections), {best['decisions_that_differ']}")
         lines.append(
             f"| {result['name']}, {result['dtype']} | {result['num_steps']:,} | "
-            f"{1e6 * result['loop_seconds'] / result['num_steps']:.2f} | **{best['ratio']:.1f}×** | {best['segments']} | "
+            f"{1e6 * result['loop_seconds'] / result['num_steps']:.2f} | {gain(best)} | {best['segments']} | "
             f"{best['evaluations']:.2f} | {best['residual']:.0e} | {check} | "
             f"{result['loop_compile']:.1f} / {best['compile']:.1f} |")
     return "\n".join(lines) + "\n"
@@ -199,7 +215,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--num-warmup", type=int, default=1000)
     parser.add_argument("--scale", type=float, default=1.0, help="fraction of every T")
-    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--only", default="", help="rows whose name contains this; others keep their stored results")
+    parser.add_argument("--readme", type=Path, help="a file whose table is to be replaced")
     arguments = parser.parse_args(argv)
     results = []
     for row in ROWS:
@@ -211,11 +228,29 @@ def main(argv: list[str] | None = None) -> None:
         results.append(network(arguments.repeats, arguments.scale))
     arguments.out.mkdir(parents=True, exist_ok=True)
     name = f"shooting-{jax.default_backend()}"
+    stored = arguments.out / f"{name}.json"
+    if arguments.only and stored.exists():
+        results = merged(json.loads(stored.read_text())["rows"], results)
     machine = {"platform": jax.default_backend(), "device": jax.devices()[0].device_kind, "cpu": platform.machine(),
                "repeats": arguments.repeats, "scale": arguments.scale, "versions": versions()}
-    (arguments.out / f"{name}.json").write_text(json.dumps({"machine": machine, "rows": results}, indent=1))
+    stored.write_text(json.dumps({"machine": machine, "rows": results}, indent=1))
     (arguments.out / f"{name}.md").write_text(table(results))
     print(table(results))
+    if arguments.readme:
+        text = arguments.readme.read_text()
+        head, rest = text.split(_BEGIN)
+        arguments.readme.write_text(head + _BEGIN + "\n" + table(results) + _END + rest.split(_END)[1])
+
+
+_BEGIN = "<!-- table: benchmarks/results/shooting-cpu.md, written by `python -m benchmarks.shooting --readme README.md` -->"
+_END = "<!-- end of table -->"
+
+
+def merged(old: list[dict], new: list[dict]) -> list[dict]:
+    """Old rows with new ones in their place, new names at the end."""
+    fresh = {(row["name"], row["dtype"]): row for row in new}
+    kept = [fresh.pop((row["name"], row["dtype"]), row) for row in old]
+    return kept + list(fresh.values())
 
 
 if __name__ == "__main__":
