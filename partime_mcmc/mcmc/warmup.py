@@ -39,8 +39,9 @@ _NUM_TRIALS = 128
 _NUM_POOL = 33
 _SHRINK = 0.85
 _MAX_CANDIDATES = 60
-# What each kernel's own theory asks for, on the safe side: a rejection is a coupling lost.
-_TARGETS = {mala: 0.65, hmc: 0.8, nuts: 0.8, random_walk: 0.3}
+# Above what each kernel's own theory asks for (MALA's optimum 0.574 is flat): where one of two chains rejects, their
+# coupling is lost, and passes and meeting times grow with the rate of rejections.
+_TARGETS = {mala: 0.8, hmc: 0.8, nuts: 0.8, random_walk: 0.3}
 
 
 @dataclasses.dataclass(frozen=True)
