@@ -22,6 +22,7 @@ import numpy as np
 from partime_mcmc import kernels, recipes
 from partime_mcmc.diagnostics import plots
 from partime_mcmc.diagnostics.arviz import save_netcdf, summary_table
+from partime_mcmc.diagnostics.checks import check_count
 from partime_mcmc.diagnostics.compare import compare
 from partime_mcmc.diagnostics.report import Report, text_table
 from partime_mcmc.mcmc.draws import Draws
@@ -78,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    for name in ("num_samples", "num_chains"):
+        check_count(getattr(arguments, name), "--" + name.replace("_", "-"), 1)
     built_in = MODELS[arguments.model]()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if built_in.needs_float64:

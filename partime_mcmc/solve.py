@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from partime_mcmc.adjoint import Adjoint, Implicit
+from partime_mcmc.contracts import check_has, kind
 from partime_mcmc.dynamics import Dynamics, check_state, ravel, without_captures
 from partime_mcmc.recipes import DEFAULT_MAX_ITERATIONS, deer
 from partime_mcmc.reduction import largest
@@ -42,7 +43,7 @@ def solve(dynamics: Dynamics, initial: PyTree, drives: PyTree, *, solver: Solver
         dynamics: `x_t = dynamics(x_{t-1}, u_t)`; arrays that its step captures become parameters.
         initial: `x_0`, a pytree of floating-point arrays of one type.
         drives: `u_1..u_T`, a pytree with leading axis `T`, at least one leaf.
-        solver: One of the recipes, or your own.
+        solver: One of the recipes, or your own; `deer()` unless given. For chains take `shooting()`.
         schedule: All of time at once, or a window that moves.
         tolerance: How small the residual must be.
         max_iterations: Passes allowed per window's length of time; None is 200. It is a bound, not a plan:
@@ -60,6 +61,7 @@ def solve(dynamics: Dynamics, initial: PyTree, drives: PyTree, *, solver: Solver
         TypeError: If the state is not floating point of one type, or the step changes its structure.
         ValueError: If shapes do not fit, or `max_iterations` is not a positive integer.
     """
+    _check_strategies(dynamics, solver, schedule, tolerance, adjoint)
     initial = jax.tree.map(jnp.asarray, initial)
     drives = jax.tree.map(jnp.asarray, drives)
     check_state(initial)
@@ -109,7 +111,7 @@ def _solve(dynamics: Dynamics, initial: Array, drives: PyTree, guess: Array, sol
     zero = jnp.zeros((), jnp.int32)
     begin = _Loop(
         guess, zero, solver.init(initial, guess[:window]), jnp.asarray(_RUNNING if num_steps else 0, jnp.int32), zero,
-        jnp.zeros((), dtype), zero, jnp.full(3, jnp.nan, dtype), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32),
+        jnp.zeros((), dtype), zero, jnp.full(4, jnp.nan, dtype), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32),
         zero,
         jnp.full(min(max_iterations + 1, _MAX_HISTORY), jnp.nan, dtype), zero, zero)
     one_pass = functools.partial(_one_pass, dynamics, initial, drives, solver, schedule, tolerance, key, axis, window,
@@ -128,8 +130,9 @@ def _one_pass(dynamics, initial, drives, solver, schedule, tolerance, key, axis,
     proposal, memory = solver.step(dynamics, first, states, stretch, loop.memory, axis=axis, key=key, tolerance=tolerance)
     num_exact = axis.length_of_true(tolerance.ratio(proposal.residual, proposal.judged) <= 1).astype(jnp.int32)
     per_step = largest(jnp.abs(proposal.residual), axis=1)
+    per_step = jnp.where(jnp.isfinite(per_step), per_step, jnp.nan)
     size = axis.maximum(per_step)
-    repeats, fingerprint = _repeats(loop, per_step, num_exact, axis)
+    repeats, fingerprint = _repeats(loop, per_step, num_exact, memory, axis)
     # The step after the exact prefix: if it is not finite, its past is right and the recurrence itself has left.
     at_front = jnp.arange(window) == num_exact
     nonfinite = axis.total(at_front & ~jnp.isfinite(per_step)) > 0
@@ -152,7 +155,8 @@ def _one_pass(dynamics, initial, drives, solver, schedule, tolerance, key, axis,
     return _Loop(
         _extend_guess(path, loop.start + window, start, window), start, memory, status,
         loop.iterations + proposal.num_passes - over.astype(jnp.int32), largest(jnp.stack([loop.residual, left])),
-        loop.start + num_exact, fingerprint, loop.evaluations + proposal.evaluations, loop.jvps + proposal.jvps, loop.depth + proposal.depth,
+        loop.start + num_exact, fingerprint, loop.evaluations + proposal.evaluations, loop.jvps + proposal.jvps,
+        loop.depth + proposal.depth,
         loop.history.at[loop.iterations].set(size, mode="drop"),
         loop.num_jacobians + proposal.num_replaced_jacobians, loop.num_updates + proposal.num_replaced_updates)
 
@@ -176,12 +180,26 @@ def _extend_guess(states, old_end, start, window):
     return jnp.where(unseen[:, None], last, states)
 
 
-def _repeats(loop, per_step, num_exact, axis):
-    """Whether an earlier iterate came back, by three numbers of its residual kept since the last power of two."""
+def _repeats(loop, per_step, num_exact, memory, axis):
+    """Whether an earlier iterate came back, by numbers of its residual, and of what the solver remembers (a damping that
+    still changes is no cycle), kept since the last power of two."""
     finite = jnp.where(jnp.isfinite(per_step), per_step, 0)
-    now = jnp.stack([axis.total(finite), axis.maximum(finite), (loop.start + num_exact).astype(finite.dtype)])
+    remembered = sum((jnp.sum(leaf).astype(finite.dtype) for leaf in jax.tree.leaves(memory)), jnp.zeros((), finite.dtype))
+    now = jnp.stack([axis.total(finite), axis.maximum(finite), (loop.start + num_exact).astype(finite.dtype), remembered])
     power_of_two = (loop.iterations & (loop.iterations - 1)) == 0
     return jnp.all(now == loop.fingerprint), jnp.where(power_of_two, now, loop.fingerprint)
+
+
+def _check_strategies(dynamics, solver, schedule, tolerance, adjoint) -> None:
+    if not isinstance(dynamics, Dynamics):
+        raise TypeError(f"dynamics: got {kind(dynamics)}, wanted Dynamics(step, params)")
+    check_has(solver, "solver", ("init", "step"), "a recipe such as shooting() or deer()")
+    check_has(getattr(solver, "linearizer", getattr(solver, "correction", jax.jit)), "linearizer", ("__call__",),
+              "an instance such as DenseJacobian()")
+    check_has(schedule, "schedule", ("window", "advance"), "Whole(), Stretches(size) or Sliding(size)")
+    check_has(adjoint, "adjoint", ("__call__",), "Implicit()")
+    if not isinstance(tolerance, Tolerance):
+        raise TypeError(f"tolerance: got {kind(tolerance)}, wanted Tolerance(relative, absolute)")
 
 
 def _num_steps(drives: PyTree) -> int:

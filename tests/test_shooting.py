@@ -157,6 +157,22 @@ def test_chaos_is_given_up_and_the_exact_prefix_is_exact():
     assert float(found.stats.evaluations) < 12
 
 
+def test_a_recurrence_that_overflows_is_not_finite_and_ends():
+    for solver in (shooting(), shooting(steps=5), shooting(4, correction=DenseJacobian())):
+        found = solve(Dynamics(lambda _, x, u: 1e10 * x + u), jnp.ones(1), jnp.ones(100), solver=solver)
+        # 1e10 to the 31st is past the largest number of float64.
+        assert int(found.status) == Status.NONFINITE and 29 <= int(found.num_exact) <= 31
+
+
+def test_a_guess_that_overflows_harms_no_finite_path():
+    def step(_, x, t):
+        return jnp.where(t == 0, 0.0, jnp.where(jnp.abs(x) < 10, 0.5 * x + 1 + 0.1 * jnp.sin(t), x**3))
+
+    dynamics, start, drives = Dynamics(step), jnp.array([100.0]), jnp.arange(200)
+    found = solve(dynamics, start, drives, solver=shooting(steps=20)).or_raise()
+    np.testing.assert_allclose(found.states, rollout(dynamics, start, drives), rtol=0, atol=1e-12)
+
+
 def test_corrections_make_slow_systems_converge():
     slow = Dynamics(_linear_step, 0.998 * jnp.eye(3))
     drives = jax.random.normal(jax.random.key(1), (4000, 3))

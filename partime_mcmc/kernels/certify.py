@@ -30,6 +30,8 @@ from partime_mcmc.types import Array, PyTree, pytree
 # Noise units. The floors seen are 4e-15 and 2e-6; a flipped decision shows as 1 or more.
 _TOLERANCE = {jnp.dtype("float64"): 1e-8, jnp.dtype("float32"): 1e-4}
 # Ten times the difference in acceptance probability that was seen between two compilations of one kernel.
+# A healthy chain may reject as many proposals in a row.
+FEWEST_TO_FREEZE = 10
 _AMBIGUOUS = {jnp.dtype("float64"): 1e-11, jnp.dtype("float32"): 2e-3}
 
 
@@ -44,7 +46,7 @@ class Certificate:
         tolerance: The bound on ρ_t.
         num_steps: T.
         finite: Whether all states are finite.
-        frozen: Whether the position never changes although there is more than one step.
+        frozen: Whether the chain never moves in ten steps or more.
         num_rejected: Rejected proposals; −1 where the kernel makes no such decision.
         longest_rejection: Longest run of steps without movement.
         num_nonfinite_proposals: Proposals with a log density or energy that is not finite (they are rejected). Kernels
@@ -121,6 +123,7 @@ def certify(kernel: Kernel, initial: PyTree, states: PyTree, drives: Tape, *, sc
 def certify_with_records(kernel: Kernel, initial: PyTree, states: PyTree, drives: Tape, *,
                          scale: Array | None = None) -> tuple[Certificate, Records]:
     """As `certify`, with what the kernel says of each step of the path."""
+    _check_path(initial, states, drives)
     first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), drives)
     observe, params = explicit(_Observe(kernel), None, initial, first)
     unit = kernel.noise_scale if scale is None else check_scale(scale, "scale")
@@ -159,6 +162,16 @@ def hold(initial: PyTree, states: PyTree, held: Array) -> PyTree:
     last = jax.lax.cummax(jnp.where(held, 0, index))
     everything = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), initial, states)
     return jax.tree.map(lambda leaf: leaf[last], everything)
+
+
+def _check_path(initial: PyTree, states: PyTree, drives: Tape) -> None:
+    if not isinstance(drives, Tape):
+        raise TypeError(f"drives: got a {type(drives).__name__}, wanted a Tape: kernel.tape(key, num_steps, state)")
+    if hasattr(initial, "_asdict") and hasattr(initial, "logdensity"):
+        raise TypeError(f"initial: got a {type(initial).__name__}, wanted its carry: kernel.carry(state)")
+    steps = {leaf.shape[0] for leaf in (*jax.tree.leaves(states), *jax.tree.leaves(drives))}
+    if len(steps) > 1:
+        raise ValueError(f"states and drives: leading axes {sorted(steps)}, wanted one common length T")
 
 
 class _Observe:
@@ -229,7 +242,7 @@ def _certify(observe, params, initial, states, drives, unit):
     certificate = Certificate(
         certified=finite & jnp.all(residual <= tolerance) & consistent,
         max_residual=largest(residual), worst_step=worst, tolerance=tolerance,
-        num_steps=jnp.asarray(num_steps), finite=finite, frozen=(num_steps > 1) & held.all(),
+        num_steps=jnp.asarray(num_steps), finite=finite, frozen=(num_steps >= FEWEST_TO_FREEZE) & held.all(),
         num_rejected=jnp.asarray(-1) if records.accepted is None else jnp.sum(~accepted),
         longest_rejection=_longest_run(held),
         num_nonfinite_proposals=jnp.sum(records.nonfinite), num_ambiguous=num_ambiguous, min_margin=min_margin,

@@ -175,6 +175,10 @@ class _Method:
 
     def __call__(self, params, *args):
         del params
+        if self.name in ("_step_carry", "_enter_memo") and not isinstance(args[1], Tape):
+            raise TypeError(f"drives: got a {type(args[1]).__name__}, wanted a Tape: kernel.tape(key, num_steps, state)")
+        if self.name in ("_step_carry", "_enter_memo") and hasattr(args[0], "logdensity"):
+            raise TypeError(f"initial: got a {type(args[0]).__name__}, wanted its carry: kernel.carry(state)")
         return getattr(self.kernel, self.name)(*args)
 
     def _identity(self):

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from partime_mcmc.contracts import check_has, kind
 from partime_mcmc.diagnostics.checks import check_bytes, check_count
 from partime_mcmc.kernels import Kernel
 from partime_mcmc.mcmc.progress import Progress, progress_line, quiet
@@ -28,15 +29,17 @@ def check_strategies(target: Any, kernel: Any, solver: Any, schedule: Any, toler
         ValueError: If `max_iterations` is not a positive integer.
     """
     if not isinstance(target, Target):
-        raise TypeError(f"target: got {_kind(target)}, wanted a Target, e.g. from_numpyro(model, ..., key=key) or "
+        raise TypeError(f"target: got {kind(target)}, wanted a Target, e.g. from_numpyro(model, ..., key=key) or "
                         "Target(logdensity, initial)")
     if not callable(kernel) and not isinstance(kernel, (Kernel, Warmup)):
-        raise TypeError(f"kernel: got {_kind(kernel)}, wanted a Kernel (from_blackjax(...)), a builder such as hmc, or the "
+        raise TypeError(f"kernel: got {kind(kernel)}, wanted a Kernel (from_blackjax(...)), a builder such as hmc, or the "
                         "warm-up of another run")
-    _check_has(solver, "solver", ("init", "step", "map_size"), "a recipe such as shooting() or quasi_deer(), or None")
-    _check_has(schedule, "schedule", ("window", "advance"), "Whole(), Stretches(size), Sliding(size), or None")
+    if solver is not None:
+        check_has(solver, "solver", ("init", "step", "map_size"), "a recipe such as shooting() or quasi_deer(), or None")
+    if schedule is not None:
+        check_has(schedule, "schedule", ("window", "advance"), "Whole(), Stretches(size), Sliding(size), or None")
     if tolerance is not None and not isinstance(tolerance, Tolerance):
-        raise TypeError(f"tolerance: got {_kind(tolerance)}, wanted Tolerance(relative, absolute) or None")
+        raise TypeError(f"tolerance: got {kind(tolerance)}, wanted Tolerance(relative, absolute) or None")
     if max_iterations is not None:
         check_count(max_iterations, "max_iterations", 1)
 
@@ -72,17 +75,5 @@ def chosen_progress(progress: Progress | bool) -> Progress:
         return progress_line if progress and sys.stderr.isatty() else quiet
     if progress is None:
         return quiet
-    _check_has(progress, "progress", ("stage", "note", "warn"), "True, False, quiet or progress_line")
+    check_has(progress, "progress", ("stage", "note", "warn"), "True, False, quiet or progress_line")
     return progress
-
-
-def _check_has(value: Any, name: str, methods: tuple[str, ...], wanted: str) -> None:
-    if value is None:
-        return
-    missing = [method for method in methods if not callable(getattr(value, method, None))]
-    if missing or isinstance(value, type):
-        raise TypeError(f"{name}: got {_kind(value)}, wanted {wanted}")
-
-
-def _kind(value: Any) -> str:
-    return repr(value) if isinstance(value, (str, int, float, bool, type(None))) else f"a {type(value).__name__}"

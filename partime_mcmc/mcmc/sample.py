@@ -42,6 +42,7 @@ _LANES = {"cpu": 128}
 _LANES_ELSEWHERE = 4096
 # Runs too short to be worth pilots.
 _SHORT = 1024
+_HARDLY = 0.98
 
 
 def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_samples: int, num_chains: int = 4,
@@ -53,11 +54,11 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
     Args:
         key: One key, typed or legacy.
         target: What to sample.
-        kernel: A tuned `Kernel` (chains start at the target's starts, no warm-up), the warm-up of another run (chains
+        kernel: A tuned `Kernel` of the target's density (it is the kernel's own density that is sampled; chains start at the target's starts, no warm-up), the warm-up of another run (chains
             start where it ended), or a builder such as `hmc`, `mala`, `nuts`, which warm-up tunes.
         num_samples: Draws per chain, T ≥ 0.
         num_chains: Chains, C ≥ 1.
-        num_warmup: Warm-up steps per chain, for a builder.
+        num_warmup: Warm-up steps per chain, at least 20, for a builder; ignored where the kernel comes tuned.
         solver: A recipe; None asks `advise`: pilot chains from the warm-up's draws say whether these chains forget, a cost
             model how many segments pay; chains that do not forget are run sequentially, and `draws.advice` says why.
         schedule: How time is cut; None follows the advice, or takes stretches of 16,384 steps.
@@ -73,9 +74,12 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
         TypeError: If an argument has the wrong type.
         ValueError: If an argument has a value that cannot work, or a start has no finite density or gradient.
     """
+    if isinstance(key, jax.core.Tracer):
+        raise TypeError("key: got a traced value; call sample outside jit and vmap (it compiles what it needs itself)")
     key, progress = check_key(key), chosen_progress(progress)
     check_strategies(target, kernel, solver, schedule, tolerance, max_iterations)
     num_samples, num_chains = check_count(num_samples, "num_samples", 0), check_count(num_chains, "num_chains", 1)
+    check_count(num_warmup, "num_warmup", 20 if not isinstance(kernel, (Kernel, Warmup)) else 0)
     start_key, warmup_key, chains_key = jax.random.split(key, 3)
     kernel, warmup, positions = _prepare(start_key, warmup_key, target, kernel, num_chains, num_warmup, progress)
     leaves = jax.tree.leaves(positions)
@@ -93,7 +97,21 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
     if draws.advice is not None:
         progress.note(str(draws.advice))
     progress.note(_sentence(draws))
+    trouble = _hardly_moves(draws)
+    if trouble:
+        progress.warn(trouble)
     return draws
+
+
+def _hardly_moves(draws: Draws) -> str | None:
+    """What to say of chains that accept next to nothing: they are exact, and useless."""
+    rejected, steps = np.asarray(draws.certificate.num_rejected), draws.plan["num_samples"]
+    few = (rejected >= 0) & (rejected > _HARDLY * steps)
+    if steps < 50 or not few.any():
+        return None
+    return (f"chains {np.flatnonzero(few).tolist()} accepted less than 2% of their proposals "
+            f"({int(np.asarray(draws.certificate.num_nonfinite_proposals)[few].sum())} of which were out of range): the "
+            "draws are exact and say little; look for an improper posterior, a bad start or a step size that is too large")
 
 
 def _choose(kernel, warmup, positions, solver, schedule, tolerance, dynamics, initial, tape):
@@ -170,7 +188,8 @@ def _finish(target: Target, kernel: Kernel, chains: Chains, warmup: Warmup | Non
              "energy": records.energy, "num_steps": records.num_steps, "logdensity": records.logdensity,
              "residual": certificate.residual}
     info = {name: jnp.broadcast_to(value, shape) for name, value in named.items() if value is not None}
-    frozen = np.asarray(certificate.frozen)
+    # A path that is not certified is not known to stand still: its own verdict comes first.
+    frozen = np.asarray(certificate.frozen) & np.asarray(certificate.certified)
     status = tuple(Status.FROZEN if frozen[c] and one == Status.CONVERGED else one for c, one in enumerate(chains.status))
     report = RunReport(
         status, chains.iterations, chains.evaluations_per_sample, chains.jvps_per_sample, chains.depth,

@@ -80,12 +80,12 @@ class Solver(Protocol):
 
 
 def defect(values: Array, states: Array) -> Array:
-    """`values − states`, and exactly 0 where they are equal.
+    """`values − states`, and exactly 0 where they are equal and finite.
 
     A compiler may fuse the last product of `f` with this subtraction and skip the rounding of the product; a state that
     is `f` of its past would then show a residual below one ulp, and tolerance 0 could not be met.
     """
-    return jnp.where(values == states, 0, values - states)
+    return jnp.where((values == states) & jnp.isfinite(values), 0, values - states)
 
 
 def replace_nonfinite_jacobians(maps: AffineMap) -> tuple[AffineMap, Array]:

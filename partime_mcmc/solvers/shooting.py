@@ -184,7 +184,8 @@ def _shoot(enter, advance, leave, steps, max_depth, shared, initial, guess, driv
     def unfinished(carry):
         still, depth = open_lanes(carry), carry[4]
         patient = (depth < max_depth) | ((2 * still.sum() <= lanes) & (depth < 4 * max_depth))
-        return still.any() & patient
+        # After as many passes as segments all are exact whatever happened, so this also bounds passes that do nothing.
+        return still.any() & patient & (carry[0] <= max(num_segments, max_depth))
 
     def one_pass(carry):
         passes, old, new, path, depth, gaps = carry
@@ -279,9 +280,13 @@ def _roll_until_met(roll, memory, tape, path, met, is_first, bound, gaps):
 
 
 def _same(new: Array, stored: Array, bound: tuple[Array, Array]) -> Array:
-    """Whether states `(L, D)` agree within the tolerance; NaN agrees with NaN, or a lost segment would never close."""
-    near = jnp.abs(new - stored) <= bound[0] + bound[1] * jnp.abs(stored)
-    return near | (jnp.isnan(new) & jnp.isnan(stored))
+    """Whether states `(L, D)` agree within the tolerance.
+
+    An infinite stored state has an infinite bound, and infinity minus itself is NaN: equal numbers agree, NaN agrees with
+    NaN, or a lost segment would never close; a finite number never agrees with an infinite one.
+    """
+    near = jnp.isfinite(stored) & (jnp.abs(new - stored) <= bound[0] + bound[1] * jnp.abs(stored))
+    return near | (new == stored) | (jnp.isnan(new) & jnp.isnan(stored))
 
 
 def _to_segments(leaf: Array, num_segments: int, steps: int) -> Array:
