@@ -50,7 +50,8 @@ def rows(chain: str, model: str, dtype: str, builder, num_steps: int, solvers: d
             loop_seconds = report.seconds_run if loop_seconds is None else loop_seconds
             fallback = bool(report.fallbacks)
             found.append({
-                "chain": chain, "settings": {key: float(value) for key, value in pooled.settings.items()}, "T": num_steps, "dtype": dtype, "method": name,
+                "chain": chain, "settings": {key: float(value) for key, value in pooled.settings.items()},
+                "T": num_steps, "dtype": dtype, "method": name,
                 "passes": int(report.iterations.max()) if name != "sequential" else 1,
                 "solved": not fallback, "evaluations": report.evaluations_per_sample, "jvps": report.jvps_per_sample,
                 "residual": float(np.max(certificate.max_residual)), "certified": bool(np.all(certificate.certified)),

@@ -18,7 +18,7 @@ FILES = sorted(path for path in ROOT.rglob("*.py"))
 
 # A module imports lower ranks and its own. Named by the first part of its path below the package, or by both.
 RANKS = [
-    {"types"},
+    {"types", "contracts"},
     {"reduction"},
     {"closures"},
     {"solution", "scan"},

@@ -1,8 +1,9 @@
 """Markov kernels as dynamical systems, and the certificate of a chain."""
 
 from partime_mcmc.kernels.blackjax import from_blackjax, hmc, mala, nuts, random_walk
-from partime_mcmc.kernels.certify import Certificate, Records, certify, certify_with_records, hold
+from partime_mcmc.kernels.certify import Certificate, certify, certify_with_records, hold
 from partime_mcmc.kernels.kernel import Carry, Kernel, Tape, loop
+from partime_mcmc.kernels.records import Records
 from partime_mcmc.kernels.whiten import Whitening
 
 __all__ = ["Carry", "Certificate", "Kernel", "Records", "Tape", "Whitening", "certify", "certify_with_records",

@@ -24,6 +24,7 @@ from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.closures import explicit
 from partime_mcmc.kernels.kernel import Carry, Kernel, Tape
+from partime_mcmc.kernels.records import Records, decision_uniform, record
 from partime_mcmc.reduction import largest
 from partime_mcmc.types import Array, PyTree, pytree
 
@@ -73,31 +74,6 @@ class Certificate:
     discrete_consistent: Array
     accepted: Array
     residual: Array
-
-
-@pytree()
-class Records:
-    """What a kernel says of each step, shape `(T,)` each; None where it does not say.
-
-    Attributes:
-        accepted: Whether the proposal was accepted.
-        acceptance_rate: Its acceptance probability.
-        diverging: Whether the trajectory diverged.
-        energy: The Hamiltonian's value.
-        num_steps: Leapfrog steps.
-        logdensity: Log density of the new state.
-        nonfinite: Whether the proposal's log density or energy was not finite.
-        held: Whether the kernel returned the very state it was given.
-    """
-
-    accepted: Array | None
-    acceptance_rate: Array | None
-    diverging: Array | None
-    energy: Array | None
-    num_steps: Array | None
-    logdensity: Array | None
-    nonfinite: Array
-    held: Array
 
 
 def certify(kernel: Kernel, initial: PyTree, states: PyTree, drives: Tape, *, scale: Array | None = None) -> Certificate:
@@ -183,7 +159,7 @@ class _Observe:
     def __call__(self, params, carry, drive):
         del params
         new, state, info = self.kernel.transition(carry, drive)
-        return new, self.kernel.discrete(state), _record(state, info), _uniform(drive.key, info)
+        return new, self.kernel.discrete(state), record(state, info), decision_uniform(drive.key, info)
 
     def __eq__(self, other):
         mine, yours = self.kernel.algorithm, getattr(other, "kernel", self.kernel).algorithm
@@ -191,29 +167,6 @@ class _Observe:
 
     def __hash__(self):
         return hash((self.kernel.algorithm.init, self.kernel.algorithm.step))
-
-
-def _record(state, info) -> Records:
-    def of(name, source=info):
-        value = getattr(source, name, None)
-        return None if value is None else jnp.asarray(value)
-
-    energy, rate, proposal = of("energy"), of("acceptance_rate"), getattr(info, "proposal", None)
-    judged = [value for value in (energy, rate, of("logdensity", proposal), of("logdensity", state)) if value is not None]
-    nonfinite = functools.reduce(jnp.logical_or, [~jnp.isfinite(value) for value in judged], jnp.zeros((), bool))
-    if energy is None and rate is not None:
-        # MALA and random walks do not show a rejected proposal; BlackJAX turns one that is not finite into probability 0.
-        nonfinite = nonfinite | (rate == 0)
-    return Records(of("is_accepted"), rate, of("is_divergent"), energy, of("num_integration_steps"),
-                   of("logdensity", state), nonfinite, jnp.zeros((), bool))
-
-
-def _uniform(key, info):
-    """The uniform behind an accept decision, if it is drawn as BlackJAX's MALA and HMC do; checked against decisions."""
-    rate = getattr(info, "acceptance_rate", None)
-    if rate is None or getattr(info, "is_accepted", None) is None:
-        return None
-    return jax.random.uniform(jax.random.split(key)[1], jnp.shape(rate), jnp.result_type(rate))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -54,7 +54,8 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
     Args:
         key: One key, typed or legacy.
         target: What to sample.
-        kernel: A tuned `Kernel` of the target's density (it is the kernel's own density that is sampled; chains start at the target's starts, no warm-up), the warm-up of another run (chains
+        kernel: A tuned `Kernel` of the target's density (it is the kernel's own density that is sampled;
+            chains start at the target's starts, no warm-up), the warm-up of another run (chains
             start where it ended), or a builder such as `hmc`, `mala`, `nuts`, which warm-up tunes.
         num_samples: Draws per chain, T ≥ 0.
         num_chains: Chains, C ≥ 1.

@@ -1,0 +1,73 @@
+"""What a kernel says of each step, whatever its info is called.
+
+BlackJAX's infos share names (`acceptance_rate`, `is_accepted`, `is_divergent`, `energy`, `num_integration_steps`, `proposal`)
+and none has all of them. `Records` holds what there is.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from partime_mcmc.types import Array, Key, pytree
+
+
+@pytree()
+class Records:
+    """What a kernel says of each step, shape `(T,)` each; None where it does not say.
+
+    Attributes:
+        accepted: Whether the proposal was accepted.
+        acceptance_rate: Its acceptance probability.
+        diverging: Whether the trajectory diverged.
+        energy: The Hamiltonian's value.
+        num_steps: Leapfrog steps.
+        logdensity: Log density of the new state.
+        nonfinite: Whether the proposal's log density or energy was not finite.
+        held: Whether the kernel returned the very state it was given.
+    """
+
+    accepted: Array | None
+    acceptance_rate: Array | None
+    diverging: Array | None
+    energy: Array | None
+    num_steps: Array | None
+    logdensity: Array | None
+    nonfinite: Array
+    held: Array
+
+
+def record(state: Any, info: Any) -> Records:
+    """What a BlackJAX-like info and the new state say of one step; `held` is filled in by whoever compares states."""
+    def of(name, source=info):
+        value = getattr(source, name, None)
+        return None if value is None else jnp.asarray(value)
+
+    energy, rate, proposal = of("energy"), of("acceptance_rate"), getattr(info, "proposal", None)
+    judged = [value for value in (energy, rate, of("logdensity", proposal), of("logdensity", state)) if value is not None]
+    nonfinite = functools.reduce(jnp.logical_or, [~jnp.isfinite(value) for value in judged], jnp.zeros((), bool))
+    if energy is None and rate is not None:
+        # MALA does not show its proposal, and a random walk shows the state that it returned; BlackJAX turns a proposal
+        # that is not finite into probability exactly 0. A proposal that is shown has been looked at above.
+        position = getattr(state, "position", state)
+        hidden = _equal(getattr(proposal, "position", position), position)
+        nonfinite = nonfinite | ((rate == 0) & hidden)
+    return Records(of("is_accepted"), rate, of("is_divergent"), energy, of("num_integration_steps"),
+                   of("logdensity", state), nonfinite, jnp.zeros((), bool))
+
+
+def _equal(one, other):
+    """Whether two positions are the same numbers."""
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other))
+    return functools.reduce(jnp.logical_and, [jnp.all(a == b) for a, b in pairs], jnp.ones((), bool))
+
+
+def decision_uniform(key: Key, info: Any) -> Array | None:
+    """The uniform behind an accept decision, if it is drawn as BlackJAX's MALA and HMC do; checked against decisions."""
+    rate = getattr(info, "acceptance_rate", None)
+    if rate is None or getattr(info, "is_accepted", None) is None:
+        return None
+    return jax.random.uniform(jax.random.split(key)[1], jnp.shape(rate), jnp.result_type(rate))
