@@ -185,6 +185,11 @@ def fastest(items: list[dict]) -> dict:
     return max(items, key=lambda item: (item["status"] == "CONVERGED", item["ratio"]))
 
 
+def counted(rejected: int) -> str:
+    """How many proposals were rejected, where a kernel rejects."""
+    return f"{rejected} rejections" if rejected >= 0 else "no accept decisions"
+
+
 def gain(best: dict) -> str:
     """The ratio of times, or that there is none."""
     return f"**{best['ratio']:.1f}×**" if best["status"] == "CONVERGED" else f"not solved: {best['status']}"
@@ -199,7 +204,7 @@ def table(results: list[dict]) -> str:
         best = result["best"]
         check = "—" if "certified" not in best else (
             f"{'yes' if best['certified'] else 'no'} ({best['certificate_residual']:.0e} noise units, "
-            f"{best['rejected']} rejections), {best['decisions_that_differ']}")
+            f"{counted(best['rejected'])}), {best['decisions_that_differ']}")
         lines.append(
             f"| {result['name']}, {result['dtype']} | {result['num_steps']:,} | "
             f"{1e6 * result['loop_seconds'] / result['num_steps']:.2f} | {gain(best)} | {best['segments']} | "

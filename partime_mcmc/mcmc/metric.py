@@ -5,8 +5,8 @@ With draws x and gradients g = ∇log p(x) the Fisher metric is the positive def
     Σ cov(g) Σ = cov(x),       Σ = A^½ (A^-½ B⁻¹ A^-½)^½ A^½,   A = cov(x), B = cov(g),
 
 the geometric mean of A and B⁻¹, which minimises a Fisher divergence between the whitened target and a standard normal.
-On a normal target g = −Σ⁻¹(x − μ) exactly, so it is right with hardly more draws than dimensions, where a covariance still errs by
-2√(D/n) in spectral norm. Far from normal a covariance is what a sampler wants, and it is used once there are enough draws.
+On a normal target g = −Σ⁻¹(x − μ) exactly, so it is right with hardly more draws than dimensions, where a covariance
+still errs by 2√(D/n) in spectral norm. Far from normal a covariance is what a sampler wants, and it is used once there are enough draws.
 Everything is computed in units of the draws' own standard deviations.
 """
 
