@@ -34,12 +34,10 @@ from partime_mcmc.recipes import sequential, shooting
 from partime_mcmc.schedule import Schedule, Stretches
 from partime_mcmc.solution import Status, Tolerance
 from partime_mcmc.solvers import Solver
+from partime_mcmc.solvers.shooting import device_lanes
 from partime_mcmc.types import Key, PyTree
 
 DEFAULT_STRETCH = 16384
-# Chains × segments that fill a device: a hundred or so for two CPU cores, thousands for a GPU.
-_LANES = {"cpu": 128}
-_LANES_ELSEWHERE = 4096
 # Runs too short to be worth pilots.
 _SHORT = 1024
 _HARDLY = 0.98
@@ -134,8 +132,7 @@ def _choose(kernel, warmup, positions, solver, schedule, tolerance, dynamics, in
 
 def default_solver(num_chains: int = 1) -> Solver:
     """Shooting, the lanes of the device shared by all chains: near one evaluation per draw where chains forget."""
-    lanes = _LANES.get(jax.default_backend(), _LANES_ELSEWHERE)
-    return shooting(num_segments=max(1, lanes // num_chains))
+    return shooting(num_segments=max(1, device_lanes() // num_chains))
 
 
 def default_tolerance(kernel: Kernel, dtype: Any) -> Tolerance:
@@ -162,7 +159,6 @@ def _prepare(start_key, warmup_key, target, kernel, num_chains, num_warmup, prog
     check_precision(target.logdensity, starts[0])
     if isinstance(kernel, Kernel):
         return kernel, None, positions
-    num_warmup = check_count(num_warmup, "num_warmup", 20)
     with progress.stage("warm-up", num_warmup) as advance:
         warmup = warm_up(warmup_key, target.logdensity, kernel, positions, num_warmup, advance)
     suspicion = looks_improper(positions, warmup.positions, warmup.settings.get("step_size", 1.0))

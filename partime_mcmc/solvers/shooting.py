@@ -45,6 +45,11 @@ _LANES_ELSEWHERE = 4096
 _SHORTEST = 64
 
 
+def device_lanes() -> int:
+    """How many chains × segments fill the default device."""
+    return _LANES.get(jax.default_backend(), _LANES_ELSEWHERE)
+
+
 @pytree(static=("num_segments", "steps", "max_evaluations"))
 class Shooting:
     """Segments side by side until they coalesce.
@@ -100,8 +105,7 @@ class Shooting:
             return min(self.steps, num_steps)
         if self.num_segments is not None:
             return math.ceil(num_steps / min(self.num_segments, num_steps))
-        lanes = _LANES.get(jax.default_backend(), _LANES_ELSEWHERE)
-        return min(num_steps, max(_SHORTEST, math.ceil(num_steps / lanes)))
+        return min(num_steps, max(_SHORTEST, math.ceil(num_steps / device_lanes())))
 
 
 def _stateless(dynamics: Dynamics) -> Memo:
@@ -135,11 +139,11 @@ def _shoot_for(enter, advance, leave, steps: int, max_depth: int):
             # Every chain has parameters of its own: one after another.
             spread = [jax.tree.map(lambda leaf, is_in: leaf if is_in else jnp.broadcast_to(
                 leaf, (axis_size, *leaf.shape)), value, flags) for value, flags in zip((shared, *chains), in_batched)]
-            return lax.map(lambda one: shoot(*one), tuple(spread)), _all_true_like(7)
+            return lax.map(lambda one: shoot(*one), tuple(spread)), (True,) * 7
         merged = jax.tree.map(lambda leaf, is_in: _merge(leaf, is_in, axis_size), chains, tuple(in_batched[1:]))
         found = shoot(shared, *merged)
         split = jax.tree.map(lambda leaf: leaf.reshape(axis_size, -1, *leaf.shape[1:]), found)
-        return split, _all_true_like(7)
+        return split, (True,) * 7
 
     return shoot
 
@@ -147,10 +151,6 @@ def _shoot_for(enter, advance, leave, steps: int, max_depth: int):
 def _merge(leaf, is_batched, axis_size):
     leaf = leaf if is_batched else jnp.broadcast_to(leaf, (axis_size, *leaf.shape))
     return leaf.reshape(axis_size * leaf.shape[1], *leaf.shape[2:])
-
-
-def _all_true_like(count: int) -> tuple:
-    return (True,) * count
 
 
 def _shoot(enter, advance, leave, steps, max_depth, shared, initial, guess, drives, absolute, relative):
