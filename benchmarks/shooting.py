@@ -229,9 +229,9 @@ def table(results: list[dict]) -> str:
 
 
 NOTE = ("Decisions that differ from the loop's: two compiled programs round differently, so a proposal whose acceptance "
-        "probability is within rounding of its uniform may go either way, and a forgetful chain is back on the same path soon "
-        "after. Expected are T times the mean difference of acceptance probabilities: 1e-9 per run in float64, up to a few in "
-        "float32, where every decision is still right under the batched step that the certificate evaluates.")
+        "probability is within rounding of its uniform may go either way, and a forgetful chain is back on the same path "
+        "soon after. Expected are T times the mean difference of acceptance probabilities: 1e-9 per run in float64, up to a "
+        "few in float32, where every decision is still right under the batched step that the certificate evaluates.")
 
 
 def main(argv: list[str] | None = None) -> None:
