@@ -71,19 +71,20 @@ class Throw(NamedTuple):
     margin: Array
 
 
-def draw_layers(key: Key, size: int, dtype: Any) -> Layers:
-    """Dice for `size` coordinates: one normal and two uniforms each.
+def draw_layers(key: Key, size: int, dtype: Any) -> tuple[Layers, Array]:
+    """Dice for `size` coordinates, one normal and two uniforms each, and a uniform for an accept decision.
 
     Args:
         key: One key.
         size: D.
         dtype: float32 or float64.
     """
+    # Two calls in all: starting the generator costs more than a number.
     normal_key, uniform_key = jax.random.split(key)
     normal = jax.random.normal(normal_key, (size,), dtype)
-    height, offset = jax.random.uniform(uniform_key, (2, size), dtype)
-    radius = jnp.sqrt(normal**2 - 2 * jnp.log1p(-height))
-    return Layers(jnp.maximum(radius, _SMALLEST_RADIUS), offset)
+    uniforms = jax.random.uniform(uniform_key, (2 * size + 1,), dtype)
+    radius = jnp.sqrt(normal**2 - 2 * jnp.log1p(-uniforms[:size]))
+    return Layers(jnp.maximum(radius, _SMALLEST_RADIUS), uniforms[size:2 * size]), uniforms[-1]
 
 
 def multishift(center: Array, scale: Array | float, layers: Layers) -> Throw:

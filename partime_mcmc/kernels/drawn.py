@@ -28,13 +28,21 @@ class Drawn:
         init: `position -> state`.
         draw: `(key, state) -> dice`, of which the state gives shapes only.
         apply: `(dice, state) -> (state, info)`.
+        draw_many: `(keys (T,), state) -> dice` for T steps from this state, of which `apply` must make the same; None calls
+            `draw` for each key.
         count: `(discrete, num_steps) -> discrete leaves before each of so many steps`; None where the state has none.
     """
 
     init: Callable[[PyTree], NamedTuple]
     draw: Callable[[Key, NamedTuple], PyTree]
     apply: Callable[[PyTree, NamedTuple], tuple[NamedTuple, NamedTuple]]
+    draw_many: Callable[[Key, NamedTuple], PyTree] | None = None
     count: Callable[[dict, int], dict] | None = None
+
+    def throw(self, keys: Key, state: NamedTuple) -> PyTree:
+        """The dice of all steps from a state on, leading axis `T`."""
+        many = jax.vmap(self.draw, in_axes=(0, None)) if self.draw_many is None else self.draw_many
+        return many(keys, state)
 
     def step(self, rng_key: Key, state: NamedTuple) -> tuple[NamedTuple, NamedTuple]:
         """One transition."""

@@ -119,8 +119,7 @@ def steered_hmc(logdensity: Callable[[PyTree], Array], step_size: float, num_ste
 
     def draw(key, state):
         flat = flat_of(state.position)
-        layers_key, uniform_key = jax.random.split(key)
-        return SteeredDice(draw_layers(layers_key, flat.size, flat.dtype), jax.random.uniform(uniform_key, (), flat.dtype))
+        return SteeredDice(*draw_layers(key, flat.size, flat.dtype))
 
     def apply(dice, state):
         flat = flat_of(state.position)
@@ -147,11 +146,25 @@ def hmc_cycle(logdensity: Callable[[PyTree], Array], step_size: float, num_steps
     def init(position):
         return CycleState(*evaluate(position), jnp.zeros((), jnp.int32))
 
+    def momentum(key, flat):
+        momentum_key, uniform_key, _ = jax.random.split(key, 3)
+        return jax.random.normal(momentum_key, flat.shape, flat.dtype), jax.random.uniform(uniform_key, (), flat.dtype)
+
+    def landing(key, flat):
+        return draw_langevin(jax.random.split(key, 3)[2], flat)
+
     def draw(key, state):
-        momentum_key, uniform_key, langevin_key = jax.random.split(key, 3)
         flat = flat_of(state.position)
-        return CycleDice(jax.random.normal(momentum_key, flat.shape, flat.dtype),
-                         jax.random.uniform(uniform_key, (), flat.dtype), draw_langevin(langevin_key, flat))
+        return CycleDice(*momentum(key, flat), landing(key, flat))
+
+    def draw_many(keys, state):
+        # Layers are the dearest dice, and only every k-th transition looks at them: the others get those of the next.
+        flat, num_steps = flat_of(state.position), keys.shape[0]
+        first = every - 1 - state.phase
+        when = jnp.minimum(first + every * jnp.arange(-(-num_steps // every)), num_steps - 1)
+        layers = jax.vmap(landing, in_axes=(0, None))(keys[when], flat)
+        which = jnp.minimum((jnp.arange(num_steps) + state.phase) // every, when.size - 1)
+        return CycleDice(*jax.vmap(momentum, in_axes=(0, None))(keys, flat), jax.tree.map(lambda leaf: leaf[which], layers))
 
     def apply(dice, state):
         phase = (state.phase + 1) % every
@@ -171,7 +184,7 @@ def hmc_cycle(logdensity: Callable[[PyTree], Array], step_size: float, num_steps
     def count(discrete, num_steps):
         return {"phase": (discrete["phase"] + jnp.arange(num_steps, dtype=jnp.int32)) % every}
 
-    return Drawn(init, draw, apply, count)
+    return Drawn(init, draw, apply, draw_many, count)
 
 
 def _initial(logdensity):

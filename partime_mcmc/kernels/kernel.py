@@ -146,7 +146,7 @@ class Kernel:
         """The tape of given step keys, leading axis `T`, for a chain that starts from `state`."""
         start, dice = self.discrete(state), keys
         if isinstance(self.algorithm, Drawn):
-            dice = jax.vmap(self.algorithm.draw, in_axes=(0, None))(keys, state)
+            dice = self.algorithm.throw(keys, state)
         if not start:
             return Tape(dice, start)
         if isinstance(self.algorithm, Drawn):

@@ -57,8 +57,7 @@ def coalescing_mala(logdensity: Callable[[PyTree], Array], step_size: float) -> 
 
 def draw_langevin(key: Key, flat: Array) -> LangevinDice:
     """Dice for a position of which only shape and type are used, `(D,)`."""
-    layers_key, uniform_key = jax.random.split(key)
-    return LangevinDice(draw_layers(layers_key, flat.size, flat.dtype), jax.random.uniform(uniform_key, (), flat.dtype))
+    return LangevinDice(*draw_layers(key, flat.size, flat.dtype))
 
 
 def langevin_step(init: Callable, step_size: float, dice: LangevinDice, state: DrawnState) -> tuple[DrawnState, DrawnInfo]:

@@ -57,10 +57,10 @@ def coalescing_random_walk(logdensity: Callable[[PyTree], Array], scale: float, 
 
     def draw(key, state):
         flat = flat_of(state.position)
-        layers_key, uniform_key, block_key = jax.random.split(key, 3)
-        first = jax.random.randint(block_key, (), 0, flat.size) if block is not None else jnp.zeros((), jnp.int32)
-        return WalkDice(draw_layers(layers_key, flat.size, flat.dtype),
-                        jax.random.uniform(uniform_key, (), flat.dtype), first)
+        layers_key, block_key = jax.random.split(key)
+        layers, uniform = draw_layers(layers_key, flat.size, flat.dtype)
+        first = jnp.zeros((), jnp.int32) if block is None else jax.random.randint(block_key, (), 0, flat.size)
+        return WalkDice(layers, uniform, first)
 
     def apply(dice, state):
         flat, unravel = ravel_pytree(state.position)
