@@ -103,7 +103,7 @@ def hmc(logdensity: Callable[[PyTree], Array], step_size: float, metric: Whiteni
         num_integration_steps = quarter_period_steps(step_size)
     _check_positive_integer(num_integration_steps, "num_integration_steps")
     if isinstance(dice, CoalescingDice):
-        _check_whitening(metric, "hmc with CoalescingDice()")
+        _check_whitening(metric, "a Whitening for hmc with CoalescingDice()")
         return _whitened(lambda density: steered_hmc(density, step_size, num_integration_steps), logdensity, metric, None,
                          "hmc")
     return _with_metric(lambda density, inverse_mass: blackjax.hmc(density, step_size, inverse_mass,
@@ -138,7 +138,7 @@ def coalescing_hmc(logdensity: Callable[[PyTree], Array], step_size: float, metr
     check_step_size(mala_step_size)
     _check_positive_integer(num_integration_steps, "num_integration_steps")
     _check_positive_integer(every, "every")
-    _check_whitening(metric, "coalescing_hmc")
+    _check_whitening(metric, "a Whitening for coalescing_hmc")
     return _whitened(lambda density: hmc_cycle(density, step_size, num_integration_steps, mala_step_size, every), logdensity,
                      metric, None, "coalescing_hmc")
 
@@ -229,16 +229,16 @@ def _gaussian_step(step_size):
     return draw
 
 
-def _check_whitening(metric, what: str) -> None:
+def _check_whitening(metric, wanted: str) -> None:
     if not isinstance(metric, Whitening):
-        raise TypeError(f"metric: got {type(metric).__name__}, wanted a Whitening for {what}; use "
+        raise TypeError(f"metric: got {type(metric).__name__}, wanted {wanted}; use "
                         "Whitening.of_covariance(position, center, covariance)")
 
 
 def _whitened(build: Callable, logdensity: Callable, metric: Whitening | None, noise: Array, name: str) -> Kernel:
     if metric is None:
         return Kernel(build(logdensity), noise_scale=noise, name=name)
-    _check_whitening(metric, f"{name}, or None")
+    _check_whitening(metric, "a Whitening or None")
     return Kernel(build(lambda z: logdensity(metric.leave(z))), metric.enter, metric.leave, noise, name)
 
 

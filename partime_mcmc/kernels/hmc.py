@@ -143,8 +143,8 @@ def hmc_cycle(logdensity: Callable[[PyTree], Array], step_size: float, num_steps
     """
     evaluate, propose = _initial(logdensity), _trajectory(logdensity, step_size, num_steps)
 
-    def init(position):
-        return CycleState(*evaluate(position), jnp.zeros((), jnp.int32))
+    def init(position, rng_key=None):
+        return CycleState(*evaluate(position, rng_key), jnp.zeros((), jnp.int32))
 
     def momentum(key, flat):
         momentum_key, uniform_key, _ = jax.random.split(key, 3)
@@ -189,7 +189,12 @@ def hmc_cycle(logdensity: Callable[[PyTree], Array], step_size: float, num_steps
 
 def _initial(logdensity):
     evaluate = jax.value_and_grad(logdensity)
-    return lambda position: DrawnState(position, *evaluate(position))
+
+    def init(position, rng_key=None):
+        del rng_key  # BlackJAX passes one
+        return DrawnState(position, *evaluate(position))
+
+    return init
 
 
 def _trajectory(logdensity, step_size, num_steps):

@@ -43,7 +43,8 @@ def coalescing_mala(logdensity: Callable[[PyTree], Array], step_size: float) -> 
     """
     evaluate = jax.value_and_grad(logdensity)
 
-    def init(position):
+    def init(position, rng_key=None):
+        del rng_key  # BlackJAX passes one
         return DrawnState(position, *evaluate(position))
 
     def draw(key, state):

@@ -52,7 +52,8 @@ def coalescing_random_walk(logdensity: Callable[[PyTree], Array], scale: float, 
         block: Coordinates moved per step; None moves all.
     """
 
-    def init(position):
+    def init(position, rng_key=None):
+        del rng_key  # BlackJAX passes one
         return WalkState(position, logdensity(position))
 
     def draw(key, state):
