@@ -156,7 +156,7 @@ def test_proposals_outside_the_support_are_rejected(outside):
     kernel = from_blackjax(blackjax.mala(lambda x: jnp.where(inside(x), -0.5 * jnp.sum(x**2), outside), 0.3))
     state = kernel.init(jnp.full(2, 0.5))
     tape = kernel.tape(jax.random.key(3), 400, state)
-    carries, info = jax.jit(lambda start, keys: loop(kernel, start, keys))(state, tape.key)
+    carries, info = jax.jit(lambda start, keys: loop(kernel, start, keys))(state, tape.dice)
     found = solve(kernel.dynamics(), kernel.carry(state), tape, solver=shooting(8)).or_raise()
     np.testing.assert_allclose(found.states, carries, rtol=0, atol=1e-10)
     certificate = certify(kernel, kernel.carry(state), found.states, tape)
