@@ -264,8 +264,8 @@ def main(argv: list[str] | None = None) -> None:
     print(table(results))
     if arguments.readme:
         text = arguments.readme.read_text()
-        head, rest = text.split(_BEGIN)
-        arguments.readme.write_text(head + _BEGIN + "\n" + table(results) + _END + rest.split(_END)[1])
+        head, rest = text.split(_BEGIN, 1)
+        arguments.readme.write_text(head + _BEGIN + "\n" + table(results) + _END + rest.split(_END, 1)[1])
 
 
 _BEGIN = "<!-- table: benchmarks/results/shooting-cpu.md, written by `python -m benchmarks.shooting --readme README.md` -->"
