@@ -115,7 +115,7 @@ def search(walker: Walker, key: Key, starts: np.ndarray, metric: np.ndarray, rul
         advance: Told the number of steps done.
     """
     num_chains, dimension = starts.shape
-    lengths = np.asarray(jax.random.randint(key, (_MAX_SEARCH // STEPS, STEPS, num_chains), 1, _LONGEST_SEARCHED + 1))
+    lengths = _generator(key).integers(1, _LONGEST_SEARCHED + 1, (_MAX_SEARCH // STEPS, STEPS, num_chains))
     root, steps = root_of(metric), np.full(num_chains, _FIRST_STEP)
     pool = Pool(starts, metric, starts.mean(axis=0), None, 0, [])
     before = -np.inf
@@ -172,7 +172,7 @@ def rescue(pool: Pool, key: Key) -> None:
     num_chains, lost = len(pool.positions), _lost(pool.draws)
     if lost.any():
         good = np.flatnonzero(~lost)
-        chosen = good[np.asarray(jax.random.randint(key, (int(lost.sum()),), 0, len(good)))]
+        chosen = _generator(key).choice(good, int(lost.sum()))
         pool.positions = pool.positions.copy()
         pool.positions[lost] = pool.positions[chosen]
         pool.num_rescued += int(lost.sum())
@@ -194,6 +194,11 @@ def side_by_side(walker: Walker, key: Key, positions: np.ndarray, root: np.ndarr
         pieces.append(found)
         positions = found.positions[-1]
     return Walked(*(np.concatenate(parts) for parts in list(zip(*pieces))[:4]), pieces[-1].step_sizes)
+
+
+def _generator(key: Key) -> np.random.Generator:
+    """Dice on the host: nothing is compiled for a few integers."""
+    return np.random.default_rng(np.ravel(jax.random.key_data(key)).tolist())
 
 
 def _lost(draws: Walked) -> np.ndarray:

@@ -21,6 +21,7 @@ import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
+from partime_mcmc.kernels.dice import normal_of
 from partime_mcmc.types import Array, Key, PyTree
 
 STEPS = 16
@@ -65,8 +66,8 @@ def _walk(density: Callable, params: PyTree, example: PyTree, root: Array, start
         state, log_steps = carry
         start, length, key = drive
         state = lax.cond(fresh, lambda: (start, *evaluate(start)), lambda: state)
-        momentum_key, uniform_key = jax.random.split(key)
-        momentum = jax.random.normal(momentum_key, (num_chains, dimension), starts.dtype)
+        uniforms = jax.random.uniform(key, (num_chains, dimension + 1), starts.dtype)
+        momentum = normal_of(uniforms[:, 1:])
         step = jnp.exp(log_steps)[:, None]
 
         def leap(index, moving):
@@ -82,7 +83,7 @@ def _walk(density: Callable, params: PyTree, example: PyTree, root: Array, start
         fall = energy(state[1], momentum) - energy(end[1], last)
         usable = jnp.isfinite(fall) & jnp.isfinite(end[2]).all(axis=1)
         rate = jnp.where(usable, jnp.exp(jnp.minimum(fall, 0)), 0)
-        accepted = jax.random.uniform(uniform_key, (num_chains,), starts.dtype) < rate
+        accepted = uniforms[:, 0] < rate
         state = tuple(jnp.where(accepted.reshape(-1, *(1,) * (a.ndim - 1)), a, b) for a, b in zip(end, state))
         log_steps = log_steps + gain * (rate - target)
         return (state, log_steps), (*state, rate)
