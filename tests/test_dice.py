@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import OPTIMISED
 from scipy import stats
 
 from partime_mcmc.dynamics import rollout
@@ -185,11 +186,11 @@ def test_shooting_is_the_sequential_path_to_the_last_bit(build):
         kernel, num_steps = build(), 4096
         state = kernel.init(jnp.ones(DIMENSION, jnp.float32))
         tape, initial, dynamics = kernel.tape(jax.random.key(9), num_steps, state), kernel.carry(state), kernel.dynamics()
-        path = jax.jit(rollout)(dynamics, initial, tape)
+        path = jax.jit(rollout, compiler_options=OPTIMISED)(dynamics, initial, tape)
         assert 100 < (np.asarray(path[1:]) == np.asarray(path[:-1])).all(axis=1).sum() < 3996
         for num_segments in (8, 64, 256):
-            found = jax.jit(functools.partial(solve, solver=shooting(num_segments), tolerance=EXACT))(
-                dynamics, initial, tape)
+            found = jax.jit(functools.partial(solve, solver=shooting(num_segments), tolerance=EXACT),
+                            compiler_options=OPTIMISED)(dynamics, initial, tape)
             assert Status(int(found.status)) is Status.CONVERGED and float(found.residual) == 0
             np.testing.assert_array_equal(found.states, path)
         certificate = certify(kernel, initial, found.states, tape)
