@@ -72,17 +72,16 @@ class Throw(NamedTuple):
     margin: Array
 
 
-def draw_layers(key: Key, size: int, dtype: Any, after: int = 0) -> tuple[Layers, Array]:
+def draw_layers(key: Key, size: int, dtype: Any) -> tuple[Layers, Array]:
     """Dice for `size` coordinates, one normal and two uniforms each, and a uniform for an accept decision.
 
     Args:
         key: One key.
         size: D.
         dtype: float32 or float64.
-        after: Uniforms that the caller has drawn from this key already: these here are the ones behind them.
     """
     # One call in all: starting the generator costs more than a number, and compiling it more than a model.
-    uniforms = jax.random.uniform(key, (after + 3 * size + 1,), dtype)[after:]
+    uniforms = jax.random.uniform(key, (3 * size + 1,), dtype)
     normal = normal_of(uniforms[2 * size:3 * size])
     radius = jnp.sqrt(normal**2 - 2 * jnp.log1p(-uniforms[:size]))
     return Layers(jnp.maximum(radius, _SMALLEST_RADIUS), uniforms[size:2 * size]), uniforms[-1]

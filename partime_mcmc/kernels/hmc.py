@@ -147,11 +147,11 @@ def hmc_cycle(logdensity: Callable[[PyTree], Array], step_size: float, num_steps
         return CycleState(*evaluate(position, rng_key), jnp.zeros((), jnp.int32))
 
     def momentum(key, flat):
-        uniforms = jax.random.uniform(key, (flat.size + 1,), flat.dtype)
+        uniforms = jax.random.uniform(jax.random.split(key)[0], (flat.size + 1,), flat.dtype)
         return normal_of(uniforms[1:]), uniforms[0]
 
     def landing(key, flat):
-        return draw_langevin(key, flat, after=flat.size + 1)
+        return draw_langevin(jax.random.split(key)[1], flat)
 
     def draw(key, state):
         flat = flat_of(state.position)

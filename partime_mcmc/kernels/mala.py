@@ -56,9 +56,9 @@ def coalescing_mala(logdensity: Callable[[PyTree], Array], step_size: float) -> 
     return Drawn(init, draw, apply)
 
 
-def draw_langevin(key: Key, flat: Array, after: int = 0) -> LangevinDice:
-    """Dice for a position of which only shape and type are used, `(D,)`; `after` as for `draw_layers`."""
-    return LangevinDice(*draw_layers(key, flat.size, flat.dtype, after))
+def draw_langevin(key: Key, flat: Array) -> LangevinDice:
+    """Dice for a position of which only shape and type are used, `(D,)`."""
+    return LangevinDice(*draw_layers(key, flat.size, flat.dtype))
 
 
 def langevin_step(init: Callable, step_size: float, dice: LangevinDice, state: DrawnState) -> tuple[DrawnState, DrawnInfo]:

@@ -24,7 +24,9 @@ import numpy as np
 from partime_mcmc.diagnostics.checks import (check_count, check_deterministic, check_key, check_precision, check_starts,
                                              looks_improper)
 from partime_mcmc.kernels import Kernel
+from partime_mcmc.kernels.dice import Dice
 from partime_mcmc.mcmc.arguments import check_memory, check_strategies, chosen_progress
+from partime_mcmc.mcmc.dice import dice_of, fixed_dice, sooner
 from partime_mcmc.mcmc.draws import Draws
 from partime_mcmc.mcmc.family import Builder
 from partime_mcmc.mcmc.finish import finish
@@ -50,8 +52,8 @@ _SHORTEST = 64
 
 
 def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_samples: int, num_chains: int = 4,
-           num_warmup: int = 1000, adaptation: Adaptation | None = None, solver: Solver | None = None,
-           schedule: Schedule | None = None,
+           num_warmup: int = 1000, adaptation: Adaptation | None = None, dice: Dice | None = None,
+           solver: Solver | None = None, schedule: Schedule | None = None,
            tolerance: Tolerance | None = None, max_iterations: int | None = None, max_bytes: int | None = None,
            progress: Progress | bool = True) -> Draws:
     """Sample a target with exact chains, parallel over time.
@@ -65,6 +67,9 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
         num_samples: Draws per chain, T ≥ 0.
         num_chains: Chains, C ≥ 1.
         num_warmup: Warm-up steps per chain at most, at least 20, for a builder; ignored where the kernel comes tuned.
+        dice: For a builder, how its noise is drawn: `PlainDice()` gives BlackJAX's own draws bit for bit, `CoalescingDice()` the
+            same law with a shorter memory. None: in runs of 1,024 draws or more that choose their own solver, the dice with which
+            pilot pairs meet sooner, and the warm-up's notes say so; plain ones otherwise.
         adaptation: How a builder's chains find the typical set and a metric; None is `PooledAdaptation()`.
         solver: A recipe; None asks `advise`: pilot chains from the warm-up's draws say whether these chains forget, a cost
             model how many segments pay; chains that do not forget are run sequentially, and `draws.advice` says why.
@@ -88,9 +93,15 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
     num_samples, num_chains = check_count(num_samples, "num_samples", 0), check_count(num_chains, "num_chains", 1)
     check_count(num_warmup, "num_warmup", 20 if not isinstance(kernel, (Kernel, Warmup)) else 0)
     start_key, warmup_key, chains_key = jax.random.split(key, 3)
+    open_dice = dice is None and solver is None and num_samples >= _SHORT and not isinstance(kernel, (Kernel, Warmup))
+    kernel = kernel if dice is None else fixed_dice(kernel, dice)
     adaptation = PooledAdaptation() if adaptation is None else adaptation
     kernel, warmup, positions = prepare(start_key, warmup_key, target, kernel, num_chains, num_warmup, adaptation, progress)
     leaves = jax.tree.leaves(positions)
+    if open_dice:
+        warmup = sooner(warmup, default_tolerance(kernel, leaves[0].dtype), jax.random.fold_in(warmup_key, 1))
+        kernel = warmup.kernel
+        progress.note(" ".join(warmup.notes))
     check_memory(solver or sequential(), getattr(schedule or Stretches(DEFAULT_STRETCH), "size", num_samples),
                  num_samples, num_chains,
                  sum(leaf[0].size for leaf in leaves), leaves[0].dtype.itemsize, max_bytes)
@@ -151,7 +162,7 @@ def draw_chains(target: Target, kernel: Kernel, positions: PyTree, keys: Key, nu
         tolerance=default_tolerance(kernel, dtype) if tolerance is None else tolerance, max_iterations=max_iterations,
         progress=progress, skip=skip, carries=carries)
     return finish(target, kernel, chains, warmup, plan={
-        "kernel": kernel.name, "solver": repr(chains.solver), "schedule": repr(chains.schedule),
+        "kernel": kernel.name, "dice": dice_of(kernel), "solver": repr(chains.solver), "schedule": repr(chains.schedule),
         "num_samples": num_samples, "num_chains": num_chains, **(plan or {})})
 
 
