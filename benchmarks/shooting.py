@@ -3,7 +3,13 @@
 For every row the same chain is computed twice with the same keys: by `lax.scan` over the kernel's step with full states and
 cached gradients (what a BlackJAX user runs), and by shooting with several numbers of segments. Runs are interleaved and
 medians are reported, compilation apart. Beside every time stand the residual that the solver saw, evaluations of the step
-per draw, and what an independent certificate of the whole path found (its own time is a column, not part of the ratio).
+per draw, what `advise` would have chosen and what that gained, and what an independent certificate of the whole path found
+(its own time is in the JSON, not part of the ratio). The tolerance is that of `sample`.
+
+Decisions that differ from those of the loop: both programs round differently in the last place, so a proposal whose
+acceptance probability lies within that of its uniform may go either way; a forgetful chain is back on the other one's path
+after its meeting time. About T times the mean difference of acceptance probabilities are expected: below one per run in
+float64, a few in float32, where the certificate still says that every decision is right under its own batched evaluation.
 """
 
 from __future__ import annotations
@@ -24,11 +30,12 @@ import numpy as np
 
 from partime_mcmc import Dynamics, Kernel, Status, certify, hmc, mala, nuts, rollout, sample, shooting, solve
 from partime_mcmc.dynamics import without_captures
-from partime_mcmc.mcmc.sample import versions
+from partime_mcmc.mcmc.sample import default_tolerance, versions
 from partime_mcmc.mcmc.target import Target
 from partime_mcmc.models import MODELS
+from partime_mcmc.predict import advise
 
-SEGMENTS = (16, 32, 64, 128, 256)
+SEGMENTS = (8, 16, 32, 64, 128, 256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,10 +110,13 @@ def measure(row: Row, repeats: int, num_warmup: int, scale: float) -> dict:
     tape = jax.jit(lambda key, state: kernel.tape(key, num_steps, state))(jax.random.key(2), state)
     initial = kernel.carry(state)
     dynamics = without_captures(kernel.dynamics(), initial, jax.tree.map(lambda leaf: leaf[0], tape))
+    tolerance = default_tolerance(kernel, jax.tree.leaves(initial)[0].dtype)
+    pool = jax.vmap(lambda position: kernel.carry(kernel.init(position)))(warmup.pool)
+    advice = advise(dynamics, initial, tape, starts=pool, num_steps=num_steps, tolerance=tolerance)
     runs = {"loop": (jax.jit(rollout), (dynamics, initial, tape))}
-    for segments in SEGMENTS:
+    for segments in sorted({*SEGMENTS, advice.num_segments} - {1}):
         if num_steps // segments >= 32:
-            solve_it = functools.partial(solve, solver=shooting(segments))
+            solve_it = functools.partial(solve, solver=shooting(segments), tolerance=tolerance)
             runs[segments] = (jax.jit(solve_it), (dynamics, initial, tape))
     found = timed(runs, repeats)
     result = {"name": row.name, "num_steps": num_steps, "dtype": row.dtype, "settings": {
@@ -116,6 +126,8 @@ def measure(row: Row, repeats: int, num_warmup: int, scale: float) -> dict:
     for segments in [key for key in runs if key != "loop"]:
         result["segments"].append(entry(segments, found[segments], found["loop"]["seconds"], reference))
     best = fastest(result["segments"])
+    result["advice"] = {"segments": advice.num_segments, "expected": advice.speedup, "said": str(advice), "ratio": next(
+        (item["ratio"] for item in result["segments"] if item["segments"] == advice.num_segments), 1.0)}
     result["best"] = {**best, **certified(kernel, initial, found[best["segments"]]["value"].states, tape, reference)}
     return result
 
@@ -197,17 +209,20 @@ def gain(best: dict) -> str:
 
 def table(results: list[dict]) -> str:
     """The Markdown table."""
-    lines = ["| target, kernel | T | loop, µs/step | shooting | segments | evaluations per draw | residual | "
-             "certified, decisions that differ | compile loop / shooting, s |",
-             "|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| target, kernel | T | loop, µs/step | shooting | segments | advised: segments, ratio | evaluations per draw | "
+             "residual | certified, decisions that differ | compile loop / shooting, s |",
+             "|---|---|---|---|---|---|---|---|---|---|"]
     for result in results:
         best = result["best"]
         check = "—" if "certified" not in best else (
             f"{'yes' if best['certified'] else 'no'} ({best['certificate_residual']:.0e} noise units, "
             f"{counted(best['rejected'])}), {best['decisions_that_differ']}")
+        advice = result.get("advice")
+        advised = "—" if advice is None else "the loop" if advice["segments"] == 1 else (
+            f"{advice['segments']}, {advice['ratio']:.1f}×")
         lines.append(
             f"| {result['name']}, {result['dtype']} | {result['num_steps']:,} | "
-            f"{1e6 * result['loop_seconds'] / result['num_steps']:.2f} | {gain(best)} | {best['segments']} | "
+            f"{1e6 * result['loop_seconds'] / result['num_steps']:.2f} | {gain(best)} | {best['segments']} | {advised} | "
             f"{best['evaluations']:.2f} | {best['residual']:.0e} | {check} | "
             f"{result['loop_compile']:.1f} / {best['compile']:.1f} |")
     return "\n".join(lines) + "\n"
@@ -252,10 +267,10 @@ _END = "<!-- end of table -->"
 
 
 def merged(old: list[dict], new: list[dict]) -> list[dict]:
-    """Old rows with new ones in their place, new names at the end."""
-    fresh = {(row["name"], row["dtype"]): row for row in new}
-    kept = [fresh.pop((row["name"], row["dtype"]), row) for row in old]
-    return kept + list(fresh.values())
+    """Old rows with new ones in their place, in the order of `ROWS`, others at the end."""
+    found = {(row["name"], row["dtype"]): row for row in (*old, *new)}
+    order = {(row.name, row.dtype): place for place, row in enumerate(ROWS)}
+    return [found[key] for key in sorted(found, key=lambda key: order.get(key, len(order)))]
 
 
 if __name__ == "__main__":

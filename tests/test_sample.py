@@ -140,10 +140,12 @@ def test_a_solver_that_cannot_converge_falls_back_to_the_exact_chain_and_says_so
     draws = run(schedule=Stretches(15), max_iterations=1)
     assert_same_chains(draws, by_hand()[0], atol=1e-12)
     report = draws.or_raise().report
-    np.testing.assert_array_equal(report.num_sequential, T)
+    # One pass of Jacobi makes the first step of a stretch right, at least: what is right is kept.
+    assert (report.num_sequential < T).all() and (report.num_sequential > T / 2).all()
     first = [sentence for sentence in report.fallbacks if "steps 0 to 15" in sentence]
     assert len(first) == CHAINS
     assert all("OUT_OF_ITERATIONS" in sentence and "sequentially" in sentence for sentence in first)
+    assert any("steps are exact and kept" in sentence for sentence in report.fallbacks)
     given_up = [number for number, said in enumerate(report.fallbacks) if said.startswith("from step 30 on all")]
     assert given_up == [len(report.fallbacks) - 1], "having given up, it must not try again"
 

@@ -1,8 +1,9 @@
 """Running chains: one compiled solve for all of them, stretch after stretch, with an exact sequential fallback.
 
 Stretch s of every chain is the recurrence x_t = f(x_{t-1}, u_t) for its part of the tape, from where the chain ended before.
-Chains whose solve does not converge are finished by the kernel's own loop, with the same dice. When every chain has needed
-that in two stretches running, the rest of the run is sequential at once: these chains do not forget. One bad chain never
+A chain whose solve does not converge keeps the steps that are exact, from the front, and goes on from there one step after
+another, with the same dice. When every chain has needed that in two stretches running, the rest of the run is sequential at
+once: these chains do not forget. One bad chain never
 changes how the others are run, so that their draws stay the same bits. From the step on where a chain leaves the finite
 numbers its draws are NaN.
 """
@@ -10,6 +11,7 @@ numbers its draws are NaN.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Callable
 
 import jax
@@ -27,6 +29,7 @@ from partime_mcmc.schedule import Schedule, Stretches, Whole
 from partime_mcmc.solution import Solution, Status, Tolerance
 from partime_mcmc.solve import solve
 from partime_mcmc.solvers import Rollout, Solver
+from partime_mcmc.solvers.rollout import roll_on
 from partime_mcmc.types import Key, PyTree
 
 _GIVE_UP_AFTER = 2
@@ -89,6 +92,7 @@ def run_chains(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *
     inside = Whole() if isinstance(schedule, Stretches) else schedule
     solve_stretch = _solving(solver, inside, tolerance, max_iterations, clock)
     roll_stretch = _solving(sequential(), Whole(), tolerance, None, clock)
+    finish_stretch = functools.partial(run_program, _finish, clock=clock)
     books = _Books(jax.tree.leaves(initial)[0].shape[0], num_samples)
     current, pieces = initial, []
     label = "sequential" if isinstance(solver, Rollout) else "parallel in time"
@@ -99,7 +103,7 @@ def run_chains(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *
             chosen = roll_stretch if books.hopeless else solve_stretch
             found = chosen(dynamics, current, stretch)
             states = books.enter(found, start, stop, chosen is roll_stretch,
-                                 lambda: roll_stretch(dynamics, current, stretch))
+                                 functools.partial(finish_stretch, dynamics, current, stretch))
             pieces.append(states)
             current = jax.tree.map(lambda leaf: leaf[:, -1], states)
             advance(stop - start, **books.shown())
@@ -157,6 +161,13 @@ class _Throw(Named):
         return jax.vmap(one)(positions, carries, keys)
 
 
+def _finish(dynamics, initial, tape, states, num_exact):
+    """Chains finished sequentially after their exact steps; how many steps are then finite, shape `(C,)`."""
+    states = roll_on(dynamics, initial, states, tape, num_exact)
+    finite = [jnp.isfinite(leaf).reshape(*leaf.shape[:2], -1).all(axis=2) for leaf in jax.tree.leaves(states)]
+    return states, jnp.cumprod(functools.reduce(jnp.logical_and, finite), axis=1).sum(axis=1)
+
+
 class _Solve(Named):
     """One stretch of every chain; parts are `max_iterations` and strategies that are no pytrees."""
 
@@ -199,8 +210,8 @@ class _Books:
         """Whether to stop trying."""
         return self.failed_running >= _GIVE_UP_AFTER
 
-    def enter(self, found: Solution, start: int, stop: int, rolled: bool, roll) -> PyTree:
-        """Book one stretch; chains that did not converge are replaced by their sequential path."""
+    def enter(self, found: Solution, start: int, stop: int, rolled: bool, finish) -> PyTree:
+        """Book one stretch; chains that did not converge go on sequentially from where they are exact."""
         verdicts = [Status(int(code)) for code in np.asarray(found.status)]
         self._count(found, stop - start)
         if self.history is None:
@@ -210,7 +221,7 @@ class _Books:
             self.num_sequential += stop - start
         states, rolled_exact = found.states, found.num_exact
         if bad.any() and not rolled:
-            verdicts, states, rolled_exact = self._fall_back(found, verdicts, bad, start, stop, roll())
+            verdicts, states, rolled_exact = self._fall_back(found, verdicts, bad, start, stop, finish)
         if not rolled:
             self.failed_running = self.failed_running + 1 if bad.all() else 0
             if self.hopeless and stop < self.num_samples:
@@ -229,19 +240,21 @@ class _Books:
         self.worst = max(self.worst, float(np.nanmax(np.where(bad, 0, np.asarray(found.residual)), initial=0.0)))
         return states
 
-    def _fall_back(self, found, verdicts, bad, start, stop, rolled):
+    def _fall_back(self, found, verdicts, bad, start, stop, finish):
+        steps = stop - start
+        exact = np.where(bad, np.asarray(found.num_exact), steps)
         for chain in np.flatnonzero(bad):
+            kept = f"the first {exact[chain]} steps are exact and kept, the rest was" if exact[chain] else "all of it was"
             self.fallbacks.append(
                 f"chain {chain}, steps {start} to {stop}: {verdicts[chain].name} after "
-                f"{int(np.asarray(found.iterations)[chain])} iterations with {int(np.asarray(found.num_exact)[chain])} "
-                f"steps exact; finished sequentially")
-            self.num_sequential[chain] += stop - start
-        self.evaluations += np.where(bad, stop - start, 0)
-        verdicts = [Status(int(code)) if bad[chain] else verdicts[chain]
-                    for chain, code in enumerate(np.asarray(rolled.status))]
-        mask = jnp.asarray(bad)
-        pick = lambda a, b: jnp.where(mask.reshape(-1, *(1,) * (a.ndim - 1)), a, b)  # noqa: E731
-        return verdicts, jax.tree.map(pick, rolled.states, found.states), rolled.num_exact
+                f"{int(np.asarray(found.iterations)[chain])} iterations; {kept} finished sequentially")
+        self.num_sequential += steps - exact
+        self.evaluations += steps - exact
+        self.depth += steps - exact
+        states, finite = finish(found.states, jnp.asarray(exact, jnp.int32))
+        verdicts = [verdict if not bad[chain] else Status.CONVERGED if count == steps else Status.NONFINITE
+                    for chain, (verdict, count) in enumerate(zip(verdicts, np.asarray(finite)))]
+        return verdicts, states, np.asarray(finite)
 
     def _count(self, found: Solution, steps: int) -> None:
         self.iterations += np.asarray(found.iterations)

@@ -3,11 +3,13 @@
 Two questions, two kinds of evidence:
 
     does it forget?    pilot pairs under the same drives, from `initial` and from posterior-like starts (`coalescence`)
-    does it pay?       T c(C)  against  (T/S + m_L) c(L),   L = C S lanes,   S a power of two
+    does it pay?       T c(C)  against  b(C T) + (T/S) c'(L) + Σ_k Δ_k c'(W_k),   L = C S lanes,   S a power of two
 
 for C chains of T steps: a loop over all chains against shooting with S segments a chain. c(L) is the cost of a step of
-L lanes (`cost`); m_L is the expected largest meeting time among L lanes, with an exponential tail beyond the pilots'
-median, m_L = median + scale · (log(L/2) + γ). Chains and segments fill the same lanes: many chains, few segments each.
+L lanes, b that of the dice in one batch, c' that of a step without them (`cost`). Δ_k is how long a rerun takes in each of
+the widths W_k it is narrowed to (`solvers.lanes`), by the pilots' meeting times with an exponential tail beyond their
+median; the last lane is expected at m_L = median + scale · (log(L/2) + γ). Chains and segments fill the same lanes: many
+chains, few segments each.
 
 Every number follows from the program, the seeds and the machine's stated constants. Nothing is timed, so the same
 arguments give the same advice. Left out: warm-up, compilation, and solvers other than shooting and the loop.
@@ -27,12 +29,13 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.dynamics import Dynamics, ravel, without_captures
-from partime_mcmc.predict.coalescence import MeetingTimes, meeting_times, slowest
+from partime_mcmc.predict.coalescence import MeetingTimes, meeting_times, slowest, still_open
 from partime_mcmc.predict.cost import Machine, StepCost, default_machine, sequential_loop, step_cost
 from partime_mcmc.recipes import sequential, shooting
 from partime_mcmc.schedule import Schedule, Stretches, Whole
 from partime_mcmc.solution import Tolerance
 from partime_mcmc.solvers import Solver
+from partime_mcmc.solvers.lanes import widths
 from partime_mcmc.types import PyTree
 
 _MIN_PAIRS, _MAX_PAIRS = 16, 32
@@ -162,13 +165,25 @@ def _best(cost: StepCost, machine: Machine, num_steps: int, num_chains: int, ste
     loop = num_steps * cost.loop(machine, num_chains)
     while segments <= num_steps // 2 and segments * num_chains <= max(machine.max_lanes, 2 * num_chains):
         lanes = segments * num_chains
-        meeting = slowest(steps, met, lanes)
-        depth = math.ceil(num_steps / segments) + meeting
-        speedup = loop / (depth * cost.rolled(machine, lanes))
-        if best is None or speedup > _BETTER * best.speedup:
-            best = _Plan(segments, speedup, meeting, math.ceil(depth), depth * segments / num_steps)
+        meeting, roll = slowest(steps, met, lanes), math.ceil(num_steps / segments)
+        again = _rerun(steps, met, meeting, widths(lanes, num_chains))
+        seconds = cost.batched(machine, num_chains * num_steps) + roll * cost.rolled(machine, lanes) + sum(
+            count * cost.rolled(machine, width) for width, count in again)
+        if best is None or loop / seconds > _BETTER * best.speedup:
+            evaluations = (roll * lanes + sum(width * count for width, count in again)) / (num_chains * num_steps)
+            best = _Plan(segments, loop / seconds, meeting, math.ceil(roll + meeting), evaluations)
         segments *= 2
     return best
+
+
+def _rerun(steps, met, meeting: float, levels: tuple[int, ...]) -> list[tuple[int, float]]:
+    """The widths of a rerun, and the steps expected in each of them."""
+    begin, found = 0.0, []
+    for width, narrower in zip(levels, (*levels[1:], 0)):
+        end = min(meeting, still_open(steps, met, narrower / levels[0])) if narrower else meeting
+        found.append((width, max(end - begin, 0.0)))
+        begin = max(begin, end)
+    return found
 
 
 def _pilots(dynamics, start, pool, drives, num_steps, tolerance) -> tuple[MeetingTimes, int]:

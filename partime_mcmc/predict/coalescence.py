@@ -21,9 +21,10 @@ import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.dynamics import Dynamics, Memo, ravel, without_captures
+from partime_mcmc.dynamics import Dynamics, ravel, without_captures
 from partime_mcmc.reduction import largest
 from partime_mcmc.solution import Tolerance
+from partime_mcmc.solvers.rollout import memo_of
 from partime_mcmc.types import Array, PyTree, pytree
 
 _EULER_GAMMA = 0.5772156649
@@ -104,13 +105,28 @@ def slowest(steps: np.ndarray, met: np.ndarray, lanes: int) -> float:
         met: Shape `(K,)`.
         lanes: How many segments wait for one another.
     """
+    expected = still_open(steps, met, 1 / max(lanes, 2)) + _tail(steps, met)[1] * _EULER_GAMMA
+    return max(expected, float(np.max(steps))) if lanes >= np.size(steps) else expected
+
+
+def still_open(steps: np.ndarray, met: np.ndarray, fraction: float) -> float:
+    """After how many steps only this fraction of pairs, at most a half, has not met.
+
+    Args:
+        steps: Meeting times, shape `(K,)`, as for `slowest`.
+        met: Shape `(K,)`.
+        fraction: Between 0 and ½.
+    """
+    median, scale = _tail(steps, met)
+    return median + scale * math.log(0.5 / fraction)
+
+
+def _tail(steps, met) -> tuple[float, float]:
+    """The median, and the scale of an exponential beyond it; pairs that have not met add waiting time and no meeting."""
     steps = np.asarray(steps, float)
     median = float(np.median(steps))
     above = steps > median
-    # Exponential beyond the median; pairs that have not met add waiting time and no meeting.
-    scale = float((steps[above] - median).sum()) / max(int((above & met).sum()), 1)
-    expected = median + scale * (math.log(max(lanes, 2) / 2) + _EULER_GAMMA)
-    return max(expected, float(steps.max())) if lanes >= steps.size else expected
+    return median, float((steps[above] - median).sum()) / max(int((above & np.asarray(met)).sum()), 1)
 
 
 @functools.partial(jax.jit, static_argnames=("shared",))
@@ -161,8 +177,7 @@ def _apart(pairs: Array, scale: Array) -> Array:
 
 def _batched(dynamics: Dynamics, shared: bool):
     """`enter` and one step of pairs: both paths of a pair see the same drive, which is drawn once."""
-    memo = dynamics.memo or Memo(lambda params, state, drive: state, dynamics.step, lambda params, memory: memory,
-                                 (None, dynamics.params, None))
+    memo = memo_of(dynamics)
     of_drives = None if shared else 0
 
     def over_pairs(function, params):

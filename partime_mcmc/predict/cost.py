@@ -1,12 +1,15 @@
 """What a step costs when L lanes take it together: from the compiled program and never from a clock.
 
     c(L) = o · kernels + w · L · work / threads(L)        seconds
-    threads(L) = 1 + e · (max(1, min(cores, L, L · work / (grain · kernels))) − 1)
+    threads(L) = 1 + e · (max(1, min(cores, L / 8, L · work / (grain · kernels))) − 1)
 
 `kernels` are the kernels that the compiled loop starts per step, each of which costs `o` however few lanes there are;
 `work` is the arithmetic of one lane, counted in the jaxpr in units of one vectorised operation. A plan must be the same
 in every run with the same seeds, so both are static facts. The constants come with a `Machine`: a default per backend,
 or one that `calibrate` measured and somebody keeps.
+
+Shooting computes whatever depends on the drives alone (dice) once, for all steps in one batch; its loop starts only the
+kernels of the rest, and does only the work of the rest.
 
 Loops whose trip count the program does not know (NUTS trees) count as `UNKNOWN_TRIPS` rounds; side by side all lanes
 wait for the longest, which a factor 1 + ½ log₂ L stands for. Left out: caches, memory bandwidth, other programs.
@@ -24,6 +27,8 @@ import jax
 import numpy as np
 
 from partime_mcmc.dynamics import Dynamics, rollout
+from partime_mcmc.solvers.ahead import split
+from partime_mcmc.solvers.rollout import memo_of
 from partime_mcmc.types import Array, PyTree
 
 UNKNOWN_TRIPS = 4
@@ -50,8 +55,10 @@ class Machine:
         seconds_per_work: w, one unit of work on one core.
         num_cores: Cores that share the lanes of one step.
         efficiency: e, what each further core adds, between 0 and 1.
-        grain: Units of work per kernel and core below which another core is not worth waking. A single lane has one
-            core: its kernels are small, and products of a matrix with one vector are not shared.
+        grain: Units of work per kernel and core below which another core is not worth waking. A few lanes have one core:
+            their kernels are small, and products of a matrix with one vector are not shared.
+        wide: Cost of a kernel's start in a loop over many lanes, relative to `seconds_per_kernel`.
+        random_kernels: Kernels that one drawing of random numbers starts.
         inlined: Cost of a kernel inside a loop so small that the compiler makes one kernel of it, relative to
             `seconds_per_kernel`.
         max_lanes: Lanes beyond which nothing is gained.
@@ -64,6 +71,8 @@ class Machine:
     num_cores: int
     efficiency: float
     grain: float
+    wide: float
+    random_kernels: float
     inlined: float
     max_lanes: int
     max_bytes: float
@@ -71,19 +80,20 @@ class Machine:
     def seconds(self, kernels: float, work: float, lanes: int) -> float:
         """c(L): one step of `lanes` lanes with so many kernels, and so much work per lane."""
         total = work * lanes
-        shares = min(self.num_cores, lanes, total / (self.grain * max(kernels, 1.0)))
+        shares = min(self.num_cores, lanes / _LANES_PER_CORE, total / (self.grain * max(kernels, 1.0)))
         threads = 1 + self.efficiency * (max(shares, 1.0) - 1)
         return self.seconds_per_kernel * kernels + self.seconds_per_work * total / threads
 
 
-# Two cores of a server (AMD EPYC, AVX-512), JAX 0.10.1, float32: `lax.scan` of the vmapped step at 1, 4, 16, 64, 128,
-# 256 and 512 lanes for MALA and HMC (4 and 8 leapfrogs) on eight schools, HMC on a banana and on a logistic regression
-# with 944 rows, MALA on a mixture, tanh networks of 8 and 64 units and a GRU of 64; runs of 1 to 2 ms each, the fastest
-# of 1.2 seconds' worth, because other programs ran beside. The constants were chosen by hand to meet most of the times
-# within a factor of 2, which moves the best number of segments by half a power of two: it goes with the square root.
-CPU = Machine("2 CPU cores", 2e-8, 1.1e-10, 2, 0.8, 1e3, 0.4, 2048, 2.0**30)
+# Lanes below which a core shares its kernels with no other.
+_LANES_PER_CORE = 8
+# Two cores of a server (AMD EPYC, AVX-512), otherwise idle, JAX 0.10.1: the sequential loop, the dice in one batch, and the
+# vmapped rest of a step in 16, 64 and 256 lanes, for MALA (float32 and float64), HMC (4 and 8 leapfrogs) and NUTS on eight
+# schools, HMC on a banana and on a logistic regression with 944 rows, MALA on a mixture; medians of 7. Chosen by hand so that
+# most times are met within a factor of 2, which moves the best number of segments by half a power of two.
+CPU = Machine("2 CPU cores", 2e-8, 1.1e-10, 2, 0.8, 1e3, 2.5, 94, 0.4, 2048, 2.0**30)
 # A guess, measured nowhere: 4 µs to start a kernel, 10^12 operations per second once thousands of lanes fill it.
-GPU = Machine("a GPU (guessed)", 4e-6, 1e-12, 1, 1.0, 1e3, 1.0, 16384, 2.0**32)
+GPU = Machine("a GPU (guessed)", 4e-6, 1e-12, 1, 1.0, 1e3, 1.0, 2, 1.0, 16384, 2.0**32)
 
 
 def default_machine(backend: str) -> Machine:
@@ -94,9 +104,7 @@ def default_machine(backend: str) -> Machine:
 def lane_work(function: Callable, *args: PyTree) -> float:
     """The arithmetic of one call, in units of one vectorised operation.
 
-    Args:
-        function: Pure.
-        *args: Arrays, or their shapes and types.
+    The arguments may be arrays, or their shapes and types.
     """
     return _work(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -150,12 +158,9 @@ def kernels_per_step(text: str, num_steps: int, inlined: float = 1.0) -> float:
     """Kernels that a compiled loop starts per step, from its optimised HLO.
 
     Args:
-        text: `compiled.as_text()` of a loop over `num_steps` steps.
+        text: `compiled.as_text()` of a loop over `num_steps` steps; the count is 0 if it is not understood.
         num_steps: Trips of the outer loop.
         inlined: What a kernel counts inside a loop that the compiler has made one kernel of.
-
-    Returns:
-        Kernels per step; 0 if the text is not understood.
     """
     computations = _computations(text)
     entry = next((name for name, lines in computations.items() if lines and lines[0] == "ENTRY"), None)
@@ -213,6 +218,8 @@ class StepCost:
         kernels: Kernels per step of the sequential loop, tiny loops made one kernel.
         kernels_wide: The same with no such favour: what many lanes pay.
         work: Arithmetic of one lane, in single-precision units.
+        ahead: How much of that depends on the drive alone.
+        num_random: How many drawings of random numbers depend on the drive alone.
         dimension: D.
         waits: Whether the step has a loop of unknown length, for whose end all lanes wait.
     """
@@ -220,6 +227,8 @@ class StepCost:
     kernels: float
     kernels_wide: float
     work: float
+    ahead: float
+    num_random: int
     dimension: int
     waits: bool
 
@@ -228,10 +237,15 @@ class StepCost:
         kernels = self.kernels if lanes < _FEW_LANES else self.kernels_wide
         return self._longest(lanes) * machine.seconds(kernels, self.work + 2 * self.dimension, lanes)
 
+    def batched(self, machine: Machine, steps: int) -> float:
+        """Seconds for what so many steps compute from their drives alone, in one batch."""
+        return machine.seconds(0, self.ahead, steps)
+
     def rolled(self, machine: Machine, lanes: int) -> float:
         """Seconds per step of shooting's loop."""
         per_lane, per_number = _SHOOTING_WORK
-        own = machine.seconds(self.kernels_wide, self.work, lanes) * self._longest(lanes)
+        kernels = max(self.kernels_wide - machine.random_kernels * self.num_random, 0.05 * self.kernels_wide)
+        own = machine.seconds(machine.wide * kernels, self.work - self.ahead, lanes) * self._longest(lanes)
         return own + machine.seconds(_SHOOTING_KERNELS, per_lane + per_number * self.dimension, lanes)
 
     def _longest(self, lanes: int) -> float:
@@ -244,7 +258,7 @@ _FEW_LANES = 16
 # What shooting does besides the step, per lane and per number of its state: compare, select, write, and carry paths and
 # drives between chains and lanes before and after. Measured on networks of 8 units, whose step costs next to nothing.
 _SHOOTING_KERNELS = 20
-_SHOOTING_WORK = 400, 60
+_SHOOTING_WORK = 100, 60
 # NUTS on eight schools: 32 segments gained 1.5 times, not the 5.5 that steps of equal length would.
 _WAITING = 0.5
 
@@ -268,16 +282,16 @@ def step_cost(dynamics: Dynamics, initial: PyTree, drives: PyTree, num_steps: in
 
     many = jax.tree.map(lambda leaf: widened(leaf, lanes, num_steps), drives)
     text = sequential_loop.lower(dynamics, widened(initial, lanes), many).compile().as_text()
-    memo = dynamics.memo
-    if memo is None:
-        step = jax.make_jaxpr(dynamics.step)(dynamics.params, initial, drives).jaxpr
-    else:
-        memory = jax.eval_shape(memo.enter, memo.params[0], initial, drives)
-        step = jax.make_jaxpr(memo.advance)(memo.params[1], memory, drives).jaxpr
+    memo = memo_of(dynamics)
+    memory = jax.eval_shape(memo.enter, memo.params[0], initial, drives)
+    step = jax.make_jaxpr(memo.advance)(memo.params[1], memory, drives).jaxpr
+    first = jax.make_jaxpr(split(memo.advance, memo.params[1], memory, drives)[0])(memo.params[1], drives).jaxpr
     # The unit of work is single precision: wider numbers fill vectors and memory sooner.
-    work = _work(step) * max(1.0, initial.dtype.itemsize / 4)
-    return StepCost(kernels_per_step(text, num_steps, machine.inlined), kernels_per_step(text, num_steps), work,
-                    initial.shape[0], _waits(step))
+    width = max(1.0, initial.dtype.itemsize / 4)
+    num_random = sum(equation.primitive.name.startswith(("random_", "threefry")) and
+                     equation.primitive.name not in _FREE for equation in first.eqns)
+    return StepCost(kernels_per_step(text, num_steps, machine.inlined), kernels_per_step(text, num_steps),
+                    _work(step) * width, _work(first) * width, num_random, initial.shape[0], _waits(step))
 
 
 @jax.jit

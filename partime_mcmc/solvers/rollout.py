@@ -7,9 +7,11 @@ the first step that is not finite, so one pass is enough.
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 
-from partime_mcmc.dynamics import Dynamics, rollout
+from partime_mcmc.dynamics import Dynamics, Memo, rollout
 from partime_mcmc.scan.time_axis import TimeAxis
 from partime_mcmc.solution import Tolerance
 from partime_mcmc.solvers.base import Proposal
@@ -39,3 +41,56 @@ class Rollout:
     def map_size(self, dimension: int) -> int:
         del dimension
         return 0
+
+
+def roll_on(dynamics: Dynamics, initial: PyTree, states: PyTree, drives: PyTree, num_exact: Array) -> PyTree:
+    """Finish paths one step after another from where they stop being exact.
+
+    Args:
+        dynamics: The recurrence.
+        initial: `x_0` of every path, leaves `(B, ...)`.
+        states: Paths, leaves `(B, T, ...)`; only their exact steps are looked at. T is at least 1.
+        drives: Leaves `(B, T, ...)`.
+        num_exact: How many leading steps of each path are right, shape `(B,)`; T leaves a path as it is, to the last bit.
+
+    Returns:
+        The paths, leaves `(B, T, ...)`. The loop begins at the smallest `num_exact`.
+    """
+    memo = memo_of(dynamics)
+    num_paths, num_steps = jax.tree.leaves(states)[0].shape[:2]
+    every = jnp.arange(num_paths)
+
+    def select(flags, new, old):
+        return jax.tree.map(lambda a, b: jnp.where(flags.reshape(-1, *(1,) * (a.ndim - 1)), a, b), new, old)
+
+    last = jax.tree.map(lambda leaf: leaf[every, jnp.maximum(num_exact - 1, 0)], states)
+    following = jax.tree.map(lambda leaf: leaf[every, jnp.minimum(num_exact, num_steps - 1)], drives)
+    memory = jax.vmap(memo.enter, in_axes=(None, 0, 0))(memo.params[0], select(num_exact == 0, initial, last), following)
+
+    def one_step(step, carry):
+        memory, rolled = carry
+        at_step = lambda leaf: lax.dynamic_index_in_dim(leaf, step, axis=1, keepdims=False)  # noqa: E731
+        new = jax.vmap(memo.advance, in_axes=(None, 0, 0))(memo.params[1], memory, jax.tree.map(at_step, drives))
+        memory = select(step >= num_exact, new, memory)
+        state = jax.vmap(memo.leave, in_axes=(None, 0))(memo.params[2], memory)
+        state = select(step >= num_exact, state, jax.tree.map(at_step, states))
+        return memory, jax.tree.map(lambda leaf, row: lax.dynamic_update_index_in_dim(leaf, row, step, 1), rolled, state)
+
+    begin = num_exact.min()
+    _, rolled = lax.fori_loop(begin, num_steps, one_step, (memory, jax.tree.map(jnp.zeros_like, states)))
+    seen = jnp.arange(num_steps) < begin
+    return jax.tree.map(lambda old, new: jnp.where(seen.reshape(-1, *(1,) * (old.ndim - 2)), old, new), states, rolled)
+
+
+def memo_of(dynamics: Dynamics) -> Memo:
+    """The dynamics' memory; where steps share nothing, the state itself in the shape of one."""
+    return dynamics.memo or Memo(enter_as_is, dynamics.step, _leave_as_is, (None, dynamics.params, None))
+
+
+def enter_as_is(params: PyTree, state: PyTree, drive: PyTree) -> PyTree:
+    """`Memo.enter` of dynamics whose steps share nothing."""
+    return state
+
+
+def _leave_as_is(params, memory):
+    return memory

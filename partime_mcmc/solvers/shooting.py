@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from partime_mcmc.dynamics import Dynamics, Memo
+from partime_mcmc.dynamics import Dynamics
 from partime_mcmc.linearize import Linearizer, ZeroJacobian
 from partime_mcmc.scan.time_axis import TimeAxis
 from partime_mcmc.solution import Tolerance
@@ -38,6 +38,7 @@ from partime_mcmc.solvers.ahead import split
 from partime_mcmc.solvers.base import Proposal
 from partime_mcmc.solvers.junctions import corrector, hand_over
 from partime_mcmc.solvers.lanes import Lanes, Segments, roll_until_met, same, widths
+from partime_mcmc.solvers.rollout import enter_as_is, memo_of
 from partime_mcmc.types import Array, Key, PyTree, pytree
 
 # Lanes that fill a device: chains × segments. Two CPU cores are full with some hundred, a GPU with thousands.
@@ -88,7 +89,7 @@ class Shooting:
         steps = self.segment_steps(states.shape[0])
         absolute, relative = tolerance.parts(states.dtype)
         absolute = jnp.broadcast_to(absolute, initial.shape)
-        memo = dynamics.memo or _stateless(dynamics)
+        memo = memo_of(dynamics)
         budget = 4 + 256 / steps if self.max_evaluations is None else self.max_evaluations
         shoot = _shoot_for(memo.enter, memo.advance, memo.leave, steps, math.ceil(budget * steps))
         shared = jax.tree.map(jnp.asarray, (memo.params, self.correction)), key
@@ -108,19 +109,6 @@ class Shooting:
         if self.num_segments is not None:
             return math.ceil(num_steps / min(self.num_segments, num_steps))
         return min(num_steps, max(_SHORTEST, math.ceil(num_steps / device_lanes())))
-
-
-def _stateless(dynamics: Dynamics) -> Memo:
-    """Dynamics whose steps share nothing, in the shape of those that do."""
-    return Memo(_enter_as_is, dynamics.step, _leave_as_is, (None, dynamics.params, None))
-
-
-def _enter_as_is(params, state, drive):
-    return state
-
-
-def _leave_as_is(params, memory):
-    return memory
 
 
 @functools.lru_cache(maxsize=256)
@@ -225,7 +213,7 @@ def _segments(enter, advance, leave, params, state, drives, bound) -> Segments:
         return memory, jax.vmap(leave, in_axes=(None, 0))(params[2], memory)
 
     enter_all = functools.partial(jax.vmap(enter, in_axes=(None, 0, 0)), params[0])
-    return Segments(enter_all, roll, drives, values, bound, int(enter is not _enter_as_is))
+    return Segments(enter_all, roll, drives, values, bound, int(enter is not enter_as_is))
 
 
 def _judged(lanes, starts, initial, num_segments):
