@@ -21,7 +21,7 @@ from numpyro.infer.hmc import HMCState
 from numpyro.infer.mcmc import MCMCKernel
 
 from partime_mcmc.kernels import CoalescingDice, Kernel, Tape, Whitening, coalescing_hmc, hmc, mala, nuts
-from partime_mcmc.mcmc.family import Family, density_of, tuned_kernel
+from partime_mcmc.mcmc.family import Numbers, Tuned
 from partime_mcmc.mcmc.metric import DiagonalMetric, FrozenMetric
 from partime_mcmc.mcmc.numpyro.target import Posterior
 from partime_mcmc.mcmc.pooled import PooledAdaptation
@@ -89,7 +89,7 @@ class ParallelKernel(MCMCKernel):
         guess = None if inverse_mass_matrix is None else checked_metric(inverse_mass_matrix)
         self.adaptation = adaptation or PooledAdaptation(
             target_acceptance=target_accept_prob, path_length=self._path_length(), metric=rule, guess=guess)
-        self._counts: dict[str, int] = {}
+        self._family, self._data = None, None
 
     def _path_length(self) -> float | None:
         return None
@@ -158,17 +158,22 @@ class ParallelKernel(MCMCKernel):
         if is_single and init_params is not None:
             init_params = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], init_params)
         target = self.target(model_args, model_kwargs, keys[0], init_params)
-        state = state_of(self, begin(self, target, keys, num_warmup, init_params, quiet), keys)
-        self._density, self._data = density_of(target.logdensity, jax.tree.map(lambda leaf: leaf[0], state.z))
-        self._sample_fn = self.sample
+        ready = begin(self, target, keys, num_warmup, init_params, quiet)
+        state = state_of(ready, keys)
+        self.adopt(ready.kernel)
         return jax.tree.map(lambda leaf: leaf[0], state) if is_single else state
+
+    def adopt(self, kernel: Tuned) -> None:
+        """Take over what a warm-up chose: from then on states of that warm-up can be moved, here or in NumPyro's own `MCMC`."""
+        self._family, self._data = kernel.family, kernel.numbers.data
+        self._sample_fn = self.sample
 
     def sample(self, state: HMCState, model_args: tuple, model_kwargs: dict | None) -> HMCState:
         """One transition of one chain, or of a batch of them."""
         return jax.vmap(self._one)(state) if jnp.ndim(state.i) else self._one(state)
 
     def _one(self, state: HMCState) -> HMCState:
-        kernel = self.kernel_of(state, self._density, self._data)
+        kernel = self._kernel_of(state)
         key = jax.random.fold_in(state.rng_key, state.i)
         full = kernel.state(state.r, state.adapt_state.discrete)
         dice = jax.tree.map(lambda leaf: leaf[0], kernel.tape_of(key[None], full).dice)
@@ -180,12 +185,12 @@ class ParallelKernel(MCMCKernel):
             mean_accept_prob=state.mean_accept_prob + (said["accept_prob"] - state.mean_accept_prob) / count,
             adapt_state=state.adapt_state._replace(discrete=kernel.discrete(full)))
 
-    def kernel_of(self, state: HMCState, density: Callable, data: PyTree) -> Kernel:
+    def _kernel_of(self, state: HMCState) -> Kernel:
         """The tuned kernel of one chain's state."""
-        adapted = state.adapt_state
-        settings = {**adapted.settings, **{name: self._counts[name] for name in adapted.settings if name in self._counts}}
+        adapted, counts = state.adapt_state, dict(self._family.counts)
+        settings = {name: value for name, value in adapted.settings.items() if name not in counts}
         whitening = Whitening(state.z, adapted.center, adapted.mass_matrix_sqrt_inv)
-        return tuned_kernel(Family(density, self.tuned_builder()), data, whitening, settings)
+        return self._family.kernel(Numbers(self._data, whitening, settings))
 
 
 class CoalescingHMC(ParallelKernel):

@@ -187,11 +187,12 @@ class ParallelMCMC(MCMC):
         warmup = None
         if state is None:
             ready = begin(self.sampler, target, keys, self.num_warmup, init_params, progress)
-            kernel, warmup, state = ready.kernel, ready.warmup, state_of(self.sampler, ready, keys)
+            kernel, warmup, state = ready.kernel, ready.warmup, state_of(ready, keys)
         else:
             state = state._replace(rng_key=keys) if self.num_chains > 1 else jax.tree.map(
                 lambda leaf: leaf[None], state._replace(rng_key=keys[0]))
             kernel = kernel_from(self.sampler, target, state)
+        self.sampler.adopt(kernel)
         params = self._collection_params
         num_steps = params["upper"] - params["lower"]
         if params["phase"] == "warmup" and num_steps:

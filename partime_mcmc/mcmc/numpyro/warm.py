@@ -12,7 +12,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from numpyro.infer.hmc import HMCState
 
-from partime_mcmc.diagnostics.checks import check_precision, check_starts, looks_improper
+from partime_mcmc.diagnostics.checks import check_dtypes, check_precision, check_starts, looks_improper
 from partime_mcmc.kernels import Kernel, Whitening
 from partime_mcmc.mcmc.family import Family, Tuned, density_of, tuned_kernel
 from partime_mcmc.mcmc.numpyro.kernels import AdaptState, ParallelKernel, is_typed
@@ -34,12 +34,14 @@ def keys_of(rng_key: Any) -> Key:
 
 @dataclasses.dataclass(frozen=True)
 class Beginning:
-    """Chains ready to be sampled: a tuned kernel, where they are, the log density there, and the warm-up if there was one."""
+    """Chains ready to be sampled: a tuned kernel, where they are, the log density there, the warm-up if there was one, and the step
+    size if the user fixed it."""
 
     kernel: Tuned
     positions: PyTree
     logdensity: np.ndarray
     warmup: Warmup | None
+    step_size: float
 
 
 def begin(sampler: ParallelKernel, target: Target, keys: Key, num_warmup: int, init_params: PyTree,
@@ -64,14 +66,22 @@ def begin(sampler: ParallelKernel, target: Target, keys: Key, num_warmup: int, i
     starts = _starts(sampler, target, jax.random.fold_in(keys[0], _START_STREAM), wanted, init_params)
     first = jax.tree.map(lambda leaf: leaf[0], starts)
     density, data = density_of(target.logdensity, first)
-    value, good = run_program(_Evaluate(density), data, starts, clock=Clock())
+    try:
+        value, good = run_program(_Evaluate(density), data, starts, clock=Clock())
+    except TypeError:
+        check_starts(target.logdensity, starts, "init_params")  # says what is wrong with a density that has no gradient
+        raise
+    dimension, guess = ravel_pytree(first)[0].size, getattr(sampler.adaptation, "guess", None)
+    if guess is not None and guess.shape[0] != dimension:
+        raise ValueError(f"inverse_mass_matrix: shape {guess.shape}, wanted ({dimension},) or ({dimension}, {dimension})")
+    fixed = jnp.nan if sampler._step_size is None else sampler._step_size
     if not np.asarray(good).all():
         if init_params is None and sampler._posterior is not None:
             sampler._posterior.check_found(good)
         check_starts(target.logdensity, starts, "init_params")
     check_precision(target.logdensity, first)
     if not num_warmup:
-        return Beginning(_untuned(sampler, density, data, first), starts, np.asarray(value), None)
+        return Beginning(_untuned(sampler, density, data, first), starts, np.asarray(value), None, fixed)
     with progress.stage("warm-up", num_warmup) as advance:
         warmup = warm_up(jax.random.fold_in(keys[0], _WARMUP_STREAM), target.logdensity, sampler.tuned_builder(), starts,
                          num_warmup, sampler.adaptation, advance)
@@ -81,14 +91,13 @@ def begin(sampler: ParallelKernel, target: Target, keys: Key, num_warmup: int, i
     progress.note(str(warmup))
     positions = jax.tree.map(lambda leaf: leaf[:num_chains], warmup.positions)
     warmup = dataclasses.replace(warmup, positions=positions, logdensity=warmup.logdensity[:num_chains])
-    return Beginning(warmup.kernel, positions, warmup.logdensity, warmup)
+    return Beginning(warmup.kernel, positions, warmup.logdensity, warmup, fixed)
 
 
-def state_of(sampler: ParallelKernel, ready: Beginning, keys: Key) -> HMCState:
+def state_of(ready: Beginning, keys: Key) -> HMCState:
     """The state of every chain before its first step, leaves `(C, ...)`."""
     kernel, num_chains = ready.kernel, keys.shape[0]
     whitening, counts = kernel.numbers.whitening, dict(kernel.family.counts)
-    sampler._counts = counts
     carries, discrete = run_program(_Enter(kernel.family), kernel.numbers, ready.positions, clock=Clock())
     dtype = whitening.center.dtype
 
@@ -97,7 +106,7 @@ def state_of(sampler: ParallelKernel, ready: Beginning, keys: Key) -> HMCState:
         return jnp.broadcast_to(value, (num_chains, *value.shape))
 
     settings = {**kernel.numbers.settings, **counts}
-    step = settings.get("step_size", sampler._step_size or jnp.nan)
+    step = settings.get("step_size", ready.step_size)
     length = counts.get("num_integration_steps", 1)
     root = whitening.scale
     metric = root**2 if root.ndim == 1 else root @ root.T
@@ -149,7 +158,7 @@ def _starts(sampler: ParallelKernel, target: Target, key: Key, wanted: int, init
     """One start per chain of the warm-up: those given first, then the model's own, or the given ones again."""
     if init_params is None:
         return target.starts(jax.random.split(key, wanted))
-    given = jax.tree.map(jnp.asarray, init_params)
+    given = check_dtypes(init_params, "init_params")
     have = jax.tree.leaves(given)[0].shape[0]
     if have >= wanted:
         return given
