@@ -119,7 +119,8 @@ def tables(chains: list[dict], forgetless: list[dict]) -> str:
              "|---|---|---|---|---|---|---|---|"]
     for row in chains:
         lines.append(f"| {row['name']} | {row['chains']} | {row['num_steps']:,} | {row['segments']} | "
-                     f"{row['expected']:.1f}× | **{row['ratio']:.2f}×** | {row['evaluations']:.2f} | {row['residual']:.0e} |")
+                     f"{row['expected']:.1f}× | **{row['ratio']:.2f}×** | {row['evaluations']:.2f} | "
+                     f"{row['residual']:.0e} |")
     lines += ["", "| target, kernel, 4 chains | run time, sequential / `solver=None` | advice, s (again) | compile, s | "
               "in parallel | what it said |", "|---|---|---|---|---|---|"]
     for row in forgetless:

@@ -9,6 +9,9 @@ Jacobians around a guess that is nowhere near the chain, and overflows: its fron
 chain either. Cutting time does: in a short stretch (`Stretches`), or behind the front of exact steps (`Sliding`),
 products stay bounded and guesses stay good.
 
+Shooting needs no Jacobians and cannot overflow: its four segments become the chain in a second pass, at less than two
+evaluations per draw once they are some times longer than those 200 steps.
+
 How to read the table: status and residual first; `exact` counts the steps from the start on that are right, `differs`
 is the distance from the sequential path. The sequential loop needs one evaluation per draw; `depth` counts evaluations
 that wait for one another. On a machine with enough lanes time goes with depth, on two cores with evaluations. The best

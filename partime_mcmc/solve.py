@@ -27,7 +27,7 @@ from partime_mcmc.reduction import largest
 from partime_mcmc.scan.time_axis import LocalTime, TimeAxis
 from partime_mcmc.schedule import Schedule, Whole
 from partime_mcmc.solution import Solution, Stats, Status, Tolerance
-from partime_mcmc.solvers.base import Solver
+from partime_mcmc.solvers import Rollout, Solver
 from partime_mcmc.types import Array, Key, PyTree, pytree
 
 _RUNNING = -1
@@ -116,7 +116,11 @@ def _solve(dynamics: Dynamics, initial: Array, drives: PyTree, guess: Array, sol
         jnp.full(min(max_iterations + 1, _MAX_HISTORY), jnp.nan, dtype), zero, zero)
     one_pass = functools.partial(_one_pass, dynamics, initial, drives, solver, schedule, tolerance, key, axis, window,
                                  max_iterations)
-    end = lax.while_loop(lambda loop: loop.status == _RUNNING, one_pass, begin) if num_steps else begin
+    if isinstance(solver, Rollout) and window == num_steps > 0:
+        # One pass settles it; under `vmap` a loop would select between old and new books, path included.
+        end = one_pass(begin)
+    else:
+        end = lax.while_loop(lambda loop: loop.status == _RUNNING, one_pass, begin) if num_steps else begin
     per_step = jnp.maximum(num_steps, 1)
     stats = Stats(end.evaluations / per_step, end.jvps / per_step, end.depth, end.history, end.num_jacobians,
                   end.num_updates)

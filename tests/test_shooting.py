@@ -1,5 +1,7 @@
 """Shooting: its two ends are known methods, its path is the chain, its books are right, and it knows when to give up."""
 
+import functools
+
 import blackjax
 import jax
 import jax.numpy as jnp
@@ -7,8 +9,11 @@ import numpy as np
 import pytest
 
 from partime_mcmc import (Clipped, DenseJacobian, Dynamics, HutchinsonDiagonal, Sliding, Status, Stretches, Target,
-                          Tolerance, certify, deer, from_blackjax, hmc, loop, random_walk, residual, rollout, sample,
+                          Tolerance, certify, deer, from_blackjax, loop, mala, random_walk, residual, rollout, sample,
                           shooting, solve)
+from partime_mcmc.solvers.ahead import split
+from partime_mcmc.solvers.lanes import widths
+from partime_mcmc.solvers.rollout import roll_on
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +93,81 @@ def test_evaluations_are_lanes_times_depth():
     assert float(found.stats.evaluations) == pytest.approx(10 * int(found.stats.depth) / 1000)
     # A map that halves distances forgets 13 digits in some 45 steps.
     assert 100 < int(found.stats.depth) < 100 + 60
+
+
+def _fading_step(_, state, drive):
+    return drive[0] * state + drive[1:]
+
+
+def test_lanes_that_have_met_are_let_go():
+    """Few segments forget slowly: their lanes go on in a narrower loop, and the others cost nothing more."""
+    steps, count = 64, 64
+    fading = jnp.full((count, steps), 0.1).at[5::16].set(0.55)
+    drives = jnp.concatenate([fading.reshape(-1, 1), jax.random.normal(jax.random.key(1), (steps * count, 2))], axis=1)
+    found = solve(Dynamics(_fading_step), jnp.zeros(2), drives, solver=shooting(count)).or_raise()
+    np.testing.assert_allclose(found.states, rollout(Dynamics(_fading_step), jnp.zeros(2), drives), rtol=0, atol=1e-12)
+    depth, evaluations = int(found.stats.depth), float(found.stats.evaluations)
+    assert depth > steps + 40, "13 digits at 0.55 a step"
+    # 0.1 forgets them in some 14 steps of 64 lanes; the four slow ones go on in 16.
+    assert 1 + 13 / 64 < evaluations < 1 + (18 + (depth - steps) / 4) / 64
+    # Chains must not decide about one another's rounding, so several of them keep all their lanes.
+    assert widths(count, 1) == (64, 16) and widths(1024, 1) == (1024, 256, 64, 16) and widths(1024, 2) == (1024,)
+
+
+def test_dice_are_thrown_ahead_and_are_the_same():
+    kernel, state, tape = mala_chain(50)
+    memo, first = kernel.dynamics().memo, jax.tree.map(lambda leaf: leaf[0], tape)
+    memory = jax.eval_shape(memo.enter, None, state.position, first)
+    ahead, rest = split(memo.advance, None, memory, first)
+
+    @jax.jit
+    def both(position, tape):
+        values = jax.vmap(ahead, in_axes=(None, 0))(None, tape)
+        at = functools.partial(jax.tree.map, lambda leaf: leaf[7])
+        start = memo.enter(None, position, at(tape))
+        return values, memo.advance(None, start, at(tape)), rest(None, start, at(values))
+
+    values, wanted, got = both(state.position, tape)
+    assert sorted(leaf.shape for leaf in jax.tree.leaves(values)) == [(50,), (50, 3)], "noise and accept uniform"
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-13), got, wanted)
+
+    def minibatch(data, state, key):
+        return 0.5 * state + data[jax.random.randint(key, (200,), 0, 1000)].mean(axis=0)
+
+    # 200 rows per step are better gathered when they are needed: only what is small is kept.
+    arguments = jnp.ones((1000, 3)), jnp.ones(3), jax.random.key(0)
+    small = jax.eval_shape(split(minibatch, *arguments)[0], arguments[0], arguments[2])
+    assert sum(leaf.size for leaf in jax.tree.leaves(small)) <= 3
+    kept, _ = split(lambda data, state, key: data[jax.random.randint(key, (200,), 0, 1000)] @ state, *arguments)
+    assert kept(arguments[0], arguments[2]) is arguments[2]
+
+
+def test_paths_are_finished_from_where_they_stop_being_exact():
+    dynamics, drives = tanh_network(), jax.random.normal(jax.random.key(1), (3, 40, 3))
+    starts = jnp.ones((3, 3))
+    wanted = jax.vmap(functools.partial(rollout, dynamics))(starts, drives)
+    exact = jnp.array([0, 17, 40])
+    spoiled = jnp.where((jnp.arange(40) < exact[:, None])[..., None], wanted, jnp.nan)
+    got = roll_on(dynamics, starts, spoiled, drives, exact)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-15)
+    np.testing.assert_array_equal(got[1, :17], wanted[1, :17])
+    np.testing.assert_array_equal(got[2], wanted[2])
+
+
+def test_proposals_outside_the_support_are_rejected():
+    def logdensity(x):
+        return jnp.select([jnp.abs(x[0]) >= 1, jnp.abs(x[1]) >= 1], [-jnp.inf, jnp.nan], -0.5 * jnp.sum(x**2))
+
+    kernel = from_blackjax(blackjax.mala(logdensity, 0.3))
+    state = kernel.init(jnp.full(2, 0.5))
+    tape = kernel.tape(jax.random.key(3), 400, state)
+    carries, info = jax.jit(lambda start, keys: loop(kernel, start, keys))(state, tape.dice)
+    found = solve(kernel.dynamics(), kernel.carry(state), tape, solver=shooting(8)).or_raise()
+    np.testing.assert_allclose(found.states, carries, rtol=0, atol=1e-10)
+    certificate = certify(kernel, kernel.carry(state), found.states, tape)
+    assert bool(certificate.certified) and float(jnp.abs(found.states).max()) < 1
+    assert int(certificate.num_rejected) == int((~info.is_accepted).sum()) > 50
+    assert int(certificate.num_nonfinite_proposals) > 50
 
 
 def test_the_chain_is_blackjaxs_own_with_rejections():
@@ -216,10 +296,10 @@ def test_bad_arguments(arguments, words):
 
 def test_sampling_follows_the_advice_and_says_why_when_chains_do_not_forget():
     target = Target(lambda x: -0.5 * jnp.sum(x**2), lambda key: jax.random.normal(key, (4,)))
-    run = dict(num_samples=4096, num_chains=2, num_warmup=100, progress=False)
-    forgetful = sample(jax.random.key(0), target, hmc, **run).or_raise()
+    run = functools.partial(sample, jax.random.key(0), target, num_samples=2048, num_chains=4, progress=False)
+    forgetful = run(mala(target.logdensity, 0.5)).or_raise()
     assert forgetful.advice.parallel and "shooting" in forgetful.plan["solver"].lower()
     assert forgetful.report.evaluations_per_sample < 3
-    walk = sample(jax.random.key(0), target, random_walk, **run).or_raise()
+    walk = run(random_walk(target.logdensity, 0.8)).or_raise()
     assert not walk.advice.parallel and "Rollout" in walk.plan["solver"]
     assert "forget" in str(walk.advice)

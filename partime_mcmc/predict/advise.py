@@ -224,8 +224,8 @@ def _flat_starts(starts, initial, flat):
 
 def _schedule(num_steps: int, num_chains: int, bytes_per_state: int, machine: Machine) -> tuple[Schedule, int]:
     """All of time if the path and its copies fit, else the longest stretches that do, a power of two."""
-    # Shooting holds the path three times over, and its residual.
-    fitting = machine.max_bytes / (4 * num_chains * bytes_per_state)
+    # Shooting holds the path three times over, its residual, and about twice as much in dice.
+    fitting = machine.max_bytes / (6 * num_chains * bytes_per_state)
     if num_steps <= fitting:
         return Whole(), num_steps
     size = 2 ** max(6, int(math.log2(max(fitting, 1))))

@@ -89,8 +89,8 @@ class Machine:
 _LANES_PER_CORE = 8
 # Two cores of a server (AMD EPYC, AVX-512), otherwise idle, JAX 0.10.1: the sequential loop, the dice in one batch, and the
 # vmapped rest of a step in 16, 64 and 256 lanes, for MALA (float32 and float64), HMC (4 and 8 leapfrogs) and NUTS on eight
-# schools, HMC on a banana and on a logistic regression with 944 rows, MALA on a mixture; medians of 7. Chosen by hand so that
-# most times are met within a factor of 2, which moves the best number of segments by half a power of two.
+# schools, HMC on a banana and on a logistic regression with 944 rows, MALA on a mixture; medians of 7. Chosen by hand so
+# that most times are met within a factor of 2, which moves the best number of segments by half a power of two.
 CPU = Machine("2 CPU cores", 2e-8, 1.1e-10, 2, 0.8, 1e3, 2.5, 94, 0.4, 2048, 2.0**30)
 # A guess, measured nowhere: 4 µs to start a kernel, 10^12 operations per second once thousands of lanes fill it.
 GPU = Machine("a GPU (guessed)", 4e-6, 1e-12, 1, 1.0, 1e3, 1.0, 2, 1.0, 16384, 2.0**32)

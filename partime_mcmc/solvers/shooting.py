@@ -8,6 +8,9 @@ same dice, so on a system that forgets they coalesce after m ≪ n steps, and ev
     pass k > 1   x_{c,0} ← x_{c-1,n}     until |x_{c,i} − stored_{c,i}| ≤ tolerance in all segments, or i = n
     done when every segment starts at its predecessor's end, to the tolerance: depth n + m, 1 + m/n evaluations per step
 
+Lanes that have met are let go: the loop is narrowed to those that are open (`lanes`). What a step computes from its dice
+alone, the draws first of all, is computed once, for all steps in one batch (`ahead`).
+
 One segment is the sequential chain. After k passes the first k segments are exact whatever the system; a system that does
 not forget needs C passes, so the solver gives up once the work says so (`gave_up`), and the caller goes on sequentially.
 No derivative is needed and nothing can overflow that does not overflow in the sequential chain. This is multiple shooting
@@ -61,8 +64,8 @@ class Shooting:
         num_segments: C; None chooses by the device and the length of the path.
         steps: n, instead of `num_segments`; at most one of the two is given.
         correction: What stands for the Jacobian of a whole segment when starts are corrected; zero hands over ends.
-        max_evaluations: Evaluations per step after which to give up if more than half of the segments are still open,
-            and four times as many in any case; None is 4 + 256 / n.
+        max_evaluations: How many segments' lengths deep to go before giving up if more than half of the segments are still
+            open, and four times as many in any case: evaluations per step if no lane could be let go; None is 4 + 256 / n.
     """
 
     num_segments: int | None = None
