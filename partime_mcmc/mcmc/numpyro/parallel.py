@@ -108,6 +108,7 @@ class ParallelMCMC(MCMC):
         self._targets: dict[Any, Target] = {}
         self._draws: Draws | None = None
         self._asked: Callable[[], Advice] | None = None
+        self._warmed: Warmup | None = None
 
     def run(self, rng_key: Any, *args: Any, extra_fields: tuple | list = (), init_params: PyTree = None, **kwargs: Any) -> None:
         """As NumPyro's: warm up unless `post_warmup_state` is set, then sample.
@@ -162,6 +163,11 @@ class ParallelMCMC(MCMC):
         """
         return self._need_draws()
 
+    @property
+    def warmed(self) -> Warmup | None:
+        """The last warm-up: what was chosen, why, and what it cost; None before there was one."""
+        return self._warmed
+
     def _need_draws(self) -> Draws:
         if self._draws is None:
             raise RuntimeError("run must be called first")
@@ -187,6 +193,7 @@ class ParallelMCMC(MCMC):
         warmup = None
         if state is None:
             ready = begin(self.sampler, target, keys, self.num_warmup, init_params, progress)
+            self._warmed = ready.warmup
             kernel, warmup, state = ready.kernel, ready.warmup, state_of(ready, keys)
         else:
             state = state._replace(rng_key=keys) if self.num_chains > 1 else jax.tree.map(
@@ -197,14 +204,18 @@ class ParallelMCMC(MCMC):
         num_steps = params["upper"] - params["lower"]
         if params["phase"] == "warmup" and num_steps:
             raise ValueError("collect_warmup: got True, wanted False: warm-up pools chains and keeps no draws; see report.warmup")
+        single = self.num_chains == 1
+        if not num_steps:
+            # `warmup()` collects nothing: what NumPyro keeps are empty arrays.
+            shape = (0,) if single else (0, self.num_chains)
+            nothing = {"z": jax.tree.map(lambda leaf: jnp.zeros((*shape, *leaf.shape[1:]), leaf.dtype), state.z)}
+            return nothing, jax.tree.map(lambda leaf: leaf[0], state) if single else state
         pool = state.z if warmup is None else warmup.pool
         draws = draw_chains(target, kernel, state.z, keys, num_steps, warmup=warmup, solver=self.solver, schedule=self.schedule,
                             skip=int(state.i[0]), carries=state.r, progress=progress)
-        if num_steps:
-            self._draws = draws
-            self._asked = functools.cache(functools.partial(pilot_advice, kernel, pool, keys, num_steps))
+        self._draws = draws
+        self._asked = functools.cache(functools.partial(pilot_advice, kernel, pool, keys, num_steps))
         fields, last = collect(draws, kernel, state, self.postprocess_fn, collect_fields, remove_sites, self.thinning)
-        single = self.num_chains == 1
         along = [jax.tree.map(lambda leaf: leaf[0] if single else jnp.swapaxes(leaf, 0, 1), value) for value in fields.values()]
         return dict(zip(fields, along)), jax.tree.map(lambda leaf: leaf[0], last) if single else last
 
