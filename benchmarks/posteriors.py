@@ -1,13 +1,15 @@
-"""Reference posteriors, `ParallelMCMC` against NumPyro's NUTS: `python -m benchmarks.posteriors --out benchmarks/results`.
+"""Reference posteriors, `ParallelMCMC` against NumPyro's NUTS: `python -m benchmarks.posteriors --out
+benchmarks/results`.
 
-For every posterior of the folder that PARTIME_REFERENCE_POSTERIORS names, both samplers draw four chains of 7,168 in float64, each
-in a process of its own: `CoalescingHMC` with default settings, and NUTS with a dense mass matrix and 1,000 warm-up steps at each of
-NumPyro's chain methods ("parallel" with four host devices), of which the fastest counts.
+For every posterior of the folder that PARTIME_REFERENCE_POSTERIORS names, both samplers draw four chains of 7,168 in
+float64, each in a process of its own: `CoalescingHMC` with default settings, and NUTS with a dense mass matrix and
+1,000 warm-up steps at each of NumPyro's chain methods ("parallel" with four host devices), of which the fastest counts.
 
-Seconds are those of a second warm-up and run with the same key, less what JAX itself reports of tracing and compiling in them;
-compilation is what it reports of the first. `to 20,000` is warm-up plus sampling, the latter scaled to a bulk ESS of 20,000 of the
-worst parameter. The certificate is part of our sampling.
-ESS per 1,000 gradients is the smaller of the mean's and the square's, worst parameter; gradients of landing steps count.
+Seconds are those of a second warm-up and run with the same key, less what JAX itself reports of tracing and compiling
+in them; compilation is what it reports of the first. `to 20,000` is warm-up plus sampling, the latter scaled to a bulk
+ESS of 20,000 of the worst parameter. The certificate is part of our sampling.
+ESS per 1,000 gradients is the smaller of the mean's and the square's, worst parameter; gradients of landing steps
+count.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import math
 import os
 import pathlib
 import platform
@@ -76,10 +77,17 @@ def measure(name: str, method: str) -> dict:
 
     def sampler(num_samples):
         if method == "ours":
-            return ParallelMCMC(CoalescingHMC(model), num_warmup=WARMUP, num_samples=num_samples, num_chains=CHAINS,
-                                progress_bar=False)
-        return numpyro.infer.MCMC(numpyro.infer.NUTS(model, dense_mass=True), num_warmup=WARMUP, num_samples=num_samples,
-                                  num_chains=CHAINS, chain_method=method, progress_bar=False)
+            return ParallelMCMC(
+                CoalescingHMC(model), num_warmup=WARMUP, num_samples=num_samples, num_chains=CHAINS, progress_bar=False
+            )
+        return numpyro.infer.MCMC(
+            numpyro.infer.NUTS(model, dense_mass=True),
+            num_warmup=WARMUP,
+            num_samples=num_samples,
+            num_chains=CHAINS,
+            chain_method=method,
+            progress_bar=False,
+        )
 
     def draws(mcmc):
         return flat(jax.tree.map(np.asarray, mcmc.get_samples(group_by_chain=True)), names)
@@ -98,24 +106,41 @@ def measure(name: str, method: str) -> dict:
     compile_seconds = 0.0
     for _ in range(2):  # the second time counts
         warmup_seconds, compiling = timed(warm_up, compilation)
-        warmup_gradients = warmup_report(mcmc) if method == "ours" else int(np.asarray(mcmc.get_extra_fields()["num_steps"]).sum())
+        warmup_gradients = (
+            warmup_report(mcmc) if method == "ours" else int(np.asarray(mcmc.get_extra_fields()["num_steps"]).sum())
+        )
         sample_seconds, more = timed(lambda: run(mcmc), compilation)
         compile_seconds = compile_seconds or compiling + more
     x = draws(mcmc)
     ess = min(ess_bulk(values) for values in x.values())
-    squares = min(ess_bulk((values - values.mean())**2) for values in x.values())
+    squares = min(ess_bulk((values - values.mean()) ** 2) for values in x.values())
     steps = float(np.asarray(mcmc.get_extra_fields()["num_steps"]).sum())
     more = {}
     if method == "ours":
         report = mcmc.report
         steps += CHAINS * SAMPLES / 4
-        more = {"evaluations": report.run.evaluations_per_sample, "depth": report.run.depth, "level": report.level.name,
-                "residual": float(np.max(np.asarray(report.certificate.max_residual))), "parallel": report.parallel,
-                "run_seconds": report.run.seconds_run, "certify_seconds": report.run.seconds_certify}
-    return {"ess": ess, "ess_squares": squares, "num_samples": SAMPLES, "gradients": steps,
-            "ess_per_1000_gradients": 1000 * min(ess, squares) / steps, "warmup_gradients": warmup_gradients,
-            "warmup_seconds": warmup_seconds, "sample_seconds": sample_seconds, "compile_seconds": compile_seconds,
-            "seconds_to_target": warmup_seconds + sample_seconds * TARGET_ESS / ess, **more}
+        more = {
+            "evaluations": report.run.evaluations_per_sample,
+            "depth": report.run.depth,
+            "level": report.level.name,
+            "residual": float(np.max(np.asarray(report.certificate.max_residual))),
+            "parallel": report.parallel,
+            "run_seconds": report.run.seconds_run,
+            "certify_seconds": report.run.seconds_certify,
+        }
+    return {
+        "ess": ess,
+        "ess_squares": squares,
+        "num_samples": SAMPLES,
+        "gradients": steps,
+        "ess_per_1000_gradients": 1000 * min(ess, squares) / steps,
+        "warmup_gradients": warmup_gradients,
+        "warmup_seconds": warmup_seconds,
+        "sample_seconds": sample_seconds,
+        "compile_seconds": compile_seconds,
+        "seconds_to_target": warmup_seconds + sample_seconds * TARGET_ESS / ess,
+        **more,
+    }
 
 
 def warmup_report(mcmc) -> int:
@@ -126,8 +151,12 @@ def warmup_report(mcmc) -> int:
 def in_a_process(name: str, method: str) -> dict:
     """`measure` in a fresh process, with as many host devices as the method wants."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={METHODS[method]}"
-    done = subprocess.run([sys.executable, "-m", "benchmarks.posteriors", "--one", name, method], capture_output=True, text=True,
-                          env={**os.environ, "XLA_FLAGS": flags})
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.posteriors", "--one", name, method],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": flags},
+    )
     if done.returncode:
         return {"failed": done.stderr.strip().splitlines()[-1]}
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -135,12 +164,20 @@ def in_a_process(name: str, method: str) -> dict:
 
 def table(rows: dict) -> str:
     """The Markdown table, with how many targets are met below it."""
-    lines = ["| posterior | ESS/1,000 gradients, ours / NUTS | seconds to ESS 20,000, ours / NUTS (method) | faster | warm-up "
-             "gradients, ours / NUTS | compile, ours / NUTS, s | evaluations per draw | certificate |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| posterior | ESS/1,000 gradients, ours / NUTS | seconds to ESS 20,000, ours / NUTS (method) | faster | warm-up "
+        "gradients, ours / NUTS | compile, ours / NUTS, s | evaluations per draw | certificate |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     ratios, gains, compiles = [], [], []
     for name, row in rows.items():
-        ours, best = row["ours"], min((row[m] for m in METHODS if m != "ours" and "failed" not in row.get(m, {"failed": 1})),
-                                      key=lambda one: one["seconds_to_target"])
+        ours, best = (
+            row["ours"],
+            min(
+                (row[m] for m in METHODS if m != "ours" and "failed" not in row.get(m, {"failed": 1})),
+                key=lambda one: one["seconds_to_target"],
+            ),
+        )
         method = next(m for m in METHODS if row.get(m) is best)
         gains.append(ours["ess_per_1000_gradients"] / best["ess_per_1000_gradients"])
         ratios.append(best["seconds_to_target"] / ours["seconds_to_target"])
@@ -149,11 +186,14 @@ def table(rows: dict) -> str:
             f"| {name} | {ours['ess_per_1000_gradients']:.0f} / {best['ess_per_1000_gradients']:.0f} | "
             f"{ours['seconds_to_target']:.2f} / {best['seconds_to_target']:.2f} ({method}) | **{ratios[-1]:.1f}×** | "
             f"{ours['warmup_gradients']:,} / {best['warmup_gradients']:,} | {ours['compile_seconds']:.1f} / "
-            f"{best['compile_seconds']:.1f} | {ours['evaluations']:.2f} | {ours['level']}, {ours['residual']:.0e} |")
+            f"{best['compile_seconds']:.1f} | {ours['evaluations']:.2f} | {ours['level']}, {ours['residual']:.0e} |"
+        )
     if ratios:
-        lines.append(f"\nESS per gradient at least twice NUTS's: {sum(g >= 2 for g in gains)} of {len(gains)}. Faster to ESS 20,000: "
-                     f"{sum(r > 1 for r in ratios)} of {len(ratios)}, median {sorted(ratios)[len(ratios) // 2]:.1f}×. Compilation: "
-                     f"median {sorted(compiles)[len(compiles) // 2]:.1f} times NUTS's.")
+        lines.append(
+            f"\nESS per gradient at least twice NUTS's: {sum(g >= 2 for g in gains)} of {len(gains)}. Faster to ESS 20,000: "
+            f"{sum(r > 1 for r in ratios)} of {len(ratios)}, median {sorted(ratios)[len(ratios) // 2]:.1f}×. Compilation: "
+            f"median {sorted(compiles)[len(compiles) // 2]:.1f} times NUTS's."
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -1,11 +1,13 @@
 """A hierarchical regression on real data: diabetes progression on body-mass index, by age and sex, partially pooled.
 
-The data are scikit-learn's 442 patients (Efron, Hastie, Johnstone & Tibshirani 2004). Intercepts and slopes vary by decade of age
-and sex, twelve groups of 8 to 66 patients, and are drawn towards their common mean as far as the data ask for it, in non-centred
-form. Varying slopes are what makes such posteriors awkward: 30 parameters of very different widths.
+The data are scikit-learn's 442 patients (Efron, Hastie, Johnstone & Tibshirani 2004). Intercepts and slopes vary by
+decade of age and sex, twelve groups of 8 to 66 patients, and are drawn towards their common mean as far as the data
+ask for it, in non-centred form. Varying slopes are what makes such posteriors awkward: 30 parameters of very different
+widths.
 
-What one sees: warm-up whitens them with one dense metric from eight pooled chains; the summary of intercepts and slopes by group,
-R-hat and effective sample sizes; and the report: certified chains, evaluations per draw, what warm-up chose and why.
+What one sees: warm-up whitens them with one dense metric from eight pooled chains; the summary of intercepts and
+slopes by group, R-hat and effective sample sizes; and the report: certified chains, evaluations per draw, what warm-up
+chose and why.
 
     pip install scikit-learn && python examples/hierarchical_regression.py --num-samples 2000
 """
@@ -17,8 +19,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 
-from partime_mcmc import summary_table
-from partime_mcmc.mcmc.numpyro import CoalescingHMC, ParallelMCMC
+from partime_mcmc import CoalescingHMC, ParallelMCMC, summary_table
 
 
 def patients():
@@ -53,12 +54,16 @@ def main(argv=None):
     parser.add_argument("--num-chains", type=int, default=4)
     arguments = parser.parse_args(argv)
     jax.config.update("jax_enable_x64", True)
-    mcmc = ParallelMCMC(CoalescingHMC(model), num_warmup=1000, num_samples=arguments.num_samples, num_chains=arguments.num_chains)
+    mcmc = ParallelMCMC(
+        CoalescingHMC(model), num_warmup=1000, num_samples=arguments.num_samples, num_chains=arguments.num_chains
+    )
     mcmc.run(jax.random.key(0), **patients())
     rows = {row["name"]: row for row in summary_table(mcmc.or_raise().draws)}
     for name in ("level", "slope", "spread[0]", "spread[1]", "noise", *(f"slopes[{group}]" for group in range(12))):
         row = rows[name]
-        print(f"{name:>10}  mean {row['mean']:6.2f}  sd {row['sd']:5.2f}  ESS {row['ess_bulk']:6.0f}  R-hat {row['r_hat']:.3f}")
+        print(
+            f"{name:>10}  mean {row['mean']:6.2f}  sd {row['sd']:5.2f}  ESS {row['ess_bulk']:6.0f}  R-hat {row['r_hat']:.3f}"
+        )
     print(mcmc.report)
     return mcmc, rows
 

@@ -5,8 +5,9 @@ The model is the README's of NumPyro: eight schools in non-centred form. The dif
     - mcmc = MCMC(NUTS(model), num_warmup=1000, num_samples=..., num_chains=4)
     + mcmc = ParallelMCMC(CoalescingHMC(model), num_warmup=1000, num_samples=..., num_chains=4)
 
-and everything after it (`run`, `print_summary`, `get_samples`, `get_extra_fields`) stays. What one sees: the same posterior within its
-Monte Carlo error, the report of the parallel run (certificate, work, what warm-up chose), and both times of a second run.
+and everything after it (`run`, `print_summary`, `get_samples`, `get_extra_fields`) stays. What one sees: the same
+posterior within its Monte Carlo error, the report of the parallel run (certificate, work, what warm-up chose), and
+both times of a second run.
 
     python examples/numpyro_drop_in.py --num-samples 2000
 """
@@ -21,7 +22,7 @@ import numpyro.distributions as dist
 from numpyro.infer import MCMC, NUTS
 from numpyro.infer.reparam import TransformReparam
 
-from partime_mcmc.mcmc.numpyro import CoalescingHMC, ParallelMCMC
+from partime_mcmc import CoalescingHMC, ParallelMCMC
 
 J = 8
 Y = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
@@ -35,7 +36,8 @@ def eight_schools_noncentered(J, sigma, y=None):
     with numpyro.plate("J", J):
         with numpyro.handlers.reparam(config={"theta": TransformReparam()}):
             theta = numpyro.sample(
-                "theta", dist.TransformedDistribution(dist.Normal(0.0, 1.0), dist.transforms.AffineTransform(mu, tau)))
+                "theta", dist.TransformedDistribution(dist.Normal(0.0, 1.0), dist.transforms.AffineTransform(mu, tau))
+            )
         numpyro.sample("obs", dist.Normal(theta, sigma), obs=y)
 
 
@@ -47,7 +49,10 @@ def fit(mcmc, key):
     draws = jax.block_until_ready(mcmc.get_samples())
     seconds = time.perf_counter() - begin
     mcmc.print_summary()
-    print(f"Expected log joint density: {np.mean(-mcmc.get_extra_fields()['potential_energy']):.2f}; second run {seconds:.2f} s\n")
+    print(
+        f"Expected log joint density: {-np.mean(mcmc.get_extra_fields()['potential_energy']):.2f}; "
+        f"second run {seconds:.2f} s\n"
+    )
     return draws, seconds
 
 
@@ -62,7 +67,9 @@ def main(argv=None):
     ours = ParallelMCMC(CoalescingHMC(eight_schools_noncentered), **counts)
     found = {"NumPyro": fit(theirs, jax.random.key(0)), "parallel in time": fit(ours, jax.random.key(0))}
     print(ours.or_raise().report)
-    return {name: (np.mean(draws["mu"]), np.mean(np.log(draws["tau"])), seconds) for name, (draws, seconds) in found.items()}, ours
+    return {
+        name: (np.mean(draws["mu"]), np.mean(np.log(draws["tau"])), seconds) for name, (draws, seconds) in found.items()
+    }, ours
 
 
 if __name__ == "__main__":

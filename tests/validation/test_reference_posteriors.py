@@ -1,7 +1,7 @@
 """Nine reference posteriors with default settings, float64: draws agree with the reference, chains are certified.
 
-Which kernels run on which posterior per commit is `PER_COMMIT`; the full matrix runs with `-m slow`. Without the variable that names
-the folder these tests are skipped, and with it nothing is.
+Which kernels run on which posterior per commit is `PER_COMMIT`; the full matrix runs with `-m slow`. Without the
+variable that names the folder these tests are skipped, and with it nothing is.
 """
 
 import warnings
@@ -16,10 +16,17 @@ from partime_mcmc.mcmc.numpyro import HMC, MALA, NUTS, CoalescingHMC, ParallelMC
 
 KERNELS = {"CoalescingHMC": CoalescingHMC, "HMC": HMC, "NUTS": NUTS, "MALA": MALA}
 SAMPLES = {"CoalescingHMC": 3000, "HMC": 3000, "NUTS": 1000, "MALA": 8000}
-PER_COMMIT = {"CoalescingHMC": reference.NAMES, "HMC": reference.NAMES[2:3], "NUTS": reference.NAMES[4:5],
-              "MALA": reference.NAMES[8:9]}
-MATRIX = [pytest.param(kernel, name, marks=() if name in PER_COMMIT[kernel] else pytest.mark.slow, id=f"{kernel}-{name}")
-          for kernel in KERNELS for name in reference.NAMES]
+PER_COMMIT = {
+    "CoalescingHMC": reference.NAMES,
+    "HMC": reference.NAMES[2:3],
+    "NUTS": reference.NAMES[4:5],
+    "MALA": reference.NAMES[8:9],
+}
+MATRIX = [
+    pytest.param(kernel, name, marks=() if name in PER_COMMIT[kernel] else pytest.mark.slow, id=f"{kernel}-{name}")
+    for kernel in KERNELS
+    for name in reference.NAMES
+]
 in_parallel: dict[str, bool] = {}
 
 
@@ -39,7 +46,9 @@ def test_posterior(kernel, name, capsys):
         mcmc = ParallelMCMC(KERNELS[kernel](posterior.model), num_warmup=1000, num_samples=SAMPLES[kernel], num_chains=4)
         mcmc.run(jax.random.key(2), **posterior.data)
     report = mcmc.or_raise().report
-    verdict = reference.judge(posterior.flat(mcmc.get_samples(group_by_chain=True), posterior.reference), posterior.reference)
+    verdict = reference.judge(
+        posterior.flat(mcmc.get_samples(group_by_chain=True), posterior.reference), posterior.reference
+    )
     with capsys.disabled():
         print(f"\n{kernel} on {name}, {report.run.dtype}: {verdict}; {report.run}")
     assert report.level == Level.CERTIFIED_PATH and report.run.dtype == "float64"
