@@ -171,13 +171,10 @@ def table(rows: dict) -> str:
     ]
     ratios, gains, compiles = [], [], []
     for name, row in rows.items():
-        ours, best = (
-            row["ours"],
-            min(
-                (row[m] for m in METHODS if m != "ours" and "failed" not in row.get(m, {"failed": 1})),
-                key=lambda one: one["seconds_to_target"],
-            ),
-        )
+        theirs = [row[m] for m in METHODS if m != "ours" and "seconds_to_target" in row.get(m, {})]
+        if not theirs or "seconds_to_target" not in row.get("ours", {}):
+            continue
+        ours, best = row["ours"], min(theirs, key=lambda one: one["seconds_to_target"])
         method = next(m for m in METHODS if row.get(m) is best)
         gains.append(ours["ess_per_1000_gradients"] / best["ess_per_1000_gradients"])
         ratios.append(best["seconds_to_target"] / ours["seconds_to_target"])
