@@ -35,8 +35,43 @@ CHAINS, DRAWS = 8, 4096
 LEAPFROGS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 
 
+def funnel() -> Target:
+    """Neal's funnel: a log scale of standard deviation 3, and eight coordinates of that scale."""
+    return Target(lambda x: -x[0] ** 2 / 18 - 4 * x[0] - 0.5 * jnp.exp(-x[0]) * jnp.sum(x[1:] ** 2),
+                  lambda key: jax.random.normal(key, (9,)))
+
+
+def modes() -> Target:
+    """Two unit normals in the plane, eight apart: no metric fits both."""
+    return Target(lambda x: jnp.logaddexp(-0.5 * jnp.sum((x - 2.8) ** 2), -0.5 * jnp.sum((x + 2.8) ** 2)),
+                  lambda key: 4 * jax.random.normal(key, (2,)))
+
+
+def normal() -> Target:
+    """A standard normal in 50 dimensions."""
+    return Target(lambda x: -0.5 * jnp.sum(x**2), lambda key: jax.random.normal(key, (50,)))
+
+
+def latent_process() -> Target:
+    """Counts at eleven places, log rates a Gaussian process with unknown length and scale, non-centred."""
+    places = jnp.linspace(-10, 10, 11)
+    counts = jax.random.poisson(jax.random.key(7), jnp.exp(1.5 + 1.5 * jnp.sin(places / 3)))
+
+    def logdensity(x):
+        length, scale = jnp.exp(x[0]), jnp.exp(x[1])
+        kernel = scale**2 * jnp.exp(-0.5 * ((places[:, None] - places) / length) ** 2) + 1e-8 * jnp.eye(11)
+        rates = jnp.linalg.cholesky(kernel) @ x[2:]
+        prior = 25 * x[0] - 4 * length - scale**2 / 8 + x[1] - 0.5 * jnp.sum(x[2:] ** 2)
+        return prior + jnp.sum(counts * rates - jnp.exp(rates))
+
+    return Target(logdensity, lambda key: jnp.array([1.8, 0.0] + 11 * [0.0]) + 0.3 * jax.random.normal(key, (13,)))
+
+
+HARD = {"normal, 50 dimensions": normal, "funnel": funnel, "two modes, 8 apart": modes, "latent process, counts": latent_process}
+
+
 def targets(folder: Path | None) -> dict[str, Callable[[], Target]]:
-    """The built-in models, and those of a folder of reference posteriors."""
+    """The built-in models, those of a folder of reference posteriors, and some that are hard on purpose."""
     found = {name: functools.partial(lambda model: model().make_target(jax.random.key(0)), model)
              for name, model in MODELS.items()}
     if folder is not None:
@@ -45,7 +80,7 @@ def targets(folder: Path | None) -> dict[str, Callable[[], Target]]:
         spec.loader.exec_module(module)
         for name, (model, prepare) in module.MODELS.items():
             found[name] = functools.partial(_of_reference, folder, name, model, prepare)
-    return found
+    return {**found, **HARD}
 
 
 def _of_reference(folder, name, model, prepare):
@@ -156,7 +191,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--posteriors", type=Path)
     parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--only", default="", help="models whose name contains this")
+    parser.add_argument("--only", default="", help="models whose name contains this; others keep their stored results")
+    parser.add_argument("--readme", type=Path, help="a file whose table is to be replaced")
     arguments = parser.parse_args(argv)
     jax.config.update("jax_enable_x64", True)
     results = {}
@@ -165,9 +201,19 @@ def main(argv: list[str] | None = None) -> None:
             results[name] = measure(make(), arguments.seeds)
             print(table({name: results[name]}), file=sys.stderr, flush=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "dice-meetings.json").write_text(json.dumps({"versions": versions(), "models": results}, indent=1))
+    stored = arguments.out / "dice-meetings.json"
+    if arguments.only and stored.exists():
+        results = {**json.loads(stored.read_text())["models"], **results}
+    stored.write_text(json.dumps({"versions": versions(), "models": results}, indent=1))
     (arguments.out / "dice-meetings.md").write_text(table(results))
+    if arguments.readme:
+        text = arguments.readme.read_text()
+        head, rest = text.split(_BEGIN)
+        arguments.readme.write_text(head + _BEGIN + "\n" + table(results) + _END + rest.split(_END)[1])
     print(table(results))
+
+
+_BEGIN, _END = "<!-- table: benchmarks/results/dice-meetings.md -->", "<!-- end of meetings -->"
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def hmc(logdensity: Callable[[PyTree], Array], step_size: float, metric: Whiteni
         metric: Whitened coordinates, or an inverse mass matrix of shape `(D,)` or `(D, D)` in BlackJAX's sense.
         num_integration_steps: Leapfrog steps per transition; None takes a path of a quarter period.
         dice: How momenta are drawn; coalescing ones want a `Whitening`, because they are aimed at the trajectory's end as on
-            a standard normal, and a step size that is a concrete number below 2.
+            a standard normal, and a step size below 2.
 
     Raises:
         ValueError: If the step size or the metric is unusable.

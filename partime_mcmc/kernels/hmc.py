@@ -16,7 +16,6 @@ Trajectories and energies are BlackJAX's; momenta and uniforms come from our dic
 
 from __future__ import annotations
 
-import math
 from typing import Callable, NamedTuple
 
 import jax
@@ -89,18 +88,18 @@ class CycleDice(NamedTuple):
     langevin: LangevinDice
 
 
-def leapfrog_row(step_size: float, num_steps: int) -> tuple[float, float]:
+def leapfrog_row(step_size: Array | float, num_steps: int) -> tuple[Array, Array]:
     """(c, s): L leapfrog steps of a standard normal end at c x + s p.
 
-    One step is x' = (1 − h²/2) x + h p; with cos θ = 1 − h²/2 its powers rotate by Lθ, with momenta scaled by √(1 − h²/4).
+    One step is x' = (1 − h²/2) x + h p; with sin(θ/2) = h/2 its powers rotate by Lθ, with momenta scaled by √(1 − h²/4).
 
     Raises:
-        ValueError: If the step size is 2 or more, where the leapfrog of a standard normal is unstable.
+        ValueError: If a concrete step size is 2 or more, where the leapfrog of a standard normal is unstable.
     """
-    if not 0 < step_size < 2:
-        raise ValueError(f"step_size: got {step_size!r}, wanted one below 2, the leapfrog's limit of stability")
-    angle = num_steps * math.acos(1 - step_size**2 / 2)
-    return math.cos(angle), math.sin(angle) / math.sqrt(1 - step_size**2 / 4)
+    if not isinstance(step_size, jax.core.Tracer) and not 0 < step_size < 2:
+        raise ValueError(f"step_size: got {float(step_size)!r}, wanted one below 2, the leapfrog's limit of stability")
+    angle = 2 * num_steps * jnp.arcsin(jnp.asarray(step_size) / 2)
+    return jnp.cos(angle), jnp.sin(angle) / jnp.sqrt(1 - jnp.asarray(step_size) ** 2 / 4)
 
 
 def steered_hmc(logdensity: Callable[[PyTree], Array], step_size: float, num_steps: int) -> Drawn:
@@ -108,13 +107,13 @@ def steered_hmc(logdensity: Callable[[PyTree], Array], step_size: float, num_ste
 
     Args:
         logdensity: `position -> scalar`, roughly standard normal.
-        step_size: Leapfrog step, a concrete number below 2.
+        step_size: Leapfrog step, below 2.
         num_steps: L.
 
     Raises:
         ValueError: If the step size is not below 2.
     """
-    c, s = leapfrog_row(float(step_size), num_steps)
+    c, s = leapfrog_row(step_size, num_steps)
     init, propose = _initial(logdensity), _trajectory(logdensity, step_size, num_steps)
 
     def draw(key, state):
@@ -123,8 +122,9 @@ def steered_hmc(logdensity: Callable[[PyTree], Array], step_size: float, num_ste
 
     def apply(dice, state):
         flat = flat_of(state.position)
-        aimed, lattice_margin = multishift(c * flat, abs(s), dice.layers)
-        new, info = propose(state, (aimed - c * flat) / s, dice.uniform)
+        center, gain = (c * flat).astype(flat.dtype), s.astype(flat.dtype)
+        aimed, lattice_margin = multishift(center, jnp.abs(gain), dice.layers)
+        new, info = propose(state, (aimed - center) / gain, dice.uniform)
         return new, info._replace(lattice_margin=lattice_margin)
 
     return Drawn(init, draw, apply)
