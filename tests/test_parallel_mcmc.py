@@ -1,4 +1,5 @@
-"""`ParallelMCMC` keeps NumPyro's contract: what a script says of `MCMC` it can say here, and the chains are NumPyro's own loop's.
+"""`ParallelMCMC` keeps NumPyro's contract: what a script says of `MCMC` it can say here, and the chains are NumPyro's
+own loop's.
 
 One model and three runs serve most tests; programs are shared because shapes are.
 """
@@ -55,7 +56,9 @@ def finished():
     with jax.enable_x64(True), warnings.catch_warnings():
         warnings.simplefilter("error")
         mcmc = ParallelMCMC(sampler(), num_warmup=WARMUP, num_samples=SAMPLES, num_chains=CHAINS)
-        mcmc.run(KEY, X, y=Y, extra_fields=("potential_energy", "num_steps", "accept_prob", "z.noise", "adapt_state.step_size"))
+        mcmc.run(
+            KEY, X, y=Y, extra_fields=("potential_energy", "num_steps", "accept_prob", "z.noise", "adapt_state.step_size")
+        )
         return mcmc
 
 
@@ -74,11 +77,19 @@ def test_draws_fields_and_report():
     mcmc = finished()
     grouped, flat = mcmc.get_samples(group_by_chain=True), mcmc.get_samples()
     assert {name: value.shape for name, value in grouped.items()} == {
-        name: (CHAINS, SAMPLES) for name in ("slope", "noise", "level")}
+        name: (CHAINS, SAMPLES) for name in ("slope", "noise", "level")
+    }
     np.testing.assert_array_equal(flat["slope"], np.asarray(grouped["slope"]).reshape(-1))
     np.testing.assert_allclose(grouped["level"], 0.5 * grouped["slope"] + 1)
     fields = mcmc.get_extra_fields(group_by_chain=True)
-    assert set(fields) == {"diverging", "potential_energy", "num_steps", "accept_prob", "z.noise", "adapt_state.step_size"}
+    assert set(fields) == {
+        "diverging",
+        "potential_energy",
+        "num_steps",
+        "accept_prob",
+        "z.noise",
+        "adapt_state.step_size",
+    }
     np.testing.assert_allclose(np.exp(fields["z.noise"]), grouped["noise"])
     assert fields["potential_energy"].shape == (CHAINS, SAMPLES) and fields["diverging"].dtype == bool
     report = mcmc.or_raise().report
@@ -110,15 +121,21 @@ def test_arviz_predictive_and_log_likelihood_take_it():
 def test_numpyros_own_mcmc_walks_the_same_chains():
     """The sequential reference: the same kernel object, keys and states in NumPyro's `MCMC`."""
     mcmc = finished()
-    theirs = MCMC(sampler(), num_warmup=0, num_samples=SAMPLES, num_chains=CHAINS, chain_method="vectorized", progress_bar=False)
+    theirs = MCMC(
+        sampler(), num_warmup=0, num_samples=SAMPLES, num_chains=CHAINS, chain_method="vectorized", progress_bar=False
+    )
     ready = ParallelMCMC(sampler(), num_warmup=WARMUP, num_samples=SAMPLES, num_chains=CHAINS)
     ready.warmup(KEY, X, y=Y)
     theirs.post_warmup_state = ready.post_warmup_state
     theirs.run(jax.random.split(KEY, CHAINS), X, y=Y, extra_fields=("accept_prob", "num_steps", "mean_accept_prob"))
     np.testing.assert_allclose(theirs.get_samples()["slope"], mcmc.get_samples()["slope"], rtol=1e-8)
-    np.testing.assert_allclose(theirs.get_extra_fields()["accept_prob"], mcmc.get_extra_fields()["accept_prob"], rtol=1e-6)
+    np.testing.assert_allclose(
+        theirs.get_extra_fields()["accept_prob"], mcmc.get_extra_fields()["accept_prob"], rtol=1e-6
+    )
     np.testing.assert_allclose(theirs.last_state.mean_accept_prob, mcmc.last_state.mean_accept_prob, rtol=1e-6)
-    np.testing.assert_array_equal(theirs.last_state.adapt_state.discrete["phase"], mcmc.last_state.adapt_state.discrete["phase"])
+    np.testing.assert_array_equal(
+        theirs.last_state.adapt_state.discrete["phase"], mcmc.last_state.adapt_state.discrete["phase"]
+    )
 
 
 def test_going_on_from_the_last_state_is_one_long_run():
@@ -136,9 +153,11 @@ def test_going_on_from_the_last_state_is_one_long_run():
 
 
 def test_thinning_one_chain_and_left_out_sites():
-    mcmc = ParallelMCMC(sampler(), num_warmup=WARMUP, num_samples=SAMPLES, num_chains=CHAINS, thinning=3, chain_method="parallel")
+    mcmc = ParallelMCMC(
+        sampler(), num_warmup=WARMUP, num_samples=SAMPLES, num_chains=CHAINS, thinning=3, chain_method="parallel"
+    )
     mcmc.run(KEY, X, y=Y, extra_fields=("~z.level",))
-    kept = np.asarray(finished().get_samples(group_by_chain=True)["slope"])[:, SAMPLES % 3 + 2::3]
+    kept = np.asarray(finished().get_samples(group_by_chain=True)["slope"])[:, SAMPLES % 3 + 2 :: 3]
     np.testing.assert_array_equal(mcmc.get_samples(group_by_chain=True)["slope"], kept)
     assert set(mcmc.get_samples()) == {"slope", "noise"} and kept.shape == (CHAINS, SAMPLES // 3)
     alone = ParallelMCMC(sampler(), num_warmup=WARMUP, num_samples=20, solver=sequential())
@@ -150,7 +169,8 @@ def test_thinning_one_chain_and_left_out_sites():
 def test_a_second_run_compiles_nothing():
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda name, seconds, **more: compiled.append(name) if "backend_compile" in name else None)
+        lambda name, seconds, **more: compiled.append(name) if "backend_compile" in name else None
+    )
     mcmc = finished()
     mcmc.run(KEY, X, y=Y)
     compiled.clear()
@@ -222,21 +242,43 @@ def test_models_that_cannot_be_sampled(case):
 
 ARGUMENTS = {
     "no samples": (lambda: ParallelMCMC(sampler(), num_warmup=40, num_samples=0), ValueError, "num_samples: got 0"),
-    "no chains": (lambda: ParallelMCMC(sampler(), num_warmup=40, num_samples=4, num_chains=0), ValueError, "num_chains: got 0"),
-    "their kernel": (lambda: ParallelMCMC(numpyro.infer.NUTS(line), num_warmup=40, num_samples=4), TypeError, "sampler: got a numpyro"),
+    "no chains": (
+        lambda: ParallelMCMC(sampler(), num_warmup=40, num_samples=4, num_chains=0),
+        ValueError,
+        "num_chains: got 0",
+    ),
+    "their kernel": (
+        lambda: ParallelMCMC(numpyro.infer.NUTS(line), num_warmup=40, num_samples=4),
+        TypeError,
+        "sampler: got a numpyro",
+    ),
     "step size": (lambda: _run(CoalescingHMC(line, step_size=-0.1)), ValueError, "step_size: got -0.1"),
     "metric": (lambda: CoalescingHMC(line, inverse_mass_matrix=-np.eye(2)), ValueError, "inverse_mass_matrix"),
     "metric shape": (lambda: _run(CoalescingHMC(line, inverse_mass_matrix=np.eye(3))), ValueError, "inverse_mass_matrix"),
     "warm-up": (lambda: _run(sampler(), num_warmup=5), ValueError, "num_warmup: got 5"),
     "key": (lambda: _run(sampler(), key=3), TypeError, "rng_key: got 3"),
-    "too many keys": (lambda: _run(sampler(), key=jax.random.split(KEY, 3), num_chains=2), ValueError, "got 3 keys for 2 chains"),
+    "too many keys": (
+        lambda: _run(sampler(), key=jax.random.split(KEY, 3), num_chains=2),
+        ValueError,
+        "got 3 keys for 2 chains",
+    ),
     "field": (lambda: finished().run(KEY, X, y=Y, extra_fields=("steps",)), ValueError, "extra_fields: got 'steps'"),
     "two models": (lambda: HMC(line, lambda z: 0.0), ValueError, "exactly one"),
-    "starts": (lambda: _run(sampler(), init_params={"slope": jnp.full(2, jnp.nan), "noise": jnp.zeros(2)}, num_chains=2),
-               InvalidStart, "init_params"),
-    "integer starts": (lambda: _run(sampler(), init_params={"slope": jnp.zeros(2, int), "noise": jnp.zeros(2, bool)}, num_chains=2),
-                       InvalidStart, "init_params"),
-    "vector density": (lambda: _run(HMC(potential_fn=lambda z: z**2), init_params=jnp.ones(2), data=()), InvalidStart, r"\.sum\(\)"),
+    "starts": (
+        lambda: _run(sampler(), init_params={"slope": jnp.full(2, jnp.nan), "noise": jnp.zeros(2)}, num_chains=2),
+        InvalidStart,
+        "init_params",
+    ),
+    "integer starts": (
+        lambda: _run(sampler(), init_params={"slope": jnp.zeros(2, int), "noise": jnp.zeros(2, bool)}, num_chains=2),
+        InvalidStart,
+        "init_params",
+    ),
+    "vector density": (
+        lambda: _run(HMC(potential_fn=lambda z: z**2), init_params=jnp.ones(2), data=()),
+        InvalidStart,
+        r"\.sum\(\)",
+    ),
 }
 
 

@@ -1,9 +1,10 @@
 """Kernels of one builder on one density: compiled once, whatever warm-up chose.
 
-A kernel that captures its step size, its metric and the model's data is a new program for every run. A `Family` is what these
-kernels share (the density's program, the builder, the settings that fix shapes), and `Numbers` what distinguishes them; `Tuned` is
-one of its kernels and hands its numbers to solvers as parameters of the dynamics. Families compare equal where their kernels
-differ in numbers only, so that `jit` finds its code again, across seeds and calls.
+A kernel that captures its step size, its metric and the model's data is a new program for every run. A `Family` is
+what these kernels share (the density's program, the builder, the settings that fix shapes), and `Numbers` what
+distinguishes them; `Tuned` is one of its kernels and hands its numbers to solvers as parameters of the dynamics.
+Families compare equal where their kernels differ in numbers only, so that `jit` finds its code again, across seeds and
+calls.
 """
 
 from __future__ import annotations
@@ -54,8 +55,12 @@ class Family:
 
     def kernel(self, numbers: Numbers) -> Kernel:
         """The kernel of given numbers, which may be traced."""
-        return self.builder(functools.partial(self.density, numbers.data), metric=numbers.whitening, **numbers.settings,
-                            **dict(self.counts))
+        return self.builder(
+            functools.partial(self.density, numbers.data),
+            metric=numbers.whitening,
+            **numbers.settings,
+            **dict(self.counts),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +87,9 @@ def tuned_kernel(family: Family, data: PyTree, whitening: Whitening, settings: d
         settings: By the builder's argument names; integers fix the program, other numbers do not.
     """
     counts = tuple(sorted((name, value) for name, value in settings.items() if isinstance(value, int)))
-    sizes = {name: jnp.asarray(value, whitening.center.dtype) for name, value in settings.items()
-             if not isinstance(value, int)}
+    sizes = {
+        name: jnp.asarray(value, whitening.center.dtype) for name, value in settings.items() if not isinstance(value, int)
+    }
     family = dataclasses.replace(family, counts=counts)
     numbers = Numbers(data, whitening, sizes)
     kernel = family.kernel(numbers)
@@ -108,7 +114,7 @@ class _Density(Named):
 
 
 def density_of(logdensity: Callable[[PyTree], Array], example: PyTree) -> tuple[Callable, PyTree]:
-    """A density as `(data, position) -> scalar` and the data that it captured; the same function object for the same density."""
+    """A density as `(data, position) -> scalar`, the same object for the same density, and the data that it captured."""
     return explicit(_Density(logdensity), None, example)
 
 

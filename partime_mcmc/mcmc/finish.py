@@ -1,8 +1,8 @@
 """From solved chains to draws: the certificate, what the kernel says of each step, and the model's own space.
 
-The certificate is one independent pass over the whole path; the same pass records acceptance probabilities, energies and the like.
-A solver stops within a tolerance, so steps on which the kernel stands still are made to stand still to the last bit, and what is
-returned is what was certified.
+The certificate is one independent pass over the whole path; the same pass records acceptance probabilities, energies
+and the like. A solver stops within a tolerance, so steps on which the kernel stands still are made to stand still to
+the last bit, and what is returned is what was certified.
 """
 
 from __future__ import annotations

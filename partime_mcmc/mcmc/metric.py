@@ -76,8 +76,8 @@ class DiagonalMetric:
 class LowRankMetric:
     """Variances, and the directions in which draws or gradients show that variances do not suffice.
 
-    With n draws only the space that draws and gradients span can be known; the Fisher metric is computed there, in units of the
-    diagonal one, and every other direction keeps variance 1.
+    With n draws only the space that draws and gradients span can be known; the Fisher metric is computed there, in
+    units of the diagonal one, and every other direction keeps variance 1.
 
     Args:
         max_rank: Directions at most.

@@ -4,9 +4,10 @@ In whitened coordinates a path of a quarter period forgets its start, and of all
 
     h = 2 sin(π / 4L),     L = 1, 2, 3, 4, 5, 6, 8, 10, 12, 16,
 
-(Sexton & Weingarten 1992 for the period of leapfrog on a normal) the cheapest that is accepted often enough is taken; where
-none is, h shrinks at the largest L. A recursion on the acceptance would need hundreds of steps for what some trials tell. A
-Langevin step of size h is a trajectory of one leapfrog step, so it is tried in the same way. What the user has fixed stays.
+(Sexton & Weingarten 1992 for the period of leapfrog on a normal) the cheapest that is accepted often enough is taken;
+where none is, h shrinks at the largest L. A recursion on the acceptance would need hundreds of steps for what some
+trials tell. A Langevin step of size h is a trajectory of one leapfrog step, so it is tried in the same way. What the
+user has fixed stays.
 """
 
 from __future__ import annotations

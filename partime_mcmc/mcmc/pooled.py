@@ -1,15 +1,16 @@
 """Warm-up in parallel time: pooled chains look for the typical set, then windows at frozen parameters learn the metric.
 
-    search    plain HMC, 16 steps at a time: every chain has its own step size (log h += 1.5 (acceptance − 0.7)) and paths of
-              1 to 7 leapfrog steps; after each batch a Fisher metric from all chains. It ends once the median log density gains
-              less than max(1, √(D/2)) over a batch, after 64 steps at the earliest
-    rescue    a chain whose mean log density lies 20 + 5 D below the median of the better half goes on from a good chain's state
-    windows   of 32, 64, 128, 256 steps with step size, path and metric frozen, so that they are ordinary chains, which can be solved
-              in parallel time; after each a new metric, and by trials (`path`) a new step size and path
+    search    plain HMC, 16 steps at a time: every chain has its own step size (log h += 1.5 (acceptance − 0.7)) and
+              paths of 1 to 7 leapfrog steps; after each batch a Fisher metric from all chains. It ends once the median
+              log density gains less than max(1, √(D/2)) over a batch, after 64 steps at the earliest
+    rescue    a chain whose mean log density lies 20 + 5 D below the median of the better half goes on from a good
+    chain's state windows   of 32, 64, 128, 256 steps with step size, path and metric frozen, so that they are ordinary
+              chains, which can be solved in parallel time; after each a new metric, and by trials (`path`) a new step
+              size and path
 
-Chains are pooled, so that a metric is known after some hundred steps and hardly any step waits for another: the depth is about a
-thousand gradients where a sequential adaptation has tens of thousands. How windows are run is a strategy: all chains side by side,
-or parallel in time as well where lanes are many.
+Chains are pooled, so that a metric is known after some hundred steps and hardly any step waits for another: the depth
+is about a thousand gradients where a sequential adaptation has tens of thousands. How windows are run is a strategy:
+all chains side by side, or parallel in time as well where lanes are many.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Pool:
     notes: list[str]
 
     def trials(self, walker: Walker, key: Key) -> Callable[[float, int], np.ndarray]:
-        """Acceptance of one trajectory from each of 16 states of every chain, the same states and dice for all candidates."""
+        """Acceptance of one trajectory from each of 16 states of every chain, the same for all candidates."""
         draws, root = self.draws.positions, root_of(self.metric)
         states = draws[np.linspace(0, len(draws) - 1, STEPS).astype(int)]
         return lambda step, steps: walker.walk(key, states, root, step, steps).acceptance
@@ -72,24 +73,47 @@ class PooledAdaptation:
     guess: np.ndarray | None = None
     run: Callable[..., Walked] | None = None
 
-    def __call__(self, walker: Walker, key: Key, starts: np.ndarray, num_steps: int, path_rule: PathRule,
-                 advance: Callable[[int], None]) -> tuple[Pool, Path]:
+    def __call__(
+        self,
+        walker: Walker,
+        key: Key,
+        starts: np.ndarray,
+        num_steps: int,
+        path_rule: PathRule,
+        advance: Callable[[int], None],
+    ) -> tuple[Pool, Path]:
         """From starts `(C, D)` to a pool and the HMC path of its last window."""
         rule = metric_for(walker.dimension) if self.metric is None else self.metric
         guess = self.guess
         if guess is None:
             guess = np.eye(walker.dimension) if isinstance(rule, DenseMetric) else np.ones(walker.dimension)
         pool = search(walker, jax.random.fold_in(key, 0), starts, guess, rule, max(STEPS, num_steps // 2), advance)
-        return pool, self._windows(walker, jax.random.fold_in(key, 1), pool, rule, num_steps - walker.num_steps, path_rule, advance)
+        return pool, self._windows(
+            walker, jax.random.fold_in(key, 1), pool, rule, num_steps - walker.num_steps, path_rule, advance
+        )
 
-    def from_typical(self, walker: Walker, key: Key, starts: np.ndarray, metric: np.ndarray, num_steps: int,
-                     path_rule: PathRule, advance: Callable[[int], None]) -> tuple[Pool, Path]:
+    def from_typical(
+        self,
+        walker: Walker,
+        key: Key,
+        starts: np.ndarray,
+        metric: np.ndarray,
+        num_steps: int,
+        path_rule: PathRule,
+        advance: Callable[[int], None],
+    ) -> tuple[Pool, Path]:
         """The windows alone, from starts `(C, D)` in the typical set and a metric."""
         rule = metric_for(walker.dimension) if self.metric is None else self.metric
         states = np.broadcast_to(starts, (STEPS, *starts.shape))
         nothing = np.zeros(states.shape)
-        pool = Pool(starts, metric, starts.mean(axis=0), Walked(states, nothing, nothing[..., 0], nothing[..., 0],
-                                                                np.ones(len(starts))), 0, [])
+        pool = Pool(
+            starts,
+            metric,
+            starts.mean(axis=0),
+            Walked(states, nothing, nothing[..., 0], nothing[..., 0], np.ones(len(starts))),
+            0,
+            [],
+        )
         return pool, self._windows(walker, key, pool, rule, num_steps, path_rule, advance)
 
     def _windows(self, walker, key, pool, rule, num_steps, path_rule, advance) -> Path:
@@ -101,8 +125,15 @@ class PooledAdaptation:
         return windows(walker, key, pool, rule, path_rule, sizes, self.run or side_by_side, advance)
 
 
-def search(walker: Walker, key: Key, starts: np.ndarray, metric: np.ndarray, rule: MetricRule, max_steps: int,
-           advance: Callable[[int], None]) -> Pool:
+def search(
+    walker: Walker,
+    key: Key,
+    starts: np.ndarray,
+    metric: np.ndarray,
+    rule: MetricRule,
+    max_steps: int,
+    advance: Callable[[int], None],
+) -> Pool:
     """From dispersed starts to the typical set.
 
     Args:
@@ -120,8 +151,9 @@ def search(walker: Walker, key: Key, starts: np.ndarray, metric: np.ndarray, rul
     pool = Pool(starts, metric, starts.mean(axis=0), None, 0, [])
     before = -np.inf
     for batch in range(max(1, min(max_steps, _MAX_SEARCH) // STEPS)):
-        found = walker.walk(jax.random.fold_in(key, batch), pool.positions, root, steps, lengths[batch], gain=_GAIN,
-                            target=_SEARCH_TARGET)
+        found = walker.walk(
+            jax.random.fold_in(key, batch), pool.positions, root, steps, lengths[batch], gain=_GAIN, target=_SEARCH_TARGET
+        )
         advance(STEPS)
         pool.positions, pool.draws = found.positions[-1], found
         now = float(np.median(found.logdensity))
@@ -143,8 +175,16 @@ def search(walker: Walker, key: Key, starts: np.ndarray, metric: np.ndarray, rul
     return pool
 
 
-def windows(walker: Walker, key: Key, pool: Pool, rule: MetricRule, path_rule: PathRule, sizes: list[int],
-            run: Callable[..., Walked], advance: Callable[[int], None]) -> Path:
+def windows(
+    walker: Walker,
+    key: Key,
+    pool: Pool,
+    rule: MetricRule,
+    path_rule: PathRule,
+    sizes: list[int],
+    run: Callable[..., Walked],
+    advance: Callable[[int], None],
+) -> Path:
     """Windows at frozen parameters, the metric and the path learned from each; returns the last path."""
     path = tune(walker, jax.random.fold_in(key, 0), pool, path_rule)
     for number, size in enumerate(sizes):
@@ -204,7 +244,7 @@ def _generator(key: Key) -> np.random.Generator:
 def _lost(draws: Walked) -> np.ndarray:
     """Chains whose mean log density lies far below the median of the better half, shape `(C,)`; never all."""
     level = draws.logdensity.mean(axis=0)
-    better = np.sort(level)[len(level) // 2:]
+    better = np.sort(level)[len(level) // 2 :]
     return ~(level >= np.median(better) - 20 - 5 * draws.positions.shape[-1]) & np.isfinite(better).any()
 
 

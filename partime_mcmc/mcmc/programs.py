@@ -1,9 +1,10 @@
 """Compiled programs, found again by what they compute and the shapes they compute it for.
 
-`jax.jit` forgets a program with the function object it was made from, and every sampling run makes new ones. Here a program belongs
-to its function, compared by equality, to the structure of its arguments and to their shapes and types, so that a second run with
-other seeds, step sizes or data of the same shapes compiles nothing. Functions whose results hang on captured arrays are made
-explicit first. Compilation and execution can be timed apart, because programs are compiled ahead.
+`jax.jit` forgets a program with the function object it was made from, and every sampling run makes new ones. Here a
+program belongs to its function, compared by equality, to the structure of its arguments and to their shapes and types,
+so that a second run with other seeds, step sizes or data of the same shapes compiles nothing. Functions whose results
+hang on captured arrays are made explicit first. Compilation and execution can be timed apart, because programs are
+compiled ahead.
 """
 
 from __future__ import annotations

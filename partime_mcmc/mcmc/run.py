@@ -1,11 +1,10 @@
 """Running chains: one compiled solve for all of them, stretch after stretch, with an exact sequential fallback.
 
-Stretch s of every chain is the recurrence x_t = f(x_{t-1}, u_t) for its part of the tape, from where the chain ended before.
-A chain whose solve does not converge keeps the steps that are exact, from the front, and goes on from there one step after
-another, with the same dice. When every chain has needed that in two stretches running, the rest of the run is sequential at
-once: these chains do not forget. One bad chain never
-changes how the others are run, so that their draws stay the same bits. From the step on where a chain leaves the finite
-numbers its draws are NaN.
+Stretch s of every chain is the recurrence x_t = f(x_{t-1}, u_t) for its part of the tape, from where the chain ended
+before. A chain whose solve does not converge keeps the steps that are exact, from the front, and goes on from there one
+step after another, with the same dice. When every chain has needed that in two stretches running, the rest of the run is
+sequential at once: these chains do not forget. One bad chain never changes how the others are run, so that their draws
+stay the same bits. From the step on where a chain leaves the finite numbers its draws are NaN.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ Choice = Callable[[Dynamics, PyTree, Tape], tuple[Solver, Schedule, Advice | Non
 
 @dataclasses.dataclass
 class Chains:
-    """Solved chains: `initial` leaves `(C, ...)`, `carries` and `tape` leaves `(C, T, ...)`, the discrete leaves after the last
-    step `(C, ...)`, and the books."""
+    """Solved chains: `initial` leaves `(C, ...)`, `carries` and `tape` leaves `(C, T, ...)`, the discrete leaves after
+    the last step `(C, ...)`, and the books."""
 
     initial: PyTree
     carries: PyTree
@@ -73,8 +72,8 @@ def run_chains(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *
         positions: One start per chain, leaves `(C, ...)`.
         keys: One key per chain, shape `(C,)`.
         num_samples: T.
-        choose: What picks the solver and the schedule once dynamics, starts and tapes are known. `Stretches` are run from
-            here, with progress after each; other schedules within one solve.
+        choose: What picks the solver and the schedule once dynamics, starts and tapes are known. `Stretches` are run
+            from here, with progress after each; other schedules within one solve.
         tolerance: How small residuals must be.
         max_iterations: Passes per stretch.
         progress: What to tell.
@@ -122,7 +121,8 @@ def _stretch_size(solver: Solver, schedule: Schedule, num_samples: int) -> int:
 
 def throw(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, skip: int = 0, carries: PyTree = None,
           clock: Clock | None = None) -> tuple[Dynamics, PyTree, Tape, dict]:
-    """Dynamics, starting carries `(C, ...)`, tapes `(C, T, ...)`, and the discrete leaves after the last step `(C, ...)`.
+    """Dynamics, starting carries `(C, ...)`, tapes `(C, T, ...)`, and the discrete leaves after the last step `(C,
+    ...)`.
 
     Args:
         kernel: The kernel.

@@ -2,12 +2,12 @@
 
     draws = sample(key, target, hmc, num_samples=4096)
 
-All chains are solved together (`vmap`), time in stretches, so that progress can be shown and memory stays bounded. A chain
-that a solver cannot finish within its bound is finished sequentially with the same dice, and the report says so: the
-result is always the exact chain, slower at worst. Data travel as arguments, so compilation does not grow with them.
+All chains are solved together (`vmap`), time in stretches, so that progress can be shown and memory stays bounded. A
+chain that a solver cannot finish within its bound is finished sequentially with the same dice, and the report says so:
+the result is always the exact chain, slower at worst. Data travel as arguments, so compilation does not grow with them.
 
-The dice: `key` is split into keys for starts, warm-up and chains; chain c has `jax.random.split(chains_key, C)[c]`, and its
-step t has `jax.random.split(chain_key, T)[t]`, as a user of BlackJAX would write it.
+The dice: `key` is split into keys for starts, warm-up and chains; chain c has `jax.random.split(chains_key, C)[c]`,
+and its step t has `jax.random.split(chain_key, T)[t]`, as a user of BlackJAX would write it.
 """
 
 from __future__ import annotations
@@ -71,8 +71,9 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
             same law with a shorter memory. None: in runs of 1,024 draws or more that choose their own solver, the dice with which
             pilot pairs meet sooner, and the warm-up's notes say so; plain ones otherwise.
         adaptation: How a builder's chains find the typical set and a metric; None is `PooledAdaptation()`.
-        solver: A recipe; None asks `advise`: pilot chains from the warm-up's draws say whether these chains forget, a cost
-            model how many segments pay; chains that do not forget are run sequentially, and `draws.advice` says why.
+        solver: A recipe; None asks `advise`: pilot chains from the warm-up's draws say whether these chains forget, a
+            cost model how many segments pay; chains that do not forget are run sequentially, and `draws.advice` says
+            why.
         schedule: How time is cut; None follows the advice, or takes stretches of 16,384 steps.
         tolerance: How small residuals must be; None is `default_tolerance(...)`.
         max_iterations: Passes per stretch before a chain is finished sequentially; None is the stated default.
@@ -105,7 +106,8 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
     check_memory(solver or sequential(), getattr(schedule or Stretches(DEFAULT_STRETCH), "size", num_samples),
                  num_samples, num_chains,
                  sum(leaf[0].size for leaf in leaves), leaves[0].dtype.itemsize, max_bytes)
-    choose = functools.partial(_advised, kernel, positions if warmup is None else warmup.pool, schedule) if solver is None else None
+    pool = positions if warmup is None else warmup.pool
+    choose = functools.partial(_advised, kernel, pool, schedule) if solver is None else None
     draws = draw_chains(target, kernel, positions, jax.random.split(chains_key, num_chains), num_samples, warmup=warmup,
                         solver=solver, schedule=schedule, tolerance=tolerance, max_iterations=max_iterations, choose=choose,
                         plan={"num_warmup": warmup.num_steps if warmup else 0,

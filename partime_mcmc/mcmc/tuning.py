@@ -2,10 +2,11 @@
 
     hmc              step size and leapfrog steps of a quarter period (`path`), accepted ≥ 0.8
     coalescing_hmc   the same, and the largest Langevin step h_m ≤ min(√2, 2.2 h) accepted ≥ 0.6; its ε is h_m²/2
-    mala             the largest Langevin step accepted ≥ 0.8: where one of two chains rejects, their coupling is lost, and passes
-                     and meeting times grow with the rate of rejections; 0.65 with dice that coalesce
+    mala             the largest Langevin step accepted ≥ 0.8: where one of two chains rejects, their coupling is lost,
+                     and passes and meeting times grow with the rate of rejections; 0.65 with dice that coalesce
     nuts             the largest step size with which a quarter period is accepted ≥ 0.8
-    others           the largest step size with which the kernel itself accepts ≥ 0.7 (random walks 0.3), by trials of its own
+    others           the largest step size with which the kernel itself accepts ≥ 0.7 (random walks 0.3), by trials of
+    its own
 
 Settings fixed by the user (`functools.partial(hmc, num_integration_steps=4)`) stay and the others are chosen for them.
 """
@@ -63,7 +64,11 @@ def unwrapped(builder: Builder) -> tuple[Builder, dict[str, Any]]:
 def target_of(builder: Builder) -> float:
     """The mean acceptance that a builder's kernels are tuned for."""
     base, fixed = unwrapped(builder)
-    return _COALESCING_MALA if base is mala and isinstance(fixed.get("dice"), CoalescingDice) else _TARGETS.get(base, _OTHERS)
+    return (
+        _COALESCING_MALA
+        if base is mala and isinstance(fixed.get("dice"), CoalescingDice)
+        else _TARGETS.get(base, _OTHERS)
+    )
 
 
 def path_rule_of(builder: Builder, target: float, length: float | None) -> PathRule:

@@ -1,11 +1,12 @@
 """Warm-up: from dispersed starts to a tuned kernel and one state per chain.
 
-An `Adaptation` takes chains to the typical set and learns a metric from all of them; `tuning` then chooses step sizes and paths
-for the kernel by trials, and the report says what was chosen, why, and what it cost. Two adaptations:
+An `Adaptation` takes chains to the typical set and learns a metric from all of them; `tuning` then chooses step sizes
+and paths for the kernel by trials, and the report says what was chosen, why, and what it cost. Two adaptations:
 
-    PooledAdaptation   (`pooled`, the default) some hundred steps, chains pooled throughout, windows that can be solved in
-                       parallel time
-    WindowAdaptation   BlackJAX's Stan-like adaptation with NUTS in every chain, one step after another, then windows as above
+    PooledAdaptation   (`pooled`, the default) some hundred steps, chains pooled throughout, windows that can be solved
+                       in parallel time
+    WindowAdaptation   BlackJAX's Stan-like adaptation with NUTS in every chain, one step after another, then windows
+    as above
 """
 
 from __future__ import annotations
@@ -43,8 +44,15 @@ class Adaptation(Protocol):
     target_acceptance: float | None
     path_length: float | None
 
-    def __call__(self, walker: Walker, key: Key, starts: np.ndarray, num_steps: int, path_rule: PathRule,
-                 advance: Callable[[int], None]) -> tuple[Pool, Path]:
+    def __call__(
+        self,
+        walker: Walker,
+        key: Key,
+        starts: np.ndarray,
+        num_steps: int,
+        path_rule: PathRule,
+        advance: Callable[[int], None],
+    ) -> tuple[Pool, Path]:
         """From starts `(C, D)` to a pool and the HMC path of its last window."""
         ...
 
@@ -89,14 +97,25 @@ class Warmup:
         chosen = ", ".join(f"{name} {value:.3g}" for name, value in self.settings.items())
         metric = "a dense metric" if self.whitening.scale.ndim == 2 else "a diagonal metric"
         rescued = f"{self.num_rescued} chains rescued" if self.num_rescued else "no chain rescued"
-        return " ".join([
-            f"Warm-up: {self.num_steps} steps per chain, {self.num_gradients:,} gradients in all, {self.depth:,} of them one after "
-            f"another; {rescued}. Chosen for {self.kernel.name}: {chosen or 'nothing'}, {metric}; accepted with probability "
-            f"{self.acceptance:.2f} in trials (wanted {self.target_acceptance:.2f}).", *self.notes])
+        return " ".join(
+            [
+                f"Warm-up: {self.num_steps} steps per chain, {self.num_gradients:,} gradients in all, {self.depth:,} of them "
+                f"one after another; {rescued}. Chosen for {self.kernel.name}: {chosen or 'nothing'}, {metric}; "
+                f"accepted with probability {self.acceptance:.2f} in trials (wanted {self.target_acceptance:.2f}).",
+                *self.notes,
+            ]
+        )
 
 
-def warm_up(key: Key, logdensity: Callable[[PyTree], Array], builder: Builder, starts: PyTree, num_warmup: int,
-            adaptation: Adaptation | None = None, advance: Callable[[int], None] = lambda steps: None) -> Warmup:
+def warm_up(
+    key: Key,
+    logdensity: Callable[[PyTree], Array],
+    builder: Builder,
+    starts: PyTree,
+    num_warmup: int,
+    adaptation: Adaptation | None = None,
+    advance: Callable[[int], None] = lambda steps: None,
+) -> Warmup:
     """Tune a kernel on a density.
 
     Args:
@@ -126,22 +145,41 @@ def warm_up(key: Key, logdensity: Callable[[PyTree], Array], builder: Builder, s
     family, draws = Family(density, builder), pool.draws.positions
     own = own_trials(family, data, whitening, draws, tune_key)
     choice = choose(builder, path, pool.trials(walker, tune_key), own, target)
-    notes = pool.notes if choice.acceptance >= target else [*pool.notes, (
-        f"No step size reached the target acceptance {target:.2f}; the best reached {choice.acceptance:.2f}.")]
+    notes = (
+        pool.notes
+        if choice.acceptance >= target
+        else [
+            *pool.notes,
+            (f"No step size reached the target acceptance {target:.2f}; the best reached {choice.acceptance:.2f}."),
+        ]
+    )
     unravel = jax.vmap(ravel_pytree(example)[1])
     some = draws.reshape(-1, flat.shape[1])
     some = some[np.linspace(0, len(some) - 1, min(_NUM_POOL, len(some))).astype(int)]
-    return Warmup(tuned_kernel(family, data, whitening, choice.settings), unravel(pool.positions.astype(flat.dtype)),
-                  pool.draws.logdensity[-1], unravel(some.astype(flat.dtype)), choice.settings, whitening, choice.acceptance, target, walker.num_steps,
-                  walker.num_gradients, walker.depth, pool.num_rescued, time.perf_counter() - begin, tuple(notes))
+    return Warmup(
+        tuned_kernel(family, data, whitening, choice.settings),
+        unravel(pool.positions.astype(flat.dtype)),
+        pool.draws.logdensity[-1],
+        unravel(some.astype(flat.dtype)),
+        choice.settings,
+        whitening,
+        choice.acceptance,
+        target,
+        walker.num_steps,
+        walker.num_gradients,
+        walker.depth,
+        pool.num_rescued,
+        time.perf_counter() - begin,
+        tuple(notes),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class WindowAdaptation:
     """BlackJAX's window adaptation (NUTS, dense metric) in every chain, then pooled windows of HMC.
 
-    A window adaptation alone leaves a poor dense metric on several regressions (step sizes five times smaller than need be), and
-    it knows neither MALA nor paths; pooling and trials mend both.
+    A window adaptation alone leaves a poor dense metric on several regressions (step sizes five times smaller than
+    need be), and it knows neither MALA nor paths; pooling and trials mend both.
 
     Attributes:
         num_chains: Chains at least.
@@ -153,8 +191,15 @@ class WindowAdaptation:
     target_acceptance: float | None = None
     path_length: float | None = None
 
-    def __call__(self, walker: Walker, key: Key, starts: np.ndarray, num_steps: int, path_rule: PathRule,
-                 advance: Callable[[int], None]) -> tuple[Pool, Path]:
+    def __call__(
+        self,
+        walker: Walker,
+        key: Key,
+        starts: np.ndarray,
+        num_steps: int,
+        path_rule: PathRule,
+        advance: Callable[[int], None],
+    ) -> tuple[Pool, Path]:
         """From starts `(C, D)` to a pool and the HMC path of its last window."""
         first = max(20, num_steps // 2)
         last, metric, num_gradients = _adapt(walker, starts, jax.random.fold_in(key, 0), first)
@@ -163,7 +208,9 @@ class WindowAdaptation:
         walker.num_steps += first
         advance(first)
         pooled = PooledAdaptation(self.num_chains, self.target_acceptance, self.path_length)
-        return pooled.from_typical(walker, jax.random.fold_in(key, 1), last, metric, num_steps - first, path_rule, advance)
+        return pooled.from_typical(
+            walker, jax.random.fold_in(key, 1), last, metric, num_steps - first, path_rule, advance
+        )
 
 
 def _adapt(walker: Walker, starts: np.ndarray, key: Key, num_steps: int) -> tuple[np.ndarray, np.ndarray, int]:
@@ -173,8 +220,11 @@ def _adapt(walker: Walker, starts: np.ndarray, key: Key, num_steps: int) -> tupl
     @jax.jit
     def run(params, starts, keys):
         adaptation = blackjax.window_adaptation(
-            blackjax.nuts, lambda flat: walker.density(params, unravel(flat)), is_mass_matrix_diagonal=False,
-            adaptation_info_fn=lambda state, info, _: info.num_integration_steps)
+            blackjax.nuts,
+            lambda flat: walker.density(params, unravel(flat)),
+            is_mass_matrix_diagonal=False,
+            adaptation_info_fn=lambda state, info, _: info.num_integration_steps,
+        )
         return jax.vmap(lambda key, start: adaptation.run(key, start, num_steps))(keys, starts)
 
     (state, tuned), steps = run(walker.params, starts, jax.random.split(key, len(starts)))

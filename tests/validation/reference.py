@@ -1,12 +1,14 @@
 """Reference posteriors: where they are, their models, and how draws are held against them.
 
-The folder is named by the variable PARTIME_REFERENCE_POSTERIORS and holds `models.py` (NumPyro models by name) and one JSON file
-per posterior with data and, for every parameter, moments and quantiles of some 10,000 nearly independent draws with their MCSEs.
+The folder is named by the variable PARTIME_REFERENCE_POSTERIORS and holds `models.py` (NumPyro models by name) and one
+JSON file per posterior with data and, for every parameter, moments and quantiles of some 10,000 nearly independent
+draws with their MCSEs.
 
-For an estimate e from C chains with MCSE s and a reference r with MCSE q, z = (e - r) / hypot(s, q), about standard normal if both
-sampled one law. Looked at are means, log standard deviations and the 5, 50 and 95% quantiles of every parameter; the largest |z| of
-m may reach the normal quantile at 1 - alpha / 2m. Gates come first (finite, moving, at least four chains, bulk and tail ESS at least
-400), because a test without power passes anything; the shift that would have been found is part of the verdict.
+For an estimate e from C chains with MCSE s and a reference r with MCSE q, z = (e - r) / hypot(s, q), about standard
+normal if both sampled one law. Looked at are means, log standard deviations and the 5, 50 and 95% quantiles of every
+parameter; the largest |z| of m may reach the normal quantile at 1 - alpha / 2m. Gates come first (finite, moving, at
+least four chains, bulk and tail ESS at least 400), because a test without power passes anything; the shift that would
+have been found is part of the verdict.
 """
 
 import dataclasses
@@ -21,9 +23,17 @@ from scipy import special
 from partime_mcmc.diagnostics import arviz
 
 VARIABLE = "PARTIME_REFERENCE_POSTERIORS"
-NAMES = ("arK-arK", "earnings-logearn_interaction", "eight_schools-eight_schools_noncentered", "gp_pois_regr-gp_regr",
-         "kidiq-kidscore_interaction", "low_dim_gauss_mix-low_dim_gauss_mix", "mesquite-logmesquite_logvas", "nes2000-nes",
-         "sblri-blr")
+NAMES = (
+    "arK-arK",
+    "earnings-logearn_interaction",
+    "eight_schools-eight_schools_noncentered",
+    "gp_pois_regr-gp_regr",
+    "kidiq-kidscore_interaction",
+    "low_dim_gauss_mix-low_dim_gauss_mix",
+    "mesquite-logmesquite_logvas",
+    "nes2000-nes",
+    "sblri-blr",
+)
 ALPHA, MIN_ESS, MIN_CHAINS, POWER = 1e-3, 400, 4, 0.99
 _QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
 
@@ -82,9 +92,11 @@ class Verdict:
 
     def __str__(self):
         worst = max(self.scores.items(), key=lambda item: abs(item[1]))
-        return (f"{len(self.scores)} z-scores, largest {worst[1]:.2f} ({', '.join(worst[0])}) of {self.bound:.2f} allowed; least ESS "
-                f"{self.least_ess:.0f}; a shift of {self.detectable:.3f} sd would be found"
-                + "".join(f"; {gate}" for gate in self.gates))
+        return (
+            f"{len(self.scores)} z-scores, largest {worst[1]:.2f} ({', '.join(worst[0])}) of {self.bound:.2f} allowed; least ESS "
+            f"{self.least_ess:.0f}; a shift of {self.detectable:.3f} sd would be found"
+            + "".join(f"; {gate}" for gate in self.gates)
+        )
 
 
 def judge(draws, reference):
@@ -93,15 +105,19 @@ def judge(draws, reference):
     for name, ref in reference.items():
         x = np.asarray(draws[name], float)
         if x.shape[0] < MIN_CHAINS or not np.isfinite(x).all() or (np.ptp(x, axis=1) == 0).any():
-            gates.append(f"{name}: {x.shape[0]} chains, finite {np.isfinite(x).all()}, a chain stands still or they are too few")
+            gates.append(
+                f"{name}: {x.shape[0]} chains, finite {np.isfinite(x).all()}, a chain stands still or they are too few"
+            )
             continue
         ess = min(arviz.ess_bulk(x), arviz.ess_tail(x))
         least, theirs = min(least, ess), min(theirs, ref["ess_bulk"])
         if not ess >= MIN_ESS:
             gates.append(f"{name}: bulk or tail ESS {ess:.0f} below {MIN_ESS}")
         sd = x.std(ddof=1)
-        pairs = {"mean": (x.mean(), arviz.mcse_mean(x), ref["mean"], ref["mcse_mean"]),
-                 "log sd": (np.log(sd), arviz.mcse_sd(x) / sd, np.log(ref["sd"]), ref["mcse_sd"] / ref["sd"])}
+        pairs = {
+            "mean": (x.mean(), arviz.mcse_mean(x), ref["mean"], ref["mcse_mean"]),
+            "log sd": (np.log(sd), arviz.mcse_sd(x) / sd, np.log(ref["sd"]), ref["mcse_sd"] / ref["sd"]),
+        }
         for quantity, q in _QUANTILES.items():
             pairs[quantity] = (np.quantile(x, q), arviz.mcse_quantile(x, q), ref[quantity], ref[f"mcse_{quantity}"])
         for quantity, (ours, error, wanted, other) in pairs.items():

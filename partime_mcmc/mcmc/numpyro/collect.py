@@ -14,8 +14,15 @@ from partime_mcmc.mcmc.family import Tuned
 from partime_mcmc.types import PyTree
 
 
-def collect(draws: Draws, kernel: Tuned, state: HMCState, postprocess: Callable | None, names: tuple[str, ...],
-            removed: tuple[str, ...], thinning: int) -> tuple[dict[str, PyTree], HMCState]:
+def collect(
+    draws: Draws,
+    kernel: Tuned,
+    state: HMCState,
+    postprocess: Callable | None,
+    names: tuple[str, ...],
+    removed: tuple[str, ...],
+    thinning: int,
+) -> tuple[dict[str, PyTree], HMCState]:
     """Collected fields and the last state.
 
     Args:
@@ -78,11 +85,17 @@ def _fields(draws: Draws, kernel: Tuned, state: HMCState) -> dict[str, Any]:
         return np.broadcast_to(value[:, None], (num_chains, num_steps, *value.shape[1:]))
 
     found = {
-        "i": index.astype(np.int32), "potential_energy": potential, "energy": info.get("energy", potential),
-        "num_steps": info.get("num_steps", np.ones(shape, np.int32)), "accept_prob": accept,
+        "i": index.astype(np.int32),
+        "potential_energy": potential,
+        "energy": info.get("energy", potential),
+        "num_steps": info.get("num_steps", np.ones(shape, np.int32)),
+        "accept_prob": accept,
         "mean_accept_prob": (mean / np.maximum(index, 1)).astype(accept.dtype),
-        "diverging": info.get("diverging", np.zeros(shape, bool)), "trajectory_length": each(state.trajectory_length),
-        "residual": draws.certificate.residual, "accepted": draws.certificate.accepted}
+        "diverging": info.get("diverging", np.zeros(shape, bool)),
+        "trajectory_length": each(state.trajectory_length),
+        "residual": draws.certificate.residual,
+        "accepted": draws.certificate.accepted,
+    }
     for name in ("step_size", "inverse_mass_matrix"):
         found[f"adapt_state.{name}"] = each(getattr(state.adapt_state, name))
     return {name: jnp.asarray(value) for name, value in found.items()}
@@ -91,7 +104,13 @@ def _fields(draws: Draws, kernel: Tuned, state: HMCState) -> dict[str, Any]:
 def _last(draws: Draws, state: HMCState, everything: dict[str, Any]) -> HMCState:
     if not draws.plan["num_samples"]:
         return state
-    own = {name: everything[name][:, -1].astype(getattr(state, name).dtype) for name in (
-        "i", "potential_energy", "energy", "num_steps", "accept_prob", "mean_accept_prob", "diverging")}
-    return state._replace(z=jax.tree.map(lambda leaf: leaf[:, -1], draws.positions), r=draws.end.carries, **own,
-                          adapt_state=state.adapt_state._replace(discrete=draws.end.discrete))
+    own = {
+        name: everything[name][:, -1].astype(getattr(state, name).dtype)
+        for name in ("i", "potential_energy", "energy", "num_steps", "accept_prob", "mean_accept_prob", "diverging")
+    }
+    return state._replace(
+        z=jax.tree.map(lambda leaf: leaf[:, -1], draws.positions),
+        r=draws.end.carries,
+        **own,
+        adapt_state=state.adapt_state._replace(discrete=draws.end.discrete),
+    )

@@ -2,10 +2,10 @@
 
     mcmc = ParallelMCMC(CoalescingHMC(model), num_warmup=1000, num_samples=5000, num_chains=4)
 
-NumPyro's class does everything around the chains (arguments, summaries, resuming, thinning); what is replaced is the one method that
-moves them, `_single_chain_mcmc`, which here gets all chains at once whatever `chain_method` says: they are warmed up together and
-solved together, so nothing is mapped over devices and no warning appears. The draws are those of NumPyro's own loop over the same
-kernel with the same keys, certified; `report` says so, or why not.
+NumPyro's class does everything around the chains (arguments, summaries, resuming, thinning); what is replaced is the
+one method that moves them, `_single_chain_mcmc`, which here gets all chains at once whatever `chain_method` says: they
+are warmed up together and solved together, so nothing is mapped over devices and no warning appears. The draws are
+those of NumPyro's own loop over the same kernel with the same keys, certified; `report` says so, or why not.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from partime_mcmc.kernels import Certificate
 from partime_mcmc.mcmc.arguments import chosen_progress
 from partime_mcmc.mcmc.draws import Draws, RunReport
 from partime_mcmc.mcmc.numpyro.collect import collect
-from partime_mcmc.mcmc.numpyro.kernels import ParallelKernel
+from partime_mcmc.mcmc.numpyro.base import ParallelKernel
 from partime_mcmc.mcmc.numpyro.warm import begin, kernel_from, keys_of, state_of
 from partime_mcmc.mcmc.sample import draw_chains, pilot_advice
 from partime_mcmc.mcmc.target import Target
@@ -92,24 +92,48 @@ class ParallelMCMC(MCMC):
         ValueError: If a count is out of range.
     """
 
-    def __init__(self, sampler: ParallelKernel, *, num_warmup: int, num_samples: int, num_chains: int = 1, thinning: int = 1,
-                 postprocess_fn: Callable | None = None, chain_method: str | Callable = "vectorized",
-                 progress_bar: bool = True, progress_rate: int | None = None, jit_model_args: bool = False,
-                 solver: Solver | None = None, schedule: Schedule | None = None):
+    def __init__(
+        self,
+        sampler: ParallelKernel,
+        *,
+        num_warmup: int,
+        num_samples: int,
+        num_chains: int = 1,
+        thinning: int = 1,
+        postprocess_fn: Callable | None = None,
+        chain_method: str | Callable = "vectorized",
+        progress_bar: bool = True,
+        progress_rate: int | None = None,
+        jit_model_args: bool = False,
+        solver: Solver | None = None,
+        schedule: Schedule | None = None,
+    ):
         if not isinstance(sampler, ParallelKernel):
-            raise TypeError(f"sampler: got a {type(sampler).__module__}.{type(sampler).__name__}, wanted one of CoalescingHMC, HMC, "
-                            "NUTS, MALA or BlackJAXKernel of partime_mcmc")
+            raise TypeError(
+                f"sampler: got a {type(sampler).__module__}.{type(sampler).__name__}, wanted one of CoalescingHMC, HMC, "
+                "NUTS, MALA or BlackJAXKernel of partime_mcmc"
+            )
         super().__init__(
-            sampler, num_warmup=check_count(num_warmup, "num_warmup", 0),
-            num_samples=check_count(num_samples, "num_samples", 1), num_chains=check_count(num_chains, "num_chains", 1),
-            thinning=check_count(thinning, "thinning", 1), postprocess_fn=postprocess_fn, chain_method="vectorized",
-            progress_bar=progress_bar, progress_rate=progress_rate, jit_model_args=jit_model_args)
+            sampler,
+            num_warmup=check_count(num_warmup, "num_warmup", 0),
+            num_samples=check_count(num_samples, "num_samples", 1),
+            num_chains=check_count(num_chains, "num_chains", 1),
+            thinning=check_count(thinning, "thinning", 1),
+            postprocess_fn=postprocess_fn,
+            chain_method="vectorized",
+            progress_bar=progress_bar,
+            progress_rate=progress_rate,
+            jit_model_args=jit_model_args,
+        )
         self.solver, self.schedule = solver, schedule
         self._targets: dict[Any, Target] = {}
         self._draws: Draws | None = None
         self._asked: Callable[[], Advice] | None = None
+        self._warmed: Warmup | None = None
 
-    def run(self, rng_key: Any, *args: Any, extra_fields: tuple | list = (), init_params: PyTree = None, **kwargs: Any) -> None:
+    def run(
+        self, rng_key: Any, *args: Any, extra_fields: tuple | list = (), init_params: PyTree = None, **kwargs: Any
+    ) -> None:
         """As NumPyro's: warm up unless `post_warmup_state` is set, then sample.
 
         Args:
@@ -123,12 +147,16 @@ class ParallelMCMC(MCMC):
             TypeError, ValueError: For bad keys, fields, starts, or models; see `from_numpyro`.
         """
         if isinstance(rng_key, jax.core.Tracer):
-            raise TypeError("rng_key: got a traced value; call run outside jit and vmap (it compiles what it needs itself)")
+            raise TypeError(
+                "rng_key: got a traced value; call run outside jit and vmap (it compiles what it needs itself)"
+            )
         shape = getattr(rng_key, "shape", None)
         if self.num_chains == 1 or shape is None or shape in ((), (2,)):
             rng_key = check_key(rng_key, "rng_key")
         elif shape[0] != self.num_chains:
-            raise ValueError(f"rng_key: got {shape[0]} keys for {self.num_chains} chains; wanted one key, or one per chain")
+            raise ValueError(
+                f"rng_key: got {shape[0]} keys for {self.num_chains} chains; wanted one key, or one per chain"
+            )
         if isinstance(extra_fields, str):
             raise TypeError(f"extra_fields: got the string {extra_fields!r}; wanted a tuple of field names")
         super().run(rng_key, *args, extra_fields=tuple(extra_fields), init_params=init_params, **kwargs)
@@ -162,6 +190,11 @@ class ParallelMCMC(MCMC):
         """
         return self._need_draws()
 
+    @property
+    def warmed(self) -> Warmup | None:
+        """The last warm-up: what was chosen, why, and what it cost; None before there was one."""
+        return self._warmed
+
     def _need_draws(self) -> Draws:
         if self._draws is None:
             raise RuntimeError("run must be called first")
@@ -187,25 +220,48 @@ class ParallelMCMC(MCMC):
         warmup = None
         if state is None:
             ready = begin(self.sampler, target, keys, self.num_warmup, init_params, progress)
+            self._warmed = ready.warmup
             kernel, warmup, state = ready.kernel, ready.warmup, state_of(ready, keys)
         else:
-            state = state._replace(rng_key=keys) if self.num_chains > 1 else jax.tree.map(
-                lambda leaf: leaf[None], state._replace(rng_key=keys[0]))
+            state = (
+                state._replace(rng_key=keys)
+                if self.num_chains > 1
+                else jax.tree.map(lambda leaf: leaf[None], state._replace(rng_key=keys[0]))
+            )
             kernel = kernel_from(self.sampler, target, state)
         self.sampler.adopt(kernel)
         params = self._collection_params
         num_steps = params["upper"] - params["lower"]
         if params["phase"] == "warmup" and num_steps:
-            raise ValueError("collect_warmup: got True, wanted False: warm-up pools chains and keeps no draws; see report.warmup")
-        pool = state.z if warmup is None else warmup.pool
-        draws = draw_chains(target, kernel, state.z, keys, num_steps, warmup=warmup, solver=self.solver, schedule=self.schedule,
-                            skip=int(state.i[0]), carries=state.r, progress=progress)
-        if num_steps:
-            self._draws = draws
-            self._asked = functools.cache(functools.partial(pilot_advice, kernel, pool, keys, num_steps))
-        fields, last = collect(draws, kernel, state, self.postprocess_fn, collect_fields, remove_sites, self.thinning)
+            raise ValueError(
+                "collect_warmup: got True, wanted False: warm-up pools chains and keeps no draws; see report.warmup"
+            )
         single = self.num_chains == 1
-        along = [jax.tree.map(lambda leaf: leaf[0] if single else jnp.swapaxes(leaf, 0, 1), value) for value in fields.values()]
+        if not num_steps:
+            # `warmup()` collects nothing: what NumPyro keeps are empty arrays.
+            shape = (0,) if single else (0, self.num_chains)
+            nothing = {"z": jax.tree.map(lambda leaf: jnp.zeros((*shape, *leaf.shape[1:]), leaf.dtype), state.z)}
+            return nothing, jax.tree.map(lambda leaf: leaf[0], state) if single else state
+        pool = state.z if warmup is None else warmup.pool
+        draws = draw_chains(
+            target,
+            kernel,
+            state.z,
+            keys,
+            num_steps,
+            warmup=warmup,
+            solver=self.solver,
+            schedule=self.schedule,
+            skip=int(state.i[0]),
+            carries=state.r,
+            progress=progress,
+        )
+        self._draws = draws
+        self._asked = functools.cache(functools.partial(pilot_advice, kernel, pool, keys, num_steps))
+        fields, last = collect(draws, kernel, state, self.postprocess_fn, collect_fields, remove_sites, self.thinning)
+        along = [
+            jax.tree.map(lambda leaf: leaf[0] if single else jnp.swapaxes(leaf, 0, 1), value) for value in fields.values()
+        ]
         return dict(zip(fields, along)), jax.tree.map(lambda leaf: leaf[0], last) if single else last
 
     def _target(self, args, kwargs, keys, init_params) -> Target:

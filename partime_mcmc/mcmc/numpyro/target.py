@@ -30,9 +30,7 @@ from partime_mcmc.mcmc.target import Target
 from partime_mcmc.types import Array, Key, PyTree
 
 
-def from_numpyro(
-    model: Callable, *args: Any, key: Key, init_strategy: Callable | None = None, **kwargs: Any
-) -> Target:
+def from_numpyro(model: Callable, *args: Any, key: Key, init_strategy: Callable | None = None, **kwargs: Any) -> Target:
     """The posterior of a NumPyro model, ready to sample.
 
     Args:
@@ -131,16 +129,15 @@ class Posterior:
         if not np.asarray(good).all():
             raise InvalidStart(
                 "model: got no start with a finite log density and gradient in 100 tries; wanted one."
-                + diagnosis(self.run, self.key, self.strategy))
+                + diagnosis(self.run, self.key, self.strategy)
+            )
 
 
 # --- what a model may hold -------------------------------------------------------------------------------------------
 
 
 def _check_latent_sites(sites: dict) -> None:
-    latent = {
-        name: site["fn"] for name, site in sites.items() if site["type"] == "sample" and not site["is_observed"]
-    }
+    latent = {name: site["fn"] for name, site in sites.items() if site["type"] == "sample" and not site["is_observed"]}
     for name, site in sites.items():
         if site["type"] == "plate" and site["args"][0] != len(site["value"]):
             size, subsample = site["args"][0], len(site["value"])
@@ -201,8 +198,12 @@ def _fixed_supports(run: WithData, key: Key) -> list[str]:
 
 def _shapes(sites: dict, latent: list[str]) -> dict:
     """Shapes and types of unconstrained latent values, computed without running anything."""
-    return {name: jax.eval_shape(lambda value, name=name: biject_to(sites[name]["fn"].support).inv(value), sites[name]["value"])
-            for name in latent}
+    return {
+        name: jax.eval_shape(
+            lambda value, name=name: biject_to(sites[name]["fn"].support).inv(value), sites[name]["value"]
+        )
+        for name in latent
+    }
 
 
 def _check_traceable(potential: Callable, position: dict) -> None:

@@ -1,4 +1,4 @@
-"""Warm-up of NumPyro runs, and their states: from keys and starts to `HMCState`s of all chains, and back to a tuned kernel."""
+"""Warm-up of NumPyro runs: from keys and starts to `HMCState`s of all chains, and from these back to a tuned kernel."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from jax.flatten_util import ravel_pytree
 from numpyro.infer.hmc import HMCState
 
 from partime_mcmc.diagnostics.checks import check_dtypes, check_precision, check_starts, looks_improper
-from partime_mcmc.kernels import Kernel, Whitening
+from partime_mcmc.kernels import Whitening
 from partime_mcmc.mcmc.family import Family, Tuned, density_of, tuned_kernel
-from partime_mcmc.mcmc.numpyro.kernels import AdaptState, ParallelKernel, is_typed
+from partime_mcmc.mcmc.numpyro.base import AdaptState, ParallelKernel, is_typed
 from partime_mcmc.mcmc.programs import Clock, Named, run_program
 from partime_mcmc.mcmc.progress import Progress
 from partime_mcmc.mcmc.target import Target
@@ -34,8 +34,8 @@ def keys_of(rng_key: Any) -> Key:
 
 @dataclasses.dataclass(frozen=True)
 class Beginning:
-    """Chains ready to be sampled: a tuned kernel, where they are, the log density there, the warm-up if there was one, and the step
-    size if the user fixed it."""
+    """Chains ready to be sampled: a tuned kernel, where they are, the log density there, the warm-up if there was one,
+    and the step size if the user fixed it."""
 
     kernel: Tuned
     positions: PyTree
@@ -44,8 +44,9 @@ class Beginning:
     step_size: float
 
 
-def begin(sampler: ParallelKernel, target: Target, keys: Key, num_warmup: int, init_params: PyTree,
-          progress: Progress) -> Beginning:
+def begin(
+    sampler: ParallelKernel, target: Target, keys: Key, num_warmup: int, init_params: PyTree, progress: Progress
+) -> Beginning:
     """Starts, checks and warm-up.
 
     Args:
@@ -83,8 +84,15 @@ def begin(sampler: ParallelKernel, target: Target, keys: Key, num_warmup: int, i
     if not num_warmup:
         return Beginning(_untuned(sampler, density, data, first), starts, np.asarray(value), None, fixed)
     with progress.stage("warm-up", num_warmup) as advance:
-        warmup = warm_up(jax.random.fold_in(keys[0], _WARMUP_STREAM), target.logdensity, sampler.tuned_builder(), starts,
-                         num_warmup, sampler.adaptation, advance)
+        warmup = warm_up(
+            jax.random.fold_in(keys[0], _WARMUP_STREAM),
+            target.logdensity,
+            sampler.tuned_builder(),
+            starts,
+            num_warmup,
+            sampler.adaptation,
+            advance,
+        )
     suspicion = looks_improper(starts, warmup.positions, warmup.settings.get("step_size", 1.0))
     if suspicion:
         progress.warn(suspicion)
@@ -110,13 +118,31 @@ def state_of(ready: Beginning, keys: Key) -> HMCState:
     length = counts.get("num_integration_steps", 1)
     root = whitening.scale
     metric = root**2 if root.ndim == 1 else root @ root.T
-    adapted = AdaptState(each(step), each(metric), each(whitening.center), each(root),
-                         {name: each(value, np.int32 if name in counts else dtype) for name, value in settings.items()},
-                         discrete)
+    adapted = AdaptState(
+        each(step),
+        each(metric),
+        each(whitening.center),
+        each(root),
+        {name: each(value, np.int32 if name in counts else dtype) for name, value in settings.items()},
+        discrete,
+    )
     potential = -jnp.asarray(ready.logdensity, dtype)
     zero, integer = each(0.0), each(0, np.int32)
-    return HMCState(integer, ready.positions, None, potential, potential, carries, each(length * step), integer, zero,
-                    zero, each(False, bool), adapted, keys)
+    return HMCState(
+        integer,
+        ready.positions,
+        None,
+        potential,
+        potential,
+        carries,
+        each(length * step),
+        integer,
+        zero,
+        zero,
+        each(False, bool),
+        adapted,
+        keys,
+    )
 
 
 def kernel_from(sampler: ParallelKernel, target: Target, state: HMCState) -> Tuned:
@@ -124,8 +150,10 @@ def kernel_from(sampler: ParallelKernel, target: Target, state: HMCState) -> Tun
     one = jax.tree.map(lambda leaf: leaf[0], state._replace(rng_key=None, r=None))
     density, data = density_of(target.logdensity, one.z)
     adapted = one.adapt_state
-    settings = {name: int(value) if jnp.issubdtype(value.dtype, jnp.integer) else value
-                for name, value in adapted.settings.items()}
+    settings = {
+        name: int(value) if jnp.issubdtype(value.dtype, jnp.integer) else value
+        for name, value in adapted.settings.items()
+    }
     whitening = Whitening(one.z, adapted.center, adapted.mass_matrix_sqrt_inv)
     return tuned_kernel(Family(density, sampler.tuned_builder()), data, whitening, settings)
 
@@ -166,7 +194,9 @@ def _starts(sampler: ParallelKernel, target: Target, key: Key, wanted: int, init
         return jax.tree.map(lambda leaf: leaf[jnp.arange(wanted) % have], given)
     more = target.starts(jax.random.split(key, wanted - have))
     if jax.tree.structure(more) != jax.tree.structure(given):
-        raise ValueError(f"init_params: got sites {sorted(given)}, wanted an unconstrained value for each of {sorted(more)}")
+        raise ValueError(
+            f"init_params: got sites {sorted(given)}, wanted an unconstrained value for each of {sorted(more)}"
+        )
     return jax.tree.map(lambda a, b: jnp.concatenate([a.astype(b.dtype), b]), given, more)
 
 
@@ -176,8 +206,10 @@ def _untuned(sampler: ParallelKernel, density: Any, data: PyTree, first: PyTree)
     guess = getattr(sampler.adaptation, "guess", None)
     if guess is None:
         guess = jnp.ones_like(flat)
-        warnings.warn("num_warmup: got 0, so nothing is adapted; step size and metric are those given, or 0.1 and the identity",
-                      stacklevel=4)
+        warnings.warn(
+            "num_warmup: got 0, so nothing is adapted; step size and metric are those given, or 0.1 and the identity",
+            stacklevel=4,
+        )
     whitening = Whitening.of_covariance(first, jnp.zeros_like(flat), guess)
     settings = {} if sampler._step_size is not None else {"step_size": 0.1}
     return tuned_kernel(Family(density, sampler.tuned_builder()), data, whitening, settings)
