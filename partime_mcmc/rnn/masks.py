@@ -15,7 +15,7 @@ derivatives.
 
 from __future__ import annotations
 
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,13 @@ def silence(outputs: PyTree, mask: Array | None) -> PyTree:
                         outputs)
 
 
+class Packed(NamedTuple):
+    """Drives of a packed sequence: inputs `(T, ...)`, and whether each step counts, `(T,)`."""
+
+    x: PyTree
+    counts: Array
+
+
 @pytree()
 class Packing:
     """Where steps go.
@@ -58,10 +65,10 @@ class Packing:
         """The packing for a mask `(T,)`."""
         return cls(jnp.argsort(~mask, stable=True), jnp.cumsum(mask))
 
-    def pack(self, inputs: PyTree) -> PyTree:
-        """Drives of a `PackedStep`: inputs in packed order, and whether the step counts."""
+    def pack(self, inputs: PyTree) -> Packed:
+        """Inputs in packed order."""
         counts = jnp.arange(self.order.shape[0]) < self.count[-1]
-        return jax.tree.map(lambda leaf: leaf[self.order], inputs), counts
+        return Packed(jax.tree.map(lambda leaf: leaf[self.order], inputs), counts)
 
     def unpack(self, initial: Array, path: Array) -> Array:
         """States `(T, D)` at their own steps, from the packed path `(T, D)` and the initial state `(D,)`."""

@@ -48,18 +48,21 @@ class RelayPlan:
             num_steps: T.
             backend: The platform, as `jax.default_backend()` says it.
         """
-        if backend == "cpu" and num_chains * self.work > _FILLS_A_CORE:
+        if num_steps < _LEAST or backend == "cpu" and num_chains > 1 and num_chains * self.work > _FILLS_A_CORE:
             return 1
         most = min(max(self.lanes // num_chains, 1), num_steps // _SHORTEST)
         return _divisor(num_steps, most) if most >= 2 else 1
 
 
-# A CPU with this much arithmetic per step is busy: more lanes would only take turns (see benchmarks/gru.py).
-_FILLS_A_CORE = 1e5
+# A CPU with this much arithmetic per step is busy: more lanes would only take turns (see benchmarks/gru.py). With a single
+# chain it is not, however large: a product of a matrix with one vector runs at half the speed of one with many.
+_FILLS_A_CORE = 6e4
 # Segments shorter than this meet too late to be worth their start.
 _SHORTEST = 128
-_PILOTS = 8
-_PILOT_RUN = 32
+# The pilot: so many pairs, after so many steps that make the second of each pair typical, for at most so large a share of
+# the run; a run that would leave it less than `_PATIENCE` steps is too short for a relay.
+_PILOTS, _PILOT_RUN, _PILOT_SHARE, _PATIENCE = 4, 32, 32, 64
+_LEAST = _PILOT_SHARE * (_PILOT_RUN + _PATIENCE)
 
 
 def _divisor(num_steps: int, most: int) -> int:
@@ -188,7 +191,8 @@ def _run(step, plan, direction, params, initial, drives, absolute, relative):
     bound = jnp.repeat(absolute, segments, axis=0), jnp.repeat(relative, segments)[:, None]
     patience = min(length, max(_SHORTEST, length // 2))
     tape = jax.tree.map(cut, drives)
-    forgets, looked = _pilot(advance, initial, tape, bound, patience, direction, segments)
+    forgets, looked = _pilot(advance, initial, tape, bound, min(length, num_steps // _PILOT_SHARE - _PILOT_RUN), direction,
+                             segments)
     lanes = jnp.repeat(initial, segments, axis=0)
     ends, rolled = _roll(advance, lanes, tape, cut(path), direction, 0, jnp.where(forgets, length, 0))
     starts = _hand_over(initial, ends, direction)
