@@ -1,10 +1,10 @@
 """A GRU by `lax.scan` and by `unroll`: `python -m benchmarks.gru --out benchmarks/results`.
 
-For every length, width and batch: seconds of the forward pass and of the gradient of a loss in all weights, by `lax.scan` over
-the same cell and by every solver, interleaved in one process, the fastest of some runs each (other programs may use the
-machine), compilation apart. Beside every time stand the largest difference of the states from those of `lax.scan`, the largest
-relative difference of the gradients, passes, evaluations of the cell per step, whether the parallel path was used, and the
-bytes of temporary memory that the compiled program asks for. `chosen` is `unroll` with no solver given.
+For every length, width and batch: seconds of the forward pass and of the gradient of a loss in all weights, by `lax.scan`
+over the same cell and by every solver, interleaved in one process, the fastest of some runs each (other programs may use the
+machine), compilation apart. Beside every time stand the largest difference of the states from those of `lax.scan`, the
+largest relative difference of the gradients, passes, evaluations of the cell per step, whether the parallel path was used,
+and the bytes of temporary memory that the compiled program asks for. `chosen` is `unroll` with no solver given.
 
 Rows are kept by their key in the JSON file: `--only` measures some and leaves the others as they are.
 """

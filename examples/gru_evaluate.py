@@ -5,8 +5,8 @@
 
 For every method: its verdict, passes over the path, evaluations of the cell per step, the largest difference from
 `lax.scan`, and times of the forward pass and of the gradient of a loss in all weights. "chosen" is `unroll` with nothing
-said: segments where they pay, `lax.scan` where they do not. Newton's method needs few passes but D products per step in each,
-so on a CPU it only shows that the path is the same; on devices with thousands of lanes it is another matter.
+said: segments where they pay, `lax.scan` where they do not. Newton's method needs few passes but D products per step in
+each, so on a CPU it only shows that the path is the same; on devices with thousands of lanes it is another matter.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from partime_mcmc import Clipped, Newton, Status, deer, shooting
-from partime_mcmc.rnn import ClosedForm, gru, gru_diagonal, gru_params, unroll, unroll_with_status
+from partime_mcmc.rnn import ClosedForm, gru, gru_diagonal, gru_params, unroll_with_status
 
 
 def methods(carry: jax.Array) -> dict:
@@ -39,15 +39,15 @@ def loss(run, params, carry, inputs):
     return jnp.mean(run(params, carry, inputs)[1] ** 2)
 
 
-def fastest(function, arguments, repeats: int) -> float:
-    """Seconds of the fastest of some runs, compilation apart."""
+def fastest(function, arguments, repeats: int) -> tuple[float, object]:
+    """Seconds of the fastest of some runs, compilation apart, and the result."""
     compiled = jax.jit(function).lower(*arguments).compile()
     seconds = []
     for _ in range(repeats + 1):
         begin = time.perf_counter()
-        jax.block_until_ready(compiled(*arguments))
+        value = jax.block_until_ready(compiled(*arguments))
         seconds.append(time.perf_counter() - begin)
-    return min(seconds[1:])
+    return min(seconds[1:]), value
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -63,20 +63,18 @@ def main(argv: list[str] | None = None) -> list[dict]:
     carry = jnp.zeros(flags.num_units)
     inputs = jax.random.normal(jax.random.key(1), (flags.num_steps, flags.num_inputs))
     arguments = params, carry, inputs
-    scan = fastest(by_scan, arguments, flags.repeats)
-    scan_gradient = fastest(jax.grad(functools.partial(loss, by_scan)), arguments, flags.repeats)
-    wanted = np.asarray(jax.jit(by_scan)(*arguments)[1])
+    scan, (_, wanted) = fastest(by_scan, arguments, flags.repeats)
+    scan_gradient, _ = fastest(jax.grad(functools.partial(loss, by_scan)), arguments, flags.repeats)
     print(f"GRU, {flags.num_units} units, {flags.num_inputs} inputs, {flags.num_steps:,} steps, float32\n"
           f"{'lax.scan':12s} {1e3 * scan:8.1f} ms, gradient {1e3 * scan_gradient:8.1f} ms")
     rows = []
     for name in flags.only:
-        run = functools.partial(unroll, gru, solver=methods(carry)[name])
-        _, ys, status = unroll_with_status(gru, *arguments, solver=methods(carry)[name])
+        run = functools.partial(unroll_with_status, gru, solver=methods(carry)[name])
+        seconds, (_, ys, status) = fastest(run, arguments, flags.repeats)
+        gradient, _ = fastest(jax.grad(functools.partial(loss, run)), arguments, flags.repeats)
         row = {"method": name, "status": Status(int(status.solver_status)).name, "parallel": bool(status.parallel),
-               "iterations": int(status.iterations), "evaluations": float(status.evaluations),
-               "difference": float(np.abs(np.asarray(ys) - wanted).max()),
-               "seconds": fastest(run, arguments, flags.repeats),
-               "gradient": fastest(jax.grad(functools.partial(loss, run)), arguments, flags.repeats)}
+               "iterations": int(status.iterations), "evaluations": float(status.evaluations), "seconds": seconds,
+               "gradient": gradient, "difference": float(np.abs(np.asarray(ys) - np.asarray(wanted)).max())}
         rows.append(row)
         print(f"{name:12s} {1e3 * row['seconds']:8.1f} ms, gradient {1e3 * row['gradient']:8.1f} ms: "
               f"{scan / row['seconds']:.2f}x and {scan_gradient / row['gradient']:.2f}x; {row['status']}, "

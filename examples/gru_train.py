@@ -3,8 +3,8 @@
     python examples/gru_train.py                    # 150 steps of Adam each way
 
 The 1,797 handwritten digits that scikit-learn ships are read as one stream, row of pixels by row of pixels, eight rows a
-digit; after its last row the network names the digit. It is never reset, so the first 1,500 digits are one sequence of 12,000
-steps, and every step of Adam is the gradient through all of it. The other 297 digits follow as a test.
+digit; after its last row the network names the digit. It is never reset, so the first 1,500 digits are one sequence of
+12,000 steps, and every step of Adam is the gradient through all of it. The other 297 digits follow as a test.
 
 One line differs between the two runs: which function unrolls the cell.
 """
@@ -98,9 +98,9 @@ def main(argv: list[str] | None = None) -> dict:
     scan, parallel = found["lax.scan"], found["unroll"]
     difference = float(np.max(np.abs(scan["losses"] - parallel["losses"]) / scan["losses"]))
     status = unroll_with_status(gru, parallel["weights"]["cell"], jnp.zeros(flags.num_units), data[0])[2]
-    print(f"{scan['seconds'] / parallel['seconds']:.2f} times as fast; losses differ by {difference:.1e} at most (relative); "
-          f"trained network: {'in parallel' if status.parallel else 'sequentially'}, {float(status.evaluations):.2f} "
-          "evaluations per step")
+    print(f"{scan['seconds'] / parallel['seconds']:.2f} times as fast; losses differ by {difference:.1e} at most "
+          f"(relative); trained network: {'in parallel' if status.parallel else 'sequentially'}, "
+          f"{float(status.evaluations):.2f} evaluations per step")
     return {**found, "difference": difference, "parallel": bool(status.parallel)}
 
 

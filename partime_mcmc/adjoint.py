@@ -29,7 +29,8 @@ from partime_mcmc.linearize.dense import jacobian
 from partime_mcmc.scan.affine import Dense
 from partime_mcmc.scan.time_axis import TimeAxis
 from partime_mcmc.solution import DEFAULT_ULPS
-from partime_mcmc.solvers.relay import RelayPlan, relay
+from partime_mcmc.solvers.relay import relay
+from partime_mcmc.solvers.relay_plan import RelayPlan
 from partime_mcmc.types import Array, PyTree, pytree
 
 

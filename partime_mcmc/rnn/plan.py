@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from partime_mcmc.predict.cost import lane_work
 from partime_mcmc.solution import Tolerance
-from partime_mcmc.solvers.relay import RelayPlan
+from partime_mcmc.solvers.relay_plan import RelayPlan
 from partime_mcmc.types import PyTree
 
 # Residual allowed per step, in units in the last place: a network's step rounds a few times, and its states are of size 1.

@@ -36,7 +36,8 @@ from partime_mcmc.scan.time_axis import LocalTime
 from partime_mcmc.solution import Status, Tolerance
 from partime_mcmc.solve import solve
 from partime_mcmc.solvers import Solver
-from partime_mcmc.solvers.relay import RelayPlan, one_after_another, relay
+from partime_mcmc.solvers.relay import one_after_another, relay
+from partime_mcmc.solvers.relay_plan import RelayPlan
 from partime_mcmc.types import Array, PyTree, pytree
 
 # Up to here the Jacobians of all steps fit beside the path, and a scan over them beats a relay.

@@ -25,52 +25,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from partime_mcmc.solvers.relay_plan import PILOT_RUN, PILOT_SHARE, PILOTS, SHORTEST, RelayPlan
 from partime_mcmc.types import Array, PyTree, pytree
-
-
-@pytree(static=("lanes", "work"))
-class RelayPlan:
-    """How a relay is run; static, so that it is known when a program is traced.
-
-    Attributes:
-        lanes: Chains × segments wanted side by side.
-        work: Arithmetic of one step of one chain, in multiply-adds: what decides whether lanes gain anything.
-    """
-
-    lanes: int
-    work: float = 0.0
-
-    def segments(self, num_chains: int, num_steps: int, backend: str) -> int:
-        """C, segments per chain; 1 means one step after another.
-
-        Args:
-            num_chains: B, chains that are solved together.
-            num_steps: T.
-            backend: The platform, as `jax.default_backend()` says it.
-        """
-        if num_steps < _LEAST or backend == "cpu" and num_chains > 1 and num_chains * self.work > _FILLS_A_CORE:
-            return 1
-        most = min(max(self.lanes // num_chains, 1), num_steps // _SHORTEST)
-        return _divisor(num_steps, most) if most >= 2 else 1
-
-
-# A CPU with this much arithmetic per step is busy: more lanes would only take turns (see benchmarks/gru.py). With a single
-# chain it is not, however large: a product of a matrix with one vector runs at half the speed of one with many.
-_FILLS_A_CORE = 6e4
-# Segments shorter than this meet too late to be worth their start.
-_SHORTEST = 128
-# The pilot: so many pairs, after so many steps that make the second of each pair typical, for at most so large a share of
-# the run; a run that would leave it less than `_PATIENCE` steps is too short for a relay.
-_PILOTS, _PILOT_RUN, _PILOT_SHARE, _PATIENCE = 4, 32, 32, 64
-_LEAST = _PILOT_SHARE * (_PILOT_RUN + _PATIENCE)
-
-
-def _divisor(num_steps: int, most: int) -> int:
-    """The largest number of segments of at most `most` that leaves no rest, if one is near, else `most`."""
-    for count in range(most, most // 2, -1):
-        if num_steps % count == 0:
-            return count
-    return most
 
 
 @pytree()
@@ -189,9 +145,9 @@ def _run(step, plan, direction, params, initial, drives, absolute, relative):
     body = segments * length
     cut = functools.partial(_to_segments, segments=segments, length=length, direction=direction)
     bound = jnp.repeat(absolute, segments, axis=0), jnp.repeat(relative, segments)[:, None]
-    patience = min(length, max(_SHORTEST, length // 2))
+    patience = min(length, max(SHORTEST, length // 2))
     tape = jax.tree.map(cut, drives)
-    forgets, looked = _pilot(advance, initial, tape, bound, min(length, num_steps // _PILOT_SHARE - _PILOT_RUN), direction,
+    forgets, looked = _pilot(advance, initial, tape, bound, min(length, num_steps // PILOT_SHARE - PILOT_RUN), direction,
                              segments)
     lanes = jnp.repeat(initial, segments, axis=0)
     ends, rolled = _roll(advance, lanes, tape, cut(path), direction, 0, jnp.where(forgets, length, 0))
@@ -204,7 +160,7 @@ def _run(step, plan, direction, params, initial, drives, absolute, relative):
     last = ends.reshape(num_chains, segments, -1)[:, -1 if direction > 0 else 0]
     first = jnp.where(met, body, 0)
     _, path = _roll(advance, jnp.where(met, last, initial), drives, rolled, direction, first, num_steps)
-    work = (2.0 * min(_PILOTS, segments) * (_PILOT_RUN + looked) + num_chains * segments * (
+    work = (2.0 * min(PILOTS, segments) * (PILOT_RUN + looked) + num_chains * segments * (
         jnp.where(forgets, length, 0) + mended) + num_chains * (num_steps - first)) / (num_chains * num_steps)
     report = RelayReport(met, looked, mended, jnp.where(met, gap, 0), work.astype(jnp.float32))
     return path, jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num_chains,)), report)
@@ -259,7 +215,7 @@ def _pilot(advance, initial, tape, bound, patience, direction, segments):
     One of a pair starts where the relay's segments will, the other at a state that the recurrence itself has reached.
     """
     lanes, length = jax.tree.leaves(tape)[0].shape[:2]
-    count = min(_PILOTS, lanes)
+    count = min(PILOTS, lanes)
     chosen = jnp.arange(count) * lanes // count
     few, limit = jax.tree.map(lambda leaf: leaf[chosen], tape), tuple(part[chosen] for part in bound)
     starts = initial[chosen // segments]
@@ -267,7 +223,7 @@ def _pilot(advance, initial, tape, bound, patience, direction, segments):
     def roll(step, states):
         return advance(states, _row(few, _place(step, length, direction)))
 
-    typical = lax.fori_loop(0, min(_PILOT_RUN, length), roll, starts)
+    typical = lax.fori_loop(0, min(PILOT_RUN, length), roll, starts)
     pairs = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), few)
 
     def apart(carry):
