@@ -15,7 +15,7 @@ class RelayPlan:
 
     Attributes:
         lanes: Chains × segments wanted side by side.
-        work: Arithmetic of one step of one chain, in multiply-adds: what decides whether lanes gain anything.
+        work: Arithmetic of one step of one chain, in the units of `predict.cost.lane_work`: what decides whether lanes gain anything.
     """
 
     lanes: int
@@ -35,9 +35,10 @@ class RelayPlan:
         return _divisor(num_steps, most) if most >= 2 else 1
 
 
-# A CPU with this much arithmetic per step is busy: more lanes would only take turns (see benchmarks/gru.py). With a single
-# chain it is not, however large: a product of a matrix with one vector runs at half the speed of one with many.
-_FILLS_A_CORE = 6e4
+# Work per step from which a batch on a CPU is left to `lax.scan`: its products of matrices already run at full speed, and
+# the relay's own costs, more so backwards, are not made good (see benchmarks/gru.py). A single chain always gains, however
+# wide: a product of a matrix with one vector runs at half the speed of one with many.
+_FILLS_A_CORE = 4e3
 # Segments shorter than this meet too late to be worth their start.
 SHORTEST = 128
 # The pilot: so many pairs, after so many steps that make the second of each pair typical, for at most so large a share of
