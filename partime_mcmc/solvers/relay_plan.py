@@ -15,7 +15,8 @@ class RelayPlan:
 
     Attributes:
         lanes: Chains × segments wanted side by side.
-        work: Arithmetic of one step of one chain, in the units of `predict.cost.lane_work`: what decides whether lanes gain anything.
+        work: Arithmetic of one step of one chain, in the units of `predict.cost.lane_work`: what decides whether lanes gain
+            anything.
     """
 
     lanes: int
