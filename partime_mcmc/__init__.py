@@ -4,7 +4,7 @@
     recipes       sequential, deer, quasi_deer, elk, quasi_elk, picard, jacobi, shooting
     schedules     Whole, Stretches, Sliding
     linearizers   DenseJacobian, DiagonalJacobian, HutchinsonDiagonal, IdentityJacobian, ZeroJacobian, Clipped, Damped
-    kernels       from_blackjax, hmc, mala, nuts, random_walk, Kernel, Whitening, certify
+    kernels       from_blackjax, coalescing_hmc, hmc, mala, nuts, random_walk, PlainDice, CoalescingDice, Kernel, Whitening, certify
     sampling      Target, from_numpyro, sample, Draws
     judging       compare, to_arviz
 """
@@ -12,7 +12,8 @@
 from partime_mcmc.diagnostics.arviz import read_netcdf, save_netcdf, summary_table, to_arviz
 from partime_mcmc.diagnostics.compare import compare
 from partime_mcmc.dynamics import Dynamics, residual, rollout
-from partime_mcmc.kernels import Certificate, Kernel, Whitening, certify, from_blackjax, hmc, loop, mala, nuts, random_walk
+from partime_mcmc.kernels import (Certificate, CoalescingDice, Kernel, PlainDice, Whitening, certify, coalescing_hmc,
+                                  from_blackjax, hmc, loop, mala, nuts, random_walk)
 from partime_mcmc.linearize import (Clipped, Damped, DenseJacobian, DiagonalJacobian, HutchinsonDiagonal,
                                     IdentityJacobian, ZeroJacobian)
 from partime_mcmc.mcmc.draws import Draws
@@ -29,10 +30,10 @@ from partime_mcmc.solvers import ConstantDamping, Kalman, Newton, RelaxingDampin
 __version__ = "0.1.0"
 
 __all__ = [
-    "Certificate", "Clipped", "ConstantDamping", "Damped", "DenseJacobian", "DiagonalJacobian", "Draws", "Dynamics",
-    "HutchinsonDiagonal", "IdentityJacobian", "Kalman", "Kernel", "Newton", "RelaxingDamping", "Sliding", "Solution",
+    "Certificate", "Clipped", "CoalescingDice", "ConstantDamping", "Damped", "DenseJacobian", "DiagonalJacobian", "Draws", "Dynamics",
+    "HutchinsonDiagonal", "IdentityJacobian", "Kalman", "Kernel", "Newton", "PlainDice", "RelaxingDamping", "Sliding", "Solution",
     "SolveError", "Stats", "Status", "Stretches", "Target", "Tolerance", "Whitening", "Whole", "ZeroJacobian",
-    "certify", "compare", "deer", "elk", "from_blackjax", "from_numpyro", "hmc", "jacobi", "loop", "mala", "nuts",
+    "certify", "coalescing_hmc", "compare", "deer", "elk", "from_blackjax", "from_numpyro", "hmc", "jacobi", "loop", "mala", "nuts",
     "picard", "progress_line", "quasi_deer", "quasi_elk", "quiet", "random_walk", "read_netcdf", "residual", "rollout",
     "sample", "save_netcdf", "sequential", "shooting", "solve", "summary_table", "to_arviz",
 ]

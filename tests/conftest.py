@@ -1,13 +1,22 @@
 """Fixtures and options shared by all tests.
 
-Nothing global is set: 64-bit floats are switched on inside a fixture and off again, and no compilation cache is kept
-between runs (a stale one would hide what a compiler does today).
+Nothing global is set but how hard the compiler tries: 64-bit floats are switched on inside a fixture and off again, and no
+compilation cache is kept between runs (a stale one would hide what a compiler does today).
+
+Most of the suite's time is compilation, so machine code is generated without optimisation unless `XLA_FLAGS` says otherwise;
+fusion and everything above it are as ever. `.ci/run` runs the smoke part, and tests about single bits run themselves, with the
+compiler's own settings.
 """
 
-import hypothesis
-import jax
-import jax.numpy as jnp
-import pytest
+import os
+
+# Before JAX starts its backend.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import pytest  # noqa: E402
 
 hypothesis.settings.register_profile(
     # The same examples in every run, and no clock: the first example of a shape compiles.
@@ -15,6 +24,9 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("partime")
 
+
+# For `jax.jit(..., compiler_options=...)`: the code that users get.
+OPTIMISED = {"xla_backend_optimization_level": 3}
 
 # What depends on the generation of Python, JAX and ArviZ: run on a second one, too.
 SMOKE = {"test_architecture", "test_arviz", "test_certify", "test_derivatives", "test_numpyro", "test_selftest",

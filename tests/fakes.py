@@ -54,7 +54,7 @@ def certificate(num_chains: int, num_samples: int, certified: Any = True) -> Sim
         num_nonfinite_proposals=0 * ones,
         frozen=~ones.astype(bool),
         num_ambiguous=0 * ones,
-        min_margin=1e-4 * ones,
+        min_margin=1e-4 * ones, min_lattice_margin=np.nan * ones,
         tolerance=1e-8 * ones,
         certified=np.broadcast_to(certified, (num_chains,)),
         accepted=None,

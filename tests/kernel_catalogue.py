@@ -17,7 +17,10 @@ from blackjax.mcmc.integrators import isokinetic_velocity_verlet
 from blackjax.mcmc.random_walk import normal
 
 from partime_mcmc.kernels import Kernel, from_blackjax
-from partime_mcmc.recipes import deer, jacobi, picard, quasi_deer
+from partime_mcmc.kernels.hmc import hmc_cycle, steered_hmc
+from partime_mcmc.kernels.mala import coalescing_mala
+from partime_mcmc.kernels.random_walk import coalescing_random_walk
+from partime_mcmc.recipes import deer, jacobi, picard, quasi_deer, shooting
 from partime_mcmc.solvers import Solver
 
 
@@ -30,7 +33,7 @@ class AlgorithmRow:
         algorithm: `(logdensity, dimension, dtype) -> SamplingAlgorithm`.
         solver: A recipe that suits it.
         decides: A step accepts or rejects, says so, and rejects some of the first steps on the target.
-        margins: The uniform behind its decisions is `uniform(split(key)[1])`.
+        margins: The uniform behind its decisions is `uniform(split(key)[1])`, or its info holds margins.
         discrete: Fields of its state that are not floating point.
         others: Floating-point fields of its state that are neither the position nor follow from it.
         float32: Runs in float32 too; False where another row has the same shape of state.
@@ -94,6 +97,26 @@ def _random_walk(logdensity, dimension, dtype):
     return blackjax.additive_step_random_walk(logdensity, normal(0.8 * jnp.ones(dimension, dtype)))
 
 
+def _coalescing_mala(logdensity, dimension, dtype):
+    del dimension, dtype
+    return coalescing_mala(logdensity, 0.35)
+
+
+def _steered_hmc(logdensity, dimension, dtype):
+    del dimension, dtype
+    return steered_hmc(logdensity, 0.8, 2)
+
+
+def _hmc_cycle(logdensity, dimension, dtype):
+    del dimension, dtype
+    return hmc_cycle(logdensity, 0.7, 9, 0.6, 3)
+
+
+def _coalescing_walk(logdensity, dimension, dtype):
+    del dimension, dtype
+    return coalescing_random_walk(logdensity, 0.8, 2)
+
+
 KERNELS = [
     AlgorithmRow("mala", _mala, quasi_deer(num_probes=1), decides=True, margins=True),
     AlgorithmRow("hmc", _hmc, quasi_deer(damping=0.1), decides=True, margins=True),
@@ -106,6 +129,10 @@ KERNELS = [
     AlgorithmRow("barker", _barker, picard(), decides=True, margins=True, float32=False),
     AlgorithmRow("elliptical slice", _elliptical_slice, jacobi()),
     AlgorithmRow("random walk", _random_walk, picard(), decides=True, margins=True),
+    AlgorithmRow("coalescing mala", _coalescing_mala, jacobi(), decides=True, margins=True),
+    AlgorithmRow("steered hmc", _steered_hmc, quasi_deer(damping=0.1), decides=True, margins=True, float32=False),
+    AlgorithmRow("hmc cycle", _hmc_cycle, shooting(2), decides=True, margins=True, discrete=("phase",)),
+    AlgorithmRow("coalescing walk", _coalescing_walk, jacobi(), decides=True, margins=True, float32=False),
 ]
 
 DIMENSION = 3

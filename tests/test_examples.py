@@ -120,3 +120,13 @@ def test_some_chains_forget_and_some_do_not(tmp_path, capsys):
     assert not np.any(walk[0].met) and not walk[1].parallel
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     assert "segments" in capsys.readouterr().out
+
+
+def test_the_same_law_with_a_shorter_memory(tmp_path, capsys):
+    found = run("dice", "--models", "eight_schools", "--kernels", "coalescing HMC", "random walk, plain", "--num-warmup", 120,
+                "--num-pairs", 8, "--num-steps", 200, "--out", tmp_path / "picture.png")
+    met = found["eight_schools", "coalescing HMC"]
+    assert np.all(met.met) and np.median(met.steps) <= 20
+    assert not np.any(found["eight_schools", "random walk, plain"].met)
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    assert "met exactly" in capsys.readouterr().out

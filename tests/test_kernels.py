@@ -18,6 +18,7 @@ from kernel_catalogue import DIMENSION, KERNELS, logdensity_of, start_of
 from partime_mcmc.dynamics import rollout
 from partime_mcmc.kernels import (Carry, Kernel, Whitening, certify_with_records, from_blackjax, hmc, loop, mala, nuts,
                                   random_walk)
+from partime_mcmc.kernels.drawn import Drawn
 from partime_mcmc.recipes import deer, jacobi
 from partime_mcmc.schedule import Stretches
 from partime_mcmc.solution import Status
@@ -107,14 +108,18 @@ def test_certificate_and_decisions_agree_with_blackjax(row):
 @every_kernel
 def test_tape_holds_the_keys_and_the_discrete_leaves(row):
     found = everything(row)
-    np.testing.assert_array_equal(jax.random.key_data(found.tape.key),
-                                  jax.random.key_data(jax.random.split(jax.random.key(2), T)))
+    if not isinstance(found.kernel.algorithm, Drawn):
+        np.testing.assert_array_equal(jax.random.key_data(found.tape.dice),
+                                      jax.random.key_data(jax.random.split(jax.random.key(2), T)))
     assert set(found.tape.discrete) == set(row.discrete)
     for name in row.discrete:  # before each step: the start's, then what every step left
-        taped, left = (jax.random.key_data(leaf) for leaf in (found.tape.discrete[name], getattr(found.states, name)))
-        np.testing.assert_array_equal(taped[0], jax.random.key_data(jax.random.key(5)))
+        taped, left = found.tape.discrete[name], getattr(found.states, name)
+        first, distinct = jnp.int32(0), 3
+        if jnp.issubdtype(taped.dtype, jax.dtypes.prng_key):
+            taped, left, first, distinct = *map(jax.random.key_data, (taped, left, jax.random.key(5))), T
+        np.testing.assert_array_equal(taped[0], first)
         np.testing.assert_array_equal(taped[1:], left[:-1])
-        assert len(np.unique(taped, axis=0)) == T
+        assert len(np.unique(taped, axis=0)) == distinct
     assert bool(found.certificate.discrete_consistent)
 
 
@@ -213,7 +218,7 @@ def test_algorithm_whose_state_is_the_position_itself():
                                            step=lambda key, x: (0.5 * x + jax.random.normal(key, x.shape), ())))
     tape = kernel.tape(jax.random.key(0), 10, kernel.init(jnp.ones(2)))
     path = rollout(kernel.dynamics(), jnp.ones(2), tape)
-    noise = np.asarray(jax.vmap(lambda key: jax.random.normal(key, (2,)))(tape.key))
+    noise = np.asarray(jax.vmap(lambda key: jax.random.normal(key, (2,)))(tape.dice))
     x = np.ones(2)
     for t in range(10):
         x = 0.5 * x + noise[t]
@@ -242,6 +247,22 @@ def test_whitening_enter_and_leave_are_inverse_and_white(shape):
         root = np.stack([ravel_pytree(metric.leave(unit))[0] - np.arange(3.0) for unit in np.eye(3)], axis=1)
         np.testing.assert_allclose(root @ root.T, covariance if shape == "dense" else np.diag(covariance), rtol=1e-12)
         np.testing.assert_allclose(metric.enter(metric.leave(jnp.zeros(3))), 0, atol=1e-12)
+
+
+def test_low_rank_whitening_is_the_dense_one_of_its_covariance():
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(4)
+        directions, sigma = np.linalg.qr(rng.normal(size=(3, 2)))[0], np.array([0.5, 2.0, 1.0])
+        low = Whitening.of_low_rank(start_of(jnp.float64), jnp.arange(3.0), sigma, directions, [9.0, 0.1])
+        stretched = np.eye(3) + directions @ np.diag([8.0, -0.9]) @ directions.T
+        root = np.stack([ravel_pytree(low.leave(unit))[0] - np.arange(3.0) for unit in np.eye(3)], axis=1)
+        np.testing.assert_allclose(root @ root.T, np.diag(sigma) @ stretched @ np.diag(sigma), rtol=1e-12, atol=1e-14)
+        z = jnp.array([0.3, -2.0, 1.0])
+        np.testing.assert_allclose(low.enter(low.leave(z)), z, rtol=1e-12)
+        with pytest.raises(ValueError, match="directions: columns are orthonormal only to"):
+            Whitening.of_low_rank(start_of(jnp.float64), jnp.zeros(3), sigma, directions * 1.1, [9.0, 0.1])
+        with pytest.raises(ValueError, match="variances: smallest entry -1"):
+            Whitening.of_low_rank(start_of(jnp.float64), jnp.zeros(3), sigma, directions, [9.0, -1.0])
 
 
 @pytest.mark.parametrize("shape", ["dense", "diagonal"])

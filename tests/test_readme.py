@@ -10,16 +10,17 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
-@pytest.mark.parametrize("number, words", [(0, "CERTIFIED PATH"), (1, "True"), (2, "e-0")])
+@pytest.mark.parametrize("number, words", [(0, "CERTIFIED_PATH"), (1, "CERTIFIED PATH"), (2, "True"), (3, "e-0")])
 def test_example(number, words, capsys):
     exec(compile(BLOCKS[number], f"README example {number + 1}", "exec"), {})
     assert words in capsys.readouterr().out
 
 
-def test_there_are_three_examples():
-    assert len(BLOCKS) == 3
+def test_there_are_four_examples():
+    assert len(BLOCKS) == 4
 
 
-def test_the_table_is_the_benchmarks():
-    table = (ROOT / "benchmarks" / "results" / "shooting-cpu.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["shooting-cpu", "dice-meetings", "dice-shooting"])
+def test_tables_are_the_benchmarks(name):
+    table = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text(encoding="utf-8")
     assert table.strip() in TEXT

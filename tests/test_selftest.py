@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import OPTIMISED
 
 
 @pytest.mark.parametrize("dimension", [3, 5, 7])
@@ -16,7 +17,7 @@ import pytest
 def test_a_batched_product_followed_by_a_sum(precision, length, dimension):
     rng = np.random.default_rng(dimension)
     matrix, points = rng.normal(size=(dimension, dimension)), rng.normal(size=(length, dimension))
-    form = jax.jit(jax.vmap(lambda x: jnp.sum(jnp.dot(jnp.asarray(matrix, precision), x)**2)))
+    form = jax.jit(jax.vmap(lambda x: jnp.sum(jnp.dot(jnp.asarray(matrix, precision), x)**2)), compiler_options=OPTIMISED)
     got = np.asarray(form(jnp.asarray(points, precision)), np.float64)
     wanted = ((points @ matrix.T)**2).sum(axis=1)
     # Two dozen roundings, of terms that are at most what they sum to.

@@ -92,7 +92,7 @@ def test_evaluations_are_lanes_times_depth():
 
 def test_the_chain_is_blackjaxs_own_with_rejections():
     kernel, state, tape = mala_chain(2000)
-    carries, info = jax.jit(lambda start, keys: loop(kernel, start, keys))(state, tape.key)
+    carries, info = jax.jit(lambda start, keys: loop(kernel, start, keys))(state, tape.dice)
     found = solve(kernel.dynamics(), kernel.carry(state), tape, solver=shooting(16)).or_raise()
     np.testing.assert_allclose(found.states, carries, rtol=0, atol=1e-10)
     certificate = certify(kernel, kernel.carry(state), found.states, tape)
@@ -197,7 +197,7 @@ def test_a_chain_that_never_moves_is_the_same_chain():
 
 def test_segments_shorter_than_a_burst_of_rejections():
     kernel, state, tape = mala_chain(600, step_size=1.2)
-    carries, info = jax.jit(lambda start, keys: loop(kernel, start, keys))(state, tape.key)
+    carries, info = jax.jit(lambda start, keys: loop(kernel, start, keys))(state, tape.dice)
     runs = np.split(np.asarray(info.is_accepted), np.flatnonzero(np.asarray(info.is_accepted)))
     assert max(map(len, runs)) > 6
     found = solve(kernel.dynamics(), kernel.carry(state), tape, solver=shooting(steps=4)).or_raise()

@@ -16,7 +16,7 @@ import pytest
 from scipy import stats
 
 from partime_mcmc.dynamics import rollout
-from partime_mcmc.kernels import Kernel, Whitening, hmc, mala, nuts
+from partime_mcmc.kernels import CoalescingDice, Kernel, Whitening, coalescing_hmc, hmc, mala, nuts, random_walk
 from partime_mcmc.mcmc.sample import sample
 from partime_mcmc.mcmc.target import Target
 from partime_mcmc.models import banana
@@ -178,6 +178,11 @@ CONSERVING = {
     "mala, diagonal": lambda: mala(conjugate().logdensity, 0.4, metric("diagonal")),
     "hmc": lambda: hmc(conjugate().logdensity, 0.9, metric("dense"), 2),
     "nuts": lambda: nuts(conjugate().logdensity, 0.7, metric("dense"), 4),
+    "mala, coalescing": lambda: mala(conjugate().logdensity, 0.7, metric("dense"), dice=CoalescingDice()),
+    "hmc, steered": lambda: hmc(conjugate().logdensity, 0.9, metric("diagonal"), 2, dice=CoalescingDice()),
+    "coalescing hmc": lambda: coalescing_hmc(conjugate().logdensity, 0.9, metric("dense"), 2, every=3),
+    "random walk, coalescing": lambda: random_walk(conjugate().logdensity, 1.2, metric("dense"), dice=CoalescingDice()),
+    "random walk, blocks": lambda: random_walk(conjugate().logdensity, 1.2, metric("dense"), dice=CoalescingDice(), block=2),
 }
 
 

@@ -2,7 +2,9 @@
 
 `from_blackjax` wraps any BlackJAX sampling algorithm as it is, in its own coordinates. The builders `mala`, `hmc`, `nuts`
 and `random_walk` make tuned kernels from a log density, a step size and a metric, in the shape that warm-up tunes; with a
-`Whitening` as the metric the kernel runs in whitened coordinates and still speaks positions to its user.
+`Whitening` as the metric the kernel runs in whitened coordinates and still speaks positions to its user. `dice` chooses how the
+noise is drawn: `PlainDice()` is BlackJAX's own kernel with its own draws, `CoalescingDice()` a kernel of the same law whose chains
+forget their past within some steps (`dice`), and `coalescing_hmc` the cycle of both that suits most posteriors.
 
 Step sizes follow BlackJAX: MALA moves by `ε ∇log p + √(2ε) N(0, I)`, HMC's leapfrog by `ε` per step.
 """
@@ -20,7 +22,11 @@ from blackjax.mcmc.random_walk import normal
 from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.kernels.certify import check_scale
+from partime_mcmc.kernels.dice import CoalescingDice, Dice, PlainDice, check_dice
+from partime_mcmc.kernels.hmc import hmc_cycle, steered_hmc
 from partime_mcmc.kernels.kernel import Kernel
+from partime_mcmc.kernels.mala import coalescing_mala
+from partime_mcmc.kernels.random_walk import coalescing_random_walk
 from partime_mcmc.kernels.whiten import Whitening, checked_root
 from partime_mcmc.types import Array, PyTree
 
@@ -54,24 +60,29 @@ def from_blackjax(algorithm: blackjax.SamplingAlgorithm, *, noise_scale: Array |
     return Kernel(algorithm, noise_scale=noise_scale, name=name)
 
 
-def mala(logdensity: Callable[[PyTree], Array], step_size: float, metric: Whitening | None = None) -> Kernel:
+def mala(logdensity: Callable[[PyTree], Array], step_size: float, metric: Whitening | None = None, *,
+         dice: Dice = PlainDice()) -> Kernel:
     """The Metropolis-adjusted Langevin algorithm (Besag 1994; Roberts & Tweedie 1996).
 
     Args:
         logdensity: `position -> scalar`.
         step_size: BlackJAX's ε, positive.
         metric: Whitened coordinates; None uses the position's own.
+        dice: How the noise is drawn.
 
     Raises:
         ValueError: If the step size is not positive and finite.
+        TypeError: If `dice` is no strategy for dice.
     """
     check_step_size(step_size)
+    check_dice(dice)
+    build = coalescing_mala if isinstance(dice, CoalescingDice) else blackjax.mala
     noise = jnp.sqrt(2 * jnp.asarray(step_size))
-    return _whitened(lambda density: blackjax.mala(density, step_size), logdensity, metric, noise, "mala")
+    return _whitened(lambda density: build(density, step_size), logdensity, metric, noise, "mala")
 
 
 def hmc(logdensity: Callable[[PyTree], Array], step_size: float, metric: Whitening | Array,
-        num_integration_steps: int | None = None) -> Kernel:
+        num_integration_steps: int | None = None, *, dice: Dice = PlainDice()) -> Kernel:
     """Hamiltonian Monte Carlo (Duane et al. 1987; Neal 2011).
 
     Args:
@@ -79,16 +90,57 @@ def hmc(logdensity: Callable[[PyTree], Array], step_size: float, metric: Whiteni
         step_size: The leapfrog's step, positive.
         metric: Whitened coordinates, or an inverse mass matrix of shape `(D,)` or `(D, D)` in BlackJAX's sense.
         num_integration_steps: Leapfrog steps per transition; None takes a path of a quarter period.
+        dice: How momenta are drawn; coalescing ones want a `Whitening`, because they are aimed at the trajectory's end as on
+            a standard normal, and a step size below 2.
 
     Raises:
         ValueError: If the step size or the metric is unusable.
+        TypeError: If `dice` is no strategy for dice, or wants a `Whitening` and gets none.
+    """
+    check_step_size(step_size)
+    check_dice(dice)
+    if num_integration_steps is None:
+        num_integration_steps = quarter_period_steps(step_size)
+    _check_positive_integer(num_integration_steps, "num_integration_steps")
+    if isinstance(dice, CoalescingDice):
+        _check_whitening(metric, "a Whitening for hmc with CoalescingDice()")
+        return _whitened(lambda density: steered_hmc(density, step_size, num_integration_steps), logdensity, metric, None,
+                         "hmc")
+    return _with_metric(lambda density, inverse_mass: blackjax.hmc(density, step_size, inverse_mass,
+                                                                   num_integration_steps), logdensity, metric, "hmc")
+
+
+def coalescing_hmc(logdensity: Callable[[PyTree], Array], step_size: float, metric: Whitening,
+                   num_integration_steps: int | None = None, *, mala_step_size: float | None = None,
+                   every: int = 4) -> Kernel:
+    """Quarter-period HMC with a coalescing MALA step after every `every`-th trajectory, in whitened coordinates.
+
+    The trajectories bring nearly independent draws, the MALA step lands chains with the same dice on the same floats: the
+    kernel to choose where one long chain is to be solved in parallel over time.
+
+    Args:
+        logdensity: `position -> scalar`.
+        step_size: The leapfrog's step, positive.
+        metric: Whitened coordinates.
+        num_integration_steps: Leapfrog steps per trajectory; None takes a path of a quarter period.
+        mala_step_size: BlackJAX's ε of the MALA step; None takes h²/2 with h = min(√2, 2.2 step_size).
+        every: k, at least 1.
+
+    Raises:
+        ValueError: If a step size or a count is unusable.
+        TypeError: If the metric is not a `Whitening`.
     """
     check_step_size(step_size)
     if num_integration_steps is None:
         num_integration_steps = quarter_period_steps(step_size)
+    if mala_step_size is None:
+        mala_step_size = jnp.minimum(math.sqrt(2), 2.2 * jnp.asarray(step_size)) ** 2 / 2
+    check_step_size(mala_step_size)
     _check_positive_integer(num_integration_steps, "num_integration_steps")
-    return _with_metric(lambda density, inverse_mass: blackjax.hmc(density, step_size, inverse_mass,
-                                                                   num_integration_steps), logdensity, metric, "hmc")
+    _check_positive_integer(every, "every")
+    _check_whitening(metric, "a Whitening for coalescing_hmc")
+    return _whitened(lambda density: hmc_cycle(density, step_size, num_integration_steps, mala_step_size, every), logdensity,
+                     metric, None, "coalescing_hmc")
 
 
 def nuts(logdensity: Callable[[PyTree], Array], step_size: float, metric: Whitening | Array,
@@ -110,12 +162,33 @@ def nuts(logdensity: Callable[[PyTree], Array], step_size: float, metric: Whiten
         density, step_size, inverse_mass, max_num_doublings=max_num_doublings), logdensity, metric, "nuts")
 
 
-def random_walk(logdensity: Callable[[PyTree], Array], step_size: float, metric: Whitening | None = None) -> Kernel:
+def random_walk(logdensity: Callable[[PyTree], Array], step_size: float, metric: Whitening | None = None, *,
+                dice: Dice = PlainDice(), block: int | None = None) -> Kernel:
     """Random-walk Metropolis with Gaussian increments of standard deviation `step_size` in each coordinate.
 
-    Chains with the same dice do not forget their starts here: expect to be told to stay sequential.
+    With plain dice chains never forget their starts: expect to be told to stay sequential. With coalescing dice they do, up to
+    some ten coordinates, or in blocks.
+
+    Args:
+        logdensity: `position -> scalar`.
+        step_size: Standard deviation, positive.
+        metric: Whitened coordinates; None uses the position's own.
+        dice: How the noise is drawn.
+        block: With coalescing dice, how many coordinates move in a step, chosen at random; None moves all.
+
+    Raises:
+        ValueError: If the step size is not positive and finite, or `block` is no count or given with plain dice.
+        TypeError: If `dice` is no strategy for dice.
     """
     check_step_size(step_size)
+    check_dice(dice)
+    if block is not None:
+        _check_positive_integer(block, "block")
+    if isinstance(dice, CoalescingDice):
+        return _whitened(lambda density: coalescing_random_walk(density, step_size, block), logdensity, metric,
+                         jnp.asarray(step_size), "random_walk")
+    if block is not None:
+        raise ValueError(f"block: got {block} with {dice!r}, wanted None: blocks are moved with CoalescingDice() only")
 
     def build(density):
         return blackjax.additive_step_random_walk(density, _gaussian_step(step_size))
@@ -156,12 +229,16 @@ def _gaussian_step(step_size):
     return draw
 
 
+def _check_whitening(metric, wanted: str) -> None:
+    if not isinstance(metric, Whitening):
+        raise TypeError(f"metric: got {type(metric).__name__}, wanted {wanted}; use "
+                        "Whitening.of_covariance(position, center, covariance)")
+
+
 def _whitened(build: Callable, logdensity: Callable, metric: Whitening | None, noise: Array, name: str) -> Kernel:
     if metric is None:
         return Kernel(build(logdensity), noise_scale=noise, name=name)
-    if not isinstance(metric, Whitening):
-        raise TypeError(f"metric: got {type(metric).__name__}, wanted a Whitening or None; use "
-                        "Whitening.of_covariance(position, center, covariance)")
+    _check_whitening(metric, "a Whitening or None")
     return Kernel(build(lambda z: logdensity(metric.leave(z))), metric.enter, metric.leave, noise, name)
 
 

@@ -54,6 +54,8 @@ class Certificate:
             without an energy do not all show their proposals: there, an acceptance probability of exactly 0 counts, too.
         num_ambiguous: Decisions with a margin below `10 ×` rounding; −1 where margins are not known.
         min_margin: The smallest margin; NaN where margins are not known.
+        min_lattice_margin: With coalescing dice, the smallest distance to where the noise jumps, in its standard deviations;
+            NaN without.
         discrete_consistent: Whether the tape's discrete leaves are the ones that the path produces.
         accepted: Decisions, shape `(..., T)`; all True where the kernel makes none.
         residual: ρ_t, shape `(..., T)`.
@@ -71,6 +73,7 @@ class Certificate:
     num_nonfinite_proposals: Array
     num_ambiguous: Array
     min_margin: Array
+    min_lattice_margin: Array
     discrete_consistent: Array
     accepted: Array
     residual: Array
@@ -159,7 +162,7 @@ class _Observe:
     def __call__(self, params, carry, drive):
         del params
         new, state, info = self.kernel.transition(carry, drive)
-        return new, self.kernel.discrete(state), record(state, info), decision_uniform(drive.key, info)
+        return new, self.kernel.discrete(state), record(state, info), decision_uniform(drive.dice, info)
 
     def __eq__(self, other):
         mine, yours = self.kernel.algorithm, getattr(other, "kernel", self.kernel).algorithm
@@ -199,6 +202,8 @@ def _certify(observe, params, initial, states, drives, unit):
         num_rejected=jnp.asarray(-1) if records.accepted is None else jnp.sum(~accepted),
         longest_rejection=_longest_run(held),
         num_nonfinite_proposals=jnp.sum(records.nonfinite), num_ambiguous=num_ambiguous, min_margin=min_margin,
+        min_lattice_margin=jnp.asarray(jnp.nan, dtype) if records.lattice_margin is None else jnp.min(
+            records.lattice_margin, initial=jnp.inf),
         discrete_consistent=consistent, accepted=accepted, residual=residual)
     return certificate, dataclasses.replace(records, held=(expected == previous).all(axis=1))
 
@@ -219,12 +224,15 @@ def _spread(path: Array) -> Array:
 
 def _margins(uniform, records, dtype):
     unknown = jnp.asarray(-1), jnp.asarray(jnp.nan, dtype)
+    threshold = _AMBIGUOUS.get(dtype, 2e-3)
+    if records.decision_margin is not None:
+        return jnp.sum(records.decision_margin < threshold), jnp.min(records.decision_margin, initial=jnp.inf)
     if uniform is None or records.accepted is None:
         return unknown
     margin = jnp.abs(records.acceptance_rate - uniform)
     # Only if this uniform explains every decision is it the kernel's own.
     explains = jnp.all((uniform < records.acceptance_rate) == records.accepted) & jnp.any(~records.accepted)
-    ambiguous = jnp.sum(margin < _AMBIGUOUS.get(dtype, 2e-3))
+    ambiguous = jnp.sum(margin < threshold)
     return (jnp.where(explains, ambiguous, -1),
             jnp.where(explains, jnp.min(margin, initial=jnp.inf), jnp.nan).astype(dtype))
 

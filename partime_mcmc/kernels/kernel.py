@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from partime_mcmc.dynamics import Dynamics, Memo
+from partime_mcmc.kernels.drawn import Drawn
 from partime_mcmc.types import Key, PyTree, pytree
 
 _DERIVED = ("logdensity", "logdensity_grad")
@@ -31,11 +32,11 @@ class Tape:
     """The dice of a chain, leaves with leading axis `T`.
 
     Attributes:
-        key: One key per step.
+        dice: One key per step; for a kernel that draws first and acts afterwards, the numbers drawn from these keys.
         discrete: The leaves of the state before each step that are not floating point, by field name; often empty.
     """
 
-    key: Key
+    dice: PyTree
     discrete: PyTree
 
 
@@ -60,7 +61,8 @@ class Kernel:
 
     Attributes:
         algorithm: Anything with `init(position[, rng_key]) -> state` and `step(rng_key, state) -> (state, info)`. States
-            are named tuples with a field `position`, or positions themselves.
+            are named tuples with a field `position`, or positions themselves. A `Drawn` one gets its dice
+            drawn in bulk.
         enter: From the user's position to the kernel's; None where they are the same.
         leave: From the kernel's position to the user's; None where they are the same.
         noise_scale: Standard deviation of the proposal's noise in the kernel's flat coordinates, a scalar or shape
@@ -116,8 +118,12 @@ class Kernel:
 
     def transition(self, carry: PyTree, drive: Tape) -> tuple[PyTree, PyTree, PyTree]:
         """One step on carries: the new carry, the new state and the kernel's info."""
-        state, info = self.step(drive.key, self.state(carry, drive.discrete))
+        state, info = self.act(drive.dice, self.state(carry, drive.discrete))
         return self.carry(state), state, info
+
+    def act(self, dice: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
+        """One transition with the dice of a tape, `(new_state, info)`."""
+        return (self.algorithm.apply if isinstance(self.algorithm, Drawn) else self.algorithm.step)(dice, state)
 
     def dynamics(self) -> Dynamics:
         """The kernel as a recurrence on carries, driven by a `Tape`; with the kernel's own memory for sequential use."""
@@ -138,16 +144,20 @@ class Kernel:
 
     def tape_of(self, keys: Key, state: PyTree) -> Tape:
         """The tape of given step keys, leading axis `T`, for a chain that starts from `state`."""
-        start = self.discrete(state)
+        start, dice = self.discrete(state), keys
+        if isinstance(self.algorithm, Drawn):
+            dice = self.algorithm.throw(keys, state)
         if not start:
-            return Tape(keys, start)
+            return Tape(dice, start)
+        if isinstance(self.algorithm, Drawn):
+            return Tape(dice, self.algorithm.count(start, keys.shape[0]))
 
         def advance(discrete, key):
             # Positions stand still here: discrete leaves may not depend on them, which `certify` verifies.
             new_state, _ = self.step(key, state._replace(**discrete))
             return self.discrete(new_state), discrete
 
-        return Tape(keys, lax.scan(advance, start, keys)[1])
+        return Tape(dice, lax.scan(advance, start, keys)[1])
 
     def _init(self, position: PyTree, rng_key: Key | None) -> PyTree:
         if _takes_key(self.algorithm.init):
@@ -161,7 +171,7 @@ class Kernel:
         return self.state(carry, drive.discrete)
 
     def _advance_memo(self, state, drive):
-        return self.step(drive.key, state)[0]
+        return self.act(drive.dice, state)[0]
 
     def _leave_memo(self, state):
         return self.carry(state)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from partime_mcmc.types import Array, Key, pytree
+from partime_mcmc.types import Array, PyTree, pytree
 
 
 @pytree()
@@ -28,6 +28,8 @@ class Records:
         logdensity: Log density of the new state.
         nonfinite: Whether the proposal's log density or energy was not finite.
         held: Whether the kernel returned the very state it was given.
+        decision_margin: |acceptance probability − uniform|, the smallest of the step's decisions.
+        lattice_margin: How far the centre of multishift noise was from where it jumps, in standard deviations of the noise.
     """
 
     accepted: Array | None
@@ -38,6 +40,8 @@ class Records:
     logdensity: Array | None
     nonfinite: Array
     held: Array
+    decision_margin: Array | None
+    lattice_margin: Array | None
 
 
 def record(state: Any, info: Any) -> Records:
@@ -56,7 +60,7 @@ def record(state: Any, info: Any) -> Records:
         hidden = _equal(getattr(proposal, "position", position), position)
         nonfinite = nonfinite | ((rate == 0) & hidden)
     return Records(of("is_accepted"), rate, of("is_divergent"), energy, of("num_integration_steps"),
-                   of("logdensity", state), nonfinite, jnp.zeros((), bool))
+                   of("logdensity", state), nonfinite, jnp.zeros((), bool), of("decision_margin"), of("lattice_margin"))
 
 
 def _equal(one, other):
@@ -65,9 +69,9 @@ def _equal(one, other):
     return functools.reduce(jnp.logical_and, [jnp.all(a == b) for a, b in pairs], jnp.ones((), bool))
 
 
-def decision_uniform(key: Key, info: Any) -> Array | None:
+def decision_uniform(dice: PyTree, info: Any) -> Array | None:
     """The uniform behind an accept decision, if it is drawn as BlackJAX's MALA and HMC do; checked against decisions."""
     rate = getattr(info, "acceptance_rate", None)
-    if rate is None or getattr(info, "is_accepted", None) is None:
+    if rate is None or getattr(info, "is_accepted", None) is None or hasattr(info, "decision_margin"):
         return None
-    return jax.random.uniform(jax.random.split(key)[1], jnp.shape(rate), jnp.result_type(rate))
+    return jax.random.uniform(jax.random.split(dice)[1], jnp.shape(rate), jnp.result_type(rate))

@@ -2,7 +2,8 @@
 
 In these coordinates MALA's Jacobian is nearly a multiple of the identity (its diagonal says almost everything), the
 dense metric of HMC is the identity, and chains forget their past at the same rate in every direction. A kernel that
-works on z is exactly the kernel with metric `scale scaleᵀ` on x; only where rounding falls differs.
+works on z is exactly the kernel with metric `scale scaleᵀ` on x; only where rounding falls differs. The scale is diagonal, a
+triangular matrix, or, beyond some hundred dimensions, diagonal with a few stretched directions (`LowRank`).
 """
 
 from __future__ import annotations
@@ -14,18 +15,42 @@ from partime_mcmc.types import Array, PyTree, pytree
 
 
 @pytree()
+class LowRank:
+    """The matrix `diag(σ) (I + U (diag(s) − I) Uᵀ)`: a diagonal scale, and K directions stretched by more.
+
+    Attributes:
+        sigma: σ, shape `(D,)`, positive.
+        directions: U, shape `(D, K)`, orthonormal columns.
+        stretches: s, shape `(K,)`, positive.
+    """
+
+    sigma: Array
+    directions: Array
+    stretches: Array
+
+    def times(self, z: Array) -> Array:
+        """The matrix times `z`, shape `(D,)`, in O(D K)."""
+        return self.sigma * (z + self.directions @ ((self.stretches - 1) * (self.directions.T @ z)))
+
+    def solve(self, x: Array) -> Array:
+        """Its inverse times `x`, shape `(D,)`, in O(D K)."""
+        z = x / self.sigma
+        return z + self.directions @ ((1 / self.stretches - 1) * (self.directions.T @ z))
+
+
+@pytree()
 class Whitening:
     """An affine change of coordinates between positions and vectors `z`.
 
     Attributes:
         example: Any position: its structure, shapes and type.
         center: Shape `(D,)`, in the order of `jax.flatten_util.ravel_pytree`.
-        scale: Shape `(D,)` (diagonal) or lower-triangular `(D, D)`.
+        scale: Shape `(D,)` (diagonal), lower-triangular `(D, D)`, or `LowRank`.
     """
 
     example: PyTree
     center: Array
-    scale: Array
+    scale: Array | LowRank
 
     @classmethod
     def of_covariance(cls, example: PyTree, center: Array, covariance: Array) -> Whitening:
@@ -40,17 +65,52 @@ class Whitening:
             raise ValueError(f"center: shape {center.shape}, wanted {flat.shape} as the position has {flat.size} numbers")
         return cls(example, center, checked_root(covariance, flat.size, "covariance"))
 
+    @classmethod
+    def of_low_rank(cls, example: PyTree, center: Array, sigma: Array, directions: Array, variances: Array) -> Whitening:
+        """Whitening by the covariance `diag(σ) (I + U (diag(v) − I) Uᵀ) diag(σ)`.
+
+        Args:
+            example: Any position.
+            center: Shape `(D,)`.
+            sigma: σ, shape `(D,)`.
+            directions: U, shape `(D, K)`, orthonormal columns.
+            variances: v, shape `(K,)`: of the directions, in units of σ.
+
+        Raises:
+            ValueError: If shapes do not fit, σ or v are not positive, or the columns of U are not orthonormal.
+        """
+        flat, _ = ravel_pytree(example)
+        center, sigma, directions, variances = (jnp.asarray(value, flat.dtype)
+                                                for value in (center, sigma, directions, variances))
+        rank = variances.size
+        for name, value, shape in (("center", center, flat.shape), ("sigma", sigma, flat.shape),
+                                   ("directions", directions, (flat.size, rank)), ("variances", variances, (rank,))):
+            if value.shape != shape:
+                raise ValueError(f"{name}: shape {value.shape}, wanted {shape} for a position of {flat.size} numbers")
+        for name, value in (("sigma", sigma), ("variances", variances)):
+            if not bool((jnp.isfinite(value) & (value > 0)).all()):
+                raise ValueError(f"{name}: smallest entry {float(value.min()):.3g}, wanted positive finite numbers")
+        error = float(jnp.abs(directions.T @ directions - jnp.eye(rank, dtype=flat.dtype)).max(initial=0))
+        if not error < 1e-3:
+            raise ValueError(f"directions: columns are orthonormal only to {error:.3g}")
+        return cls(example, center, LowRank(sigma, directions, jnp.sqrt(variances)))
+
     def enter(self, position: PyTree) -> Array:
         """`z` of a position, shape `(D,)`."""
         offset = ravel_pytree(position)[0] - self.center
+        if isinstance(self.scale, LowRank):
+            return self.scale.solve(offset)
         if self.scale.ndim == 1:
             return offset / self.scale
         return jnp.linalg.solve(self.scale, offset)
 
     def leave(self, z: Array) -> PyTree:
         """The position of `z`."""
-        flat = self.center + (self.scale * z if self.scale.ndim == 1 else self.scale @ z)
-        return ravel_pytree(self.example)[1](flat)
+        if isinstance(self.scale, LowRank):
+            moved = self.scale.times(z)
+        else:
+            moved = self.scale * z if self.scale.ndim == 1 else self.scale @ z
+        return ravel_pytree(self.example)[1](self.center + moved)
 
 
 def checked_root(covariance: Array, dimension: int, name: str) -> Array:

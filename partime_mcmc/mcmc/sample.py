@@ -115,7 +115,7 @@ def _hardly_moves(draws: Draws) -> str | None:
 
 def _choose(kernel, warmup, positions, solver, schedule, tolerance, dynamics, initial, tape):
     """The solver and schedule asked for, or those that advice finds best for chains like these."""
-    num_chains, num_samples = tape.key.shape[:2]
+    num_chains, num_samples = jax.tree.leaves(tape)[0].shape[:2]
     stretches = Stretches(DEFAULT_STRETCH) if schedule is None else schedule
     pool = positions if warmup is None else warmup.pool
     num_pool = jax.tree.leaves(pool)[0].shape[0]

@@ -34,8 +34,10 @@ from partime_mcmc.dynamics import Dynamics, Memo
 from partime_mcmc.linearize import Linearizer, ZeroJacobian
 from partime_mcmc.scan.time_axis import TimeAxis
 from partime_mcmc.solution import Tolerance
+from partime_mcmc.solvers.ahead import split
 from partime_mcmc.solvers.base import Proposal
 from partime_mcmc.solvers.junctions import corrector, hand_over
+from partime_mcmc.solvers.lanes import Lanes, Segments, roll_until_met, same, widths
 from partime_mcmc.types import Array, Key, PyTree, pytree
 
 # Lanes that fill a device: chains × segments. Two CPU cores are full with some hundred, a GPU with thousands.
@@ -161,132 +163,87 @@ def _shoot(enter, advance, leave, steps, max_depth, shared, initial, guess, driv
     """
     num_chains, num_steps, dimension = guess.shape
     num_segments = math.ceil(num_steps / steps)
-    lanes = num_chains * num_segments
-    drives_of_segments = jax.tree.map(lambda leaf: _to_segments(leaf, num_segments, steps), drives)
-    tape = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), drives_of_segments)
-    first_drives = jax.tree.map(lambda leaf: leaf[0], tape)
+    num_lanes = num_chains * num_segments
+    drives = jax.tree.map(lambda leaf: _to_segments(leaf, num_segments, steps), drives)
     bound = jnp.repeat(absolute, num_segments, axis=0), jnp.repeat(relative, num_segments)[:, None]
     ends = guess[:, jnp.minimum(jnp.arange(1, num_segments + 1) * steps, num_steps) - 1]
-    guessed = hand_over(initial, ends.reshape(lanes, dimension))
-
-    def roll(memory, drive):
-        memory = jax.vmap(advance, in_axes=(None, 0, 0))(params[1], memory, drive)
-        return memory, jax.vmap(leave, in_axes=(None, 0))(params[2], memory)
-
+    guessed = hand_over(initial, ends.reshape(num_lanes, dimension))
     (params, correction), key = shared
-    correct = corrector(enter, advance, leave, params, correction, key, drives_of_segments, num_chains, initial)
+    correct = corrector(enter, advance, leave, params, correction, key, drives, num_chains, initial)
+    plain = isinstance(correction, ZeroJacobian)
+    # A corrected start differs from its predecessor's end by what the meeting leaves over: that must still close the joint.
+    meeting = bound if plain else tuple(0.25 * part for part in bound)
+    segments = _segments(enter, advance, leave, params, initial[0], drives, meeting)
+    levels = widths(num_lanes, num_chains)
 
-    def open_lanes(carry):
-        passes, old, _, path = carry[:4]
-        wanted = hand_over(initial, path[-1])
-        return ~_same(wanted, old, bound).all(axis=1) | (passes == 0)
+    def open_joints(passes, starts, path):
+        return ~same(hand_over(initial, path[-1]), starts, bound).all(axis=1) | (passes == 0)
 
     def unfinished(carry):
-        still, depth = open_lanes(carry), carry[4]
-        patient = (depth < max_depth) | ((2 * still.sum() <= lanes) & (depth < 4 * max_depth))
+        passes, starts, _, lanes = carry
+        still, depth = open_joints(passes, starts, lanes.path), lanes.depth
+        patient = (depth < max_depth) | ((2 * still.sum() <= num_lanes) & (depth < 4 * max_depth))
         # After as many passes as segments all are exact whatever happened, so this also bounds passes that do nothing.
-        return still.any() & patient & (carry[0] <= max(num_segments, max_depth))
+        return still.any() & patient & (passes <= max(num_segments, max_depth))
 
     def one_pass(carry):
-        passes, old, new, path, depth, gaps = carry
-        memory = jax.vmap(enter, in_axes=(None, 0, 0))(params[0], new, first_drives)
+        passes, old, new, lanes = carry
         # Not the same question as whether a joint is open: a correction may move a start whose joint was closed.
         unchanged = ((new == old) | (jnp.isnan(new) & jnp.isnan(old))).all(axis=1) & (passes > 0)
-        path, done, gaps = _roll_until_met(roll, memory, tape, path, unchanged, passes == 0, meeting, gaps)
-        return passes + 1, new, correct(new, path[-1]), path, depth + done, gaps
+        lanes = roll_until_met(segments, lanes._replace(open=~unchanged), new, passes == 0, levels)
+        return passes + 1, new, correct(new, lanes.path[-1]), lanes
 
-    # A corrected start differs from its predecessor's end by what the meeting leaves over: that must still close the joint.
-    plain = isinstance(correction, ZeroJacobian)
-    meeting = bound if plain else tuple(0.25 * part for part in bound)
     zero = jnp.zeros((), jnp.int32)
-    no_gaps = jnp.zeros(lanes, jnp.int32), jnp.zeros((lanes, dimension), guess.dtype)
-    end = lax.while_loop(unfinished, one_pass, (
-        zero, guessed, guessed, jnp.zeros((steps, lanes, dimension), guess.dtype), zero, no_gaps))
-    passes, depth = end[0], end[4]
-    path, residual = _judged(end, initial, num_segments)
+    nothing = Lanes(jnp.zeros((steps, num_lanes, dimension), guess.dtype), zero, jnp.ones(num_lanes, bool),
+                    jnp.zeros(num_lanes, jnp.int32), jnp.zeros((num_lanes, dimension), guess.dtype),
+                    jnp.zeros((), jnp.float32), zero)
+    passes, starts, _, lanes = lax.while_loop(unfinished, one_pass, (zero, guessed, guessed, nothing))
     everything, residual = (values.transpose(1, 0, 2).reshape(num_chains, num_segments * steps, dimension)[:, :num_steps]
-                            for values in (path, residual))
-    unmet = open_lanes(end).reshape(num_chains, num_segments)
+                            for values in _judged(lanes, starts, initial, num_segments))
+    unmet = open_joints(passes, starts, lanes.path).reshape(num_chains, num_segments)
     each = functools.partial(jnp.broadcast_to, shape=(num_chains,))
-    corrections = passes * (not plain)
-    return (jnp.where(jnp.isfinite(everything), everything, initial[:, None]), residual,
-            jnp.full(num_chains, (depth + corrections * steps) * num_segments, jnp.float32),
-            jnp.full(num_chains, corrections * steps * num_segments * correction.jvps(dimension), jnp.float32),
-            each(depth + corrections * steps), unmet.any(axis=1), each(passes))
+    corrections = passes * (not plain) * steps
+    evaluations = lanes.evaluations / num_chains + (corrections * num_segments).astype(jnp.float32)
+    jvps = (corrections * num_segments * correction.jvps(dimension)).astype(jnp.float32)
+    return (jnp.where(jnp.isfinite(everything), everything, initial[:, None]), residual, each(evaluations), each(jvps),
+            each(lanes.depth + corrections), unmet.any(axis=1), each(passes))
 
 
-def _judged(end, initial, num_segments):
+def _segments(enter, advance, leave, params, state, drives, bound) -> Segments:
+    """The recurrence in lanes, with whatever steps compute from their drives alone computed for all steps at once."""
+    drive = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), drives)
+    memory = jax.eval_shape(enter, params[0], state, drive)
+    ahead, rest = split(advance, params[1], memory, drive)
+    # Time in front, then one flat batch: moving drives costs less than moving what is made of them.
+    shape = jax.tree.leaves(drives)[0].shape[1::-1]
+    tape = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0).reshape(-1, *leaf.shape[2:]), drives)
+    values = jax.vmap(ahead, in_axes=(None, 0))(params[1], tape)
+    values = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), values)
+
+    def roll(memory, value):
+        memory = jax.vmap(rest, in_axes=(None, 0, 0))(params[1], memory, value)
+        return memory, jax.vmap(leave, in_axes=(None, 0))(params[2], memory)
+
+    enter_all = functools.partial(jax.vmap(enter, in_axes=(None, 0, 0)), params[0])
+    return Segments(enter_all, roll, drives, values, bound, int(enter is not _enter_as_is))
+
+
+def _judged(lanes, starts, initial, num_segments):
     """The path and its residual, shapes `(n, L, D)`.
 
     Rolled steps have residual 0 by construction, and meetings the gap that was seen there. A segment still open was rolled
     from a start that is not its predecessor's end: with that start put in the end's place, the defect is the residual of
     the predecessor's last step and every other step is exact, so that nothing has to be evaluated again.
     """
-    _, starts, _, path, _, (where, gap) = end
-    lanes = path.shape[1]
+    path, index = lanes.path, jnp.arange(lanes.path.shape[1])
     wanted = hand_over(initial, path[-1])
     residual = jnp.where(jnp.isfinite(path), 0, jnp.nan).astype(path.dtype)
-    residual = residual.at[where, jnp.arange(lanes)].add(gap)
-    has_successor = (jnp.arange(lanes) % num_segments != num_segments - 1)[:, None]
+    residual = residual.at[lanes.where, index].add(lanes.gap)
+    has_successor = (index % num_segments != num_segments - 1)[:, None]
     used, wanted = (jnp.roll(values, -1, axis=0) for values in (starts, wanted))
     defect = jnp.where(has_successor & jnp.isfinite(wanted), wanted - used, 0)
     last = jnp.where(has_successor & jnp.isfinite(wanted), used, path[-1])
     return path.at[-1].set(last), residual.at[-1].add(defect)
-
-
-def _roll_until_met(roll, memory, tape, path, met, is_first, bound, gaps):
-    """Roll all lanes until each has met its stored path or a segment has ended.
-
-    Args:
-        roll: `(memory, drives of one step) -> (memory, states (L, D))`.
-        memory: Where the lanes start.
-        tape: Drives, leading axes `(n, L)`.
-        path: Stored states, shape `(n, L, D)`.
-        met: Lanes that need nothing, shape `(L,)`.
-        is_first: Whether nothing is stored yet, so that nothing can be met.
-        bound: Absolute and relative tolerance, shapes `(L, D)` and `(L, 1)`.
-        gaps: Where each lane last met its stored path and by how much they differed there, shapes `(L,)`, `(L, D)`.
-
-    Returns:
-        The path, the number of steps done, and the new gaps.
-    """
-    steps = path.shape[0]
-
-    def open_lanes(carry):
-        step, _, _, met, _ = carry
-        return (step < steps) & ~met.all()
-
-    def advance(carry):
-        step, memory, rolled, met, (where, gap) = carry
-        drive = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, step, keepdims=False), tape)
-        memory, new = roll(memory, drive)
-        stored = lax.dynamic_index_in_dim(path, step, keepdims=False)
-        meets = ~met & _same(new, stored, bound).all(axis=1) & ~is_first
-        # An older gap further on is still there; the larger of the two stands for both, at the place of the newer.
-        older = jnp.where((where > step)[:, None], jnp.abs(gap), 0)
-        gap = jnp.where(meets[:, None], jnp.maximum(jnp.abs(new - stored), older), gap)
-        where = jnp.where(meets, step, where)
-        # At the meeting the stored state stays, because what follows was computed from it.
-        met = met | meets
-        rolled = lax.dynamic_update_index_in_dim(rolled, jnp.where(met[:, None], stored, new), step, 0)
-        return step + 1, memory, rolled, met, (where, gap)
-
-    # Read from one buffer and write to another: a loop that does both on one is made to copy all of it in every step.
-    start = (jnp.zeros((), jnp.int32), memory, jnp.zeros_like(path), met, gaps)
-    step, _, rolled, now_met, (where, gap) = lax.while_loop(open_lanes, advance, start)
-    path = jnp.where((jnp.arange(steps) < step)[:, None, None], rolled, path)
-    # A lane that never meets has replaced its whole path, and any gap in it.
-    return path, step, (where, jnp.where(now_met[:, None], gap, 0))
-
-
-def _same(new: Array, stored: Array, bound: tuple[Array, Array]) -> Array:
-    """Whether states `(L, D)` agree within the tolerance.
-
-    An infinite stored state has an infinite bound, and infinity minus itself is NaN: equal numbers agree, NaN agrees with
-    NaN, or a lost segment would never close; a finite number never agrees with an infinite one.
-    """
-    near = jnp.isfinite(stored) & (jnp.abs(new - stored) <= bound[0] + bound[1] * jnp.abs(stored))
-    return near | (new == stored) | (jnp.isnan(new) & jnp.isnan(stored))
 
 
 def _to_segments(leaf: Array, num_segments: int, steps: int) -> Array:

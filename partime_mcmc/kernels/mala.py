@@ -1,0 +1,84 @@
+"""MALA around the exact gradient, with dice that coalesce.
+
+    c(x) = x + ε ∇log p(x),   y = c(x) + √(2ε) noise,   accepted with probability min(1, p(y) q(y → x) / p(x) q(x → y)),
+
+    log q(x → y) = −|y − c(x)|² / 4ε
+
+(Besag 1994; Roberts & Tweedie 1996; BlackJAX's step size ε). The noise is multishift noise (`dice`): still N(c, 2ε) for each
+x, but nearby chains propose the same point, and if both accept they are one chain from then on. That is why the gradient has to
+be exact: two centres that agree to the width of a lattice cell give the same proposal.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from partime_mcmc.kernels.dice import Layers, draw_layers, multishift
+from partime_mcmc.kernels.drawn import Drawn, DrawnInfo, DrawnState, decide, flat_of, select
+from partime_mcmc.types import Array, Key, PyTree
+
+
+class LangevinDice(NamedTuple):
+    """The dice of one step.
+
+    Attributes:
+        layers: Shape `(D,)` each.
+        uniform: For the decision, scalar.
+    """
+
+    layers: Layers
+    uniform: Array
+
+
+def coalescing_mala(logdensity: Callable[[PyTree], Array], step_size: float) -> Drawn:
+    """MALA with coalescing dice as a sampling algorithm, in the position's own coordinates.
+
+    Args:
+        logdensity: `position -> scalar`.
+        step_size: BlackJAX's ε, positive.
+    """
+    evaluate = jax.value_and_grad(logdensity)
+
+    def init(position, rng_key=None):
+        del rng_key  # BlackJAX passes one
+        return DrawnState(position, *evaluate(position))
+
+    def draw(key, state):
+        return draw_langevin(key, flat_of(state.position))
+
+    def apply(dice, state):
+        return langevin_step(init, step_size, dice, state)
+
+    return Drawn(init, draw, apply)
+
+
+def draw_langevin(key: Key, flat: Array) -> LangevinDice:
+    """Dice for a position of which only shape and type are used, `(D,)`."""
+    return LangevinDice(*draw_layers(key, flat.size, flat.dtype))
+
+
+def langevin_step(init: Callable, step_size: float, dice: LangevinDice, state: DrawnState) -> tuple[DrawnState, DrawnInfo]:
+    """One MALA step.
+
+    Args:
+        init: `position -> state` with the same fields as `state`.
+        step_size: ε.
+        dice: Of this step.
+        state: A named tuple with `position`, `logdensity` and `logdensity_grad`.
+
+    Returns:
+        The new state and what happened.
+    """
+    flat, unravel = ravel_pytree(state.position)
+    center = flat + step_size * flat_of(state.logdensity_grad)
+    proposed, lattice_margin = multishift(center, jnp.sqrt(2 * jnp.asarray(step_size, flat.dtype)), dice.layers)
+    proposal = init(unravel(proposed))
+    back = flat - proposed - step_size * flat_of(proposal.logdensity_grad)
+    forth = proposed - center
+    log_ratio = proposal.logdensity - state.logdensity + (forth @ forth - back @ back) / (4 * step_size)
+    rate, accepted, margin = decide(log_ratio, dice.uniform)
+    return select(accepted, proposal, state), DrawnInfo(rate, accepted, margin, lattice_margin, proposal)

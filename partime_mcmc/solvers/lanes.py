@@ -1,0 +1,177 @@
+"""Lanes: segments rolled side by side, each until it meets its stored path, in fewer and fewer lanes.
+
+    level 0    L lanes, all of them               until at most W₁ are open
+    level k    W_k lanes, the open ones gathered  until at most W_{k+1} are open, or the segments end
+
+The loops of all levels are compiled once, with fixed widths W_k = ⌈L / 4^k⌉; how long each of them runs is decided while
+running. Lanes that have met cost nothing once they are left behind: the work is at most four times that of the open lanes
+instead of L times the slowest. Where a level ends its states are written back, and the next level begins from them.
+
+A narrower program may round otherwise, so nothing is narrowed where only equal bits count as a meeting; and a chain's
+narrowing would depend on its neighbours', so that callers with several chains, whose bits must not, keep one width.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from partime_mcmc.types import Array, PyTree
+
+_NARROWER = 4
+# With fewer lanes a step costs no less: starting its kernels is all that it costs.
+_NARROWEST = 8
+_MAX_LEVELS = 4
+
+
+class Segments(NamedTuple):
+    """What the lanes are made of.
+
+    Attributes:
+        enter: `(states (W, D), drives of one step) -> memory`.
+        roll: `(memory, values of one step) -> (memory, states (W, D))`.
+        drives: Drives by segment, leading axes `(L, n)`.
+        values: What `roll` needs of each step, leading axes `(n, L)`.
+        bound: Absolute and relative tolerance, shapes `(L, D)` and `(L, 1)`.
+        costs_entry: Whether entering costs an evaluation: 1 or 0.
+    """
+
+    enter: Callable
+    roll: Callable
+    drives: PyTree
+    values: PyTree
+    bound: tuple[Array, Array]
+    costs_entry: int
+
+
+class Lanes(NamedTuple):
+    """How far the lanes have come.
+
+    Attributes:
+        path: Stored states, shape `(n, L, D)`.
+        step: The next step to roll, the same for all lanes.
+        open: Lanes that have not met their stored path, shape `(L,)`.
+        where: At which step each lane last met its path, shape `(L,)`.
+        gap: By how much they differed there, shape `(L, D)`.
+        evaluations: Steps computed so far, met lanes and all; a floating-point scalar.
+        depth: Of those one after another.
+    """
+
+    path: Array
+    step: Array
+    open: Array
+    where: Array
+    gap: Array
+    evaluations: Array
+    depth: Array
+
+
+def widths(num_lanes: int, num_chains: int) -> tuple[int, ...]:
+    """The widths of the levels."""
+    found = [num_lanes]
+    while num_chains == 1 and len(found) < _MAX_LEVELS and found[-1] // _NARROWER >= _NARROWEST:
+        found.append(math.ceil(found[-1] / _NARROWER))
+    return tuple(found)
+
+
+def roll_until_met(segments: Segments, lanes: Lanes, starts: Array, is_first: Array, levels: tuple[int, ...]) -> Lanes:
+    """Roll the open lanes until each has met its stored path or a segment has ended.
+
+    Args:
+        segments: The recurrence.
+        lanes: Which are open, and what is stored.
+        starts: Where segments start, shape `(L, D)`.
+        is_first: Whether nothing is stored yet, so that nothing can be met.
+        levels: From `widths`.
+
+    Returns:
+        The lanes; those still open have a new path to their very end, and no gap in it.
+    """
+    steps = lanes.path.shape[0]
+    only_equal = ((segments.bound[0] == 0) & (segments.bound[1] == 0)).any()
+    lanes = lanes._replace(step=jnp.zeros((), jnp.int32))
+    for width, narrower in zip(levels, (*levels[1:], 0)):
+        enough = jnp.where(only_equal | is_first, 0, narrower)
+
+        def wanted(lanes, enough=enough):
+            return (lanes.step < steps) & (lanes.open.sum() > enough)
+
+        level = functools.partial(_level, segments, starts, is_first, width, enough)
+        lanes = lax.while_loop(wanted, level, lanes)  # at most once: a level ends where its condition does
+    return lanes._replace(gap=jnp.where(lanes.open[:, None], 0, lanes.gap))
+
+
+def _level(segments: Segments, starts, is_first, width, enough, lanes: Lanes) -> Lanes:
+    """Roll the open lanes, gathered in `width` lanes, until few enough are open."""
+    steps, num_lanes, _ = lanes.path.shape
+    full, begin = width == num_lanes, lanes.step
+    chosen = jnp.arange(num_lanes) if full else jnp.nonzero(lanes.open, size=width, fill_value=num_lanes)[0]
+    take = (lambda leaf: leaf) if full else (lambda leaf: leaf.at[chosen].get(mode="clip"))
+    row = functools.partial(lax.dynamic_index_in_dim, index=begin, axis=1, keepdims=False)
+    before = lax.dynamic_index_in_dim(lanes.path, jnp.maximum(begin - 1, 0), keepdims=False)
+    state = take(jnp.where(begin == 0, starts, before))
+    memory = segments.enter(state, jax.tree.map(lambda leaf: take(row(leaf)), segments.drives))
+    bound = tuple(take(part) for part in segments.bound)
+    met = ~lanes.open if full else chosen == num_lanes
+
+    def going(carry):
+        return (carry[0] < steps) & ((~carry[3]).sum() > enough)
+
+    def advance(carry):
+        step, memory, rolled, met, where, gap = carry
+        at_step = functools.partial(lax.dynamic_index_in_dim, index=step, keepdims=False)
+        memory, new = segments.roll(memory, jax.tree.map(lambda leaf: take(at_step(leaf)), segments.values))
+        stored = take(at_step(lanes.path))
+        meets = ~met & same(new, stored, bound).all(axis=1) & ~is_first
+        # An older gap further on is still there; the larger of the two stands for both, at the place of the newer.
+        older = jnp.where((where > step)[:, None], jnp.abs(gap), 0)
+        gap = jnp.where(meets[:, None], jnp.maximum(jnp.abs(new - stored), older), gap)
+        where = jnp.where(meets, step, where)
+        met = met | meets
+        # At the meeting the stored state stays, because what follows was computed from it.
+        row = jnp.where(met[:, None], stored, new) if full else new
+        return step + 1, memory, lax.dynamic_update_index_in_dim(rolled, row, step, 0), met, where, gap
+
+    # Read from one buffer and write to another: a loop that does both on one is made to copy all of it in every step.
+    rolled = jnp.zeros((steps, width, lanes.path.shape[2]), lanes.path.dtype)
+    end, _, rolled, met, where, gap = lax.while_loop(
+        going, advance, (begin, memory, rolled, met, take(lanes.where), take(lanes.gap)))
+    if full:
+        path = lax.fori_loop(begin, end, lambda step, path: lax.dynamic_update_index_in_dim(
+            path, lax.dynamic_index_in_dim(rolled, step, keepdims=False), step, 0), lanes.path)
+        still = ~met
+    else:
+        stop = jnp.where(chosen == num_lanes, 0, jnp.where(met, where, end))
+        path = _written_back(lanes.path, rolled, chosen, begin, stop)
+        still = jnp.zeros_like(lanes.open).at[chosen].set(~met, mode="drop")
+        where, gap = (old.at[chosen].set(new, mode="drop") for old, new in ((lanes.where, where), (lanes.gap, gap)))
+    done = end - begin + segments.costs_entry
+    return Lanes(path, end, still, where, gap, lanes.evaluations + width * done, lanes.depth + done)
+
+
+def _written_back(path, rolled, chosen, begin, stop):
+    """The path with steps `begin` to `stop` (one per lane) of the chosen lanes replaced, lane after lane in place."""
+    index = jnp.arange(path.shape[0])[:, None, None]
+
+    def write(lane, path):
+        new = lax.dynamic_slice_in_dim(rolled, lane, 1, axis=1)
+        old = lax.dynamic_slice_in_dim(path, chosen[lane], 1, axis=1)
+        fresh = (index >= begin) & (index < stop[lane])
+        return lax.dynamic_update_slice_in_dim(path, jnp.where(fresh, new, old), chosen[lane], axis=1)
+
+    return lax.fori_loop(0, rolled.shape[1], write, path)
+
+
+def same(new: Array, stored: Array, bound: tuple[Array, Array]) -> Array:
+    """Whether states `(L, D)` agree within the tolerance.
+
+    An infinite stored state has an infinite bound, and infinity minus itself is NaN: equal numbers agree, NaN agrees with
+    NaN, or a lost segment would never close; a finite number never agrees with an infinite one.
+    """
+    near = jnp.isfinite(stored) & (jnp.abs(new - stored) <= bound[0] + bound[1] * jnp.abs(stored))
+    return near | (new == stored) | (jnp.isnan(new) & jnp.isnan(stored))

@@ -1,0 +1,227 @@
+"""Dice: the law of multishift noise, exact meetings, paths equal to the last bit, and what is refused.
+
+Sizes of the gates: with n = 10^6 draws a Kolmogorov-Smirnov distance has band sqrt(log(2/1e-6)/2n) = 0.0027 at a chance of
+1e-6 (Massart), and means of anything with unit variance err by more than 5/sqrt(n) in 6e-7 of all seeds.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import OPTIMISED
+from scipy import stats
+
+from partime_mcmc.dynamics import rollout
+from partime_mcmc.kernels import (CoalescingDice, PlainDice, Whitening, certify, coalescing_hmc, hmc, mala, random_walk)
+from partime_mcmc.kernels.dice import Layers, draw_layers, multishift
+from partime_mcmc.kernels.hmc import leapfrog_row
+from partime_mcmc.predict.coalescence import meeting_times
+from partime_mcmc.recipes import jacobi, shooting
+from partime_mcmc.solution import Status, Tolerance
+from partime_mcmc.solve import solve
+
+NUM_DRAWS = 1_000_000
+BAND = np.sqrt(np.log(2 / 1e-6) / (2 * NUM_DRAWS))
+EXACT = Tolerance(0.0, 0.0)
+
+
+def layers_of(key, dtype, shape=(1000, 1000)):
+    return jax.jit(jax.vmap(lambda one: draw_layers(one, shape[1], dtype)[0]))(jax.random.split(key, shape[0]))
+
+
+def distance_to_normal(values):
+    """Kolmogorov-Smirnov distance to the standard normal."""
+    cumulative, grid = stats.norm.cdf(np.sort(values)), np.arange(len(values) + 1) / len(values)
+    return max(np.max(cumulative - grid[:-1]), np.max(grid[1:] - cumulative))
+
+
+# --- the law
+
+PLACES = [("float64", place) for place in (0.0, 1e-3, 0.7, 1e3, 1e6)] + [("float32", place) for place in (1e-3, 0.7, 1e4)]
+
+
+@pytest.mark.parametrize("dtype, place", PLACES)
+def test_noise_is_normal_whatever_the_centre(dtype, place):
+    scale = 0.37
+    with jax.enable_x64(dtype == "float64"):
+        center = jnp.asarray(place * scale, dtype)
+        thrown = multishift(center, scale, layers_of(jax.random.key(1), dtype))
+        noise = np.ravel((np.asarray(thrown.value, float) - float(center)) / scale)
+    assert np.isfinite(noise).all()
+    assert distance_to_normal(noise) < BAND
+    for power, mean, spread in ((1, 0, 1), (2, 1, np.sqrt(2)), (3, 0, np.sqrt(15)), (4, 3, np.sqrt(96))):
+        assert abs((noise**power).mean() - mean) < 5 * spread / np.sqrt(NUM_DRAWS)
+
+
+def test_float32_beyond_its_precision_rounds_and_loses_nothing_else():
+    """At |c| = 1e6 σ an ulp of c is 0.06 σ: y is a multiple of it, and of the right spread, as c + σ n would be."""
+    center = jnp.float32(1e6)
+    value = np.asarray(multishift(center, 1.0, layers_of(jax.random.key(1), jnp.float32)).value)
+    assert value.dtype == np.float32 and np.isfinite(value).all()
+    noise = np.ravel(value.astype(float) - 1e6)
+    assert (noise % 0.0625 == 0).all()
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+
+
+def test_a_layer_of_two_degrees_of_freedom_would_be_caught():
+    layers = layers_of(jax.random.key(1), jnp.float32)
+    heights = jax.random.uniform(jax.random.key(2), layers.radius.shape)
+    wrong = Layers(jnp.sqrt(-2 * jnp.log1p(-heights)), layers.offset)
+    assert distance_to_normal(np.ravel(multishift(jnp.float32(0.7), 1.0, wrong).value) - np.float32(0.7)) > 10 * BAND
+
+
+def correlations(layers):
+    """The largest correlation between two coordinates of noise around one centre: of values, and of squares."""
+    center = jnp.full(layers.radius.shape[1], 0.4)
+    noise = np.asarray(multishift(center, 1.0, layers).value - center, float)
+    off = ~np.eye(noise.shape[1], dtype=bool)
+    return [np.abs(np.corrcoef(values, rowvar=False)[off]).max() for values in (noise, noise**2)]
+
+
+def test_coordinates_are_independent_and_so_are_their_squares():
+    num_draws = 200_000
+    layers = layers_of(jax.random.key(3), jnp.float32, (num_draws, 5))
+    bound = 5 / np.sqrt(num_draws)
+    assert max(correlations(layers)) < bound
+    # Power: tied layers leave correlations at zero, and are caught by the squares.
+    tied = Layers(jnp.repeat(layers.radius[:, :1], 5, axis=1), layers.offset)
+    plain, squares = correlations(tied)
+    assert plain < bound < 0.1 < squares
+
+
+def test_the_noise_is_independent_of_the_decision():
+    layers, uniform = jax.jit(jax.vmap(lambda key: draw_layers(key, 1, jnp.float32)))(
+        jax.random.split(jax.random.key(4), 200_000))
+    noise = np.asarray(multishift(jnp.zeros(1), 1.0, layers).value[:, 0], float)
+    for values in (noise, noise**2, np.asarray(layers.radius)[:, 0], np.asarray(layers.offset)[:, 0]):
+        assert abs(np.corrcoef(values, uniform)[0, 1]) < 5 / np.sqrt(len(noise))
+
+
+# --- the map
+
+
+def test_the_map_is_a_staircase_with_the_margin_it_states():
+    with jax.enable_x64(True):
+        layers = layers_of(jax.random.key(5), jnp.float64, (500, 1))
+        center = jax.random.normal(jax.random.key(6), (500, 1)) * 3
+        throw = jax.vmap(lambda c, one: multishift(c, 0.5, one))
+        value, margin = throw(center, layers)
+        for sign in (1, -1):
+            within = throw(center + sign * 0.999 * 0.5 * margin[:, None], layers).value
+            np.testing.assert_array_equal(within, value)
+        beyond = [throw(center + sign * 1.001 * 0.5 * margin[:, None], layers).value for sign in (1, -1)]
+        assert ((beyond[0] != value) | (beyond[1] != value)).all()
+        slope = jax.vmap(jax.grad(lambda c, one: multishift(c, 0.5, one).value.sum()))(center, layers)
+        np.testing.assert_array_equal(slope, 0)
+        assert (np.abs(value - center) <= 0.5 * layers.radius * (1 + 1e-12)).all()
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 8])
+def test_the_leapfrog_row_is_blackjaxs_leapfrog(num_steps):
+    c, s = leapfrog_row(0.8, num_steps)
+    for start, momentum in ((1.3, 0.0), (0.0, -0.7), (0.4, 1.9)):
+        x, p = start, momentum
+        for _ in range(num_steps):
+            p -= 0.4 * x
+            x += 0.8 * p
+            p -= 0.4 * x
+        assert x == pytest.approx(float(c * start + s * momentum), abs=1e-6)
+    with pytest.raises(ValueError, match="step_size: got 2.0, wanted one below 2"):
+        leapfrog_row(2.0, num_steps)
+
+
+# --- meeting
+
+DIMENSION = 5
+
+
+def bowl(x):
+    """Nearly standard normal, with a quartic wall."""
+    return -0.5 * jnp.sum(x**2) - 0.02 * jnp.sum(x**4)
+
+
+@functools.cache
+def unit():
+    return Whitening.of_covariance(jnp.zeros(DIMENSION), jnp.zeros(DIMENSION), jnp.ones(DIMENSION))
+
+
+def meetings(kernel, num_steps=400, num_pairs=64):
+    """Steps until exact equality of pairs from independent starts under the same dice, as (median, worst, all met)."""
+    starts = jax.random.normal(jax.random.key(7), (2, num_pairs, DIMENSION))
+    state = kernel.init(jnp.zeros(DIMENSION))
+    tapes = jax.vmap(lambda key: kernel.tape(key, num_steps, state))(jax.random.split(jax.random.key(8), num_pairs))
+    found = meeting_times(kernel.dynamics(), starts[0], starts[1], tapes, tolerance=EXACT)
+    steps = np.asarray(found.steps)
+    return np.median(steps), steps.max(), bool(np.all(found.met))
+
+
+MEETINGS = {  # kernel, the median that is promised
+    "mala": (lambda: mala(bowl, 0.5, unit(), dice=CoalescingDice()), 12),
+    "random walk": (lambda: random_walk(bowl, 1.0, unit(), dice=CoalescingDice()), 25),
+    "random walk in blocks": (lambda: random_walk(bowl, 1.5, unit(), dice=CoalescingDice(), block=2), 25),
+    "coalescing hmc": (lambda: coalescing_hmc(bowl, 0.75, unit(), 2), 10),
+}
+
+
+@pytest.mark.parametrize("name", MEETINGS)
+def test_chains_meet_exactly(name):
+    build, promised = MEETINGS[name]
+    median, worst, all_met = meetings(build())
+    assert all_met and median <= promised and worst < 200
+
+
+def test_plain_dice_never_meet_where_coalescing_ones_do():
+    assert not meetings(random_walk(bowl, 1.0, unit()))[2]
+
+
+# --- paths
+
+
+@pytest.mark.parametrize("build", [MEETINGS["mala"][0], MEETINGS["random walk"][0]], ids=["mala", "random walk"])
+def test_shooting_is_the_sequential_path_to_the_last_bit(build):
+    """In float32, whatever the number of segments, with rejections, and with no tolerance to hide behind."""
+    with jax.enable_x64(False):
+        kernel, num_steps = build(), 4096
+        state = kernel.init(jnp.ones(DIMENSION, jnp.float32))
+        tape, initial, dynamics = kernel.tape(jax.random.key(9), num_steps, state), kernel.carry(state), kernel.dynamics()
+        path = jax.jit(rollout, compiler_options=OPTIMISED)(dynamics, initial, tape)
+        assert 100 < (np.asarray(path[1:]) == np.asarray(path[:-1])).all(axis=1).sum() < 3996
+        for num_segments in (8, 64, 256):
+            found = jax.jit(functools.partial(solve, solver=shooting(num_segments), tolerance=EXACT),
+                            compiler_options=OPTIMISED)(dynamics, initial, tape)
+            assert Status(int(found.status)) is Status.CONVERGED and float(found.residual) == 0
+            np.testing.assert_array_equal(found.states, path)
+        certificate = certify(kernel, initial, found.states, tape)
+        assert bool(certificate.certified) and float(certificate.min_lattice_margin) > 0
+
+
+def test_jacobi_alone_finds_the_path():
+    with jax.enable_x64(True):
+        kernel = MEETINGS["mala"][0]()
+        state = kernel.init(jnp.ones(DIMENSION))
+        tape = kernel.tape(jax.random.key(10), 2048, state)
+        found = solve(kernel.dynamics(), kernel.carry(state), tape, solver=jacobi(), max_iterations=150)
+        assert Status(int(found.status)) is Status.CONVERGED and int(found.iterations) < 100
+        path = rollout(kernel.dynamics(), kernel.carry(state), tape)
+        np.testing.assert_allclose(found.states, path, rtol=0, atol=1e-12)
+
+
+# --- what is refused
+
+
+def test_bad_dice_and_blocks():
+    for builder in (mala, hmc, random_walk):
+        with pytest.raises(TypeError, match=r"dice: got 'coalescing', wanted PlainDice\(\) or CoalescingDice\(\)"):
+            builder(bowl, 0.5, unit(), dice="coalescing")
+    with pytest.raises(TypeError, match="metric: got .*, wanted a Whitening for hmc"):
+        hmc(bowl, 0.5, jnp.ones(DIMENSION), 2, dice=CoalescingDice())
+    with pytest.raises(TypeError, match="metric: got ndarray, wanted a Whitening for coalescing_hmc"):
+        coalescing_hmc(bowl, 0.5, np.ones(DIMENSION))
+    with pytest.raises(ValueError, match="block: got 2 with PlainDice"):
+        random_walk(bowl, 0.5, dice=PlainDice(), block=2)
+    with pytest.raises(ValueError, match="every: got 0"):
+        coalescing_hmc(bowl, 0.5, unit(), every=0)
+    with pytest.raises(ValueError, match="step_size: got nan"):
+        coalescing_hmc(bowl, 0.5, unit(), mala_step_size=float("nan"))
