@@ -1,7 +1,7 @@
 """Whether lanes pay for a network, from what is known before anything runs.
 
 What lanes save on a CPU is the overhead of a step and the slowness of a product of a matrix with one vector, which runs at
-less than half the speed of a product with many. A batch has neither to save, unless it is small and narrow: it is left to
+less than half the speed of a product with many. A batch has neither to save: it is left to
 `lax.scan`. On an accelerator the number of dependent steps is what costs, and lanes always pay. A sequence too short for the
 relay's pilot to be cheap is left to `lax.scan` everywhere (`solvers.relay_plan`).
 

@@ -36,10 +36,10 @@ class RelayPlan:
         return _divisor(num_steps, most) if most >= 2 else 1
 
 
-# Work per step from which a batch on a CPU is left to `lax.scan`: its products of matrices already run at full speed, and
-# the relay's own costs, more so backwards, are not made good (see benchmarks/gru.py). A single chain always gains, however
-# wide: a product of a matrix with one vector runs at half the speed of one with many.
-_FILLS_A_CORE = 4e3
+# Work per step of a batch from which a CPU leaves it to `lax.scan`. All of them: products of matrices already run at full
+# speed there, and narrow batches fill vectors (one unit, 16 sequences: the relay took four times as long; see
+# benchmarks/gru.py). A single chain gains, however wide: a product with one vector runs at half the speed of one with many.
+_FILLS_A_CORE = 0.0
 # Segments shorter than this meet too late to be worth their start.
 SHORTEST = 128
 # The pilot: so many pairs, after so many steps that make the second of each pair typical, for at most so large a share of
