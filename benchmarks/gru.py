@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from partime_mcmc import Clipped, Newton, Status, deer, quasi_elk, shooting
-from partime_mcmc.mcmc.sample import versions
+from partime_mcmc.mcmc.finish import versions
 from partime_mcmc.rnn import ClosedForm, gru, gru_diagonal, gru_params, unroll, unroll_with_status
 
 LENGTHS = (1024, 4096, 16_384, 65_536, 262_144)
