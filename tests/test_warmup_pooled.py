@@ -46,7 +46,7 @@ def width(metric, covariance=COVARIANCE):
 
 
 def test_a_fisher_metric_needs_hardly_more_draws_than_dimensions():
-    x, g = draws(4)
+    x, g = draws(16)
     # What was believed before is of the right order, as it is after the first batches.
     low, high = width(DenseMetric().fisher(x, g, np.diag(np.diag(COVARIANCE))))
     assert 0.5 < low and high < 2
