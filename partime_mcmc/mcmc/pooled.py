@@ -24,6 +24,7 @@ import numpy as np
 from partime_mcmc.mcmc.metric import DenseMetric, MetricRule, metric_for, root_of
 from partime_mcmc.mcmc.path import Path, PathRule
 from partime_mcmc.mcmc.trajectories import STEPS, Walked, Walker
+from partime_mcmc.mcmc.windows import default_window
 from partime_mcmc.types import Key
 
 _GAIN, _SEARCH_TARGET = 1.5, 0.7
@@ -62,7 +63,7 @@ class PooledAdaptation:
         windows: Steps of each window; those that do not fit into the steps allowed are left out.
         metric: How the metric is estimated; None is dense up to 300 dimensions, low-rank beyond.
         guess: A first metric, `(D, D)` or `(D,)`; None is the identity.
-        run: How a window is run.
+        run: How a window is run: `side_by_side` or `in_parallel_time` (`windows`); None is what suits the device.
     """
 
     num_chains: int = 8
@@ -122,7 +123,7 @@ class PooledAdaptation:
             if size <= left:
                 sizes.append(size)
                 left -= size
-        return windows(walker, key, pool, rule, path_rule, sizes, self.run or side_by_side, advance)
+        return windows(walker, key, pool, rule, path_rule, sizes, self.run or default_window(), advance)
 
 
 def search(
@@ -224,16 +225,6 @@ def rescue(pool: Pool, key: Key) -> None:
 def tune(walker: Walker, key: Key, pool: Pool, path_rule: PathRule) -> Path:
     """Step size and path by trials from the last draws."""
     return path_rule.choose(pool.trials(walker, key))
-
-
-def side_by_side(walker: Walker, key: Key, positions: np.ndarray, root: np.ndarray, path: Path, size: int) -> Walked:
-    """A window with all chains side by side, 16 steps a call."""
-    pieces = []
-    for number in range(max(1, size // STEPS)):
-        found = walker.walk(jax.random.fold_in(key, number), positions, root, path.step_size, path.num_steps)
-        pieces.append(found)
-        positions = found.positions[-1]
-    return Walked(*(np.concatenate(parts) for parts in list(zip(*pieces))[:4]), pieces[-1].step_sizes)
 
 
 def _generator(key: Key) -> np.random.Generator:
