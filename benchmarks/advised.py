@@ -23,7 +23,8 @@ import numpy as np
 from benchmarks.shooting import EIGHT_SCHOOLS, ROWS, mixture, timed, warmed_up
 from partime_mcmc import Status, Target, from_blackjax, hmc, random_walk, rollout, sample, sequential, solve
 from partime_mcmc.dynamics import without_captures
-from partime_mcmc.mcmc.sample import default_tolerance, versions
+from partime_mcmc.mcmc.finish import versions
+from partime_mcmc.mcmc.sample import default_tolerance
 from partime_mcmc.predict import advise
 
 # All draws of a run together.

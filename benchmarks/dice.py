@@ -26,7 +26,7 @@ from jax.flatten_util import ravel_pytree
 from partime_mcmc import (CoalescingDice, Kernel, Target, Tolerance, Whitening, coalescing_hmc, from_numpyro, hmc, loop, mala,
                           sample)
 from partime_mcmc.diagnostics.arviz import ess_bulk
-from partime_mcmc.mcmc.sample import versions
+from partime_mcmc.mcmc.finish import versions
 from partime_mcmc.models import MODELS
 from partime_mcmc.predict import meeting_times
 

@@ -27,7 +27,7 @@ from partime_mcmc import (CoalescingDice, Kernel, Status, Tolerance, Whitening, 
                           rollout, sample, shooting, solve)
 from partime_mcmc.dynamics import without_captures
 from partime_mcmc.kernels.dice import draw_layers, multishift
-from partime_mcmc.mcmc.sample import versions
+from partime_mcmc.mcmc.finish import versions
 from partime_mcmc.models import MODELS
 
 SEGMENTS = (64, 128, 256, 512, 1024)

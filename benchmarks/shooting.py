@@ -30,7 +30,8 @@ import numpy as np
 
 from partime_mcmc import Dynamics, Kernel, Status, certify, hmc, mala, nuts, rollout, sample, shooting, solve
 from partime_mcmc.dynamics import without_captures
-from partime_mcmc.mcmc.sample import default_tolerance, versions
+from partime_mcmc.mcmc.finish import versions
+from partime_mcmc.mcmc.sample import default_tolerance
 from partime_mcmc.mcmc.target import Target
 from partime_mcmc.models import MODELS
 from partime_mcmc.predict import advise

@@ -5,7 +5,8 @@
     schedules     Whole, Stretches, Sliding
     linearizers   DenseJacobian, DiagonalJacobian, HutchinsonDiagonal, IdentityJacobian, ZeroJacobian, Clipped, Damped
     kernels       from_blackjax, coalescing_hmc, hmc, mala, nuts, random_walk, PlainDice, CoalescingDice, Kernel, Whitening, certify
-    sampling      Target, from_numpyro, sample, Draws
+    sampling      Target, from_numpyro, sample, Draws, PooledAdaptation, WindowAdaptation
+    NumPyro       ParallelMCMC, CoalescingHMC, HMC, NUTS, MALA, BlackJAXKernel
     judging       compare, to_arviz
 """
 
@@ -17,10 +18,12 @@ from partime_mcmc.kernels import (Certificate, CoalescingDice, Kernel, PlainDice
 from partime_mcmc.linearize import (Clipped, Damped, DenseJacobian, DiagonalJacobian, HutchinsonDiagonal,
                                     IdentityJacobian, ZeroJacobian)
 from partime_mcmc.mcmc.draws import Draws
-from partime_mcmc.mcmc.numpyro import from_numpyro
+from partime_mcmc.mcmc.numpyro import HMC, MALA, NUTS, BlackJAXKernel, CoalescingHMC, ParallelMCMC, from_numpyro
+from partime_mcmc.mcmc.pooled import PooledAdaptation
 from partime_mcmc.mcmc.progress import progress_line, quiet
 from partime_mcmc.mcmc.sample import sample
 from partime_mcmc.mcmc.target import Target
+from partime_mcmc.mcmc.warmup import WindowAdaptation
 from partime_mcmc.recipes import deer, elk, jacobi, picard, quasi_deer, quasi_elk, sequential, shooting
 from partime_mcmc.schedule import Sliding, Stretches, Whole
 from partime_mcmc.solution import Solution, SolveError, Stats, Status, Tolerance
@@ -30,9 +33,10 @@ from partime_mcmc.solvers import ConstantDamping, Kalman, Newton, RelaxingDampin
 __version__ = "0.1.0"
 
 __all__ = [
-    "Certificate", "Clipped", "CoalescingDice", "ConstantDamping", "Damped", "DenseJacobian", "DiagonalJacobian", "Draws", "Dynamics",
-    "HutchinsonDiagonal", "IdentityJacobian", "Kalman", "Kernel", "Newton", "PlainDice", "RelaxingDamping", "Sliding", "Solution",
-    "SolveError", "Stats", "Status", "Stretches", "Target", "Tolerance", "Whitening", "Whole", "ZeroJacobian",
+    "BlackJAXKernel", "Certificate", "Clipped", "CoalescingDice", "CoalescingHMC", "ConstantDamping", "Damped", "DenseJacobian", "DiagonalJacobian", "Draws",
+    "Dynamics", "HMC", "HutchinsonDiagonal", "IdentityJacobian", "Kalman", "Kernel", "MALA", "NUTS", "Newton", "ParallelMCMC", "PlainDice",
+    "PooledAdaptation", "RelaxingDamping", "Sliding", "Solution",
+    "SolveError", "Stats", "Status", "Stretches", "Target", "Tolerance", "Whitening", "Whole", "WindowAdaptation", "ZeroJacobian",
     "certify", "coalescing_hmc", "compare", "deer", "elk", "from_blackjax", "from_numpyro", "hmc", "jacobi", "loop", "mala", "nuts",
     "picard", "progress_line", "quasi_deer", "quasi_elk", "quiet", "random_walk", "read_netcdf", "residual", "rollout",
     "sample", "save_netcdf", "sequential", "shooting", "solve", "summary_table", "to_arviz",

@@ -2,11 +2,17 @@
 
 A path is defined by x_t = f(θ, x_{t-1}, u_t), so its derivative along (θ̇, ẋ_0, u̇) is the solution of
 
-    δ_t = J_t δ_{t-1} + ∂f/∂θ θ̇ + ∂f/∂u u̇,     δ_0 = ẋ_0,     J_t = ∂f/∂x at x_{t-1}
+    δ_t = J_t δ_{t-1} + b_t,     b_t = ∂f/∂θ θ̇ + ∂f/∂u u̇ (+ J_1 ẋ_0 for t = 1),     δ_0 = 0,     J_t = ∂f/∂x at x_{t-1}
 
-(implicit function theorem): an affine recurrence, one prefix scan. Its transpose, which reverse mode needs, is the same
-recurrence backwards, one suffix scan. No derivative goes through the solver's iterations, and the rule is itself
-differentiable, so second derivatives follow. Memory is `O(T D²)` for the Jacobians.
+(implicit function theorem): an affine recurrence. Its transpose, which reverse mode needs, is the same recurrence backwards,
+y_t = J_{t+1}ᵀ y_{t+1} + b_t. No derivative goes through the solver's iterations, and the rule is itself differentiable, so
+second derivatives follow. Two ways to solve the recurrence and its transpose:
+
+    Implicit          Jacobians in full and a prefix or suffix scan                       memory O(T D²)
+    ImplicitRelay     products J_t δ and J_tᵀ y as they are needed, in a relay            memory O(T D)
+
+The recurrence of δ forgets exactly as the path itself does, hence the relay; its products are recomputed from the path,
+so nothing but states is kept.
 """
 
 from __future__ import annotations
@@ -22,6 +28,9 @@ from partime_mcmc.dynamics import Dynamics
 from partime_mcmc.linearize.dense import jacobian
 from partime_mcmc.scan.affine import Dense
 from partime_mcmc.scan.time_axis import TimeAxis
+from partime_mcmc.solution import DEFAULT_ULPS
+from partime_mcmc.solvers.relay import relay
+from partime_mcmc.solvers.relay_plan import RelayPlan
 from partime_mcmc.types import Array, PyTree, pytree
 
 
@@ -35,35 +44,80 @@ class Adjoint(Protocol):
 
 @pytree()
 class Implicit:
-    """Derivatives by the implicit function theorem."""
+    """Derivatives by the implicit function theorem, with the Jacobians of all steps at once: for narrow states."""
 
     def __call__(self, dynamics: Dynamics, initial: Array, drives: PyTree, states: Array, axis: TimeAxis) -> Array:
         if states.shape[0] == 0:
             return states
-        return _attach(dynamics.step, axis, dynamics.params, initial, drives, lax.stop_gradient(states))
+        return _attach(dynamics.step, axis, None, dynamics.params, initial, drives, lax.stop_gradient(states))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _attach(step: Callable, axis: TimeAxis, params: PyTree, initial: Array, drives: PyTree, states: Array) -> Array:
+@pytree(static=("plan",))
+class ImplicitRelay:
+    """Derivatives by the implicit function theorem, with Jacobian products in a relay: for wide states that forget.
+
+    Where the recurrence does not forget it is solved one step after another; the result is the same. Along an axis that
+    is spread over devices take `Implicit`.
+
+    Attributes:
+        plan: How many lanes.
+    """
+
+    plan: RelayPlan = RelayPlan(64)
+
+    def __call__(self, dynamics: Dynamics, initial: Array, drives: PyTree, states: Array, axis: TimeAxis) -> Array:
+        if states.shape[0] == 0:
+            return states
+        return _attach(dynamics.step, axis, self.plan, dynamics.params, initial, drives, lax.stop_gradient(states))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _attach(step: Callable, axis: TimeAxis, plan: RelayPlan | None, params: PyTree, initial: Array, drives: PyTree,
+            states: Array) -> Array:
     return states
 
 
 @_attach.defjvp
-def _attach_jvp(step, axis, primals, tangents):
+def _attach_jvp(step, axis, plan, primals, tangents):
     params, initial, drives, states = primals
     params_dot, initial_dot, drives_dot, _ = tangents
     # The path as a function of the primals, so that this rule can be differentiated again.
-    path = _attach(step, axis, params, initial, drives, states)
+    path = _attach(step, axis, plan, params, initial, drives, states)
     previous = axis.previous(initial, path)
+    at_once = _all_steps if plan is None else _in_blocks
 
     def push(params, first, drives):
         # Only x_0 moves here; how the other states move is what the recurrence below finds.
-        before = axis.previous(first, path)
-        return jax.vmap(lambda state, drive: step(params, state, drive))(before, drives)
+        return at_once(step, params, axis.previous(first, path), drives)
 
     _, force = jax.jvp(push, (params, initial, drives), (params_dot, initial_dot, drives_dot))
-    matrices = jax.vmap(lambda state, drive: jacobian(Dynamics(step, params), state, drive)[1])(previous, drives)
-    return path, _solve_recurrence(matrices, force, axis)
+    if plan is None:
+        matrices = jax.vmap(lambda state, drive: jacobian(Dynamics(step, params), state, drive)[1])(previous, drives)
+        return path, _solve_recurrence(matrices, force, axis)
+    return path, _relay_recurrence(step, plan, params, previous, drives, force, axis)
+
+
+def _all_steps(step, params, previous, drives):
+    """`step` at all times at once, `(T, D)`."""
+    return jax.vmap(step, in_axes=(None, 0, 0))(params, previous, drives)
+
+
+# Steps evaluated side by side where all T at once would keep T times what a step computes on its way.
+_BLOCK = 512
+
+
+def _in_blocks(step, params, previous, drives):
+    """The same in blocks of time that keep nothing for their derivative but states and drives."""
+    num_steps = previous.shape[0]
+    size = next((size for size in range(_BLOCK, _BLOCK // 4, -1) if num_steps % size == 0), num_steps)
+    blocks = jax.tree.map(lambda leaf: leaf.reshape(num_steps // size, size, *leaf.shape[1:]), (previous, drives))
+
+    @jax.checkpoint
+    def block(params, previous, drives):
+        return _all_steps(step, params, previous, drives)
+
+    values = lax.scan(lambda params, cut: (params, block(params, *cut)), params, blocks)[1]
+    return values.reshape(previous.shape)
 
 
 def _solve_recurrence(matrices: Array, force: Array, axis: TimeAxis) -> Array:
@@ -82,3 +136,59 @@ def _solve_recurrence(matrices: Array, force: Array, axis: TimeAxis) -> Array:
         return axis.suffix(Dense(jnp.swapaxes(later, 1, 2), right), nothing)
 
     return lax.custom_linear_solve(apply, force, solve, transpose_solve)
+
+
+def _relay_recurrence(step, plan, params, previous, drives, force, axis):
+    """The same with products in place of matrices: J_t is that of `step` at `previous[t]`, `drives[t]`."""
+    nothing = jnp.zeros_like(force[0])
+
+    def apply(delta):
+        _, moved = jax.jvp(lambda states: _in_blocks(step, params, states, drives), (previous,),
+                           (axis.previous(nothing, delta),))
+        return delta - moved
+
+    def solve(_, right):
+        return relay(_Push(step), params, nothing, (previous, drives, right), _bound(right), plan)[0]
+
+    def transpose_solve(_, right):
+        # What reaches x_{t-1} through step t: z_t = J_tᵀ (b_t + z_{t+1}), and y_t = b_t + z_{t+1}.
+        pulled, _ = relay(_Pull(step), params, nothing, (previous, drives, right), _bound(right), plan, direction=-1)
+        return right + axis.following(pulled, nothing)
+
+    return lax.custom_linear_solve(apply, force, solve, transpose_solve)
+
+
+def _bound(right):
+    """Tolerances at a meeting, against the size of what drives the recurrence: it is linear, so it has no other scale."""
+    unit = DEFAULT_ULPS / 4 * jnp.finfo(right.dtype).eps
+    largest = jnp.max(jnp.where(jnp.isfinite(right), jnp.abs(right), 0))
+    return unit * largest, unit
+
+
+class _OfStep:
+    """A function made from a step; equal when the steps are, so that compiled code is found again."""
+
+    def __init__(self, step: Callable):
+        self.step = step
+
+    def __eq__(self, other):
+        return type(self) is type(other) and self.step == other.step
+
+    def __hash__(self):
+        return hash((type(self), self.step))
+
+
+class _Push(_OfStep):
+    """δ_{t-1} to J_t δ_{t-1} + b_t."""
+
+    def __call__(self, params, delta, drive):
+        state, drive, force = drive
+        return jax.jvp(lambda state: self.step(params, state, drive), (state,), (delta,))[1] + force
+
+
+class _Pull(_OfStep):
+    """z_{t+1} to J_tᵀ (b_t + z_{t+1})."""
+
+    def __call__(self, params, pulled, drive):
+        state, drive, right = drive
+        return jax.vjp(lambda state: self.step(params, state, drive), state)[1](right + pulled)[0]

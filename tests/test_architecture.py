@@ -39,7 +39,7 @@ RANKS = [
 # Who may import these, as paths below the package; everybody else may not, not even inside a function.
 FENCES = {
     "blackjax": ("kernels/", "mcmc/warmup.py"),
-    "numpyro": ("mcmc/numpyro.py", "models/"),
+    "numpyro": ("mcmc/numpyro/", "models/"),
     "arviz": ("diagnostics/arviz.py",),
     "arviz_base": ("diagnostics/arviz.py",),
     "arviz_stats": ("diagnostics/arviz.py",),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from catalogue import DYNAMICS, QUICK, by_name
 
+from partime_mcmc.adjoint import ImplicitRelay
 from partime_mcmc.dynamics import Dynamics, rollout
 from partime_mcmc.recipes import deer, elk, jacobi
 from partime_mcmc.schedule import Stretches
@@ -94,8 +95,8 @@ def test_second_derivatives(double):
     assert_close(got[0], got[1])  # the Hessian is symmetric
 
 
-@pytest.mark.parametrize("options", [{"solver": elk()}, {"solver": deer(), "schedule": Stretches(4)}],
-                         ids=["elk", "stretches"])
+@pytest.mark.parametrize("options", [{"solver": elk()}, {"solver": deer(), "schedule": Stretches(4)},
+                                     {"solver": deer(), "adjoint": ImplicitRelay()}], ids=["elk", "stretches", "relay"])
 def test_whatever_solved_it(options, double):
     problem = by_name(DYNAMICS, "GRU").build(NUM_STEPS, double)
 

@@ -14,11 +14,14 @@ from conftest import OPTIMISED
 from scipy import stats
 
 from partime_mcmc.dynamics import rollout
-from partime_mcmc.kernels import (CoalescingDice, PlainDice, Whitening, certify, coalescing_hmc, hmc, mala, random_walk)
+from partime_mcmc.kernels import (CoalescingDice, PlainDice, Whitening, certify, coalescing_hmc, hmc, mala, nuts,
+                                  random_walk)
 from partime_mcmc.kernels.dice import Layers, draw_layers, multishift
 from partime_mcmc.kernels.hmc import leapfrog_row
+from partime_mcmc.mcmc.sample import sample
+from partime_mcmc.mcmc.target import Target
 from partime_mcmc.predict.coalescence import meeting_times
-from partime_mcmc.recipes import jacobi, shooting
+from partime_mcmc.recipes import jacobi, sequential, shooting
 from partime_mcmc.solution import Status, Tolerance
 from partime_mcmc.solve import solve
 
@@ -225,3 +228,30 @@ def test_bad_dice_and_blocks():
         coalescing_hmc(bowl, 0.5, unit(), every=0)
     with pytest.raises(ValueError, match="step_size: got nan"):
         coalescing_hmc(bowl, 0.5, unit(), mala_step_size=float("nan"))
+
+
+# --- sampling
+
+
+def test_sample_takes_the_dice_with_which_chains_meet_sooner_and_says_so():
+    with jax.enable_x64(True):
+        target = Target(bowl, lambda key: jax.random.normal(key, (DIMENSION,)))
+        draws = sample(jax.random.key(3), target, mala, num_samples=1024, num_chains=2, num_warmup=64).or_raise()
+        assert draws.plan["dice"] == "CoalescingDice()"
+        assert "Coalescing dice: pilot pairs met after" in draws.warmup.notes[-1]
+        assert (np.asarray(draws.certificate.num_rejected) > 10).all()
+        assert np.isfinite(np.asarray(draws.certificate.min_lattice_margin)).all()
+        # The warm-up keeps the choice: the same chains again, one step after another.
+        again = sample(jax.random.key(3), target, draws.warmup, num_samples=1024, num_chains=2, solver=sequential())
+        np.testing.assert_array_equal(again.info["accepted"], draws.info["accepted"])
+        np.testing.assert_allclose(again.positions, draws.positions, rtol=0, atol=1e-9)
+
+
+def test_dice_are_chosen_where_there_is_a_choice():
+    target = Target(bowl, jnp.zeros(DIMENSION))
+    with pytest.raises(TypeError, match=r"dice: got CoalescingDice\(\) with .*, wanted a builder that takes dice"):
+        sample(jax.random.key(0), target, nuts, num_samples=4, dice=CoalescingDice())
+    with pytest.raises(TypeError, match=r"dice: got PlainDice\(\) with .*, wanted a builder that takes dice"):
+        sample(jax.random.key(0), target, mala(bowl, 0.1), num_samples=4, dice=PlainDice())
+    with pytest.raises(TypeError, match="dice: got 1, wanted"):
+        sample(jax.random.key(0), target, mala, num_samples=4, dice=1)

@@ -130,3 +130,27 @@ def test_the_same_law_with_a_shorter_memory(tmp_path, capsys):
     assert not np.any(found["eight_schools", "random walk, plain"].met)
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     assert "met exactly" in capsys.readouterr().out
+
+
+def test_one_line_of_a_numpyro_script_changes(capsys):
+    found, mcmc = run("numpyro_drop_in", "--num-samples", 400)
+    printed = capsys.readouterr().out
+    assert printed.count("Number of divergences") == 2 and "CERTIFIED_PATH" in printed
+    (mu, log_tau, _), (our_mu, our_log_tau, _) = found["NumPyro"], found["parallel in time"]
+    # 1,600 draws a side; standard deviations are 3.3 and 1.2, ESS at least 400.
+    assert abs(mu - our_mu) < 5 * 3.3 * np.sqrt(2 / 400) and abs(log_tau - our_log_tau) < 5 * 1.2 * np.sqrt(2 / 400)
+    assert mcmc.report.parallel
+
+
+def test_a_model_that_lacks_the_trend_fails_its_check():
+    found = run("posterior_predictive", "--num-samples", 250)
+    assert found["constant"][0] < 0.01 < 0.05 < found["with_trend"][0]
+    assert found["with_trend"][1] > found["constant"][1]
+
+
+def test_a_hierarchical_regression():
+    pytest.importorskip("sklearn")
+    mcmc, rows = run("hierarchical_regression", "--num-samples", 400)
+    assert mcmc.report.level == Level.CERTIFIED_PATH
+    assert all(row["r_hat"] < 1.03 and row["ess_bulk"] > 100 for row in rows.values())
+    assert 0.4 < rows["slope"]["mean"] < 0.75

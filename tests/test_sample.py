@@ -249,8 +249,8 @@ def test_warm_up_whitens_and_tunes(tuned):
     assert warmup.target_acceptance - 1e-9 <= warmup.acceptance < 0.9
     rate = float(np.mean(tuned.draws.info["acceptance_rate"]))
     assert abs(rate - warmup.acceptance) < 0.2  # 96 draws; sd of one is about 0.3, and draws are correlated
-    assert warmup.num_steps == 600 and warmup.num_gradients > 4 * 600 and warmup.seconds > 0
-    assert tuned.draws.plan["num_warmup"] == 600
+    assert 64 <= warmup.num_steps <= 600 and warmup.num_gradients > 4 * warmup.num_steps and warmup.seconds > 0
+    assert warmup.depth < warmup.num_gradients / 8 and tuned.draws.plan["num_warmup"] == warmup.num_steps
 
 
 def test_warm_up_reused_goes_on_where_it_ended(tuned):

@@ -23,6 +23,7 @@ ulp of the edge of a step two compilations may take different sides: `Throw.marg
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -79,12 +80,20 @@ def draw_layers(key: Key, size: int, dtype: Any) -> tuple[Layers, Array]:
         size: D.
         dtype: float32 or float64.
     """
-    # Two calls in all: starting the generator costs more than a number.
-    normal_key, uniform_key = jax.random.split(key)
-    normal = jax.random.normal(normal_key, (size,), dtype)
-    uniforms = jax.random.uniform(uniform_key, (2 * size + 1,), dtype)
+    # One call in all: starting the generator costs more than a number, and compiling it more than a model.
+    uniforms = jax.random.uniform(key, (3 * size + 1,), dtype)
+    normal = normal_of(uniforms[2 * size:3 * size])
     radius = jnp.sqrt(normal**2 - 2 * jnp.log1p(-uniforms[:size]))
     return Layers(jnp.maximum(radius, _SMALLEST_RADIUS), uniforms[size:2 * size]), uniforms[-1]
+
+
+def normal_of(uniforms: Array) -> Array:
+    """Standard normal numbers from uniforms on [0, 1), by the inverse of their distribution function.
+
+    As `jax.random.normal` makes them, save that the uniforms are drawn by the caller, together with others.
+    """
+    smallest = jnp.nextafter(jnp.asarray(-1, uniforms.dtype), jnp.zeros((), uniforms.dtype))
+    return math.sqrt(2) * jax.lax.erf_inv(jnp.maximum(2 * uniforms - 1, smallest))
 
 
 def multishift(center: Array, scale: Array | float, layers: Layers) -> Throw:

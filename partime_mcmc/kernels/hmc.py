@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from blackjax.mcmc import hmc, integrators, metrics
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.kernels.dice import Layers, draw_layers, multishift
+from partime_mcmc.kernels.dice import Layers, draw_layers, multishift, normal_of
 from partime_mcmc.kernels.drawn import Drawn, DrawnState, decide, flat_of, select, when_anyone
 from partime_mcmc.kernels.mala import LangevinDice, draw_langevin, langevin_step
 from partime_mcmc.types import Array, PyTree
@@ -147,11 +147,11 @@ def hmc_cycle(logdensity: Callable[[PyTree], Array], step_size: float, num_steps
         return CycleState(*evaluate(position, rng_key), jnp.zeros((), jnp.int32))
 
     def momentum(key, flat):
-        momentum_key, uniform_key, _ = jax.random.split(key, 3)
-        return jax.random.normal(momentum_key, flat.shape, flat.dtype), jax.random.uniform(uniform_key, (), flat.dtype)
+        uniforms = jax.random.uniform(jax.random.split(key)[0], (flat.size + 1,), flat.dtype)
+        return normal_of(uniforms[1:]), uniforms[0]
 
     def landing(key, flat):
-        return draw_langevin(jax.random.split(key, 3)[2], flat)
+        return draw_langevin(jax.random.split(key)[1], flat)
 
     def draw(key, state):
         flat = flat_of(state.position)

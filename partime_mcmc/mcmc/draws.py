@@ -65,6 +65,14 @@ class RunReport:
 
 
 @dataclasses.dataclass(frozen=True)
+class End:
+    """What it takes to go on from the last draw to the last bit: carries and counters of all chains, leaves `(C, ...)`."""
+
+    carries: PyTree
+    discrete: dict
+
+
+@dataclasses.dataclass(frozen=True)
 class Draws:
     """The draws of some chains.
 
@@ -81,6 +89,7 @@ class Draws:
         names: The constrained values worth showing; None: all.
         advice: Why this solver, if `sample` chose it. To run again with the very same plan give `advice.solver` and
             `advice.schedule`.
+        end: Where the chains stand after the last draw.
     """
 
     positions: PyTree
@@ -93,6 +102,7 @@ class Draws:
     dims: dict[str, tuple[str, ...]] | None = None
     names: tuple[str, ...] | None = None
     advice: Advice | None = None
+    end: End | None = None
 
     def or_raise(self) -> Draws:
         """These draws, if every chain is certified, finite and moving.

@@ -1,7 +1,8 @@
 """Progress: what a long run tells while it works.
 
-A `Progress` is told of stages, steps and notes from the host, between compiled calls, so that switching it on changes no
-draw and costs nothing inside a solve. `quiet` says nothing; `progress_line` keeps one line per stage on standard error.
+A `Progress` is told of stages, steps and notes from the host, between compiled calls, so that switching it on changes
+no draw and costs nothing inside a solve. `quiet` says nothing; `progress_line` keeps one line per stage on standard
+error.
 """
 
 from __future__ import annotations

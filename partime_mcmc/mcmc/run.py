@@ -1,28 +1,26 @@
 """Running chains: one compiled solve for all of them, stretch after stretch, with an exact sequential fallback.
 
-Stretch s of every chain is the recurrence x_t = f(x_{t-1}, u_t) for its part of the tape, from where the chain ended before.
-A chain whose solve does not converge keeps the steps that are exact, from the front, and goes on from there one step after
-another, with the same dice. When every chain has needed that in two stretches running, the rest of the run is sequential at
-once: these chains do not forget. One bad chain never
-changes how the others are run, so that their draws stay the same bits. From the step on where a chain leaves the finite
-numbers its draws are NaN.
+Stretch s of every chain is the recurrence x_t = f(x_{t-1}, u_t) for its part of the tape, from where the chain ended
+before. A chain whose solve does not converge keeps the steps that are exact, from the front, and goes on from there one
+step after another, with the same dice. When every chain has needed that in two stretches running, the rest of the run is
+sequential at once: these chains do not forget. One bad chain never changes how the others are run, so that their draws
+stay the same bits. From the step on where a chain leaves the finite numbers its draws are NaN.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import time
 from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.closures import explicit
 from partime_mcmc.dynamics import Dynamics, without_captures
 from partime_mcmc.kernels import Kernel, Tape
+from partime_mcmc.mcmc.family import family_of
+from partime_mcmc.mcmc.programs import Clock, Named, run_explicit, run_program
 from partime_mcmc.mcmc.progress import Progress
 from partime_mcmc.predict.advise import Advice
 from partime_mcmc.recipes import sequential
@@ -34,34 +32,22 @@ from partime_mcmc.solvers.rollout import roll_on
 from partime_mcmc.types import Key, PyTree
 
 _GIVE_UP_AFTER = 2
+# Steps fold the numbers from 0 on into a chain's key.
+_INIT_STREAM = 2**31 - 3
 
 # (dynamics, initial carries (C, ...), tapes (C, T, ...)) -> solver, schedule, and the advice behind them if any.
 Choice = Callable[[Dynamics, PyTree, Tape], tuple[Solver, Schedule, Advice | None]]
 
 
-class Clock:
-    """Seconds by what they were spent on."""
-
-    def __init__(self):
-        self.seconds = {"compile": 0.0, "advise": 0.0, "run": 0.0, "certify": 0.0}
-
-    @contextlib.contextmanager
-    def measure(self, what: str):
-        """Add the seconds inside to `what`."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[what] += time.perf_counter() - begin
-
-
 @dataclasses.dataclass
 class Chains:
-    """Solved chains: `initial` leaves `(C, ...)`, `carries` and `tape` leaves `(C, T, ...)`, and the books."""
+    """Solved chains: `initial` leaves `(C, ...)`, `carries` and `tape` leaves `(C, T, ...)`, the discrete leaves after
+    the last step `(C, ...)`, and the books."""
 
     initial: PyTree
     carries: PyTree
     tape: Tape
+    discrete: dict
     status: list[Status]
     iterations: np.ndarray
     evaluations_per_sample: float
@@ -77,7 +63,8 @@ class Chains:
 
 
 def run_chains(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *, choose: Choice, tolerance: Tolerance,
-               max_iterations: int | None, progress: Progress) -> Chains:
+               max_iterations: int | None, progress: Progress, skip: int = 0,
+               carries: PyTree = None) -> Chains:
     """Solve all chains.
 
     Args:
@@ -85,29 +72,26 @@ def run_chains(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *
         positions: One start per chain, leaves `(C, ...)`.
         keys: One key per chain, shape `(C,)`.
         num_samples: T.
-        choose: What picks the solver and the schedule once dynamics, starts and tapes are known. `Stretches` are run from
-            here, with progress after each; other schedules within one solve.
+        choose: What picks the solver and the schedule once dynamics, starts and tapes are known. `Stretches` are run
+            from here, with progress after each; other schedules within one solve.
         tolerance: How small residuals must be.
         max_iterations: Passes per stretch.
         progress: What to tell.
+        skip: Steps that these keys have been used for already: the chains go on with the dice after them.
+        carries: Where they go on from, to the last bit; None is where `positions` are.
 
     Returns:
         The chains. Every chain with status CONVERGED is exact.
     """
     clock = Clock()
-    with clock.measure("compile"):
-        state, tape = _dice(kernel, positions, keys, num_samples)
-        initial = jax.vmap(kernel.carry)(state)
-        first = jax.tree.map(lambda leaf: leaf[0], initial)
-        drive = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), tape)
-        dynamics = without_captures(kernel.dynamics(), first, drive)
+    dynamics, initial, tape, discrete = throw(kernel, positions, keys, num_samples, skip, carries, clock)
     with clock.measure("advise"):
         solver, schedule, advice = choose(dynamics, initial, tape)
     size = _stretch_size(solver, schedule, num_samples)
     inside = Whole() if isinstance(schedule, Stretches) else schedule
-    solve_stretch = _Compiled(functools.partial(_solve_all, solver, inside, tolerance, max_iterations), clock)
-    roll_stretch = _Compiled(functools.partial(_solve_all, sequential(), Whole(), tolerance, None), clock)
-    finish_stretch = _Compiled(_finish, clock)
+    solve_stretch = _solving(solver, inside, tolerance, max_iterations, clock)
+    roll_stretch = _solving(sequential(), Whole(), tolerance, None, clock)
+    finish_stretch = functools.partial(run_program, _finish, clock=clock)
     books = _Books(jax.tree.leaves(initial)[0].shape[0], num_samples)
     current, pieces = initial, []
     label = "sequential" if isinstance(solver, Rollout) else "parallel in time"
@@ -125,7 +109,7 @@ def run_chains(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *
     carries = jax.tree.map(lambda leaf: jnp.zeros((leaf.shape[0], 0, *leaf.shape[1:]), leaf.dtype), initial)
     if pieces:
         carries = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *pieces)
-    return books.close(initial, carries, tape, clock, solver, schedule, advice)
+    return books.close(initial, carries, tape, discrete, clock, solver, schedule, advice)
 
 
 def _stretch_size(solver: Solver, schedule: Schedule, num_samples: int) -> int:
@@ -135,22 +119,46 @@ def _stretch_size(solver: Solver, schedule: Schedule, num_samples: int) -> int:
     return max(num_samples, 1)
 
 
-def _dice(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int):
-    """The starting states and the tapes of all chains."""
+def throw(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, skip: int = 0, carries: PyTree = None,
+          clock: Clock | None = None) -> tuple[Dynamics, PyTree, Tape, dict]:
+    """Dynamics, starting carries `(C, ...)`, tapes `(C, T, ...)`, and the discrete leaves after the last step `(C,
+    ...)`.
 
-    def one(_, position, key):
-        state = kernel.init(position, jax.random.fold_in(key, 0))
-        return state, kernel.tape(key, num_samples, state)
+    Args:
+        kernel: The kernel.
+        positions: One start per chain, leaves `(C, ...)`.
+        keys: One key per chain, shape `(C,)`.
+        num_samples: T.
+        skip: Steps that the keys have been used for already.
+        carries: Where chains go on from; None is where `positions` are.
+        clock: Where seconds are booked.
+    """
+    clock = Clock() if clock is None else clock
+    family, numbers = family_of(kernel)
+    initial, tape, discrete = run_explicit(_Throw(family, num_samples, skip), numbers, positions, carries, keys, clock=clock)
+    with clock.measure("compile"):
+        first = jax.tree.map(lambda leaf: leaf[0], initial)
+        drive = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), tape)
+        return without_captures(kernel.dynamics(), first, drive), initial, tape, discrete
 
-    throw, params = explicit(one, None, jax.tree.map(lambda leaf: leaf[0], positions), keys[0])
-    return jax.block_until_ready(jax.jit(jax.vmap(throw, in_axes=(None, 0, 0)))(params, positions, keys))
 
+class _Throw(Named):
+    """Carries, tapes and last discrete leaves of all chains; parts are the kernel's family, T, and the steps to skip."""
 
-def _solve_all(solver, schedule, tolerance, max_iterations, dynamics, initial, tape) -> Solution:
-    """One stretch of every chain."""
-    return jax.vmap(lambda first, drives: solve(
-        dynamics, first, drives, solver=solver, schedule=schedule, tolerance=tolerance,
-        max_iterations=max_iterations))(initial, tape)
+    def __call__(self, numbers, positions, carries, keys):
+        family, num_samples, skip = self.parts
+        kernel = family.kernel(numbers)
+
+        def one(position, carry, key):
+            state = kernel.init(position, jax.random.fold_in(key, _INIT_STREAM))
+            # One step more where there are counters: they are on the tape before each step, and wanted after the last one.
+            extra = int(bool(kernel.discrete(state)))
+            tape = kernel.tape(key, skip + num_samples + extra, state)
+            after = jax.tree.map(lambda leaf: leaf[-1], tape.discrete)
+            kept = jax.tree.map(lambda leaf: leaf[skip:skip + num_samples], tape)
+            return kernel.carry(state) if carry is None else carry, kept, after
+
+        return jax.vmap(one)(positions, carries, keys)
 
 
 def _finish(dynamics, initial, tape, states, num_exact):
@@ -160,19 +168,26 @@ def _finish(dynamics, initial, tape, states, num_exact):
     return states, jnp.cumprod(functools.reduce(jnp.logical_and, finite), axis=1).sum(axis=1)
 
 
-class _Compiled:
-    """A function compiled ahead, once per shape, with compilation and execution timed apart."""
+class _Solve(Named):
+    """One stretch of every chain; parts are `max_iterations` and strategies that are no pytrees."""
 
-    def __init__(self, function, clock: Clock):
-        self.function, self.clock, self.compiled = jax.jit(function), clock, {}
+    def __call__(self, solver, schedule, tolerance, dynamics, initial, tape) -> Solution:
+        max_iterations, *opaque = self.parts
+        solver, schedule = (given if given is not None else fixed for given, fixed in zip((solver, schedule), opaque))
+        return jax.vmap(lambda first, drives: solve(
+            dynamics, first, drives, solver=solver, schedule=schedule, tolerance=tolerance,
+            max_iterations=max_iterations))(initial, tape)
 
-    def __call__(self, *args):
-        shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(args))
-        if shapes not in self.compiled:
-            with self.clock.measure("compile"):
-                self.compiled[shapes] = self.function.lower(*args).compile()
-        with self.clock.measure("run"):
-            return jax.block_until_ready(self.compiled[shapes](*args))
+
+def _solving(solver: Solver, schedule: Schedule, tolerance: Tolerance, max_iterations: int | None, clock: Clock):
+    """`(dynamics, initial, tape) -> Solution` of all chains, compiled once for all runs."""
+    strategies = solver, schedule
+    opaque = [None if jax.tree.structure(one) != _LEAF else one for one in strategies]
+    given = [one if jax.tree.structure(one) != _LEAF else None for one in strategies]
+    return lambda *args: run_program(_Solve(max_iterations, *opaque), *given, tolerance, *args, clock=clock)
+
+
+_LEAF = jax.tree.structure(0)
 
 
 class _Books:
@@ -252,10 +267,10 @@ class _Books:
         return {"iterations": int(self.iterations.max()), "residual": f"{self.worst:.0e}",
                 "fallbacks": len(self.fallbacks)}
 
-    def close(self, initial: PyTree, carries: PyTree, tape: Tape, clock: Clock, *choice) -> Chains:
+    def close(self, initial: PyTree, carries: PyTree, tape: Tape, discrete: dict, clock: Clock, *choice) -> Chains:
         """The finished chains."""
         steps = max(self.num_samples, 1)
         history = np.full((len(self.status), 0), np.nan) if self.history is None else self.history
-        return Chains(initial, carries, tape, self.status, self.iterations, float(self.evaluations.mean() / steps),
+        return Chains(initial, carries, tape, discrete, self.status, self.iterations, float(self.evaluations.mean() / steps),
                       float(self.jvps.mean() / steps), int(self.depth.max()), self.fallbacks, self.num_sequential, history,
                       clock, *choice)

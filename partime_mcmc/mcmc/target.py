@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Callable, Sequence
 
-from partime_mcmc.diagnostics.checks import check_dtypes, check_key
+import jax
+import jax.numpy as jnp
+
+from partime_mcmc.diagnostics.checks import InvalidStart, check_dtypes, check_key
 from partime_mcmc.types import Array, Key, PyTree
 
 
@@ -70,6 +73,28 @@ class Target:
         """
         key = check_key(key)
         return check_dtypes(self.initial(key) if callable(self.initial) else self.initial)
+
+    def starts(self, keys: Key) -> PyTree:
+        """One start per key, as `start` gives them; a function that JAX can batch is called once for all.
+
+        Args:
+            keys: PRNG keys, shape `(C,)`.
+
+        Returns:
+            Positions, leaves `(C, ...)`.
+
+        Raises:
+            InvalidStart, TypeError, ValueError: As `start`.
+        """
+        if callable(self.initial):
+            try:
+                return check_dtypes(jax.vmap(self.initial)(keys))
+            except InvalidStart:
+                raise
+            except Exception:  # whatever a function for single keys raises on a batch: then one after another
+                pass
+        starts = [self.start(key) for key in keys]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
 
 
 def _described(value: Any) -> str:

@@ -1,0 +1,225 @@
+"""Reference posteriors, `ParallelMCMC` against NumPyro's NUTS: `python -m benchmarks.posteriors --out
+benchmarks/results`.
+
+For every posterior of the folder that PARTIME_REFERENCE_POSTERIORS names, both samplers draw four chains of 7,168 in
+float64, each in a process of its own: `CoalescingHMC` with default settings, and NUTS with a dense mass matrix and
+1,000 warm-up steps at each of NumPyro's chain methods ("parallel" with four host devices), of which the fastest counts.
+
+Seconds are those of a second warm-up and run with the same key, less what JAX itself reports of tracing and compiling
+in them; compilation is what it reports of the first. `to 20,000` is warm-up plus sampling, the latter scaled to a bulk
+ESS of 20,000 of the worst parameter. The certificate is part of our sampling.
+ESS per 1,000 gradients is the smaller of the mean's and the square's, worst parameter; gradients of landing steps
+count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+
+TARGET_ESS, CHAINS, WARMUP, SAMPLES = 20_000, 4, 1000, 7168
+VARIABLE = "PARTIME_REFERENCE_POSTERIORS"
+METHODS = {"ours": 1, "vectorized": 1, "sequential": 1, "parallel": CHAINS}
+
+
+def load(name: str):
+    """A model, its keyword arguments, and the function that flattens draws."""
+    folder = pathlib.Path(os.environ[VARIABLE])
+    spec = importlib.util.spec_from_file_location("reference_models", folder / "models.py")
+    models = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(models)
+    stored = json.loads((folder / f"{name}.json").read_text())
+    model, prepare = models.MODELS[name]
+    return model, prepare(stored["data"]), list(stored["reference"]), models.flat
+
+
+class Compilation:
+    """Seconds that JAX says it traced and compiled."""
+
+    def __init__(self):
+        import jax
+
+        self.seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._hear)
+
+    def _hear(self, name: str, seconds: float, **more) -> None:
+        if name.endswith(("jaxpr_trace_duration", "jaxpr_to_mlir_module_duration", "backend_compile_duration")):
+            self.seconds += seconds
+
+
+def timed(run, compilation: Compilation) -> tuple[float, float]:
+    """Seconds of a call without compilation, and of compilation."""
+    before, begin = compilation.seconds, time.perf_counter()
+    run()
+    compiling = compilation.seconds - before
+    return time.perf_counter() - begin - compiling, compiling
+
+
+def measure(name: str, method: str) -> dict:
+    """One sampler on one posterior, in this process."""
+    import jax
+    import numpy as np
+    import numpyro
+
+    jax.config.update("jax_enable_x64", True)
+    from partime_mcmc.diagnostics.arviz import ess_bulk
+    from partime_mcmc.mcmc.numpyro import CoalescingHMC, ParallelMCMC
+
+    model, data, names, flat = load(name)
+    compilation, key = Compilation(), jax.random.key(1)
+
+    def sampler(num_samples):
+        if method == "ours":
+            return ParallelMCMC(
+                CoalescingHMC(model), num_warmup=WARMUP, num_samples=num_samples, num_chains=CHAINS, progress_bar=False
+            )
+        return numpyro.infer.MCMC(
+            numpyro.infer.NUTS(model, dense_mass=True),
+            num_warmup=WARMUP,
+            num_samples=num_samples,
+            num_chains=CHAINS,
+            chain_method=method,
+            progress_bar=False,
+        )
+
+    def draws(mcmc):
+        return flat(jax.tree.map(np.asarray, mcmc.get_samples(group_by_chain=True)), names)
+
+    def run(mcmc):
+        mcmc.run(key, extra_fields=("num_steps",), **data)
+        jax.block_until_ready(mcmc.get_samples())
+
+    mcmc = sampler(SAMPLES)
+    collected = {} if method == "ours" else {"collect_warmup": True}
+
+    def warm_up():
+        mcmc.warmup(key, extra_fields=("num_steps",), **collected, **data)
+        jax.block_until_ready(mcmc.post_warmup_state)
+
+    compile_seconds = 0.0
+    for _ in range(2):  # the second time counts
+        warmup_seconds, compiling = timed(warm_up, compilation)
+        warmup_gradients = (
+            warmup_report(mcmc) if method == "ours" else int(np.asarray(mcmc.get_extra_fields()["num_steps"]).sum())
+        )
+        sample_seconds, more = timed(lambda: run(mcmc), compilation)
+        compile_seconds = compile_seconds or compiling + more
+    x = draws(mcmc)
+    ess = min(ess_bulk(values) for values in x.values())
+    squares = min(ess_bulk((values - values.mean()) ** 2) for values in x.values())
+    steps = float(np.asarray(mcmc.get_extra_fields()["num_steps"]).sum())
+    more = {}
+    if method == "ours":
+        report = mcmc.report
+        steps += CHAINS * SAMPLES / 4
+        more = {
+            "evaluations": report.run.evaluations_per_sample,
+            "depth": report.run.depth,
+            "level": report.level.name,
+            "residual": float(np.max(np.asarray(report.certificate.max_residual))),
+            "parallel": report.parallel,
+            "run_seconds": report.run.seconds_run,
+            "certify_seconds": report.run.seconds_certify,
+        }
+    return {
+        "ess": ess,
+        "ess_squares": squares,
+        "num_samples": SAMPLES,
+        "gradients": steps,
+        "ess_per_1000_gradients": 1000 * min(ess, squares) / steps,
+        "warmup_gradients": warmup_gradients,
+        "warmup_seconds": warmup_seconds,
+        "sample_seconds": sample_seconds,
+        "compile_seconds": compile_seconds,
+        "seconds_to_target": warmup_seconds + sample_seconds * TARGET_ESS / ess,
+        **more,
+    }
+
+
+def warmup_report(mcmc) -> int:
+    """Gradients of the warm-up that `mcmc.warmup` has just done."""
+    return mcmc.warmed.num_gradients
+
+
+def in_a_process(name: str, method: str) -> dict:
+    """`measure` in a fresh process, with as many host devices as the method wants."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={METHODS[method]}"
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.posteriors", "--one", name, method],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": flags},
+    )
+    if done.returncode:
+        return {"failed": done.stderr.strip().splitlines()[-1]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def table(rows: dict) -> str:
+    """The Markdown table, with how many targets are met below it."""
+    lines = [
+        "| posterior | ESS/1,000 gradients, ours / NUTS | seconds to ESS 20,000, ours / NUTS (method) | faster | warm-up "
+        "gradients, ours / NUTS | compile, ours / NUTS, s | evaluations per draw | certificate |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    ratios, gains, compiles = [], [], []
+    for name, row in rows.items():
+        theirs = [row[m] for m in METHODS if m != "ours" and "seconds_to_target" in row.get(m, {})]
+        if not theirs or "seconds_to_target" not in row.get("ours", {}):
+            continue
+        ours, best = row["ours"], min(theirs, key=lambda one: one["seconds_to_target"])
+        method = next(m for m in METHODS if row.get(m) is best)
+        gains.append(ours["ess_per_1000_gradients"] / best["ess_per_1000_gradients"])
+        ratios.append(best["seconds_to_target"] / ours["seconds_to_target"])
+        compiles.append(ours["compile_seconds"] / best["compile_seconds"])
+        lines.append(
+            f"| {name} | {ours['ess_per_1000_gradients']:.0f} / {best['ess_per_1000_gradients']:.0f} | "
+            f"{ours['seconds_to_target']:.2f} / {best['seconds_to_target']:.2f} ({method}) | **{ratios[-1]:.1f}×** | "
+            f"{ours['warmup_gradients']:,} / {best['warmup_gradients']:,} | {ours['compile_seconds']:.1f} / "
+            f"{best['compile_seconds']:.1f} | {ours['evaluations']:.2f} | {ours['level']}, {ours['residual']:.0e} |"
+        )
+    if ratios:
+        lines.append(
+            f"\nESS per gradient at least twice NUTS's: {sum(g >= 2 for g in gains)} of {len(gains)}. Faster to ESS 20,000: "
+            f"{sum(r > 1 for r in ratios)} of {len(ratios)}, median {sorted(ratios)[len(ratios) // 2]:.1f}×. Compilation: "
+            f"median {sorted(compiles)[len(compiles) // 2]:.1f} times NUTS's."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure every posterior and write `posteriors-cpu.json` and `.md`; stored rows that are not asked for are kept."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
+    parser.add_argument("--only", default="", help="posteriors whose name contains this")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--one", nargs=2, metavar=("NAME", "METHOD"), help="measure in this process and print JSON")
+    arguments = parser.parse_args(argv)
+    if arguments.one:
+        print(json.dumps(measure(*arguments.one)))
+        return
+    stored = arguments.out / "posteriors-cpu.json"
+    rows = json.loads(stored.read_text())["rows"] if stored.exists() else {}
+    for path in sorted(pathlib.Path(os.environ[VARIABLE]).glob("*.json")):
+        if arguments.only in path.stem:
+            rows[path.stem] = {**rows.get(path.stem, {}), **{m: in_a_process(path.stem, m) for m in arguments.methods}}
+            print(json.dumps({path.stem: rows[path.stem]}), flush=True)
+            arguments.out.mkdir(parents=True, exist_ok=True)
+            from partime_mcmc.mcmc.finish import versions
+
+            machine = {"cpu": platform.machine(), "cores": os.cpu_count(), "chains": CHAINS, "versions": versions()}
+            stored.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+    text = table(rows)
+    (arguments.out / "posteriors-cpu.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

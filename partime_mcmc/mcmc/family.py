@@ -1,0 +1,136 @@
+"""Kernels of one builder on one density: compiled once, whatever warm-up chose.
+
+A kernel that captures its step size, its metric and the model's data is a new program for every run. A `Family` is
+what these kernels share (the density's program, the builder, the settings that fix shapes), and `Numbers` what
+distinguishes them; `Tuned` is one of its kernels and hands its numbers to solvers as parameters of the dynamics.
+Families compare equal where their kernels differ in numbers only, so that `jit` finds its code again, across seeds and
+calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Callable
+
+import jax.numpy as jnp
+
+from partime_mcmc.closures import explicit
+from partime_mcmc.dynamics import Dynamics, Memo
+from partime_mcmc.kernels import Kernel, Whitening
+from partime_mcmc.mcmc.programs import Named
+from partime_mcmc.types import Array, PyTree, pytree
+
+Builder = Callable[..., Kernel]
+
+
+@pytree()
+class Numbers:
+    """What distinguishes kernels of a family.
+
+    Attributes:
+        data: What the density captured: the model's data.
+        whitening: The coordinates.
+        settings: Step sizes by the builder's argument names.
+    """
+
+    data: PyTree
+    whitening: Whitening
+    settings: dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What kernels share.
+
+    Attributes:
+        density: `(data, position) -> log density`.
+        builder: `(logdensity, *, metric, ...) -> Kernel`.
+        counts: Settings that fix the program: pairs of argument name and value.
+    """
+
+    density: Callable[[PyTree, PyTree], Array]
+    builder: Builder
+    counts: tuple[tuple[str, Any], ...] = ()
+
+    def kernel(self, numbers: Numbers) -> Kernel:
+        """The kernel of given numbers, which may be traced."""
+        return self.builder(
+            functools.partial(self.density, numbers.data),
+            metric=numbers.whitening,
+            **numbers.settings,
+            **dict(self.counts),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned(Kernel):
+    """A kernel that knows its family."""
+
+    family: Family | None = None
+    numbers: Numbers | None = None
+
+    def dynamics(self) -> Dynamics:
+        """As `Kernel.dynamics`, with the numbers as parameters."""
+        part = functools.partial(_Part, self.family)
+        memo = Memo(part("_enter_memo"), part("_advance_memo"), part("_leave_memo"), (self.numbers,) * 3)
+        return Dynamics(part("_step_carry"), self.numbers, memo)
+
+
+def tuned_kernel(family: Family, data: PyTree, whitening: Whitening, settings: dict[str, Any]) -> Tuned:
+    """The kernel of a family with the settings that warm-up chose.
+
+    Args:
+        family: Without counts.
+        data: What the density captured.
+        whitening: The coordinates.
+        settings: By the builder's argument names; integers fix the program, other numbers do not.
+    """
+    counts = tuple(sorted((name, value) for name, value in settings.items() if isinstance(value, int)))
+    sizes = {
+        name: jnp.asarray(value, whitening.center.dtype) for name, value in settings.items() if not isinstance(value, int)
+    }
+    family = dataclasses.replace(family, counts=counts)
+    numbers = Numbers(data, whitening, sizes)
+    kernel = family.kernel(numbers)
+    fields = {field.name: getattr(kernel, field.name) for field in dataclasses.fields(Kernel)}
+    return Tuned(**fields, family=family, numbers=numbers)
+
+
+class _Part(Named):
+    """A method of the kernels of a family, numbers first."""
+
+    def __call__(self, numbers: Numbers, *args: PyTree) -> PyTree:
+        family, name = self.parts
+        return getattr(family.kernel(numbers), name)(*args)
+
+
+class _Density(Named):
+    """A log density with parameters first."""
+
+    def __call__(self, params: None, position: PyTree) -> Array:
+        del params
+        return self.parts[0](position)
+
+
+def density_of(logdensity: Callable[[PyTree], Array], example: PyTree) -> tuple[Callable, PyTree]:
+    """A density as `(data, position) -> scalar`, the same object for the same density, and the data that it captured."""
+    return explicit(_Density(logdensity), None, example)
+
+
+class _Alone(Named):
+    """The family of a kernel that came tuned: itself."""
+
+    def __init__(self, kernel: Kernel):
+        super().__init__(kernel.algorithm.init, kernel.algorithm.step)
+        self._kernel = kernel
+
+    def kernel(self, numbers: None) -> Kernel:
+        """The kernel."""
+        del numbers
+        return self._kernel
+
+
+def family_of(kernel: Kernel) -> tuple[Any, PyTree]:
+    """What makes a kernel again inside a program, `family.kernel(numbers)`, and the numbers."""
+    return (kernel.family, kernel.numbers) if isinstance(kernel, Tuned) else (_Alone(kernel), None)

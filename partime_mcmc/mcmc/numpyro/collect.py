@@ -1,0 +1,116 @@
+"""What NumPyro collects from a run: fields of `HMCState` by name, for every kept draw, and the state after the last one."""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro.infer.hmc import HMCState
+
+from partime_mcmc.mcmc.draws import Draws
+from partime_mcmc.mcmc.family import Tuned
+from partime_mcmc.types import PyTree
+
+
+def collect(
+    draws: Draws,
+    kernel: Tuned,
+    state: HMCState,
+    postprocess: Callable | None,
+    names: tuple[str, ...],
+    removed: tuple[str, ...],
+    thinning: int,
+) -> tuple[dict[str, PyTree], HMCState]:
+    """Collected fields and the last state.
+
+    Args:
+        draws: Of all chains, `(C, T, ...)`; T may be 0.
+        kernel: The kernel.
+        state: Before the first draw.
+        postprocess: The user's own map of one unconstrained draw; None is the model's.
+        names: Fields to collect, the draws' own field `z` first.
+        removed: Sites to leave out of `z`.
+        thinning: Of so many draws the last is kept.
+
+    Returns:
+        Fields with leaves `(C, T', ...)`, and the state of every chain after its last step.
+
+    Raises:
+        ValueError: For a field that there is not, naming those that there are.
+    """
+    everything = _fields(draws, kernel, state)
+    kept = _kept(draws, thinning)
+    fields = {}
+    for name in names:
+        if name == "z":
+            value = draws.constrained if postprocess is None else jax.vmap(jax.vmap(postprocess))(draws.positions)
+            if not isinstance(draws.positions, dict) and postprocess is None and set(value) == {"x"}:
+                value = draws.positions
+            if removed:
+                value = {site: one for site, one in value.items() if site not in removed}
+        elif name.startswith("z.") and isinstance(draws.positions, dict) and name[2:] in draws.positions:
+            value = draws.positions[name[2:]]
+        elif name in everything:
+            value = everything[name]
+        else:
+            raise ValueError(f"extra_fields: got {name!r}; wanted some of {sorted(everything)}, or z.<site>")
+        fields[name] = value if kept is None else jax.tree.map(lambda leaf: leaf[:, kept], value)
+    return fields, _last(draws, state, everything)
+
+
+def _kept(draws: Draws, thinning: int) -> np.ndarray | None:
+    """Which draws are kept; None for all."""
+    if thinning == 1:
+        return None
+    num_steps = draws.plan["num_samples"]
+    return np.arange(num_steps % thinning + thinning - 1, num_steps, thinning)
+
+
+def _fields(draws: Draws, kernel: Tuned, state: HMCState) -> dict[str, Any]:
+    """All fields, `(C, T, ...)`."""
+    info = draws.info
+    shape = draws.certificate.residual.shape
+    num_chains, num_steps = shape
+    ones = np.ones(shape)
+    accept = np.asarray(info.get("acceptance_rate", ones))
+    potential = -np.asarray(info.get("logdensity", np.nan * ones))
+    before = np.asarray(state.i)[:, None]
+    mean = np.asarray(state.mean_accept_prob)[:, None] * before + np.cumsum(accept, axis=1)
+    index = before + np.arange(1, num_steps + 1)
+
+    def each(value):
+        value = np.asarray(value)
+        return np.broadcast_to(value[:, None], (num_chains, num_steps, *value.shape[1:]))
+
+    found = {
+        "i": index.astype(np.int32),
+        "potential_energy": potential,
+        "energy": info.get("energy", potential),
+        "num_steps": info.get("num_steps", np.ones(shape, np.int32)),
+        "accept_prob": accept,
+        "mean_accept_prob": (mean / np.maximum(index, 1)).astype(accept.dtype),
+        "diverging": info.get("diverging", np.zeros(shape, bool)),
+        "trajectory_length": each(state.trajectory_length),
+        "residual": draws.certificate.residual,
+        "accepted": draws.certificate.accepted,
+    }
+    for name in ("step_size", "inverse_mass_matrix"):
+        found[f"adapt_state.{name}"] = each(getattr(state.adapt_state, name))
+    return {name: jnp.asarray(value) for name, value in found.items()}
+
+
+def _last(draws: Draws, state: HMCState, everything: dict[str, Any]) -> HMCState:
+    if not draws.plan["num_samples"]:
+        return state
+    own = {
+        name: everything[name][:, -1].astype(getattr(state, name).dtype)
+        for name in ("i", "potential_energy", "energy", "num_steps", "accept_prob", "mean_accept_prob", "diverging")
+    }
+    return state._replace(
+        z=jax.tree.map(lambda leaf: leaf[:, -1], draws.positions),
+        r=draws.end.carries,
+        **own,
+        adapt_state=state.adapt_state._replace(discrete=draws.end.discrete),
+    )

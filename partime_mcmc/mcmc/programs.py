@@ -1,0 +1,93 @@
+"""Compiled programs, found again by what they compute and the shapes they compute it for.
+
+`jax.jit` forgets a program with the function object it was made from, and every sampling run makes new ones. Here a
+program belongs to its function, compared by equality, to the structure of its arguments and to their shapes and types,
+so that a second run with other seeds, step sizes or data of the same shapes compiles nothing. Functions whose results
+hang on captured arrays are made explicit first. Compilation and execution can be timed apart, because programs are
+compiled ahead.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import threading
+import time
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+
+from partime_mcmc.closures import explicit
+from partime_mcmc.types import PyTree
+
+_MOST_PROGRAMS = 128
+_PROGRAMS: collections.OrderedDict = collections.OrderedDict()
+_LOCK = threading.Lock()
+
+
+class Clock:
+    """Seconds by what they were spent on."""
+
+    def __init__(self):
+        self.seconds = {"compile": 0.0, "advise": 0.0, "run": 0.0, "certify": 0.0}
+
+    @contextlib.contextmanager
+    def measure(self, what: str):
+        """Add the seconds inside to `what`."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - begin
+
+
+class Named:
+    """A function object that equals others of its class with equal parts."""
+
+    def __init__(self, *parts: Any):
+        self.parts = parts
+
+    def __eq__(self, other: Any) -> bool:
+        return type(self) is type(other) and self.parts == other.parts
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.parts))
+
+
+def run_program(function: Callable, *args: PyTree, clock: Clock, what: str = "run") -> PyTree:
+    """`function(*args)`, compiled ahead and kept.
+
+    Args:
+        function: Pure, hashable; captures no array.
+        *args: Pytrees of arrays.
+        clock: Where seconds are booked: compilation under "compile".
+        what: Under what execution is booked.
+
+    Returns:
+        The result, ready.
+    """
+    leaves, structure = jax.tree.flatten(args)
+    shapes = tuple((jnp.shape(leaf), jnp.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype,
+                    getattr(leaf, "weak_type", True)) for leaf in leaves)
+    entry = (function, structure, shapes, jax.config.jax_enable_x64)
+    with _LOCK:
+        program = _PROGRAMS.get(entry)
+        if program is not None:
+            _PROGRAMS.move_to_end(entry)
+    if program is None:
+        with clock.measure("compile"):
+            program = jax.jit(function).lower(*args).compile()
+        with _LOCK:
+            _PROGRAMS[entry] = program
+            while len(_PROGRAMS) > _MOST_PROGRAMS:
+                _PROGRAMS.popitem(last=False)
+    with clock.measure(what):
+        return jax.block_until_ready(program(*args))
+
+
+def run_explicit(function: Callable, params: PyTree, *args: PyTree, clock: Clock, what: str = "run") -> PyTree:
+    """`function(params, *args)` as `run_program`, for functions that capture arrays: these become arguments."""
+    with clock.measure("compile"):
+        function, params = explicit(function, params, *args)
+    return run_program(function, params, *args, clock=clock, what=what)

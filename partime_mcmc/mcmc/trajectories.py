@@ -1,0 +1,135 @@
+"""Plain HMC for warm-up: one program for searching, for windows and for trials.
+
+Chains move on flat positions x with a centre and a root R of the metric, Σ = R Rᵀ, and momenta p ~ N(0, I):
+
+    p ← p + (h/2) Rᵀ∇log p(x),   x ← x + h R p,   p ← p + (h/2) Rᵀ∇log p(x),        L times,
+
+accepted with probability min(1, exp(−ΔH)), H = −log p(x) + |p|²/2: leapfrog in whitened coordinates without ever
+leaving x, so that a new metric changes numbers only. Step sizes, lengths, the metric and the model's data are
+arguments. A trial is the same program with a fresh start in every step, so that warm-up compiles nothing else. After
+each step log h grows by `gain · (acceptance − target)`; a gain of 0 keeps it, as exact chains need.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.flatten_util import ravel_pytree
+
+from partime_mcmc.kernels.dice import normal_of
+from partime_mcmc.types import Array, Key, PyTree
+
+STEPS = 16
+"""Transitions per call: the searching phase looks at its chains that often, and windows are multiples of it."""
+
+
+class Walked(NamedTuple):
+    """What a call returns; leading axes are steps S and chains C.
+
+    Attributes:
+        positions: Shape `(S, C, D)`.
+        gradients: Of the log density there, `(S, C, D)`.
+        logdensity: `(S, C)`.
+        acceptance: Acceptance probabilities, `(S, C)`.
+        step_sizes: After the last step, `(C,)`.
+    """
+
+    positions: np.ndarray
+    gradients: np.ndarray
+    logdensity: np.ndarray
+    acceptance: np.ndarray
+    step_sizes: np.ndarray
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _walk(density: Callable, params: PyTree, example: PyTree, root: Array, starts: Array, fresh: Array, step_sizes: Array,
+          lengths: Array, gain: Array, target: Array, key: Key):
+    unravel = ravel_pytree(example)[1]
+    evaluate = jax.vmap(jax.value_and_grad(lambda x: density(params, unravel(x))))
+    num_chains, dimension = starts.shape[1:]
+
+    def pulled(gradient):
+        return gradient * root if root.ndim == 1 else gradient @ root
+
+    def pushed(momentum):
+        return momentum * root if root.ndim == 1 else momentum @ root.T
+
+    def energy(value, momentum):
+        return 0.5 * jnp.sum(momentum**2, axis=1) - value
+
+    def transition(carry, drive):
+        state, log_steps = carry
+        start, length, key = drive
+        state = lax.cond(fresh, lambda: (start, *evaluate(start)), lambda: state)
+        uniforms = jax.random.uniform(key, (num_chains, dimension + 1), starts.dtype)
+        momentum = normal_of(uniforms[:, 1:])
+        step = jnp.exp(log_steps)[:, None]
+
+        def leap(index, moving):
+            x, value, gradient, p = moving
+            half = p + 0.5 * step * pulled(gradient)
+            new = x + step * pushed(half)
+            new_value, new_gradient = evaluate(new)
+            ended = (new, new_value, new_gradient, half + 0.5 * step * pulled(new_gradient))
+            going = index < length
+            return tuple(jnp.where(going.reshape(-1, *(1,) * (a.ndim - 1)), a, b) for a, b in zip(ended, moving))
+
+        *end, last = lax.fori_loop(0, jnp.max(length), leap, (*state, momentum))
+        fall = energy(state[1], momentum) - energy(end[1], last)
+        usable = jnp.isfinite(fall) & jnp.isfinite(end[2]).all(axis=1)
+        rate = jnp.where(usable, jnp.exp(jnp.minimum(fall, 0)), 0)
+        accepted = uniforms[:, 0] < rate
+        state = tuple(jnp.where(accepted.reshape(-1, *(1,) * (a.ndim - 1)), a, b) for a, b in zip(end, state))
+        log_steps = log_steps + gain * (rate - target)
+        return (state, log_steps), (*state, rate)
+
+    first = (starts[0], *evaluate(starts[0]))
+    drives = starts, lengths, jax.random.split(key, starts.shape[0])
+    (_, log_steps), (x, value, gradient, rate) = lax.scan(transition, (first, jnp.log(step_sizes)), drives)
+    return x, gradient, value, rate, jnp.exp(log_steps)
+
+
+class Walker:
+    """The program for one density, with its books.
+
+    Args:
+        density: `(params, position) -> log density`; compared by identity or equality for compiled code.
+        params: Its first argument.
+        example: A position.
+        num_chains: C.
+    """
+
+    def __init__(self, density: Callable, params: PyTree, example: PyTree, num_chains: int):
+        self.density, self.params, self.example, self.num_chains = density, params, example, num_chains
+        flat = ravel_pytree(example)[0]
+        self.dimension, self.dtype = flat.size, flat.dtype
+        self.num_gradients = self.depth = self.num_steps = 0
+
+    def walk(self, key: Key, starts: np.ndarray, root: np.ndarray, step_sizes: np.ndarray, lengths: np.ndarray, *,
+             gain: float = 0.0, target: float = 0.8) -> Walked:
+        """S = 16 transitions of every chain.
+
+        Args:
+            key: One key.
+            starts: Shape `(C, D)`, where chains go on from; or `(S, C, D)`: every step is a trial from its own start.
+            root: Of the metric, `(D, D)` or `(D,)`.
+            step_sizes: h, `(C,)` or scalar.
+            lengths: Leapfrog steps, `(S, C)` or scalar.
+            gain: How fast log step sizes follow the acceptance.
+            target: The acceptance that they follow.
+        """
+        fresh = starts.ndim == 3
+        lengths = np.broadcast_to(np.asarray(lengths, np.int32), (STEPS, self.num_chains))
+        starts = np.broadcast_to(np.asarray(starts, self.dtype), (STEPS, self.num_chains, self.dimension))
+        step_sizes = np.broadcast_to(np.asarray(step_sizes, self.dtype), (self.num_chains,))
+        found = _walk(self.density, self.params, self.example, np.asarray(root, self.dtype), starts, fresh, step_sizes,
+                      lengths, np.asarray(gain, self.dtype), np.asarray(target, self.dtype), key)
+        self.num_gradients += int(lengths.sum()) + self.num_chains * (STEPS + 1 if fresh else 1)
+        self.depth += int(lengths.max(axis=1).sum())
+        self.num_steps += 0 if fresh else STEPS
+        return Walked(*(np.asarray(part) for part in found))

@@ -1,0 +1,169 @@
+"""Cells of Flax and Equinox as `(cell, params)` for `unroll`, and a layer in place of `flax.nnx.RNN`.
+
+    unroll(*from_flax_nnx(cell), carry, inputs)        carry as the cell has it: an LSTM's is (c, h)
+    unroll(*from_equinox(cell), carry, inputs)         carry as the cell has it: an LSTM's is (h, c)
+    RNN(cell, return_carry=True)(inputs)               where `flax.nnx.RNN(cell, return_carry=True)` stood
+
+An adapter holds no arrays of the cell: they are `params`, and gradients with respect to them have their structure. Equal
+cells give equal adapters, so that nothing is compiled twice. Flax and Equinox are imported when they are asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+
+from partime_mcmc.rnn.unroll import unroll
+from partime_mcmc.solvers import Solver
+from partime_mcmc.types import PyTree
+
+
+def from_flax_nnx(cell: Any) -> tuple[Callable, PyTree]:
+    """A `flax.nnx` cell: `(cell, params)` with the cell's `nnx.Param` state as parameters.
+
+    Put trained parameters back with `nnx.update(cell, params)`. What a cell changes in itself during a step (counters of
+    random streams, batch statistics) is not kept.
+    """
+    from flax import nnx
+
+    graph, params, rest = nnx.split(cell, nnx.Param, ...)
+    return _NNXCell(graph, rest), params
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _NNXCell:
+    graph: Any
+    rest: Any
+
+    def __call__(self, params, carry, x):
+        from flax import nnx
+
+        return nnx.merge(self.graph, params, self.rest)(carry, x)
+
+    def __eq__(self, other):
+        if type(self) is not type(other) or self.graph != other.graph:
+            return False
+        mine, theirs = jax.tree.leaves(self.rest), jax.tree.leaves(other.rest)
+        return len(mine) == len(theirs) and all(a is b for a, b in zip(mine, theirs))
+
+    def __hash__(self):
+        return hash(self.graph)
+
+
+def from_flax_linen(cell: Any, variables: PyTree) -> tuple[Callable, PyTree]:
+    """A `flax.linen` cell and its variables, as `cell.init(key, carry, x)` returned them."""
+    return _LinenCell(cell), variables
+
+
+@dataclasses.dataclass(frozen=True)
+class _LinenCell:
+    module: Any
+
+    def __call__(self, params, carry, x):
+        return self.module.apply(params, carry, x)
+
+
+def from_equinox(cell: Any) -> tuple[Callable, PyTree]:
+    """An `equinox` cell, called `cell(x, carry) -> carry`; the output is the carry, or `h` of an LSTM's `(h, c)`."""
+    import equinox
+
+    params, static = equinox.partition(cell, equinox.is_inexact_array)
+    return _EquinoxCell(static), params
+
+
+@dataclasses.dataclass(frozen=True)
+class _EquinoxCell:
+    static: Any
+
+    def __call__(self, params, carry, x):
+        import equinox
+
+        new = equinox.combine(params, self.static)(x, carry)
+        return new, new[0] if isinstance(new, tuple) else new
+
+
+def RNN(cell: Any, *, solver: Solver | None = None, **keywords) -> Any:
+    """`flax.nnx.RNN(cell, **keywords)`, evaluated by `unroll`.
+
+    Args:
+        cell: A `flax.nnx` cell.
+        solver: As in `unroll`.
+        **keywords: As `flax.nnx.RNN` takes them: `time_major`, `return_carry`, `reverse`, `keep_order`. Its `unroll`,
+            `state_axes` and `broadcast_rngs` speak of `lax.scan` and change nothing here.
+
+    Returns:
+        An `nnx.Module`, an instance of a subclass of `nnx.RNN` with the same arguments when called.
+    """
+    layer = _rnn_class()(cell, **keywords)
+    layer.solver = solver
+    return layer
+
+
+@functools.cache
+def _rnn_class():
+    from flax import nnx
+
+    class ParallelRNN(nnx.RNN):
+        """`flax.nnx.RNN` by `unroll`."""
+
+        def __call__(self, inputs, *, initial_carry=None, seq_lengths=None, return_carry=None, time_major=None,
+                     reverse=None, keep_order=None, rngs=None):
+            given = functools.partial(_given, self)
+            time_major, reverse = given("time_major", time_major), given("reverse", reverse)
+            keep_order, return_carry = given("keep_order", keep_order), given("return_carry", return_carry)
+            if time_major:
+                inputs = jnp.moveaxis(inputs, 0, -1 - self.cell.num_feature_axes)
+            split = inputs.ndim - self.cell.num_feature_axes
+            batch, features = inputs.shape[:split - 1], inputs.shape[split:]
+            if initial_carry is None:
+                rngs = self.rngs if rngs is None else rngs.carry.fork() if isinstance(rngs, nnx.Rngs) else rngs
+                initial_carry = self.cell.initialize_carry((*batch, *features), rngs)
+            if reverse:
+                inputs = _flipped(inputs, seq_lengths, len(batch))
+            cell, params = from_flax_nnx(self.cell)
+            final, (carries, ys) = unroll(_EveryCarry(cell), params, initial_carry, inputs, solver=self.solver,
+                                          batch_axes=len(batch))
+            if seq_lengths is not None and return_carry:
+                final = jax.tree.map(lambda leaf: _at(leaf, jnp.asarray(seq_lengths) - 1, len(batch)), carries)
+            if reverse and keep_order:
+                ys = jax.tree.map(lambda leaf: _flipped(leaf, seq_lengths, len(batch)), ys)
+            if time_major:
+                ys = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, len(batch), 0), ys)
+            return (final, ys) if return_carry else ys
+
+    return ParallelRNN
+
+
+@dataclasses.dataclass(frozen=True)
+class _EveryCarry:
+    """A cell that also returns its carry; it costs nothing, because the path of the carry is known."""
+
+    cell: Callable
+
+    def __call__(self, params, carry, x):
+        carry, y = self.cell(params, carry, x)
+        return carry, (carry, y)
+
+
+def _at(leaf, index, num_batch_axes):
+    """Each sequence's entry at its own step."""
+    index = index.reshape(*index.shape, *(1,) * (leaf.ndim - num_batch_axes))
+    return jnp.take_along_axis(leaf, index, num_batch_axes).squeeze(num_batch_axes)
+
+
+def _given(layer, name, value):
+    return getattr(layer, name) if value is None else value
+
+
+def _flipped(leaf, lengths, num_batch_axes):
+    """Time turned round, within each sequence's length; padding stays behind, as in Flax."""
+    num_steps = leaf.shape[num_batch_axes]
+    steps = jnp.arange(num_steps)
+    if lengths is None:
+        return jnp.flip(leaf, num_batch_axes)
+    index = (jnp.asarray(lengths)[..., None] - 1 - steps) % num_steps
+    return jnp.take_along_axis(leaf, index.reshape(*index.shape, *(1,) * (leaf.ndim - num_batch_axes - 1)), num_batch_axes)

@@ -1,0 +1,56 @@
+"""How a relay is cut: how many segments, and when none.
+
+Static facts only (chains, steps, arithmetic, platform), so that the choice is made while a program is traced, and a `vmap`
+that adds chains to a relay makes it anew.
+"""
+
+from __future__ import annotations
+
+from partime_mcmc.types import pytree
+
+
+@pytree(static=("lanes", "work"))
+class RelayPlan:
+    """How a relay is run; static, so that it is known when a program is traced.
+
+    Attributes:
+        lanes: Chains × segments wanted side by side.
+        work: Arithmetic of one step of one chain, in the units of `predict.cost.lane_work`: what decides whether lanes gain
+            anything.
+    """
+
+    lanes: int
+    work: float = 0.0
+
+    def segments(self, num_chains: int, num_steps: int, backend: str) -> int:
+        """C, segments per chain; 1 means one step after another.
+
+        Args:
+            num_chains: B, chains that are solved together.
+            num_steps: T.
+            backend: The platform, as `jax.default_backend()` says it.
+        """
+        if num_steps < _LEAST or backend == "cpu" and num_chains > 1 and num_chains * self.work > _FILLS_A_CORE:
+            return 1
+        most = min(max(self.lanes // num_chains, 1), num_steps // SHORTEST)
+        return _divisor(num_steps, most) if most >= 2 else 1
+
+
+# Work per step of a batch from which a CPU leaves it to `lax.scan`. All of them: products of matrices already run at full
+# speed there, and narrow batches fill vectors (one unit, 16 sequences: the relay took four times as long; see
+# benchmarks/gru.py). A single chain gains, however wide: a product with one vector runs at half the speed of one with many.
+_FILLS_A_CORE = 0.0
+# Segments shorter than this meet too late to be worth their start.
+SHORTEST = 128
+# The pilot: so many pairs, after so many steps that make the second of each pair typical, for at most so large a share of
+# the run; a run that would leave it less than `_PATIENCE` steps is too short for a relay.
+PILOTS, PILOT_RUN, PILOT_SHARE, _PATIENCE = 4, 32, 32, 64
+_LEAST = PILOT_SHARE * (PILOT_RUN + _PATIENCE)
+
+
+def _divisor(num_steps: int, most: int) -> int:
+    """The largest number of segments of at most `most` that leaves no rest, if one is near, else `most`."""
+    for count in range(most, most // 2, -1):
+        if num_steps % count == 0:
+            return count
+    return most

@@ -1,0 +1,121 @@
+"""Pooled warm-up: metrics, paths and rescue by their own laws; windows in parallel time are the windows side by side."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from partime_mcmc.kernels import hmc
+from partime_mcmc.mcmc.family import density_of
+from partime_mcmc.mcmc.metric import DenseMetric, DiagonalMetric, LowRankMetric, metric_for, root_of
+from partime_mcmc.mcmc.path import Path, PathRule, boldest_step
+from partime_mcmc.mcmc.pooled import Pool, PooledAdaptation, rescue
+from partime_mcmc.mcmc.trajectories import STEPS, Walked, Walker
+from partime_mcmc.mcmc.warmup import WindowAdaptation, warm_up
+from partime_mcmc.mcmc.windows import in_parallel_time, side_by_side
+
+D, C = 3, 8
+COVARIANCE = np.array([[4.0, 1.0, 0.0], [1.0, 0.5, 0.003], [0.0, 0.003, 1e-4]])
+PRECISION = np.linalg.inv(COVARIANCE)
+
+
+@pytest.fixture(autouse=True)
+def in_float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def normal(x):
+    return -0.5 * x @ jnp.asarray(PRECISION) @ x
+
+
+def draws(rule_size, seed=0, covariance=COVARIANCE):
+    """Exact draws `(n, C, D)` and gradients of a normal density."""
+    rng, size = np.random.default_rng(seed), len(covariance)
+    x = rng.normal(size=(rule_size, C, size)) @ np.linalg.cholesky(covariance).T
+    return x, -x @ np.linalg.inv(covariance)
+
+
+def width(metric, covariance=COVARIANCE):
+    """Extreme eigenvalues of the target's covariance in the metric's coordinates."""
+    root = root_of(metric) if metric.ndim == 2 else np.diag(root_of(metric))
+    inverse = np.linalg.inv(root)
+    return np.linalg.eigvalsh(inverse @ covariance @ inverse.T)[[0, -1]]
+
+
+def test_a_fisher_metric_needs_hardly_more_draws_than_dimensions():
+    x, g = draws(16)
+    # What was believed before is of the right order, as it is after the first batches.
+    low, high = width(DenseMetric().fisher(x, g, np.diag(np.diag(COVARIANCE))))
+    assert 0.5 < low and high < 2
+    plain = np.cov(x[:1].reshape(-1, D), rowvar=False)
+    assert width(plain)[1] > high, "a covariance of few draws is worse"
+
+
+def test_metrics_by_shape():
+    x, g = draws(64)
+    diagonal = DiagonalMetric().fisher(x, g, 2 * np.diag(COVARIANCE))
+    np.testing.assert_allclose(diagonal, np.sqrt(np.diag(COVARIANCE) / np.diag(PRECISION)), rtol=0.3)
+    assert metric_for(10).__class__ is DenseMetric and metric_for(500).__class__ is LowRankMetric
+    wide = np.diag(np.exp(np.linspace(-2, 2, 60)))
+    wide = wide + 30 * np.outer(*2 * [np.sqrt(np.diag(wide)) / np.sqrt(60)])  # one direction of 31 times the variance
+    found = LowRankMetric().fisher(*draws(8, 1, wide), np.ones(60))
+    low, high = width(found, wide)
+    assert high / low < 12 < width(DiagonalMetric().fisher(*draws(8, 1, wide), np.ones(60)), wide) @ [0, 1]
+
+
+def test_paths_are_the_cheapest_that_are_accepted():
+    def trial(step, steps):
+        return np.full((STEPS, C), 1.0 - 0.4 * step)
+
+    path = PathRule(0.8).choose(trial)
+    assert path.num_steps == 4 and path.step_size == pytest.approx(2 * np.sin(np.pi / 16))
+    assert PathRule(0.8, length=3.0).choose(trial) == Path(0.5, 6, pytest.approx(0.8))
+    assert PathRule(0.8, step_size=0.3).choose(trial)[:2] == (0.3, 5)
+    assert boldest_step(trial, 1.0, 0.8).step_size == pytest.approx(0.85**5)
+    stuck = PathRule(0.8).choose(lambda step, steps: np.where(np.arange(C) == 0, 0.1, 1.0) * np.ones((STEPS, 1)))
+    assert stuck.acceptance == pytest.approx(0.8875), "one chain that is stuck is enough to go on trying"
+
+
+def test_a_lost_chain_goes_on_from_a_good_one():
+    x = np.zeros((STEPS, C, D)) + np.arange(C)[:, None]
+    level = np.where(np.arange(C) == 5, -1e6, -1.0) * np.ones((STEPS, 1))
+    pool = Pool(x[-1], np.eye(D), np.zeros(D), Walked(x, x, level, level, np.ones(C)), 0, [])
+    rescue(pool, jax.random.key(0))
+    assert pool.num_rescued == 1 and pool.positions[5, 0] != 5 and pool.positions[4, 0] == 4
+    np.testing.assert_array_equal(pool.draws.positions[-1], pool.positions)
+
+
+def walker():
+    density, data = density_of(normal, jnp.zeros(D))
+    return Walker(density, data, jnp.zeros(D), C)
+
+
+def test_windows_in_parallel_time_are_chains_of_the_same_law():
+    """Solved, not fallen back; less deep than side by side; and with exact starts still the target's draws."""
+    starts, root = draws(1)[0][0], root_of(COVARIANCE * 1.2)
+    path = Path(0.7, 2, 0.9)
+    parallel, one_by_one = walker(), walker()
+    found = in_parallel_time(parallel, jax.random.key(1), starts, root, path, 512)
+    other = side_by_side(one_by_one, jax.random.key(1), starts, root, path, 512)
+    assert parallel.num_steps == one_by_one.num_steps == 512 and parallel.depth < 0.75 * one_by_one.depth
+    for window in (found, other):
+        assert window.positions.shape == (512, C, D) and window.acceptance.shape == (512, C)
+        np.testing.assert_allclose(window.gradients, -window.positions @ PRECISION, rtol=1e-6, atol=1e-8)
+        z = window.positions @ np.linalg.inv(np.linalg.cholesky(COVARIANCE)).T
+        assert np.abs(z.mean(axis=(0, 1))).max() < 0.12 and np.abs(z.var(axis=(0, 1)) - 1).max() < 0.15
+    assert abs(found.acceptance.mean() - other.acceptance.mean()) < 0.02
+
+
+@pytest.mark.parametrize("adaptation", [PooledAdaptation(run=in_parallel_time), WindowAdaptation()],
+                         ids=["pooled, parallel in time", "window adaptation"])
+def test_whole_warm_ups(adaptation):
+    starts = jax.random.uniform(jax.random.key(2), (C, D), minval=-2.0, maxval=2.0)
+    warmup = warm_up(jax.random.key(3), normal, hmc, starts, 700, adaptation)
+    low, high = width(np.asarray(warmup.whitening.scale @ warmup.whitening.scale.T))
+    assert 0.6 < low and high < 1.7
+    assert warmup.settings["num_integration_steps"] <= 2 and warmup.acceptance >= 0.8
+    assert warmup.num_steps <= 700 and warmup.num_rescued == 0 and warmup.depth > 0
+    assert "one after another" in str(warmup) and dataclasses.asdict(warmup.whitening)

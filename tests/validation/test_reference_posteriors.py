@@ -1,0 +1,79 @@
+"""Nine reference posteriors with default settings, float64: draws agree with the reference, chains are certified.
+
+Which kernels run on which posterior per commit is `PER_COMMIT`; the full matrix runs with `-m slow`. Without the
+variable that names the folder these tests are skipped, and with it nothing is.
+"""
+
+import warnings
+
+import jax
+import numpy as np
+import pytest
+import reference
+
+from partime_mcmc.diagnostics.report import Level
+from partime_mcmc.mcmc.numpyro import HMC, MALA, NUTS, CoalescingHMC, ParallelMCMC
+
+KERNELS = {"CoalescingHMC": CoalescingHMC, "HMC": HMC, "NUTS": NUTS, "MALA": MALA}
+SAMPLES = {"CoalescingHMC": 3000, "HMC": 3000, "NUTS": 1000, "MALA": 8000}
+PER_COMMIT = {
+    "CoalescingHMC": reference.NAMES,
+    "HMC": reference.NAMES[2:3],
+    "NUTS": reference.NAMES[4:5],
+    "MALA": reference.NAMES[8:9],
+}
+MATRIX = [
+    pytest.param(kernel, name, marks=() if name in PER_COMMIT[kernel] else pytest.mark.slow, id=f"{kernel}-{name}")
+    for kernel in KERNELS
+    for name in reference.NAMES
+]
+in_parallel: dict[str, bool] = {}
+
+
+@pytest.fixture(autouse=True)
+def in_float64():
+    if reference.folder() is None:
+        pytest.skip(f"{reference.VARIABLE} is not set")
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.parametrize("kernel, name", MATRIX)
+def test_posterior(kernel, name, capsys):
+    posterior = reference.load(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mcmc = ParallelMCMC(KERNELS[kernel](posterior.model), num_warmup=1000, num_samples=SAMPLES[kernel], num_chains=4)
+        mcmc.run(jax.random.key(2), **posterior.data)
+    report = mcmc.or_raise().report
+    verdict = reference.judge(
+        posterior.flat(mcmc.get_samples(group_by_chain=True), posterior.reference), posterior.reference
+    )
+    with capsys.disabled():
+        print(f"\n{kernel} on {name}, {report.run.dtype}: {verdict}; {report.run}")
+    assert report.level == Level.CERTIFIED_PATH and report.run.dtype == "float64"
+    assert not verdict.gates, verdict
+    assert not verdict.failures, verdict
+    assert verdict.detectable < 0.4
+    assert report.parallel or report.run.fallbacks, "solved in parallel, or a stated reason"
+    in_parallel[name] = in_parallel.get(name, False) or report.parallel
+
+
+def test_parallel_solver_is_in_use():
+    """Runs last in this file: of the posteriors that ran at least eight of nine were solved in parallel time."""
+    if len(in_parallel) < len(reference.NAMES):
+        pytest.skip("not every posterior ran in this process")
+    assert sum(in_parallel.values()) >= 8
+
+
+def test_a_shifted_reference_is_found():
+    """The power claimed is there: draws off by what a verdict calls detectable do fail."""
+    stored = reference.load("sblri-blr").reference
+    rng = np.random.default_rng(0)
+    draws = {name: one["mean"] + one["sd"] * rng.normal(size=(4, 1000)) for name, one in stored.items()}
+    fine = reference.judge(draws, stored)
+    assert not fine.gates and not {key for key in fine.failures if key[1] == "mean"}
+    shifted = {name: x + fine.detectable * stored[name]["sd"] for name, x in draws.items()}
+    assert len({name for name, quantity in reference.judge(shifted, stored).failures if quantity == "mean"}) >= 5
+    stuck = {name: np.where(np.arange(4)[:, None] == 1, x[:, :1], x) for name, x in draws.items()}
+    assert reference.judge(stuck, stored).gates
