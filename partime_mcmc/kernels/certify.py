@@ -26,6 +26,7 @@ from partime_mcmc.closures import explicit
 from partime_mcmc.kernels.kernel import Carry, Kernel, Tape
 from partime_mcmc.kernels.records import Records, decision_uniform, record
 from partime_mcmc.reduction import largest
+from partime_mcmc.solvers.shooting import device_lanes
 from partime_mcmc.types import Array, PyTree, pytree
 
 # Noise units. The floors seen are 4e-15 and 2e-6; a flipped decision shows as 1 or more.
@@ -175,7 +176,7 @@ class _Observe:
 @functools.partial(jax.jit, static_argnums=0)
 def _certify(observe, params, initial, states, drives, unit):
     before = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b[:-1]])[: b.shape[0]], initial, states)
-    values, discrete, records, uniform = jax.vmap(observe, in_axes=(None, 0, 0))(params, before, drives)
+    values, discrete, records, uniform = _in_pieces(functools.partial(observe, params), before, drives)
     flatten = jax.vmap(lambda carry: ravel_pytree(carry)[0])
     path, expected, previous = flatten(states), flatten(values), flatten(before)
     num_steps, dtype = path.shape[0], path.dtype
@@ -206,6 +207,18 @@ def _certify(observe, params, initial, states, drives, unit):
             records.lattice_margin, initial=jnp.inf),
         discrete_consistent=consistent, accepted=accepted, residual=residual)
     return certificate, dataclasses.replace(records, held=(expected == previous).all(axis=1))
+
+
+def _in_pieces(function, *args):
+    """`vmap(function)(*args)`, where there are many steps one piece after another: what fills the device and stays in its caches."""
+    num_steps, piece = jax.tree.leaves(args)[0].shape[0], max(1, device_lanes() // 4)
+    if num_steps <= 2 * piece:
+        return jax.vmap(function)(*args)
+    num_pieces = -(-num_steps // piece)
+    # The last piece is filled up with the last step.
+    index = jnp.minimum(jnp.arange(num_pieces * piece), num_steps - 1).reshape(num_pieces, piece)
+    found = jax.lax.map(lambda some: jax.vmap(function)(*some), jax.tree.map(lambda leaf: leaf[index], args))
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_steps], found)
 
 
 def _spread(path: Array) -> Array:
