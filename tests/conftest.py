@@ -8,7 +8,9 @@ fusion and everything above it are as ever. `.ci/run` runs the smoke part, and t
 compiler's own settings.
 """
 
+import itertools
 import os
+from pathlib import Path
 
 # Before JAX starts its backend.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
@@ -42,6 +44,21 @@ def pytest_collection_modifyitems(items):
 def pytest_addoption(parser):
     parser.addoption("--full-catalogue", action="store_true",
                      help="every solver x dynamics x floating-point type x length, not a covering choice of them")
+
+
+# Every compiled program holds some mappings of memory, of which Linux grants a process 65,530; beyond these the compiler
+# crashes. A thousand tests in one process come near that.
+_MOST_MAPPINGS = 15_000
+_tests_done = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def code_forgotten():
+    """What tests have compiled is dropped when it becomes too much."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if next(_tests_done) % 10 == 0 and mappings.exists() and mappings.read_text().count("\n") > _MOST_MAPPINGS:
+        jax.clear_caches()
 
 
 @pytest.fixture(params=["float32", "float64"])
