@@ -73,7 +73,7 @@ class Throw(NamedTuple):
 
 
 def draw_layers(key: Key, size: int, dtype: Any) -> tuple[Layers, Array]:
-    """Dice for `size` coordinates, one normal and two uniforms each, and a uniform for an accept decision.
+    """Dice for `size` coordinates, three uniforms each, and a uniform for an accept decision.
 
     Args:
         key: One key.
@@ -81,10 +81,17 @@ def draw_layers(key: Key, size: int, dtype: Any) -> tuple[Layers, Array]:
         dtype: float32 or float64.
     """
     # One call in all: starting the generator costs more than a number, and compiling it more than a model.
-    uniforms = jax.random.uniform(key, (3 * size + 1,), dtype)
-    normal = normal_of(uniforms[2 * size:3 * size])
-    radius = jnp.sqrt(normal**2 - 2 * jnp.log1p(-uniforms[:size]))
-    return Layers(jnp.maximum(radius, _SMALLEST_RADIUS), uniforms[size:2 * size]), uniforms[-1]
+    half = (size + 1) // 2
+    uniforms = jax.random.uniform(key, (2 * (half + size) + 1,), dtype)
+    heights, offsets = uniforms[2 * half:2 * half + size], uniforms[2 * half + size:-1]
+    radius = jnp.sqrt(_squares(uniforms[:half], uniforms[half:2 * half])[:size] - 2 * jnp.log(1 - heights))
+    return Layers(jnp.maximum(radius, _SMALLEST_RADIUS), offsets), uniforms[-1]
+
+
+def _squares(lengths: Array, angles: Array) -> Array:
+    """Squares of independent standard normals, two for each pair of uniforms (Box & Muller 1958); cheaper than normals are."""
+    both, part = -2 * jnp.log(1 - lengths), 0.5 + 0.5 * jnp.cos(2 * jnp.pi * angles)
+    return jnp.concatenate([both * part, both * (1 - part)])
 
 
 def normal_of(uniforms: Array) -> Array:
