@@ -14,8 +14,6 @@ import argparse
 import functools
 import json
 import platform
-import statistics
-import time
 from pathlib import Path
 
 import jax
@@ -23,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from benchmarks.shooting import timed
 from partime_mcmc import (CoalescingDice, Kernel, Status, Tolerance, Whitening, certify, coalescing_hmc, hmc, jacobi, loop, mala,
                           rollout, sample, shooting, solve)
 from partime_mcmc.dynamics import without_captures
@@ -63,7 +62,7 @@ def measure(kernel: Kernel, plain: Kernel, start, num_steps: int, repeats: int) 
     for num_segments in SEGMENTS:
         runs[num_segments] = (functools.partial(solve, solver=shooting(num_segments), tolerance=CLOSE),
                               (dynamics, initial, tape))
-    found = timed(runs, repeats)
+    found = timed({name: (jax.jit(function), args) for name, (function, args) in runs.items()}, repeats)
     dice, reference = found["dice"]["seconds"], found["BlackJAX"]["seconds"]
     path, rows = np.asarray(found["loop"]["value"]), []
     for num_segments in SEGMENTS:
@@ -79,24 +78,6 @@ def measure(kernel: Kernel, plain: Kernel, start, num_steps: int, repeats: int) 
             "dice_seconds": dice, "segments": rows, "best": best, "certified": bool(certificate.certified),
             "rejected": int(certificate.num_rejected), "min_margin": float(certificate.min_margin),
             "min_lattice_margin": float(certificate.min_lattice_margin)}
-
-
-def timed(runs: dict, repeats: int) -> dict:
-    """Compile each, then run them in turn; medians."""
-    found = {}
-    for name, (function, arguments) in runs.items():
-        begin = time.perf_counter()
-        compiled = jax.jit(function).lower(*arguments).compile()
-        found[name] = {"compile": time.perf_counter() - begin, "function": compiled, "times": [],
-                       "value": jax.block_until_ready(compiled(*arguments))}
-    for _ in range(repeats):
-        for name, (_, arguments) in runs.items():
-            begin = time.perf_counter()
-            jax.block_until_ready(found[name]["function"](*arguments))
-            found[name]["times"].append(time.perf_counter() - begin)
-    for record in found.values():
-        record["seconds"] = statistics.median(record["times"])
-    return found
 
 
 def work(kernel: Kernel, start, num_steps: int, solver, seed: int = 3) -> dict:

@@ -67,7 +67,7 @@ def explicit(function: Callable, params: PyTree, *rest: PyTree) -> tuple[_Explic
         abstract = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
         closed, result = jax.make_jaxpr(function, return_shape=True)(*abstract)
         if _hides_arrays(closed.jaxpr):
-            inlined = lambda *args: _evaluate(closed.jaxpr, closed.consts, *jax.tree.leaves(args))  # noqa: E731
+            inlined = lambda *args: evaluate(closed.jaxpr, closed.consts, *jax.tree.leaves(args))  # noqa: E731
             closed = jax.make_jaxpr(inlined)(*abstract)
         found = (_Explicit(closed.jaxpr, jax.tree.structure(result)), [_as_array(const) for const in closed.consts])
         if not any(isinstance(const, jax.core.Tracer) for const in found[1]):
@@ -94,9 +94,17 @@ def _hides_arrays(jaxpr) -> bool:
     return any(closed.consts or _hides_arrays(closed.jaxpr) for closed in inner)
 
 
-def _evaluate(jaxpr, consts, *args) -> list:
-    """Evaluate a jaxpr with those nested `jit`s inlined that capture arrays, so that a new trace finds the arrays."""
+def evaluate(jaxpr, consts, *args, opens: Callable | None = None) -> list:
+    """Evaluate a jaxpr with some of the nested `jit`s inlined, so that a new trace sees what is inside.
+
+    Args:
+        jaxpr: What to evaluate.
+        consts: Values of its constants.
+        *args: Values of its arguments.
+        opens: Which nested `jit`s to inline, by their closed jaxprs; None: those that capture arrays.
+    """
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args)))
+    opens = _captures if opens is None else opens
 
     def read(atom):
         return atom.val if isinstance(atom, jax.extend.core.Literal) else values[atom]
@@ -104,21 +112,23 @@ def _evaluate(jaxpr, consts, *args) -> list:
     for equation in jaxpr.eqns:
         inputs = [read(atom) for atom in equation.invars]
         inner = _inner_jit(equation)
-        if inner is not None and (inner.consts or _hides_arrays(inner.jaxpr)):
-            outputs = _evaluate(inner.jaxpr, [_as_array(const) for const in inner.consts], *inputs)
+        if inner is not None and opens(inner):
+            outputs = evaluate(inner.jaxpr, [_as_array(const) for const in inner.consts], *inputs, opens=opens)
         else:
             outputs = _evaluate_one(jaxpr, equation, inputs)
         values.update(zip(equation.outvars, outputs))
     return [read(atom) for atom in jaxpr.outvars]
 
 
+def _captures(inner) -> bool:
+    return bool(inner.consts) or _hides_arrays(inner.jaxpr)
+
+
 def _evaluate_one(jaxpr, equation, inputs) -> list:
     """Evaluate one equation: a jaxpr of its own, because the way to bind a primitive differs between JAX versions."""
-    variables = [atom for atom in equation.invars if not isinstance(atom, jax.extend.core.Literal)]
-    known = [value for atom, value in zip(equation.invars, inputs)
-             if not isinstance(atom, jax.extend.core.Literal)]
+    named = {atom: value for atom, value in zip(equation.invars, inputs) if not isinstance(atom, jax.extend.core.Literal)}
     dropped = [isinstance(atom, jax.extend.core.DropVar) for atom in equation.outvars]
     kept = [atom for atom, drop in zip(equation.outvars, dropped) if not drop]
-    single = jaxpr.replace(constvars=[], invars=variables, outvars=kept, eqns=[equation])
-    results = iter(jax.core.eval_jaxpr(single, [], *known))
+    single = jaxpr.replace(constvars=[], invars=list(named), outvars=kept, eqns=[equation])
+    results = iter(jax.core.eval_jaxpr(single, [], *named.values()))
     return [None if drop else next(results) for drop in dropped]

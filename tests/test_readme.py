@@ -21,7 +21,7 @@ def test_there_are_four_examples():
     assert len(BLOCKS) == 4
 
 
-@pytest.mark.parametrize("name", ["shooting-cpu", "dice-meetings", "dice-shooting"])
+@pytest.mark.parametrize("name", ["shooting-cpu", "posteriors-cpu", "dice-meetings", "dice-shooting"])
 def test_tables_are_the_benchmarks(name):
     table = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text(encoding="utf-8")
     assert table.strip() in TEXT

@@ -20,6 +20,7 @@ import jax
 import jax.extend.core
 import numpy as np
 
+from partime_mcmc.closures import evaluate
 from partime_mcmc.types import PyTree
 
 # Numbers of 4 bytes that may be kept per step: so many times the memory of a step, and so many in any case.
@@ -43,7 +44,7 @@ def split(function: Callable, params: PyTree, memory: PyTree, drive: PyTree) -> 
         would gain nothing `a` is the drive itself.
     """
     closed, result = jax.make_jaxpr(function, return_shape=True)(params, memory, drive)
-    flat = lambda *args: _inlined(closed.jaxpr, closed.consts, *jax.tree.leaves(args))  # noqa: E731
+    flat = lambda *args: evaluate(closed.jaxpr, closed.consts, *jax.tree.leaves(args), opens=lambda inner: True)  # noqa: E731
     closed = jax.make_jaxpr(flat)(params, memory, drive)
     sizes = [len(jax.tree.leaves(part)) for part in (params, memory, drive)]
     inputs = [closed.jaxpr.invars[sum(sizes[:k]):sum(sizes[:k + 1])] for k in range(3)]
@@ -95,31 +96,3 @@ def _bytes(variables) -> int:
         return aval.size * (8 if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key) else np.dtype(aval.dtype).itemsize)
 
     return sum(one(variable.aval) for variable in variables)
-
-
-def _inlined(jaxpr, consts, *args) -> list:
-    """Evaluate a jaxpr with every `jit` inside it opened, so that a new trace sees single equations."""
-    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args)))
-
-    def read(atom):
-        return atom.val if isinstance(atom, jax.extend.core.Literal) else values[atom]
-
-    for equation in jaxpr.eqns:
-        inputs = [read(atom) for atom in equation.invars]
-        if equation.primitive.name in ("jit", "pjit"):
-            inner = equation.params["jaxpr"]
-            outputs = _inlined(inner.jaxpr, inner.consts, *inputs)
-        else:
-            outputs = _one(jaxpr, equation, inputs)
-        values.update(zip(equation.outvars, outputs))
-    return [read(atom) for atom in jaxpr.outvars]
-
-
-def _one(jaxpr, equation, inputs) -> list:
-    """Evaluate one equation: a jaxpr of its own, because the way to bind a primitive differs between JAX versions."""
-    named = {atom: value for atom, value in zip(equation.invars, inputs) if not isinstance(atom, jax.extend.core.Literal)}
-    dropped = [isinstance(atom, jax.extend.core.DropVar) for atom in equation.outvars]
-    kept = [atom for atom, drop in zip(equation.outvars, dropped) if not drop]
-    single = jaxpr.replace(constvars=[], invars=list(named), outvars=kept, eqns=[equation])
-    results = iter(jax.core.eval_jaxpr(single, [], *named.values()))
-    return [None if drop else next(results) for drop in dropped]
