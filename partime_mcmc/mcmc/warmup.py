@@ -154,8 +154,7 @@ def warm_up(
         ]
     )
     unravel = jax.vmap(ravel_pytree(example)[1])
-    some = draws.reshape(-1, flat.shape[1])
-    some = some[np.linspace(0, len(some) - 1, min(_NUM_POOL, len(some))).astype(int)]
+    some = _spread(draws)
     return Warmup(
         tuned_kernel(family, data, whitening, choice.settings),
         unravel(pool.positions.astype(flat.dtype)),
@@ -172,6 +171,12 @@ def warm_up(
         time.perf_counter() - begin,
         tuple(notes),
     )
+
+
+def _spread(draws: np.ndarray) -> np.ndarray:
+    """Some of the draws `(S, C, D)` as `(K, D)`, neighbours from different chains: pilots pair neighbours, which must lie apart."""
+    count = min(_NUM_POOL, draws.shape[0] * draws.shape[1])
+    return draws[np.linspace(0, draws.shape[0] - 1, count).astype(int), np.arange(count) % draws.shape[1]]
 
 
 @dataclasses.dataclass(frozen=True)
