@@ -24,12 +24,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from partime_mcmc.closures import Named
 from partime_mcmc.dynamics import Dynamics
 from partime_mcmc.linearize.dense import jacobian
 from partime_mcmc.scan.affine import Dense
 from partime_mcmc.scan.time_axis import TimeAxis
 from partime_mcmc.solution import DEFAULT_ULPS
-from partime_mcmc.solvers.relay import relay
+from partime_mcmc.solvers.relay import RelayReport, relay
 from partime_mcmc.solvers.relay_plan import RelayPlan
 from partime_mcmc.types import Array, PyTree, pytree
 
@@ -151,11 +152,28 @@ def _relay_recurrence(step, plan, params, previous, drives, force, axis):
         return relay(_Push(step), params, nothing, (previous, drives, right), _bound(right), plan)[0]
 
     def transpose_solve(_, right):
-        # What reaches x_{t-1} through step t: z_t = J_tᵀ (b_t + z_{t+1}), and y_t = b_t + z_{t+1}.
-        pulled, _ = relay(_Pull(step), params, nothing, (previous, drives, right), _bound(right), plan, direction=-1)
-        return right + axis.following(pulled, nothing)
+        # y_t = b_t + z_{t+1}.
+        return right + axis.following(pulled_back(step, plan, params, previous, drives, right)[0], nothing)
 
     return lax.custom_linear_solve(apply, force, solve, transpose_solve)
+
+
+def pulled_back(step: Callable, plan: RelayPlan, params: PyTree, previous: Array, drives: PyTree,
+                right: Array) -> tuple[Array, RelayReport]:
+    """What reaches x_{t-1} through step t, from the last step to the first: z_t = J_tᵀ (b_t + z_{t+1}).
+
+    Args:
+        step: `(params, state, drive) -> state` on flat states.
+        plan: How many lanes.
+        params: Shared by all steps.
+        previous: The states before each step, shape `(T, D)`.
+        drives: Leaves with leading axis `T`.
+        right: b, the derivative of a loss in each state, shape `(T, D)`.
+
+    Returns:
+        z, shape `(T, D)`, and the relay's report: products with J_tᵀ per step among it.
+    """
+    return relay(_Pull(step), params, jnp.zeros_like(right[0]), (previous, drives, right), _bound(right), plan, direction=-1)
 
 
 def _bound(right):
@@ -165,30 +183,17 @@ def _bound(right):
     return unit * largest, unit
 
 
-class _OfStep:
-    """A function made from a step; equal when the steps are, so that compiled code is found again."""
-
-    def __init__(self, step: Callable):
-        self.step = step
-
-    def __eq__(self, other):
-        return type(self) is type(other) and self.step == other.step
-
-    def __hash__(self):
-        return hash((type(self), self.step))
-
-
-class _Push(_OfStep):
+class _Push(Named):
     """δ_{t-1} to J_t δ_{t-1} + b_t."""
 
     def __call__(self, params, delta, drive):
         state, drive, force = drive
-        return jax.jvp(lambda state: self.step(params, state, drive), (state,), (delta,))[1] + force
+        return jax.jvp(lambda state: self.parts[0](params, state, drive), (state,), (delta,))[1] + force
 
 
-class _Pull(_OfStep):
+class _Pull(Named):
     """z_{t+1} to J_tᵀ (b_t + z_{t+1})."""
 
     def __call__(self, params, pulled, drive):
         state, drive, right = drive
-        return jax.vjp(lambda state: self.step(params, state, drive), state)[1](right + pulled)[0]
+        return jax.vjp(lambda state: self.parts[0](params, state, drive), state)[1](right + pulled)[0]

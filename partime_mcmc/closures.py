@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import collections
 import threading
-from typing import Callable
+from typing import Any, Callable
 
 import jax
 import jax.extend.core
@@ -21,6 +21,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from partime_mcmc.types import PyTree
+
+
+class Named:
+    """A function object that equals others of its class with equal parts, so that compiled code is found again."""
+
+    def __init__(self, *parts: Any):
+        self.parts = parts
+
+    def __eq__(self, other: Any) -> bool:
+        return type(self) is type(other) and self.parts == other.parts
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.parts))
 
 
 class _Explicit:
@@ -58,7 +71,8 @@ def explicit(function: Callable, params: PyTree, *rest: PyTree) -> tuple[_Explic
     leaves, tree = jax.tree.flatten(examples)
     shapes = tuple((jnp.shape(leaf), jnp.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype)
                    for leaf in leaves)
-    entry = (function, tree, shapes, jax.config.jax_enable_x64)
+    # Both settings are read while tracing.
+    entry = (function, tree, shapes, jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision)
     with _CACHE_LOCK:
         found = _CACHE.get(entry)
         if found:
@@ -77,6 +91,23 @@ def explicit(function: Callable, params: PyTree, *rest: PyTree) -> tuple[_Explic
                     _CACHE.popitem(last=False)
     step, captured = found
     return step, (captured, params)
+
+
+def inner_arrays(jaxpr: Any) -> list:
+    """Arrays that are written into a jaxpr somewhere inside: captured by a `jit` within a loop, a branch, a checkpoint.
+
+    Args:
+        jaxpr: What to look through, jaxprs inside jaxprs included.
+    """
+    found = []
+    for equation in jaxpr.eqns:
+        found += [_as_array(atom.val) for atom in equation.invars
+                  if isinstance(atom, jax.extend.core.Literal) and np.shape(atom.val)]
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(inner, (jax.extend.core.ClosedJaxpr, jax.extend.core.Jaxpr)):
+                    found += [*map(_as_array, getattr(inner, "consts", ())), *inner_arrays(inner)]
+    return found
 
 
 def _as_array(const):

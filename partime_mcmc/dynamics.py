@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.closures import explicit
+from partime_mcmc.closures import Named, explicit
 from partime_mcmc.reduction import largest
 from partime_mcmc.types import Array, PyTree, pytree
 
@@ -218,20 +218,7 @@ class _Unravel:
         return hash((self.structure, self.shapes))
 
 
-class _Wrapped:
-    """A function and what wraps it; equal when both are, so that compiled code is found again."""
-
-    def __init__(self, *parts):
-        self.parts = parts
-
-    def __eq__(self, other):
-        return type(self) is type(other) and self.parts == other.parts
-
-    def __hash__(self):
-        return hash((type(self), self.parts))
-
-
-class _FlatStep(_Wrapped):
+class _FlatStep(Named):
     """A step on flat states."""
 
     def __call__(self, params, flat, drive):
@@ -239,7 +226,7 @@ class _FlatStep(_Wrapped):
         return ravel_pytree(step(params, unravel(flat), drive))[0]
 
 
-class _FlatEnter(_Wrapped):
+class _FlatEnter(Named):
     """`Memo.enter` from a flat state."""
 
     def __call__(self, params, flat, drive):
@@ -247,14 +234,14 @@ class _FlatEnter(_Wrapped):
         return enter(params, unravel(flat), drive)
 
 
-class _FlatLeave(_Wrapped):
+class _FlatLeave(Named):
     """`Memo.leave` to a flat state."""
 
     def __call__(self, params, memory):
         return ravel_pytree(self.parts[0](params, memory))[0]
 
 
-class _WithoutParams(_Wrapped):
+class _WithoutParams(Named):
     """A function `(state, drive)` as a step `(params, state, drive)`."""
 
     def __call__(self, params, state, drive):

@@ -126,6 +126,8 @@ class Stats:
         residual_history: Largest residual over the window at the start of each iteration, shape `(H,)`; NaN beyond.
         num_replaced_jacobians: Step Jacobians that were not finite and were replaced by 0, over all iterations.
         num_replaced_updates: Updates that overflowed and were replaced by `f` of the old iterate, over all iterations.
+        evaluations_by_part: `evaluations` by the device that made them, in the order of time, shape `(P,)`; on one device
+            that number itself.
     """
 
     evaluations: Array
@@ -134,6 +136,7 @@ class Stats:
     residual_history: Array
     num_replaced_jacobians: Array
     num_replaced_updates: Array
+    evaluations_by_part: Array
 
 
 @pytree()

@@ -51,7 +51,8 @@ def solve(dynamics: Dynamics, initial: PyTree, drives: PyTree, *, solver: Solver
         guess: A first path, shaped like the result; None is `x_0` at every step. Values that are not finite are
             replaced by `x_0`.
         adjoint: How derivatives reach the path.
-        axis: Where time lives.
+        axis: Where time lives. With one spread over devices, `initial` is the same on all of them and `drives` and `guess`
+            are the parts that are here (`distributed.sharded_solve` cuts them).
         key: For solvers that estimate; None is a fixed key. It never changes the path, only how it is found.
 
     Returns:
@@ -65,12 +66,15 @@ def solve(dynamics: Dynamics, initial: PyTree, drives: PyTree, *, solver: Solver
     initial = jax.tree.map(jnp.asarray, initial)
     drives = jax.tree.map(jnp.asarray, drives)
     check_state(initial)
-    num_steps = _num_steps(drives)
-    flat, start, unravel = ravel(_check_step(dynamics, initial, drives), initial)
+    num_steps = count_steps(drives)
+    flat, start, unravel = ravel(check_step(dynamics, initial, drives), initial)
     tolerance.check(start.size)
     window = schedule.window(num_steps)
-    max_iterations = _check_iterations(max_iterations)
-    path = _flat_guess(guess, initial, start, num_steps)
+    if window != num_steps and axis.length(num_steps) != num_steps:
+        raise ValueError(f"schedule: got {schedule!r} with an axis spread over devices, wanted Whole(): a window that moves "
+                         "would be on one device at a time")
+    max_iterations = check_iterations(max_iterations)
+    path = flat_guess(guess, initial, start, num_steps)
     key = jax.random.key(0) if key is None else key
     found = _solve(flat, start, drives, path, solver, schedule, tolerance, key, axis=axis, window=window,
                    max_iterations=max_iterations * max(1, math.ceil(num_steps / max(window, 1))))
@@ -120,16 +124,16 @@ def _solve(dynamics: Dynamics, initial: Array, drives: PyTree, guess: Array, sol
         # One pass settles it; under `vmap` a loop would select between old and new books, path included.
         end = one_pass(begin)
     else:
-        end = lax.while_loop(lambda loop: loop.status == _RUNNING, one_pass, begin) if num_steps else begin
-    per_step = jnp.maximum(num_steps, 1)
-    stats = Stats(end.evaluations / per_step, end.jvps / per_step, end.depth, end.history, end.num_jacobians,
-                  end.num_updates)
+        end = axis.repeat(lambda loop: loop.status == _RUNNING, one_pass, begin) if num_steps else begin
+    evaluations, jvps = axis.by_part(jnp.stack([end.evaluations, end.jvps])).T / max(axis.length(num_steps), 1)
+    replaced = axis.total(jnp.stack([end.num_jacobians, end.num_updates])[None])
+    stats = Stats(evaluations.sum(), jvps.sum(), end.depth, end.history, replaced[0], replaced[1], evaluations)
     return Solution(end.states, end.status, end.iterations, end.residual, end.num_exact, stats)
 
 
 def _one_pass(dynamics, initial, drives, solver, schedule, tolerance, key, axis, window, max_iterations, loop):
     """One pass over the window: propose, judge, move on."""
-    num_steps = loop.states.shape[0]
+    num_steps, length = loop.states.shape[0], axis.length(window)
     first, states, stretch = _cut(initial, loop.states, drives, loop.start, window)
     proposal, memory = solver.step(dynamics, first, states, stretch, loop.memory, axis=axis, key=key, tolerance=tolerance)
     num_exact = axis.length_of_true(tolerance.ratio(proposal.residual, proposal.judged) <= 1).astype(jnp.int32)
@@ -138,15 +142,15 @@ def _one_pass(dynamics, initial, drives, solver, schedule, tolerance, key, axis,
     size = axis.maximum(per_step)
     repeats, fingerprint = _repeats(loop, per_step, num_exact, memory, axis)
     # The step after the exact prefix: if it is not finite, its past is right and the recurrence itself has left.
-    at_front = jnp.arange(window) == num_exact
+    at_front = axis.index(window) == num_exact
     nonfinite = axis.total(at_front & ~jnp.isfinite(per_step)) > 0
-    done = (num_exact == window) & (loop.start + window == num_steps)
+    done = (num_exact == length) & (loop.start + window == num_steps)
     status = jnp.select(
         [done, nonfinite, repeats, (loop.iterations >= max_iterations) | proposal.gave_up],
         [jnp.int32(Status.CONVERGED), jnp.int32(Status.NONFINITE), jnp.int32(Status.STALLED),
          jnp.int32(Status.OUT_OF_ITERATIONS)], jnp.int32(_RUNNING))
     over = status != _RUNNING
-    ahead = jnp.where(over, 0, schedule.advance(num_exact, window))
+    ahead = jnp.where(over, 0, schedule.advance(num_exact, length))
     start = jnp.minimum(loop.start + ahead, num_steps - window)
     # What the window leaves behind, or returns at the end, is what was judged: never a path whose residual nobody saw.
     counted = (jnp.arange(window) < start - loop.start) | over
@@ -206,7 +210,12 @@ def _check_strategies(dynamics, solver, schedule, tolerance, adjoint) -> None:
         raise TypeError(f"tolerance: got {kind(tolerance)}, wanted Tolerance(relative, absolute)")
 
 
-def _num_steps(drives: PyTree) -> int:
+def count_steps(drives: PyTree) -> int:
+    """T, the common leading axis of all drives.
+
+    Raises:
+        ValueError: If there is none.
+    """
     leaves = jax.tree.leaves(drives)
     if not leaves:
         raise ValueError("drives: no arrays, wanted at least one leaf with leading axis T (use jnp.arange(T) if the "
@@ -217,7 +226,7 @@ def _num_steps(drives: PyTree) -> int:
     return lengths.pop()
 
 
-def _check_step(dynamics: Dynamics, initial: PyTree, drives: PyTree) -> Dynamics:
+def check_step(dynamics: Dynamics, initial: PyTree, drives: PyTree) -> Dynamics:
     """The dynamics with captured arrays as parameters, once its step is known to return a state like `initial`."""
     drive = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), drives)
     dynamics = without_captures(dynamics, initial, drive)
@@ -232,7 +241,12 @@ def _check_step(dynamics: Dynamics, initial: PyTree, drives: PyTree) -> Dynamics
     return dynamics
 
 
-def _check_iterations(max_iterations: int | None) -> int:
+def check_iterations(max_iterations: int | None) -> int:
+    """The bound on passes, None filled in.
+
+    Raises:
+        ValueError: If it is not a positive integer.
+    """
     if max_iterations is None:
         return DEFAULT_MAX_ITERATIONS
     if isinstance(max_iterations, bool) or not isinstance(max_iterations, int) or max_iterations < 1:
@@ -240,7 +254,12 @@ def _check_iterations(max_iterations: int | None) -> int:
     return max_iterations
 
 
-def _flat_guess(guess: PyTree | None, initial: PyTree, start: Array, num_steps: int) -> Array:
+def flat_guess(guess: PyTree | None, initial: PyTree, start: Array, num_steps: int) -> Array:
+    """A guess as an array `(T, D)`, `start` standing in for what is missing or not finite.
+
+    Raises:
+        ValueError: If the guess is not shaped like a path of states such as `initial`.
+    """
     constant = jnp.broadcast_to(start, (num_steps, *start.shape))
     if guess is None:
         return constant

@@ -20,6 +20,11 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import pytest  # noqa: E402
 
+from partime_mcmc.mcmc import programs  # noqa: E402
+
+if "xla_backend_optimization_level" in os.environ["XLA_FLAGS"]:
+    programs.CPU_OPTIONS.clear()
+
 hypothesis.settings.register_profile(
     # The same examples in every run, and no clock: the first example of a shape compiles.
     "partime", derandomize=True, deadline=None, database=None, max_examples=25,

@@ -13,7 +13,8 @@ from blackjax.mcmc.random_walk import normal
 from catalogue import QUICK
 
 from partime_mcmc.dynamics import rollout
-from partime_mcmc.kernels import Kernel, Tape, Whitening, certify, certify_with_records, from_blackjax, hmc, loop, mala
+from partime_mcmc.kernels import (Kernel, Tape, Whitening, certify, certify_held, certify_with_records, from_blackjax, hmc, hold,
+                                  loop, mala)
 from partime_mcmc.recipes import jacobi, quasi_deer
 from partime_mcmc.solution import Status
 from partime_mcmc.solve import solve
@@ -132,6 +133,24 @@ def test_standing_still_is_counted_by_decisions_not_bits(name):
     assert bool(certificate.certified) and 0 < float(certificate.max_residual) < 1e-14
     assert int(certificate.longest_rejection) == longest(rejected) == int(right.longest_rejection) > 1
     assert bool(certificate.frozen) == (name == "frozen mala")
+
+
+def test_what_is_certified_is_the_path_that_stands_still():
+    """In one pass, with a second look at the steps that then start from another state, as in two passes."""
+    run = run_of("mala", 400)
+    wobble = 1 + (np.arange(400) % 2) * 1e-12
+    path = run.path * wobble[:, None]
+    two, first = (jax.jit(functools.partial(program, run.kernel), compiler_options=QUICK)
+                  for program in (certify_with_records, certify_held))
+    _, records = two(run.initial, path, run.tape)
+    still = hold(run.initial, path, records.held)
+    assert 40 < int(np.sum((np.asarray(still) != np.asarray(path)).any(axis=1))), "more than one look takes"
+    chains = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), (run.initial, path, run.tape))
+    certificate, records, found = jax.tree.map(lambda leaf: leaf[1], first(*chains))
+    np.testing.assert_array_equal(found, still)
+    jax.tree.map(np.testing.assert_array_equal, (certificate, records), two(run.initial, still, run.tape))
+    rejected = ~np.asarray(certificate.accepted)
+    assert bool(certificate.certified) and rejected.any() and not np.asarray(certificate.residual)[rejected].any()
 
 
 # --- wrong paths

@@ -21,6 +21,8 @@ from partime_mcmc.diagnostics.arviz import to_arviz
 from partime_mcmc.diagnostics.checks import InvalidStart, PrecisionWarning
 from partime_mcmc.diagnostics.report import Level
 from partime_mcmc.mcmc.numpyro import HMC, MALA, NUTS, BlackJAXKernel, CoalescingHMC, ParallelMCMC
+from partime_mcmc.mcmc.store.fingerprint import StoreMismatch
+from partime_mcmc.mcmc.stored_run import Store
 from partime_mcmc.recipes import jacobi, sequential
 
 WARMUP, SAMPLES, CHAINS = 240, 160, 4
@@ -67,7 +69,9 @@ def test_what_is_overridden_is_what_numpyro_has():
     theirs = inspect.signature(MCMC._single_chain_mcmc)
     assert list(theirs.parameters) == ["self", "init", "args", "kwargs", "collect_fields", "remove_sites"]
     assert theirs == inspect.signature(ParallelMCMC._single_chain_mcmc)
-    assert list(inspect.signature(MCMC.run).parameters) == list(inspect.signature(ParallelMCMC.run).parameters)
+    assert list(inspect.signature(MCMC.run).parameters) == [
+        name for name in inspect.signature(ParallelMCMC.run).parameters if name != "store"
+    ]
     ours = inspect.signature(ParallelMCMC.__init__).parameters
     assert set(inspect.signature(MCMC.__init__).parameters) <= set(ours)
     assert set(finished()._collection_params) == {"lower", "upper", "collection_size", "phase"}
@@ -152,6 +156,34 @@ def test_going_on_from_the_last_state_is_one_long_run():
     np.testing.assert_array_equal(half.last_state.i, whole.last_state.i)
 
 
+def test_a_run_on_disk_is_the_run_in_memory(tmp_path):
+    """Stored in two chunks, the second lost and drawn again by another object with another kernel of the same model."""
+    fields = ("potential_energy", "num_steps", "accept_prob")
+
+    def run(kernel, **changes):
+        mcmc = ParallelMCMC(kernel, num_warmup=WARMUP, num_samples=SAMPLES, num_chains=CHAINS, progress_bar=False)
+        mcmc.run(KEY, X, **({"y": Y, "store": Store(tmp_path, chunk=SAMPLES // 2), "extra_fields": fields} | changes))
+        return mcmc
+
+    mcmc, whole = run(sampler()), finished()
+    for name, values in whole.get_samples(group_by_chain=True).items():
+        np.testing.assert_allclose(mcmc.get_samples(group_by_chain=True)[name], values, rtol=1e-9)
+    for name in fields:
+        np.testing.assert_allclose(mcmc.get_extra_fields()[name], whole.get_extra_fields()[name], rtol=1e-6, atol=1e-9)
+    assert mcmc.report.level == Level.CERTIFIED_PATH and mcmc.draws.finished
+    for name in ("i", "mean_accept_prob", "num_steps"):
+        np.testing.assert_allclose(getattr(mcmc.last_state, name), getattr(whole.last_state, name), rtol=1e-9)
+    before = mcmc.get_samples()
+    mcmc.draws.chunks[1].path.unlink()
+    again = run(CoalescingHMC(line))
+    jax.tree.map(np.testing.assert_array_equal, again.get_samples(), before)
+    jax.tree.map(np.testing.assert_array_equal, again.last_state.adapt_state, mcmc.last_state.adapt_state)
+    with pytest.raises(StoreMismatch, match="data: "):
+        run(sampler(), y=Y + 1)
+    with pytest.raises(ValueError, match="extra_fields: got 'z.noise' with a store"):
+        run(sampler(), extra_fields=("z.noise",))
+
+
 def test_thinning_one_chain_and_left_out_sites():
     mcmc = ParallelMCMC(
         sampler(), num_warmup=WARMUP, num_samples=SAMPLES, num_chains=CHAINS, thinning=3, chain_method="parallel"
@@ -171,10 +203,10 @@ def test_a_second_run_compiles_nothing():
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, seconds, **more: compiled.append(name) if "backend_compile" in name else None
     )
-    mcmc = finished()
+    mcmc, other = finished(), jax.random.key(3)  # making a key is a program, too
     mcmc.run(KEY, X, y=Y)
     compiled.clear()
-    mcmc.run(jax.random.key(3), X, y=Y)
+    mcmc.run(other, X, y=Y)
     assert mcmc.report.run.seconds_compile < 1 and len(compiled) <= 1
 
 

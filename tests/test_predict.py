@@ -15,6 +15,8 @@ from partime_mcmc.kernels import from_blackjax
 from partime_mcmc.predict import CPU, GPU, advise, calibrate, distances, lyapunov, meeting_times
 from partime_mcmc.predict.coalescence import slowest
 from partime_mcmc.predict.cost import kernels_per_step, lane_work, step_cost
+from partime_mcmc.predict.passes import residuals_by_pass
+from partime_mcmc.recipes import deer, jacobi
 from partime_mcmc.schedule import Stretches, Whole
 from partime_mcmc.solution import Tolerance
 from partime_mcmc.solve import solve
@@ -396,3 +398,14 @@ def test_calibration_keeps_the_model_in_shape():
     machine = calibrate("here")
     assert machine.name == "here" and 0 < machine.seconds_per_kernel < 1e-4
     assert 0 < machine.seconds_per_work < 1e-6 and 0 <= machine.efficiency <= 1
+
+
+def test_a_solve_watched_pass_by_pass_is_the_solve(double):
+    network = Dynamics(lambda w, x, u: jnp.tanh(w @ x + u), 0.9 * jnp.eye(3)[::-1])
+    inputs = jax.random.normal(jax.random.key(0), (40, 3))
+    for solver in (deer(), jacobi()):
+        residuals = residuals_by_pass(network, jnp.zeros(3), inputs, solver=solver)
+        history = np.asarray(solve(network, jnp.zeros(3), inputs, solver=solver).stats.residual_history)
+        np.testing.assert_allclose(residuals.max(axis=1), history[np.isfinite(history)], rtol=1e-6, atol=1e-15)
+        # Row k is what k passes before left: its first k steps are exact.
+        assert all((row[:k] < 1e-14).all() for k, row in enumerate(residuals)) and residuals[0].max() > 0.1

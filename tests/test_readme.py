@@ -11,14 +11,14 @@ BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 @pytest.mark.parametrize("number, words", [(0, "CERTIFIED_PATH"), (1, "BITWISE|CERTIFIED PATH"), (2, "True"),
-                                           (3, "e-0")])
+                                           (3, "e-0"), (4, "'draw': 5000.*True")])
 def test_example(number, words, capsys):
     exec(compile(BLOCKS[number], f"README example {number + 1}", "exec"), {})
-    assert re.search(words, capsys.readouterr().out)
+    assert re.search(words, capsys.readouterr().out, re.DOTALL)
 
 
-def test_there_are_four_examples():
-    assert len(BLOCKS) == 4
+def test_there_are_five_examples():
+    assert len(BLOCKS) == 5
 
 
 @pytest.mark.parametrize("name", ["shooting-cpu", "posteriors-cpu", "dice-meetings", "dice-shooting"])

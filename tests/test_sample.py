@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from kernel_catalogue import logdensity_of
 
-import partime_mcmc.mcmc.sample as sampling
+import partime_mcmc.mcmc.ready as ready
+import partime_mcmc.mcmc.stream as streaming
 from partime_mcmc.diagnostics.checks import InvalidStart, NonDeterministicTarget
 from partime_mcmc.kernels import Kernel, from_blackjax, hmc, mala
 from partime_mcmc.mcmc.progress import progress_line, quiet
@@ -120,7 +121,7 @@ def test_same_seed_and_plan_same_bits_with_progress_and_a_legacy_key(base, capsy
     jax.tree.map(np.testing.assert_array_equal, again.info, base.info)
     assert again.plan == base.plan
     said = capsys.readouterr()
-    assert said.out == "" and "parallel in time" in said.err and f"{T}/{T}" in said.err
+    assert said.out == "" and "sampling" in said.err and f"{T}/{T}" in said.err
     assert "all chains certified" in said.err
 
 
@@ -330,8 +331,8 @@ class _Calls:
 
 @pytest.fixture
 def nothing_runs(monkeypatch):
-    monkeypatch.setattr(sampling, "warm_up", _Calls())
-    monkeypatch.setattr(sampling, "run_chains", _Calls())
+    monkeypatch.setattr(ready, "warm_up", _Calls())
+    monkeypatch.setattr(streaming, "run_chains", _Calls())
 
 
 KEYS = {

@@ -8,7 +8,8 @@ Two generations are served and agree to rounding: ArviZ 0.23 (``InferenceData``,
 ``DataTree``, Python 3.12 and later). ArviZ is imported at the first call, never when this module is imported.
 
 A chain that never moves deceives the usual diagnostics: ArviZ calls a constant coordinate N effective draws. Here it is
-NaN, and tables and attributes carry a ``frozen`` flag of their own. Left out: plots (ArviZ has them) and warm-up draws.
+NaN, and tables and attributes carry a ``frozen`` flag of their own. Left out: warm-up draws, and all plots but that of
+ranks (ArviZ has them: give it :func:`to_arviz`).
 """
 
 import functools
@@ -22,11 +23,13 @@ from typing import Any
 
 import numpy as np
 
+from partime_mcmc.diagnostics import canvas
 from partime_mcmc.diagnostics.named import coordinates, frozen_chains, named_draws, partly_constant, stuck
 from partime_mcmc.diagnostics.report import plain
 
 _TAILS = (0.05, 0.95)
-_STAT_NAMES = {"num_steps": "n_steps", "logdensity": "lp"}
+STAT_NAMES = {"num_steps": "n_steps", "logdensity": "lp"}
+"""What ArviZ calls some of the things that kernels say."""
 
 
 @functools.cache
@@ -149,12 +152,60 @@ def to_arviz(draws: Any, *, coords: Mapping[str, Any] | None = None, dims: Mappi
     return tree
 
 
+def rank_plot(series: Mapping[str, np.ndarray]) -> Any:
+    """ArviZ's plot of the ranks that every chain's draws have among those of all: uniform where chains agree.
+
+    Args:
+        series: coordinates by label, (C, T) each, all finite.
+
+    Returns:
+        ``matplotlib.figure.Figure``, a panel per coordinate, drawn by pyplot and then taken from it.
+
+    Raises:
+        NoPlots: if matplotlib is missing.
+    """
+    canvas.figure(1, 1)
+    # In a DataTree a slash would be a path.
+    converters, posterior = _arviz()[1], {canvas.label(name).replace("/", "\u2044"): x for name, x in series.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # both generations remark on their own insides
+        if hasattr(converters, "InferenceData"):
+            axes = converters.plot_rank(converters.from_dict(posterior=posterior), kind="vlines", figsize=(11, 3),
+                                        grid=(1, len(posterior)))
+            return canvas.taken(np.ravel(axes)[0].figure)
+        import arviz_plots
+
+        drawn = arviz_plots.plot_rank(converters.from_dict({"posterior": posterior}), backend="matplotlib",
+                                      figure_kwargs={"figsize": (11, 3)})
+        return canvas.taken(drawn.viz["figure"].item())
+
+
+def tree_of(groups: Mapping[str, Any], attributes: Mapping[str, Any]) -> Any:
+    """Datasets of xarray as one ArviZ object; nothing in them is read.
+
+    Args:
+        groups: Datasets by group.
+        attributes: Of the whole.
+
+    Returns:
+        As :func:`to_arviz`.
+    """
+    converters = _arviz()[1]
+    if hasattr(converters, "InferenceData"):
+        return converters.InferenceData(attrs=dict(attributes), warn_on_custom_groups=False, **groups)
+    import xarray
+
+    tree = xarray.DataTree.from_dict(dict(groups))
+    tree.attrs.update(attributes)
+    return tree
+
+
 def _sample_stats(draws: Any) -> dict[str, np.ndarray]:
     certificate, stats = getattr(draws, "certificate", None), {}
     for name in ("accepted", "residual"):
         stats[name] = getattr(certificate, name, None)
     stats.update(getattr(draws, "info", None) or {})
-    return {_STAT_NAMES.get(name, name): np.asarray(values) for name, values in stats.items() if values is not None}
+    return {STAT_NAMES.get(name, name): np.asarray(values) for name, values in stats.items() if values is not None}
 
 
 def _attributes(draws: Any) -> dict[str, str | int | float]:

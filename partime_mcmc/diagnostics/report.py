@@ -238,7 +238,7 @@ def text_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if not rows:
         return []
     titles = list(rows[0])
-    cells = [titles, *([_cell(row[title]) for title in titles] for row in rows)]
+    cells = [titles, *([cell(row[title]) for title in titles] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(titles))]
     widths[0] = max(10, min(widths[0], WIDTH - sum(widths[1:]) - 2 * len(widths[1:])))
     lines = []
@@ -248,7 +248,8 @@ def text_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A value as it stands in a table: text as it is, yes and no, numbers in four digits, `-` for NaN."""
     if isinstance(value, str):
         return value
     if isinstance(value, bool):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -24,16 +25,17 @@ from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.closures import explicit
 from partime_mcmc.kernels.kernel import Carry, Kernel, Tape
-from partime_mcmc.kernels.records import Records, decision_uniform, record
+from partime_mcmc.kernels.observe import Observe, in_pieces, look_again
+from partime_mcmc.kernels.records import Records
 from partime_mcmc.reduction import largest
 from partime_mcmc.solvers.shooting import device_lanes
 from partime_mcmc.types import Array, PyTree, pytree
 
 # Noise units. The floors seen are 4e-15 and 2e-6; a flipped decision shows as 1 or more.
 _TOLERANCE = {jnp.dtype("float64"): 1e-8, jnp.dtype("float32"): 1e-4}
-# Ten times the difference in acceptance probability that was seen between two compilations of one kernel.
 # A healthy chain may reject as many proposals in a row.
 FEWEST_TO_FREEZE = 10
+# Ten times the difference in acceptance probability that was seen between two compilations of one kernel.
 _AMBIGUOUS = {jnp.dtype("float64"): 1e-11, jnp.dtype("float32"): 2e-3}
 
 
@@ -103,11 +105,26 @@ def certify(kernel: Kernel, initial: PyTree, states: PyTree, drives: Tape, *, sc
 def certify_with_records(kernel: Kernel, initial: PyTree, states: PyTree, drives: Tape, *,
                          scale: Array | None = None) -> tuple[Certificate, Records]:
     """As `certify`, with what the kernel says of each step of the path."""
+    observe, params, unit = _observer(kernel, initial, states, drives, scale)
+    return _certify(observe, params, initial, states, drives, unit)
+
+
+def certify_held(kernel: Kernel, initial: PyTree, states: PyTree, drives: Tape, *,
+                 scale: Array | None = None) -> tuple[Certificate, Records, PyTree]:
+    """As `certify_with_records`, of the path made to stand still by `hold`, which comes third.
+
+    Only the steps that start from another state for that are evaluated again. Chains have a leading axis `C` everywhere, and all
+    their steps share one set of lanes.
+    """
+    observe, params, unit = _observer(kernel, *(jax.tree.map(lambda leaf: leaf[0], tree) for tree in (initial, states, drives)), scale)
+    return _certify_held(observe, params, initial, states, drives, unit)
+
+
+def _observer(kernel, initial, states, drives, scale):
     _check_path(initial, states, drives)
     first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), drives)
-    observe, params = explicit(_Observe(kernel), None, initial, first)
-    unit = kernel.noise_scale if scale is None else check_scale(scale, "scale")
-    return _certify(observe, params, initial, states, drives, unit)
+    observe, params = explicit(Observe(kernel), None, initial, first)
+    return observe, params, kernel.noise_scale if scale is None else check_scale(scale, "scale")
 
 
 def check_scale(scale: Array | float, name: str) -> Array | float:
@@ -154,30 +171,44 @@ def _check_path(initial: PyTree, states: PyTree, drives: Tape) -> None:
         raise ValueError(f"states and drives: leading axes {sorted(steps)}, wanted one common length T")
 
 
-class _Observe:
-    """One step of a kernel with everything worth recording; equal for equal kernels."""
-
-    def __init__(self, kernel: Kernel):
-        self.kernel = kernel
-
-    def __call__(self, params, carry, drive):
-        del params
-        new, state, info = self.kernel.transition(carry, drive)
-        return new, self.kernel.discrete(state), record(state, info), decision_uniform(drive.dice, info)
-
-    def __eq__(self, other):
-        mine, yours = self.kernel.algorithm, getattr(other, "kernel", self.kernel).algorithm
-        return isinstance(other, _Observe) and (mine.init, mine.step) == (yours.init, yours.step)
-
-    def __hash__(self):
-        return hash((self.kernel.algorithm.init, self.kernel.algorithm.step))
+@functools.partial(jax.jit, static_argnums=0)
+def _certify(observe, params, initial, states, drives, unit):
+    seen = in_pieces(functools.partial(observe, params), _before(initial, states), drives)
+    return _judge(seen, initial, states, drives, unit)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _certify(observe, params, initial, states, drives, unit):
-    before = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b[:-1]])[: b.shape[0]], initial, states)
-    values, discrete, records, uniform = _in_pieces(functools.partial(observe, params), before, drives)
-    flatten = jax.vmap(lambda carry: ravel_pytree(carry)[0])
+def _certify_held(observe, params, initial, states, drives, unit):
+    look = functools.partial(observe, params)
+    # One axis of steps: with chains as an axis of their own, products of matrices took twice as long.
+    shape = jax.tree.leaves(drives)[0].shape[:2]
+    one_axis = jax.tree.map(lambda leaf: leaf.reshape(math.prod(shape), *leaf.shape[2:]), (jax.vmap(_before)(initial, states), drives))
+    seen = in_pieces(look, *one_axis, piece=device_lanes())
+    seen = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), seen)
+    return jax.vmap(functools.partial(_hold_and_judge, look), in_axes=(0, 0, 0, 0, None))(seen, initial, states, drives, unit)
+
+
+def _hold_and_judge(look, seen, initial, states, drives, unit):
+    before = _before(initial, states)
+    still = hold(initial, states, (_flat(seen[0]) == _flat(before)).all(axis=1))
+    moved = [(new != old) & ~(jnp.isnan(new) & jnp.isnan(old)) for new, old in zip(
+        jax.tree.leaves(_before(initial, still)), jax.tree.leaves(before))]
+    again = functools.reduce(jnp.logical_or, [flags.any(axis=tuple(range(1, flags.ndim))) for flags in moved])
+    seen = look_again(look, seen, _before(initial, still), drives, again)
+    return *_judge(seen, initial, still, drives, unit), still
+
+
+def _before(initial: PyTree, states: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b[:-1]])[: b.shape[0]], initial, states)
+
+
+def _flat(carries: PyTree) -> Array:
+    return jax.vmap(lambda carry: ravel_pytree(carry)[0])(carries)
+
+
+def _judge(seen, initial, states, drives, unit):
+    before, flatten = _before(initial, states), _flat
+    values, discrete, records, uniform = seen
     path, expected, previous = flatten(states), flatten(values), flatten(before)
     num_steps, dtype = path.shape[0], path.dtype
     if num_steps == 0:
@@ -207,18 +238,6 @@ def _certify(observe, params, initial, states, drives, unit):
             records.lattice_margin, initial=jnp.inf),
         discrete_consistent=consistent, accepted=accepted, residual=residual)
     return certificate, dataclasses.replace(records, held=(expected == previous).all(axis=1))
-
-
-def _in_pieces(function, *args):
-    """`vmap(function)(*args)`, where there are many steps one piece after another: what fills the device and stays in its caches."""
-    num_steps, piece = jax.tree.leaves(args)[0].shape[0], max(1, device_lanes() // 4)
-    if num_steps <= 2 * piece:
-        return jax.vmap(function)(*args)
-    num_pieces = -(-num_steps // piece)
-    # The last piece is filled up with the last step.
-    index = jnp.minimum(jnp.arange(num_pieces * piece), num_steps - 1).reshape(num_pieces, piece)
-    found = jax.lax.map(lambda some: jax.vmap(function)(*some), jax.tree.map(lambda leaf: leaf[index], args))
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_steps], found)
 
 
 def _spread(path: Array) -> Array:

@@ -63,6 +63,17 @@ class DrawnState(NamedTuple):
     logdensity_grad: PyTree
 
 
+def initial_state(logdensity: Callable[[PyTree], Array]) -> Callable[..., DrawnState]:
+    """`position -> state`, with the density and its gradient evaluated there."""
+    evaluate = jax.value_and_grad(logdensity)
+
+    def init(position, rng_key=None):
+        del rng_key  # BlackJAX passes one
+        return DrawnState(position, *evaluate(position))
+
+    return init
+
+
 class DrawnInfo(NamedTuple):
     """What a step with drawn dice says of itself, in BlackJAX's words.
 

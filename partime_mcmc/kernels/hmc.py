@@ -24,7 +24,7 @@ from blackjax.mcmc import hmc, integrators, metrics
 from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.kernels.dice import Layers, draw_layers, multishift, normal_of
-from partime_mcmc.kernels.drawn import Drawn, DrawnState, decide, flat_of, select, when_anyone
+from partime_mcmc.kernels.drawn import Drawn, DrawnState, decide, flat_of, initial_state, select, when_anyone
 from partime_mcmc.kernels.mala import LangevinDice, draw_langevin, langevin_step
 from partime_mcmc.types import Array, PyTree
 
@@ -114,7 +114,7 @@ def steered_hmc(logdensity: Callable[[PyTree], Array], step_size: float, num_ste
         ValueError: If the step size is not below 2.
     """
     c, s = leapfrog_row(step_size, num_steps)
-    init, propose = _initial(logdensity), _trajectory(logdensity, step_size, num_steps)
+    init, propose = initial_state(logdensity), _trajectory(logdensity, step_size, num_steps)
 
     def draw(key, state):
         flat = flat_of(state.position)
@@ -141,7 +141,7 @@ def hmc_cycle(logdensity: Callable[[PyTree], Array], step_size: float, num_steps
         langevin_step_size: BlackJAX's ε of the Langevin step, positive.
         every: k, at least 1.
     """
-    evaluate, propose = _initial(logdensity), _trajectory(logdensity, step_size, num_steps)
+    evaluate, propose = initial_state(logdensity), _trajectory(logdensity, step_size, num_steps)
 
     def init(position, rng_key=None):
         return CycleState(*evaluate(position, rng_key), jnp.zeros((), jnp.int32))
@@ -185,16 +185,6 @@ def hmc_cycle(logdensity: Callable[[PyTree], Array], step_size: float, num_steps
         return {"phase": (discrete["phase"] + jnp.arange(num_steps, dtype=jnp.int32)) % every}
 
     return Drawn(init, draw, apply, draw_many, count)
-
-
-def _initial(logdensity):
-    evaluate = jax.value_and_grad(logdensity)
-
-    def init(position, rng_key=None):
-        del rng_key  # BlackJAX passes one
-        return DrawnState(position, *evaluate(position))
-
-    return init
 
 
 def _trajectory(logdensity, step_size, num_steps):

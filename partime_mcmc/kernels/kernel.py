@@ -144,20 +144,27 @@ class Kernel:
 
     def tape_of(self, keys: Key, state: PyTree) -> Tape:
         """The tape of given step keys, leading axis `T`, for a chain that starts from `state`."""
-        start, dice = self.discrete(state), keys
+        return self.stretch_of(keys, state)[0]
+
+    def stretch_of(self, keys: Key, state: PyTree) -> tuple[Tape, dict]:
+        """As `tape_of`, with the discrete leaves after the last step: what the next tape of the chain starts from."""
+        start, dice, num_steps = self.discrete(state), keys, keys.shape[0]
         if isinstance(self.algorithm, Drawn):
             dice = self.algorithm.throw(keys, state)
         if not start:
-            return Tape(dice, start)
+            return Tape(dice, start), start
         if isinstance(self.algorithm, Drawn):
-            return Tape(dice, self.algorithm.count(start, keys.shape[0]))
+            counted = self.algorithm.count(start, num_steps + 1)
+            return (Tape(dice, jax.tree.map(lambda leaf: leaf[:num_steps], counted)),
+                    jax.tree.map(lambda leaf: leaf[num_steps], counted))
 
         def advance(discrete, key):
             # Positions stand still here: discrete leaves may not depend on them, which `certify` verifies.
             new_state, _ = self.step(key, state._replace(**discrete))
             return self.discrete(new_state), discrete
 
-        return Tape(dice, lax.scan(advance, start, keys)[1])
+        after, before = lax.scan(advance, start, keys)
+        return Tape(dice, before), after
 
     def _init(self, position: PyTree, rng_key: Key | None) -> PyTree:
         if _takes_key(self.algorithm.init):

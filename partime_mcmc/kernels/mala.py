@@ -13,12 +13,11 @@ from __future__ import annotations
 
 from typing import Callable, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.kernels.dice import Layers, draw_layers, multishift
-from partime_mcmc.kernels.drawn import Drawn, DrawnInfo, DrawnState, decide, flat_of, select
+from partime_mcmc.kernels.drawn import Drawn, DrawnInfo, DrawnState, decide, flat_of, initial_state, select
 from partime_mcmc.types import Array, Key, PyTree
 
 
@@ -41,11 +40,7 @@ def coalescing_mala(logdensity: Callable[[PyTree], Array], step_size: float) -> 
         logdensity: `position -> scalar`.
         step_size: BlackJAX's ε, positive.
     """
-    evaluate = jax.value_and_grad(logdensity)
-
-    def init(position, rng_key=None):
-        del rng_key  # BlackJAX passes one
-        return DrawnState(position, *evaluate(position))
+    init = initial_state(logdensity)
 
     def draw(key, state):
         return draw_langevin(key, flat_of(state.position))

@@ -63,6 +63,14 @@ def record(state: Any, info: Any) -> Records:
                    of("logdensity", state), nonfinite, jnp.zeros((), bool), of("decision_margin"), of("lattice_margin"))
 
 
+_SAID = ("accepted", "acceptance_rate", "diverging", "energy", "num_steps", "logdensity")
+
+
+def said_by(records: Records, shape: tuple[int, ...]) -> dict[str, Array]:
+    """What a user wants to know of each step, by name, as far as the kernel says it, every value of `shape`."""
+    return {name: jnp.broadcast_to(getattr(records, name), shape) for name in _SAID if getattr(records, name) is not None}
+
+
 def _equal(one, other):
     """Whether two positions are the same numbers."""
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other))

@@ -9,16 +9,19 @@ from typing import Any
 import jax
 
 from partime_mcmc.contracts import check_has, kind
-from partime_mcmc.diagnostics.checks import check_bytes, check_count
+from partime_mcmc.diagnostics.checks import TooLarge, check_bytes, check_count
 from partime_mcmc.kernels import Kernel
 from partime_mcmc.mcmc.progress import Progress, progress_line, quiet
 from partime_mcmc.mcmc.target import Target
 from partime_mcmc.mcmc.warmup import Warmup
+from partime_mcmc.schedule import Schedule, Stretches
 from partime_mcmc.solution import Tolerance
 from partime_mcmc.solvers import Solver
 
 # Of the memory of the device; the rest is for the compiler, the host and everybody else.
 _SHARE = 0.6
+# Steps and bytes of a chunk of a stored run, when nothing else limits it.
+_CHUNK, _CHUNK_BYTES = 65536, 2**29
 
 
 def check_strategies(target: Any, kernel: Any, solver: Any, schedule: Any, tolerance: Any, max_iterations: Any) -> None:
@@ -54,7 +57,55 @@ def check_memory(solver: Solver, stretch: int, num_samples: int, num_chains: int
     limit = default_max_bytes() if max_bytes is None else check_count(max_bytes, "max_bytes", 1)
     check_bytes(min(stretch, num_samples), dimension, itemsize, limit, per_step=solver.map_size(dimension),
                 num_chains=num_chains)
-    check_bytes(num_samples, dimension, itemsize, limit, per_step=0, num_chains=num_chains)
+    try:
+        check_bytes(num_samples, dimension, itemsize, limit, per_step=0, num_chains=num_chains)
+    except TooLarge as error:
+        # However it is cut, what is returned would not fit.
+        raise TooLarge(f"{str(error).split(': solve in stretches')[0]}: keep the draws on disk with store= (and "
+                       "thinning=), or raise max_bytes") from error
+
+
+def chunk_steps(solver: Solver, schedule: Schedule | None, num_samples: int, num_chains: int, dimension: int, itemsize: int,
+                max_bytes: int | None, wanted: int | None, more: int = 0) -> int:
+    """Steps of one chunk of a stored run: what fits, is worth its overhead, and divides the run evenly where it can.
+
+    Args:
+        solver: What will solve it, or the sequential one.
+        schedule: `Stretches` make a chunk a whole number of them.
+        num_samples: T.
+        num_chains: C.
+        dimension: D.
+        itemsize: Bytes of a number.
+        max_bytes: The limit; None is most of the device's memory.
+        wanted: What the user asks for; None leaves it open.
+        more: Bytes per step and chain of what the model makes of a position.
+
+    Raises:
+        TooLarge: Naming the setting to change, before anything is allocated.
+    """
+    limit = default_max_bytes() if max_bytes is None else check_count(max_bytes, "max_bytes", 1)
+    one = check_bytes(1, dimension, itemsize, 2**63, per_step=solver.map_size(dimension), num_chains=num_chains)
+    one += num_chains * more
+    unit = schedule.size if isinstance(schedule, Stretches) else 1
+    # A chunk wants as much again for its dice and for what is said of its draws.
+    fits, steps = limit // (2 * one), wanted
+    if wanted is not None:
+        # Shorter than a stretch, it makes stretches shorter.
+        unit = min(unit, check_count(wanted, "store.chunk", 1))
+        steps = wanted // unit * unit
+    if (steps or unit) > fits:
+        name = "store.chunk" if wanted is not None else "schedule" if unit > 1 else "num_chains"
+        instead = f"at most {fits} steps" if fits else "fewer chains"
+        raise TooLarge(f"{name}: {steps or unit} steps of {num_chains} chains at once take about "
+                       f"{2 * one * (steps or unit):.3g} bytes; wanted at most max_bytes={limit}: take {instead}, or raise "
+                       "max_bytes")
+    if steps is None:
+        steps = max(unit, min(_CHUNK, fits, _CHUNK_BYTES // one) // unit * unit)
+    if steps >= num_samples:
+        return max(num_samples, 1)
+    # The last chunk is then no shorter than the others, and nothing is compiled for it alone.
+    even = (size for size in range(steps, steps // 2, -unit) if num_samples % size == 0)
+    return steps if wanted is not None else next(even, steps)
 
 
 def default_max_bytes() -> int:

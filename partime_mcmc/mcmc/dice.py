@@ -19,8 +19,8 @@ import numpy as np
 from partime_mcmc.contracts import kind
 from partime_mcmc.kernels import CoalescingDice, Kernel, PlainDice
 from partime_mcmc.kernels.dice import Dice, check_dice
-from partime_mcmc.mcmc.family import Builder, Tuned, family_of, tuned_kernel
-from partime_mcmc.mcmc.programs import Clock, Named, run_explicit
+from partime_mcmc.mcmc.family import Builder, Tuned, tuned_kernel
+from partime_mcmc.mcmc.tapes import throw
 from partime_mcmc.mcmc.tuning import unwrapped
 from partime_mcmc.mcmc.warmup import Warmup
 from partime_mcmc.predict.coalescence import meeting_times
@@ -85,26 +85,16 @@ def sooner(warmup: Warmup, tolerance: Tolerance, key: Key) -> Warmup:
 
 def dice_of(kernel: Kernel) -> str:
     """The dice of a tuned kernel in words, for plans."""
-    fixed = unwrapped(kernel.family.builder)[1] if isinstance(kernel, Tuned) else {}
-    return repr(fixed.get("dice", PlainDice())) if isinstance(kernel, Tuned) else "the kernel's own"
+    if not isinstance(kernel, Tuned):
+        return "the kernel's own"
+    return repr(unwrapped(kernel.family.builder)[1].get("dice", PlainDice()))
 
 
 def _median_meeting(kernel: Kernel, warmup: Warmup, tolerance: Tolerance, key: Key) -> float:
     """Steps until pairs of the warm-up's draws meet, in the median; infinity if most do not."""
-    family, numbers = family_of(kernel)
-    carries, tapes = run_explicit(_Thrown(family), numbers, warmup.pool, jax.random.split(key, _NUM_PAIRS), clock=Clock())
-    count = jax.tree.leaves(carries)[0].shape[0]
+    keys, count = jax.random.split(key, _NUM_PAIRS), jax.tree.leaves(warmup.pool)[0].shape[0]
     first = np.arange(_NUM_PAIRS) % count
-    pairs = [jax.tree.map(lambda leaf: leaf[index % count], carries) for index in (first, first + count // 2)]
-    found = meeting_times(kernel.dynamics(), *pairs, tapes, tolerance=tolerance)
+    pairs = [jax.tree.map(lambda leaf: leaf[index % count], warmup.pool) for index in (first, first + count // 2)]
+    (dynamics, starts, tapes, _), (_, others, _, _) = (throw(kernel, positions, keys, _HORIZON) for positions in pairs)
+    found = meeting_times(dynamics, starts, others, tapes, tolerance=tolerance)
     return float(np.median(np.where(np.asarray(found.met), np.asarray(found.steps), np.inf)))
-
-
-class _Thrown(Named):
-    """Carries of some positions, and the tapes of the pilots."""
-
-    def __call__(self, numbers, pool, keys):
-        kernel = self.parts[0].kernel(numbers)
-        carries = jax.vmap(lambda position: kernel.carry(kernel.init(position)))(pool)
-        state = kernel.init(jax.tree.map(lambda leaf: leaf[0], pool))
-        return carries, jax.vmap(lambda one: kernel.tape(one, _HORIZON, state))(keys)

@@ -39,6 +39,8 @@ class RunReport:
         dtype: Type of the states.
         device: Where it ran.
         versions: Of the libraries that decide about bits.
+        evaluations_by_part: In a run over a mesh, evaluations per draw by the device along time that made them; else empty.
+        interrupted: Whether the user ended it early, whatever the verdicts: a chain that was lost before stays lost.
     """
 
     status: tuple[Status, ...]
@@ -56,6 +58,8 @@ class RunReport:
     dtype: str
     device: str
     versions: dict[str, str]
+    evaluations_by_part: tuple[float, ...] = ()
+    interrupted: bool = False
 
     def __str__(self) -> str:
         verdicts = ", ".join(sorted({status.name for status in self.status}))
@@ -66,10 +70,21 @@ class RunReport:
 
 @dataclasses.dataclass(frozen=True)
 class End:
-    """What it takes to go on from the last draw to the last bit: carries and counters of all chains, leaves `(C, ...)`."""
+    """What it takes to go on from the last draw to the last bit, leaves `(C, ...)`.
+
+    Attributes:
+        carries: Of all chains.
+        discrete: Counters and other discrete leaves of the kernel's state, by name.
+        num_steps: Steps that the chains have behind them: the next one throws the dice of this number.
+        failed_running: Stretches just before in which no chain converged; two of them make the rest sequential.
+        stretch: Most steps that fit the device at once, once it has run out of memory; None: not known to be limited.
+    """
 
     carries: PyTree
     discrete: dict
+    num_steps: int = 0
+    failed_running: int = 0
+    stretch: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

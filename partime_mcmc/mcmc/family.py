@@ -14,11 +14,11 @@ import functools
 from typing import Any, Callable
 
 import jax.numpy as jnp
+import numpy as np
 
-from partime_mcmc.closures import explicit
+from partime_mcmc.closures import Named, explicit
 from partime_mcmc.dynamics import Dynamics, Memo
 from partime_mcmc.kernels import Kernel, Whitening
-from partime_mcmc.mcmc.programs import Named
 from partime_mcmc.types import Array, PyTree, pytree
 
 Builder = Callable[..., Kernel]
@@ -119,10 +119,12 @@ def density_of(logdensity: Callable[[PyTree], Array], example: PyTree) -> tuple[
 
 
 class _Alone(Named):
-    """The family of a kernel that came tuned: itself."""
+    """The family of a kernel that came tuned: itself, with its coordinates and the unit in which it is judged."""
 
     def __init__(self, kernel: Kernel):
-        super().__init__(kernel.algorithm.init, kernel.algorithm.step)
+        unit = None if kernel.noise_scale is None else np.asarray(kernel.noise_scale)
+        told = None if unit is None else (unit.dtype.str, unit.shape, unit.tobytes())
+        super().__init__(kernel.algorithm.init, kernel.algorithm.step, kernel.enter, kernel.leave, told)
         self._kernel = kernel
 
     def kernel(self, numbers: None) -> Kernel:

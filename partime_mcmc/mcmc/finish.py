@@ -7,16 +7,19 @@ the last bit, and what is returned is what was certified.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.kernels import Kernel, certify_with_records, hold
+from partime_mcmc.closures import Named
+from partime_mcmc.kernels import Certificate, Kernel, certify_held
+from partime_mcmc.kernels.records import said_by
+from partime_mcmc.mcmc.books import Books
 from partime_mcmc.mcmc.draws import Draws, End, RunReport
 from partime_mcmc.mcmc.family import family_of
-from partime_mcmc.mcmc.programs import Named, run_explicit
+from partime_mcmc.mcmc.programs import Clock, run_explicit
 from partime_mcmc.mcmc.run import Chains
 from partime_mcmc.mcmc.target import Target
 from partime_mcmc.mcmc.warmup import Warmup
@@ -36,36 +39,41 @@ def finish(target: Target, kernel: Kernel, chains: Chains, warmup: Warmup | None
     """
     clock = chains.clock
     family, numbers = family_of(kernel)
-    judge = _Judge(family)
-    certificate, records, carries, positions, still = run_explicit(
-        judge, numbers, chains.initial, chains.carries, chains.tape, clock=clock, what="certify")
-    if not bool(still):
-        # Standing still to the last bit changes what the next steps start from: certify what is returned.
-        certificate, records, _, _, _ = run_explicit(judge, numbers, chains.initial, carries, chains.tape, clock=clock,
-                                                     what="certify")
-    constrained = _constrained(target, positions, clock)
+    certificate, records, carries, positions = run_explicit(
+        _Judge(family), numbers, chains.initial, chains.carries, chains.tape, clock=clock, what="certify")
+    constrained = constrained_values(target, positions, clock)
     shape = certificate.residual.shape
-    named = {"accepted": records.accepted, "acceptance_rate": records.acceptance_rate, "diverging": records.diverging,
-             "energy": records.energy, "num_steps": records.num_steps, "logdensity": records.logdensity,
-             "residual": certificate.residual}
-    info = {name: value if value.shape == shape else jnp.broadcast_to(value, shape)
-            for name, value in named.items() if value is not None}
-    # A path that is not certified is not known to stand still: its own verdict comes first.
-    frozen = np.asarray(certificate.frozen) & np.asarray(certificate.certified)
-    status = tuple(Status.FROZEN if frozen[c] and one == Status.CONVERGED else one for c, one in enumerate(chains.status))
-    seconds = clock.seconds
-    report = RunReport(
-        status, chains.iterations, chains.evaluations_per_sample, chains.jvps_per_sample, chains.depth,
-        tuple(chains.fallbacks), chains.num_sequential, chains.residual_history, seconds["advise"], seconds["compile"],
-        seconds["run"], seconds["certify"], str(jax.tree.leaves(chains.carries)[0].dtype), _device(), versions())
+    info = said_by(records, shape) | {"residual": certificate.residual}
+    report = run_report(chains.books, certificate, clock, jax.tree.leaves(chains.carries)[0].dtype, device())
     return Draws(positions, constrained, info, certificate, report, plan, warmup,
                  dict(target.dims) if target.dims else None, tuple(target.names) if target.names else None,
                  chains.advice, _end(chains, carries))
 
 
+def run_report(books: Books, certificate: Certificate, clock: Clock, dtype: Any, where: str,
+               by_part: tuple[float, ...] = ()) -> RunReport:
+    """How a run went.
+
+    Args:
+        books: Of all its stretches.
+        certificate: One entry per chain.
+        clock: What time was spent on.
+        dtype: Of the states.
+        where: The devices, in words.
+        by_part: Evaluations per draw of each device, where there are several.
+    """
+    # A path that is not certified is not known to stand still: its own verdict comes first.
+    frozen, seconds = np.asarray(certificate.frozen) & np.asarray(certificate.certified), clock.seconds
+    status = tuple(Status.FROZEN if frozen[c] and one == Status.CONVERGED else one for c, one in enumerate(books.status))
+    return RunReport(
+        status, books.iterations, books.evaluations_per_sample, books.jvps_per_sample, int(books.depth.max()),
+        tuple(books.fallbacks), books.num_sequential, books.history, seconds["advise"], seconds["compile"],
+        seconds["run"], seconds["certify"], str(dtype), where, versions(), by_part, books.interrupted)
+
+
 def _end(chains: Chains, carries: PyTree) -> End:
     last = jax.tree.map(lambda leaf, first: leaf[:, -1] if leaf.shape[1] else first, carries, chains.initial)
-    return End(last, chains.discrete)
+    return End(last, chains.discrete, chains.first + jax.tree.leaves(carries)[0].shape[1], chains.books.failed_running)
 
 
 class _Judge(Named):
@@ -73,14 +81,8 @@ class _Judge(Named):
 
     def __call__(self, numbers, initial, carries, tape):
         kernel = self.parts[0].kernel(numbers)
-
-        def one(first, path, dice):
-            certificate, records = certify_with_records(kernel, first, path, dice)
-            return certificate, records, hold(first, path, records.held)
-
-        certificate, records, still = jax.vmap(one)(initial, carries, tape)
-        same = [jnp.all((a == b) | ~jnp.isfinite(b)) for a, b in zip(jax.tree.leaves(still), jax.tree.leaves(carries))]
-        return certificate, records, still, jax.vmap(jax.vmap(kernel.position))(still), jnp.stack(same).all()
+        certificate, records, still = certify_held(kernel, initial, carries, tape)
+        return certificate, records, still, jax.vmap(jax.vmap(kernel.position))(still)
 
 
 class _Constrain(Named):
@@ -91,7 +93,8 @@ class _Constrain(Named):
         return jax.vmap(jax.vmap(self.parts[0]))(positions)
 
 
-def _constrained(target: Target, positions: PyTree, clock) -> dict:
+def constrained_values(target: Target, positions: PyTree, clock: Clock) -> dict:
+    """Named values in the model's space of positions `(C, T, ...)`."""
     if target.constrain is not None:
         return dict(run_explicit(_Constrain(target.constrain), None, positions, clock=clock, what="certify"))
     if isinstance(positions, dict):
@@ -100,13 +103,20 @@ def _constrained(target: Target, positions: PyTree, clock) -> dict:
     return {jax.tree_util.keystr(path) or "x": leaf for path, leaf in leaves}
 
 
-def _device() -> str:
-    device = jax.devices()[0]
-    return f"{device.platform}: {device.device_kind}"
+@functools.cache
+def device() -> str:
+    """The device, in words."""
+    first = jax.devices()[0]
+    return f"{first.platform}: {first.device_kind}"
 
 
 def versions() -> dict[str, str]:
     """Versions of what decides about bits."""
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> tuple[tuple[str, str], ...]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
@@ -115,4 +125,4 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
-    return found
+    return tuple(found.items())

@@ -51,7 +51,7 @@ class _Line(_Quiet):
     @contextlib.contextmanager
     def stage(self, name: str, total: int) -> Iterator[Callable[..., None]]:
         with tqdm(total=total, desc=f"{name:>16}", unit="step", file=sys.stderr, dynamic_ncols=True, leave=True,
-                  bar_format="{desc} {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+                  bar_format="{desc} {percentage:3.0f}%|{bar:16}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
                   ) as bar:
             def advance(steps: int, **shown) -> None:
                 if shown:

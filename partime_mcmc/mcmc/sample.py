@@ -12,50 +12,44 @@ and its step t has `jax.random.split(chain_key, T)[t]`, as a user of BlackJAX wo
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import math
-from typing import Any
+import os
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from partime_mcmc.diagnostics.checks import (check_count, check_deterministic, check_key, check_precision, check_starts,
-                                             looks_improper)
+from partime_mcmc.diagnostics.checks import check_count, check_key
 from partime_mcmc.kernels import Kernel
 from partime_mcmc.kernels.dice import Dice
 from partime_mcmc.mcmc.arguments import check_memory, check_strategies, chosen_progress
-from partime_mcmc.mcmc.dice import dice_of, fixed_dice, sooner
+from partime_mcmc.mcmc.chains import DEFAULT_STRETCH, default_tolerance, draw_chains
 from partime_mcmc.mcmc.draws import Draws
 from partime_mcmc.mcmc.family import Builder
-from partime_mcmc.mcmc.finish import finish
-from partime_mcmc.mcmc.pooled import PooledAdaptation
-from partime_mcmc.mcmc.progress import Progress, quiet
-from partime_mcmc.mcmc.run import Choice, run_chains, throw
+from partime_mcmc.mcmc.progress import Progress
+from partime_mcmc.mcmc.ready import Request, make_ready
+from partime_mcmc.mcmc.resume import as_store, key_words, sample_stored
+from partime_mcmc.mcmc.spread import check_mesh
+from partime_mcmc.mcmc.store.stored import StoredDraws
+from partime_mcmc.mcmc.stored_run import Store
 from partime_mcmc.mcmc.target import Target
-from partime_mcmc.mcmc.warmup import Adaptation, Warmup, warm_up
-from partime_mcmc.predict.advise import Advice, advise
-from partime_mcmc.recipes import sequential, shooting
+from partime_mcmc.mcmc.warmup import Adaptation, Warmup
+from partime_mcmc.recipes import sequential
 from partime_mcmc.schedule import Schedule, Stretches
 from partime_mcmc.solution import Tolerance
 from partime_mcmc.solvers import Solver
-from partime_mcmc.solvers.shooting import device_lanes
-from partime_mcmc.types import Key, PyTree
+from partime_mcmc.types import Key
 
-DEFAULT_STRETCH = 16384
-# Runs too short to be worth pilots.
-_SHORT = 1024
+__all__ = ["default_tolerance", "sample"]
+
 _HARDLY = 0.98
-# Segments shorter than this meet too late to be worth their start.
-_SHORTEST = 64
 
 
 def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_samples: int, num_chains: int = 4,
            num_warmup: int = 1000, adaptation: Adaptation | None = None, dice: Dice | None = None,
            solver: Solver | None = None, schedule: Schedule | None = None,
            tolerance: Tolerance | None = None, max_iterations: int | None = None, max_bytes: int | None = None,
-           progress: Progress | bool = True) -> Draws:
+           store: Store | str | os.PathLike | None = None, thinning: int = 1, mesh: Mesh | None = None,
+           progress: Progress | bool = True) -> Draws | StoredDraws:
     """Sample a target with exact chains, parallel over time.
 
     Args:
@@ -78,47 +72,64 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
         tolerance: How small residuals must be; None is `default_tolerance(...)`.
         max_iterations: Passes per stretch before a chain is finished sequentially; None is the stated default.
         max_bytes: Memory that the run may take; None is most of the device's. Checked before anything is allocated.
+        store: A folder, or a `Store` of one, for runs longer than memory: draws are certified and written there chunk by
+            chunk. A folder that holds this very run already is gone on with; see `resume`.
+        thinning: With a store, of so many draws the last is kept; statistics and certificate are of all of them.
+        mesh: Devices, of one or several hosts, to spread chains and time over, from `distributed.time_mesh`: the same
+            draws to rounding, as NumPy arrays on every host. A solver of None is then shooting. With a store, all hosts see
+            its folder and the first one writes. None is the default device alone.
         progress: True shows one line per stage on a terminal; or `quiet`, `progress_line`, or your own.
 
     Returns:
-        The draws, certified.
+        The draws, certified; with a store, an object that reads them from there when they are looked at. After an interrupt
+        from the keyboard, those that were certified by then, with the verdict INTERRUPTED.
 
     Raises:
+        StoreMismatch: If the store holds another run, naming what differs.
+        StoreError: If the store cannot be written; what was safe before is safe.
         TypeError: If an argument has the wrong type.
         ValueError: If an argument has a value that cannot work, or a start has no finite density or gradient.
     """
     if isinstance(key, jax.core.Tracer):
         raise TypeError("key: got a traced value; call sample outside jit and vmap (it compiles what it needs itself)")
-    key, progress = check_key(key), chosen_progress(progress)
+    # Of several hosts the first one speaks for all.
+    key, progress = check_key(key), chosen_progress(progress if mesh is None or jax.process_index() == 0 else False)
     check_strategies(target, kernel, solver, schedule, tolerance, max_iterations)
     num_samples, num_chains = check_count(num_samples, "num_samples", 0), check_count(num_chains, "num_chains", 1)
     check_count(num_warmup, "num_warmup", 20 if not isinstance(kernel, (Kernel, Warmup)) else 0)
-    start_key, warmup_key, chains_key = jax.random.split(key, 3)
-    open_dice = dice is None and solver is None and num_samples >= _SHORT and not isinstance(kernel, (Kernel, Warmup))
-    kernel = kernel if dice is None else fixed_dice(kernel, dice)
-    adaptation = PooledAdaptation() if adaptation is None else adaptation
-    kernel, warmup, positions = prepare(start_key, warmup_key, target, kernel, num_chains, num_warmup, adaptation, progress)
-    leaves = jax.tree.leaves(positions)
-    if open_dice:
-        warmup = sooner(warmup, default_tolerance(kernel, leaves[0].dtype), jax.random.fold_in(warmup_key, 1))
-        kernel = warmup.kernel
-        progress.note(" ".join(warmup.notes))
-    check_memory(solver or sequential(), getattr(schedule or Stretches(DEFAULT_STRETCH), "size", num_samples),
-                 num_samples, num_chains,
-                 sum(leaf[0].size for leaf in leaves), leaves[0].dtype.itemsize, max_bytes)
-    pool = positions if warmup is None else warmup.pool
-    choose = functools.partial(_advised, kernel, pool, schedule) if solver is None else None
-    draws = draw_chains(target, kernel, positions, jax.random.split(chains_key, num_chains), num_samples, warmup=warmup,
-                        solver=solver, schedule=schedule, tolerance=tolerance, max_iterations=max_iterations, choose=choose,
-                        plan={"num_warmup": warmup.num_steps if warmup else 0,
-                              "key": [int(word) for word in np.ravel(jax.random.key_data(key))]}, progress=progress)
-    if draws.advice is not None:
-        progress.note(str(draws.advice))
-    progress.note(_sentence(draws))
-    trouble = _hardly_moves(draws)
+    if check_count(thinning, "thinning", 1) > 1 and store is None:
+        raise ValueError(f"thinning: got {thinning} without a store; draws in memory are all kept: slice them, or give "
+                         "store=")
+    if mesh is not None:
+        check_mesh(mesh, num_chains, schedule)
+    request = Request(key, target, kernel, num_samples, num_chains, num_warmup, adaptation, dice, solver, schedule,
+                      tolerance, max_iterations, max_bytes, thinning)
+    if store is not None:
+        draws = sample_stored(as_store(store), request, progress, mesh)
+        progress.note(str(draws))
+    else:
+        draws = _in_memory(request, mesh, progress)
+        if draws.advice is not None:
+            progress.note(str(draws.advice))
+        progress.note(_sentence(draws))
+    trouble = _hardly_moves(draws) if draws.plan["num_samples"] else None
     if trouble:
         progress.warn(trouble)
     return draws
+
+
+def _in_memory(request: Request, mesh: Mesh | None, progress: Progress) -> Draws:
+    solver, schedule, num_samples = request.solver, request.schedule, request.num_samples
+    kernel, warmup, positions, keys = ready = make_ready(request, progress)
+    leaves = jax.tree.leaves(positions)
+    rows, parts = (1, 1) if mesh is None else (mesh.shape[name] for name in ("chains", "time"))
+    check_memory(solver or sequential(), getattr(schedule or Stretches(DEFAULT_STRETCH), "size", num_samples),
+                 -(-num_samples // parts), request.num_chains // rows, sum(leaf[0].size for leaf in leaves),
+                 leaves[0].dtype.itemsize, request.max_bytes)
+    plan = {"num_warmup": warmup.num_steps if warmup else 0, "key": key_words(request.key)}
+    return draw_chains(request.target, kernel, positions, keys, num_samples, warmup=warmup, solver=solver, schedule=schedule,
+                       tolerance=request.tolerance, max_iterations=request.max_iterations, plan=plan, progress=progress,
+                       choose=ready.choice(request) if mesh is None else None, mesh=mesh if num_samples else None)
 
 
 def _hardly_moves(draws: Draws) -> str | None:
@@ -132,138 +143,10 @@ def _hardly_moves(draws: Draws) -> str | None:
             "draws are exact and say little; look for an improper posterior, a bad start or a step size that is too large")
 
 
-def draw_chains(target: Target, kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *, warmup: Warmup | None,
-                solver: Solver | None = None, schedule: Schedule | None = None, tolerance: Tolerance | None = None,
-                max_iterations: int | None = None, choose: Choice | None = None, plan: dict[str, Any] | None = None,
-                skip: int = 0, carries: PyTree = None, progress: Progress = quiet) -> Draws:
-    """Chains of a tuned kernel, certified.
-
-    Args:
-        target: For the model's own space.
-        kernel: The kernel.
-        positions: One per chain, leaves `(C, ...)`.
-        keys: One per chain, shape `(C,)`.
-        num_samples: T.
-        warmup: The warm-up before them, if any.
-        solver: A recipe; None is shooting with as many segments as fill the device.
-        schedule: How time is cut; None is stretches of 16,384 steps.
-        tolerance: None is `default_tolerance(...)`.
-        max_iterations: As for `sample`.
-        choose: Picks solver and schedule once dynamics and tapes are known; None takes those given.
-        plan: More plain values for `Draws.plan`.
-        skip: Steps for which the keys have been used already.
-        carries: Where chains go on from, to the last bit; None is `positions`.
-        progress: What to tell.
-    """
-    num_chains = keys.shape[0]
-    stretches = Stretches(DEFAULT_STRETCH) if schedule is None else schedule
-    fixed = default_solver(num_chains, num_samples) if solver is None else solver
-    dtype = jax.tree.leaves(positions)[0].dtype
-    chains = run_chains(
-        kernel, positions, keys, num_samples, choose=choose or (lambda *_: (fixed, stretches, None)),
-        tolerance=default_tolerance(kernel, dtype) if tolerance is None else tolerance, max_iterations=max_iterations,
-        progress=progress, skip=skip, carries=carries)
-    return finish(target, kernel, chains, warmup, plan={
-        "kernel": kernel.name, "dice": dice_of(kernel), "solver": repr(chains.solver), "schedule": repr(chains.schedule),
-        "num_samples": num_samples, "num_chains": num_chains, **(plan or {})})
-
-
-def _advised(kernel, pool, schedule, dynamics, initial, tape):
-    """The solver that advice finds best for chains like these, or for short runs the default one."""
-    num_chains, num_samples = jax.tree.leaves(tape)[0].shape[:2]
-    if num_samples < _SHORT or jax.tree.leaves(pool)[0].shape[0] < 2:
-        stretches = Stretches(DEFAULT_STRETCH) if schedule is None else schedule
-        return default_solver(num_chains, num_samples), stretches, None
-    advice = _advice(kernel, pool, dynamics, initial, tape)
-    return advice.solver, advice.schedule if schedule is None else schedule, advice
-
-
-def _advice(kernel, pool, dynamics, initial, tape) -> Advice:
-    num_chains, num_samples = jax.tree.leaves(tape)[0].shape[:2]
-    starts = jax.vmap(lambda position: kernel.carry(kernel.init(position)))(pool)
-    one = functools.partial(jax.tree.map, lambda leaf: leaf[0])
-    tolerance = default_tolerance(kernel, jax.tree.leaves(initial)[0].dtype)
-    return advise(dynamics, one(initial), one(tape), starts=starts, num_steps=num_samples, num_chains=num_chains,
-                  tolerance=tolerance)
-
-
-def pilot_advice(kernel: Kernel, pool: PyTree, keys: Key, num_samples: int) -> Advice:
-    """What pilot chains from some draws, and the cost model, say of chains of a tuned kernel.
-
-    Args:
-        kernel: The kernel.
-        pool: At least two far-apart draws, leaves `(K, ...)`.
-        keys: One per chain, shape `(C,)`.
-        num_samples: T.
-    """
-    dynamics, initial, tape, _ = throw(kernel, pool_starts(pool, keys.shape[0]), keys, num_samples)
-    return _advice(kernel, pool, dynamics, initial, tape)
-
-
-def pool_starts(pool: PyTree, num_chains: int) -> PyTree:
-    """One of some draws per chain."""
-    count = jax.tree.leaves(pool)[0].shape[0]
-    return jax.tree.map(lambda leaf: leaf[np.arange(num_chains) % count], pool)
-
-
-def default_solver(num_chains: int = 1, num_samples: int = DEFAULT_STRETCH) -> Solver:
-    """Shooting, the lanes of the device shared by all chains: near one evaluation per draw where chains forget.
-
-    Segments are a multiple of four steps long, so that kernels with a counter are at the same point of it in all lanes.
-    """
-    steps = max(_SHORTEST, math.ceil(min(num_samples, DEFAULT_STRETCH) * num_chains / device_lanes()))
-    return shooting(steps=4 * math.ceil(steps / 4))
-
-
-def default_tolerance(kernel: Kernel, dtype: Any) -> Tolerance:
-    """A tenth (float32) to a thousandth (float64) of what the certificate allows, in the units of the kernel's noise.
-
-    What is left to the certificate's bound is for conditioning: an error of one step reaches the next ones.
-    """
-    unit = jnp.minimum(1.0, jnp.min(jnp.asarray(1.0 if kernel.noise_scale is None else kernel.noise_scale)))
-    size = 1e-11 if jnp.dtype(dtype) == jnp.float64 else 1e-5
-    return Tolerance(relative=0.25 * size, absolute=size * unit)
-
-
-def prepare(start_key: Key, warmup_key: Key, target: Target, kernel: Kernel | Builder | Warmup, num_chains: int,
-            num_warmup: int, adaptation: Adaptation, progress: Progress) -> tuple[Kernel, Warmup | None, PyTree]:
-    """A tuned kernel, the warm-up behind it, and one position per chain, leaves `(C, ...)`.
-
-    Args:
-        start_key: For starts.
-        warmup_key: For warm-up.
-        target: What to sample.
-        kernel: As for `sample`.
-        num_chains: C.
-        num_warmup: As for `sample`.
-        adaptation: As for `sample`.
-        progress: What to tell.
-    """
-    if isinstance(kernel, Warmup):
-        have = jax.tree.leaves(kernel.positions)[0].shape[0]
-        if have != num_chains:
-            raise ValueError(f"num_chains: got {num_chains}, but the warm-up given as `kernel` has {have} chains")
-        return kernel.kernel, kernel, kernel.positions
-    num_starts = num_chains if isinstance(kernel, Kernel) else max(num_chains, adaptation.num_chains)
-    positions = target.starts(jax.random.split(start_key, num_starts))
-    first = jax.tree.map(lambda leaf: leaf[0], positions)
-    check_starts(target.logdensity, positions)
-    check_deterministic(target.logdensity, first)
-    check_precision(target.logdensity, first)
-    if isinstance(kernel, Kernel):
-        return kernel, None, positions
-    with progress.stage("warm-up", num_warmup) as advance:
-        warmup = warm_up(warmup_key, target.logdensity, kernel, positions, num_warmup, adaptation, advance)
-    suspicion = looks_improper(positions, warmup.positions, warmup.settings.get("step_size", 1.0))
-    if suspicion:
-        progress.warn(suspicion)
-    warmup = dataclasses.replace(warmup, positions=jax.tree.map(lambda leaf: leaf[:num_chains], warmup.positions))
-    progress.note(str(warmup))
-    return warmup.kernel, warmup, warmup.positions
-
-
 def _sentence(draws: Draws) -> str:
     report, certified = draws.report, np.asarray(draws.certificate.certified)
     what = "all chains certified" if certified.all() else f"{int(certified.sum())} of {certified.size} chains certified"
+    if report.interrupted:
+        what = f"interrupted after {draws.plan['num_samples']:,} draws per chain; {what}"
     return (f"{what}: largest residual {float(np.max(np.asarray(draws.certificate.max_residual))):.1e} noise units, "
             f"{report.evaluations_per_sample:.1f} evaluations per draw, {len(report.fallbacks)} sequential fallbacks")

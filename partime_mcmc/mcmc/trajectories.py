@@ -22,6 +22,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.kernels.dice import normal_of
+from partime_mcmc.mcmc.programs import compiler_options
 from partime_mcmc.types import Array, Key, PyTree
 
 STEPS = 16
@@ -46,7 +47,12 @@ class Walked(NamedTuple):
     step_sizes: np.ndarray
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.cache
+def _walking():
+    # Made at the first call: the options depend on the device.
+    return jax.jit(_walk, static_argnums=0, compiler_options=compiler_options())
+
+
 def _walk(density: Callable, params: PyTree, example: PyTree, root: Array, starts: Array, fresh: Array, step_sizes: Array,
           lengths: Array, gain: Array, target: Array, key: Key):
     unravel = ravel_pytree(example)[1]
@@ -127,7 +133,7 @@ class Walker:
         lengths = np.broadcast_to(np.asarray(lengths, np.int32), (STEPS, self.num_chains))
         starts = np.broadcast_to(np.asarray(starts, self.dtype), (STEPS, self.num_chains, self.dimension))
         step_sizes = np.broadcast_to(np.asarray(step_sizes, self.dtype), (self.num_chains,))
-        found = _walk(self.density, self.params, self.example, np.asarray(root, self.dtype), starts, fresh, step_sizes,
+        found = _walking()(self.density, self.params, self.example, np.asarray(root, self.dtype), starts, fresh, step_sizes,
                       lengths, np.asarray(gain, self.dtype), np.asarray(target, self.dtype), key)
         self.num_gradients += int(lengths.sum()) + self.num_chains * (STEPS + 1 if fresh else 1)
         self.depth += int(lengths.max(axis=1).sum())

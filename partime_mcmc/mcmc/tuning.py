@@ -26,6 +26,7 @@ from jax.flatten_util import ravel_pytree
 from partime_mcmc.kernels import CoalescingDice, Whitening, coalescing_hmc, hmc, mala, nuts, random_walk
 from partime_mcmc.mcmc.family import Builder, Family, Numbers
 from partime_mcmc.mcmc.path import Path, PathRule, boldest_step
+from partime_mcmc.mcmc.programs import compiler_options
 from partime_mcmc.mcmc.trajectories import STEPS
 from partime_mcmc.types import Key
 
@@ -116,7 +117,7 @@ def own_trials(family: Family, data, whitening: Whitening, draws: np.ndarray, ke
     unravel = ravel_pytree(whitening.example)[1]
     keys = jax.random.split(key, len(states))
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options())
     def accept(numbers, states, keys):
         kernel = family.kernel(numbers)
 

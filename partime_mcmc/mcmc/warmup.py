@@ -12,6 +12,7 @@ and paths for the kernel by trials, and the report says what was chosen, why, an
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from typing import Any, Callable, Protocol
 
@@ -24,6 +25,7 @@ from partime_mcmc.kernels import Kernel, Whitening
 from partime_mcmc.mcmc.family import Builder, Family, density_of, tuned_kernel
 from partime_mcmc.mcmc.path import Path, PathRule
 from partime_mcmc.mcmc.pooled import Pool, PooledAdaptation
+from partime_mcmc.mcmc.programs import compiler_options
 from partime_mcmc.mcmc.trajectories import Walker
 from partime_mcmc.mcmc.tuning import choose, own_trials, path_rule_of, target_of
 from partime_mcmc.types import Array, Key, PyTree
@@ -222,7 +224,7 @@ def _adapt(walker: Walker, starts: np.ndarray, key: Key, num_steps: int) -> tupl
     """BlackJAX's window adaptation in every chain: last positions, the chains' mean metric, gradients spent."""
     unravel = ravel_pytree(walker.example)[1]
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options())
     def run(params, starts, keys):
         adaptation = blackjax.window_adaptation(
             blackjax.nuts,

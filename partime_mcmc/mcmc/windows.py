@@ -20,10 +20,11 @@ import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
+from partime_mcmc.closures import Named
 from partime_mcmc.dynamics import Dynamics, Memo
 from partime_mcmc.kernels.dice import normal_of
 from partime_mcmc.mcmc.path import Path
-from partime_mcmc.mcmc.programs import Clock, Named, run_program
+from partime_mcmc.mcmc.programs import Clock, run_program
 from partime_mcmc.mcmc.trajectories import STEPS, Walked, Walker
 from partime_mcmc.recipes import shooting
 from partime_mcmc.solution import Status, Tolerance

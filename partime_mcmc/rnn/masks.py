@@ -15,11 +15,12 @@ derivatives.
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from partime_mcmc.closures import Named
 from partime_mcmc.types import Array, PyTree, pytree
 
 
@@ -75,21 +76,13 @@ class Packing:
         return jnp.concatenate([initial[None], path])[self.count]
 
 
-class PackedStep:
-    """The carry's part of a cell as the step of a recurrence; with `counted`, the drive says whether the step counts."""
-
-    def __init__(self, cell: Callable, counted: bool):
-        self.cell, self.counted = cell, counted
+class PackedStep(Named):
+    """The carry's part of a cell as the step of a recurrence; parts: the cell, and whether the drive says if a step counts."""
 
     def __call__(self, params: PyTree, carry: PyTree, drive: PyTree) -> PyTree:
-        if not self.counted:
-            return self.cell(params, carry, drive)[0]
+        cell, counted = self.parts
+        if not counted:
+            return cell(params, carry, drive)[0]
         x, counts = drive
-        new = self.cell(params, carry, x)[0]
+        new = cell(params, carry, x)[0]
         return jax.tree.map(lambda leaf: jnp.where(counts, leaf, jnp.zeros((), leaf.dtype)), new)
-
-    def __eq__(self, other):
-        return type(self) is type(other) and (self.cell, self.counted) == (other.cell, other.counted)
-
-    def __hash__(self):
-        return hash((self.cell, self.counted))

@@ -111,5 +111,15 @@ def _compose(elements: PyTree) -> PyTree:
     return lax.scan(advance, first, jax.tree.map(lambda leaf: leaf[1:], elements))[0]
 
 
+def composition(elements: PyTree) -> PyTree:
+    """The composition M_T ∘ … ∘ M_1, leaves without the leading axis T ≥ 1: in pairs, T compositions, depth log₂ T."""
+    while _length(elements) > 1:
+        paired = _length(elements) // 2 * 2
+        earlier, later = (jax.tree.map(lambda leaf: leaf[k:paired:2], elements) for k in (0, 1))
+        pairs = jax.vmap(lambda one, other: other.after(one))(earlier, later)
+        elements = jax.tree.map(lambda leaf, rest: jnp.concatenate([leaf, rest[paired:]]), pairs, elements)
+    return jax.tree.map(lambda leaf: leaf[0], elements)
+
+
 def _length(elements: PyTree) -> int:
     return jax.tree.leaves(elements)[0].shape[0]

@@ -1,20 +1,23 @@
 """The time axis: the only place that knows where the steps of a path live.
 
-Solvers ask four things of time and never slice, concatenate or communicate themselves:
+Solvers ask a few things of time and never slice, concatenate or communicate themselves:
 
     previous(x_0, x_1..x_T) = x_0..x_{T-1}       prefix(M, x) = M_t(… M_1(x)) for all t
     maximum(v) = max over all steps              suffix(M, x) = M_t(… M_T(x)) for all t
 
-`LocalTime` keeps the whole path on one device. An axis spread over devices answers the same four questions with
-collectives, and no solver changes.
+`LocalTime` keeps the whole path on one device. An axis spread over devices answers the same questions with collectives, and
+no solver changes: arrays then hold the T / P steps of one device, `length` says how many there are in all and `index` which
+of them these are. Devices that exchange something in a loop must leave it together: such loops go through `repeat`, or
+hang on `anyone`.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Callable, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from partime_mcmc.reduction import largest
 from partime_mcmc.scan.prefix import Scan, default_scan
@@ -52,6 +55,34 @@ class TimeAxis(Protocol):
         """How many steps from the start on are true, `flags` of shape `(T,)`."""
         ...
 
+    def length(self, num_steps: int) -> int:
+        """Steps of all of time, where `num_steps` of them are here."""
+        ...
+
+    def index(self, num_steps: int) -> Array:
+        """The places in time, counted from 0, of the `num_steps` steps that are here."""
+        ...
+
+    def in_turn(self, roll: Callable[[PyTree], PyTree], initial: PyTree) -> PyTree:
+        """The path of what can only go step by step: `roll(x)` gives the steps that are here from the state before them."""
+        ...
+
+    def last(self, states: PyTree) -> PyTree:
+        """The state at the end of time."""
+        ...
+
+    def by_part(self, value: Array) -> Array:
+        """`value` of each part of time, one part per device, shape `(P, ...)`."""
+        ...
+
+    def anyone(self, flag: Array) -> Array:
+        """Whether a scalar flag is set on any device that takes part, those with other chains included."""
+        ...
+
+    def repeat(self, unfinished: Callable[[PyTree], Array], advance: Callable[[PyTree], PyTree], begin: PyTree) -> PyTree:
+        """`lax.while_loop` for bodies that ask this axis something."""
+        ...
+
 
 @pytree(static=("scan",))
 class LocalTime:
@@ -85,3 +116,24 @@ class LocalTime:
 
     def length_of_true(self, flags: Array) -> Array:
         return jnp.sum(jnp.cumprod(flags.astype(jnp.int32)))
+
+    def length(self, num_steps: int) -> int:
+        return num_steps
+
+    def index(self, num_steps: int) -> Array:
+        return jnp.arange(num_steps)
+
+    def in_turn(self, roll: Callable[[PyTree], PyTree], initial: PyTree) -> PyTree:
+        return roll(initial)
+
+    def last(self, states: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: leaf[-1], states)
+
+    def by_part(self, value: Array) -> Array:
+        return value[None]
+
+    def anyone(self, flag: Array) -> Array:
+        return flag
+
+    def repeat(self, unfinished: Callable[[PyTree], Array], advance: Callable[[PyTree], PyTree], begin: PyTree) -> PyTree:
+        return lax.while_loop(unfinished, advance, begin)

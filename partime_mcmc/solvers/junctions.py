@@ -7,9 +7,14 @@ gives Newton's,
     δ_{c+1} = A_c δ_c + (e_c − s_{c+1}),   δ_0 = 0,      s_{c+1} ← e_c + A_c δ_c,
 
 a prefix scan over segments. As for a single step, a joint whose past is right becomes right to the last bit.
+
+Segments are an axis of time of their own, a coarser one: where time is spread over devices, neighbours exchange one state
+per chain and pass, and nothing else.
 """
 
 from __future__ import annotations
+
+from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,27 +22,45 @@ from jax import lax
 
 from partime_mcmc.dynamics import Dynamics
 from partime_mcmc.linearize import ZeroJacobian
-from partime_mcmc.scan.time_axis import LocalTime
+from partime_mcmc.scan.time_axis import TimeAxis
 from partime_mcmc.solvers.base import replace_nonfinite_jacobians
 from partime_mcmc.types import Array
 
 
-def hand_over(initial: Array, ends: Array) -> Array:
-    """Every segment starts where its predecessor ended.
+class Joints(NamedTuple):
+    """Who follows whom among lanes `(B C, ...)`: a chain's segments in a row, so many of them as are here.
 
-    Args:
+    Attributes:
+        axis: The time axis.
         initial: The starts of the chains, shape `(B, D)`.
-        ends: The ends of all segments, shape `(B C, D)`, a chain's segments in a row.
-
-    Returns:
-        The starts of all segments, shape `(B C, D)`.
     """
-    by_chain = ends.reshape(initial.shape[0], -1, initial.shape[1])
-    return jnp.concatenate([initial[:, None], by_chain[:, :-1]], axis=1).reshape(ends.shape)
+
+    axis: TimeAxis
+    initial: Array
+
+    def hand_over(self, ends: Array) -> Array:
+        """Every segment starts where its predecessor ended; `ends` and starts have shape `(B C, D)`."""
+        return self.by_lane(self.axis.previous(self.initial, self.by_segment(ends)))
+
+    def next(self, values: Array) -> Array:
+        """The values `(B C, D)` of each segment's successor, 0 where there is none."""
+        return self.by_lane(self.axis.following(self.by_segment(values), jnp.zeros_like(self.initial)))
+
+    def is_last(self, num_lanes: int) -> Array:
+        """Which lanes are the last segment of their chain."""
+        count = num_lanes // self.initial.shape[0]
+        return jnp.tile(self.axis.index(count) == self.axis.length(count) - 1, self.initial.shape[0])
+
+    def by_segment(self, values: Array) -> Array:
+        """`(B C, ...)` as `(C, B, ...)`."""
+        return jnp.moveaxis(values.reshape(self.initial.shape[0], -1, *values.shape[1:]), 1, 0)
+
+    def by_lane(self, values: Array) -> Array:
+        """`(C, B, ...)` as `(B C, ...)`."""
+        return jnp.moveaxis(values, 0, 1).reshape(-1, *values.shape[2:])
 
 
-def corrector(enter, advance, leave, params, correction, key, drives, num_chains,
-              initial):
+def corrector(enter, advance, leave, params, correction, key, drives, joints: Joints) -> Callable[[Array, Array], Array]:
     """The rule for new starts.
 
     Args:
@@ -46,15 +69,15 @@ def corrector(enter, advance, leave, params, correction, key, drives, num_chains
         correction: What stands for the Jacobian of a segment.
         key: For corrections that estimate.
         drives: Drives by segment, leading axes `(L, n)`, lanes being chains × segments.
-        num_chains: B.
-        initial: The starts of the chains, shape `(B, D)`.
+        joints: How lanes hang together.
 
     Returns:
-        A function `(starts (L, D), ends (L, D)) -> new starts (L, D)`.
+        A function `(starts (L, D), handed over (L, D)) -> new starts (L, D)`, of where segments started and of their
+        predecessors' ends.
     """
 
     if isinstance(correction, ZeroJacobian):
-        return lambda starts, ends: hand_over(initial, ends)
+        return lambda starts, ends: ends
 
     def segment(params, start, drives):
         def roll(memory, drive):
@@ -66,19 +89,16 @@ def corrector(enter, advance, leave, params, correction, key, drives, num_chains
     def newton(starts, ends):
         _, maps = correction(Dynamics(segment, params), starts, drives, key)
         maps, _ = replace_nonfinite_jacobians(maps)
-        shape = num_chains, starts.shape[0] // num_chains
-        by_chain = lambda leaf: leaf.reshape(*shape, *leaf.shape[1:])  # noqa: E731
-        plain = hand_over(initial, ends)
         # The defect at joint c belongs to the step from start c to start c + 1; the end of a chain has no joint.
-        defects = jnp.roll(plain - starts, -1, axis=0)
+        defects = joints.next(ends - starts)
         defects = jnp.where(jnp.isfinite(defects), defects, 0)
-        nothing = jnp.zeros_like(initial[0])
-        changes = jax.vmap(lambda steps: LocalTime().prefix(steps, nothing))(
-            jax.tree.map(by_chain, maps.with_shift(defects)))
-        before = jnp.concatenate([jnp.zeros_like(changes[:, :1]), changes[:, :-1]], axis=1)
-        moved = jax.vmap(jax.vmap(lambda step, delta: step.linear(delta)))(jax.tree.map(by_chain, maps), before)
-        corrected = plain + jnp.roll(moved.reshape(starts.shape), 1, axis=0)
-        first = (jnp.arange(starts.shape[0]) % shape[1] == 0)[:, None]
-        return jnp.where(first | ~jnp.isfinite(corrected), plain, corrected)
+        maps = jax.tree.map(joints.by_segment, maps.with_shift(defects))
+        nothing = jnp.zeros_like(joints.initial)
+        # The chains' axis is the second one.
+        changes = jax.vmap(joints.axis.prefix, in_axes=(1, 0), out_axes=1)(maps, nothing)
+        moved = jax.vmap(jax.vmap(lambda step, delta: step.linear(delta)))(maps, joints.axis.previous(nothing, changes))
+        corrected = ends + joints.by_lane(joints.axis.previous(nothing, moved))
+        first = jnp.tile(joints.axis.index(moved.shape[0]) == 0, joints.initial.shape[0])[:, None]
+        return jnp.where(first | ~jnp.isfinite(corrected), ends, corrected)
 
     return newton

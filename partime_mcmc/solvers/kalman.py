@@ -46,7 +46,7 @@ class Kalman:
         residual = defect(values, states)
         maps, num_jacobians = replace_nonfinite_jacobians(maps)
         right = jnp.where(jnp.isfinite(residual), residual, 0)
-        merit = jnp.sqrt(axis.total(jnp.mean(right**2, axis=1)) / states.shape[0])
+        merit = jnp.sqrt(axis.total(jnp.mean(right**2, axis=1)) / axis.length(states.shape[0]))
         damping, state = self.damping(merit, state)
         correction = trust_region_step(maps.with_shift(right), damping, initial, axis)
         updated, num_updates = replace_nonfinite_updates(states + correction, values, states)

@@ -28,14 +28,14 @@ class Rollout:
 
     def step(self, dynamics: Dynamics, initial: Array, states: Array, drives: PyTree, state: PyTree, *,
              axis: TimeAxis, key: Key, tolerance: Tolerance) -> tuple[Proposal, PyTree]:
-        del axis, key
-        path = rollout(dynamics, initial, drives)
+        del key
+        path = axis.in_turn(lambda first: rollout(dynamics, first, drives), initial)
         finite = jnp.isfinite(path)
         residual = jnp.where(finite, 0, jnp.nan).astype(path.dtype)
         path = jnp.where(finite, path, states)
         none = jnp.zeros((), jnp.int32)
         num_steps = states.shape[0]
-        return Proposal(path, path, residual, none, none, jnp.asarray(num_steps, jnp.int32),
+        return Proposal(path, path, residual, none, none, jnp.asarray(axis.length(num_steps), jnp.int32),
                         jnp.asarray(num_steps, jnp.float32), jnp.zeros((), jnp.float32)), state
 
     def map_size(self, dimension: int) -> int:

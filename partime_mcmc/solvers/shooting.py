@@ -39,7 +39,7 @@ from partime_mcmc.scan.time_axis import TimeAxis
 from partime_mcmc.solution import Tolerance
 from partime_mcmc.solvers.ahead import split
 from partime_mcmc.solvers.base import Proposal
-from partime_mcmc.solvers.junctions import corrector, hand_over
+from partime_mcmc.solvers.junctions import Joints, corrector
 from partime_mcmc.solvers.lanes import Lanes, Segments, roll_until_met, same, widths
 from partime_mcmc.solvers.rollout import enter_as_is, memo_of
 from partime_mcmc.types import Array, Key, PyTree, pytree
@@ -48,7 +48,7 @@ from partime_mcmc.types import Array, Key, PyTree, pytree
 _LANES = {"cpu": 128}
 _LANES_ELSEWHERE = 4096
 # Segments shorter than this meet too late to be worth their start.
-_SHORTEST = 64
+SHORTEST_SEGMENT = 64
 
 
 def device_lanes() -> int:
@@ -89,12 +89,16 @@ class Shooting:
 
     def step(self, dynamics: Dynamics, initial: Array, states: Array, drives: PyTree, state: PyTree, *,
              axis: TimeAxis, key: Key, tolerance: Tolerance) -> tuple[Proposal, PyTree]:
-        steps = self.segment_steps(states.shape[0])
+        num_devices = axis.length(1)
+        steps = self.segment_steps(axis.length(states.shape[0]), num_devices)
+        if num_devices > 1 and states.shape[0] % steps:
+            raise ValueError(f"steps: segments of {steps} steps do not fill the {states.shape[0]} steps of each device; take "
+                             "a divisor, or distributed.sharded_solve, which fills up time")
         absolute, relative = tolerance.parts(states.dtype)
         absolute = jnp.broadcast_to(absolute, initial.shape)
         memo = memo_of(dynamics)
         budget = 4 + 256 / steps if self.max_evaluations is None else self.max_evaluations
-        shoot = _shoot_for(memo.enter, memo.advance, memo.leave, steps, math.ceil(budget * steps))
+        shoot = _shoot_for(memo.enter, memo.advance, memo.leave, steps, math.ceil(budget * steps), axis)
         shared = jax.tree.map(jnp.asarray, (memo.params, self.correction)), key
         batched = jax.tree.map(lambda leaf: leaf[None], (initial, states, drives, absolute, relative))
         found = shoot(shared, *batched)
@@ -105,17 +109,18 @@ class Shooting:
     def map_size(self, dimension: int) -> int:
         return self.correction.map_size(dimension)
 
-    def segment_steps(self, num_steps: int) -> int:
-        """The length n of a segment for a path of `num_steps`."""
+    def segment_steps(self, num_steps: int, num_devices: int = 1) -> int:
+        """The length n of a segment for a path of `num_steps` on so many devices, each of which holds whole segments."""
+        here = math.ceil(num_steps / num_devices)
         if self.steps is not None:
-            return min(self.steps, num_steps)
+            return min(self.steps, here)
         if self.num_segments is not None:
-            return math.ceil(num_steps / min(self.num_segments, num_steps))
-        return min(num_steps, max(_SHORTEST, math.ceil(num_steps / device_lanes())))
+            return math.ceil(here / math.ceil(min(self.num_segments, num_steps) / num_devices))
+        return min(here, max(SHORTEST_SEGMENT, math.ceil(here / device_lanes())))
 
 
 @functools.lru_cache(maxsize=256)
-def _shoot_for(enter, advance, leave, steps: int, max_depth: int):
+def _shoot_for(enter, advance, leave, steps: int, max_depth: int, axis: TimeAxis):
     """The shooting of B chains at once, `(shared, initial (B, D), guess (B, T, D), drives (B, T, ...), ...)`.
 
     Under `vmap` the new axis joins the chains: all lanes share one loop. Left to itself, `vmap` would turn the loop's
@@ -124,7 +129,7 @@ def _shoot_for(enter, advance, leave, steps: int, max_depth: int):
 
     @jax.custom_batching.custom_vmap
     def shoot(shared, initial, guess, drives, absolute, relative):
-        return _shoot(enter, advance, leave, steps, max_depth, shared, initial, guess, drives, absolute, relative)
+        return _shoot(enter, advance, leave, steps, max_depth, axis, shared, initial, guess, drives, absolute, relative)
 
     @shoot.def_vmap
     def _(axis_size, in_batched, shared, *chains):
@@ -146,8 +151,8 @@ def _merge(leaf, is_batched, axis_size):
     return leaf.reshape(axis_size * leaf.shape[1], *leaf.shape[2:])
 
 
-def _shoot(enter, advance, leave, steps, max_depth, shared, initial, guess, drives, absolute, relative):
-    """All passes over B chains; lanes are chains × segments.
+def _shoot(enter, advance, leave, steps, max_depth, axis, shared, initial, guess, drives, absolute, relative):
+    """All passes over B chains; lanes are chains × segments that are here.
 
     Returns:
         Path `(B, T, D)`, residual `(B, T, D)`, and evaluations, JVPs, depth, whether it gave up, and passes, `(B,)` each.
@@ -157,47 +162,51 @@ def _shoot(enter, advance, leave, steps, max_depth, shared, initial, guess, driv
     num_lanes = num_chains * num_segments
     drives = jax.tree.map(lambda leaf: _to_segments(leaf, num_segments, steps), drives)
     bound = jnp.repeat(absolute, num_segments, axis=0), jnp.repeat(relative, num_segments)[:, None]
+    joints = Joints(axis, initial)
     ends = guess[:, jnp.minimum(jnp.arange(1, num_segments + 1) * steps, num_steps) - 1]
-    guessed = hand_over(initial, ends.reshape(num_lanes, dimension))
+    guessed = joints.hand_over(ends.reshape(num_lanes, dimension))
     (params, correction), key = shared
-    correct = corrector(enter, advance, leave, params, correction, key, drives, num_chains, initial)
+    correct = corrector(enter, advance, leave, params, correction, key, drives, joints)
     plain = isinstance(correction, ZeroJacobian)
     # A corrected start differs from its predecessor's end by what the meeting leaves over: that must still close the joint.
     meeting = bound if plain else tuple(0.25 * part for part in bound)
     segments = _segments(enter, advance, leave, params, initial[0], drives, meeting)
     levels = widths(num_lanes, num_chains)
 
-    def open_joints(passes, starts, path):
-        return ~same(hand_over(initial, path[-1]), starts, bound).all(axis=1) | (passes == 0)
-
-    def unfinished(carry):
-        passes, starts, _, lanes = carry
-        still, depth = open_joints(passes, starts, lanes.path), lanes.depth
-        patient = (depth < max_depth) | ((2 * still.sum() <= num_lanes) & (depth < 4 * max_depth))
+    def goes_on(passes, unmet, depth):
+        """Whether another pass is worth it; the same answer on all devices."""
+        still = axis.total(unmet.sum()[None])
+        patient = (depth < max_depth) | ((2 * still <= axis.length(num_lanes)) & (depth < 4 * max_depth))
         # After as many passes as segments all are exact whatever happened, so this also bounds passes that do nothing.
-        return still.any() & patient & (passes <= max(num_segments, max_depth))
+        return axis.anyone((still > 0) & patient & (passes <= max(axis.length(num_segments), max_depth)))
 
     def one_pass(carry):
-        passes, old, new, lanes = carry
+        passes, old, new, lanes, _, _ = carry
         # Not the same question as whether a joint is open: a correction may move a start whose joint was closed.
         unchanged = ((new == old) | (jnp.isnan(new) & jnp.isnan(old))).all(axis=1) & (passes > 0)
         lanes = roll_until_met(segments, lanes._replace(open=~unchanged), new, passes == 0, levels)
-        return passes + 1, new, correct(new, lanes.path[-1]), lanes
+        # A pass is as deep as the slowest device has made it.
+        depth = axis.maximum(lanes.depth[None].astype(jnp.float32)).astype(jnp.int32)
+        ends = joints.hand_over(lanes.path[-1])
+        unmet = ~same(ends, new, bound).all(axis=1)
+        going = goes_on(passes + 1, unmet, depth)
+        return passes + 1, new, correct(new, ends), lanes._replace(depth=depth), ends, going
 
     zero = jnp.zeros((), jnp.int32)
     nothing = Lanes(jnp.zeros((steps, num_lanes, dimension), guess.dtype), zero, jnp.ones(num_lanes, bool),
                     jnp.zeros(num_lanes, jnp.int32), jnp.zeros((num_lanes, dimension), guess.dtype),
                     jnp.zeros((), jnp.float32), zero)
-    passes, starts, _, lanes = lax.while_loop(unfinished, one_pass, (zero, guessed, guessed, nothing))
+    passes, starts, _, lanes, ends, _ = lax.while_loop(
+        lambda carry: carry[-1], one_pass, (zero, guessed, guessed, nothing, guessed, jnp.ones((), bool)))
     everything, residual = (values.transpose(1, 0, 2).reshape(num_chains, num_segments * steps, dimension)[:, :num_steps]
-                            for values in _judged(lanes, starts, initial, num_segments))
-    unmet = open_joints(passes, starts, lanes.path).reshape(num_chains, num_segments)
+                            for values in _judged(lanes, starts, ends, joints))
+    unmet = (~same(ends, starts, bound).all(axis=1)).reshape(num_chains, num_segments)
     each = functools.partial(jnp.broadcast_to, shape=(num_chains,))
     corrections = passes * (not plain) * steps
     evaluations = lanes.evaluations / num_chains + (corrections * num_segments).astype(jnp.float32)
     jvps = (corrections * num_segments * correction.jvps(dimension)).astype(jnp.float32)
     return (jnp.where(jnp.isfinite(everything), everything, initial[:, None]), residual, each(evaluations), each(jvps),
-            each(lanes.depth + corrections), unmet.any(axis=1), each(passes))
+            each(lanes.depth + corrections), axis.total(unmet.T) > 0, each(passes))
 
 
 def _segments(enter, advance, leave, params, state, drives, bound) -> Segments:
@@ -219,21 +228,20 @@ def _segments(enter, advance, leave, params, state, drives, bound) -> Segments:
     return Segments(enter_all, roll, drives, values, bound, int(enter is not enter_as_is))
 
 
-def _judged(lanes, starts, initial, num_segments):
-    """The path and its residual, shapes `(n, L, D)`.
+def _judged(lanes, starts, wanted, joints):
+    """The path and its residual, shapes `(n, L, D)`, given where segments started and where they ought to have.
 
     Rolled steps have residual 0 by construction, and meetings the gap that was seen there. A segment still open was rolled
     from a start that is not its predecessor's end: with that start put in the end's place, the defect is the residual of
     the predecessor's last step and every other step is exact, so that nothing has to be evaluated again.
     """
     path, index = lanes.path, jnp.arange(lanes.path.shape[1])
-    wanted = hand_over(initial, path[-1])
     residual = jnp.where(jnp.isfinite(path), 0, jnp.nan).astype(path.dtype)
     residual = residual.at[lanes.where, index].add(lanes.gap)
-    has_successor = (index % num_segments != num_segments - 1)[:, None]
-    used, wanted = (jnp.roll(values, -1, axis=0) for values in (starts, wanted))
-    defect = jnp.where(has_successor & jnp.isfinite(wanted), wanted - used, 0)
-    last = jnp.where(has_successor & jnp.isfinite(wanted), used, path[-1])
+    used, wanted = (joints.next(values) for values in (starts, wanted))
+    joined = ~joints.is_last(path.shape[1])[:, None] & jnp.isfinite(wanted)
+    defect = jnp.where(joined, wanted - used, 0)
+    last = jnp.where(joined, used, path[-1])
     return path.at[-1].set(last), residual.at[-1].add(defect)
 
 

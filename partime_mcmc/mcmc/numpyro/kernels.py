@@ -9,45 +9,13 @@ from partime_mcmc.kernels import CoalescingDice, Kernel, Whitening, coalescing_h
 from partime_mcmc.mcmc.numpyro.base import ParallelKernel
 
 
-class CoalescingHMC(ParallelKernel):
-    """Quarter-period HMC with a coalescing Langevin step after every `every`-th trajectory: the kernel to take unless
-    you know better.
+class HMC(ParallelKernel):
+    """BlackJAX's HMC, by default with paths of a quarter period.
 
     Args:
         model, potential_fn, step_size, ...: As for every kernel here.
         num_steps: Fixed number of leapfrog steps; None lets warm-up choose.
         trajectory_length: Path length in whitened units; None is a quarter period of a standard normal.
-        every: Trajectories per Langevin step.
-    """
-
-    builder = staticmethod(coalescing_hmc)
-
-    def __init__(
-        self,
-        model: Callable | None = None,
-        potential_fn: Callable | None = None,
-        *,
-        num_steps: int | None = None,
-        trajectory_length: float | None = None,
-        every: int = 4,
-        **options: Any,
-    ):
-        self._num_steps, self._trajectory_length, self._every = num_steps, trajectory_length, every
-        super().__init__(model, potential_fn, **options)
-
-    def _path_length(self) -> float | None:
-        return self._trajectory_length
-
-    def _fixed(self) -> dict[str, Any]:
-        steps = {} if self._num_steps is None else {"num_integration_steps": self._num_steps}
-        return {**super()._fixed(), **steps, **({} if self._every == 4 else {"every": self._every})}
-
-
-class HMC(CoalescingHMC):
-    """BlackJAX's HMC, by default with paths of a quarter period.
-
-    Args:
-        model, potential_fn, step_size, num_steps, trajectory_length, ...: As for `CoalescingHMC`.
     """
 
     builder = staticmethod(hmc)
@@ -61,7 +29,35 @@ class HMC(CoalescingHMC):
         trajectory_length: float | None = None,
         **options: Any,
     ):
-        super().__init__(model, potential_fn, num_steps=num_steps, trajectory_length=trajectory_length, **options)
+        self._num_steps, self._trajectory_length = num_steps, trajectory_length
+        super().__init__(model, potential_fn, **options)
+
+    def _path_length(self) -> float | None:
+        return self._trajectory_length
+
+    def _fixed(self) -> dict[str, Any]:
+        return {**super()._fixed(), **({} if self._num_steps is None else {"num_integration_steps": self._num_steps})}
+
+
+class CoalescingHMC(HMC):
+    """Quarter-period HMC with a coalescing Langevin step after every `every`-th trajectory: the kernel to take unless
+    you know better.
+
+    Args:
+        model, potential_fn, step_size, num_steps, trajectory_length, ...: As for `HMC`.
+        every: Trajectories per Langevin step.
+    """
+
+    builder = staticmethod(coalescing_hmc)
+
+    def __init__(
+        self, model: Callable | None = None, potential_fn: Callable | None = None, *, every: int = 4, **options: Any
+    ):
+        self._every = every
+        super().__init__(model, potential_fn, **options)
+
+    def _fixed(self) -> dict[str, Any]:
+        return {**super()._fixed(), **({} if self._every == 4 else {"every": self._every})}
 
 
 class MALA(ParallelKernel):

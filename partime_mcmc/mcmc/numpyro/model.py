@@ -99,3 +99,26 @@ def diagnosis(run: WithData, key: Key, strategy: Callable) -> str:
                 worst = values[~np.isfinite(values)].ravel()[0]
                 causes.append(f"site {name!r} has log probability {worst} at a random start")
     return " Seen: " + "; ".join(causes) + "." if causes else " Try another init_strategy, or tighter priors."
+
+
+def called(model: Callable, data: dict[str, Any], key: Key) -> tuple[Any, bool]:
+    """What a function returns, and whether it is a NumPyro model: whether it reaches a site.
+
+    A model that fails after a site is one, and returns None here: `from_numpyro` says better what is wrong with it.
+
+    Args:
+        model: The function.
+        data: Its keyword arguments.
+        key: PRNG key, shape ().
+
+    Raises:
+        Exception: Whatever the function raises before it reaches a site.
+    """
+    recorder = _SiteNames(seed(_JaxObservations(model), key))
+    try:
+        returned = recorder(**data)
+    except Exception:
+        if not recorder.names:
+            raise
+        returned = None
+    return returned, bool(recorder.names)

@@ -10,24 +10,25 @@ those of NumPyro's own loop over the same kernel with the same keys, certified; 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import os
 from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from numpyro.infer import MCMC
 
 from partime_mcmc.diagnostics.checks import check_count, check_key
-from partime_mcmc.diagnostics.report import Level
-from partime_mcmc.kernels import Certificate
 from partime_mcmc.mcmc.arguments import chosen_progress
-from partime_mcmc.mcmc.draws import Draws, RunReport
+from partime_mcmc.mcmc.draws import Draws, End
 from partime_mcmc.mcmc.numpyro.collect import collect
 from partime_mcmc.mcmc.numpyro.base import ParallelKernel
+from partime_mcmc.mcmc.numpyro.report import ParallelReport
+from partime_mcmc.mcmc.numpyro.stored import ReadsStore, check_fields, run_on_disk
 from partime_mcmc.mcmc.numpyro.warm import begin, kernel_from, keys_of, state_of
-from partime_mcmc.mcmc.sample import draw_chains, pilot_advice
+from partime_mcmc.mcmc.chains import draw_chains, pilot_advice
+from partime_mcmc.mcmc.resume import as_store
+from partime_mcmc.mcmc.store.stored import StoredDraws
+from partime_mcmc.mcmc.stored_run import Store
 from partime_mcmc.mcmc.target import Target
 from partime_mcmc.mcmc.warmup import Warmup
 from partime_mcmc.predict.advise import Advice
@@ -37,40 +38,7 @@ from partime_mcmc.solvers import Solver
 from partime_mcmc.types import PyTree
 
 
-@dataclasses.dataclass(frozen=True)
-class ParallelReport:
-    """What is known of a run.
-
-    Attributes:
-        run: Statuses, work and times.
-        certificate: One entry per chain.
-        warmup: What warm-up chose and why; None if there was none in this run.
-        plan: Solver, schedule, counts and key.
-    """
-
-    run: RunReport
-    certificate: Certificate
-    warmup: Warmup | None
-    plan: dict[str, Any]
-
-    @property
-    def level(self) -> Level:
-        """CERTIFIED_PATH if every chain is the chain of its kernel and moves, otherwise FAIL."""
-        good = np.asarray(self.certificate.certified).all() and not np.asarray(self.certificate.frozen).any()
-        return Level.CERTIFIED_PATH if good else Level.FAIL
-
-    @property
-    def parallel(self) -> bool:
-        """Whether the solver did it, without a sequential fallback."""
-        return not self.run.fallbacks and "Rollout" not in self.plan["solver"]
-
-    def __str__(self) -> str:
-        residual = float(np.max(np.asarray(self.certificate.max_residual)))
-        lines = [f"{self.level.name}: largest residual {residual:.1e} noise units; {self.run}", *self.run.fallbacks]
-        return "\n".join([*lines, *([str(self.warmup)] if self.warmup else [])])
-
-
-class ParallelMCMC(MCMC):
+class ParallelMCMC(ReadsStore):
     """NumPyro's `MCMC` with chains solved in parallel time.
 
     Args:
@@ -127,12 +95,19 @@ class ParallelMCMC(MCMC):
         )
         self.solver, self.schedule = solver, schedule
         self._targets: dict[Any, Target] = {}
-        self._draws: Draws | None = None
+        self._store: Store | None = None
+        self._draws: Draws | StoredDraws | None = None
         self._asked: Callable[[], Advice] | None = None
         self._warmed: Warmup | None = None
 
     def run(
-        self, rng_key: Any, *args: Any, extra_fields: tuple | list = (), init_params: PyTree = None, **kwargs: Any
+        self,
+        rng_key: Any,
+        *args: Any,
+        extra_fields: tuple | list = (),
+        init_params: PyTree = None,
+        store: Store | str | os.PathLike | None = None,
+        **kwargs: Any,
     ) -> None:
         """As NumPyro's: warm up unless `post_warmup_state` is set, then sample.
 
@@ -141,9 +116,11 @@ class ParallelMCMC(MCMC):
             *args: The model's.
             extra_fields: Further fields of the state to collect.
             init_params: Unconstrained starts, leaves `(C, ...)`, or `(...)` for one chain.
+            store: A folder for a run longer than memory, as for `sample`; the same call goes on with a run that was killed.
             **kwargs: The model's.
 
         Raises:
+            StoreMismatch, StoreError: As `sample`.
             TypeError, ValueError: For bad keys, fields, starts, or models; see `from_numpyro`.
         """
         if isinstance(rng_key, jax.core.Tracer):
@@ -159,7 +136,11 @@ class ParallelMCMC(MCMC):
             )
         if isinstance(extra_fields, str):
             raise TypeError(f"extra_fields: got the string {extra_fields!r}; wanted a tuple of field names")
-        super().run(rng_key, *args, extra_fields=tuple(extra_fields), init_params=init_params, **kwargs)
+        self._store = None if store is None else as_store(store)
+        try:
+            super().run(rng_key, *args, extra_fields=tuple(extra_fields), init_params=init_params, **kwargs)
+        finally:
+            self._store = None
 
     @property
     def report(self) -> ParallelReport:
@@ -182,8 +163,8 @@ class ParallelMCMC(MCMC):
         return self._asked()
 
     @property
-    def draws(self) -> Draws:
-        """The last run as `sample` returns it, unthinned: for `compare`, `to_arviz` and the like.
+    def draws(self) -> Draws | StoredDraws:
+        """The last run as `sample` returns it, in memory unthinned: for `compare`, `to_arviz` and the like.
 
         Raises:
             RuntimeError: Before the first run.
@@ -195,7 +176,7 @@ class ParallelMCMC(MCMC):
         """The last warm-up: what was chosen, why, and what it cost; None before there was one."""
         return self._warmed
 
-    def _need_draws(self) -> Draws:
+    def _need_draws(self) -> Draws | StoredDraws:
         if self._draws is None:
             raise RuntimeError("run must be called first")
         return self._draws
@@ -217,31 +198,33 @@ class ParallelMCMC(MCMC):
         if init_params is not None and self.num_chains == 1:
             init_params = jax.tree.map(lambda leaf: leaf[None], init_params)
         target = self._target(args, kwargs, keys, init_params)
+        params = self._collection_params
+        num_steps = params["upper"] - params["lower"]
+        if state is not None:
+            state = (
+                state._replace(rng_key=keys)
+                if self.num_chains > 1
+                else jax.tree.map(lambda leaf: leaf[None], state._replace(rng_key=keys[0]))
+            )
+        if self._store is not None:
+            return self._on_disk(target, keys, state, init_params, num_steps, collect_fields, remove_sites)
         warmup = None
         if state is None:
             ready = begin(self.sampler, target, keys, self.num_warmup, init_params, progress)
             self._warmed = ready.warmup
             kernel, warmup, state = ready.kernel, ready.warmup, state_of(ready, keys)
         else:
-            state = (
-                state._replace(rng_key=keys)
-                if self.num_chains > 1
-                else jax.tree.map(lambda leaf: leaf[None], state._replace(rng_key=keys[0]))
-            )
             kernel = kernel_from(self.sampler, target, state)
         self.sampler.adopt(kernel)
-        params = self._collection_params
-        num_steps = params["upper"] - params["lower"]
         if params["phase"] == "warmup" and num_steps:
             raise ValueError(
                 "collect_warmup: got True, wanted False: warm-up pools chains and keeps no draws; see report.warmup"
             )
-        single = self.num_chains == 1
         if not num_steps:
-            # `warmup()` collects nothing: what NumPyro keeps are empty arrays.
-            shape = (0,) if single else (0, self.num_chains)
-            nothing = {"z": jax.tree.map(lambda leaf: jnp.zeros((*shape, *leaf.shape[1:]), leaf.dtype), state.z)}
-            return nothing, jax.tree.map(lambda leaf: leaf[0], state) if single else state
+            # `warmup()` collects nothing.
+            self._shelf = None
+            return self._nothing(state)
+        single = self.num_chains == 1
         pool = state.z if warmup is None else warmup.pool
         draws = draw_chains(
             target,
@@ -252,17 +235,34 @@ class ParallelMCMC(MCMC):
             warmup=warmup,
             solver=self.solver,
             schedule=self.schedule,
-            skip=int(state.i[0]),
-            carries=state.r,
+            end=End(state.r, state.adapt_state.discrete, int(state.i[0])),
             progress=progress,
         )
-        self._draws = draws
+        self._draws, self._shelf = draws, None
         self._asked = functools.cache(functools.partial(pilot_advice, kernel, pool, keys, num_steps))
         fields, last = collect(draws, kernel, state, self.postprocess_fn, collect_fields, remove_sites, self.thinning)
         along = [
             jax.tree.map(lambda leaf: leaf[0] if single else jnp.swapaxes(leaf, 0, 1), value) for value in fields.values()
         ]
         return dict(zip(fields, along)), jax.tree.map(lambda leaf: leaf[0], last) if single else last
+
+    def _on_disk(self, target, keys, state, init_params, num_steps, names, removed):
+        """Sample to a store; NumPyro's own memory of the draws stays empty."""
+        check_fields(names)
+        self._draws, state, kernel = run_on_disk(
+            self._store, self.sampler, target, keys, state, init_params, num_steps, self, chosen_progress(self.progress_bar)
+        )
+        self.sampler.adopt(kernel)
+        self._asked = functools.cache(functools.partial(pilot_advice, kernel, state.z, keys, num_steps))
+        self._shelf = (self._draws, names, removed)
+        return self._nothing(state)
+
+    def _nothing(self, state):
+        """No draws, as NumPyro wants them: empty arrays."""
+        single = self.num_chains == 1
+        shape = (0,) if single else (0, self.num_chains)
+        nothing = {"z": jax.tree.map(lambda leaf: jnp.zeros((*shape, *leaf.shape[1:]), leaf.dtype), state.z)}
+        return nothing, jax.tree.map(lambda leaf: leaf[0], state) if single else state
 
     def _target(self, args, kwargs, keys, init_params) -> Target:
         """The target of these data; the same object for the same data, so that nothing is traced or compiled twice."""

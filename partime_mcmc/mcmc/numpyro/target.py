@@ -25,6 +25,7 @@ from numpyro.infer.util import constrain_fn, initialize_model, potential_energy
 
 from partime_mcmc.diagnostics.checks import InvalidStart, check_key
 from partime_mcmc.mcmc.numpyro.model import WithData, diagnosis, traced
+from partime_mcmc.mcmc.programs import compiler_options
 from partime_mcmc.mcmc.sites import plate_dims, reported
 from partime_mcmc.mcmc.target import Target
 from partime_mcmc.types import Array, Key, PyTree
@@ -94,7 +95,7 @@ class Posterior:
             )
             self.run = WithData(substitute(model, data=fixed), args, kwargs)
         _check_observed_sites(self.run, self.key, sites)
-        self.search = jax.jit(self._search)
+        self.search = jax.jit(self._search, compiler_options=compiler_options())
         # Keys that a model draws for itself are part of the density: one key, once and for all.
         draws = any(site["type"] == "prng_key" for site in sites.values())
         prepared = seed(self.run, self.key) if draws else self.run

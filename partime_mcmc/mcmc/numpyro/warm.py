@@ -12,11 +12,12 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from numpyro.infer.hmc import HMCState
 
+from partime_mcmc.closures import Named
 from partime_mcmc.diagnostics.checks import check_dtypes, check_precision, check_starts, looks_improper
 from partime_mcmc.kernels import Whitening
 from partime_mcmc.mcmc.family import Family, Tuned, density_of, tuned_kernel
 from partime_mcmc.mcmc.numpyro.base import AdaptState, ParallelKernel, is_typed
-from partime_mcmc.mcmc.programs import Clock, Named, run_program
+from partime_mcmc.mcmc.programs import Clock, run_program
 from partime_mcmc.mcmc.progress import Progress
 from partime_mcmc.mcmc.target import Target
 from partime_mcmc.mcmc.warmup import Warmup, warm_up

@@ -1,0 +1,212 @@
+"""One path solved by many devices: `solve` under `jax.shard_map`, every device with its own steps and its own drives.
+
+    mesh = time_mesh(num_time=8)
+    found = sharded_solve(dynamics, initial, drives, mesh=mesh, solver=shooting())
+
+The arguments are those of `solve`, the result is that of `solve` to rounding, and every solver runs as it is:
+`ShardedTime` answers its questions. Chains go along a mesh axis of their own: `sharded_chains`. Further mesh axes are
+free, for the data of a log density that no single device could hold (`params_spec`, and `summed` in `distributed.data`).
+
+A length that devices cannot share evenly is filled up with steps that stand still: x_t = x_{t-1}, exact on sight, cut
+off from what is returned. Derivatives go by the implicit function theorem around the whole path (`TimeOnMesh`), not
+through the solve.
+
+Left out: schedules with a moving window (stretches go one after another outside, each of them spread over all devices).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from partime_mcmc.adjoint import Adjoint, Implicit, ImplicitRelay
+from partime_mcmc.closures import Named
+from partime_mcmc.distributed.sharded_time import ShardedTime, TimeOnMesh
+from partime_mcmc.dynamics import Dynamics, Memo, check_state, ravel
+from partime_mcmc.recipes import deer
+from partime_mcmc.solution import Solution, Stats, Tolerance
+from partime_mcmc.solve import check_step, count_steps, flat_guess, solve
+from partime_mcmc.solvers import Shooting, Solver
+from partime_mcmc.types import Array, Key, PyTree, pytree
+
+TIME, CHAINS = "time", "chains"
+
+
+def sharded_solve(dynamics: Dynamics, initial: PyTree, drives: PyTree, *, mesh: Mesh, solver: Solver = deer(),
+                  tolerance: Tolerance = Tolerance(), max_iterations: int | None = None, guess: PyTree | None = None,
+                  adjoint: Adjoint = Implicit(), key: Key | None = None, params_spec: PyTree | None = None) -> Solution:
+    """Solve a recurrence for its whole path, time spread over the devices of a mesh axis `time`.
+
+    Args:
+        dynamics: As for `solve`.
+        initial: `x_0`, the same everywhere.
+        drives: `u_1..u_T`, leaves with leading axis `T`. In a run of several processes either the same numbers in each
+            of them, or global arrays of which every process holds its own part.
+        mesh: From `time_mesh`, or any mesh with an axis `time`.
+        solver: As for `solve`.
+        tolerance: As for `solve`.
+        max_iterations: As for `solve`.
+        guess: As for `solve`.
+        adjoint: How derivatives reach the path.
+        key: As for `solve`. Solvers that estimate do so with the same numbers on every device.
+        params_spec: Where `dynamics.params` lie, a prefix of them made of `PartitionSpec`; None: the same on every
+            device. With it the step may use collectives over other mesh axes than `time`; it then captures no array,
+            and its path has no derivatives.
+
+    Returns:
+        The solution, its states spread along the mesh axis; `stats.evaluations_by_part` says how even the work was.
+
+    Raises:
+        TypeError: As `solve` does; or if `adjoint` cannot go along a spread axis.
+        ValueError: As `solve` does; or if the mesh has no axis `time`.
+    """
+    axis = time_axis(mesh)
+    if isinstance(adjoint, ImplicitRelay):
+        raise TypeError("adjoint: got ImplicitRelay, wanted Implicit(): a relay does not go across devices")
+    initial, drives = jax.tree.map(jnp.asarray, (initial, drives))
+    check_state(initial)
+    num_steps = count_steps(drives)
+    if num_steps == 0:
+        return solve(dynamics, initial, drives, solver=solver, tolerance=tolerance, guess=guess, adjoint=adjoint, key=key)
+    if params_spec is None:
+        dynamics = check_step(dynamics, initial, drives)
+    flat, start, unravel = ravel(dynamics, initial)
+    path = None if guess is None else flat_guess(guess, initial, start, num_steps)
+    filled, solver = _filled_up(num_steps, solver, axis.num_parts)
+    still, tape, path = _standing_still(flat, drives, path, num_steps, filled)
+    spec = _Fixed.of(PartitionSpec() if params_spec is None else params_spec)
+    found = _solve_on(*lax.stop_gradient((still, start, tape, path)), solver, tolerance,
+                      jax.random.key(0) if key is None else key, mesh=mesh, axis=axis, spec=spec,
+                      max_iterations=max_iterations)
+    states = found.states
+    if params_spec is None:
+        states = adjoint(still, start, tape, states, TimeOnMesh(mesh, axis))
+    stats = {field.name: getattr(found.stats, field.name) for field in dataclasses.fields(Stats)}
+    for name in ("evaluations", "jvps", "evaluations_by_part"):
+        stats[name] = stats[name] * (filled / num_steps)
+    return Solution(jax.vmap(unravel)(states[:num_steps]), found.status, found.iterations, found.residual,
+                    jnp.minimum(found.num_exact, num_steps), Stats(**stats))
+
+
+def sharded_chains(dynamics: Dynamics, initial: PyTree, drives: PyTree, *, mesh: Mesh, **options: Any) -> Solution:
+    """Several paths of one recurrence, chains along the mesh axis `chains` and time along `time`.
+
+    Args:
+        dynamics: As for `solve`.
+        initial: Leaves `(C, ...)`, C a multiple of the mesh axis.
+        drives: Leaves `(C, T, ...)`.
+        mesh: From `time_mesh`.
+        **options: As for `sharded_solve`.
+
+    Returns:
+        The solutions, every field with a leading axis `C`.
+
+    Raises:
+        ValueError: If the mesh has no axis `chains`, or it does not divide C.
+    """
+    num_chains = count_steps(initial)
+    if CHAINS not in mesh.shape or num_chains % mesh.shape[CHAINS]:
+        raise ValueError(f"initial: {num_chains} chains on a mesh of {dict(mesh.shape)}, wanted a multiple of its axis "
+                         f"{CHAINS!r}")
+    one = functools.partial(sharded_solve, dynamics, mesh=mesh, **options)
+    return jax.vmap(one, spmd_axis_name=CHAINS)(initial, drives)
+
+
+def time_axis(mesh: Mesh) -> ShardedTime:
+    """The axis of time of a mesh.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    if not isinstance(mesh, Mesh) or TIME not in mesh.shape:
+        raise ValueError(f"mesh: got {mesh!r}, wanted a Mesh with an axis {TIME!r}, e.g. time_mesh()")
+    return ShardedTime(mesh.shape[TIME], TIME, tuple(mesh.axis_names))
+
+
+@pytree()
+class AsFound:
+    """No derivatives: the path as it was found, and where it was."""
+
+    def __call__(self, dynamics: Dynamics, initial: Array, drives: PyTree, states: Array, axis: Any) -> Array:
+        return states
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "axis", "spec", "max_iterations"))
+def _solve_on(dynamics: Dynamics, start: Array, drives: PyTree, guess: Array | None, solver: Solver, tolerance: Tolerance,
+              key: Key, *, mesh: Mesh, axis: ShardedTime, spec: _Fixed, max_iterations: int | None) -> Solution:
+    def here(params, memo_params, start, drives, guess):
+        memo = dynamics.memo and dataclasses.replace(dynamics.memo, params=memo_params)
+        return solve(dataclasses.replace(dynamics, params=params, memo=memo), start, drives, solver=solver,
+                     tolerance=tolerance, max_iterations=max_iterations, guess=guess, adjoint=AsFound(), axis=axis, key=key)
+
+    along, same = PartitionSpec(axis.name), PartitionSpec()
+    out = Solution(along, *[same] * 4, Stats(*[same] * 7))
+    memo_params = dynamics.memo and dynamics.memo.params
+    given = (spec.value, (spec.value,) * 3 if memo_params else same, same, along, along)
+    return jax.shard_map(here, mesh=mesh, in_specs=given, out_specs=out, check_vma=False)(
+        dynamics.params, memo_params, start, drives, guess)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fixed:
+    """A pytree of partition specs that `jit` can compare."""
+
+    leaves: tuple
+    structure: Any
+
+    @classmethod
+    def of(cls, specs: PyTree) -> _Fixed:
+        leaves, structure = jax.tree.flatten(specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+        return cls(tuple(leaves), structure)
+
+    @property
+    def value(self) -> PyTree:
+        """The specs."""
+        return jax.tree.unflatten(self.structure, self.leaves)
+
+
+def _filled_up(num_steps: int, solver: Solver, num_parts: int) -> tuple[int, Solver]:
+    """A length that every device can have an equal part of, in whole segments, and the solver with such segments."""
+    unit = 1
+    if isinstance(solver, Shooting):
+        unit = solver.segment_steps(num_steps, num_parts)
+        solver = dataclasses.replace(solver, num_segments=None, steps=unit)
+    return num_parts * unit * math.ceil(num_steps / (num_parts * unit)), solver
+
+
+def _standing_still(dynamics: Dynamics, drives: PyTree, guess: Array | None, num_steps: int, filled: int):
+    """The recurrence with steps that stand still at the end, so that there are `filled` of them."""
+    if filled == num_steps:
+        return dynamics, drives, guess
+
+    def longer(leaf):
+        return jnp.concatenate([leaf, jnp.repeat(leaf[-1:], filled - num_steps, axis=0)])
+
+    memo = dynamics.memo
+    if memo is not None:
+        memo = Memo(_EnterFirst(memo.enter), _MoveOrStay(memo.advance), memo.leave, memo.params)
+    moves = jnp.arange(filled) < num_steps
+    return (Dynamics(_MoveOrStay(dynamics.step), dynamics.params, memo), (moves, jax.tree.map(longer, drives)),
+            None if guess is None else longer(guess))
+
+
+class _MoveOrStay(Named):
+    """A step that moves where its drive says so."""
+
+    def __call__(self, params, state, drive):
+        moves, drive = drive
+        return jax.tree.map(functools.partial(jnp.where, moves), self.parts[0](params, state, drive), state)
+
+
+class _EnterFirst(Named):
+    """`Memo.enter` with a drive that says whether to move."""
+
+    def __call__(self, params, state, drive):
+        return self.parts[0](params, state, drive[1])

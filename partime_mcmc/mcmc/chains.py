@@ -1,0 +1,143 @@
+"""Chains of a tuned kernel, in memory: who solves them, how small residuals must be, and the draws as one piece."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from partime_mcmc.kernels import Kernel
+from partime_mcmc.mcmc.draws import Draws, End
+from partime_mcmc.mcmc.progress import Progress, quiet
+from partime_mcmc.mcmc.run import Choice
+from partime_mcmc.mcmc.stream import Course, Tell, stream
+from partime_mcmc.mcmc.tapes import throw
+from partime_mcmc.mcmc.target import Target
+from partime_mcmc.mcmc.joining import join_draws
+from partime_mcmc.mcmc.warmup import Warmup
+from partime_mcmc.predict.advise import Advice, advise
+from partime_mcmc.recipes import shooting
+from partime_mcmc.schedule import Schedule, Stretches
+from partime_mcmc.solution import Tolerance
+from partime_mcmc.solvers import Solver
+from partime_mcmc.solvers.shooting import SHORTEST_SEGMENT, device_lanes
+from partime_mcmc.types import Key, PyTree
+
+DEFAULT_STRETCH = 16384
+# Runs too short to be worth pilots.
+SHORT = 1024
+
+
+def draw_chains(target: Target, kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *, warmup: Warmup | None,
+                solver: Solver | None = None, schedule: Schedule | None = None, tolerance: Tolerance | None = None,
+                max_iterations: int | None = None, choose: Choice | None = None, plan: dict[str, Any] | None = None,
+                end: End | None = None, mesh: Mesh | None = None, progress: Progress = quiet) -> Draws:
+    """Chains of a tuned kernel, certified.
+
+    Args:
+        target: For the model's own space.
+        kernel: The kernel.
+        positions: One per chain, leaves `(C, ...)`.
+        keys: One per chain, shape `(C,)`.
+        num_samples: T.
+        warmup: The warm-up before them, if any.
+        solver: A recipe; None is shooting with as many segments as fill the device.
+        schedule: How time is cut; None is stretches of 16,384 steps.
+        tolerance: None is `default_tolerance(...)`.
+        max_iterations: As for `sample`.
+        choose: Picks solver and schedule once dynamics and tapes are known; None takes those given.
+        plan: More plain values for `Draws.plan`.
+        end: Where chains go on from, to the last bit; None is `positions`.
+        mesh: Devices to spread chains and time over; None is the default device alone.
+        progress: What to tell.
+    """
+    num_chains = keys.shape[0]
+    dtype = jax.tree.leaves(positions)[0].dtype
+    tolerance = default_tolerance(kernel, dtype) if tolerance is None else tolerance
+    course = Course(
+        target, kernel, keys, num_samples, tolerance, max_iterations,
+        choose or given_choice(solver, schedule, num_chains, num_samples, mesh), warmup, plan or {}, mesh)
+    with progress.stage("sampling", num_samples) as advance:
+        pieces = list(stream(course, positions, max(num_samples, 1), Tell(advance, num_chains), end))
+    return join_draws(pieces)
+
+
+def given_choice(solver: Solver | None, schedule: Schedule | None, num_chains: int, num_samples: int,
+                 mesh: Mesh | None = None) -> Choice:
+    """Solver and schedule as given, with the default for what is not: for each device of a mesh what one device gets."""
+    rows, parts = (1, 1) if mesh is None else (mesh.shape["chains"], mesh.shape["time"])
+    fixed = default_solver(num_chains // rows, -(-num_samples // parts)) if solver is None else solver
+    stretches = Stretches(DEFAULT_STRETCH * parts) if schedule is None else schedule
+    return lambda *_: (fixed, stretches, None)
+
+
+def advised(kernel: Kernel, pool: PyTree, schedule: Schedule | None) -> Choice:
+    """The solver that advice finds best for chains like these, or for short runs the default one.
+
+    Args:
+        kernel: The kernel.
+        pool: Far-apart draws, leaves `(K, ...)`.
+        schedule: How time is cut; None follows the advice.
+    """
+    return functools.partial(_advised, kernel, pool, schedule)
+
+
+def _advised(kernel, pool, schedule, dynamics, initial, tape):
+    num_chains, num_samples = jax.tree.leaves(tape)[0].shape[:2]
+    if num_samples < SHORT or jax.tree.leaves(pool)[0].shape[0] < 2:
+        stretches = Stretches(DEFAULT_STRETCH) if schedule is None else schedule
+        return default_solver(num_chains, num_samples), stretches, None
+    advice = _advice(kernel, pool, dynamics, initial, tape)
+    return advice.solver, advice.schedule if schedule is None else schedule, advice
+
+
+def _advice(kernel, pool, dynamics, initial, tape) -> Advice:
+    num_chains, num_samples = jax.tree.leaves(tape)[0].shape[:2]
+    starts = jax.vmap(lambda position: kernel.carry(kernel.init(position)))(pool)
+    one = functools.partial(jax.tree.map, lambda leaf: leaf[0])
+    tolerance = default_tolerance(kernel, jax.tree.leaves(initial)[0].dtype)
+    return advise(dynamics, one(initial), one(tape), starts=starts, num_steps=num_samples, num_chains=num_chains,
+                  tolerance=tolerance)
+
+
+def pilot_advice(kernel: Kernel, pool: PyTree, keys: Key, num_samples: int) -> Advice:
+    """What pilot chains from some draws, and the cost model, say of chains of a tuned kernel.
+
+    Args:
+        kernel: The kernel.
+        pool: At least two far-apart draws, leaves `(K, ...)`.
+        keys: One per chain, shape `(C,)`.
+        num_samples: T.
+    """
+    dynamics, initial, tape, _ = throw(kernel, pool_starts(pool, keys.shape[0]), keys, num_samples)
+    return _advice(kernel, pool, dynamics, initial, tape)
+
+
+def pool_starts(pool: PyTree, num_chains: int) -> PyTree:
+    """One of some draws per chain."""
+    count = jax.tree.leaves(pool)[0].shape[0]
+    return jax.tree.map(lambda leaf: leaf[np.arange(num_chains) % count], pool)
+
+
+def default_solver(num_chains: int = 1, num_samples: int = DEFAULT_STRETCH) -> Solver:
+    """Shooting, the lanes of the device shared by all chains: near one evaluation per draw where chains forget.
+
+    Segments are a multiple of four steps long, so that kernels with a counter are at the same point of it in all lanes.
+    """
+    steps = max(SHORTEST_SEGMENT, math.ceil(min(num_samples, DEFAULT_STRETCH) * num_chains / device_lanes()))
+    return shooting(steps=4 * math.ceil(steps / 4))
+
+
+def default_tolerance(kernel: Kernel, dtype: Any) -> Tolerance:
+    """A tenth (float32) to a thousandth (float64) of what the certificate allows, in the units of the kernel's noise.
+
+    What is left to the certificate's bound is for conditioning: an error of one step reaches the next ones.
+    """
+    unit = jnp.minimum(1.0, jnp.min(jnp.asarray(1.0 if kernel.noise_scale is None else kernel.noise_scale)))
+    size = 1e-11 if jnp.dtype(dtype) == jnp.float64 else 1e-5
+    return Tolerance(relative=0.25 * size, absolute=size * unit)

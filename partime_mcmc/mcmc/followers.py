@@ -1,0 +1,105 @@
+"""Stored runs on several hosts: the first host keeps the store, the others follow it.
+
+    first host    reads or begins the store, warms up, says where the chains stand, computes its part, writes every chunk
+    others        are told the start and where the chains stand, and compute their parts of the same chunks
+
+Every host holds the draws of a chunk while it is current, so the first one writes whole chunks and a store looks alike
+however many hosts worked on it: it is resumed by any number of them. If a host is lost the run ends on all of them
+(`distributed.launch`), and what was written stays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from partime_mcmc.kernels import Kernel
+from partime_mcmc.mcmc.draws import End
+from partime_mcmc.mcmc.family import Builder
+from partime_mcmc.mcmc.store.fingerprint import example_of, program_of, require_same
+from partime_mcmc.mcmc.store.plan import Start
+from partime_mcmc.mcmc.stream import Course, Tell, stream
+from partime_mcmc.mcmc.tapes import recurrence
+from partime_mcmc.mcmc.target import Target
+from partime_mcmc.mcmc.warmup import Warmup
+from partime_mcmc.types import PyTree
+
+
+def say(data: bytes) -> bytes:
+    """What the first host says, on all hosts; what the others give is not looked at."""
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    if not size:
+        return b""
+    mine = np.zeros(size, np.uint8)
+    mine[:min(size, len(data))] = np.frombuffer(data[:size], np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(mine), np.uint8).tobytes()
+
+
+def say_end(end: End, first: int, last: int) -> tuple[End, int, int]:
+    """Where the chains stand, at which step the store began and at which the run ends, as the first host knows it."""
+    # A limit of 0 steps at once stands for none.
+    counts = np.array([end.num_steps, end.failed_running, end.stretch or 0, first, last], np.int32)
+    carries, discrete, counts = multihost_utils.broadcast_one_to_all((end.carries, end.discrete, counts))
+    steps, failed, stretch, first, last = (int(count) for count in counts)
+    return End(carries, discrete, steps, failed, stretch or None), first, last
+
+
+def take_up(data: bytes, target: Target, given: Kernel | Builder | Warmup, example: PyTree,
+            path: Any) -> tuple[Start, Kernel, End]:
+    """The start of a stored run, its kernel, and where its chains begin.
+
+    Args:
+        data: Of `pack_start`.
+        target: What is sampled.
+        given: The kernel as the user gives it.
+        example: A position; only structure, shapes and types matter.
+        path: The store, for messages.
+
+    Raises:
+        StoreMismatch: If the same model and the same name of a kernel are another program.
+    """
+    start = Start.read(data)
+    kernel = start.kernel(target, given, example)
+    end = start.end(kernel, example)
+    require_same(start.settled.program, program_of(recurrence(kernel, start.keys(), end), kernel), str(path))
+    return start, kernel, end
+
+
+def course_of(start: Start, target: Target, kernel: Kernel, num_samples: int, max_iterations: int | None, key: list[int],
+              mesh: Mesh | None) -> Course:
+    """What is to be run, as the start has it; arguments as for `take_up` and `follow`."""
+    settled = start.settled
+    return Course(target, kernel, start.keys(), num_samples, settled.tolerance, max_iterations,
+                  lambda *_: (settled.solver, settled.schedule, None), None, {"key": key}, mesh)
+
+
+def follow(path: Any, target: Target, given: Kernel | Builder | Warmup, max_iterations: int | None, key: list[int],
+           num_samples: int, mesh: Mesh) -> None:
+    """Compute this host's part of a stored run until the first host has all of it.
+
+    Args:
+        path: The store, for messages.
+        target: What is sampled.
+        given: The kernel as the user gives it.
+        max_iterations: Passes per stretch.
+        key: The words of the key.
+        num_samples: T.
+        mesh: The devices of all hosts.
+    """
+    data = say(b"")
+    if data:
+        start, kernel, end = take_up(data, target, given, example_of(target), path)
+        end, _, last = say_end(end, 0, 0)
+        course = course_of(start, target, kernel, num_samples, max_iterations, key, mesh)
+        tell = Tell(lambda *_, **shown: None, course.keys.shape[0])
+        for _ in stream(course, None, start.settled.chunk, tell, end, last):
+            pass
+    meet()
+
+
+def meet() -> None:
+    """Wait until all hosts are here."""
+    multihost_utils.sync_global_devices("partime_mcmc: stored run")

@@ -1,0 +1,142 @@
+"""Quantiles of draws that are not kept: a histogram of fixed, log-linear bins per coordinate, counted exactly.
+
+    d = x - c,   |d| in bin i  iff  2^e (1 + m/64) <= |d| < 2^e (1 + (m+1)/64),  i = 64 (e - e_0) + m,   0 <= m < 64,
+
+with centre c and octave e_0 = floor(log2 sd) - 10 taken from the first draws, 42 octaves to either side. The bin is
+read off the bits of d. Counts are integers, so the result depends neither on how draws are cut into pieces nor on any
+random bit.
+
+Accuracy, stated and certain: a quantile lies in a bin that is known, at most 1/64 of its distance from c wide (narrower
+bins towards c, and ends that are the smallest and largest draw); within the bin ranks are interpolated. `rank_errors`
+says what share of all draws lies in that bin, which bounds the error in rank. Usually both errors are a hundredth of
+these bounds.
+
+Source: relative-error sketches (Masson, Rim, Lee 2019, DDSketch, arXiv:1908.10693), here around a centre and without
+    collapsing. Not
+a KLL sketch: its compactions take random bits that cannot be fixed, so that no two runs give the same one. Left out:
+merging of histograms with different centres.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+_BITS = 6
+_SHIFT = 52 - _BITS
+_BELOW, _OCTAVES = 10, 42
+_HALF = _OCTAVES << _BITS
+_EXPONENT_OF_ONE = 1023
+_FINEST, _COARSEST = _BELOW - 1000, 1000 + _BELOW - _OCTAVES
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Histogram:
+    """Counts of D coordinates.
+
+    Attributes:
+        centre: c, shape `(D,)`.
+        octave: floor(log2 sd) of the first draws, shape `(D,)`, integers.
+        first: Number of the first bin that is kept; bins left out hold nothing.
+        counts: Draws by bin, shape `(D, W)`, integers.
+    """
+
+    centre: np.ndarray
+    octave: np.ndarray
+    first: int
+    counts: np.ndarray
+
+    @classmethod
+    def around(cls, x: np.ndarray) -> Histogram:
+        """An empty histogram with bins that suit the draws `x`, shape `(D, N)`, and others like them."""
+        finite = np.where(np.isfinite(x), x, np.nan)
+        centre, sd = np.zeros(x.shape[0]), np.ones(x.shape[0])
+        known = ~np.isnan(finite).all(axis=1)
+        if known.any():
+            centre[known], sd[known] = np.nanmean(finite[known], axis=1), np.nanstd(finite[known], axis=1)
+        # Draws that are all one value, up to rounding, say nothing of a scale.
+        sd = np.where(np.isfinite(sd) & (sd > 1e-12 * np.abs(centre)), sd, np.maximum(np.abs(centre), 1.0))
+        octave = np.clip(np.frexp(sd)[1] - 1, _FINEST, _COARSEST).astype(np.int64)
+        return cls(centre, octave, _HALF, np.zeros((x.shape[0], 0), np.int64))
+
+    def add(self, x: np.ndarray) -> Histogram:
+        """The histogram with more draws, shape `(D, N)`, in it; NaN is counted beyond all others, and to be asked for
+        apart."""
+        if not x.size:
+            return self
+        pieces = [np.bincount(self._bins(row, coordinate), minlength=2 * _HALF) for coordinate, row in enumerate(x)]
+        used = np.flatnonzero(sum((piece > 0).astype(np.int64) for piece in pieces))
+        first, stop = int(used[0]), int(used[-1]) + 1
+        if self.counts.shape[1]:
+            first, stop = min(first, self.first), max(stop, self.first + self.counts.shape[1])
+        counts = np.stack([piece[first:stop] for piece in pieces])
+        counts[:, self.first - first:self.first - first + self.counts.shape[1]] += self.counts
+        return Histogram(self.centre, self.octave, first, counts)
+
+    def quantiles(self, probabilities: np.ndarray, smallest: np.ndarray, largest: np.ndarray
+                  ) -> tuple[np.ndarray, np.ndarray]:
+        """Quantiles and what their ranks may be wrong by.
+
+        Args:
+            probabilities: Shape `(Q,)`, between 0 and 1.
+            smallest: The smallest draw, shape `(D,)`.
+            largest: The largest draw, shape `(D,)`.
+
+        Returns:
+            Quantiles and bounds on the errors of their ranks as shares of all draws, each `(D, Q)`; NaN where there are
+            no draws, or `smallest` or `largest` is NaN.
+        """
+        probabilities = np.asarray(probabilities, np.float64)
+        values, errors = np.full((2, self.centre.size, probabilities.size), np.nan)
+        for j, counts in enumerate(self.counts):
+            total = counts.sum()
+            if total == 0 or np.isnan(smallest[j]) or np.isnan(largest[j]):
+                continue
+            # As in NumPy's linear rule ranks run from 0 to N - 1; the draws of one bin are spread evenly over it.
+            rank = probabilities * (total - 1)
+            before = np.concatenate([[0], np.cumsum(counts)])
+            bins = np.clip(np.searchsorted(before, rank, side="right") - 1, 0, counts.size - 1)
+            lower, upper = self._edges(j, bins + self.first)
+            lower, upper = np.clip(lower, smallest[j], largest[j]), np.clip(upper, smallest[j], largest[j])
+            inside = (rank - before[bins] + 0.5) / np.maximum(counts[bins], 1)
+            with np.errstate(invalid="ignore"):
+                middle = lower + np.minimum(inside, 1.0) * (upper - lower)
+            middle = np.where(rank <= 0, smallest[j], np.where(rank >= total - 1, largest[j], middle))
+            values[j] = np.where(np.isfinite(middle), middle, np.where(np.isfinite(lower), upper, lower))
+            errors[j] = np.where(lower == upper, 0.0, counts[bins] / total)
+        return values, errors
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """What `from_arrays` takes."""
+        return {"centre": self.centre, "octave": self.octave, "first": np.asarray(self.first), "counts": self.counts}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Histogram:
+        """The histogram that gave these arrays."""
+        return cls(np.asarray(arrays["centre"], np.float64), np.asarray(arrays["octave"], np.int64), int(arrays["first"]),
+                   np.asarray(arrays["counts"], np.int64))
+
+    def _bins(self, x: np.ndarray, coordinate: int) -> np.ndarray:
+        with np.errstate(over="ignore", invalid="ignore"):
+            d = x - self.centre[coordinate]
+        index = np.abs(d).view(np.int64)
+        index >>= _SHIFT
+        index -= self._lowest(coordinate)
+        np.clip(index, 0, _HALF - 1, out=index)
+        # Bins left of the centre count downwards: flip their bits, -1 - i, before shifting both sides up.
+        index ^= -(d < 0).astype(np.int64)
+        index += _HALF
+        return index
+
+    def _lowest(self, coordinate: int) -> int:
+        return (_EXPONENT_OF_ONE + int(self.octave[coordinate]) - _BELOW) << _BITS
+
+    def _edges(self, coordinate: int, bins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ends of bins, the outermost ones infinite, those at the centre touching it."""
+        right = bins >= _HALF
+        i = np.where(right, bins - _HALF, _HALF - 1 - bins)
+        near, far = (((i + step + self._lowest(coordinate)) << _SHIFT).view(np.float64) for step in (0, 1))
+        near, far = np.where(i == 0, 0.0, near), np.where(i == _HALF - 1, np.inf, far)
+        centre = self.centre[coordinate]
+        return np.where(right, centre + near, centre - far), np.where(right, centre + far, centre - near)

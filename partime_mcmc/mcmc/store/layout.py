@@ -1,0 +1,232 @@
+"""The folder of a stored run: which files there are, how they get there whole, and how damage is found.
+
+    run.json                                    what was asked for; written once, before anything is computed
+    start-<sha256>.npz                          what warm-up tuned and what was chosen; written once, before the first draw
+    chunk-<index>-<step>-<sha256>.nc            certified draws up to step <step>, and what it takes to go on from there
+    lock                                        held by the one process that writes
+
+Every file is written aside, flushed to the disk, and renamed; its name holds the checksum of its bytes, so that the
+rename commits both, and a file is either there and whole, or not there. What is damaged later is found by its checksum.
+Chunks count only as far as they follow one another without a gap.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, Iterator, NamedTuple
+
+import numpy as np
+
+_CHUNK = re.compile(r"chunk-(\d{6,})-(\d{12,})-([0-9a-f]{64})\.(\w+)$")
+_START = re.compile(r"start-([0-9a-f]{64})\.npz$")
+_RUN, _LOCK, _ASIDE = "run.json", "lock", ".damaged"
+
+
+class StoreError(OSError):
+    """A store that cannot be written or read."""
+
+
+class Chunk(NamedTuple):
+    """A file of draws: steps `start` to `stop` of every chain."""
+
+    index: int
+    start: int
+    stop: int
+    digest: str
+    path: Path
+
+
+class Folder:
+    """The files of one run.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run was begun here."""
+        return (self.path / _RUN).is_file()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Be the only writer.
+
+        Raises:
+            StoreError: If another process writes here, or the folder cannot be made.
+        """
+        import fcntl
+
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = open(self.path / _LOCK, "ab")
+        except OSError as error:
+            raise StoreError(f"store: {self.path} cannot be written: {error.strerror or error}") from error
+        with handle:
+            try:
+                # The kernel lets go of it when the process dies, however it dies.
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise StoreError(f"store: another run is writing to {self.path}; wait for it, or choose another "
+                                 "folder") from error
+            for left in self.path.glob(".partial-*"):
+                left.unlink(missing_ok=True)
+            yield
+
+    def write_run(self, run: dict[str, Any]) -> None:
+        """Write what was asked for.
+
+        Raises:
+            StoreError: If it cannot be written.
+        """
+        self._commit(_RUN, json.dumps(run, indent=1, sort_keys=True).encode())
+
+    def read_run(self) -> dict[str, Any]:
+        """What was asked for.
+
+        Raises:
+            FileNotFoundError: If there is no run here.
+            StoreError: If it cannot be read.
+        """
+        if not self.holds_run:
+            raise FileNotFoundError(f"store: no run in {self.path} (no file {_RUN})")
+        try:
+            return json.loads((self.path / _RUN).read_text())
+        except ValueError as error:
+            raise StoreError(f"store: {self.path / _RUN} is damaged: {error}") from error
+
+    def write_start(self, data: bytes) -> None:
+        """Write what warm-up tuned.
+
+        Raises:
+            StoreError: If it cannot be written.
+        """
+        self._commit(f"start-{hashlib.sha256(data).hexdigest()}.npz", data)
+
+    def read_start(self) -> bytes | None:
+        """What warm-up tuned; None if it never got so far.
+
+        Raises:
+            StoreError: If the file is damaged: without it no draw can be trusted or continued.
+        """
+        for path in sorted(self.path.glob("start-*.npz")):
+            named = _START.match(path.name)
+            if named:
+                data = path.read_bytes()
+                if hashlib.sha256(data).hexdigest() != named[1]:
+                    raise StoreError(f"store: {path} is damaged (its checksum is not the one in its name): this run "
+                                     "cannot go on; begin another in a new folder")
+                return data
+        return None
+
+    def write_chunk(self, index: int, stop: int, suffix: str, data: bytes) -> None:
+        """Write one chunk.
+
+        Raises:
+            StoreError: If it cannot be written; what was there before is untouched.
+        """
+        self._commit(f"chunk-{index:06d}-{stop:012d}-{hashlib.sha256(data).hexdigest()}.{suffix}", data)
+
+    def chunks(self) -> list[Chunk]:
+        """The chunks that follow one another from the first step on, by their names alone."""
+        found: dict[int, Chunk] = {}
+        for path in self.path.glob("chunk-*"):
+            named = _CHUNK.match(path.name)
+            if named:
+                found[int(named[1])] = Chunk(int(named[1]), 0, int(named[2]), named[3], path)
+        chunks, start = [], 0
+        for index in range(len(found)):
+            if index not in found or found[index].stop <= start:
+                break
+            chunks.append(found[index]._replace(start=start))
+            start = found[index].stop
+        return chunks
+
+    def drop_damaged(self) -> tuple[list[Chunk], str | None]:
+        """Read every chunk and set aside the first damaged one and all after it, which go on from it, as `*.damaged`.
+
+        Returns:
+            The chunks that are whole, and a sentence about those that are not; None if all are.
+
+        Raises:
+            StoreError: If a chunk cannot be read, which does not mean that it is damaged: nothing is touched then.
+        """
+        everything = {path for path in self.path.glob("chunk-*") if _CHUNK.match(path.name)}
+        chunks = self.chunks()
+        good = next((k for k, chunk in enumerate(chunks) if not intact(chunk)), len(chunks))
+        bad = sorted(everything - {chunk.path for chunk in chunks[:good]})
+        if not bad:
+            return chunks, None
+        try:
+            for path in bad:
+                os.replace(path, path.with_name(path.name + _ASIDE))
+            _sync_folder(self.path)
+        except OSError as error:
+            said = f"store: {self.path} holds damaged chunks that could not be set aside: {error.strerror or error}"
+            raise StoreError(error.errno, said) from error
+        reason = (f"{chunks[good].path.name[:12]} does not have the checksum in its name" if good < len(chunks) else
+                  f"chunk-{good:06d} is missing")
+        kept = chunks[good - 1].stop if good else 0
+        return chunks[:good], (f"{reason}: {len(bad)} chunk{'s' if len(bad) > 1 else ''} dropped, and the run goes on from "
+                               f"step {kept:,}; what was dropped is kept as *{_ASIDE}")
+
+    def _commit(self, name: str, data: bytes) -> None:
+        partial = self.path / f".partial-{name}"
+        try:
+            with open(partial, "wb") as handle:
+                handle.write(data)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(partial, self.path / name)
+            _sync_folder(self.path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            said = f"store: {self.path / name} could not be written: {error.strerror or error}"
+            raise StoreError(error.errno, said) from error
+
+
+def intact(chunk: Chunk) -> bool:
+    """Whether the bytes of a chunk are those that were written; False if the file is gone.
+
+    Raises:
+        StoreError: If they cannot be read: a disk that is away for a moment has damaged nothing.
+    """
+    try:
+        with open(chunk.path, "rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest() == chunk.digest
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise StoreError(error.errno, f"store: {chunk.path} could not be read: {error.strerror or error}") from error
+
+
+def kept_steps(start: int, stop: int, thinning: int, num_samples: int) -> np.ndarray:
+    """Which steps are kept, as NumPyro keeps them: the last of every `thinning`, counted from the end.
+
+    Args:
+        start: First step.
+        stop: The step after the last.
+        thinning: Of so many one is kept.
+        num_samples: Steps of the whole run.
+    """
+    offset = num_samples % thinning + thinning - 1
+    first = offset if start <= offset else start + (offset - start) % thinning
+    return np.arange(first, stop, thinning)
+
+
+def _sync_folder(path: Path) -> None:
+    """Make renames durable: a folder is a file, too."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
