@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from benchmarks.shooting import put_between
 from partime_mcmc import (CoalescingDice, Kernel, Target, Tolerance, Whitening, coalescing_hmc, from_numpyro, hmc, loop, mala,
                           sample)
 from partime_mcmc.diagnostics.arviz import ess_bulk
@@ -207,9 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     stored.write_text(json.dumps({"versions": versions(), "models": results}, indent=1))
     (arguments.out / "dice-meetings.md").write_text(table(results))
     if arguments.readme:
-        text = arguments.readme.read_text()
-        head, rest = text.split(_BEGIN)
-        arguments.readme.write_text(head + _BEGIN + "\n" + table(results) + _END + rest.split(_END)[1])
+        put_between(arguments.readme, _BEGIN, _END, table(results))
     print(table(results))
 
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from benchmarks.shooting import timed
+from benchmarks.shooting import put_between, timed
 from partime_mcmc import (CoalescingDice, Kernel, Status, Tolerance, Whitening, certify, coalescing_hmc, hmc, jacobi, loop, mala,
                           rollout, sample, shooting, solve)
 from partime_mcmc.dynamics import without_captures
@@ -143,9 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     (arguments.out / "dice-shooting.json").write_text(json.dumps(results, indent=1))
     (arguments.out / "dice-shooting.md").write_text(table(results))
     if arguments.readme:
-        text = arguments.readme.read_text()
-        head, rest = text.split(_BEGIN)
-        arguments.readme.write_text(head + _BEGIN + "\n" + table(results) + _END + rest.split(_END)[1])
+        put_between(arguments.readme, _BEGIN, _END, table(results))
 
 
 _BEGIN, _END = "<!-- table: benchmarks/results/dice-shooting.md -->", "<!-- end of dice shooting -->"

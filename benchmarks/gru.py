@@ -22,8 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc import Clipped, Newton, Status, deer, quasi_elk, shooting
+from partime_mcmc import Clipped, Dynamics, Newton, Status, deer, quasi_elk, shooting
+from partime_mcmc.adjoint import pulled_back
+from partime_mcmc.dynamics import ravel
 from partime_mcmc.mcmc.finish import versions
+from partime_mcmc.rnn.masks import PackedStep
+from partime_mcmc.rnn.plan import plan_for
 from partime_mcmc.rnn import ClosedForm, gru, gru_diagonal, gru_params, unroll, unroll_with_status
 
 LENGTHS = (1024, 4096, 16_384, 65_536, 262_144)
@@ -94,6 +98,8 @@ def measure(length: int, width: int, batch: int, repeats: int) -> list[dict]:
                "status": Status(int(np.max(status.solver_status))).name, "iterations": int(np.max(status.iterations)),
                "evaluations": float(np.mean(status.evaluations)), "state_difference": float(states),
                "gradient_difference": float(max(gaps))}
+        if name == "chosen" and batch == 1 and row["parallel"]:
+            row["adjoint_evaluations"] = adjoint_evaluations(params, carry[0], inputs[0])
         for kind, found in (("forward", forward), ("gradient", gradient)):
             row[kind] = {"scan_seconds": min(found["scan"]["times"]), "seconds": min(found[name]["times"]),
                          "ratio": min(found["scan"]["times"]) / min(found[name]["times"]),
@@ -102,10 +108,20 @@ def measure(length: int, width: int, batch: int, repeats: int) -> list[dict]:
     return rows
 
 
+def adjoint_evaluations(params, carry, inputs) -> float:
+    """Products with Jᵀ per step in the gradient of the loss, for one sequence and the plan that `unroll` takes."""
+    flat, start, _ = ravel(Dynamics(PackedStep(gru, False), params), carry)
+    states = unroll(gru, params, carry, inputs)[1]
+    before = jnp.concatenate([start[None], states[:-1]])
+    right = jax.grad(lambda states: jnp.mean(states**2))(states)
+    plan = plan_for(gru, params, carry, inputs[0])
+    return float(pulled_back(flat.step, plan, flat.params, before, inputs, right)[1].evaluations)
+
+
 def table(rows: list[dict]) -> str:
     """The Markdown table."""
     lines = ["| T | D | batch | solver | forward: scan, ms | | gradient: scan, ms | | states differ | gradients differ | "
-             "passes | evaluations per step | memory of the gradient: scan, this |", "|" + "---|" * 13]
+             "passes | evaluations per step, adjoint | memory of the gradient: scan, this |", "|" + "---|" * 13]
     for row in sorted(rows, key=key_of):
         forward, gradient = row["forward"], row["gradient"]
         how = f"{row['solver']}" + ("" if row["parallel"] else " (sequential)")
@@ -113,7 +129,7 @@ def table(rows: list[dict]) -> str:
             f"| {row['T']:,} | {row['D']} | {row['batch']} | {how} | {1e3 * forward['scan_seconds']:.2f} | "
             f"{forward['ratio']:.2f}× | {1e3 * gradient['scan_seconds']:.2f} | {gradient['ratio']:.2f}× | "
             f"{row['state_difference']:.0e} | {row['gradient_difference']:.0e} | {row['iterations']} | "
-            f"{row['evaluations']:.2f} | {gradient['scan_bytes'] / 2**20:.0f}, {gradient['bytes'] / 2**20:.0f} MiB |")
+            f"{row['evaluations']:.2f}" + (f", {row['adjoint_evaluations']:.2f}" if "adjoint_evaluations" in row else "") + f" | {gradient['scan_bytes'] / 2**20:.0f}, {gradient['bytes'] / 2**20:.0f} MiB |")
     return "\n".join(lines) + "\n"
 
 

@@ -264,9 +264,13 @@ def main(argv: list[str] | None = None) -> None:
     (arguments.out / f"{name}.md").write_text(table(results))
     print(table(results))
     if arguments.readme:
-        text = arguments.readme.read_text()
-        head, rest = text.split(_BEGIN, 1)
-        arguments.readme.write_text(head + _BEGIN + "\n" + table(results) + _END + rest.split(_END, 1)[1])
+        put_between(arguments.readme, _BEGIN, _END, table(results))
+
+
+def put_between(file: Path, begin: str, end: str, text: str) -> None:
+    """Replace what stands between two marks of a file."""
+    head, rest = file.read_text().split(begin, 1)
+    file.write_text(head + begin + "\n" + text + end + rest.split(end, 1)[1])
 
 
 _BEGIN = "<!-- table: benchmarks/results/shooting-cpu.md, written by `python -m benchmarks.shooting --readme README.md` -->"

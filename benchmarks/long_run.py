@@ -1,0 +1,180 @@
+"""Runs longer than memory: `python -m benchmarks.long_run --out benchmarks/results`.
+
+Three questions, each answered in a process of its own, on eight schools (D = 10, float64, 4 chains, `coalescing_hmc`):
+
+    memory      the largest resident memory of a process that draws `--num-draws` draws and keeps every
+                `--thinning`-th on disk
+    speed       draws per second of a stored run against one in memory, of a size that fits memory, interleaved
+    progress    a run with a progress line against the same without
+
+Warm-up comes before, compilation is part of the long run only; the certificate of every draw is part of all times but the
+loop's, running statistics, checksums and flushing to the disk of all stored runs. Beside the times stand the largest
+residual and what the kernel's own loop takes for as many draws.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import platform
+import resource
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from partime_mcmc import (Stretches, StoredDraws, coalescing_hmc, loop, open_draws, progress_line, quiet, sample,
+                          shooting)
+from partime_mcmc.mcmc.finish import versions
+from partime_mcmc.mcmc.warmup import Warmup
+from partime_mcmc.models.eight_schools import make_target
+
+CHAINS, STRETCH = 4, 62_500
+
+
+def prepared() -> tuple[Any, Any]:
+    """The target and its warm-up."""
+    jax.config.update("jax_enable_x64", True)
+    target = make_target(jax.random.key(0))
+    return target, sample(jax.random.key(1), target, coalescing_hmc, num_samples=8, num_chains=CHAINS, progress=False).warmup
+
+
+def draw(target: Any, warmup: Any, key: int, num_samples: int, store: str | None, thinning: int = 1,
+         progress: Any = quiet) -> Any:
+    """Chains of `num_samples` draws each, with a plan that both sides share."""
+    return sample(jax.random.key(key), target, warmup, num_samples=num_samples, num_chains=CHAINS,
+                  solver=shooting(num_segments=32), schedule=Stretches(STRETCH), store=store,
+                  thinning=thinning if store else 1, progress=progress)
+
+
+def peak() -> int:
+    """The largest resident memory of this process so far, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory(num_draws: int, thinning: int, folder: str) -> dict[str, Any]:
+    """A stored run in a process that does nothing else, its warm-up included."""
+    target, warmup = prepared()
+    before, begin = peak(), time.perf_counter()
+    draws = draw(target, warmup, 2, num_draws // CHAINS, folder, thinning)
+    seconds = time.perf_counter() - begin
+    return {"num_draws": num_draws, "thinning": thinning, "seconds": seconds, "draws_per_second": num_draws / seconds,
+            "seconds_compile": draws.report.seconds_compile, "peak_bytes": peak(), "peak_bytes_before": before,
+            "bytes_on_disk": sum(file.stat().st_size for file in Path(folder).iterdir()), **judged(draws)}
+
+
+def judged(draws: StoredDraws) -> dict[str, Any]:
+    """What the certificate and the running statistics say."""
+    rows = {row["name"]: row for row in draws.running.summary()}
+    return {"certified": bool(np.all(draws.certificate.certified)),
+            "max_residual": float(np.max(draws.certificate.max_residual)),
+            "num_chunks": len(draws.chunks), "fallbacks": len(draws.report.fallbacks),
+            "evaluations_per_sample": draws.report.evaluations_per_sample, "mu": rows["mu"], "tau": rows["tau"]}
+
+
+def speed(num_samples: int, repeats: int) -> dict[str, Any]:
+    """Stored against in memory, with and without a progress line, and the kernel's own loop; interleaved."""
+    target, warmup = prepared()
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {
+            "memory": lambda key: draw(target, warmup, key, num_samples, None).report,
+            "store": lambda key: draw(target, warmup, key, num_samples, f"{folder}/{key}").report,
+            "thinned store": lambda key: draw(target, warmup, key, num_samples, f"{folder}/thin{key}", 10).report,
+            "progress line": lambda key: draw(target, warmup, key, num_samples, f"{folder}/line{key}", 10,
+                                              progress_line).report}
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        for repeat in range(repeats + 1):
+            for name, run in runs.items():
+                begin = time.perf_counter()
+                run(10 + repeat)
+                if repeat:  # the first one compiles
+                    seconds[name].append(time.perf_counter() - begin)
+    found = {name: statistics.median(values) for name, values in seconds.items()}
+    return {"num_samples": num_samples, "num_chains": CHAINS, "repeats": repeats, "seconds": found, "all_seconds": seconds,
+            "store_against_memory": found["memory"] / found["store"], "thinned_against_memory": found["memory"] / found[
+                "thinned store"],
+            "progress_costs": found["progress line"] / found["thinned store"] - 1,
+            "loop_seconds": loop_seconds(warmup, num_samples)}
+
+
+def loop_seconds(warmup: Warmup, num_samples: int) -> float:
+    """The kernel's own sequential loop over all chains, nothing certified and nothing stored."""
+    kernel = warmup.kernel
+
+    @jax.jit
+    def run(positions, keys):
+        return jax.vmap(lambda position, key: loop(kernel, kernel.init(position), jax.random.split(key, num_samples))[0])(
+            positions, keys)
+
+    times = []
+    for seed in range(3):
+        begin = time.perf_counter()
+        jax.block_until_ready(run(warmup.positions, jax.random.split(jax.random.key(seed), CHAINS)))
+        times.append(time.perf_counter() - begin)
+    return min(times[1:])
+
+
+def alone(function: Any, *args: Any) -> dict[str, Any]:
+    """`function(*args)` in a fresh process, whose memory is its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, args)
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    big, fast = results["memory"], results["speed"]
+    each, draws = fast["seconds"], fast["num_samples"] * fast["num_chains"]
+    lines = [
+        "| run | draws | seconds | draws per second | against memory |", "|---|---|---|---|---|",
+        *(f"| {name} | {draws:,} | {value:.2f} | {draws / value:,.0f} | {each['memory'] / value:.2f} |"
+          for name, value in each.items()),
+        f"| kernel's own loop, nothing certified | {draws:,} | {fast['loop_seconds']:.2f} | "
+        f"{draws / fast['loop_seconds']:,.0f} | |",
+        f"| to disk, every {big['thinning']}th kept | {big['num_draws']:,} | {big['seconds']:.1f} | "
+        f"{big['draws_per_second']:,.0f} | |",
+        "",
+        f"The long run: {big['peak_bytes'] / 2**30:.2f} GiB resident at most ({big['peak_bytes_before'] / 2**30:.2f} GiB "
+        f"of it before the first draw), {big['bytes_on_disk'] / 1e6:,.0f} MB on disk in {big['num_chunks']} chunks, "
+        f"{'all chains certified' if big['certified'] else 'NOT certified'}, largest residual "
+        f"{big['max_residual']:.1e} noise units, {big['evaluations_per_sample']:.2f} evaluations per draw, "
+        f"{big['fallbacks']} fallbacks, {big['seconds_compile']:.1f} s of it compilation. The progress line costs "
+        f"{100 * fast['progress_costs']:+.1f}%."]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, and write `long-run-cpu.json` and `long-run-cpu.md`, named by the platform."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--num-draws", type=int, default=10_000_000, help="of all chains, in the long run")
+    parser.add_argument("--thinning", type=int, default=10)
+    parser.add_argument("--num-samples", type=int, default=250_000,
+                        help="draws per chain where memory and disk are compared")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", choices=("memory", "speed"), help="measure this and keep the rest of the stored results")
+    arguments = parser.parse_args(argv)
+    stored = arguments.out / f"long-run-{jax.default_backend()}.json"
+    results = {}
+    if arguments.only and stored.exists():
+        results = json.loads(stored.read_text())
+    if arguments.only != "speed":
+        with tempfile.TemporaryDirectory() as folder:
+            results["memory"] = alone(memory, arguments.num_draws, arguments.thinning, folder)
+            print(open_draws(folder))
+    if arguments.only != "memory":
+        results["speed"] = alone(speed, arguments.num_samples, arguments.repeats)
+    results["machine"] = {"platform": jax.default_backend(), "cpu": platform.machine(), "versions": versions()}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    stored.write_text(json.dumps(results, indent=1))
+    if {"memory", "speed"} <= set(results):
+        stored.with_suffix(".md").write_text(table(results))
+        print(table(results))
+
+
+if __name__ == "__main__":
+    main()
