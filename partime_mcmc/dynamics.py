@@ -23,7 +23,7 @@ from partime_mcmc.reduction import largest
 from partime_mcmc.types import Array, PyTree, pytree
 
 
-@pytree(static=("enter", "advance", "leave"))
+@pytree(static=("enter", "advance", "leave", "note"))
 class Memo:
     """The same recurrence for those who go through it step by step: what one step computes for the next is kept.
 
@@ -35,12 +35,15 @@ class Memo:
         advance: `(params, memory, drive) -> memory`.
         leave: `(params, memory) -> state`.
         params: Parameters of `enter`, `advance` and `leave`, in this order.
+        note: `memory -> (R,)`, numbers that the step just made leaves behind besides its state, of the state's type (what a
+            kernel says of its proposal); solvers that roll keep them for every step of the path. None: nothing.
     """
 
     enter: Callable
     advance: Callable
     leave: Callable
     params: tuple = (None, None, None)
+    note: Callable | None = None
 
 
 @pytree(static=("step",))
@@ -93,7 +96,7 @@ def without_captures(dynamics: Dynamics, state: PyTree, drive: PyTree) -> Dynami
         enter, p0 = explicit(memo.enter, memo.params[0], state, drive)
         advance, p1 = explicit(memo.advance, memo.params[1], memory, drive)
         leave, p2 = explicit(memo.leave, memo.params[2], memory)
-        memo = Memo(enter, advance, leave, (p0, p1, p2))
+        memo = Memo(enter, advance, leave, (p0, p1, p2), memo.note)
     return Dynamics(step, params, memo)
 
 
@@ -108,18 +111,22 @@ def rollout(dynamics: Dynamics, initial: PyTree, drives: PyTree) -> PyTree:
     Returns:
         `x_1..x_T`, leaves with leading axis `T`.
     """
+    return rollout_with_notes(dynamics, initial, drives)[0]
 
-    if dynamics.memo is None or jax.tree.leaves(drives)[0].shape[0] == 0:
+
+def rollout_with_notes(dynamics: Dynamics, initial: PyTree, drives: PyTree) -> tuple[PyTree, Array | None]:
+    """As `rollout`, and what each step notes, shape `(T, R)`; None where nothing is noted, or there are no steps."""
+    memo = dynamics.memo
+    if memo is None or jax.tree.leaves(drives)[0].shape[0] == 0:
         def advance(state, drive):
             state = dynamics(state, drive)
             return state, state
 
-        return lax.scan(advance, initial, drives)[1]
-    memo = dynamics.memo
+        return lax.scan(advance, initial, drives)[1], None
 
     def advance_memory(memory, drive):
         memory = memo.advance(memo.params[1], memory, drive)
-        return memory, memo.leave(memo.params[2], memory)
+        return memory, (memo.leave(memo.params[2], memory), memo.note and memo.note(memory))
 
     first = jax.tree.map(lambda leaf: leaf[0], drives)
     return lax.scan(advance_memory, memo.enter(memo.params[0], initial, first), drives)[1]
@@ -166,7 +173,7 @@ def ravel(dynamics: Dynamics, initial: PyTree) -> tuple[Dynamics, Array, Callabl
         return dynamics, flat, _identity
     border, memo = _Unravel(initial), dynamics.memo
     if memo is not None:
-        memo = Memo(_FlatEnter(memo.enter, border), memo.advance, _FlatLeave(memo.leave), memo.params)
+        memo = Memo(_FlatEnter(memo.enter, border), memo.advance, _FlatLeave(memo.leave), memo.params, memo.note)
     return Dynamics(_FlatStep(dynamics.step, border), dynamics.params, memo), flat, unravel
 
 

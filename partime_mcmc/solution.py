@@ -150,6 +150,8 @@ class Solution:
         residual: `max_t,j |f(x_{t-1}, u_t) − x_t|` of the states returned; a scalar, NaN if any is not finite.
         num_exact: How many steps from the start on are within the tolerance (`T` when converged).
         stats: The work done.
+        notes: What the steps of the path noted (`Memo.note`), shape `(T, R)`; None where nothing is noted or kept.
+        defects: `f(x_{t-1}, u_t) − x_t` in flat coordinates, shape `(T, D)`; None where there are no notes.
     """
 
     states: PyTree
@@ -158,6 +160,8 @@ class Solution:
     residual: Array
     num_exact: Array
     stats: Stats
+    notes: Array | None = None
+    defects: Array | None = None
 
     @property
     def verdict(self) -> Status:

@@ -12,6 +12,7 @@ stated bound. Under `vmap` each path has its own verdict, and finished paths kee
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -83,7 +84,7 @@ def solve(dynamics: Dynamics, initial: PyTree, drives: PyTree, *, solver: Solver
 
 
 def _fields(found: Solution) -> tuple:
-    return found.states, found.status, found.iterations, found.residual, found.num_exact, found.stats
+    return tuple(getattr(found, field.name) for field in dataclasses.fields(found))
 
 
 @pytree()
@@ -104,6 +105,8 @@ class _Loop:
     history: Array
     num_jacobians: Array
     num_updates: Array
+    notes: Array | None
+    defects: Array | None
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "window", "max_iterations"))
@@ -117,7 +120,8 @@ def _solve(dynamics: Dynamics, initial: Array, drives: PyTree, guess: Array, sol
         guess, zero, solver.init(initial, guess[:window]), jnp.asarray(_RUNNING if num_steps else 0, jnp.int32), zero,
         jnp.zeros((), dtype), zero, jnp.full(4, jnp.nan, dtype), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32),
         zero,
-        jnp.full(min(max_iterations + 1, _MAX_HISTORY), jnp.nan, dtype), zero, zero)
+        jnp.full(min(max_iterations + 1, _MAX_HISTORY), jnp.nan, dtype), zero, zero,
+        *_no_notes(dynamics, solver, initial, drives, guess, window))
     one_pass = functools.partial(_one_pass, dynamics, initial, drives, solver, schedule, tolerance, key, axis, window,
                                  max_iterations)
     if isinstance(solver, Rollout) and window == num_steps > 0:
@@ -128,7 +132,16 @@ def _solve(dynamics: Dynamics, initial: Array, drives: PyTree, guess: Array, sol
     evaluations, jvps = axis.by_part(jnp.stack([end.evaluations, end.jvps])).T / max(axis.length(num_steps), 1)
     replaced = axis.total(jnp.stack([end.num_jacobians, end.num_updates])[None])
     stats = Stats(evaluations.sum(), jvps.sum(), end.depth, end.history, replaced[0], replaced[1], evaluations)
-    return Solution(end.states, end.status, end.iterations, end.residual, end.num_exact, stats)
+    return Solution(end.states, end.status, end.iterations, end.residual, end.num_exact, stats, end.notes, end.defects)
+
+
+def _no_notes(dynamics, solver, initial, drives, guess, window):
+    """Room for notes and defects, None where none are kept: by most solvers, or where a window moves."""
+    memo = dynamics.memo
+    if not (memo and memo.note and getattr(solver, "keeps_notes", False) and window == guess.shape[0] > 0):
+        return None, None
+    memory = jax.eval_shape(memo.enter, memo.params[0], initial, jax.tree.map(lambda leaf: leaf[0], drives))
+    return jnp.zeros((window, *jax.eval_shape(memo.note, memory).shape), guess.dtype), jnp.zeros_like(guess)
 
 
 def _one_pass(dynamics, initial, drives, solver, schedule, tolerance, key, axis, window, max_iterations, loop):
@@ -166,7 +179,8 @@ def _one_pass(dynamics, initial, drives, solver, schedule, tolerance, key, axis,
         loop.start + num_exact, fingerprint, loop.evaluations + proposal.evaluations, loop.jvps + proposal.jvps,
         loop.depth + proposal.depth,
         loop.history.at[loop.iterations].set(size, mode="drop"),
-        loop.num_jacobians + proposal.num_replaced_jacobians, loop.num_updates + proposal.num_replaced_updates)
+        loop.num_jacobians + proposal.num_replaced_jacobians, loop.num_updates + proposal.num_replaced_updates,
+        *((None, None) if loop.notes is None else (proposal.notes, proposal.residual)))
 
 
 def _cut(initial, states, drives, start, window):

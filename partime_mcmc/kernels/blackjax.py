@@ -21,7 +21,7 @@ import numpy as np
 from blackjax.mcmc.random_walk import normal
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.kernels.certify import check_scale
+from partime_mcmc.kernels.certificate import check_scale
 from partime_mcmc.kernels.dice import CoalescingDice, Dice, PlainDice, check_dice
 from partime_mcmc.kernels.hmc import hmc_cycle, steered_hmc
 from partime_mcmc.kernels.kernel import Kernel

@@ -13,6 +13,7 @@ and the tape holds them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from typing import Any, Callable
 
@@ -22,6 +23,7 @@ from jax import lax
 
 from partime_mcmc.dynamics import Dynamics, Memo
 from partime_mcmc.kernels.drawn import Drawn
+from partime_mcmc.kernels.records import Said, decision_uniform, record
 from partime_mcmc.types import Key, PyTree, pytree
 
 _DERIVED = ("logdensity", "logdensity_grad")
@@ -130,6 +132,15 @@ class Kernel:
         memo = Memo(_Method(self, "_enter_memo"), _Method(self, "_advance_memo"), _Method(self, "_leave_memo"))
         return Dynamics(_Method(self, "_step_carry"), None, memo)
 
+    def recording(self) -> Dynamics:
+        """As `dynamics`, and every step notes what the kernel says of it: see `certify_recorded`."""
+        memo = Memo(*(_Method(self, f"_{name}_noting") for name in ("enter", "advance", "leave")), note=noted)
+        return dataclasses.replace(self.dynamics(), memo=memo)
+
+    def said(self, carry: PyTree, drive: Tape) -> Said:
+        """What one step says."""
+        return self._say(self.state(carry, drive.discrete), drive)[1]
+
     def tape(self, key: Key, num_steps: int, state: PyTree) -> Tape:
         """The dice of one chain.
 
@@ -183,6 +194,37 @@ class Kernel:
     def _leave_memo(self, state):
         return self.carry(state)
 
+    def _say(self, state, drive):
+        new, info = self.act(drive.dice, state)
+        pairs = zip(jax.tree.leaves(self.discrete(state)), jax.tree.leaves(drive.discrete))
+        consistent = functools.reduce(jnp.logical_and, [jnp.all(raw(a) == raw(b)) for a, b in pairs], jnp.ones((), bool))
+        records = dataclasses.replace(record(new, info), held=None)
+        return new, Said(records, decision_uniform(drive.dice, info), consistent)
+
+    def _enter_noting(self, carry, drive):
+        state = self.state(carry, drive.discrete)
+        said = jax.eval_shape(self._say, state, drive)[1]
+        return state, jnp.zeros(len(jax.tree.leaves(said)), self._dtype(state))
+
+    def _advance_noting(self, memory, drive):
+        new, said = self._say(memory[0], drive)
+        return new, said.packed(self._dtype(new))
+
+    def _leave_noting(self, memory):
+        return self.carry(memory[0])
+
+    def _dtype(self, state):
+        return jax.tree.leaves(self.carry(state))[0].dtype
+
+
+# Methods that a user's own carry and drives reach first.
+_BEGINNINGS = ("_step_carry", "_enter_memo", "_enter_noting")
+
+
+def noted(memory: tuple[PyTree, Array]) -> Array:
+    """`Memo.note` of a kernel that records."""
+    return memory[1]
+
 
 class _Method:
     """A method of a kernel as a function with parameters first; equal for equal kernels, so code is found again."""
@@ -192,9 +234,9 @@ class _Method:
 
     def __call__(self, params, *args):
         del params
-        if self.name in ("_step_carry", "_enter_memo") and not isinstance(args[1], Tape):
+        if self.name in _BEGINNINGS and not isinstance(args[1], Tape):
             raise TypeError(f"drives: got a {type(args[1]).__name__}, wanted a Tape: kernel.tape(key, num_steps, state)")
-        if self.name in ("_step_carry", "_enter_memo") and hasattr(args[0], "logdensity"):
+        if self.name in _BEGINNINGS and hasattr(args[0], "logdensity"):
             raise TypeError(f"initial: got a {type(args[0]).__name__}, wanted its carry: kernel.carry(state)")
         return getattr(self.kernel, self.name)(*args)
 
@@ -230,6 +272,11 @@ def loop(kernel: Kernel, state: PyTree, keys: Key) -> tuple[PyTree, PyTree]:
 
 def _fields(state: PyTree) -> dict | None:
     return state._asdict() if hasattr(state, "_asdict") and hasattr(state, "position") else None
+
+
+def raw(leaf: Array) -> Array:
+    """A discrete leaf as numbers, keys included."""
+    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
 
 
 def _is_discrete(value: PyTree) -> bool:

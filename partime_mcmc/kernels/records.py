@@ -39,7 +39,7 @@ class Records:
     num_steps: Array | None
     logdensity: Array | None
     nonfinite: Array
-    held: Array
+    held: Array | None
     decision_margin: Array | None
     lattice_margin: Array | None
 
@@ -61,6 +61,37 @@ def record(state: Any, info: Any) -> Records:
         nonfinite = nonfinite | ((rate == 0) & hidden)
     return Records(of("is_accepted"), rate, of("is_divergent"), energy, of("num_integration_steps"),
                    of("logdensity", state), nonfinite, jnp.zeros((), bool), of("decision_margin"), of("lattice_margin"))
+
+
+@pytree()
+class Said:
+    """All that one step says, as it is made.
+
+    Attributes:
+        records: What the kernel says; `held` is left out: the path shows it.
+        uniform: The uniform behind its decision, where that is known.
+        consistent: Whether the discrete leaves of the state before it are those on the tape.
+    """
+
+    records: Records
+    uniform: Array | None
+    consistent: Array
+
+    def packed(self, dtype: Any) -> Array:
+        """As numbers of one type, shape `(R,)`; counts are below 2²⁴ and flags 0 or 1, so nothing is lost."""
+        return jnp.stack([jnp.asarray(leaf, dtype).reshape(()) for leaf in jax.tree.leaves(self)])
+
+
+def unpacked(notes: Array, example: Said) -> Said:
+    """What steps said, fields `(...)`, from their packed numbers `(..., R)`.
+
+    Args:
+        notes: From `Said.packed`.
+        example: One of them; only structure and types matter.
+    """
+    leaves, structure = jax.tree.flatten(example)
+    back = [notes[..., k] != 0 if leaf.dtype == bool else notes[..., k].astype(leaf.dtype) for k, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(structure, back)
 
 
 _SAID = ("accepted", "acceptance_rate", "diverging", "energy", "num_steps", "logdensity")

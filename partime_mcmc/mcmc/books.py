@@ -43,6 +43,7 @@ class Books:
         self.interrupted = False
         self.failed_running = failed_running
         self.worst = 0.0
+        self.as_found = True
 
     @property
     def hopeless(self) -> bool:
@@ -78,6 +79,8 @@ class Books:
             self.history = np.asarray(found.stats.residual_history)
         self._count(found, stop - start)
         bad = np.array([verdict != Status.CONVERGED for verdict in verdicts])
+        # Whether the states returned are those that were found, of every chain.
+        self.as_found = not bad.any()
         if rolled:
             self.num_sequential += stop - start
         states, rolled_exact = found.states, found.num_exact

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from partime_mcmc.kernels import Kernel
+from partime_mcmc.kernels import Evidence, Kernel, Recorded
 from partime_mcmc.mcmc.draws import Draws, End
 from partime_mcmc.mcmc.progress import Progress, quiet
 from partime_mcmc.mcmc.run import Choice
@@ -36,7 +36,8 @@ SHORT = 1024
 def draw_chains(target: Target, kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *, warmup: Warmup | None,
                 solver: Solver | None = None, schedule: Schedule | None = None, tolerance: Tolerance | None = None,
                 max_iterations: int | None = None, choose: Choice | None = None, plan: dict[str, Any] | None = None,
-                end: End | None = None, mesh: Mesh | None = None, progress: Progress = quiet) -> Draws:
+                end: End | None = None, mesh: Mesh | None = None, certificate: Evidence = Recorded(),
+                progress: Progress = quiet) -> Draws:
     """Chains of a tuned kernel, certified.
 
     Args:
@@ -54,6 +55,7 @@ def draw_chains(target: Target, kernel: Kernel, positions: PyTree, keys: Key, nu
         plan: More plain values for `Draws.plan`.
         end: Where chains go on from, to the last bit; None is `positions`.
         mesh: Devices to spread chains and time over; None is the default device alone.
+        certificate: What certificates rest on.
         progress: What to tell.
     """
     num_chains = keys.shape[0]
@@ -61,7 +63,8 @@ def draw_chains(target: Target, kernel: Kernel, positions: PyTree, keys: Key, nu
     tolerance = default_tolerance(kernel, dtype) if tolerance is None else tolerance
     course = Course(
         target, kernel, keys, num_samples, tolerance, max_iterations,
-        choose or given_choice(solver, schedule, num_chains, num_samples, mesh), warmup, plan or {}, mesh)
+        choose or given_choice(solver, schedule, num_chains, num_samples, mesh), warmup, plan or {}, mesh,
+        certificate)
     with progress.stage("sampling", num_samples) as advance:
         pieces = list(stream(course, positions, max(num_samples, 1), Tell(advance, num_chains), end))
     return join_draws(pieces)

@@ -19,6 +19,7 @@ import numpy as np
 from partime_mcmc.closures import Named, explicit
 from partime_mcmc.dynamics import Dynamics, Memo
 from partime_mcmc.kernels import Kernel, Whitening
+from partime_mcmc.kernels.kernel import noted
 from partime_mcmc.types import Array, PyTree, pytree
 
 Builder = Callable[..., Kernel]
@@ -75,6 +76,11 @@ class Tuned(Kernel):
         part = functools.partial(_Part, self.family)
         memo = Memo(part("_enter_memo"), part("_advance_memo"), part("_leave_memo"), (self.numbers,) * 3)
         return Dynamics(part("_step_carry"), self.numbers, memo)
+
+    def recording(self) -> Dynamics:
+        """As `Kernel.recording`, with the numbers as parameters."""
+        parts = (_Part(self.family, f"_{name}_noting") for name in ("enter", "advance", "leave"))
+        return dataclasses.replace(self.dynamics(), memo=Memo(*parts, (self.numbers,) * 3, noted))
 
 
 def tuned_kernel(family: Family, data: PyTree, whitening: Whitening, settings: dict[str, Any]) -> Tuned:

@@ -1,8 +1,9 @@
 """From solved chains to draws: the certificate, what the kernel says of each step, and the model's own space.
 
-The certificate is one independent pass over the whole path; the same pass records acceptance probabilities, energies
-and the like. A solver stops within a tolerance, so steps on which the kernel stands still are made to stand still to
-the last bit, and what is returned is what was certified.
+Where all steps were recorded while they were rolled, the certificate is read from the notes. Elsewhere it is one independent
+pass over the whole path, which also finds acceptance probabilities, energies and the like; a solver stops within a
+tolerance, so steps on which the kernel stands still are then made to stand still to the last bit, and what is returned is
+what was certified.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 
 from partime_mcmc.closures import Named
-from partime_mcmc.kernels import Certificate, Kernel, certify_held
+from partime_mcmc.kernels import Certificate, Kernel, certify_held, certify_recorded
 from partime_mcmc.kernels.records import said_by
 from partime_mcmc.mcmc.books import Books
 from partime_mcmc.mcmc.draws import Draws, End, RunReport
@@ -39,8 +40,12 @@ def finish(target: Target, kernel: Kernel, chains: Chains, warmup: Warmup | None
     """
     clock = chains.clock
     family, numbers = family_of(kernel)
-    certificate, records, carries, positions = run_explicit(
-        _Judge(family), numbers, chains.initial, chains.carries, chains.tape, clock=clock, what="certify")
+    path = chains.initial, chains.carries, chains.tape
+    if chains.notes is None:
+        judge = _Judge(family)
+    else:
+        judge, path = _Read(family), (*path, chains.notes, chains.defects)
+    certificate, records, carries, positions = run_explicit(judge, numbers, *path, clock=clock, what="certify")
     constrained = constrained_values(target, positions, clock)
     shape = certificate.residual.shape
     info = said_by(records, shape) | {"residual": certificate.residual}
@@ -83,6 +88,15 @@ class _Judge(Named):
         kernel = self.parts[0].kernel(numbers)
         certificate, records, still = certify_held(kernel, initial, carries, tape)
         return certificate, records, still, jax.vmap(jax.vmap(kernel.position))(still)
+
+
+class _Read(Named):
+    """As `_Judge`, from what steps noted."""
+
+    def __call__(self, numbers, initial, carries, tape, notes, defects):
+        kernel = self.parts[0].kernel(numbers)
+        certificate, records = jax.vmap(functools.partial(certify_recorded, kernel))(initial, carries, tape, notes, defects)
+        return certificate, records, carries, jax.vmap(jax.vmap(kernel.position))(carries)
 
 
 class _Constrain(Named):

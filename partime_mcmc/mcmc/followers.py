@@ -73,7 +73,7 @@ def course_of(start: Start, target: Target, kernel: Kernel, num_samples: int, ma
     """What is to be run, as the start has it; arguments as for `take_up` and `follow`."""
     settled = start.settled
     return Course(target, kernel, start.keys(), num_samples, settled.tolerance, max_iterations,
-                  lambda *_: (settled.solver, settled.schedule, None), None, {"key": key}, mesh)
+                  lambda *_: (settled.solver, settled.schedule, None), None, {"key": key}, mesh, settled.certificate)
 
 
 def follow(path: Any, target: Target, given: Kernel | Builder | Warmup, max_iterations: int | None, key: list[int],

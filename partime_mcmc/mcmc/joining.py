@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from partime_mcmc.kernels import Certificate
-from partime_mcmc.kernels.certify import FEWEST_TO_FREEZE
+from partime_mcmc.kernels.certificate import FEWEST_TO_FREEZE
 from partime_mcmc.mcmc.draws import Draws, RunReport
 from partime_mcmc.solution import Status
 
@@ -48,7 +48,7 @@ def join_certificates(first: Certificate, then: Certificate) -> Certificate:
         num_nonfinite_proposals=total("num_nonfinite_proposals"), num_ambiguous=_close_calls(a, b, total("num_ambiguous")),
         min_margin=np.fmin(a.min_margin, b.min_margin),
         min_lattice_margin=np.fmin(a.min_lattice_margin, b.min_lattice_margin),
-        discrete_consistent=a.discrete_consistent & b.discrete_consistent,
+        discrete_consistent=a.discrete_consistent & b.discrete_consistent, independent=a.independent & b.independent,
         accepted=np.concatenate([a.accepted, b.accepted], axis=1), residual=np.concatenate([a.residual, b.residual], axis=1))
 
 

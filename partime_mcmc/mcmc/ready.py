@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 
 from partime_mcmc.diagnostics.checks import check_deterministic, check_precision, check_starts, looks_improper
-from partime_mcmc.kernels import Kernel
+from partime_mcmc.kernels import Evidence, Kernel, Recorded
 from partime_mcmc.kernels.dice import Dice
 from partime_mcmc.mcmc.chains import SHORT, advised, default_tolerance
 from partime_mcmc.mcmc.dice import fixed_dice, sooner
@@ -42,6 +42,7 @@ class Request:
     max_iterations: int | None
     max_bytes: int | None
     thinning: int
+    certificate: Evidence = Recorded()
 
 
 class Ready(NamedTuple):

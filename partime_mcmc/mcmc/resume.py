@@ -45,7 +45,7 @@ from partime_mcmc.schedule import Stretches
 from partime_mcmc.types import Key, PyTree
 
 # The arguments of `sample` that are data, and go into the store as they are.
-_STRATEGIES = ("adaptation", "dice", "solver", "schedule", "tolerance")
+_STRATEGIES = ("adaptation", "dice", "solver", "schedule", "tolerance", "certificate")
 _COUNTS = ("num_samples", "num_chains", "num_warmup", "max_iterations", "thinning")
 
 
@@ -202,7 +202,7 @@ def start_of(store: Store, ready: Ready, request: Request, choose: Any, progress
     if advice is not None:
         progress.note(str(advice))
     settled = settled_for(kernel, ready.warmup, solver=solver, schedule=schedule, tolerance=tolerance, chunk=chunk,
-                          program=program_of(dynamics, kernel), advice=str(advice or ""))
+                          program=program_of(dynamics, kernel), advice=str(advice or ""), certificate=request.certificate)
     return pack_start(settled, kernel, keys, end)
 
 

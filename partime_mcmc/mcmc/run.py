@@ -1,6 +1,7 @@
 """Running chains: one compiled solve for all of them, stretch after stretch.
 
 Stretch s of every chain is the recurrence x_t = f(x_{t-1}, u_t) for its part of the tape, from where the chain ended before.
+What steps note of themselves is kept where every chain was solved by rolling it.
 A chain whose solve does not converge is finished sequentially (`books`). One bad chain never changes how the others are run,
 so that their draws stay the same bits.
 
@@ -19,11 +20,11 @@ import jax.numpy as jnp
 
 from partime_mcmc.closures import Named
 from partime_mcmc.dynamics import Dynamics
-from partime_mcmc.kernels import Kernel, Tape
+from partime_mcmc.kernels import Evidence, Independent, Kernel, Tape
 from partime_mcmc.mcmc.books import Books
 from partime_mcmc.mcmc.draws import End
 from partime_mcmc.mcmc.programs import Clock, run_program
-from partime_mcmc.mcmc.tapes import throw
+from partime_mcmc.mcmc.tapes import noting, throw
 from partime_mcmc.predict.advise import Advice
 from partime_mcmc.recipes import sequential
 from partime_mcmc.schedule import Schedule, Stretches, Whole
@@ -52,6 +53,8 @@ class Chains:
         solver: What solved them.
         schedule: How time was cut.
         advice: Why, if advice was asked for.
+        notes: What steps noted, `(C, T, R)`; None where nothing was noted, or not of all steps.
+        defects: How far each step is from the recurrence, `(C, T, D)`; None as `notes`.
     """
 
     initial: PyTree
@@ -64,11 +67,14 @@ class Chains:
     solver: Solver
     schedule: Schedule
     advice: Advice | None
+    notes: jax.Array | None = None
+    defects: jax.Array | None = None
 
 
 def run_chains(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *, choose: Choice, tolerance: Tolerance,
-               max_iterations: int | None, advance: Callable[..., None], end: End | None = None, total: int | None = None,
-               stretch: int | None = None, clock: Clock | None = None) -> Chains:
+               max_iterations: int | None, advance: Callable[..., None], evidence: Evidence = Independent(),
+               end: End | None = None, total: int | None = None, stretch: int | None = None,
+               clock: Clock | None = None) -> Chains:
     """Solve all chains.
 
     Args:
@@ -81,6 +87,7 @@ def run_chains(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *
         tolerance: How small residuals must be.
         max_iterations: Passes per stretch.
         advance: Told of the steps done, and what to show, after each stretch.
+        evidence: Whether steps note what a certificate needs.
         end: Where the chains go on from, to the last bit; None is where `positions` are, before the first step.
         total: The step at which the whole run ends; None is the end of these T.
         stretch: Most steps that are solved at once, whatever the schedule says; None leaves it to the schedule.
@@ -98,17 +105,19 @@ def run_chains(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *
     solve_stretch = _solving(solver, inside, tolerance, max_iterations, clock)
     roll_stretch = _solving(sequential(), Whole(), tolerance, None, clock)
     finish_stretch = functools.partial(run_program, _finish, clock=clock)
+    recurrence = noting(kernel, evidence, initial, tape, clock)
     books = Books(keys.shape[0], first, first + num_samples if total is None else total, end.failed_running if end else 0)
-    current, pieces = initial, []
+    current, pieces, kept = initial, [], []
     try:
         for start in range(0, num_samples, size):
             stop = min(start + size, num_samples)
             part = tape if size >= num_samples else jax.tree.map(lambda leaf: leaf[:, start:stop], tape)
             chosen = roll_stretch if books.hopeless else solve_stretch
-            found = chosen(dynamics, current, part)
+            found = chosen(recurrence, current, part)
             states = books.enter(found, start, stop, chosen is roll_stretch,
                                  functools.partial(finish_stretch, dynamics, current, part))
             pieces.append(states)
+            kept.append((found.notes, found.defects) if books.as_found else (None, None))
             current = jax.tree.map(lambda leaf: leaf[:, -1], states)
             advance(stop - start, **books.shown())
     except KeyboardInterrupt:
@@ -118,7 +127,15 @@ def run_chains(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *
         discrete = jax.tree.map(lambda leaf: leaf[:, done], tape.discrete) if done < num_samples else discrete
         tape = jax.tree.map(lambda leaf: leaf[:, :done], tape)
         books.interrupt(done)
-    return Chains(initial, _joined(initial, pieces), tape, discrete, first, books, clock, solver, schedule, advice)
+    return Chains(initial, _joined(initial, pieces), tape, discrete, first, books, clock, solver, schedule, advice,
+                  *_all_kept(kept))
+
+
+def _all_kept(kept: list[tuple]) -> tuple[jax.Array | None, jax.Array | None]:
+    """Notes and defects of all stretches, if all of them have some."""
+    if not kept or any(notes is None for notes, _ in kept):
+        return None, None
+    return kept[0] if len(kept) == 1 else tuple(jnp.concatenate(pieces, axis=1) for pieces in zip(*kept))
 
 
 def _joined(initial: PyTree, pieces: list[PyTree]) -> PyTree:

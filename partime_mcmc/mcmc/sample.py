@@ -18,8 +18,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from partime_mcmc.contracts import check_has
 from partime_mcmc.diagnostics.checks import check_count, check_key
-from partime_mcmc.kernels import Kernel
+from partime_mcmc.kernels import Evidence, Kernel, Recorded
 from partime_mcmc.kernels.dice import Dice
 from partime_mcmc.mcmc.arguments import check_memory, check_strategies, chosen_progress
 from partime_mcmc.mcmc.chains import DEFAULT_STRETCH, default_tolerance, draw_chains
@@ -49,7 +50,7 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
            solver: Solver | None = None, schedule: Schedule | None = None,
            tolerance: Tolerance | None = None, max_iterations: int | None = None, max_bytes: int | None = None,
            store: Store | str | os.PathLike | None = None, thinning: int = 1, mesh: Mesh | None = None,
-           progress: Progress | bool = True) -> Draws | StoredDraws:
+           certificate: Evidence = Recorded(), progress: Progress | bool = True) -> Draws | StoredDraws:
     """Sample a target with exact chains, parallel over time.
 
     Args:
@@ -78,6 +79,9 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
         mesh: Devices, of one or several hosts, to spread chains and time over, from `distributed.time_mesh`: the same
             draws to rounding, as NumPy arrays on every host. A solver of None is then shooting. With a store, all hosts see
             its folder and the first one writes. None is the default device alone.
+        certificate: What it rests on: `Recorded()` on what every step said while it was rolled, at no cost; `Independent()` on
+            one more evaluation of every step, apart from the solver. Other solvers than shooting and the loop, chains that
+            fell back and those on a mesh have the latter in any case; `draws.certificate.independent` says which.
         progress: True shows one line per stage on a terminal; or `quiet`, `progress_line`, or your own.
 
     Returns:
@@ -96,6 +100,7 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
     key, progress = check_key(key), chosen_progress(progress if mesh is None or jax.process_index() == 0 else False)
     check_strategies(target, kernel, solver, schedule, tolerance, max_iterations)
     num_samples, num_chains = check_count(num_samples, "num_samples", 0), check_count(num_chains, "num_chains", 1)
+    check_has(certificate, "certificate", ("dynamics",), "Recorded() or Independent()")
     check_count(num_warmup, "num_warmup", 20 if not isinstance(kernel, (Kernel, Warmup)) else 0)
     if check_count(thinning, "thinning", 1) > 1 and store is None:
         raise ValueError(f"thinning: got {thinning} without a store; draws in memory are all kept: slice them, or give "
@@ -103,7 +108,7 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
     if mesh is not None:
         check_mesh(mesh, num_chains, schedule)
     request = Request(key, target, kernel, num_samples, num_chains, num_warmup, adaptation, dice, solver, schedule,
-                      tolerance, max_iterations, max_bytes, thinning)
+                      tolerance, max_iterations, max_bytes, thinning, certificate)
     if store is not None:
         draws = sample_stored(as_store(store), request, progress, mesh)
         progress.note(str(draws))
@@ -129,7 +134,8 @@ def _in_memory(request: Request, mesh: Mesh | None, progress: Progress) -> Draws
     plan = {"num_warmup": warmup.num_steps if warmup else 0, "key": key_words(request.key)}
     return draw_chains(request.target, kernel, positions, keys, num_samples, warmup=warmup, solver=solver, schedule=schedule,
                        tolerance=request.tolerance, max_iterations=request.max_iterations, plan=plan, progress=progress,
-                       choose=ready.choice(request) if mesh is None else None, mesh=mesh if num_samples else None)
+                       choose=ready.choice(request) if mesh is None else None, mesh=mesh if num_samples else None,
+                       certificate=request.certificate)
 
 
 def _hardly_moves(draws: Draws) -> str | None:

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from partime_mcmc.distributed.sharded_solve import time_axis
 from partime_mcmc.kernels import Certificate, Kernel
-from partime_mcmc.kernels.certify import FEWEST_TO_FREEZE
+from partime_mcmc.kernels.certificate import FEWEST_TO_FREEZE
 from partime_mcmc.kernels.drawn import Drawn
 from partime_mcmc.mcmc.across import CHAINS, SAME, Cut, Finish, Judge, Solve, Throw
 from partime_mcmc.mcmc.books import Books
@@ -216,7 +216,8 @@ def combined(steps: dict, parts: dict, num_samples: int) -> Certificate:
         frozen=(longest == num_samples) & (num_samples >= FEWEST_TO_FREEZE), num_rejected=total("num_rejected"),
         longest_rejection=longest, num_nonfinite_proposals=parts["num_nonfinite_proposals"].sum(axis=1),
         num_ambiguous=total("num_ambiguous"),
-        **smallest, discrete_consistent=parts["discrete_consistent"].all(axis=1), **steps)
+        **smallest, discrete_consistent=parts["discrete_consistent"].all(axis=1),
+        independent=parts["independent"].all(axis=1), **steps)
 
 
 def _longest_rejection(parts: dict) -> np.ndarray:

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from partime_mcmc.kernels import Kernel
+from partime_mcmc.kernels import Evidence, Kernel, Recorded
 from partime_mcmc.mcmc.dice import dice_of
 from partime_mcmc.mcmc.draws import Draws, End
 from partime_mcmc.mcmc.finish import finish
@@ -51,7 +51,8 @@ class Course:
         choose: What picks solver and schedule.
         warmup: The warm-up before, if any.
         plan: More plain values for `Draws.plan`.
-        mesh: Devices to spread it over; None is the default device alone.
+        mesh: Devices to spread it over; None is the default device alone. Chains on a mesh are certified independently.
+        evidence: What certificates rest on.
     """
 
     target: Target
@@ -64,6 +65,7 @@ class Course:
     warmup: Warmup | None = None
     plan: dict[str, Any] = dataclasses.field(default_factory=dict)
     mesh: Mesh | None = None
+    evidence: Evidence = Recorded()
 
 
 def stream(course: Course, positions: PyTree, chunk: int, tell: Tell, end: End | None = None,
@@ -120,7 +122,8 @@ def _attempt(course, positions, end, steps, stretch, last, tell, notes):
         return _across(course, positions, end, steps, stretch, last, tell, notes)
     chains = run_chains(
         course.kernel, positions, course.keys, steps, choose=course.choose, tolerance=course.tolerance,
-        max_iterations=course.max_iterations, advance=tell, end=end, total=last, stretch=stretch, clock=Clock())
+        max_iterations=course.max_iterations, advance=tell, evidence=course.evidence, end=end, total=last, stretch=stretch,
+        clock=Clock())
     plan = {"kernel": course.kernel.name, "dice": dice_of(course.kernel), "solver": repr(chains.solver),
             "schedule": repr(chains.schedule), "num_samples": jax.tree.leaves(chains.carries)[0].shape[1],
             "num_chains": course.keys.shape[0], **course.plan}

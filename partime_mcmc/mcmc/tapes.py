@@ -19,7 +19,7 @@ import numpy as np
 
 from partime_mcmc.closures import Named
 from partime_mcmc.dynamics import Dynamics, without_captures
-from partime_mcmc.kernels import Kernel, Tape
+from partime_mcmc.kernels import Evidence, Kernel, Tape
 from partime_mcmc.mcmc.draws import End
 from partime_mcmc.mcmc.family import family_of
 from partime_mcmc.mcmc.programs import Clock, run_explicit
@@ -69,10 +69,28 @@ def recurrence(kernel: Kernel, keys: Key, end: End) -> Dynamics:
     return _explicit_dynamics(kernel, initial, tape)
 
 
+def noting(kernel: Kernel, evidence: Evidence, initial: PyTree, tape: Tape, clock: Clock) -> Dynamics:
+    """The recurrence of `throw`, its steps noting what some evidence needs.
+
+    Args:
+        kernel: The kernel.
+        evidence: What certificates will rest on.
+        initial: Starting carries, leaves `(C, ...)`; only structure, shapes and types matter.
+        tape: Tapes, leaves `(C, T, ...)`; likewise.
+        clock: Where seconds are booked.
+    """
+    with clock.measure("compile"):
+        return _explicit(evidence.dynamics(kernel), initial, tape)
+
+
 def _explicit_dynamics(kernel: Kernel, initial: PyTree, tape: Tape) -> Dynamics:
+    return _explicit(kernel.dynamics(), initial, tape)
+
+
+def _explicit(dynamics: Dynamics, initial: PyTree, tape: Tape) -> Dynamics:
     state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), initial)
     drive = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), tape)
-    return without_captures(kernel.dynamics(), state, drive)
+    return without_captures(dynamics, state, drive)
 
 
 def begin(kernel: Kernel, positions: PyTree, keys: Key, clock: Clock) -> End:

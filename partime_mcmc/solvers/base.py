@@ -34,6 +34,7 @@ class Proposal:
         jvps: Jacobian-vector products of `f` in this pass, over all steps of the window; a scalar.
         gave_up: Whether the solver sees that further passes will not help; a scalar.
         num_passes: Passes that this step stands for, for solvers that make several at once; a scalar.
+        notes: What the steps of `judged` noted (`Memo.note`), shape `(T, R)`; None from solvers that keep no notes.
     """
 
     states: Array
@@ -46,10 +47,13 @@ class Proposal:
     jvps: Array
     gave_up: Array | bool = False
     num_passes: Array | int = 1
+    notes: Array | None = None
 
 
 class Solver(Protocol):
     """One pass from a guess to a better guess."""
+
+    # A class attribute `keeps_notes = True` says that its proposals hold what the steps noted, if the dynamics note anything.
 
     def init(self, initial: Array, states: Array) -> PyTree:
         """What the solver remembers between passes, at the start."""

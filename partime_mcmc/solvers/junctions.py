@@ -42,6 +42,11 @@ class Joints(NamedTuple):
         """Every segment starts where its predecessor ended; `ends` and starts have shape `(B C, D)`."""
         return self.by_lane(self.axis.previous(self.initial, self.by_segment(ends)))
 
+    def from_before(self, values: Array) -> Array:
+        """The values `(B C,)` of each segment's predecessor, 0 where there is none; of numbers that are no states."""
+        nothing = jnp.zeros(self.initial.shape[0], values.dtype)
+        return self.by_lane(self.axis.previous(nothing, self.by_segment(values)))
+
     def next(self, values: Array) -> Array:
         """The values `(B C, D)` of each segment's successor, 0 where there is none."""
         return self.by_lane(self.axis.following(self.by_segment(values), jnp.zeros_like(self.initial)))

@@ -7,6 +7,9 @@ The loops of all levels are compiled once, with fixed widths W_k = ⌈L / 4^k⌉
 running. Lanes that have met cost nothing once they are left behind: the work is at most four times that of the open lanes
 instead of L times the slowest. Where a level ends its states are written back, and the next level begins from them.
 
+Where steps leave notes, and so say which of them stand still, a path meets its stored one on a step that moves, or on equal
+bits: the gap of a meeting is then a change of the proposal's noise and never a rejected step that moves by a rounding error.
+
 A narrower program may round otherwise, so nothing is narrowed where only equal bits count as a meeting; and a chain's
 narrowing would depend on its neighbours', so that callers with several chains, whose bits must not, keep one width.
 """
@@ -34,7 +37,7 @@ class Segments(NamedTuple):
 
     Attributes:
         enter: `(states (W, D), drives of one step) -> memory`.
-        roll: `(memory, values of one step) -> (memory, states (W, D))`.
+        roll: `(memory, values of one step) -> (memory, rows (W, D + R))`: states, and behind them what the step notes.
         drives: Drives by segment, leading axes `(L, n)`.
         values: What `roll` needs of each step, leading axes `(n, L)`.
         bound: Absolute and relative tolerance, shapes `(L, D)` and `(L, 1)`.
@@ -53,7 +56,7 @@ class Lanes(NamedTuple):
     """How far the lanes have come.
 
     Attributes:
-        path: Stored states, shape `(n, L, D)`.
+        path: Stored states, and the notes of their steps, shape `(n, L, D + R)`.
         step: The next step to roll, the same for all lanes.
         open: Lanes that have not met their stored path, shape `(L,)`.
         where: At which step each lane last met its path, shape `(L,)`.
@@ -108,45 +111,50 @@ def roll_until_met(segments: Segments, lanes: Lanes, starts: Array, is_first: Ar
 
 def _level(segments: Segments, starts, is_first, width, enough, lanes: Lanes) -> Lanes:
     """Roll the open lanes, gathered in `width` lanes, until few enough are open."""
-    steps, num_lanes, _ = lanes.path.shape
+    (steps, num_lanes, width_of_row), dimension = lanes.path.shape, starts.shape[1]
+    is_state = jnp.arange(width_of_row) < dimension
     full, begin = width == num_lanes, lanes.step
     chosen = jnp.arange(num_lanes) if full else jnp.nonzero(lanes.open, size=width, fill_value=num_lanes)[0]
     take = (lambda leaf: leaf) if full else (lambda leaf: leaf.at[chosen].get(mode="clip"))
     row = functools.partial(lax.dynamic_index_in_dim, index=begin, axis=1, keepdims=False)
-    before = lax.dynamic_index_in_dim(lanes.path, jnp.maximum(begin - 1, 0), keepdims=False)
+    before = lax.dynamic_index_in_dim(lanes.path, jnp.maximum(begin - 1, 0), keepdims=False)[:, :dimension]
     state = take(jnp.where(begin == 0, starts, before))
     memory = segments.enter(state, jax.tree.map(lambda leaf: take(row(leaf)), segments.drives))
     bound = tuple(take(part) for part in segments.bound)
     met = ~lanes.open if full else chosen == num_lanes
 
     def going(carry):
-        return (carry[0] < steps) & ((~carry[3]).sum() > enough)
+        return (carry[0] < steps) & ((~carry[4]).sum() > enough)
 
     def advance(carry):
-        step, memory, rolled, met, where, gap = carry
+        step, memory, last, rolled, met, where, gap = carry
         at_step = functools.partial(lax.dynamic_index_in_dim, index=step, keepdims=False)
-        memory, new = segments.roll(memory, jax.tree.map(lambda leaf: take(at_step(leaf)), segments.values))
-        stored = take(at_step(lanes.path))
+        memory, row = segments.roll(memory, jax.tree.map(lambda leaf: take(at_step(leaf)), segments.values))
+        stored_row = take(at_step(lanes.path))
+        new, stored = row[:, :dimension], stored_row[:, :dimension]
         meets = ~met & same(new, stored, bound).all(axis=1) & ~is_first
+        if last is not None:
+            meets &= (new != last).any(axis=1) | (new == stored).all(axis=1)
         # An older gap further on is still there; the larger of the two stands for both, at the place of the newer.
         older = jnp.where((where > step)[:, None], jnp.abs(gap), 0)
         gap = jnp.where(meets[:, None], jnp.maximum(jnp.abs(new - stored), older), gap)
         where = jnp.where(meets, step, where)
-        met = met | meets
-        # At the meeting the stored state stays, because what follows was computed from it.
-        row = jnp.where(met[:, None], stored, new) if full else new
-        return step + 1, memory, lax.dynamic_update_index_in_dim(rolled, row, step, 0), met, where, gap
+        # At the meeting the stored state stays, because what follows was computed from it; the note is of the new step.
+        row = jnp.where(met[:, None] | meets[:, None] & is_state, stored_row, row)
+        rolled = lax.dynamic_update_index_in_dim(rolled, row, step, 0)
+        return step + 1, memory, None if last is None else new, rolled, met | meets, where, gap
 
     # Read from one buffer and write to another: a loop that does both on one is made to copy all of it in every step.
-    rolled = jnp.zeros((steps, width, lanes.path.shape[2]), lanes.path.dtype)
-    end, _, rolled, met, where, gap = lax.while_loop(
-        going, advance, (begin, memory, rolled, met, take(lanes.where), take(lanes.gap)))
+    rolled = jnp.zeros((steps, width, width_of_row), lanes.path.dtype)
+    last = state if width_of_row > dimension else None
+    end, _, _, rolled, met, where, gap = lax.while_loop(
+        going, advance, (begin, memory, last, rolled, met, take(lanes.where), take(lanes.gap)))
     if full:
         path = lax.fori_loop(begin, end, lambda step, path: lax.dynamic_update_index_in_dim(
             path, lax.dynamic_index_in_dim(rolled, step, keepdims=False), step, 0), lanes.path)
         still = ~met
     else:
-        stop = jnp.where(chosen == num_lanes, 0, jnp.where(met, where, end))
+        stop = jnp.where(chosen == num_lanes, 0, jnp.where(met, where + 1, end))
         path = _written_back(lanes.path, rolled, chosen, begin, stop)
         still = jnp.zeros_like(lanes.open).at[chosen].set(~met, mode="drop")
         where, gap = (old.at[chosen].set(new, mode="drop") for old, new in ((lanes.where, where), (lanes.gap, gap)))

@@ -7,11 +7,13 @@ the first step that is not finite, so one pass is enough.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from partime_mcmc.dynamics import Dynamics, Memo, rollout
+from partime_mcmc.dynamics import Dynamics, Memo, rollout, rollout_with_notes
 from partime_mcmc.scan.time_axis import TimeAxis
 from partime_mcmc.solution import Tolerance
 from partime_mcmc.solvers.base import Proposal
@@ -22,6 +24,8 @@ from partime_mcmc.types import Array, Key, PyTree, pytree
 class Rollout:
     """`x_t = f(x_{t-1}, u_t)` by `lax.scan`."""
 
+    keeps_notes: ClassVar[bool] = True
+
     def init(self, initial: Array, states: Array) -> PyTree:
         del initial, states
         return ()
@@ -29,14 +33,17 @@ class Rollout:
     def step(self, dynamics: Dynamics, initial: Array, states: Array, drives: PyTree, state: PyTree, *,
              axis: TimeAxis, key: Key, tolerance: Tolerance) -> tuple[Proposal, PyTree]:
         del key
-        path = axis.in_turn(lambda first: rollout(dynamics, first, drives), initial)
+        if dynamics.memo and dynamics.memo.note:
+            path, notes = rollout_with_notes(dynamics, initial, drives)
+        else:
+            path, notes = axis.in_turn(lambda first: rollout(dynamics, first, drives), initial), None
         finite = jnp.isfinite(path)
         residual = jnp.where(finite, 0, jnp.nan).astype(path.dtype)
         path = jnp.where(finite, path, states)
         none = jnp.zeros((), jnp.int32)
         num_steps = states.shape[0]
         return Proposal(path, path, residual, none, none, jnp.asarray(axis.length(num_steps), jnp.int32),
-                        jnp.asarray(num_steps, jnp.float32), jnp.zeros((), jnp.float32)), state
+                        jnp.asarray(num_steps, jnp.float32), jnp.zeros((), jnp.float32), notes=notes), state
 
     def map_size(self, dimension: int) -> int:
         del dimension

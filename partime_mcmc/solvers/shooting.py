@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +73,7 @@ class Shooting:
     steps: int | None = None
     correction: Linearizer = ZeroJacobian()
     max_evaluations: float | None = None
+    keeps_notes: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.num_segments is not None and self.steps is not None:
@@ -98,13 +100,13 @@ class Shooting:
         absolute = jnp.broadcast_to(absolute, initial.shape)
         memo = memo_of(dynamics)
         budget = 4 + 256 / steps if self.max_evaluations is None else self.max_evaluations
-        shoot = _shoot_for(memo.enter, memo.advance, memo.leave, steps, math.ceil(budget * steps), axis)
+        shoot = _shoot_for(memo.enter, memo.advance, memo.leave, memo.note, steps, math.ceil(budget * steps), axis)
         shared = jax.tree.map(jnp.asarray, (memo.params, self.correction)), key
         batched = jax.tree.map(lambda leaf: leaf[None], (initial, states, drives, absolute, relative))
         found = shoot(shared, *batched)
-        path, residual, evaluations, jvps, depth, gave_up, num_passes = jax.tree.map(lambda leaf: leaf[0], found)
-        none = jnp.zeros((), jnp.int32)
-        return Proposal(path, path, residual, none, none, depth, evaluations, jvps, gave_up, num_passes), state
+        path, notes, residual, evaluations, jvps, depth, gave_up, num_passes = jax.tree.map(lambda leaf: leaf[0], found)
+        none, notes = jnp.zeros((), jnp.int32), notes if memo.note else None
+        return Proposal(path, path, residual, none, none, depth, evaluations, jvps, gave_up, num_passes, notes), state
 
     def map_size(self, dimension: int) -> int:
         return self.correction.map_size(dimension)
@@ -120,7 +122,7 @@ class Shooting:
 
 
 @functools.lru_cache(maxsize=256)
-def _shoot_for(enter, advance, leave, steps: int, max_depth: int, axis: TimeAxis):
+def _shoot_for(enter, advance, leave, note, steps: int, max_depth: int, axis: TimeAxis):
     """The shooting of B chains at once, `(shared, initial (B, D), guess (B, T, D), drives (B, T, ...), ...)`.
 
     Under `vmap` the new axis joins the chains: all lanes share one loop. Left to itself, `vmap` would turn the loop's
@@ -129,7 +131,7 @@ def _shoot_for(enter, advance, leave, steps: int, max_depth: int, axis: TimeAxis
 
     @jax.custom_batching.custom_vmap
     def shoot(shared, initial, guess, drives, absolute, relative):
-        return _shoot(enter, advance, leave, steps, max_depth, axis, shared, initial, guess, drives, absolute, relative)
+        return _shoot(enter, advance, leave, note, steps, max_depth, axis, shared, initial, guess, drives, absolute, relative)
 
     @shoot.def_vmap
     def _(axis_size, in_batched, shared, *chains):
@@ -137,11 +139,11 @@ def _shoot_for(enter, advance, leave, steps: int, max_depth: int, axis: TimeAxis
             # Every chain has parameters of its own: one after another.
             spread = [jax.tree.map(lambda leaf, is_in: leaf if is_in else jnp.broadcast_to(
                 leaf, (axis_size, *leaf.shape)), value, flags) for value, flags in zip((shared, *chains), in_batched)]
-            return lax.map(lambda one: shoot(*one), tuple(spread)), (True,) * 7
+            return lax.map(lambda one: shoot(*one), tuple(spread)), (True,) * 8
         merged = jax.tree.map(lambda leaf, is_in: _merge(leaf, is_in, axis_size), chains, tuple(in_batched[1:]))
         found = shoot(shared, *merged)
-        split = jax.tree.map(lambda leaf: leaf.reshape(axis_size, -1, *leaf.shape[1:]), found)
-        return split, (True,) * 7
+        split = jax.tree.map(lambda leaf: leaf.reshape(axis_size, leaf.shape[0] // axis_size, *leaf.shape[1:]), found)
+        return split, (True,) * 8
 
     return shoot
 
@@ -151,11 +153,11 @@ def _merge(leaf, is_batched, axis_size):
     return leaf.reshape(axis_size * leaf.shape[1], *leaf.shape[2:])
 
 
-def _shoot(enter, advance, leave, steps, max_depth, axis, shared, initial, guess, drives, absolute, relative):
+def _shoot(enter, advance, leave, note, steps, max_depth, axis, shared, initial, guess, drives, absolute, relative):
     """All passes over B chains; lanes are chains × segments that are here.
 
     Returns:
-        Path `(B, T, D)`, residual `(B, T, D)`, and evaluations, JVPs, depth, whether it gave up, and passes, `(B,)` each.
+        Path `(B, T, D)`, notes `(B, T, R)`, residual `(B, T, D)`, and evaluations, JVPs, depth, whether it gave up, and passes, `(B,)` each.
     """
     num_chains, num_steps, dimension = guess.shape
     num_segments = math.ceil(num_steps / steps)
@@ -170,8 +172,17 @@ def _shoot(enter, advance, leave, steps, max_depth, axis, shared, initial, guess
     plain = isinstance(correction, ZeroJacobian)
     # A corrected start differs from its predecessor's end by what the meeting leaves over: that must still close the joint.
     meeting = bound if plain else tuple(0.25 * part for part in bound)
-    segments = _segments(enter, advance, leave, params, initial[0], drives, meeting)
+    segments, num_notes = _segments(enter, advance, leave, note, params, initial[0], drives, meeting)
     levels = widths(num_lanes, num_chains)
+
+    def is_closed(lanes, starts, ends):
+        """Joints whose segment starts at its predecessor's end, to the tolerance; a step that stands still has none."""
+        closed = same(ends, starts, bound).all(axis=1)
+        if not num_notes:
+            return closed
+        last = lanes.path[-1, :, :dimension]
+        before = lanes.path[-2, :, :dimension] if steps > 1 else starts
+        return closed & (joints.from_before((last != before).any(axis=1)) | (ends == starts).all(axis=1))
 
     def goes_on(passes, unmet, depth):
         """Whether another pass is worth it; the same answer on all devices."""
@@ -187,30 +198,31 @@ def _shoot(enter, advance, leave, steps, max_depth, axis, shared, initial, guess
         lanes = roll_until_met(segments, lanes._replace(open=~unchanged), new, passes == 0, levels)
         # A pass is as deep as the slowest device has made it.
         depth = axis.maximum(lanes.depth[None].astype(jnp.float32)).astype(jnp.int32)
-        ends = joints.hand_over(lanes.path[-1])
-        unmet = ~same(ends, new, bound).all(axis=1)
+        ends = joints.hand_over(lanes.path[-1, :, :dimension])
+        unmet = ~is_closed(lanes, new, ends)
         going = goes_on(passes + 1, unmet, depth)
         return passes + 1, new, correct(new, ends), lanes._replace(depth=depth), ends, going
 
     zero = jnp.zeros((), jnp.int32)
-    nothing = Lanes(jnp.zeros((steps, num_lanes, dimension), guess.dtype), zero, jnp.ones(num_lanes, bool),
+    nothing = Lanes(jnp.zeros((steps, num_lanes, dimension + num_notes), guess.dtype), zero, jnp.ones(num_lanes, bool),
                     jnp.zeros(num_lanes, jnp.int32), jnp.zeros((num_lanes, dimension), guess.dtype),
                     jnp.zeros((), jnp.float32), zero)
     passes, starts, _, lanes, ends, _ = lax.while_loop(
         lambda carry: carry[-1], one_pass, (zero, guessed, guessed, nothing, guessed, jnp.ones((), bool)))
-    everything, residual = (values.transpose(1, 0, 2).reshape(num_chains, num_segments * steps, dimension)[:, :num_steps]
-                            for values in _judged(lanes, starts, ends, joints))
-    unmet = (~same(ends, starts, bound).all(axis=1)).reshape(num_chains, num_segments)
+    judged = *_judged(lanes._replace(path=lanes.path[..., :dimension]), starts, ends, joints), lanes.path[..., dimension:]
+    everything, residual, notes = (values.transpose(1, 0, 2).reshape(num_chains, num_segments * steps, values.shape[2])[
+        :, :num_steps] for values in judged)
+    unmet = (~is_closed(lanes, starts, ends)).reshape(num_chains, num_segments)
     each = functools.partial(jnp.broadcast_to, shape=(num_chains,))
     corrections = passes * (not plain) * steps
     evaluations = lanes.evaluations / num_chains + (corrections * num_segments).astype(jnp.float32)
     jvps = (corrections * num_segments * correction.jvps(dimension)).astype(jnp.float32)
-    return (jnp.where(jnp.isfinite(everything), everything, initial[:, None]), residual, each(evaluations), each(jvps),
-            each(lanes.depth + corrections), axis.total(unmet.T) > 0, each(passes))
+    return (jnp.where(jnp.isfinite(everything), everything, initial[:, None]), notes, residual, each(evaluations),
+            each(jvps), each(lanes.depth + corrections), axis.total(unmet.T) > 0, each(passes))
 
 
-def _segments(enter, advance, leave, params, state, drives, bound) -> Segments:
-    """The recurrence in lanes, with whatever steps compute from their drives alone computed for all steps at once."""
+def _segments(enter, advance, leave, note, params, state, drives, bound) -> tuple[Segments, int]:
+    """The recurrence in lanes, with whatever steps compute from their drives alone computed for all steps at once, and R."""
     drive = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), drives)
     memory = jax.eval_shape(enter, params[0], state, drive)
     ahead, rest = split(advance, params[1], memory, drive)
@@ -222,10 +234,12 @@ def _segments(enter, advance, leave, params, state, drives, bound) -> Segments:
 
     def roll(memory, value):
         memory = jax.vmap(rest, in_axes=(None, 0, 0))(params[1], memory, value)
-        return memory, jax.vmap(leave, in_axes=(None, 0))(params[2], memory)
+        states = jax.vmap(leave, in_axes=(None, 0))(params[2], memory)
+        return memory, jnp.concatenate([states, jax.vmap(note)(memory)], axis=1) if note else states
 
     enter_all = functools.partial(jax.vmap(enter, in_axes=(None, 0, 0)), params[0])
-    return Segments(enter_all, roll, drives, values, bound, int(enter is not enter_as_is))
+    num_notes = jax.eval_shape(note, memory).size if note else 0
+    return Segments(enter_all, roll, drives, values, bound, int(enter is not enter_as_is)), num_notes
 
 
 def _judged(lanes, starts, wanted, joints):

@@ -17,7 +17,9 @@ from typing import Any, Callable
 import jax
 import jax.numpy as jnp
 
+from partime_mcmc.contracts import check_has
 from partime_mcmc.diagnostics.checks import check_count, check_key
+from partime_mcmc.kernels import Evidence, Recorded
 from partime_mcmc.mcmc.arguments import chosen_progress
 from partime_mcmc.mcmc.draws import Draws, End
 from partime_mcmc.mcmc.numpyro.collect import collect
@@ -54,6 +56,7 @@ class ParallelMCMC(ReadsStore):
         jit_model_args: Accepted and ignored: data are always arguments of what is compiled.
         solver: A recipe; None is shooting with as many segments as fill the device.
         schedule: How time is cut; None is stretches of 16,384 steps.
+        certificate: What it rests on, as for `sample`: `Recorded()` or `Independent()`.
 
     Raises:
         TypeError: If the sampler is not one of ours, or a count has the wrong type.
@@ -75,7 +78,9 @@ class ParallelMCMC(ReadsStore):
         jit_model_args: bool = False,
         solver: Solver | None = None,
         schedule: Schedule | None = None,
+        certificate: Evidence = Recorded(),
     ):
+        check_has(certificate, "certificate", ("dynamics",), "Recorded() or Independent()")
         if not isinstance(sampler, ParallelKernel):
             raise TypeError(
                 f"sampler: got a {type(sampler).__module__}.{type(sampler).__name__}, wanted one of CoalescingHMC, HMC, "
@@ -93,7 +98,7 @@ class ParallelMCMC(ReadsStore):
             progress_rate=progress_rate,
             jit_model_args=jit_model_args,
         )
-        self.solver, self.schedule = solver, schedule
+        self.solver, self.schedule, self.certificate = solver, schedule, certificate
         self._targets: dict[Any, Target] = {}
         self._store: Store | None = None
         self._draws: Draws | StoredDraws | None = None
@@ -236,6 +241,7 @@ class ParallelMCMC(ReadsStore):
             solver=self.solver,
             schedule=self.schedule,
             end=End(state.r, state.adapt_state.discrete, int(state.i[0])),
+            certificate=self.certificate,
             progress=progress,
         )
         self._draws, self._shelf = draws, None

@@ -49,7 +49,7 @@ def run_on_disk(store: Store, sampler: ParallelKernel, target: Target, keys: Key
         state: Where chains go on from, leaves `(C, ...)`; None warms up.
         init_params: Starts, leaves `(C, ...)`, or None.
         num_samples: T.
-        settings: A `ParallelMCMC`, for `num_warmup`, `thinning`, `solver` and `schedule`.
+        settings: A `ParallelMCMC`, for `num_warmup`, `thinning`, `solver`, `schedule` and `certificate`.
         progress: What to tell.
 
     Returns:
@@ -63,7 +63,8 @@ def run_on_disk(store: Store, sampler: ParallelKernel, target: Target, keys: Key
            "key_impl": str(jax.random.key_impl(keys)), "num_samples": num_samples, "num_chains": keys.shape[0],
            "num_warmup": num_warmup, "thinning": thinning, "max_iterations": None, "solver": codec.encode(solver, "solver"),
            "schedule": codec.encode(schedule, "schedule"), "adaptation": codec.encode(sampler.adaptation, "adaptation"),
-           "init_params": _digest(init_params), "post_warmup_state": _digest(state)}
+           "init_params": _digest(init_params), "post_warmup_state": _digest(state),
+           "certificate": codec.encode(settings.certificate, "certificate")}
 
     def make_start(example: PyTree) -> bytes:
         del example
@@ -74,7 +75,7 @@ def run_on_disk(store: Store, sampler: ParallelKernel, target: Target, keys: Key
         else:
             kernel = kernel_from(sampler, target, first)
         request = Request(None, target, builder, num_samples, keys.shape[0], num_warmup, None, None, solver, schedule, None,
-                          None, None, thinning)
+                          None, None, thinning, settings.certificate)
         end = End(first.r, first.adapt_state.discrete, int(first.i[0]))
         return start_of(store, Ready(kernel, warmup, first.z, keys), request, None, progress, end)
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from partime_mcmc.kernels import Kernel, Whitening
+from partime_mcmc.kernels import Evidence, Kernel, Whitening
 from partime_mcmc.kernels.whiten import LowRank
 from partime_mcmc.mcmc.dice import takes_dice, with_dice
 from partime_mcmc.mcmc.draws import End
@@ -47,6 +47,7 @@ class Settled:
         num_warmup: Steps of warm-up that were made.
         warmup: The warm-up's sentences; empty if there was none.
         advice: The advice behind the solver; empty if none was asked for.
+        certificate: What certificates rest on.
     """
 
     solver: Solver
@@ -59,6 +60,7 @@ class Settled:
     num_warmup: int
     warmup: str
     advice: str
+    certificate: Evidence
 
 
 def settled_for(kernel: Kernel, warmup: Warmup | None, **choices: Any) -> Settled:
