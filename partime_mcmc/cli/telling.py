@@ -99,7 +99,7 @@ def certified(certificate: Any) -> str:
     chains = np.asarray(certificate.certified)
     return (f"{int(chains.sum())} of {chains.size} chains certified, largest residual {residual:.1e} noise units "
             f"(allowed {tolerance:.0e}), {count}, {int(np.sum(np.asarray(certificate.num_nonfinite_proposals)))} "
-            "proposals out of range")
+            f"proposals out of range; {certificate.evidence}")
 
 
 def sentence(error: Exception) -> str:

@@ -52,7 +52,7 @@ def page(draws: Any, *, title: str, rows: Sequence[Mapping[str, Any]] | None = N
         _facts(draws, rows, totals or {}), _section("Posterior", _table(rows[:_MOST_ROWS]) + _more(len(rows) - _MOST_ROWS)),
         _pictures(draws, sequential, distances, passes)]
     if certificate is not None:
-        parts.append(_section("Certificate", _table(run_plots.certificate_rows(certificate)) + _CERTIFICATE_NOTE))
+        parts.append(_section("Certificate", _table(run_plots.certificate_rows(certificate)) + _note(certificate)))
     if comparison is not None:
         parts.append(_section("Against the sequential chain", _comparison(comparison)))
     parts.append(_section("How it came about", _story(draws)))
@@ -81,10 +81,15 @@ def write(text: str, path: str | os.PathLike) -> Path:
     return path
 
 
-_CERTIFICATE_NOTE = (
-    "<p class=\"note\">The kernel was evaluated once more along the whole path, independently of the solver. A residual is "
-    "how far a step is from what the kernel says, in units of the proposal's noise where that is known. Ambiguous: accept "
-    "decisions within rounding of their threshold.</p>")
+def _note(certificate: Any) -> str:
+    """How to read a certificate."""
+    if np.all(getattr(certificate, "independent", True)):
+        evidence = "The kernel was evaluated once more along the whole path, independently of the solver."
+    else:
+        evidence = ("Every step was recorded while the solver rolled it: what the kernel made of the state before it, and by "
+                    "how much paths differed where they were joined.")
+    return (f"<p class=\"note\">{evidence} A residual is how far a step is from what the kernel says, in units of the "
+            "proposal's noise where that is known. Ambiguous: accept decisions within rounding of their threshold.</p>")
 
 
 def _text(value: Any) -> str:

@@ -82,6 +82,13 @@ class Certificate:
     accepted: Array
     residual: Array
 
+    @property
+    def evidence(self) -> str:
+        """What it rests on, in words (not under tracing)."""
+        independent = np.asarray(self.independent)
+        some = "" if independent.all() or not independent.any() else "partly "
+        return f"{some}by an independent pass" if independent.any() else "recorded while the chains were rolled"
+
 
 def check_scale(scale: Array | float, name: str) -> Array | float:
     """Refuse a unit with which any path would pass.

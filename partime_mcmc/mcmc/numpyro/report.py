@@ -42,5 +42,6 @@ class ParallelReport:
 
     def __str__(self) -> str:
         residual = float(np.max(np.asarray(self.certificate.max_residual)))
-        lines = [f"{self.level.name}: largest residual {residual:.1e} noise units; {self.run}", *self.run.fallbacks]
+        lines = [f"{self.level.name}: largest residual {residual:.1e} noise units, {self.certificate.evidence}; {self.run}",
+                 *self.run.fallbacks]
         return "\n".join([*lines, *([str(self.warmup)] if self.warmup else [])])
