@@ -198,7 +198,7 @@ def start_of(store: Store, ready: Ready, request: Request, choose: Any, progress
     tolerance = default_tolerance(kernel, leaves[0].dtype) if request.tolerance is None else request.tolerance
     dynamics, initial, tape, _ = throw(kernel, None, keys, min(chunk, request.num_samples), end, clock)
     choose = choose or given_choice(request.solver, schedule, request.num_chains, chunk)
-    solver, schedule, advice = choose(dynamics, initial, tape)
+    solver, schedule, advice = choose(lambda: dynamics, initial, tape)
     if advice is not None:
         progress.note(str(advice))
     settled = settled_for(kernel, ready.warmup, solver=solver, schedule=schedule, tolerance=tolerance, chunk=chunk,

@@ -135,7 +135,8 @@ def _attempt(course, positions, end, steps, stretch, last, tell, notes):
 
 def _across(course, positions, end, steps, stretch, last, tell, notes):
     end = begin(course.kernel, positions, course.keys, Clock()) if end is None else end
-    chosen = course.choose(*throw(course.kernel, None, course.keys, 1, end)[:3])
+    dynamics, initial, tape, _ = throw(course.kernel, None, course.keys, 1, end)
+    chosen = course.choose(lambda: dynamics, initial, tape)
     solver, schedule, _ = chosen
     plan = {"kernel": course.kernel.name, "dice": dice_of(course.kernel), "solver": repr(solver), "schedule": repr(schedule),
             "num_samples": steps, "num_chains": course.keys.shape[0], **course.plan}
