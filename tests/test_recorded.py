@@ -62,7 +62,8 @@ def test_gaps_at_joints_are_told(double):
     _, (mine, _), (theirs, _), _ = recorded_and_independent(
         kernel, start_of(double), ROLLING["shooting"], tolerance=Tolerance(0.0, 1e-3))
     assert 1e-6 < float(mine.max_residual) < 1e-2 and not bool(mine.certified)
-    np.testing.assert_allclose(mine.residual, theirs.residual, atol=1e-12)
+    # Of two gaps that passes left in one segment the larger stands at the place of the newer: the largest of all is exact.
+    np.testing.assert_allclose(mine.max_residual, theirs.max_residual, rtol=1e-9)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 12])
@@ -116,7 +117,7 @@ TARGET = Target(lambda x: -0.5 * jnp.sum(x**2) - 0.1 * jnp.sum(x**4), initial=la
 @functools.cache
 def kernel_of(builder, **settings):
     with jax.enable_x64(True):
-        return builder(TARGET.logdensity, metric=jnp.ones(4), **settings)
+        return builder(TARGET.logdensity, **settings)
 
 
 def draws_of(kernel, **more):
@@ -140,8 +141,7 @@ def test_the_draws_do_not_depend_on_the_evidence(stretch):
 def test_elsewhere_an_independent_pass_is_made(solver):
     """Solvers that do not roll, and chains that fell back, have been evaluated once more."""
     builder = mala if solver == jacobi() else random_walk
-    settings = {"step_size": 0.4} if builder is mala else {"scale": 0.8}
-    draws = draws_of(kernel_of(builder, **settings), solver=solver)
+    draws = draws_of(kernel_of(builder, step_size=0.4 if builder is mala else 0.8), solver=solver)
     assert draws.certificate.independent.all() and draws.certificate.certified.all()
 
 
