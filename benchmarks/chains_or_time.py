@@ -1,4 +1,4 @@
-"""For a fixed budget of draws, more chains or longer ones? `python -m benchmarks.chains_or_time --out benchmarks/results`.
+"""For a fixed budget of draws, more chains or longer ones? `python -m benchmarks.chains_or_time --out DIR`.
 
 C chains of B / C draws each, for C from 1 to 256: by the loop over all chains side by side, and parallel in time with the plan
 that is advised for C chains. Every chain starts from the target's own start and has to throw away a burn-in of `BURN_IN` draws, with
@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.shooting import EIGHT_SCHOOLS, LOGISTIC, fixed_hmc, timed, tuned, warmed_up
+from benchmarks.record import OUT, keep, timed
+from benchmarks.shooting import EIGHT_SCHOOLS, LOGISTIC, fixed_hmc, tuned, warmed_up
 from partime_mcmc import mala, rollout, solve
 from partime_mcmc.diagnostics.arviz import ess_bulk
 from partime_mcmc.dynamics import without_captures
-from partime_mcmc.mcmc.finish import versions
 from partime_mcmc.mcmc.sample import default_tolerance
 from partime_mcmc.predict import advise
 
@@ -51,6 +50,7 @@ def measure(name: str, num_chains: int, budget: int, repeats: int) -> dict:
     ess = min(ess_bulk(kept[..., d]) for d in range(kept.shape[-1]))
     return {"name": name, "chains": num_chains, "num_steps": num_steps, "segments": advice.num_segments, "ess": float(ess),
             "loop_seconds": found["loop"]["seconds"], "parallel_seconds": found["parallel"]["seconds"],
+            "compile": found["parallel"]["compile"], "temp_bytes": found["parallel"]["temp_bytes"],
             "evaluations": float(np.mean(solution.stats.evaluations)), "residual": float(np.max(solution.residual))}
 
 
@@ -69,7 +69,7 @@ def table(rows: list[dict]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Measure every case and write `chains-or-time-cpu.json` and `.md`, named by the platform."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--budget", type=int, default=65_536, help="draws of all chains together")
     parser.add_argument("--chains", type=int, nargs="*", default=CHAINS)
@@ -80,10 +80,7 @@ def main(argv: list[str] | None = None) -> None:
             for count in arguments.chains:
                 rows.append(measure(name, count, arguments.budget, arguments.repeats))
                 print(table(rows[-1:]).splitlines()[2], flush=True)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    stored = arguments.out / f"chains-or-time-{jax.default_backend()}.json"
-    stored.write_text(json.dumps({"versions": versions(), "rows": rows}, indent=1))
-    stored.with_suffix(".md").write_text(table(rows))
+    keep(arguments.out / f"chains-or-time-{jax.default_backend()}.json", {"rows": rows}, table(rows))
 
 
 if __name__ == "__main__":

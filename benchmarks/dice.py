@@ -1,4 +1,4 @@
-"""Dice that coalesce, measured: `python -m benchmarks.dice --out benchmarks/results [--posteriors FOLDER]`.
+"""Dice that coalesce, measured: `python -m benchmarks.dice --out DIR [--posteriors FOLDER]`.
 
 For every model, in coordinates whitened by the covariance of a long run: steps until two chains with the same dice, started from
 two posterior draws, are *the same floats* (and, for plain dice, equal to 1e-8), over 64 pairs in each of some seeds; and the bulk
@@ -23,11 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from benchmarks.shooting import put_between
+from benchmarks.record import OUT, keep, put_between
 from partime_mcmc import (CoalescingDice, Kernel, Target, Tolerance, Whitening, coalescing_hmc, from_numpyro, hmc, loop, mala,
                           sample)
 from partime_mcmc.diagnostics.arviz import ess_bulk
-from partime_mcmc.mcmc.finish import versions
 from partime_mcmc.models import MODELS
 from partime_mcmc.predict import meeting_times
 
@@ -189,7 +188,7 @@ def table(results: dict) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Measure and write `dice-meetings.json` and `dice-meetings.md`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--posteriors", type=Path)
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--only", default="", help="models whose name contains this; others keep their stored results")
@@ -201,18 +200,16 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.only in name:
             results[name] = measure(make(), arguments.seeds)
             print(table({name: results[name]}), file=sys.stderr, flush=True)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     stored = arguments.out / "dice-meetings.json"
     if arguments.only and stored.exists():
         results = {**json.loads(stored.read_text())["models"], **results}
-    stored.write_text(json.dumps({"versions": versions(), "models": results}, indent=1))
-    (arguments.out / "dice-meetings.md").write_text(table(results))
+    keep(stored, {"models": results}, table(results))
     if arguments.readme:
-        put_between(arguments.readme, _BEGIN, _END, table(results))
+        put_between(arguments.readme, BEGIN, END, table(results))
     print(table(results))
 
 
-_BEGIN, _END = "<!-- table: benchmarks/results/dice-meetings.md -->", "<!-- end of meetings -->"
+BEGIN, END = "<!-- table: benchmarks/results/dice-meetings.md -->", "<!-- end of meetings -->"
 
 
 if __name__ == "__main__":

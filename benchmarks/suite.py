@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     running = commands.add_parser("run", help="measure")
     running.add_argument("--suite", choices=sorted(SUITES), default="cpu")
-    running.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="where results go")
+    running.add_argument("--out", type=Path, default=OUT, help="where results go")
     running.set_defaults(act=lambda arguments: run(arguments.suite, arguments.out))
     reporting = commands.add_parser("report", help="one page with all tables and pictures of a folder of results")
     reporting.add_argument("folder", type=Path)
