@@ -1,9 +1,10 @@
 """What the advice gains, and never loses: `python -m benchmarks.advised --out DIR`.
 
-Two tables. *Side by side*: C chains at once, the vmapped loop over them against the plan that `advise` chooses for C chains
-(segments for each, or the loop itself). *Chains that do not forget*: `sample` with `solver=None` against `sample` with
-`solver=sequential()`, run time of four chains, with what the advice said and what it and compilation cost, apart.
-Runs are interleaved, medians reported. A ratio below 1 is a loss; where the advice is to stay sequential it is noise.
+Two tables. *Side by side*: C chains at once, the vmapped loop over them against the plan that `advise` chooses for C
+chains (segments for each, or the loop itself). *Chains that do not forget*: `sample` with `solver=None` against
+`sample` with `solver=sequential()`, run time of four chains, with what the advice said and what it and compilation
+cost, apart. Runs are interleaved, medians reported. A ratio below 1 is a loss; where the advice is to stay sequential
+it is noise.
 """
 
 from __future__ import annotations

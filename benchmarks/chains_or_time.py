@@ -1,9 +1,10 @@
 """For a fixed budget of draws, more chains or longer ones? `python -m benchmarks.chains_or_time --out DIR`.
 
-C chains of B / C draws each, for C from 1 to 256: by the loop over all chains side by side, and parallel in time with the plan
-that is advised for C chains. Every chain starts from the target's own start and has to throw away a burn-in of `BURN_IN` draws, with
-the metric and step size already known: that is what many short chains pay. Effective draws are the bulk ESS of the worst coordinate
-of what is left. Medians of interleaved runs, compilation apart; the residual stands beside them.
+C chains of B / C draws each, for C from 1 to 256: by the loop over all chains side by side, and parallel in time with
+the plan that is advised for C chains. Every chain starts from the target's own start and has to throw away a burn-in
+of `BURN_IN` draws, with the metric and step size already known: that is what many short chains pay. Effective draws
+are the bulk ESS of the worst coordinate of what is left. Medians of interleaved runs, compilation apart; the residual
+stands beside them.
 """
 
 from __future__ import annotations

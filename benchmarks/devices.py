@@ -17,13 +17,14 @@ however many devices they are called. A pass sends one state to the neighbour an
     t(P) = share · D · (a + b C / P) + s + K · r(P)      here
     t(P) = D · (a + b C / P) + s · cores / P + K · r(P)  on P devices with a core each
 
-a, b and s are fitted on one device over several C, r(P) is measured by a loop that does nothing else: no number is fitted
-on the meshes that the model is checked against. Its form is: dividing s by P here as well gave 0.55 to 0.69 of the times
-measured, which is how it was found that one device already uses all cores for s. So the check is no independent one. In the extrapolation r(P) = α (1 + 3 · 2 ⌈log₂ P⌉), α the latency of one
-message. Assumptions, for 1,024 devices: every device is a core like this one and has its own; bandwidth costs nothing (a
-pass sends tens of numbers); nobody disturbs a device (a pass waits for the slowest); for a chain 256 times as long with
-as many more segments the slowest of more segments decides, so D − n grows by the slope in log₂ C that was measured on one
-device, and K stays.
+a, b and s are fitted on one device over several C, r(P) is measured by a loop that does nothing else: no number is
+fitted on the meshes that the model is checked against. Its form is: dividing s by P here as well gave 0.55 to 0.69 of
+the times measured, which is how it was found that one device already uses all cores for s. So the check is no
+independent one. In the extrapolation r(P) = α (1 + 3 · 2 ⌈log₂ P⌉), α the latency of one message. Assumptions, for
+1,024 devices: every device is a core like this one and has its own; bandwidth costs nothing (a pass sends tens of
+numbers); nobody disturbs a device (a pass waits for the slowest); for a chain 256 times as long with as many more
+segments the slowest of more segments decides, so D − n grows by the slope in log₂ C that was measured on one device,
+and K stays.
 """
 
 from __future__ import annotations

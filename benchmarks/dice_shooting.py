@@ -1,11 +1,12 @@
 """One chain with coalescing dice, by shooting: `python -m benchmarks.dice_shooting --out DIR`.
 
-Eight schools in whitened coordinates. The reference is BlackJAX's own `lax.scan` loop of the kernel with plain dice (MALA, or HMC
-with the same path); beside it stands the loop of our kernel with the dice on its tape. Times of shooting include drawing the dice
-of the whole chain, which are drawn in bulk, and leave out compilation and the certificate; runs are interleaved, medians reported.
-A segment has met its stored path when they agree to 128 ulp, and mostly they are then equal; whether the path is the
-sequential one to the last bit is a column. Also: passes that Jacobi needs alone, the work of a chain of 10^6 steps, and how many of
-10^9 numbers of multishift noise are not finite.
+Eight schools in whitened coordinates. The reference is BlackJAX's own `lax.scan` loop of the kernel with plain dice
+(MALA, or HMC with the same path); beside it stands the loop of our kernel with the dice on its tape. Times of
+shooting include drawing the dice of the whole chain, which are drawn in bulk, and leave out compilation and the
+certificate; runs are interleaved, medians reported. A segment has met its stored path when they agree to 128 ulp, and
+mostly they are then equal; whether the path is the sequential one to the last bit is a column. Also: passes that
+Jacobi needs alone, the work of a chain of 10^6 steps, and how many of 10^9 numbers of multishift noise are not
+finite.
 """
 
 from __future__ import annotations
@@ -20,8 +21,23 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from benchmarks.record import OUT, keep, put_between, timed
-from partime_mcmc import (CoalescingDice, Kernel, Status, Tolerance, Whitening, certify, coalescing_hmc, hmc, jacobi, loop, mala,
-                          rollout, sample, shooting, solve)
+from partime_mcmc import (
+    CoalescingDice,
+    Kernel,
+    Status,
+    Tolerance,
+    Whitening,
+    certify,
+    coalescing_hmc,
+    hmc,
+    jacobi,
+    loop,
+    mala,
+    rollout,
+    sample,
+    shooting,
+    solve,
+)
 from partime_mcmc.dynamics import without_captures
 from partime_mcmc.kernels.dice import draw_layers, multishift
 from partime_mcmc.models import MODELS

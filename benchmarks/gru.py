@@ -1,14 +1,14 @@
 """A GRU by `lax.scan` and by `unroll`: `python -m benchmarks.gru --out DIR`.
 
-For every length, width and batch: seconds of the forward pass and of the gradient of a loss in all weights, by `lax.scan`
-over the same cell and by every solver, interleaved in one process, the fastest of some runs each (other programs may use the
-machine), compilation apart. Beside every time stand the residual of the
-solver's path, the largest difference of the states from those of `lax.scan`, the
-largest relative difference of the gradients, passes, evaluations of the cell per step, whether the parallel path was used,
-and the bytes of temporary memory that the compiled program asks for. `chosen` is `unroll` with no solver given.
+For every length, width and batch: seconds of the forward pass and of the gradient of a loss in all weights, by
+`lax.scan` over the same cell and by every solver, interleaved in one process, the fastest of some runs each (other
+programs may use the machine), compilation apart. Beside every time stand the residual of the solver's path, the
+largest difference of the states from those of `lax.scan`, the largest relative difference of the gradients, passes,
+evaluations of the cell per step, whether the parallel path was used, and the bytes of temporary memory that the
+compiled program asks for. `chosen` is `unroll` with no solver given.
 
-Where T exceeds `--loop-steps`, `lax.scan` is timed for so many steps and scaled (marked *), states are compared on these steps and
-gradients not at all; the residual is that of the whole path.
+Where T exceeds `--loop-steps`, `lax.scan` is timed for so many steps and scaled (marked *), states are compared on
+these steps and gradients not at all; the residual is that of the whole path.
 
 Rows are kept by their key in the JSON file: `--only` measures some and leaves the others as they are.
 """
@@ -30,9 +30,9 @@ from benchmarks.record import OUT, keep, temporary_bytes
 from partime_mcmc import Clipped, Dynamics, Newton, Status, deer, quasi_elk, shooting
 from partime_mcmc.adjoint import pulled_back
 from partime_mcmc.dynamics import ravel
+from partime_mcmc.rnn import ClosedForm, gru, gru_diagonal, gru_params, unroll, unroll_with_status
 from partime_mcmc.rnn.masks import PackedStep
 from partime_mcmc.rnn.plan import plan_for
-from partime_mcmc.rnn import ClosedForm, gru, gru_diagonal, gru_params, unroll, unroll_with_status
 
 LENGTHS = (1024, 4096, 16_384, 65_536, 262_144)
 WIDTHS = (1, 8, 32, 64, 128)

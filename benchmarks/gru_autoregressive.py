@@ -4,11 +4,12 @@ A GRU is trained here to predict the next value of a noisy sine wave, and then r
 
     h_t = gru(h_{t-1}, y_{t-1} + noise_t),    y_t = readout(h_t),    state (h_t, y_t).
 
-Without noise it oscillates for ever; with enough of it two copies meet after some hundred steps, so that it can be solved
-in parallel, but along the first guess (nothing moves) the products of Jacobians grow by the step. Undamped Newton then
-overflows in float32; a trust region does not. What is compared is how its damping is chosen: constants from 10⁻⁸ to 10⁻²,
-and policies that let it fall with the residual. Figures are passes until every step obeys the recurrence, the largest
-residual on the way, and updates that overflowed; the path is compared with the sequential loop's.
+Without noise it oscillates for ever; with enough of it two copies meet after some hundred steps, so that it can be
+solved in parallel, but along the first guess (nothing moves) the products of Jacobians grow by the step. Undamped
+Newton then overflows in float32; a trust region does not. What is compared is how its damping is chosen: constants
+from 10⁻⁸ to 10⁻², and policies that let it fall with the residual. Figures are passes until every step obeys the
+recurrence, the largest residual on the way, and updates that overflowed; the path is compared with the sequential
+loop's.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """How many passes the published methods need on real posteriors: `python -m benchmarks.iterations --out DIR`.
 
 Chains after the library's own warm-up: MALA on a logistic regression (944 × 25, T = 1,024) and HMC on the non-centred
-eight schools (T = 4,096), each solved whole, the tolerance being that of `sample`. Beside every count stand the evaluations
-and JVPs per draw, the residual, the certificate, and the times of the solve and of the sequential loop in the same run.
+eight schools (T = 4,096), each solved whole, the tolerance being that of `sample`. Beside every count stand the
+evaluations and JVPs per draw, the residual, the certificate, and the times of the solve and of the sequential loop in
+the same run.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 
 from benchmarks.record import OUT, keep
-from partime_mcmc import (Whole, deer, hmc, jacobi, mala, quasi_deer, quasi_elk, sample, sequential, shooting)
+from partime_mcmc import Whole, deer, hmc, jacobi, mala, quasi_deer, quasi_elk, sample, sequential, shooting
 from partime_mcmc.models import MODELS
 
 HMC_8 = functools.partial(hmc, step_size=0.2, num_integration_steps=8)

@@ -7,9 +7,9 @@ Three questions, each answered in a process of its own, on eight schools (D = 10
     speed       draws per second of a stored run against one in memory, of a size that fits memory, interleaved
     progress    a run with a progress line against the same without
 
-Warm-up comes before, compilation is part of the long run only; the certificate of every draw is part of all times but the
-loop's, running statistics, checksums and flushing to the disk of all stored runs. Beside the times stand the largest
-residual and what the kernel's own loop takes for as many draws.
+Warm-up comes before, compilation is part of the long run only; the certificate of every draw is part of all times but
+the loop's, running statistics, checksums and flushing to the disk of all stored runs. Beside the times stand the
+largest residual and what the kernel's own loop takes for as many draws.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ import jax
 import numpy as np
 
 from benchmarks.record import OUT, keep, peak_resident
-from partime_mcmc import (Stretches, StoredDraws, coalescing_hmc, loop, open_draws, progress_line, quiet, sample,
-                          shooting)
+from partime_mcmc import StoredDraws, Stretches, coalescing_hmc, loop, open_draws, progress_line, quiet, sample, shooting
 from partime_mcmc.mcmc.warmup import Warmup
 from partime_mcmc.models.eight_schools import make_target
 

@@ -1,7 +1,7 @@
 """Bytes that a solve takes per step, by the compiler's own account: `python -m benchmarks.memory --out DIR`.
 
-The temporary memory of the compiled `solve` of a long path, in copies of that path (T D numbers, float32), for a tanh network of D
-units whose inputs are the drives. Drives and the solution itself come on top. Nothing is run.
+The temporary memory of the compiled `solve` of a long path, in copies of that path (T D numbers, float32), for a tanh
+network of D units whose inputs are the drives. Drives and the solution itself come on top. Nothing is run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.record import OUT, keep, temporary_bytes
-from partime_mcmc import (Dynamics, Tolerance, deer, elk, jacobi, picard, quasi_deer, quasi_elk, sequential, shooting, solve)
+from partime_mcmc import Dynamics, Tolerance, deer, elk, jacobi, picard, quasi_deer, quasi_elk, sequential, shooting, solve
 
 SOLVERS = {
     "sequential": sequential(), "shooting": shooting(steps=64), "Jacobi": jacobi(), "Picard": picard(),

@@ -1,4 +1,5 @@
-"""One page of a folder of results: every table, and pictures of what tables say badly. Pictures stand in the page itself."""
+"""One page of a folder of results: every table, and pictures of what tables say badly. Pictures stand in the page
+itself."""
 
 from __future__ import annotations
 
@@ -59,11 +60,13 @@ def _about(folder: Path) -> str:
     if not stored.exists():
         return ""
     suite = json.loads(stored.read_text())
-    machine = suite["machine"]
-    said = [f"Suite <b>{html.escape(suite['suite'])}</b> at {html.escape(suite['commit'])}, {suite['seconds']:.0f} s on "
+    machine = suite["about"]
+    said = [f"Suite <b>{html.escape(suite['suite'])}</b> at {html.escape(machine['commit'])}, {suite['seconds']:.0f} s on "
             f"{html.escape(str(machine.get('device')))} ({machine.get('cores')} host cores); "
             + html.escape(", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items()))]
     said += [f"{html.escape(task['name'])}: {html.escape(task['outcome'])}" for task in suite["tasks"] if task["outcome"] != "done"]
+    if suite["left_out"]:
+        said.append("Not part of this suite: " + html.escape(", ".join(suite["left_out"])))
     return "".join(f"<p>{sentence}</p>" for sentence in said)
 
 

@@ -4,13 +4,13 @@ For every posterior of the folder that PARTIME_REFERENCE_POSTERIORS names, both 
 float64, each in a process of its own: `CoalescingHMC` with default settings, and NUTS with a dense mass matrix and
 1,000 warm-up steps at each of NumPyro's chain methods ("parallel" with four host devices), of which the fastest counts.
 
-Seconds are those of a third warm-up and run with the same key, for which everything is compiled, less the time in which JAX
-says that it traced or compiled all the same; compilation is that time in the first. Reports nest and come from several threads:
-what counts is the union of their intervals, so no second is taken off twice. `to 20,000` is warm-up plus sampling, the latter
-scaled to a bulk ESS of 20,000 of the worst parameter. The certificate is part of our sampling, on what it rests stands in the table.
-Beside them stands the time in which the same chains are computed one step after another, `solver=sequential()`.
-ESS per 1,000 gradients is the smaller of the mean's and the square's, worst parameter; gradients of landing steps
-count.
+Seconds are those of a third warm-up and run with the same key, for which everything is compiled, less the time in
+which JAX says that it traced or compiled all the same; compilation is that time in the first. Reports nest and come
+from several threads: what counts is the union of their intervals, so no second is taken off twice. `to 20,000` is
+warm-up plus sampling, the latter scaled to a bulk ESS of 20,000 of the worst parameter. The certificate is part of
+our sampling, on what it rests stands in the table. Beside them stands the time in which the same chains are computed
+one step after another, `solver=sequential()`. ESS per 1,000 gradients is the smaller of the mean's and the square's,
+worst parameter; gradients of landing steps count.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def measure(name: str, method: str) -> dict:
     import numpyro
 
     jax.config.update("jax_enable_x64", True)
-    from partime_mcmc.diagnostics.arviz import ess_bulk
     from partime_mcmc import sequential
+    from partime_mcmc.diagnostics.arviz import ess_bulk
     from partime_mcmc.mcmc.numpyro import CoalescingHMC, ParallelMCMC
 
     model, data, names, flat = load(name)

@@ -1,8 +1,8 @@
 """What every benchmark shares: how it times, and what a record says beside its numbers.
 
-A stored record is JSON with `about` (device, versions, commit, memory of the process) and the benchmark's own rows, with a
-Markdown table of the same name beside it. Rows have compile seconds and, where a compiled program is at hand, the bytes of
-temporary memory that the compiler gives it.
+A stored record is JSON with `about` (device, versions, commit, memory of the process) and the benchmark's own rows,
+with a Markdown table of the same name beside it. Rows have compile seconds and, where a compiled program is at hand,
+the bytes of temporary memory that the compiler gives it.
 """
 
 from __future__ import annotations

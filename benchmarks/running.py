@@ -1,9 +1,9 @@
 """Running statistics: what they cost and how near they come, `python -m benchmarks.running --out DIR`.
 
-First-order autoregressions of known memory and known law (normal, exp of a normal, Cauchy), four chains in pieces of 65,536
-steps. Beside every estimate stands the one from all draws kept in memory: ArviZ's effective sample size and R-hat, and
-quantiles by sorting, whose errors in rank are compared with the bound that the histogram states. The cost is the median time
-of an update, per draw and per number, moments, covariances, quantiles and R-hat together.
+First-order autoregressions of known memory and known law (normal, exp of a normal, Cauchy), four chains in pieces of
+65,536 steps. Beside every estimate stands the one from all draws kept in memory: ArviZ's effective sample size and
+R-hat, and quantiles by sorting, whose errors in rank are compared with the bound that the histogram states. The cost
+is the median time of an update, per draw and per number, moments, covariances, quantiles and R-hat together.
 """
 
 from __future__ import annotations

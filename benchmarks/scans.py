@@ -1,12 +1,13 @@
 """Prefix scans of affine maps side by side: `python -m benchmarks.scans --out DIR`.
 
-x_t = a_t x_{t-1} + b_t for diagonal a_t (D numbers), and for small dense ones (D × D), by every scan of the
-library, on a GPU the Pallas kernels too. |a_t| < 1 as in a clipped solve. All are timed in turn, short ones up to 200 times, those more than twenty times
-slower than the fastest once; medians. On an accelerator the plain loop takes a kernel per step: with `--loop-steps` it is timed for
-so many steps and scaled (*).
-The one in use, `default_scan` of these maps, is one of them and is not timed again: the same program twice would differ by noise
-alone. `difference` is the largest against the path in float64, relative to the largest state, and must stay below what rounding
-explains. Bandwidth counts what must be moved at least (read a and b, write x) and stands beside that of a copy of the same arrays.
+x_t = a_t x_{t-1} + b_t for diagonal a_t (D numbers), and for small dense ones (D × D), by every scan of the library,
+on a GPU the Pallas kernels too. |a_t| < 1 as in a clipped solve. All are timed in turn, short ones up to 200 times,
+those more than twenty times slower than the fastest once; medians. On an accelerator the plain loop takes a kernel
+per step: with `--loop-steps` it is timed for so many steps and scaled (*). The one in use, `default_scan` of these
+maps, is one of them and is not timed again: the same program twice would differ by noise alone. `difference` is the
+largest against the path in float64, relative to the largest state, and must stay below what rounding explains.
+Bandwidth counts what must be moved at least (read a and b, write x) and stands beside that of a copy of the same
+arrays.
 """
 
 from __future__ import annotations
@@ -124,11 +125,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=15, help="of slow ones; short ones are repeated up to 200 times")
     parser.add_argument("--dtype", nargs="*", default=["float32"], choices=["float32", "float64", "bfloat16"])
     parser.add_argument("--longest", type=int, default=max(LENGTHS), help="largest T")
+    parser.add_argument("--widths", type=int, nargs="*", default=sorted({*WIDTHS, *DENSE_WIDTHS}), help="which D")
     parser.add_argument("--loop-steps", type=int, default=10**9, help="steps for which the plain loop is timed")
     arguments = parser.parse_args(argv)
     stored, rows, left_out = arguments.out / f"scans-{jax.default_backend()}.json", [], []
     sizes = [(kind, width, num_steps) for kind, widths in (("diagonal", WIDTHS), ("dense", DENSE_WIDTHS)) for width in widths
-             for num_steps in LENGTHS if num_steps <= arguments.longest]
+             for num_steps in LENGTHS if num_steps <= arguments.longest and width in arguments.widths]
     for dtype in arguments.dtype:
         with jax.enable_x64(dtype == "float64"):
             for kind, width, num_steps in sizes:

@@ -1,6 +1,8 @@
-"""Prefix scans of affine maps as GPU kernels (Pallas, Triton), for diagonal maps of any width and dense ones up to D = 8.
+"""Prefix scans of affine maps as GPU kernels (Pallas, Triton), for diagonal maps of any width and dense ones up to D
+= 8.
 
-x_t = A_t x_{t-1} + s_t, one kernel instance per tile of independent numbers, each running through time one step after another:
+x_t = A_t x_{t-1} + s_t, one kernel instance per tile of independent numbers, each running through time one step after
+another:
 
     D wide (from `wide` on, diagonal maps)   the tiles are columns; every input is read once: a single pass over memory
     D narrow                                 time is cut into chunks of n steps, the tiles are chunks × columns:
@@ -10,11 +12,12 @@ x_t = A_t x_{t-1} + s_t, one kernel instance per tile of independent numbers, ea
       (a) and (c) both read the inputs: twice, where one pass with look-back (Merrill & Garland 2016, "Single-pass parallel
       prefix scan with decoupled look-back") would read them once.
 
-Two-byte floats are added up in float32, others in their own type, as in `scan.prefix`. Arrays are padded with zero maps where T is
-no multiple of n or D no power of two: a copy that fitting sizes avoid. Maps of other kinds go to `AssociativeScan`.
+Two-byte floats are added up in float32, others in their own type, as in `scan.prefix`. Arrays are padded with zero
+maps where T is no multiple of n or D no power of two: a copy that fitting sizes avoid. Maps of other kinds go to
+`AssociativeScan`.
 
-Run so far in Pallas' interpret mode only, where it agrees with the loop; never compiled for a GPU, never timed. So it is no
-platform's default: name it, `LocalTime(PallasScan())`.
+Run so far in Pallas' interpret mode only, where it agrees with the loop; never compiled for a GPU, never timed. So it
+is no platform's default: name it, `LocalTime(PallasScan())`.
 
 Left out: derivatives (solvers take theirs from `adjoint`, not through a scan), look-back, TPUs.
 """
@@ -70,7 +73,8 @@ class PallasScan:
         if not takes(elements) or length(elements) == 0:
             return other(elements, start) if direction == _FORWARD else other.suffix(elements, start)
         if jax.default_backend() == "cpu" and not self.interpret:
-            raise ValueError("PallasScan is for GPUs and the platform is cpu: take SequentialScan(), or interpret=True for a test")
+            raise ValueError("PallasScan is for GPUs and the platform is cpu: take SequentialScan(), or interpret=True for a "
+                             "test")
         kind, (num_steps, width) = type(elements), elements.shift.shape
         size = num_steps if kind is Diagonal and width >= self.wide else min(self.size, num_steps)
         # Columns and chunks of a tile.
@@ -106,7 +110,8 @@ def _starts(totals: PyTree, first: Array, direction: int) -> Array:
 
 def _call(kernel, maps: tuple[Array, Array], starts: Array | None, *, kind, tile: tuple[int, int], direction: int,
           interpret: bool):
-    """A kernel over all tiles of `(N, n, D[, D])` and `(N, n, D)`: chunk maps `(N, D[, D])`, `(N, D)`, or the path `(N, n, D)`."""
+    """A kernel over all tiles of maps `(N, n, D[, D])`, `(N, n, D)`: chunk maps `(N, D[, D])`, `(N, D)`, or the path `(N, n, D)`.
+    """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
@@ -121,7 +126,7 @@ def _call(kernel, maps: tuple[Array, Array], starts: Array | None, *, kind, tile
     if starts is None:
         wide = wide_type(dtype)
         arrays, ins, outs = maps, [linear, path], [matrix, state]
-        shapes = [jax.ShapeDtypeStruct((num_chunks, *deep, columns), wide), jax.ShapeDtypeStruct((num_chunks, columns), wide)]
+        shapes = [jax.ShapeDtypeStruct((num_chunks, *rest, columns), wide) for rest in (deep, ())]
     else:
         arrays, ins, outs = (*maps, starts), [linear, path, state], path
         shapes = jax.ShapeDtypeStruct((num_chunks, size, columns), dtype)
