@@ -110,7 +110,8 @@ def stays_sequential(name: str, target: Target, kernel, num_samples: int, repeat
     draws = runs["advised"][0]
     return {"name": name, "num_steps": num_samples, "ratio": seconds["sequential"] / seconds["advised"],
             "run_seconds": seconds["advised"], "loop_seconds": seconds["sequential"],
-            "residual": float(np.max(np.asarray(draws.certificate.max_residual))), "advice_seconds": runs["advised"][0].report.seconds_advise,
+            "residual": float(np.max(np.asarray(draws.certificate.max_residual))),
+            "advice_seconds": runs["advised"][0].report.seconds_advise,
             "advice_again_seconds": min(one.report.seconds_advise for one in runs["advised"]),
             "compile_seconds": draws.report.seconds_compile, "parallel": bool(draws.advice.parallel),
             "certified": bool(np.asarray(draws.certificate.certified).all()), "reason": draws.advice.reason,
@@ -125,8 +126,8 @@ def tables(chains: list[dict], forgetless: list[dict]) -> str:
         lines.append(f"| {row['name']} | {row['chains']} | {row['num_steps']:,} | {row['segments']} | "
                      f"{row['expected']:.1f}× | **{row['ratio']:.2f}×** | {row['evaluations']:.2f} | "
                      f"{row['residual']:.0e} |")
-    lines += ["", "| target, kernel, 4 chains | run time, sequential / `solver=None` | residual, noise units | advice, s (again) | "
-              "compile, s | in parallel | what it said |", "|---|---|---|---|---|---|---|"]
+    lines += ["", "| target, kernel, 4 chains | run time, sequential / `solver=None` | residual, noise units | "
+              "advice, s (again) | compile, s | in parallel | what it said |", "|---|---|---|---|---|---|---|"]
     for row in forgetless:
         lines.append(f"| {row['name']} | **{row['ratio']:.2f}×** = {row['ratio'] * row['run_seconds']:.2f} / "
                      f"{row['run_seconds']:.2f} s | {_residual(row)} | "

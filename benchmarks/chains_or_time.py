@@ -25,7 +25,8 @@ from partime_mcmc.dynamics import without_captures
 from partime_mcmc.mcmc.sample import default_tolerance
 from partime_mcmc.predict import advise
 
-CASES = {"eight schools, MALA": (EIGHT_SCHOOLS, *tuned(mala)), "logistic regression 944×25, HMC 4×0.4": (LOGISTIC, *fixed_hmc(0.4, 4))}
+CASES = {"eight schools, MALA": (EIGHT_SCHOOLS, *tuned(mala)),
+         "logistic regression 944×25, HMC 4×0.4": (LOGISTIC, *fixed_hmc(0.4, 4))}
 CHAINS, BURN_IN = (1, 4, 16, 64, 256), 100
 
 
@@ -57,13 +58,15 @@ def measure(name: str, num_chains: int, budget: int, repeats: int) -> dict:
 
 def table(rows: list[dict]) -> str:
     """The Markdown table."""
-    lines = ["| target, kernel | chains × draws | loop, s | parallel in time, s | ratio | segments per chain | effective draws | "
-             "per second: loop / parallel | residual |", "|---" * 9 + "|"]
+    lines = ["| target, kernel | chains × draws | loop, s | parallel in time, s | ratio | segments per chain | "
+             "effective draws | per second: loop / parallel | residual |", "|---" * 9 + "|"]
     for row in rows:
         lines.append(
-            f"| {row['name']} | {row['chains']} × {row['num_steps']:,} | {row['loop_seconds']:.3f} | {row['parallel_seconds']:.3f} | "
-            f"**{row['loop_seconds'] / row['parallel_seconds']:.2f}×** | {row['segments']} | {row['ess']:,.0f} | "
-            f"{row['ess'] / row['loop_seconds']:,.0f} / {row['ess'] / row['parallel_seconds']:,.0f} | {row['residual']:.0e} |")
+            f"| {row['name']} | {row['chains']} × {row['num_steps']:,} | {row['loop_seconds']:.3f} | "
+            f"{row['parallel_seconds']:.3f} | **{row['loop_seconds'] / row['parallel_seconds']:.2f}×** | {row['segments']} | "
+            f"{row['ess']:,.0f} | "
+            f"{row['ess'] / row['loop_seconds']:,.0f} / {row['ess'] / row['parallel_seconds']:,.0f} | "
+            f"{row['residual']:.0e} |")
     return "\n".join(lines) + f"\n\nThe first {BURN_IN} draws of every chain are thrown away.\n"
 
 

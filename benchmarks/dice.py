@@ -80,7 +80,8 @@ def latent_process() -> Target:
     return Target(logdensity, lambda key: jnp.array([1.8, 0.0] + 11 * [0.0]) + 0.3 * jax.random.normal(key, (13,)))
 
 
-HARD = {"normal, 50 dimensions": normal, "funnel": funnel, "two modes, 8 apart": modes, "latent process, counts": latent_process}
+HARD = {"normal, 50 dimensions": normal, "funnel": funnel, "two modes, 8 apart": modes,
+        "latent process, counts": latent_process}
 
 
 def targets(folder: Path | None) -> dict[str, Callable[[], Target]]:

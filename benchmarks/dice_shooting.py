@@ -118,14 +118,16 @@ def not_finite(num_numbers: int, dtype) -> int:
 
 def table(results: dict) -> str:
     """The Markdown table."""
-    lines = ["| kernel | T | BlackJAX's loop, ms | our loop, ms | dice, ms | segments | shooting with dice, ms | ratio | evaluations per "
-             "draw | depth | residual | steps equal to the last bit |", "|---" * 12 + "|"]
+    lines = ["| kernel | T | BlackJAX's loop, ms | our loop, ms | dice, ms | segments | shooting with dice, ms | ratio | "
+             "evaluations per draw | depth | residual | steps equal to the last bit |", "|---" * 12 + "|"]
     for name, found in results["kernels"].items():
         for row in found["segments"]:
             ratio = f"**{row['ratio']:.1f}×**" if row is found["best"] else f"{row['ratio']:.1f}×"
-            lines.append(f"| {name} | {found['num_steps']:,} | {1e3 * found['blackjax_seconds']:.0f} | {1e3 * found['loop_seconds']:.0f} | "
-                         f"{1e3 * found['dice_seconds']:.0f} | {row['segments']} | {1e3 * row['seconds_with_dice']:.0f} | {ratio} | "
-                         f"{row['evaluations']:.2f} | {row['depth']} | {row['residual']:.0e} | {100 * row['equal_bits']:.2f}% |")
+            lines.append(f"| {name} | {found['num_steps']:,} | {1e3 * found['blackjax_seconds']:.0f} | "
+                         f"{1e3 * found['loop_seconds']:.0f} | {1e3 * found['dice_seconds']:.0f} | "
+                         f"{row['segments']} | {1e3 * row['seconds_with_dice']:.0f} | "
+                         f"{ratio} | {row['evaluations']:.2f} | {row['depth']} | {row['residual']:.0e} | "
+                         f"{100 * row['equal_bits']:.2f}% |")
     return "\n".join(lines) + "\n"
 
 
@@ -144,8 +146,9 @@ def main(argv: list[str] | None = None) -> None:
         with jax.enable_x64(dtype == "float64"):
             density, metric, start = setting()
             for name, (kernel, plain) in pairs(density, metric).items():
-                results["kernels"][f"{name}, {dtype}"] = measure(kernel, plain, start, arguments.num_steps, arguments.repeats)
-                print(table({"kernels": {name: results["kernels"][f"{name}, {dtype}"]}}), flush=True)
+                row = measure(kernel, plain, start, arguments.num_steps, arguments.repeats)
+                results["kernels"][f"{name}, {dtype}"] = row
+                print(table({"kernels": {name: row}}), flush=True)
             langevin = pairs(density, metric)["MALA"][0]
             results[f"jacobi, {dtype}"] = [work(langevin, start, arguments.num_steps, jacobi(), seed) for seed in (3, 4, 5)]
             results[f"million, {dtype}"] = work(langevin, start, 2**20, shooting(4096))

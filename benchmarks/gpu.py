@@ -83,8 +83,9 @@ def measure(name: str, num_steps: int, num_chains: int, loop_steps: int, repeats
     loop = found["loop"]["seconds"] * num_steps / looked
     rows = [described(segments, found[segments], loop) for segments in runs if segments != "loop"]
     best = max(rows, key=lambda row: (row["status"] == "CONVERGED", row["ratio"]), default=None)
-    result = {"name": name, "num_steps": num_steps, "chains": num_chains, "loop_seconds": loop, "loop_scaled": looked < num_steps,
-              "loop_steps": looked, "loop_compile": found["loop"]["compile"], "loop_temp_bytes": found["loop"]["temp_bytes"],
+    result = {"name": name, "num_steps": num_steps, "chains": num_chains, "loop_seconds": loop,
+              "loop_scaled": looked < num_steps, "loop_steps": looked,
+              "loop_compile": found["loop"]["compile"], "loop_temp_bytes": found["loop"]["temp_bytes"],
               "segments": rows, "best": best}
     if best is not None:
         states = found[best["segments"]]["value"].states
@@ -101,8 +102,8 @@ def measure(name: str, num_steps: int, num_chains: int, loop_steps: int, repeats
 def described(segments: int, record: dict, loop: float) -> dict:
     """One number of segments."""
     solution = record["value"]
-    return {"segments": segments, "seconds": record["seconds"], "ratio": loop / record["seconds"], "compile": record["compile"],
-            "temp_bytes": record["temp_bytes"],
+    return {"segments": segments, "seconds": record["seconds"], "ratio": loop / record["seconds"],
+            "compile": record["compile"], "temp_bytes": record["temp_bytes"],
             "status": Status(int(np.max(solution.status))).name, "evaluations": float(np.mean(solution.stats.evaluations)),
             "depth": int(np.max(solution.stats.depth)), "residual": float(np.max(solution.residual))}
 
@@ -116,7 +117,8 @@ def precision(num_steps: int, repeats: int) -> list[dict]:
             kernel, dynamics, initial, tape = thrown("logistic regression, MALA", num_steps, 1)
             one = jax.tree.map(lambda leaf: leaf[0], (initial, tape))
             run = jax.jit(lambda start, tape: solve(dynamics, start, tape, solver=shooting(256), tolerance=Tolerance()))
-            times = timed({"solve": (run, one), "loop": (jax.jit(lambda start, tape: rollout(dynamics, start, tape)), one)}, repeats)
+            loop = jax.jit(lambda start, tape: rollout(dynamics, start, tape))
+            times = timed({"solve": (run, one), "loop": (loop, one)}, repeats)
             solution = times["solve"]["value"]
         with jax.default_matmul_precision("highest"):
             certificate = jax.jit(functools.partial(certify, kernel))(one[0], solution.states, one[1])
@@ -124,7 +126,8 @@ def precision(num_steps: int, repeats: int) -> list[dict]:
         reference = accepted if reference is None else reference
         found.append({"precision": name, "num_steps": num_steps, "seconds": times["solve"]["seconds"],
                       "loop_seconds": times["loop"]["seconds"], "compile": times["solve"]["compile"],
-                      "temp_bytes": times["solve"]["temp_bytes"], "decisions_that_differ": int(np.sum(accepted != reference)),
+                      "temp_bytes": times["solve"]["temp_bytes"],
+                      "decisions_that_differ": int(np.sum(accepted != reference)),
                       "certified": bool(certificate.certified),
                       "residual": float(certificate.max_residual), "rejected": int(certificate.num_rejected)})
     return found
@@ -132,8 +135,8 @@ def precision(num_steps: int, repeats: int) -> list[dict]:
 
 def table(rows: list[dict], products: list[dict], left_out: list[str]) -> str:
     """All tables as Markdown."""
-    lines = ["| target, kernel | T | chains | loop, s | shooting, s | ratio | segments per chain | evaluations per draw | depth | "
-             "residual | certified |", "|---" * 11 + "|"]
+    lines = ["| target, kernel | T | chains | loop, s | shooting, s | ratio | segments per chain | evaluations per draw | "
+             "depth | residual | certified |", "|---" * 11 + "|"]
     for row in rows:
         best = row["best"]
         if best is None:
@@ -145,8 +148,8 @@ def table(rows: list[dict], products: list[dict], left_out: list[str]) -> str:
             f"{row['rejected']} rejections) |")
     lines += ["", "\\* timed for so many steps and scaled.", ""]
     lines += [f"Left out: {name}." for name in left_out]
-    lines += ["", "| matrix products | T | loop, s | shooting, s | decisions that differ from `highest` | residual, noise units | "
-              "rejections |", "|---" * 7 + "|"]
+    lines += ["", "| matrix products | T | loop, s | shooting, s | decisions that differ from `highest` | "
+              "residual, noise units | rejections |", "|---" * 7 + "|"]
     lines += [f"| {one['precision']} | {one['num_steps']:,} | {one['loop_seconds']:.4f} | {one['seconds']:.4f} | "
               f"{one['decisions_that_differ']} | {one['residual']:.0e} | {one['rejected']} |" for one in products]
     return "\n".join(lines) + "\n"
@@ -176,9 +179,9 @@ def main(argv: list[str] | None = None) -> None:
                     if num_steps <= arguments.longest), key=lambda case: (case[2], -case[1]))
     left_out = []
     for name, num_steps, count in cases:
-        why = "time" if time.monotonic() - begin > arguments.budget else "memory" if num_steps * count > _MOST_DRAWS else None
-        if why is not None:
-            left_out.append(f"{name} at T = {num_steps:,} with {count} chains, for {why}")
+        late, large = time.monotonic() - begin > arguments.budget, num_steps * count > _MOST_DRAWS
+        if late or large:
+            left_out.append(f"{name} at T = {num_steps:,} with {count} chains, for {'memory' if large else 'time'}")
             continue
         loop_steps = arguments.nuts_loop_steps if "NUTS" in name else arguments.loop_steps
         rows.append(measure(name, num_steps, count, loop_steps, arguments.repeats))

@@ -130,8 +130,9 @@ def adjoint_evaluations(params, carry, inputs) -> float:
 
 def table(rows: list[dict], left_out: list[str]) -> str:
     """The Markdown table."""
-    lines = ["| T | D | batch | solver | forward: scan, ms | | gradient: scan, ms | | residual | states differ | gradients differ | "
-             "passes | evaluations per step, adjoint | memory of the gradient: scan, this |", "|" + "---|" * 14]
+    lines = ["| T | D | batch | solver | forward: scan, ms | | gradient: scan, ms | | residual | states differ | "
+             "gradients differ | passes | evaluations per step, adjoint | memory of the gradient: scan, this |",
+             "|" + "---|" * 14]
     for row in sorted(rows, key=key_of):
         forward, gradient = row["forward"], row["gradient"]
         how, scaled = f"{row['solver']}" + ("" if row["parallel"] else " (sequential)"), "*" * row.get("loop_scaled", False)
@@ -140,11 +141,13 @@ def table(rows: list[dict], left_out: list[str]) -> str:
         residual = f"{row['residual']:.0e}" if "residual" in row else "not recorded"
         lines.append(
             f"| {row['T']:,} | {row['D']} | {row['batch']} | {how} | {1e3 * forward['scan_seconds']:.2f}{scaled} | "
-            f"{forward['ratio']:.2f}× | {1e3 * gradient['scan_seconds']:.2f}{scaled} | {gradient['ratio']:.2f}× | {residual} | "
-            f"{row['state_difference']:.0e} | {'not compared' if gap is None else f'{gap:.0e}'} | {row['iterations']} | "
+            f"{forward['ratio']:.2f}× | {1e3 * gradient['scan_seconds']:.2f}{scaled} | {gradient['ratio']:.2f}× | "
+            f"{residual} | {row['state_difference']:.0e} | {'not compared' if gap is None else f'{gap:.0e}'} | "
+            f"{row['iterations']} | "
             f"{row['evaluations']:.2f}{'' if adjoint is None else f', {adjoint:.2f}'} | "
             f"{_mebibytes(gradient['scan_bytes'])}, {_mebibytes(gradient['bytes'])} MiB |")
-    notes = ["\\* timed for fewer steps and scaled; its memory is that of fewer steps."] * any(row.get("loop_scaled") for row in rows)
+    scaled = any(row.get("loop_scaled") for row in rows)
+    notes = ["\\* timed for fewer steps and scaled; its memory is that of fewer steps."] * scaled
     return "\n".join([*lines, "", *notes, *(f"Left out, for memory or time: {name}." for name in left_out)]) + "\n"
 
 

@@ -56,7 +56,8 @@ def rows(chain: str, model: str, dtype: str, builder, num_steps: int, solvers: d
                 "passes": int(report.iterations.max()) if name != "sequential" else 1,
                 "solved": not fallback, "evaluations": report.evaluations_per_sample, "jvps": report.jvps_per_sample,
                 "residual": float(np.max(certificate.max_residual)), "certified": bool(np.all(certificate.certified)),
-                "rejected": int(np.sum(certificate.num_rejected)), "seconds": report.seconds_run, "compile": report.seconds_compile,
+                "rejected": int(np.sum(certificate.num_rejected)), "seconds": report.seconds_run,
+                "compile": report.seconds_compile,
                 "loop_seconds": loop_seconds, "total_seconds": time.perf_counter() - begin})
             print(line(found[-1]), flush=True)
         return found
@@ -88,7 +89,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     print(HEADER)
     found = [row for case in CASES for row in rows(*case, arguments.seed)]
-    keep(arguments.out / f"iterations-{jax.default_backend()}.json", {"rows": found}, "\n".join([HEADER, *map(line, found)]) + "\n")
+    text = "\n".join([HEADER, *map(line, found)]) + "\n"
+    keep(arguments.out / f"iterations-{jax.default_backend()}.json", {"rows": found}, text)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,8 @@ def table(results: dict[str, Any]) -> str:
     # The loop, scaled to as many draws as the long run's.
     loop = fast["loop_seconds"] * big["num_draws"] / draws
     lines = [
-        "| run | draws | seconds | kernel's own loop, s | draws per second | against memory | residual, noise units |", "|---" * 7 + "|",
+        "| run | draws | seconds | kernel's own loop, s | draws per second | against memory | residual, noise units |",
+        "|---" * 7 + "|",
         *(f"| {name} | {draws:,} | {value:.2f} | {fast['loop_seconds']:.2f} | {draws / value:,.0f} | "
           f"{each['memory'] / value:.2f} | {residual.get(name, 'not recorded')} |" for name, value in each.items()),
         f"| kernel's own loop, nothing certified | {draws:,} | {fast['loop_seconds']:.2f} | {fast['loop_seconds']:.2f} | "

@@ -49,7 +49,8 @@ def problem(kind: str, num_steps: int, width: int, dtype: str):
     shape = (num_steps, width) if kind == "diagonal" else (num_steps, width, width)
     linear = random.uniform(-1, 1, shape) * (1.0 if kind == "diagonal" else 1 / width)
     make = Diagonal if kind == "diagonal" else Dense
-    return make(jnp.asarray(linear, dtype), jnp.asarray(random.normal(size=(num_steps, width)), dtype)), jnp.ones(width, dtype)
+    shift = random.normal(size=(num_steps, width))
+    return make(jnp.asarray(linear, dtype), jnp.asarray(shift, dtype)), jnp.ones(width, dtype)
 
 
 def exact(elements, start) -> np.ndarray:
@@ -97,7 +98,8 @@ def measure(kind: str, num_steps: int, width: int, dtype: str, repeats: int, loo
         "loop_scaled": looked < num_steps,
         "copy_bytes_per_second": 2 * size / found["copy"]["seconds"],
         "scans": {name: {"seconds": one["seconds"], "ratio": found["plain loop"]["seconds"] / one["seconds"],
-                         "bytes_per_second": moved / one["seconds"], "compile": one["compile"], "temp_bytes": one["temp_bytes"],
+                         "bytes_per_second": moved / one["seconds"], "compile": one["compile"],
+                         "temp_bytes": one["temp_bytes"],
                          "difference": differences[name]}
                   for name, one in found.items() if name != "copy"}}
 
@@ -105,15 +107,16 @@ def measure(kind: str, num_steps: int, width: int, dtype: str, repeats: int, loo
 def table(rows: list[dict], left_out: list[str]) -> str:
     """The Markdown table."""
     names = list(rows[0]["scans"]) if rows else []
-    lines = [f"| maps | T | D | {' | '.join(f'{name}, ms' for name in names)} | in use | in use / fastest other | largest difference | "
-             "bandwidth in use / copy | repeats |", "|---" * (8 + len(names)) + "|"]
+    lines = [f"| maps | T | D | {' | '.join(f'{name}, ms' for name in names)} | in use | in use / fastest other | "
+             "largest difference | bandwidth in use / copy | repeats |", "|---" * (8 + len(names)) + "|"]
     for row in rows:
         times, taken = {name: one["seconds"] for name, one in row["scans"].items()}, row["in_use"]
         fastest = min(seconds for name, seconds in times.items() if name != taken)
+        marks = {"plain loop": "*" * row["loop_scaled"]}
         worst = max(one["difference"] for one in row["scans"].values())
         share = row["scans"][taken]["bytes_per_second"] / row["copy_bytes_per_second"]
         lines.append(f"| {row['kind']}, {row['dtype']} | {row['num_steps']:,} | {row['width']} | "
-                     + " | ".join(f"{1e3 * times[name]:.3f}" + "*" * (row["loop_scaled"] and name == "plain loop") for name in names)
+                     + " | ".join(f"{1e3 * times[name]:.3f}{marks.get(name, '')}" for name in names)
                      + f" | {taken} | {times[taken] / fastest:.2f} | {worst:.0e} | {share:.0%} | {row['repeats']} |")
     return "\n".join(lines + ["", *(f"Left out, for memory: {name}." for name in left_out)]) + "\n"
 

@@ -75,13 +75,13 @@ SUITES = {
     "gpu": (
         Task("gpu", ("--budget", "120"), 170, 190),
         Task("scans", ("--dtype", "float32", "float64", "bfloat16", "--repeats", "5", "--loop-steps", "1000"), 60, 80),
-        Task("gru", ("--lengths", "10000", "100000", "1000000", "--widths", "8", "32", "128", "--batches", "1", "--repeats", "3",
-                     "--largest", str(2**27), "--loop-steps", "2000", "--budget", "55"), 75, 90),
+        Task("gru", ("--lengths", "10000", "100000", "1000000", "--widths", "8", "32", "128", "--batches", "1",
+                     "--repeats", "3", "--largest", str(2**27), "--loop-steps", "2000", "--budget", "55"), 75, 90),
     ),
     "smoke": (
         Task("scans", ("--longest", "1000", "--widths", "8", "--repeats", "1"), 8, 90),
-        Task("shooting", ("--only", "banana, HMC 8×0.5", "--scale", "0.02", "--num-warmup", "100", "--repeats", "1", "--segments",
-                          "16"), 15, 90),
+        Task("shooting", ("--only", "banana, HMC 8×0.5", "--scale", "0.02", "--num-warmup", "100", "--repeats", "1",
+                          "--segments", "16"), 15, 90),
     ),
 }
 # What does not fit, by suite: to be run on its own, `python -m benchmarks.MODULE`.
@@ -108,14 +108,17 @@ def run(suite: str, out: Path) -> int:
     tasks = [task for task in SUITES[suite] if task.needs is None or os.environ.get(task.needs)]
     left_out = [*LEFT_OUT[suite], *(f"{task.name} ({task.needs} is not set)" for task in SUITES[suite] if task not in tasks)]
     for number, task in enumerate(tasks, 1):
-        print(f"[{number}/{len(tasks)}, {time.monotonic() - begin:.0f} s] {task.name}: about {task.estimate:.0f} s", flush=True)
+        print(f"[{number}/{len(tasks)}, {time.monotonic() - begin:.0f} s] {task.name}: about {task.estimate:.0f} s",
+              flush=True)
         done.append(one(task, out))
         print(f"    {done[-1]['outcome']} after {done[-1]['seconds']:.0f} s", flush=True)
-        record = {"suite": suite, "seconds": time.monotonic() - begin, "tasks": done, "left_out": left_out, "about": described}
+        record = {"suite": suite, "seconds": time.monotonic() - begin, "tasks": done, "left_out": left_out,
+                  "about": described}
         (out / "suite.json").write_text(json.dumps(record, indent=1))
     failed = [task["name"] for task in done if task["outcome"] != "done"]
     print(f"{len(done) - len(failed)} of {len(done)} benchmarks done in {time.monotonic() - begin:.0f} s; results in {out}"
-          + "".join(f"\nnot done: {name}" for name in failed) + f"\nnot part of this suite: {', '.join(left_out) or 'nothing'}")
+          + "".join(f"\nnot done: {name}" for name in failed)
+          + f"\nnot part of this suite: {', '.join(left_out) or 'nothing'}")
     return int(bool(failed))
 
 
@@ -133,7 +136,8 @@ def one(task: Task, out: Path) -> dict:
         except subprocess.TimeoutExpired:
             outcome = f"stopped: more than {task.limit:.0f} s"
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    return {"name": task.name, "outcome": outcome, "seconds": time.monotonic() - begin, "largest_resident_bytes_so_far": peak}
+    return {"name": task.name, "outcome": outcome, "seconds": time.monotonic() - begin,
+            "largest_resident_bytes_so_far": peak}
 
 
 def device() -> dict:

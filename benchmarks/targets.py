@@ -57,7 +57,8 @@ class Target:
         """One line of the Markdown table."""
         found = self.found(folder)
         verdict = "not measured" if found is None else "met" if self.bound.holds(found, self.wanted) else "**not met**"
-        return f"| {self.name} | {self.bound.sign} {self.wanted:g} | {'—' if found is None else f'{found:.3g}'} | {verdict} |"
+        figure = "—" if found is None else f"{found:.3g}"
+        return f"| {self.name} | {self.bound.sign} {self.wanted:g} | {figure} | {verdict} |"
 
 
 def _rows(start: str, record: dict) -> list[dict]:
@@ -66,8 +67,8 @@ def _rows(start: str, record: dict) -> list[dict]:
 
 def shooting(start: str, wanted: float, figure: str = "one chain, loop / shooting", file: str = "shooting-cpu") -> Target:
     """The worst ratio of all rows whose name starts so."""
-    return Target(f"{start}: {figure}", file, lambda record: min(row["best"]["ratio"] for row in _rows(start, record)), AT_LEAST,
-                  wanted)
+    return Target(f"{start}: {figure}", file, lambda record: min(row["best"]["ratio"] for row in _rows(start, record)),
+                  AT_LEAST, wanted)
 
 
 def _evaluations(record: dict) -> float:
@@ -135,7 +136,8 @@ def chain(start: str, num_steps: int) -> Callable[[dict], float]:
 TARGETS = {
     "cpu": (
         shooting("eight schools, MALA", 3.5), shooting("eight schools, HMC", 4), shooting("banana, HMC 8×0.5", 9),
-        shooting("mixture of two normals, MALA", 6), shooting("logistic regression", 1.5), shooting("eight schools, NUTS", 1.7),
+        shooting("mixture of two normals, MALA", 6), shooting("logistic regression", 1.5),
+        shooting("eight schools, NUTS", 1.7),
         Target("most evaluations per draw of these", "shooting-cpu", _evaluations, AT_MOST, 2),
         Target("scan in use / fastest, worst size", "scans-cpu", _scan, AT_MOST, 1.05),
         Target("associative scan / scan in use, T = 10⁶, D = 8", "scans-cpu", _associative, AT_LEAST, 5),

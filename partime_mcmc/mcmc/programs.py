@@ -6,10 +6,9 @@ so that a second run with other seeds, step sizes or data of the same shapes com
 hang on captured arrays are made explicit first. Compilation and execution can be timed apart, because programs are
 compiled ahead.
 
-No argument is donated. Of those of a solve, the dice are read again by the certificate and by the sequential finish of a chain
-that did not converge, which also needs the starts; the first guess is made inside the program and is no argument; parameters
-serve every stretch. What could be given up is one state per chain. A program kept for later runs would also make every caller's
-arrays unusable behind his back.
+No argument is donated. Of those of a solve, the dice are read again by the certificate and by the sequential finish of a
+chain that did not converge, which also needs the starts; the first guess is made inside the program and is no argument;
+parameters serve every stretch. What could be given up is one state per chain.
 """
 
 from __future__ import annotations

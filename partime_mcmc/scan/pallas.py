@@ -73,8 +73,8 @@ class PallasScan:
         if not takes(elements) or length(elements) == 0:
             return other(elements, start) if direction == _FORWARD else other.suffix(elements, start)
         if jax.default_backend() == "cpu" and not self.interpret:
-            raise ValueError("PallasScan is for GPUs and the platform is cpu: take SequentialScan(), or interpret=True for a "
-                             "test")
+            raise ValueError("PallasScan is for GPUs and the platform is cpu: take SequentialScan(), or interpret=True "
+                             "for a test")
         kind, (num_steps, width) = type(elements), elements.shift.shape
         size = num_steps if kind is Diagonal and width >= self.wide else min(self.size, num_steps)
         # Columns and chunks of a tile.
@@ -110,7 +110,9 @@ def _starts(totals: PyTree, first: Array, direction: int) -> Array:
 
 def _call(kernel, maps: tuple[Array, Array], starts: Array | None, *, kind, tile: tuple[int, int], direction: int,
           interpret: bool):
-    """A kernel over all tiles of maps `(N, n, D[, D])`, `(N, n, D)`: chunk maps `(N, D[, D])`, `(N, D)`, or the path `(N, n, D)`.
+    """A kernel over all tiles of maps `(N, n, D[, D])`, `(N, n, D)`.
+
+    Without starts the maps of chunks, `(N, D[, D])` and `(N, D)`; with starts `(N, D)` the path, `(N, n, D)`.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton

@@ -118,10 +118,10 @@ def default_scan(elements: PyTree) -> Scan:
         elements: Batched maps, leaves with leading axis `T`; arrays, tracers or shapes.
     """
     # Measured on two CPU cores in float32 (`benchmarks/results/scans-cpu.md`): at each of fifteen sizes, T from 10³ to 10⁶,
-    # D in 1, 8, 64 for diagonal maps and 2, 8 for dense ones, the plain loop was the fastest, 1.1 times (T = 10⁶, D = 1) to
-    # 24 times (T = 10⁶, D = 8, dense) ahead of the associative scan and 1.9 times or more ahead of the chunked one. So there no
-    # shape asks for another. Elsewhere nothing was measured so far, and the tree is taken for its depth, but for one map there
-    # is nothing to compose.
+    # D in 1, 8, 64 for diagonal maps and 2, 8 for dense ones, the plain loop was the fastest, 1.1 times (T = 10⁶, D = 1)
+    # to 24 times (T = 10⁶, D = 8, dense) ahead of the associative scan and 2 times or more ahead of the chunked one. So
+    # there no shape asks for another. Elsewhere nothing was measured so far, and the tree is taken for its depth, but for
+    # one map there is nothing to compose.
     if jax.default_backend() == "cpu" or length(elements) < 2:
         return SequentialScan()
     return AssociativeScan()
@@ -150,8 +150,8 @@ def _roll(elements: PyTree, start: PyTree, like: PyTree, reverse: bool = False) 
         value = element(value)
         return value, value
 
-    # Widened before and rounded after the loop, at the price of wide copies: inside it, XLA for CPUs rewrites a whole path of
-    # two-byte floats at every step (100 times as slow at T = 1,000).
+    # Widened before and rounded after the loop, at the price of wide copies: inside it, XLA for CPUs rewrites a whole path
+    # of two-byte floats at every step (seen: 100 times as slow at T = 1,000, D = 64).
     return as_type_of(like, lax.scan(advance, widened(start), widened(elements), reverse=reverse)[1])
 
 
