@@ -63,8 +63,8 @@ def table(rows: list[dict]) -> str:
     for row in rows:
         lines.append(
             f"| {row['name']} | {row['chains']} × {row['num_steps']:,} | {row['loop_seconds']:.3f} | "
-            f"{row['parallel_seconds']:.3f} | **{row['loop_seconds'] / row['parallel_seconds']:.2f}×** | {row['segments']} | "
-            f"{row['ess']:,.0f} | "
+            f"{row['parallel_seconds']:.3f} | **{row['loop_seconds'] / row['parallel_seconds']:.2f}×** | "
+            f"{row['segments']} | {row['ess']:,.0f} | "
             f"{row['ess'] / row['loop_seconds']:,.0f} / {row['ess'] / row['parallel_seconds']:,.0f} | "
             f"{row['residual']:.0e} |")
     return "\n".join(lines) + f"\n\nThe first {BURN_IN} draws of every chain are thrown away.\n"
