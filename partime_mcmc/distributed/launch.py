@@ -88,18 +88,18 @@ def hosts(coordinator: str | None = None, num_hosts: int | None = None, host_id:
         jax.distributed.shutdown()
     except SystemExit as ending:
         if ending.code not in (None, 0):
-            _end(witness, name, heartbeat_seconds, ending)
+            _end(witness, name, host_id in (None, 0), heartbeat_seconds, ending)
         jax.distributed.shutdown()
         raise
     except BaseException as error:
         if witness.poll() is not None or witness.stdin.closed:
             raise
-        _end(witness, name, heartbeat_seconds, error)
+        _end(witness, name, host_id in (None, 0), heartbeat_seconds, error)
     finally:
         _dismiss(witness)
 
 
-def _end(witness, name, heartbeat_seconds, error: BaseException) -> None:
+def _end(witness, name, maybe_first, heartbeat_seconds, error: BaseException) -> None:
     """End this process at once, with the reason."""
     if is_lost(error):
         print(f"{_sentence(f'{name} ends', heartbeat_seconds)}\n(What was heard: {str(error).splitlines()[0][:200]})",
@@ -117,8 +117,8 @@ def _end(witness, name, heartbeat_seconds, error: BaseException) -> None:
         code = code if isinstance(code, int) else _FAILED
     _dismiss(witness)
     sys.stdout.flush()
-    if code != _LOST and jax.process_count() > 1 and jax.process_index() == 0:
-        # With this host goes the coordinator, and JAX aborts the others where they stand.
+    if code != _LOST and maybe_first:
+        # With host 0 goes the coordinator, and JAX aborts the others where they stand.
         time.sleep(_LAST_WORDS_SECONDS)
     os._exit(code)
 
