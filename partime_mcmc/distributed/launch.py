@@ -3,7 +3,8 @@
     with hosts("10.0.0.1:9876", num_hosts=2, host_id=0):      # the same script on both hosts, with their own host_id
         draws = sample(key, target, hmc, num_samples=100_000, mesh=time_mesh())
 
-Without arguments the cluster is found by `jax.distributed.initialize` itself (Slurm, Open MPI, Kubernetes, TPU pods).
+Without arguments the cluster is found by `jax.distributed.initialize` itself (Slurm, Open MPI 4, Kubernetes, TPU pods);
+processes of Slurm and Open MPI then get one GPU of their node each, so there are to be as many of them as GPUs.
 
 All hosts run one program in step, so none can go on without the others. What ends a run, and when:
 
