@@ -72,7 +72,8 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
         schedule: How time is cut; None follows the advice, or takes stretches of 16,384 steps.
         tolerance: How small residuals must be; None is `default_tolerance(...)`.
         max_iterations: Passes per stretch before a chain is finished sequentially; None is the stated default.
-        max_bytes: Memory that the run may take; None is most of the device's. Checked before anything is allocated.
+        max_bytes: Memory that the run may take, over a mesh on each device; None is most of the device's. Checked before
+            anything is allocated.
         store: A folder, or a `Store` of one, for runs longer than memory: draws are certified and written there chunk by
             chunk. A folder that holds this very run already is gone on with; see `resume`.
         thinning: With a store, of so many draws the last is kept; statistics and certificate are of all of them.
