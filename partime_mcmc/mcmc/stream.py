@@ -23,10 +23,10 @@ from jax.sharding import Mesh
 from partime_mcmc.kernels import Evidence, Kernel, Recorded
 from partime_mcmc.mcmc.dice import dice_of
 from partime_mcmc.mcmc.draws import Draws, End
+from partime_mcmc.mcmc.exchange import Collect, everywhere
 from partime_mcmc.mcmc.finish import finish
 from partime_mcmc.mcmc.programs import Clock
 from partime_mcmc.mcmc.run import Choice, run_chains
-from partime_mcmc.mcmc.exchange import Collect, everywhere
 from partime_mcmc.mcmc.spread import Spread, draw_across
 from partime_mcmc.mcmc.store.state import strong
 from partime_mcmc.mcmc.tapes import begin, throw
