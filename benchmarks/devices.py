@@ -48,7 +48,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from benchmarks.record import OUT, keep
-from partime_mcmc import CoalescingDice, deer, elk, jacobi, mala, quasi_deer, sample, sequential, shooting
+from partime_mcmc import (CoalescingDice, deer, elk, jacobi, mala, picard, quasi_deer, quasi_elk, sample, sequential,
+                          shooting)
 from partime_mcmc.distributed import sharded_solve, time_mesh
 from partime_mcmc.distributed.sharded_solve import time_axis
 from partime_mcmc.mcmc.sample import default_tolerance
@@ -116,8 +117,8 @@ def _bytes(shape: str) -> int:
 def traffic(problem, num_steps: int) -> list[dict]:
     """Collectives of every recipe on eight devices, at this length and at half of it."""
     dynamics, initial, tape, tolerance = problem
-    recipes = {"shooting": shooting(steps=64), "quasi_deer": quasi_deer(), "deer": deer(), "elk": elk(), "jacobi": jacobi(),
-               "sequential": sequential()}
+    recipes = {"shooting": shooting(steps=64), "quasi_deer": quasi_deer(), "deer": deer(), "quasi_elk": quasi_elk(),
+               "elk": elk(), "picard": picard(), "jacobi": jacobi(), "sequential": sequential()}
     rows = []
     for name, solver in recipes.items():
         program = jax.jit(lambda first, drives, solver=solver: sharded_solve(
@@ -222,11 +223,12 @@ def markdown(results: dict) -> str:
     lines += ["", "## Balance and time on forced host devices", "",
               f"All devices share {results['cores']} cores: a time is no speed. Shooting.", "",
               "| devices | segments | passes | depth | evaluations per draw | busiest device / mean | "
-              "same bits as the loop | s | model, s | model / measured | one pass waits, µs |",
-              "|---|---|---|---|---|---|---|---|---|---|---|"]
+              "same bits as the loop | largest residual | s | model, s | model / measured | one pass waits, µs |",
+              "|---|---|---|---|---|---|---|---|---|---|---|---|"]
     for row, seconds in zip(results["meshes"], results["model"]["said"]):
         lines.append(f"| {row['devices']} | {row['segments']:,} | {row['passes']} | {row['depth']} | "
-                     f"{row['evaluations']:.2f} | {row['busiest']:.2f} | {row['same_bits']:.2%} | {row['seconds']:.3f} | "
+                     f"{row['evaluations']:.2f} | {row['busiest']:.2f} | {row['same_bits']:.2%} | {row['residual']:.0e} | "
+                     f"{row['seconds']:.3f} | "
                      f"{seconds:.3f} | {seconds / row['seconds']:.2f} | {1e6 * row['waiting']:.0f} |")
     fitted = results["model"]
     widths = "; ".join(f"{row['segments']}: {row['seconds']:.4f} s, model {seconds:.4f}" for row, seconds in zip(

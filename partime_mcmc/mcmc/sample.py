@@ -22,14 +22,14 @@ from partime_mcmc.contracts import check_has
 from partime_mcmc.diagnostics.checks import check_count, check_key
 from partime_mcmc.kernels import Evidence, Kernel, Recorded
 from partime_mcmc.kernels.dice import Dice
-from partime_mcmc.mcmc.arguments import check_memory, check_strategies, chosen_progress
+from partime_mcmc.mcmc.arguments import check_memory, check_strategies, chosen_progress, default_max_bytes
 from partime_mcmc.mcmc.chains import DEFAULT_STRETCH, default_tolerance, draw_chains
 from partime_mcmc.mcmc.draws import Draws
+from partime_mcmc.mcmc.exchange import check_mesh, check_same
 from partime_mcmc.mcmc.family import Builder
 from partime_mcmc.mcmc.progress import Progress
 from partime_mcmc.mcmc.ready import Request, make_ready
 from partime_mcmc.mcmc.resume import as_store, key_words, sample_stored
-from partime_mcmc.mcmc.spread import check_mesh
 from partime_mcmc.mcmc.store.stored import StoredDraws
 from partime_mcmc.mcmc.stored_run import Store
 from partime_mcmc.mcmc.target import Target
@@ -72,13 +72,15 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
         schedule: How time is cut; None follows the advice, or takes stretches of 16,384 steps.
         tolerance: How small residuals must be; None is `default_tolerance(...)`.
         max_iterations: Passes per stretch before a chain is finished sequentially; None is the stated default.
-        max_bytes: Memory that the run may take; None is most of the device's. Checked before anything is allocated.
+        max_bytes: Memory that the run may take, over a mesh on each device; None is most of the device's. Checked before
+            anything is allocated.
         store: A folder, or a `Store` of one, for runs longer than memory: draws are certified and written there chunk by
             chunk. A folder that holds this very run already is gone on with; see `resume`.
         thinning: With a store, of so many draws the last is kept; statistics and certificate are of all of them.
         mesh: Devices, of one or several hosts, to spread chains and time over, from `distributed.time_mesh`: the same
             draws to rounding, as NumPy arrays on every host. A solver of None is then shooting. With a store, all hosts see
-            its folder and the first one writes. None is the default device alone.
+            its folder and the first one writes. Its axis `data` must be 1: a density over data spread over devices is for
+            `sharded_solve`. None is the default device alone.
         certificate: What it rests on: `Recorded()` on what every step said while it was rolled, at no cost; `Independent()` on
             one more evaluation of every step, apart from the solver. Other solvers than shooting and the loop, chains that
             fell back and those on a mesh have the latter in any case; `draws.certificate.independent` says which.
@@ -86,7 +88,7 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
 
     Returns:
         The draws, certified; with a store, an object that reads them from there when they are looked at. After an interrupt
-        from the keyboard, those that were certified by then, with the verdict INTERRUPTED.
+        from the keyboard, those that were certified by then, with the verdict INTERRUPTED; on several hosts it ends the run.
 
     Raises:
         StoreMismatch: If the store holds another run, naming what differs.
@@ -109,6 +111,8 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
         check_mesh(mesh, num_chains, schedule)
     request = Request(key, target, kernel, num_samples, num_chains, num_warmup, adaptation, dice, solver, schedule,
                       tolerance, max_iterations, max_bytes, thinning, certificate)
+    if mesh is not None:
+        check_same(request, mesh, store)
     if store is not None:
         draws = sample_stored(as_store(store), request, progress, mesh)
         progress.note(str(draws))
@@ -128,9 +132,10 @@ def _in_memory(request: Request, mesh: Mesh | None, progress: Progress) -> Draws
     kernel, warmup, positions, keys = ready = make_ready(request, progress)
     leaves = jax.tree.leaves(positions)
     rows, parts = (1, 1) if mesh is None else (mesh.shape[name] for name in ("chains", "time"))
+    limit = default_max_bytes(mesh) if request.max_bytes is None else request.max_bytes
     check_memory(solver or sequential(), getattr(schedule or Stretches(DEFAULT_STRETCH), "size", num_samples),
                  -(-num_samples // parts), request.num_chains // rows, sum(leaf[0].size for leaf in leaves),
-                 leaves[0].dtype.itemsize, request.max_bytes)
+                 leaves[0].dtype.itemsize, limit)
     plan = {"num_warmup": warmup.num_steps if warmup else 0, "key": key_words(request.key)}
     return draw_chains(request.target, kernel, positions, keys, num_samples, warmup=warmup, solver=solver, schedule=schedule,
                        tolerance=request.tolerance, max_iterations=request.max_iterations, plan=plan, progress=progress,
