@@ -161,7 +161,8 @@ def _shoot(enter, advance, leave, note, steps, budget, axis, shared, initial, gu
     """All passes over B chains; lanes are chains × segments that are here.
 
     Returns:
-        Path `(B, T, D)`, notes `(B, T, R)`, residual `(B, T, D)`, and evaluations, JVPs, depth, whether it gave up, and passes, `(B,)` each.
+        Path `(B, T, D)`, notes `(B, T, R)`, residual `(B, T, D)`, and evaluations, JVPs, depth, whether it gave up, and
+        passes, `(B,)` each.
     """
     num_chains, num_steps, dimension = guess.shape
     num_segments = math.ceil(num_steps / steps)
@@ -177,24 +178,9 @@ def _shoot(enter, advance, leave, note, steps, budget, axis, shared, initial, gu
     # A corrected start differs from its predecessor's end by what the meeting leaves over: that must still close the joint.
     meeting = bound if plain else tuple(0.25 * part for part in bound)
     segments, num_notes = _segments(enter, advance, leave, note, params, initial[0], drives, meeting)
-    levels, (max_depth, trial) = widths(num_lanes, num_chains), budget
-
-    def is_closed(lanes, starts, ends):
-        """Joints whose segment starts at its predecessor's end, to the tolerance; a step that stands still has none."""
-        closed = same(ends, starts, bound).all(axis=1)
-        if not num_notes:
-            return closed
-        last = lanes.path[-1, :, :dimension]
-        before = lanes.path[-2, :, :dimension] if steps > 1 else starts
-        return closed & (joints.from_before((last != before).any(axis=1)) | (ends == starts).all(axis=1))
-
-    def goes_on(passes, unmet, depth):
-        """Whether another pass is worth it; the same answer on all devices."""
-        still = axis.total(unmet.sum()[None])
-        patient = (depth < max_depth) | ((2 * still <= axis.length(num_lanes)) & (depth < 4 * max_depth))
-        patient &= (depth < trial) | (20 * still <= 19 * axis.length(num_lanes))
-        # After as many passes as segments all are exact whatever happened, so this also bounds passes that do nothing.
-        return axis.anyone((still > 0) & patient & (passes <= max(axis.length(num_segments), max_depth)))
+    levels = widths(num_lanes, num_chains)
+    is_closed = functools.partial(_closed, joints, bound, num_notes)
+    goes_on = functools.partial(_goes_on, axis, budget, num_segments, num_lanes)
 
     def one_pass(carry):
         passes, old, new, lanes, _, _ = carry
@@ -224,6 +210,25 @@ def _shoot(enter, advance, leave, note, steps, budget, axis, shared, initial, gu
     jvps = (corrections * num_segments * correction.jvps(dimension)).astype(jnp.float32)
     return (jnp.where(jnp.isfinite(everything), everything, initial[:, None]), notes, residual, each(evaluations),
             each(jvps), each(lanes.depth + corrections), axis.total(unmet.T) > 0, each(passes))
+
+
+def _closed(joints, bound, num_notes, lanes, starts, ends):
+    """Joints whose segment starts at its predecessor's end, to the tolerance; known to stand still, a step has none."""
+    closed, dimension = same(ends, starts, bound).all(axis=1), starts.shape[1]
+    if not num_notes:
+        return closed
+    last = lanes.path[-1, :, :dimension]
+    before = lanes.path[-2, :, :dimension] if lanes.path.shape[0] > 1 else starts
+    return closed & (joints.from_before((last != before).any(axis=1)) | (ends == starts).all(axis=1))
+
+
+def _goes_on(axis, budget, num_segments, num_lanes, passes, unmet, depth):
+    """Whether another pass is worth it; the same answer on all devices."""
+    still, (max_depth, trial) = axis.total(unmet.sum()[None]), budget
+    patient = (depth < max_depth) | ((2 * still <= axis.length(num_lanes)) & (depth < 4 * max_depth))
+    patient &= (depth < trial) | (20 * still <= 19 * axis.length(num_lanes))
+    # After as many passes as segments all are exact whatever happened, so this also bounds passes that do nothing.
+    return axis.anyone((still > 0) & patient & (passes <= max(axis.length(num_segments), max_depth)))
 
 
 def _segments(enter, advance, leave, note, params, state, drives, bound) -> tuple[Segments, int]:
