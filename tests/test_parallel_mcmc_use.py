@@ -173,7 +173,7 @@ BAD = {
     "depth": (lambda: NUTS(level, max_tree_depth=0), ValueError, "max_tree_depth: got 0"),
     "every": (lambda: CoalescingHMC(level, every=0), ValueError, "every: got 0"),
     "blocks": (lambda: HMC(level, inverse_mass_matrix={("mu",): np.eye(1)}), ValueError, "inverse_mass_matrix: got blocks"),
-    "site": (lambda: run(init_params={"nu": jnp.zeros(8)}, num_chains=8), ValueError, r"got sites \['nu'\], wanted an un"),
+    "site": (lambda: run(init_params={"nu": jnp.zeros(8)}, num_chains=8), ValueError, r"got sites \['nu'\], wanted"),
     "few sites": (lambda: run(init_params={"mu": jnp.zeros(2)}), ValueError, r"got sites \['mu'\]"),
     "array": (lambda: run(init_params=jnp.zeros((2, 2))), ValueError, "init_params: got a "),
     "shape": (

@@ -220,7 +220,7 @@ class ParallelKernel(MCMCKernel):
         return jax.tree.map(lambda leaf: leaf[0], state) if is_single else state
 
     def adopt(self, kernel: Tuned) -> None:
-        """Take over what a warm-up chose: from then on states of that warm-up can be moved, here or in NumPyro's own `MCMC`."""
+        """Take over what a warm-up chose: its states can then be moved, here or in NumPyro's own `MCMC`."""
         self._family, self._data = kernel.family, kernel.numbers.data
         self._sample_fn = self.sample
 
