@@ -62,7 +62,7 @@ def collect(
         else:
             raise ValueError(f"extra_fields: got {name!r}; wanted some of {sorted(everything)}, or z.<site>")
         fields[name] = value if kept is None else jax.tree.map(lambda leaf: leaf[:, kept], value)
-    return fields, _last(draws, state, everything)
+    return jax.device_put(fields), _last(draws, state, everything)
 
 
 def nothing(state: HMCState, num_chains: int) -> tuple[dict[str, PyTree], HMCState]:
@@ -103,7 +103,7 @@ def _kept(draws: Draws, thinning: int) -> np.ndarray | None:
 
 
 def _fields(draws: Draws, kernel: Tuned, state: HMCState) -> dict[str, Any]:
-    """All fields, `(C, T, ...)`."""
+    """All fields, `(C, T, ...)`, on the host: what is the same in all steps (metrics) is not written out."""
     info = draws.info
     shape = draws.certificate.residual.shape
     num_chains, num_steps = shape
@@ -132,7 +132,7 @@ def _fields(draws: Draws, kernel: Tuned, state: HMCState) -> dict[str, Any]:
     }
     for name in ("step_size", "inverse_mass_matrix"):
         found[f"adapt_state.{name}"] = each(getattr(state.adapt_state, name))
-    return {name: jnp.asarray(value) for name, value in found.items()}
+    return {name: np.asarray(value) for name, value in found.items()}
 
 
 def _last(draws: Draws, state: HMCState, everything: dict[str, Any]) -> HMCState:
@@ -142,9 +142,9 @@ def _last(draws: Draws, state: HMCState, everything: dict[str, Any]) -> HMCState
         name: everything[name][:, -1].astype(getattr(state, name).dtype)
         for name in ("i", "potential_energy", "energy", "num_steps", "accept_prob", "mean_accept_prob", "diverging")
     }
+    z = jax.tree.map(lambda leaf: np.asarray(leaf)[:, -1], draws.positions)
     return state._replace(
-        z=jax.tree.map(lambda leaf: leaf[:, -1], draws.positions),
         r=draws.end.carries,
-        **own,
+        **jax.device_put({"z": z} | own),
         adapt_state=state.adapt_state._replace(discrete=draws.end.discrete),
     )

@@ -17,6 +17,7 @@ from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from numpyro.infer.mcmc import MCMCKernel
 
 from partime_mcmc.contracts import check_has
@@ -235,7 +236,7 @@ class ParallelMCMC(ReadsStore):
             # `warmup()` collects nothing.
             self._shelf = None
             return nothing(state, self.num_chains)
-        end = End(state.r, state.adapt_state.discrete, int(state.i[0]))
+        end = End(state.r, state.adapt_state.discrete, int(np.asarray(state.i)[0]))
         # Without a solver the default one runs at once, unlike in `sample`: pilots are compiled for seconds, which would be
         # most of a short run. Where it had to give up, `report` asks for the advice afterwards.
         draws = draw_chains(
@@ -257,7 +258,7 @@ class ParallelMCMC(ReadsStore):
         fields, last = collect(draws, kernel, state, self.postprocess_fn, collect_fields, remove_sites, self.thinning)
         if self.num_chains == 1:
             return jax.tree.map(lambda leaf: leaf[0], (fields, last))
-        return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), fields), last
+        return _swapped(fields), last
 
     def _on_disk(self, target, keys, state, init_params, num_steps, names, removed):
         """Sample to a store; NumPyro's own memory of the draws stays empty."""
@@ -282,6 +283,12 @@ class ParallelMCMC(ReadsStore):
             self._known = (Data.of(args, kwargs), target, self.sampler._posterior)
         _, target, self.sampler._posterior = self._known
         return target
+
+
+@jax.jit
+def _swapped(fields: PyTree) -> PyTree:
+    """Leaves `(C, T, ...)` as `(T, C, ...)`, as NumPyro collects them."""
+    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), fields)
 
 
 __all__ = ["ParallelMCMC", "ParallelReport", "SolveError"]

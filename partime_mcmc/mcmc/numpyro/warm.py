@@ -65,14 +65,15 @@ def begin(
     num_chains = keys.shape[0]
     wanted = max(num_chains, sampler.adaptation.num_chains) if num_warmup else num_chains
     starts = _starts(sampler, target, jax.random.fold_in(keys[0], _START_STREAM), wanted, init_params)
-    first = jax.tree.map(lambda leaf: leaf[0], starts)
+    # On the host: every small operation on arrays of a device is a program of its own.
+    first = jax.tree.map(lambda leaf: np.asarray(leaf)[0], starts)
     density, data = density_of(target.logdensity, first)
     try:
         value, good = run_program(_Evaluate(density), data, starts, clock=Clock())
     except TypeError:
         check_starts(target.logdensity, starts, "init_params")  # says what is wrong with a density that has no gradient
         raise
-    dimension, guess = ravel_pytree(first)[0].size, getattr(sampler.adaptation, "guess", None)
+    dimension, guess = sum(map(np.size, jax.tree.leaves(first))), getattr(sampler.adaptation, "guess", None)
     if guess is not None and guess.shape[0] != dimension:
         raise ValueError(f"inverse_mass_matrix: shape {guess.shape}, wanted ({dimension},) or ({dimension}, {dimension})")
     fixed = jnp.nan if sampler._step_size is None else sampler._step_size
@@ -101,7 +102,7 @@ def begin(
     if suspicion:
         progress.warn(suspicion)
     progress.note(str(warmup))
-    positions = jax.tree.map(lambda leaf: leaf[:num_chains], warmup.positions)
+    positions = jax.device_put(jax.tree.map(lambda leaf: np.asarray(leaf)[:num_chains], warmup.positions))
     warmup = dataclasses.replace(warmup, positions=positions, logdensity=warmup.logdensity[:num_chains])
     return Beginning(warmup.kernel, positions, warmup.logdensity, warmup, fixed)
 
@@ -114,13 +115,13 @@ def state_of(ready: Beginning, keys: Key) -> HMCState:
     dtype = whitening.center.dtype
 
     def each(value, dtype=dtype):
-        value = jnp.asarray(value, dtype)
-        return jnp.broadcast_to(value, (num_chains, *value.shape))
+        value = np.asarray(value, dtype)
+        return np.broadcast_to(value, (num_chains, *value.shape))
 
     settings = {**kernel.numbers.settings, **counts}
     step = settings.get("step_size", ready.step_size)
     length = counts.get("num_integration_steps", 1)
-    root = whitening.scale
+    root = np.asarray(whitening.scale)
     metric = root**2 if root.ndim == 1 else root @ root.T
     adapted = AdaptState(
         each(step),
@@ -130,16 +131,16 @@ def state_of(ready: Beginning, keys: Key) -> HMCState:
         {name: each(value, np.int32 if name in counts else dtype) for name, value in settings.items()},
         discrete,
     )
-    potential = -jnp.asarray(ready.logdensity, dtype)
+    potential = -np.asarray(ready.logdensity, dtype)
     zero, integer = each(0.0), each(0, np.int32)
-    return HMCState(
+    state = HMCState(
         integer,
         ready.positions,
         None,
         potential,
         potential,
         carries,
-        each(length * step),
+        each(length * np.asarray(step)),
         integer,
         zero,
         zero,
@@ -147,6 +148,7 @@ def state_of(ready: Beginning, keys: Key) -> HMCState:
         adapted,
         keys,
     )
+    return jax.device_put(state)
 
 
 def kernel_from(sampler: ParallelKernel, target: Target, state: HMCState) -> Tuned:
