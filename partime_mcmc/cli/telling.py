@@ -105,7 +105,9 @@ def certified(certificate: Any) -> str:
 def sentence(error: Exception) -> str:
     """What went wrong, on one line."""
     kind = "" if isinstance(error, (ValueError, TypeError, OSError, ImportError)) else f"{type(error).__name__}: "
-    parts = [str(error).strip().split("\n\n")[0] or type(error).__name__, *getattr(error, "__notes__", ())]
+    # JAX's note on what its traceback leaves out says nothing to those who see no traceback.
+    notes = (note for note in getattr(error, "__notes__", ()) if "JAX_TRACEBACK_FILTERING" not in note)
+    parts = [str(error).strip().split("\n\n")[0] or type(error).__name__, *notes]
     text = kind + " ".join(". ".join(part.rstrip().removesuffix(".") for part in parts).split())
     hints = {"--float64": "jax_enable_x64" in text, "--store DIR": isinstance(error, TooLarge)}
     return text + "".join(f" (here: {option})" for option, fits in hints.items() if fits)
