@@ -5,10 +5,12 @@ States are compared within 1e-5 in float32 and 1e-10 in float64, gradients relat
 """
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from catalogue import QUICK
 from jax import lax
@@ -21,6 +23,8 @@ from partime_mcmc.rnn.batches import batch_around
 from partime_mcmc.solution import Status, Tolerance
 from partime_mcmc.solvers import Newton, relay_plan
 
+# The module, whose name the function hides.
+unrolling = sys.modules[unroll.__module__]
 # Long enough for a relay; solvers that are given take a shorter piece.
 NUM_STEPS, SHORT, INPUTS, UNITS = 4096, 384, 3, 6
 quick = functools.partial(jax.jit, compiler_options=QUICK)
@@ -70,13 +74,9 @@ def loss(run, *arguments):
                for leaf in jax.tree.leaves((carry, ys)))
 
 
-@pytest.mark.parametrize("name, kind", [("gru", "float32"), ("gru", "float64"), ("lstm", "float32"), ("elman", "float64")])
-def test_equals_scan_with_its_gradients(name, kind):
-    with jax.enable_x64(kind == "float64"):
-        check_against_scan(name, jnp.dtype(kind))
-
-
-def check_against_scan(name, precision):
+@pytest.mark.parametrize("name", CELLS)
+def test_equals_scan_with_its_gradients(name, precision):
+    """With random weights, and with weights that 20 steps of Adam have moved."""
     cell, *arguments = problem(name, precision)
     states, gradients = (1e-5, 1e-4) if precision == "float32" else (1e-10, 1e-8)
 
@@ -86,13 +86,51 @@ def check_against_scan(name, precision):
         grads = jax.grad(functools.partial(loss, functools.partial(unroll, cell)), argnums=(0, 1, 2))(*arguments)
         return (final, ys), status, grads
 
-    got, status, grads = both(*arguments)
-    assert bool(status.parallel) and Status(int(status.status)) is Status.CONVERGED
-    assert float(status.residual) < states
-    wanted = quick(functools.partial(scan, cell))(*arguments)
-    assert_close(got, wanted, states)
-    assert_close(grads, quick(jax.grad(functools.partial(loss, functools.partial(scan, cell)), argnums=(0, 1, 2)))(
-        *arguments), gradients)
+    definition = functools.partial(scan, cell)
+    wanted = quick(lambda *a: (definition(*a), jax.grad(functools.partial(loss, definition), argnums=(0, 1, 2))(*a)))
+    optimizer = optax.adam(0.01)
+    memory, params = optimizer.init(arguments[0]), arguments[0]
+    for _ in range(20):
+        change, memory = optimizer.update(wanted(params, *arguments[1:])[1][0], memory)
+        params = optax.apply_updates(params, change)
+    for weights in (arguments[0], params):
+        got, status, grads = both(weights, *arguments[1:])
+        assert bool(status.parallel) and Status(int(status.status)) is Status.CONVERGED
+        assert float(status.residual) < states
+        values, slopes = wanted(weights, *arguments[1:])
+        assert_close(got, values, states)
+        assert_close(grads, slopes, gradients)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_closed_forms_are_parts_of_the_jacobian(name, double):
+    cell, params, _, inputs = problem(name, double, 1)
+    h, c = np.random.default_rng(4).normal(size=(2, UNITS))
+    carry = (jnp.asarray(c), jnp.asarray(h)) if name == "lstm" else jnp.asarray(h)
+    exact = jax.jacfwd(lambda carry: cell(params, carry, inputs[0])[0])(carry)
+    parts = np.asarray([np.diagonal(block) for block in jax.tree.leaves(exact)])
+    if name == "lstm":
+        got, parts = lstm_pairs(params, carry, inputs[0]).blocks, parts.reshape(2, 2, UNITS)
+    else:
+        closed = {"gru": gru_diagonal, "elman": elman_diagonal}[name]
+        got, parts = closed(params, carry, inputs[0]).diagonal, parts[0]
+    assert (np.abs(parts) > 1e-3).all()
+    np.testing.assert_allclose(got, parts, rtol=0, atol=1e-12)
+
+
+def gradient_copies(num_steps, num_units):
+    """Temporary memory of a compiled gradient, in copies of the path."""
+    shapes = jax.eval_shape(lambda: (gru_params(jax.random.key(0), INPUTS, num_units), jnp.zeros(num_units),
+                                     jnp.zeros((num_steps, INPUTS))))
+    run = quick(jax.grad(functools.partial(loss, functools.partial(unroll, gru)), argnums=(0, 1, 2)))
+    return run.lower(*shapes).compile().memory_analysis().temp_size_in_bytes / (num_steps * num_units * 4)
+
+
+def test_the_gradient_of_a_wide_network_keeps_states_and_no_jacobians(monkeypatch):
+    assert gradient_copies(8192, 32) < 16
+    # What the bound would see: full Jacobians are D more copies.
+    monkeypatch.setattr(unrolling, "_NARROW", 1000)
+    assert gradient_copies(4096, 32) > 32
 
 
 def solvers_for(name):

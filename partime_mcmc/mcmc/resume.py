@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from partime_mcmc.contracts import kind
 from partime_mcmc.diagnostics.checks import check_count
 from partime_mcmc.kernels import Kernel
-from partime_mcmc.mcmc.arguments import check_strategies, chosen_progress, chunk_steps
+from partime_mcmc.mcmc.arguments import bytes_beside, check_strategies, chosen_progress, chunk_steps
 from partime_mcmc.mcmc.chains import DEFAULT_STRETCH, default_tolerance, given_choice
 from partime_mcmc.mcmc.family import Builder
 from partime_mcmc.mcmc.followers import follow
@@ -33,15 +33,15 @@ from partime_mcmc.mcmc.store import codec
 from partime_mcmc.mcmc.store.fingerprint import (StoreMismatch, environment, example_of, fingerprint_of, name_of,
                                                  program_of, tuned_digest)
 from partime_mcmc.mcmc.store.formats import format_of
-from partime_mcmc.mcmc.store.layout import Folder
+from partime_mcmc.mcmc.store.layout import FORMAT_VERSION, Folder
 from partime_mcmc.mcmc.store.plan import pack_start, settled_for
-from partime_mcmc.mcmc.store.stored import FORMAT_VERSION, StoredDraws, open_draws, read_run
+from partime_mcmc.mcmc.store.stored import StoredDraws, open_draws, read_run
 from partime_mcmc.mcmc.stored_run import Store, run_stored
 from partime_mcmc.mcmc.tapes import MAX_STEPS, begin, throw
 from partime_mcmc.mcmc.target import Target
 from partime_mcmc.mcmc.warmup import Warmup
 from partime_mcmc.recipes import sequential
-from partime_mcmc.schedule import Stretches
+from partime_mcmc.schedule import Schedule, Stretches
 from partime_mcmc.types import Key, PyTree
 
 # The arguments of `sample` that are data, and go into the store as they are.
@@ -170,6 +170,9 @@ def key_words(key: Key) -> list[int]:
 
 def _make_start(store: Store, request: Request, progress: Progress, mesh: Mesh | None) -> bytes:
     """Warm up, choose, and write down what came of it."""
+    # Before warm-up: what cannot fit is refused at once.
+    open_choice = request.solver is None or mesh is not None
+    _chunk_of(store, request, example_of(request.target), open_choice)
     ready = make_ready(request, progress)
     choose = ready.choice(request)
     if mesh is not None:
@@ -188,14 +191,11 @@ def start_of(store: Store, ready: Ready, request: Request, choose: Any, progress
         progress: What to tell.
         end: Where the chains stand, if not before their first step.
     """
-    leaves = jax.tree.leaves(ready.positions)
-    schedule = request.schedule or (None if choose else Stretches(DEFAULT_STRETCH))
-    chunk = chunk_steps(request.solver or sequential(), schedule, request.num_samples, request.num_chains,
-                        sum(leaf[0].size for leaf in leaves), leaves[0].dtype.itemsize, request.max_bytes, store.chunk,
-                        _bytes_of(request.target, ready.positions))
+    example = jax.tree.map(lambda leaf: leaf[0], ready.positions)
+    schedule, chunk = _chunk_of(store, request, example, choose is not None)
     kernel, keys, clock = ready.kernel, ready.keys, Clock()
     end = begin(kernel, ready.positions, keys, clock) if end is None else end
-    tolerance = default_tolerance(kernel, leaves[0].dtype) if request.tolerance is None else request.tolerance
+    tolerance = default_tolerance(kernel, jax.tree.leaves(example)[0].dtype) if request.tolerance is None else request.tolerance
     dynamics, initial, tape, _ = throw(kernel, None, keys, min(chunk, request.num_samples), end, clock)
     choose = choose or given_choice(request.solver, schedule, request.num_chains, chunk)
     solver, schedule, advice = choose(dynamics, initial, tape)
@@ -206,9 +206,15 @@ def start_of(store: Store, ready: Ready, request: Request, choose: Any, progress
     return pack_start(settled, kernel, keys, end)
 
 
-def _bytes_of(target: Target, positions: PyTree) -> int:
-    """Bytes of the named values that a model makes of one position; 0 where they are the position itself."""
-    if target.constrain is None:
-        return 0
-    values = jax.eval_shape(target.constrain, jax.tree.map(lambda leaf: leaf[0], positions))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(values))
+def _chunk_of(store: Store, request: Request, example: PyTree, open_choice: bool) -> tuple[Schedule | None, int]:
+    """The schedule, None while it is open, and steps per chunk.
+
+    Raises:
+        TooLarge: As `chunk_steps`.
+    """
+    schedule = request.schedule or (None if open_choice else Stretches(DEFAULT_STRETCH))
+    leaves = jax.tree.leaves(example)
+    chunk = chunk_steps(request.solver or sequential(), schedule, request.num_samples, request.num_chains,
+                        sum(leaf.size for leaf in leaves), leaves[0].dtype.itemsize, request.max_bytes, store.chunk,
+                        bytes_beside(request.target, example, request.certificate))
+    return schedule, chunk

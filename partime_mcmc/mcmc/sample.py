@@ -22,8 +22,8 @@ from partime_mcmc.contracts import check_has
 from partime_mcmc.diagnostics.checks import check_count, check_key
 from partime_mcmc.kernels import Evidence, Kernel, Recorded
 from partime_mcmc.kernels.dice import Dice
-from partime_mcmc.mcmc.arguments import check_memory, check_strategies, chosen_progress
-from partime_mcmc.mcmc.chains import DEFAULT_STRETCH, default_tolerance, draw_chains
+from partime_mcmc.mcmc.arguments import check_strategies, chosen_progress
+from partime_mcmc.mcmc.chains import check_fits, default_tolerance, draw_chains
 from partime_mcmc.mcmc.draws import Draws
 from partime_mcmc.mcmc.family import Builder
 from partime_mcmc.mcmc.progress import Progress
@@ -34,8 +34,7 @@ from partime_mcmc.mcmc.store.stored import StoredDraws
 from partime_mcmc.mcmc.stored_run import Store
 from partime_mcmc.mcmc.target import Target
 from partime_mcmc.mcmc.warmup import Adaptation, Warmup
-from partime_mcmc.recipes import sequential
-from partime_mcmc.schedule import Schedule, Stretches
+from partime_mcmc.schedule import Schedule
 from partime_mcmc.solution import Tolerance
 from partime_mcmc.solvers import Solver
 from partime_mcmc.types import Key
@@ -125,12 +124,9 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
 
 def _in_memory(request: Request, mesh: Mesh | None, progress: Progress) -> Draws:
     solver, schedule, num_samples = request.solver, request.schedule, request.num_samples
+    check_fits(request.target, num_samples, request.num_chains, solver=solver, schedule=schedule,
+               certificate=request.certificate, mesh=mesh, max_bytes=request.max_bytes)
     kernel, warmup, positions, keys = ready = make_ready(request, progress)
-    leaves = jax.tree.leaves(positions)
-    rows, parts = (1, 1) if mesh is None else (mesh.shape[name] for name in ("chains", "time"))
-    check_memory(solver or sequential(), getattr(schedule or Stretches(DEFAULT_STRETCH), "size", num_samples),
-                 -(-num_samples // parts), request.num_chains // rows, sum(leaf[0].size for leaf in leaves),
-                 leaves[0].dtype.itemsize, request.max_bytes)
     plan = {"num_warmup": warmup.num_steps if warmup else 0, "key": key_words(request.key)}
     return draw_chains(request.target, kernel, positions, keys, num_samples, warmup=warmup, solver=solver, schedule=schedule,
                        tolerance=request.tolerance, max_iterations=request.max_iterations, plan=plan, progress=progress,
