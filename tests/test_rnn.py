@@ -10,10 +10,10 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from catalogue import QUICK
 from jax import lax
+from trained import trained
 
 from partime_mcmc.linearize import Clipped
 from partime_mcmc.recipes import deer, elk, jacobi, sequential, shooting
@@ -88,12 +88,8 @@ def test_equals_scan_with_its_gradients(name, precision):
 
     definition = functools.partial(scan, cell)
     wanted = quick(lambda *a: (definition(*a), jax.grad(functools.partial(loss, definition), argnums=(0, 1, 2))(*a)))
-    optimizer = optax.adam(0.01)
-    memory, params = optimizer.init(arguments[0]), arguments[0]
-    for _ in range(20):
-        change, memory = optimizer.update(wanted(params, *arguments[1:])[1][0], memory)
-        params = optax.apply_updates(params, change)
-    for weights in (arguments[0], params):
+    moved = trained(lambda params: wanted(params, *arguments[1:])[1][0], arguments[0], 0.01)
+    for weights in (arguments[0], moved):
         got, status, grads = both(weights, *arguments[1:])
         assert bool(status.parallel) and Status(int(status.status)) is Status.CONVERGED
         assert float(status.residual) < states

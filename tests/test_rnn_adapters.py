@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from catalogue import QUICK
+from trained import trained
 
 from partime_mcmc.rnn import RNN, from_equinox, from_flax_linen, from_flax_nnx, unroll, unroll_with_status
 
 nnx = pytest.importorskip("flax.nnx")
 linen = pytest.importorskip("flax.linen")
 equinox = pytest.importorskip("equinox")
-optax = pytest.importorskip("optax")
 
 # Long enough for a relay of segments.
 NUM_STEPS, INPUTS, UNITS = 4096, 2, 4
@@ -35,16 +35,6 @@ def task(run, function, params, carry, inputs):
     final, ys = run(function, params, carry, inputs)
     wanted = jnp.cumsum(inputs.sum(axis=1)) / jnp.arange(1, inputs.shape[0] + 1)
     return jnp.mean((ys.sum(axis=1) - wanted) ** 2), (final, ys)
-
-
-def trained(slope, params):
-    """Parameters after 20 steps of Adam; `slope` is `params -> (gradient, ...)`."""
-    optimizer = optax.adam(0.03)
-    memory = optimizer.init(params)
-    for _ in range(20):
-        change, memory = optimizer.update(slope(params)[0], memory)
-        params = optax.apply_updates(params, change)
-    return params
 
 
 def nnx_cell(kind):
@@ -95,7 +85,7 @@ def test_cells_give_what_their_library_gives(name, precision):
 
     ours = quick(jax.grad(with_status, has_aux=True))
     theirs = quick(jax.grad(lambda params: task(scan, own, params, carry, inputs), has_aux=True))
-    for weights in (params, trained(theirs, params)):
+    for weights in (params, trained(lambda params: theirs(params)[0], params)):
         grads, (result, status) = ours(weights)
         wanted_grads, wanted = theirs(weights)
         assert bool(status.parallel)
