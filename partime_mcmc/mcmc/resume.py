@@ -195,7 +195,8 @@ def start_of(store: Store, ready: Ready, request: Request, choose: Any, progress
     schedule, chunk = _chunk_of(store, request, example, choose is not None)
     kernel, keys, clock = ready.kernel, ready.keys, Clock()
     end = begin(kernel, ready.positions, keys, clock) if end is None else end
-    tolerance = default_tolerance(kernel, jax.tree.leaves(example)[0].dtype) if request.tolerance is None else request.tolerance
+    dtype = jax.tree.leaves(example)[0].dtype
+    tolerance = default_tolerance(kernel, dtype) if request.tolerance is None else request.tolerance
     dynamics, initial, tape, _ = throw(kernel, None, keys, min(chunk, request.num_samples), end, clock)
     choose = choose or given_choice(request.solver, schedule, request.num_chains, chunk)
     solver, schedule, advice = choose(dynamics, initial, tape)

@@ -61,9 +61,9 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
         num_samples: Draws per chain, T ≥ 0.
         num_chains: Chains, C ≥ 1.
         num_warmup: Warm-up steps per chain at most, at least 20, for a builder; ignored where the kernel comes tuned.
-        dice: For a builder, how its noise is drawn: `PlainDice()` gives BlackJAX's own draws bit for bit, `CoalescingDice()` the
-            same law with a shorter memory. None: in runs of 1,024 draws or more that choose their own solver, the dice with which
-            pilot pairs meet sooner, and the warm-up's notes say so; plain ones otherwise.
+        dice: For a builder, how its noise is drawn: `PlainDice()` gives BlackJAX's own draws bit for bit,
+            `CoalescingDice()` the same law with a shorter memory. None: in runs of 1,024 draws or more that choose their
+            own solver, the dice with which pilot pairs meet sooner, and the warm-up's notes say so; plain ones otherwise.
         adaptation: How a builder's chains find the typical set and a metric; None is `PooledAdaptation()`.
         solver: A recipe; None asks `advise`: pilot chains from the warm-up's draws say whether these chains forget, a
             cost model how many segments pay; chains that do not forget are run sequentially, and `draws.advice` says
@@ -78,8 +78,8 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
         mesh: Devices, of one or several hosts, to spread chains and time over, from `distributed.time_mesh`: the same
             draws to rounding, as NumPy arrays on every host. A solver of None is then shooting. With a store, all hosts see
             its folder and the first one writes. None is the default device alone.
-        certificate: What it rests on: `Recorded()` on what every step said while it was rolled, at no cost; `Independent()` on
-            one more evaluation of every step, apart from the solver. Other solvers than shooting and the loop, chains that
+        certificate: What it rests on: `Recorded()` on what every step said while it was rolled, at no cost;
+            `Independent()` on one more evaluation of every step, apart from the solver. Other solvers than shooting and the loop, chains that
             fell back and those on a mesh have the latter in any case; `draws.certificate.independent` says which.
         progress: True shows one line per stage on a terminal; or `quiet`, `progress_line`, or your own.
 

@@ -66,14 +66,14 @@ def check_solver(solver: Any, tolerance: Any, max_iterations: Any, carry: PyTree
 
     Raises:
         TypeError: If `solver` is no solver or `tolerance` no `Tolerance`.
-        ValueError: If a tolerance has a bad value or shape, or `max_iterations` is given without a solver or is not a positive
-            integer.
+        ValueError: If a tolerance has a bad value or shape, or `max_iterations` is given without a solver or is not a
+            positive integer.
     """
     if solver is not None:
         check_has(solver, "solver", ("init", "step", "map_size"), "a recipe such as shooting() or quasi_deer(), or None")
     elif max_iterations is not None:
-        raise ValueError(f"max_iterations: got {max_iterations!r} with solver=None, which makes no passes; give a solver, or "
-                         "leave it out")
+        raise ValueError(f"max_iterations: got {max_iterations!r} with solver=None, which makes no passes; give a solver, "
+                         "or leave it out")
     check_iterations(max_iterations)
     if tolerance is not None:
         if not isinstance(tolerance, Tolerance):

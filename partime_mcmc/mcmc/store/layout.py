@@ -1,12 +1,13 @@
 """The folder of a stored run: which files there are, how they get there whole, and how damage is found.
 
-    run.json                                    what was asked for, and the checksum of that; written before anything is computed
+    run.json                                    what was asked for, with its checksum; written before anything is computed
     start-<sha256>.npz                          what warm-up tuned and what was chosen; written once, before the first draw
     chunk-<index>-<step>-<sha256>.nc            certified draws up to step <step>, and what it takes to go on from there
     lock                                        held by the one process that writes
 
-Every file is written aside, flushed to the disk, and renamed; the names of the others hold the checksums of their bytes, so
-that the rename commits both, and a file is either there and whole, or not there. What is damaged later is found by its checksum.
+Every file is written aside, flushed to the disk, and renamed; the names of the others hold the checksums of their
+bytes, so that the rename commits both, and a file is either there and whole, or not there. What is damaged later is found
+by its checksum.
 Chunks count only as far as they follow one another without a gap.
 """
 
@@ -107,11 +108,11 @@ class Folder:
             raise StoreError(f"store: {self.path / _RUN} is damaged: {error}") from error
         version = run.get("format_version") if isinstance(run, dict) else None
         if version != FORMAT_VERSION:
-            raise StoreError(f"store: {self.path} has format {version}, wanted {FORMAT_VERSION}; read it with the version of "
-                             "partime_mcmc that wrote it")
+            raise StoreError(f"store: {self.path} has format {version}, wanted {FORMAT_VERSION}; read it with the version "
+                             "of partime_mcmc that wrote it")
         if run.pop(_SUM, None) != _sum_of(run):
-            raise StoreError(f"store: {self.path / _RUN} has changed since it was written (its checksum is not the one in it): "
-                             "put back what was there, or begin another run in a new folder")
+            raise StoreError(f"store: {self.path / _RUN} has changed since it was written (its checksum is not the one in "
+                             "it): put back what was there, or begin another run in a new folder")
         return run
 
     def write_start(self, data: bytes) -> None:
