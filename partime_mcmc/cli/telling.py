@@ -15,6 +15,7 @@ from partime_mcmc.cli.runs import Run
 from partime_mcmc.diagnostics.arviz import summary_table
 from partime_mcmc.diagnostics.checks import TooLarge
 from partime_mcmc.diagnostics.report import text_table
+from partime_mcmc.kernels.certificate import evidence_in_words
 
 _MOST_ROWS, _MOST_FALLBACKS = 40, 5
 
@@ -97,9 +98,11 @@ def certified(certificate: Any) -> str:
     rejected = np.asarray(certificate.num_rejected)
     count = f"{int(rejected.sum())} rejections" if (rejected >= 0).all() else "no accept decisions"
     chains = np.asarray(certificate.certified)
+    # A file holds the fields alone; those written before there was a choice say nothing of it.
+    evidence = evidence_in_words(getattr(certificate, "independent", True))
     return (f"{int(chains.sum())} of {chains.size} chains certified, largest residual {residual:.1e} noise units "
             f"(allowed {tolerance:.0e}), {count}, {int(np.sum(np.asarray(certificate.num_nonfinite_proposals)))} "
-            f"proposals out of range; {certificate.evidence}")
+            f"proposals out of range; {evidence}")
 
 
 def sentence(error: Exception) -> str:
