@@ -1,9 +1,10 @@
-"""What the advice gains, and never loses: `python -m benchmarks.advised --out benchmarks/results`.
+"""What the advice gains, and never loses: `python -m benchmarks.advised --out DIR`.
 
-Two tables. *Side by side*: C chains at once, the vmapped loop over them against the plan that `advise` chooses for C chains
-(segments for each, or the loop itself). *Chains that do not forget*: `sample` with `solver=None` against `sample` with
-`solver=sequential()`, run time of four chains, with what the advice said and what it and compilation cost, apart.
-Runs are interleaved, medians reported. A ratio below 1 is a loss; where the advice is to stay sequential it is noise.
+Two tables. *Side by side*: C chains at once, the vmapped loop over them against the plan that `advise` chooses for C
+chains (segments for each, or the loop itself). *Chains that do not forget*: `sample` with `solver=None` against
+`sample` with `solver=sequential()`, run time of four chains, with what the advice said and what it and compilation
+cost, apart. Runs are interleaved, medians reported. A ratio below 1 is a loss; where the advice is to stay sequential
+it is noise.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.shooting import EIGHT_SCHOOLS, ROWS, mixture, timed, warmed_up
+from benchmarks.record import OUT, keep, timed
+from benchmarks.shooting import EIGHT_SCHOOLS, ROWS, mixture, warmed_up
 from partime_mcmc import Status, Target, from_blackjax, hmc, random_walk, rollout, sample, sequential, solve
 from partime_mcmc.dynamics import without_captures
-from partime_mcmc.mcmc.finish import versions
 from partime_mcmc.mcmc.sample import default_tolerance
 from partime_mcmc.predict import advise
 
@@ -59,6 +60,7 @@ def side_by_side(name: str, counts: tuple[int, ...], repeats: int, scale: float)
             "expected": advice.speedup, "ratio": times["loop"]["seconds"] / times["plan"]["seconds"],
             "loop_seconds": times["loop"]["seconds"], "evaluations": float(solution.stats.evaluations.mean()),
             "residual": float(solution.residual.max()), "advice_seconds": seconds,
+            "compile": times["plan"]["compile"], "temp_bytes": times["plan"]["temp_bytes"],
             "status": Status(int(np.max(np.asarray(solution.status)))).name})
         print(found[-1], flush=True)
     return found
@@ -107,7 +109,9 @@ def stays_sequential(name: str, target: Target, kernel, num_samples: int, repeat
     seconds = {label: statistics.median(draws.report.seconds_run for draws in found) for label, found in runs.items()}
     draws = runs["advised"][0]
     return {"name": name, "num_steps": num_samples, "ratio": seconds["sequential"] / seconds["advised"],
-            "run_seconds": seconds["advised"], "advice_seconds": runs["advised"][0].report.seconds_advise,
+            "run_seconds": seconds["advised"], "loop_seconds": seconds["sequential"],
+            "residual": float(np.max(np.asarray(draws.certificate.max_residual))),
+            "advice_seconds": runs["advised"][0].report.seconds_advise,
             "advice_again_seconds": min(one.report.seconds_advise for one in runs["advised"]),
             "compile_seconds": draws.report.seconds_compile, "parallel": bool(draws.advice.parallel),
             "certified": bool(np.asarray(draws.certificate.certified).all()), "reason": draws.advice.reason,
@@ -122,26 +126,31 @@ def tables(chains: list[dict], forgetless: list[dict]) -> str:
         lines.append(f"| {row['name']} | {row['chains']} | {row['num_steps']:,} | {row['segments']} | "
                      f"{row['expected']:.1f}× | **{row['ratio']:.2f}×** | {row['evaluations']:.2f} | "
                      f"{row['residual']:.0e} |")
-    lines += ["", "| target, kernel, 4 chains | run time, sequential / `solver=None` | advice, s (again) | compile, s | "
-              "in parallel | what it said |", "|---|---|---|---|---|---|"]
+    lines += ["", "| target, kernel, 4 chains | run time, sequential / `solver=None` | residual, noise units | "
+              "advice, s (again) | compile, s | in parallel | what it said |", "|---|---|---|---|---|---|---|"]
     for row in forgetless:
-        lines.append(f"| {row['name']} | **{row['ratio']:.2f}×** of {row['run_seconds']:.2f} s | "
+        lines.append(f"| {row['name']} | **{row['ratio']:.2f}×** = {row['ratio'] * row['run_seconds']:.2f} / "
+                     f"{row['run_seconds']:.2f} s | {_residual(row)} | "
                      f"{row['advice_seconds']:.1f} ({row['advice_again_seconds']:.1f}) | {row['compile_seconds']:.1f} | "
                      f"{'yes' if row['parallel'] else 'no'} | {row['reason']} |")
     return "\n".join(lines) + "\n"
 
 
+def _residual(row: dict) -> str:
+    """As a number; rows of older records have none."""
+    return f"{row['residual']:.0e}" if "residual" in row else "not recorded"
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measure and write `shooting-advised-cpu.json` and `.md`, named by the platform; float64 throughout."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--chains", type=int, nargs="*", default=[1, 4, 16, 64])
     parser.add_argument("--num-samples", type=int, default=16_384, help="draws of chains that do not forget")
     parser.add_argument("--scale", type=float, default=1.0, help="fraction of every T")
     parser.add_argument("--only", default="", help="rows whose name contains this; others keep their stored results")
     arguments = parser.parse_args(argv)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     stored = arguments.out / f"shooting-advised-{jax.default_backend()}.json"
     old = json.loads(stored.read_text()) if stored.exists() else {"chains": [], "forgetless": []}
     chains, forgetless = ({row["name"]: [] for row in old[part]} for part in ("chains", "forgetless"))
@@ -156,11 +165,9 @@ def main(argv: list[str] | None = None) -> None:
             if arguments.only in name:
                 forgetless[name] = [stays_sequential(name, target, kernel, arguments.num_samples, arguments.repeats)]
                 print(forgetless[name], flush=True)
-    rows = {"machine": {"platform": jax.default_backend(), "device": jax.devices()[0].device_kind, "versions": versions()},
-            "chains": [row for name in _ONE_OF for row in chains.get(name, [])],
+    rows = {"chains": [row for name in _ONE_OF for row in chains.get(name, [])],
             "forgetless": [row for name, *_ in unforgetting() for row in forgetless.get(name, [])]}
-    stored.write_text(json.dumps(rows, indent=1))
-    stored.with_suffix(".md").write_text(tables(rows["chains"], rows["forgetless"]))
+    keep(stored, rows, tables(rows["chains"], rows["forgetless"]))
     print(tables(rows["chains"], rows["forgetless"]))
 
 

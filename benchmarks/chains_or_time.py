@@ -1,31 +1,32 @@
-"""For a fixed budget of draws, more chains or longer ones? `python -m benchmarks.chains_or_time --out benchmarks/results`.
+"""For a fixed budget of draws, more chains or longer ones? `python -m benchmarks.chains_or_time --out DIR`.
 
-C chains of B / C draws each, for C from 1 to 256: by the loop over all chains side by side, and parallel in time with the plan
-that is advised for C chains. Every chain starts from the target's own start and has to throw away a burn-in of `BURN_IN` draws, with
-the metric and step size already known: that is what many short chains pay. Effective draws are the bulk ESS of the worst coordinate
-of what is left. Medians of interleaved runs, compilation apart; the residual stands beside them.
+C chains of B / C draws each, for C from 1 to 256: by the loop over all chains side by side, and parallel in time with
+the plan that is advised for C chains. Every chain starts from the target's own start and has to throw away a burn-in
+of `BURN_IN` draws, with the metric and step size already known: that is what many short chains pay. Effective draws
+are the bulk ESS of the worst coordinate of what is left. Medians of interleaved runs, compilation apart; the residual
+stands beside them.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.shooting import EIGHT_SCHOOLS, LOGISTIC, fixed_hmc, timed, tuned, warmed_up
+from benchmarks.record import OUT, keep, timed
+from benchmarks.shooting import EIGHT_SCHOOLS, LOGISTIC, fixed_hmc, tuned, warmed_up
 from partime_mcmc import mala, rollout, solve
 from partime_mcmc.diagnostics.arviz import ess_bulk
 from partime_mcmc.dynamics import without_captures
-from partime_mcmc.mcmc.finish import versions
 from partime_mcmc.mcmc.sample import default_tolerance
 from partime_mcmc.predict import advise
 
-CASES = {"eight schools, MALA": (EIGHT_SCHOOLS, *tuned(mala)), "logistic regression 944×25, HMC 4×0.4": (LOGISTIC, *fixed_hmc(0.4, 4))}
+CASES = {"eight schools, MALA": (EIGHT_SCHOOLS, *tuned(mala)),
+         "logistic regression 944×25, HMC 4×0.4": (LOGISTIC, *fixed_hmc(0.4, 4))}
 CHAINS, BURN_IN = (1, 4, 16, 64, 256), 100
 
 
@@ -51,25 +52,28 @@ def measure(name: str, num_chains: int, budget: int, repeats: int) -> dict:
     ess = min(ess_bulk(kept[..., d]) for d in range(kept.shape[-1]))
     return {"name": name, "chains": num_chains, "num_steps": num_steps, "segments": advice.num_segments, "ess": float(ess),
             "loop_seconds": found["loop"]["seconds"], "parallel_seconds": found["parallel"]["seconds"],
+            "compile": found["parallel"]["compile"], "temp_bytes": found["parallel"]["temp_bytes"],
             "evaluations": float(np.mean(solution.stats.evaluations)), "residual": float(np.max(solution.residual))}
 
 
 def table(rows: list[dict]) -> str:
     """The Markdown table."""
-    lines = ["| target, kernel | chains × draws | loop, s | parallel in time, s | ratio | segments per chain | effective draws | "
-             "per second: loop / parallel | residual |", "|---" * 9 + "|"]
+    lines = ["| target, kernel | chains × draws | loop, s | parallel in time, s | ratio | segments per chain | "
+             "effective draws | per second: loop / parallel | residual |", "|---" * 9 + "|"]
     for row in rows:
         lines.append(
-            f"| {row['name']} | {row['chains']} × {row['num_steps']:,} | {row['loop_seconds']:.3f} | {row['parallel_seconds']:.3f} | "
-            f"**{row['loop_seconds'] / row['parallel_seconds']:.2f}×** | {row['segments']} | {row['ess']:,.0f} | "
-            f"{row['ess'] / row['loop_seconds']:,.0f} / {row['ess'] / row['parallel_seconds']:,.0f} | {row['residual']:.0e} |")
+            f"| {row['name']} | {row['chains']} × {row['num_steps']:,} | {row['loop_seconds']:.3f} | "
+            f"{row['parallel_seconds']:.3f} | **{row['loop_seconds'] / row['parallel_seconds']:.2f}×** | "
+            f"{row['segments']} | {row['ess']:,.0f} | "
+            f"{row['ess'] / row['loop_seconds']:,.0f} / {row['ess'] / row['parallel_seconds']:,.0f} | "
+            f"{row['residual']:.0e} |")
     return "\n".join(lines) + f"\n\nThe first {BURN_IN} draws of every chain are thrown away.\n"
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure every case and write `chains-or-time-cpu.json` and `.md`, named by the platform."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--budget", type=int, default=65_536, help="draws of all chains together")
     parser.add_argument("--chains", type=int, nargs="*", default=CHAINS)
@@ -80,10 +84,7 @@ def main(argv: list[str] | None = None) -> None:
             for count in arguments.chains:
                 rows.append(measure(name, count, arguments.budget, arguments.repeats))
                 print(table(rows[-1:]).splitlines()[2], flush=True)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    stored = arguments.out / f"chains-or-time-{jax.default_backend()}.json"
-    stored.write_text(json.dumps({"versions": versions(), "rows": rows}, indent=1))
-    stored.with_suffix(".md").write_text(table(rows))
+    keep(arguments.out / f"chains-or-time-{jax.default_backend()}.json", {"rows": rows}, table(rows))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One chain over many devices: `python -m benchmarks.devices --out benchmarks/results`.
+"""One chain over many devices: `python -m benchmarks.devices --out DIR`.
 
 On 1, 2, 4 and 8 forced host devices, which share the cores of one machine, so that their times say nothing about speed
 and everything else can be counted:
@@ -17,20 +17,20 @@ however many devices they are called. A pass sends one state to the neighbour an
     t(P) = share · D · (a + b C / P) + s + K · r(P)      here
     t(P) = D · (a + b C / P) + s · cores / P + K · r(P)  on P devices with a core each
 
-a, b and s are fitted on one device over several C, r(P) is measured by a loop that does nothing else: no number is fitted
-on the meshes that the model is checked against. Its form is: dividing s by P here as well gave 0.55 to 0.69 of the times
-measured, which is how it was found that one device already uses all cores for s. So the check is no independent one. In the extrapolation r(P) = α (1 + 3 · 2 ⌈log₂ P⌉), α the latency of one
-message. Assumptions, for 1,024 devices: every device is a core like this one and has its own; bandwidth costs nothing (a
-pass sends tens of numbers); nobody disturbs a device (a pass waits for the slowest); for a chain 256 times as long with
-as many more segments the slowest of more segments decides, so D − n grows by the slope in log₂ C that was measured on one
-device, and K stays.
+a, b and s are fitted on one device over several C, r(P) is measured by a loop that does nothing else: no number is
+fitted on the meshes that the model is checked against. Its form is: dividing s by P here as well gave 0.55 to 0.69 of
+the times measured, which is how it was found that one device already uses all cores for s. So the check is no
+independent one. In the extrapolation r(P) = α (1 + 3 · 2 ⌈log₂ P⌉), α the latency of one message. Assumptions, for
+1,024 devices: every device is a core like this one and has its own; bandwidth costs nothing (a pass sends tens of
+numbers); nobody disturbs a device (a pass waits for the slowest); for a chain 256 times as long with as many more
+segments the slowest of more segments decides, so D − n grows by the slope in log₂ C that was measured on one device,
+and K stays.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
 import os
 import re
@@ -47,10 +47,11 @@ import scipy.optimize
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from partime_mcmc import CoalescingDice, deer, elk, jacobi, mala, quasi_deer, sample, sequential, shooting
+from benchmarks.record import OUT, keep
+from partime_mcmc import (CoalescingDice, deer, elk, jacobi, mala, picard, quasi_deer, quasi_elk, sample, sequential,
+                          shooting)
 from partime_mcmc.distributed import sharded_solve, time_mesh
 from partime_mcmc.distributed.sharded_solve import time_axis
-from partime_mcmc.mcmc.finish import versions
 from partime_mcmc.mcmc.sample import default_tolerance
 from partime_mcmc.models import MODELS
 
@@ -116,8 +117,8 @@ def _bytes(shape: str) -> int:
 def traffic(problem, num_steps: int) -> list[dict]:
     """Collectives of every recipe on eight devices, at this length and at half of it."""
     dynamics, initial, tape, tolerance = problem
-    recipes = {"shooting": shooting(steps=64), "quasi_deer": quasi_deer(), "deer": deer(), "elk": elk(), "jacobi": jacobi(),
-               "sequential": sequential()}
+    recipes = {"shooting": shooting(steps=64), "quasi_deer": quasi_deer(), "deer": deer(), "quasi_elk": quasi_elk(),
+               "elk": elk(), "picard": picard(), "jacobi": jacobi(), "sequential": sequential()}
     rows = []
     for name, solver in recipes.items():
         program = jax.jit(lambda first, drives, solver=solver: sharded_solve(
@@ -222,11 +223,12 @@ def markdown(results: dict) -> str:
     lines += ["", "## Balance and time on forced host devices", "",
               f"All devices share {results['cores']} cores: a time is no speed. Shooting.", "",
               "| devices | segments | passes | depth | evaluations per draw | busiest device / mean | "
-              "same bits as the loop | s | model, s | model / measured | one pass waits, µs |",
-              "|---|---|---|---|---|---|---|---|---|---|---|"]
+              "same bits as the loop | largest residual | s | model, s | model / measured | one pass waits, µs |",
+              "|---|---|---|---|---|---|---|---|---|---|---|---|"]
     for row, seconds in zip(results["meshes"], results["model"]["said"]):
         lines.append(f"| {row['devices']} | {row['segments']:,} | {row['passes']} | {row['depth']} | "
-                     f"{row['evaluations']:.2f} | {row['busiest']:.2f} | {row['same_bits']:.2%} | {row['seconds']:.3f} | "
+                     f"{row['evaluations']:.2f} | {row['busiest']:.2f} | {row['same_bits']:.2%} | {row['residual']:.0e} | "
+                     f"{row['seconds']:.3f} | "
                      f"{seconds:.3f} | {seconds / row['seconds']:.2f} | {1e6 * row['waiting']:.0f} |")
     fitted = results["model"]
     widths = "; ".join(f"{row['segments']}: {row['seconds']:.4f} s, model {seconds:.4f}" for row, seconds in zip(
@@ -273,8 +275,7 @@ def run(arguments) -> dict:
             "num_steps": arguments.num_steps, "cores": cores, "latency": arguments.latency, "loop_seconds": loop_seconds,
             "meshes": measured, "widths": widths, "model": fitted, "traffic": counted, "scaling": {
                 title: {"row": row, "rows": scaling(fitted, row, arguments.latency, cores)}
-                for title, row in scaled.items()},
-            "versions": versions()}
+                for title, row in scaled.items()}}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -284,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num-segments", type=int, default=1024, help="segments over all devices")
     parser.add_argument("--repeats", type=int, default=5, help="runs per time")
     parser.add_argument("--latency", type=float, default=2e-5, help="seconds per message, in the extrapolation")
-    parser.add_argument("--out", type=Path, default=None, help="folder for devices.json and devices.md")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for devices.json and devices.md")
     arguments = parser.parse_args(argv)
     if len(jax.devices()) < MESHES[-1]:
         # The number of devices is fixed before JAX starts.
@@ -296,10 +297,7 @@ def main(argv: list[str] | None = None) -> None:
     results = run(arguments)
     text = markdown(results)
     print(text)
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "devices.json").write_text(json.dumps(results, indent=1))
-        (arguments.out / "devices.md").write_text(text)
+    keep(arguments.out / "devices.json", results, text)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Dice that coalesce, measured: `python -m benchmarks.dice --out benchmarks/results [--posteriors FOLDER]`.
+"""Dice that coalesce, measured: `python -m benchmarks.dice --out DIR [--posteriors FOLDER]`.
 
-For every model, in coordinates whitened by the covariance of a long run: steps until two chains with the same dice, started from
-two posterior draws, are *the same floats* (and, for plain dice, equal to 1e-8), over 64 pairs in each of some seeds; and the bulk
-effective sample size per 1,000 gradients, the worse of all coordinates and their squares. Kernels of one model share the path
-length and step size chosen by acceptance on pooled draws, so rows differ in their dice and landing steps only.
+For every model, in coordinates whitened by the covariance of a long run: steps until two chains with the same dice,
+started from two posterior draws, are *the same floats* (and, for plain dice, equal to 1e-8), over 64 pairs in each of
+some seeds; and the bulk effective sample size per 1,000 gradients, the worse of all coordinates and their squares.
+Kernels of one model share the path length and step size chosen by acceptance on pooled draws, so rows differ in their
+dice and landing steps only.
 
-`--posteriors` takes a folder with a `models.py` (`MODELS[name] = (model, prepare)`) and one JSON file with `data` per name.
+`--posteriors` takes a folder with a `models.py` (`MODELS[name] = (model, prepare)`) and one JSON file with `data` per
+name.
 """
 
 from __future__ import annotations
@@ -23,11 +25,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from benchmarks.shooting import put_between
-from partime_mcmc import (CoalescingDice, Kernel, Target, Tolerance, Whitening, coalescing_hmc, from_numpyro, hmc, loop, mala,
-                          sample)
+from benchmarks.record import OUT, keep, put_between
+from partime_mcmc import (
+    CoalescingDice,
+    Kernel,
+    Target,
+    Tolerance,
+    Whitening,
+    coalescing_hmc,
+    from_numpyro,
+    hmc,
+    loop,
+    mala,
+    sample,
+)
 from partime_mcmc.diagnostics.arviz import ess_bulk
-from partime_mcmc.mcmc.finish import versions
 from partime_mcmc.models import MODELS
 from partime_mcmc.predict import meeting_times
 
@@ -68,7 +80,8 @@ def latent_process() -> Target:
     return Target(logdensity, lambda key: jnp.array([1.8, 0.0] + 11 * [0.0]) + 0.3 * jax.random.normal(key, (13,)))
 
 
-HARD = {"normal, 50 dimensions": normal, "funnel": funnel, "two modes, 8 apart": modes, "latent process, counts": latent_process}
+HARD = {"normal, 50 dimensions": normal, "funnel": funnel, "two modes, 8 apart": modes,
+        "latent process, counts": latent_process}
 
 
 def targets(folder: Path | None) -> dict[str, Callable[[], Target]]:
@@ -189,7 +202,7 @@ def table(results: dict) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Measure and write `dice-meetings.json` and `dice-meetings.md`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--posteriors", type=Path)
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--only", default="", help="models whose name contains this; others keep their stored results")
@@ -201,18 +214,16 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.only in name:
             results[name] = measure(make(), arguments.seeds)
             print(table({name: results[name]}), file=sys.stderr, flush=True)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     stored = arguments.out / "dice-meetings.json"
     if arguments.only and stored.exists():
         results = {**json.loads(stored.read_text())["models"], **results}
-    stored.write_text(json.dumps({"versions": versions(), "models": results}, indent=1))
-    (arguments.out / "dice-meetings.md").write_text(table(results))
+    keep(stored, {"models": results}, table(results))
     if arguments.readme:
-        put_between(arguments.readme, _BEGIN, _END, table(results))
+        put_between(arguments.readme, BEGIN, END, table(results))
     print(table(results))
 
 
-_BEGIN, _END = "<!-- table: benchmarks/results/dice-meetings.md -->", "<!-- end of meetings -->"
+BEGIN, END = "<!-- table: benchmarks/results/dice-meetings.md -->", "<!-- end of meetings -->"
 
 
 if __name__ == "__main__":

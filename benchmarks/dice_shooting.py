@@ -1,19 +1,18 @@
-"""One chain with coalescing dice, by shooting: `python -m benchmarks.dice_shooting --out benchmarks/results`.
+"""One chain with coalescing dice, by shooting: `python -m benchmarks.dice_shooting --out DIR`.
 
-Eight schools in whitened coordinates. The reference is BlackJAX's own `lax.scan` loop of the kernel with plain dice (MALA, or HMC
-with the same path); beside it stands the loop of our kernel with the dice on its tape. Times of shooting include drawing the dice
-of the whole chain, which are drawn in bulk, and leave out compilation and the certificate; runs are interleaved, medians reported.
-A segment has met its stored path when they agree to 128 ulp, and mostly they are then equal; whether the path is the
-sequential one to the last bit is a column. Also: passes that Jacobi needs alone, the work of a chain of 10^6 steps, and how many of
-10^9 numbers of multishift noise are not finite.
+Eight schools in whitened coordinates. The reference is BlackJAX's own `lax.scan` loop of the kernel with plain dice
+(MALA, or HMC with the same path); beside it stands the loop of our kernel with the dice on its tape. Times of
+shooting include drawing the dice of the whole chain, which are drawn in bulk, and leave out compilation and the
+certificate; runs are interleaved, medians reported. A segment has met its stored path when they agree to 128 ulp, and
+mostly they are then equal; whether the path is the sequential one to the last bit is a column. Also: passes that
+Jacobi needs alone, the work of a chain of 10^6 steps, and how many of 10^9 numbers of multishift noise are not
+finite.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
-import platform
 from pathlib import Path
 
 import jax
@@ -21,12 +20,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from benchmarks.shooting import put_between, timed
-from partime_mcmc import (CoalescingDice, Kernel, Status, Tolerance, Whitening, certify, coalescing_hmc, hmc, jacobi, loop, mala,
-                          rollout, sample, shooting, solve)
+from benchmarks.record import OUT, keep, put_between, timed
+from partime_mcmc import (
+    CoalescingDice,
+    Kernel,
+    Status,
+    Tolerance,
+    Whitening,
+    certify,
+    coalescing_hmc,
+    hmc,
+    jacobi,
+    loop,
+    mala,
+    rollout,
+    sample,
+    shooting,
+    solve,
+)
 from partime_mcmc.dynamics import without_captures
 from partime_mcmc.kernels.dice import draw_layers, multishift
-from partime_mcmc.mcmc.finish import versions
 from partime_mcmc.models import MODELS
 
 SEGMENTS = (64, 128, 256, 512, 1024)
@@ -70,7 +83,7 @@ def measure(kernel: Kernel, plain: Kernel, start, num_steps: int, repeats: int) 
         rows.append({"segments": num_segments, "seconds_with_dice": seconds, "ratio": reference / seconds,
                      "evaluations": float(solution.stats.evaluations), "depth": int(solution.stats.depth),
                      "status": Status(int(solution.status)).name, "residual": float(solution.residual),
-                     "compile": found[num_segments]["compile"],
+                     "compile": found[num_segments]["compile"], "temp_bytes": found[num_segments]["temp_bytes"],
                      "equal_bits": float((np.asarray(solution.states) == path).all(axis=1).mean())})
     best = max(rows, key=lambda row: row["ratio"])
     certificate = certify(kernel, initial, found[best["segments"]]["value"].states, tape)
@@ -105,48 +118,49 @@ def not_finite(num_numbers: int, dtype) -> int:
 
 def table(results: dict) -> str:
     """The Markdown table."""
-    lines = ["| kernel | T | BlackJAX's loop, ms | our loop, ms | dice, ms | segments | shooting with dice, ms | ratio | evaluations per "
-             "draw | depth | residual | steps equal to the last bit |", "|---" * 12 + "|"]
+    lines = ["| kernel | T | BlackJAX's loop, ms | our loop, ms | dice, ms | segments | shooting with dice, ms | ratio | "
+             "evaluations per draw | depth | residual | steps equal to the last bit |", "|---" * 12 + "|"]
     for name, found in results["kernels"].items():
         for row in found["segments"]:
             ratio = f"**{row['ratio']:.1f}×**" if row is found["best"] else f"{row['ratio']:.1f}×"
-            lines.append(f"| {name} | {found['num_steps']:,} | {1e3 * found['blackjax_seconds']:.0f} | {1e3 * found['loop_seconds']:.0f} | "
-                         f"{1e3 * found['dice_seconds']:.0f} | {row['segments']} | {1e3 * row['seconds_with_dice']:.0f} | {ratio} | "
-                         f"{row['evaluations']:.2f} | {row['depth']} | {row['residual']:.0e} | {100 * row['equal_bits']:.2f}% |")
+            lines.append(f"| {name} | {found['num_steps']:,} | {1e3 * found['blackjax_seconds']:.0f} | "
+                         f"{1e3 * found['loop_seconds']:.0f} | {1e3 * found['dice_seconds']:.0f} | "
+                         f"{row['segments']} | {1e3 * row['seconds_with_dice']:.0f} | "
+                         f"{ratio} | {row['evaluations']:.2f} | {row['depth']} | {row['residual']:.0e} | "
+                         f"{100 * row['equal_bits']:.2f}% |")
     return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and write `dice-shooting.json` and `dice-shooting.md`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--num-steps", type=int, default=65_536)
     parser.add_argument("--num-numbers", type=int, default=10**9, help="of noise, to look for numbers that are not finite")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "float64"), default=("float32", "float64"))
     parser.add_argument("--readme", type=Path, help="a file whose table is to be replaced")
     arguments = parser.parse_args(argv)
-    results = {"versions": versions(), "cpu": platform.machine(), "kernels": {}}
+    results = {"kernels": {}}
     for dtype in arguments.dtypes:
         with jax.enable_x64(dtype == "float64"):
             density, metric, start = setting()
             for name, (kernel, plain) in pairs(density, metric).items():
-                results["kernels"][f"{name}, {dtype}"] = measure(kernel, plain, start, arguments.num_steps, arguments.repeats)
-                print(table({"kernels": {name: results["kernels"][f"{name}, {dtype}"]}}), flush=True)
+                row = measure(kernel, plain, start, arguments.num_steps, arguments.repeats)
+                results["kernels"][f"{name}, {dtype}"] = row
+                print(table({"kernels": {name: row}}), flush=True)
             langevin = pairs(density, metric)["MALA"][0]
             results[f"jacobi, {dtype}"] = [work(langevin, start, arguments.num_steps, jacobi(), seed) for seed in (3, 4, 5)]
             results[f"million, {dtype}"] = work(langevin, start, 2**20, shooting(4096))
             results[f"not finite of {arguments.num_numbers}, {dtype}"] = not_finite(
                 arguments.num_numbers, jnp.dtype(dtype))
     print({key: value for key, value in results.items() if key != "kernels"})
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "dice-shooting.json").write_text(json.dumps(results, indent=1))
-    (arguments.out / "dice-shooting.md").write_text(table(results))
+    keep(arguments.out / "dice-shooting.json", results, table(results))
     if arguments.readme:
-        put_between(arguments.readme, _BEGIN, _END, table(results))
+        put_between(arguments.readme, BEGIN, END, table(results))
 
 
-_BEGIN, _END = "<!-- table: benchmarks/results/dice-shooting.md -->", "<!-- end of dice shooting -->"
+BEGIN, END = "<!-- table: benchmarks/results/dice-shooting.md -->", "<!-- end of dice shooting -->"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,22 @@ out=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.."
 export PYTHONPATH=".:${PYTHONPATH:-}" XLA_PYTHON_CLIENT_PREALLOCATE=false TF_CPP_MIN_LOG_LEVEL=2
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$(mktemp -d)}"
-XLA_FLAGS="${XLA_FLAGS:-}" timeout 180 python3 -m pytest -o addopts="" -p no:xdist -q -m gpu tests/test_gpu.py 2>&1 | tee "$out/tests.txt"
+python3 - <<'PREFLIGHT' || exit 3
+import importlib.util
+import sys
+
+wanted = ("jax", "jaxlib", "blackjax", "numpyro", "arviz", "xarray", "numpy", "h5netcdf", "h5py", "tqdm", "matplotlib", "scipy",
+          "pytest", "hypothesis")
+missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+if missing:
+    sys.exit(f"gpu.sh: missing packages: {' '.join(missing)} (pip install {' '.join(missing)})")
+import jax
+
+print(f"Python {sys.version.split()[0]}, JAX {jax.__version__}, {jax.default_backend()}: {jax.devices()}")
+if jax.default_backend() == "cpu":
+    sys.exit("gpu.sh: JAX sees no GPU: install jax[cuda12] or jax[cuda13], or look at the driver")
+PREFLIGHT
+XLA_FLAGS="${XLA_FLAGS:-}" timeout 150 python3 -m pytest -o addopts="" -p no:xdist -q -m gpu tests/test_gpu.py 2>&1 | tee "$out/tests.txt"
 tests=${PIPESTATUS[0]}
 timeout 360 python3 -m benchmarks run --suite gpu --out "$out"
 suite=$?

@@ -4,18 +4,18 @@ A GRU is trained here to predict the next value of a noisy sine wave, and then r
 
     h_t = gru(h_{t-1}, y_{t-1} + noise_t),    y_t = readout(h_t),    state (h_t, y_t).
 
-Without noise it oscillates for ever; with enough of it two copies meet after some hundred steps, so that it can be solved
-in parallel, but along the first guess (nothing moves) the products of Jacobians grow by the step. Undamped Newton then
-overflows in float32; a trust region does not. What is compared is how its damping is chosen: constants from 10⁻⁸ to 10⁻²,
-and policies that let it fall with the residual. Figures are passes until every step obeys the recurrence, the largest
-residual on the way, and updates that overflowed; the path is compared with the sequential loop's.
+Without noise it oscillates for ever; with enough of it two copies meet after some hundred steps, so that it can be
+solved in parallel, but along the first guess (nothing moves) the products of Jacobians grow by the step. Undamped
+Newton then overflows in float32; a trust region does not. What is compared is how its damping is chosen: constants
+from 10⁻⁸ to 10⁻², and policies that let it fall with the residual. Figures are passes until every step obeys the
+recurrence, the largest residual on the way, and updates that overflowed; the path is compared with the sequential
+loop's.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 from pathlib import Path
 
 import jax
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks.record import OUT, keep
 from partime_mcmc import ConstantDamping, Dynamics, RelaxingDamping, Status, deer, elk, quasi_deer, quasi_elk, rollout, solve
 from partime_mcmc.rnn import gru, gru_params
 
@@ -79,7 +80,7 @@ def solvers() -> dict:
 def main(argv: list[str] | None = None) -> list[dict]:
     """Train, solve with every solver, write `gru-autoregressive.json` and `.md`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--num-units", type=int, default=4)
     parser.add_argument("--num-updates", type=int, default=600)
     parser.add_argument("--num-steps", type=int, default=4096)
@@ -91,11 +92,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), weights)
     rows = [row for size in NOISE for row in compare(flags, weights, size)]
     if not flags.only:
-        flags.out.mkdir(parents=True, exist_ok=True)
-        stored = flags.out / "gru-autoregressive.json"
         settings = {name: value for name, value in vars(flags).items() if isinstance(value, int)}
-        stored.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1))
-        stored.with_suffix(".md").write_text(table(rows))
+        keep(flags.out / "gru-autoregressive.json", {"settings": settings, "rows": rows}, table(rows))
     return rows
 
 

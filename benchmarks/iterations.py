@@ -1,8 +1,9 @@
-"""How many passes the published methods need on real posteriors: `python -m benchmarks.iterations --out benchmarks/results`.
+"""How many passes the published methods need on real posteriors: `python -m benchmarks.iterations --out DIR`.
 
 Chains after the library's own warm-up: MALA on a logistic regression (944 × 25, T = 1,024) and HMC on the non-centred
-eight schools (T = 4,096), each solved whole, the tolerance being that of `sample`. Beside every count stand the evaluations
-and JVPs per draw, the residual, the certificate, and the times of the solve and of the sequential loop in the same run.
+eight schools (T = 4,096), each solved whole, the tolerance being that of `sample`. Beside every count stand the
+evaluations and JVPs per draw, the residual, the certificate, and the times of the solve and of the sequential loop in
+the same run.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from partime_mcmc import (Whole, deer, hmc, jacobi, mala, quasi_deer, quasi_elk, sample, sequential, shooting)
+from benchmarks.record import OUT, keep
+from partime_mcmc import Whole, deer, hmc, jacobi, mala, quasi_deer, quasi_elk, sample, sequential, shooting
 from partime_mcmc.models import MODELS
 
 HMC_8 = functools.partial(hmc, step_size=0.2, num_integration_steps=8)
@@ -56,6 +57,7 @@ def rows(chain: str, model: str, dtype: str, builder, num_steps: int, solvers: d
                 "solved": not fallback, "evaluations": report.evaluations_per_sample, "jvps": report.jvps_per_sample,
                 "residual": float(np.max(certificate.max_residual)), "certified": bool(np.all(certificate.certified)),
                 "rejected": int(np.sum(certificate.num_rejected)), "seconds": report.seconds_run,
+                "compile": report.seconds_compile,
                 "loop_seconds": loop_seconds, "total_seconds": time.perf_counter() - begin})
             print(line(found[-1]), flush=True)
         return found
@@ -82,15 +84,13 @@ HEADER = ("| chain | method | passes | evaluations per draw | JVPs per draw | re
 def main(argv: list[str] | None = None) -> None:
     """Measure and write `iterations-cpu.json` and `.md`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     print(HEADER)
     found = [row for case in CASES for row in rows(*case, arguments.seed)]
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    name = f"iterations-{jax.default_backend()}"
-    (arguments.out / f"{name}.json").write_text(json.dumps(found, indent=1))
-    (arguments.out / f"{name}.md").write_text("\n".join([HEADER, *map(line, found)]) + "\n")
+    text = "\n".join([HEADER, *map(line, found)]) + "\n"
+    keep(arguments.out / f"iterations-{jax.default_backend()}.json", {"rows": found}, text)
 
 
 if __name__ == "__main__":

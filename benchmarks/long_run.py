@@ -1,4 +1,4 @@
-"""Runs longer than memory: `python -m benchmarks.long_run --out benchmarks/results`.
+"""Runs longer than memory: `python -m benchmarks.long_run --out DIR`.
 
 Three questions, each answered in a process of its own, on eight schools (D = 10, float64, 4 chains, `coalescing_hmc`):
 
@@ -7,9 +7,9 @@ Three questions, each answered in a process of its own, on eight schools (D = 10
     speed       draws per second of a stored run against one in memory, of a size that fits memory, interleaved
     progress    a run with a progress line against the same without
 
-Warm-up comes before, compilation is part of the long run only; the certificate of every draw is part of all times but the
-loop's, running statistics, checksums and flushing to the disk of all stored runs. Beside the times stand the largest
-residual and what the kernel's own loop takes for as many draws.
+Warm-up comes before, compilation is part of the long run only; the certificate of every draw is part of all times but
+the loop's, running statistics, checksums and flushing to the disk of all stored runs. Beside the times stand the
+largest residual and what the kernel's own loop takes for as many draws.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import platform
-import resource
 import statistics
 import tempfile
 import time
@@ -28,9 +26,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from partime_mcmc import (Stretches, StoredDraws, coalescing_hmc, loop, open_draws, progress_line, quiet, sample,
-                          shooting)
-from partime_mcmc.mcmc.finish import versions
+from benchmarks.record import OUT, keep, peak_resident
+from partime_mcmc import StoredDraws, Stretches, coalescing_hmc, loop, open_draws, progress_line, quiet, sample, shooting
 from partime_mcmc.mcmc.warmup import Warmup
 from partime_mcmc.models.eight_schools import make_target
 
@@ -52,19 +49,14 @@ def draw(target: Any, warmup: Any, key: int, num_samples: int, store: str | None
                   thinning=thinning if store else 1, progress=progress)
 
 
-def peak() -> int:
-    """The largest resident memory of this process so far, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def memory(num_draws: int, thinning: int, folder: str) -> dict[str, Any]:
     """A stored run in a process that does nothing else, its warm-up included."""
     target, warmup = prepared()
-    before, begin = peak(), time.perf_counter()
+    before, begin = peak_resident(), time.perf_counter()
     draws = draw(target, warmup, 2, num_draws // CHAINS, folder, thinning)
     seconds = time.perf_counter() - begin
     return {"num_draws": num_draws, "thinning": thinning, "seconds": seconds, "draws_per_second": num_draws / seconds,
-            "seconds_compile": draws.report.seconds_compile, "peak_bytes": peak(), "peak_bytes_before": before,
+            "seconds_compile": draws.report.seconds_compile, "peak_bytes": peak_resident(), "peak_bytes_before": before,
             "bytes_on_disk": sum(file.stat().st_size for file in Path(folder).iterdir()), **judged(draws)}
 
 
@@ -82,20 +74,22 @@ def speed(num_samples: int, repeats: int) -> dict[str, Any]:
     target, warmup = prepared()
     with tempfile.TemporaryDirectory() as folder:
         runs = {
-            "memory": lambda key: draw(target, warmup, key, num_samples, None).report,
-            "store": lambda key: draw(target, warmup, key, num_samples, f"{folder}/{key}").report,
-            "thinned store": lambda key: draw(target, warmup, key, num_samples, f"{folder}/thin{key}", 10).report,
-            "progress line": lambda key: draw(target, warmup, key, num_samples, f"{folder}/line{key}", 10,
-                                              progress_line).report}
+            "memory": lambda key: draw(target, warmup, key, num_samples, None),
+            "store": lambda key: draw(target, warmup, key, num_samples, f"{folder}/{key}"),
+            "thinned store": lambda key: draw(target, warmup, key, num_samples, f"{folder}/thin{key}", 10),
+            "progress line": lambda key: draw(target, warmup, key, num_samples, f"{folder}/line{key}", 10, progress_line)}
         seconds: dict[str, list[float]] = {name: [] for name in runs}
+        residuals = dict.fromkeys(runs, 0.0)
         for repeat in range(repeats + 1):
             for name, run in runs.items():
                 begin = time.perf_counter()
-                run(10 + repeat)
+                draws = run(10 + repeat)
                 if repeat:  # the first one compiles
                     seconds[name].append(time.perf_counter() - begin)
+                residuals[name] = max(residuals[name], float(np.max(draws.certificate.max_residual)))
     found = {name: statistics.median(values) for name, values in seconds.items()}
     return {"num_samples": num_samples, "num_chains": CHAINS, "repeats": repeats, "seconds": found, "all_seconds": seconds,
+            "residuals": residuals,
             "store_against_memory": found["memory"] / found["store"], "thinned_against_memory": found["memory"] / found[
                 "thinned store"],
             "progress_costs": found["progress line"] / found["thinned store"] - 1,
@@ -129,14 +123,19 @@ def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
     big, fast = results["memory"], results["speed"]
     each, draws = fast["seconds"], fast["num_samples"] * fast["num_chains"]
+    # Older records have no residuals of these rows.
+    residual = {name: f"{value:.0e}" for name, value in fast.get("residuals", {}).items()}
+    # The loop, scaled to as many draws as the long run's.
+    loop = fast["loop_seconds"] * big["num_draws"] / draws
     lines = [
-        "| run | draws | seconds | draws per second | against memory |", "|---|---|---|---|---|",
-        *(f"| {name} | {draws:,} | {value:.2f} | {draws / value:,.0f} | {each['memory'] / value:.2f} |"
-          for name, value in each.items()),
-        f"| kernel's own loop, nothing certified | {draws:,} | {fast['loop_seconds']:.2f} | "
-        f"{draws / fast['loop_seconds']:,.0f} | |",
-        f"| to disk, every {big['thinning']}th kept | {big['num_draws']:,} | {big['seconds']:.1f} | "
-        f"{big['draws_per_second']:,.0f} | |",
+        "| run | draws | seconds | kernel's own loop, s | draws per second | against memory | residual, noise units |",
+        "|---" * 7 + "|",
+        *(f"| {name} | {draws:,} | {value:.2f} | {fast['loop_seconds']:.2f} | {draws / value:,.0f} | "
+          f"{each['memory'] / value:.2f} | {residual.get(name, 'not recorded')} |" for name, value in each.items()),
+        f"| kernel's own loop, nothing certified | {draws:,} | {fast['loop_seconds']:.2f} | {fast['loop_seconds']:.2f} | "
+        f"{draws / fast['loop_seconds']:,.0f} | | none measured |",
+        f"| to disk, every {big['thinning']}th kept | {big['num_draws']:,} | {big['seconds']:.1f} | {loop:.1f} (scaled) | "
+        f"{big['draws_per_second']:,.0f} | | {big['max_residual']:.0e} |",
         "",
         f"The long run: {big['peak_bytes'] / 2**30:.2f} GiB resident at most ({big['peak_bytes_before'] / 2**30:.2f} GiB "
         f"of it before the first draw), {big['bytes_on_disk'] / 1e6:,.0f} MB on disk in {big['num_chunks']} chunks, "
@@ -150,7 +149,7 @@ def table(results: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Measure, and write `long-run-cpu.json` and `long-run-cpu.md`, named by the platform."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--num-draws", type=int, default=10_000_000, help="of all chains, in the long run")
     parser.add_argument("--thinning", type=int, default=10)
     parser.add_argument("--num-samples", type=int, default=250_000,
@@ -168,12 +167,10 @@ def main(argv: list[str] | None = None) -> None:
             print(open_draws(folder))
     if arguments.only != "memory":
         results["speed"] = alone(speed, arguments.num_samples, arguments.repeats)
-    results["machine"] = {"platform": jax.default_backend(), "cpu": platform.machine(), "versions": versions()}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    stored.write_text(json.dumps(results, indent=1))
-    if {"memory", "speed"} <= set(results):
-        stored.with_suffix(".md").write_text(table(results))
-        print(table(results))
+    results.pop("about", None)
+    text = table(results) if {"memory", "speed"} <= set(results) else "Measured in part: run both questions for a table.\n"
+    keep(stored, results, text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,19 @@
-"""Bytes that a solve takes per step, by the compiler's own account: `python -m benchmarks.memory --out benchmarks/results`.
+"""Bytes that a solve takes per step, by the compiler's own account: `python -m benchmarks.memory --out DIR`.
 
-The temporary memory of the compiled `solve` of a long path, in copies of that path (T D numbers, float32), for a tanh network of D
-units whose inputs are the drives. Drives and the solution itself come on top. Nothing is run.
+The temporary memory of the compiled `solve` of a long path, in copies of that path (T D numbers, float32), for a tanh
+network of D units whose inputs are the drives. Drives and the solution itself come on top. Nothing is run.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from partime_mcmc import (Dynamics, Tolerance, deer, elk, jacobi, picard, quasi_deer, quasi_elk, sequential, shooting, solve)
-from partime_mcmc.mcmc.finish import versions
+from benchmarks.record import OUT, keep, temporary_bytes
+from partime_mcmc import Dynamics, Tolerance, deer, elk, jacobi, picard, quasi_deer, quasi_elk, sequential, shooting, solve
 
 SOLVERS = {
     "sequential": sequential(), "shooting": shooting(steps=64), "Jacobi": jacobi(), "Picard": picard(),
@@ -30,17 +29,17 @@ def step(params, state, drive):
     return jnp.tanh(params @ state + drive)
 
 
-def temporary_bytes(solver, width: int, num_steps: int) -> int:
+def bytes_of(solver, width: int, num_steps: int) -> int:
     """Temporary memory of the compiled solve."""
     dynamics = Dynamics(step, jnp.zeros((width, width)))
     run = jax.jit(lambda dynamics, initial, drives: solve(dynamics, initial, drives, solver=solver, tolerance=Tolerance()))
     shapes = jax.eval_shape(lambda: (dynamics, jnp.zeros(width), jnp.zeros((num_steps, width))))
-    return run.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+    return temporary_bytes(run.lower(*shapes).compile())
 
 
 def copies(name: str, width: int) -> float:
     """Temporary memory per step, in copies of a state."""
-    return temporary_bytes(SOLVERS[name], width, _NUM_STEPS) / (_NUM_STEPS * width * 4)
+    return bytes_of(SOLVERS[name], width, _NUM_STEPS) / (_NUM_STEPS * width * 4)
 
 
 def table(rows: dict[str, dict[int, float]]) -> str:
@@ -54,14 +53,11 @@ def table(rows: dict[str, dict[int, float]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Compile every solver and write `memory-cpu.json` and `.md`, named by the platform."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--widths", type=int, nargs="*", default=[4, 16])
     arguments = parser.parse_args(argv)
     rows = {name: {width: copies(name, width) for width in arguments.widths} for name in SOLVERS}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    stored = arguments.out / f"memory-{jax.default_backend()}.json"
-    stored.write_text(json.dumps({"versions": versions(), "rows": rows}, indent=1))
-    stored.with_suffix(".md").write_text(table(rows))
+    keep(arguments.out / f"memory-{jax.default_backend()}.json", {"rows": rows}, table(rows))
     print(table(rows))
 
 

@@ -1,4 +1,5 @@
-"""One page of a folder of results: every table, and pictures of what tables say badly. Pictures stand in the page itself."""
+"""One page of a folder of results: every table, and pictures of what tables say badly. Pictures stand in the page
+itself."""
 
 from __future__ import annotations
 
@@ -59,11 +60,14 @@ def _about(folder: Path) -> str:
     if not stored.exists():
         return ""
     suite = json.loads(stored.read_text())
-    machine = suite["machine"]
-    said = [f"Suite <b>{html.escape(suite['suite'])}</b> at {html.escape(suite['commit'])}, {suite['seconds']:.0f} s on "
+    machine = suite["about"]
+    said = [f"Suite <b>{html.escape(suite['suite'])}</b> at {html.escape(machine['commit'])}, {suite['seconds']:.0f} s on "
             f"{html.escape(str(machine.get('device')))} ({machine.get('cores')} host cores); "
             + html.escape(", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items()))]
-    said += [f"{html.escape(task['name'])}: {html.escape(task['outcome'])}" for task in suite["tasks"] if task["outcome"] != "done"]
+    said += [f"{html.escape(task['name'])}: {html.escape(task['outcome'])}" for task in suite["tasks"]
+             if task["outcome"] != "done"]
+    if suite["left_out"]:
+        said.append("Not part of this suite: " + html.escape(", ".join(suite["left_out"])))
     return "".join(f"<p>{sentence}</p>" for sentence in said)
 
 
@@ -71,7 +75,8 @@ def _picture(stored: Path) -> str:
     draw = next((draw for start, draw in _PICTURES.items() if stored.stem.startswith(start)), None)
     if draw is None or not stored.exists():
         return ""
-    return f"<img alt='{html.escape(stored.stem)}' src='data:image/png;base64,{_drawn(draw, json.loads(stored.read_text()))}'>"
+    drawn = _drawn(draw, json.loads(stored.read_text()))
+    return f"<img alt='{html.escape(stored.stem)}' src='data:image/png;base64,{drawn}'>"
 
 
 def _drawn(draw: Callable, results: dict) -> str:
@@ -120,7 +125,8 @@ def _chains_or_time(axes, results: dict) -> None:
             rows = [row for row in results["rows"] if row["name"] == name]
             axes.loglog([row["chains"] for row in rows], [row["ess"] / row[f"{way}_seconds"] for row in rows], "o" + style,
                         label=f"{name}, {way}")
-    axes.set(xlabel="chains", ylabel="effective draws per second", title="A fixed budget of draws: more chains, or more time?")
+    axes.set(xlabel="chains", ylabel="effective draws per second",
+             title="A fixed budget of draws: more chains, or more time?")
     axes.legend(fontsize=7)
 
 

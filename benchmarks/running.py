@@ -1,21 +1,21 @@
-"""Running statistics: what they cost and how near they come, `python -m benchmarks.running --out benchmarks/results`.
+"""Running statistics: what they cost and how near they come, `python -m benchmarks.running --out DIR`.
 
-First-order autoregressions of known memory and known law (normal, exp of a normal, Cauchy), four chains in pieces of 65,536
-steps. Beside every estimate stands the one from all draws kept in memory: ArviZ's effective sample size and R-hat, and
-quantiles by sorting, whose errors in rank are compared with the bound that the histogram states. The cost is the median time
-of an update, per draw and per number, moments, covariances, quantiles and R-hat together.
+First-order autoregressions of known memory and known law (normal, exp of a normal, Cauchy), four chains in pieces of
+65,536 steps. Beside every estimate stands the one from all draws kept in memory: ArviZ's effective sample size and
+R-hat, and quantiles by sorting, whose errors in rank are compared with the bound that the histogram states. The cost
+is the median time of an update, per draw and per number, moments, covariances, quantiles and R-hat together.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
 import numpy as np
 from scipy.signal import lfilter
 
+from benchmarks.record import OUT, keep
 from partime_mcmc import Running
 from partime_mcmc.diagnostics import arviz
 
@@ -81,7 +81,7 @@ def table(rows: list[dict]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, help="folder for running-cpu.md and running-cpu.json")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for running-cpu.md and running-cpu.json")
     parser.add_argument("--num-draws", type=int, default=1_000_000, help="draws per chain")
     arguments = parser.parse_args(argv)
     near = [accuracy(law, memory, arguments.num_draws, seed=1) for law, memory in (
@@ -89,9 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     costs = [cost(dimension, dtype) for dimension in (10, 18, 100) for dtype in ("float64", "float32")]
     text = f"{table(near)}\n\n{table(costs)}\n"
     print(text)
-    if arguments.out:
-        (arguments.out / "running-cpu.md").write_text(f"# Running statistics\n\n{text}")
-        (arguments.out / "running-cpu.json").write_text(json.dumps({"accuracy": near, "cost": costs}, indent=1))
+    keep(arguments.out / "running-cpu.json", {"accuracy": near, "cost": costs}, f"# Running statistics\n\n{text}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""One chain by shooting against BlackJAX's own loop: `python -m benchmarks.shooting --out benchmarks/results`.
+"""One chain by shooting against BlackJAX's own loop: `python -m benchmarks.shooting --out DIR`.
 
-For every row the same chain is computed twice with the same keys: by `lax.scan` over the kernel's step with full states and
-cached gradients (what a BlackJAX user runs), and by shooting with several numbers of segments. Runs are interleaved and
-medians are reported, compilation apart. Beside every time stand the residual that the solver saw, evaluations of the step
-per draw, what `advise` would have chosen and what that gained, and what an independent certificate of the whole path found
-(its own time is in the JSON, not part of the ratio). The tolerance is that of `sample`.
+For every row the same chain is computed twice with the same keys: by `lax.scan` over the kernel's step with full
+states and cached gradients (what a BlackJAX user runs), and by shooting with several numbers of segments. Runs are
+interleaved and medians are reported, compilation apart. Beside every time stand the residual that the solver saw,
+evaluations of the step per draw, what `advise` would have chosen and what that gained, and what an independent
+certificate of the whole path found (its own time is in the JSON, not part of the ratio). The tolerance is that of
+`sample`.
 
 Decisions that differ from those of the loop: both programs round differently in the last place, so a proposal whose
-acceptance probability lies within that of its uniform may go either way; a forgetful chain is back on the other one's path
-after its meeting time. About T times the mean difference of acceptance probabilities are expected: below one per run in
-float64, a few in float32, where the certificate still says that every decision is right under its own batched evaluation.
+acceptance probability lies within that of its uniform may go either way; a forgetful chain is back on the other one's
+path after its meeting time. About T times the mean difference of acceptance probabilities are expected: below one per
+run in float64, a few in float32, where the certificate still says that every decision is right under its own batched
+evaluation.
 """
 
 from __future__ import annotations
@@ -18,8 +20,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import platform
-import statistics
 import time
 from pathlib import Path
 from typing import Callable
@@ -28,9 +28,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.record import OUT, keep, put_between, timed
 from partime_mcmc import Dynamics, Kernel, Status, certify, hmc, mala, nuts, rollout, sample, shooting, solve
 from partime_mcmc.dynamics import without_captures
-from partime_mcmc.mcmc.finish import versions
 from partime_mcmc.mcmc.sample import default_tolerance
 from partime_mcmc.mcmc.target import Target
 from partime_mcmc.models import MODELS
@@ -102,7 +102,7 @@ def warmed_up(model: Callable, builder: Callable, num_warmup: int, dtype: str):
     return target, sample(jax.random.key(1), target, builder, num_samples=0, num_warmup=num_warmup).warmup
 
 
-def measure(row: Row, repeats: int, num_warmup: int, scale: float) -> dict:
+def measure(row: Row, repeats: int, num_warmup: int, scale: float, segments_tried: tuple[int, ...]) -> dict:
     """Times, work and checks of one row."""
     target, warmup = warmed_up(row.model, row.builder, num_warmup, row.dtype)
     kernel = row.kernel(target.logdensity, metric=warmup.whitening, settings=warmup.settings)
@@ -115,14 +115,15 @@ def measure(row: Row, repeats: int, num_warmup: int, scale: float) -> dict:
     pool = jax.vmap(lambda position: kernel.carry(kernel.init(position)))(warmup.pool)
     advice = advise(dynamics, initial, tape, starts=pool, num_steps=num_steps, tolerance=tolerance)
     runs = {"loop": (jax.jit(rollout), (dynamics, initial, tape))}
-    for segments in sorted({*SEGMENTS, advice.num_segments} - {1}):
+    for segments in sorted({*segments_tried, advice.num_segments} - {1}):
         if num_steps // segments >= 32:
             solve_it = functools.partial(solve, solver=shooting(segments), tolerance=tolerance)
             runs[segments] = (jax.jit(solve_it), (dynamics, initial, tape))
     found = timed(runs, repeats)
     result = {"name": row.name, "num_steps": num_steps, "dtype": row.dtype, "settings": {
         key: float(value) for key, value in warmup.settings.items()} if row.builder is not hmc else {},
-        "loop_seconds": found["loop"]["seconds"], "loop_compile": found["loop"]["compile"], "segments": []}
+        "loop_seconds": found["loop"]["seconds"], "loop_compile": found["loop"]["compile"],
+        "loop_temp_bytes": found["loop"]["temp_bytes"], "segments": []}
     reference = np.asarray(found["loop"]["value"])
     for segments in [key for key in runs if key != "loop"]:
         result["segments"].append(entry(segments, found[segments], found["loop"]["seconds"], reference))
@@ -133,31 +134,12 @@ def measure(row: Row, repeats: int, num_warmup: int, scale: float) -> dict:
     return result
 
 
-def timed(runs: dict, repeats: int) -> dict:
-    """Compile each, then run them in turn; medians."""
-    found = {}
-    for name, (function, arguments) in runs.items():
-        begin = time.perf_counter()
-        compiled = function.lower(*arguments).compile()
-        found[name] = {"compile": time.perf_counter() - begin, "times": []}
-        found[name]["function"] = compiled
-        found[name]["value"] = jax.block_until_ready(compiled(*arguments))
-    for _ in range(repeats):
-        for name, (_, arguments) in runs.items():
-            begin = time.perf_counter()
-            jax.block_until_ready(found[name]["function"](*arguments))
-            found[name]["times"].append(time.perf_counter() - begin)
-    for record in found.values():
-        record["seconds"] = statistics.median(record["times"])
-    return found
-
-
 def entry(segments: int, record: dict, loop_seconds: float, reference: np.ndarray) -> dict:
     """One number of segments."""
     solution = record["value"]
     distance = np.abs(np.asarray(solution.states) - reference).max()
     return {"segments": segments, "seconds": record["seconds"], "ratio": loop_seconds / record["seconds"],
-            "compile": record["compile"], "status": Status(int(solution.status)).name,
+            "compile": record["compile"], "temp_bytes": record["temp_bytes"], "status": Status(int(solution.status)).name,
             "evaluations": float(solution.stats.evaluations), "depth": int(solution.stats.depth),
             "passes": int(solution.iterations) + 1, "residual": float(solution.residual), "distance": float(distance)}
 
@@ -238,10 +220,11 @@ NOTE = ("Decisions that differ from the loop's: two compiled programs round diff
 def main(argv: list[str] | None = None) -> None:
     """Measure every row and write `shooting-cpu.json` and `shooting-cpu.md`, named by the platform."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--num-warmup", type=int, default=1000)
     parser.add_argument("--scale", type=float, default=1.0, help="fraction of every T")
+    parser.add_argument("--segments", type=int, nargs="+", default=SEGMENTS, help="numbers tried beside the advised one")
     parser.add_argument("--only", default="", help="rows whose name contains this; others keep their stored results")
     parser.add_argument("--readme", type=Path, help="a file whose table is to be replaced")
     arguments = parser.parse_args(argv)
@@ -249,32 +232,22 @@ def main(argv: list[str] | None = None) -> None:
     for row in ROWS:
         if arguments.only in row.name:
             with jax.enable_x64(row.dtype == "float64"):
-                results.append(measure(row, arguments.repeats, arguments.num_warmup, arguments.scale))
+                results.append(measure(row, arguments.repeats, arguments.num_warmup, arguments.scale,
+                                       tuple(arguments.segments)))
             print(table(results[-1:]).splitlines()[-1], flush=True)
     if arguments.only in "tanh network, 64 units":
         results.append(network(arguments.repeats, arguments.scale))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    name = f"shooting-{jax.default_backend()}"
-    stored = arguments.out / f"{name}.json"
+    stored = arguments.out / f"shooting-{jax.default_backend()}.json"
     if arguments.only and stored.exists():
         results = merged(json.loads(stored.read_text())["rows"], results)
-    machine = {"platform": jax.default_backend(), "device": jax.devices()[0].device_kind, "cpu": platform.machine(),
-               "repeats": arguments.repeats, "scale": arguments.scale, "versions": versions()}
-    stored.write_text(json.dumps({"machine": machine, "rows": results}, indent=1))
-    (arguments.out / f"{name}.md").write_text(table(results))
+    keep(stored, {"repeats": arguments.repeats, "scale": arguments.scale, "rows": results}, table(results))
     print(table(results))
     if arguments.readme:
-        put_between(arguments.readme, _BEGIN, _END, table(results))
+        put_between(arguments.readme, BEGIN, END, table(results))
 
 
-def put_between(file: Path, begin: str, end: str, text: str) -> None:
-    """Replace what stands between two marks of a file."""
-    head, rest = file.read_text().split(begin, 1)
-    file.write_text(head + begin + "\n" + text + end + rest.split(end, 1)[1])
-
-
-_BEGIN = "<!-- table: benchmarks/results/shooting-cpu.md, written by `python -m benchmarks.shooting --readme README.md` -->"
-_END = "<!-- end of table -->"
+BEGIN = "<!-- table: benchmarks/results/shooting-cpu.md, written by `python -m benchmarks.shooting --readme README.md` -->"
+END = "<!-- end of table -->"
 
 
 def merged(old: list[dict], new: list[dict]) -> list[dict]:

@@ -1,9 +1,13 @@
-"""All benchmarks by one command: `python -m benchmarks run --suite cpu --out DIR`, and `python -m benchmarks report DIR`.
+"""All benchmarks by one command: `python -m benchmarks run --suite cpu --out DIR`, and `python -m benchmarks report
+DIR`.
 
-A suite is a list of benchmarks with the options that make them fit its time; each runs in a process of its own, one after
-another, and leaves its JSON and Markdown in DIR. `suite.json` keeps what ran, for how long, with how much memory, on which
-device, with which versions and commit. A benchmark that fails or runs out of its time does not stop the others; it is listed,
-and the exit code says so.
+A suite is a list of benchmarks with the options that make them fit its time; each runs in a process of its own, one
+after another, and leaves its JSON and Markdown in DIR, a new folder unless told otherwise, so that a run never
+overwrites the tables that the documentation quotes. `suite.json` keeps what ran, for how long, with how much memory,
+what was left out, on which device, with which versions and commit. A benchmark that fails or runs out of its time
+does not stop the others; it is listed, and the exit code says so. `report` writes one page, checks the figures
+against what is wanted (`benchmarks.targets`), and with `--readme` puts the tables of DIR where the README quotes
+them.
 """
 
 from __future__ import annotations
@@ -18,14 +22,29 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.record import OUT, put_between
+
+ROOT = Path(__file__).resolve().parent.parent
+POSTERIORS = "PARTIME_REFERENCE_POSTERIORS"
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One benchmark: a module of this package, its options, and the seconds it may take."""
+    """One benchmark.
+
+    Attributes:
+        module: Of this package.
+        options: As typed.
+        estimate: Seconds that it is thought to take on two idle cores, or one GPU.
+        limit: Seconds after which it is stopped. Those of a suite add up to less than the suite may take.
+        needs: An environment variable without which there is nothing to measure.
+    """
 
     module: str
     options: tuple[str, ...] = ()
-    limit: float = 600
+    estimate: float = 30
+    limit: float = 60
+    needs: str | None = None
 
     @property
     def name(self) -> str:
@@ -33,43 +52,73 @@ class Task:
         return " ".join((self.module, *self.options))
 
 
+def _shooting(name: str, estimate: float, limit: float) -> Task:
+    # Every number of segments is a program of its own, and compiling them is most of the time.
+    return Task("shooting", ("--repeats", "5", "--segments", "32", "64", "128", "--only", name), estimate, limit)
+
+
+# Seconds that all tasks of a suite may take.
+BOUNDS = {"cpu": 20 * 60, "gpu": 6 * 60, "smoke": 180}
 SUITES = {
     "cpu": (
-        Task("scans"), Task("memory"),
-        *(Task("shooting", ("--repeats", "5", "--only", name)) for name in ("eight schools", "banana, HMC 8×0.5", "mixture", "logistic")),
-        Task("advised", ("--only", "eight schools, MALA", "--repeats", "3")),
-        Task("advised", ("--only", "random walk", "--repeats", "3")),
-        Task("dice_shooting", ("--dtypes", "float32", "--num-numbers", "10000000", "--repeats", "3")),
-        Task("chains_or_time"),
-        Task("gru", ("--lengths", "32768", "--widths", "32", "64", "--batches", "1")),
-        Task("iterations"), Task("devices"),
-        Task("running", ("--num-draws", "200000")),
+        Task("scans", (), 75, 120), Task("memory", (), 35, 60),
+        _shooting("eight schools", 170, 260), _shooting("banana, HMC 8×0.5", 30, 60), _shooting("mixture", 25, 50),
+        _shooting("logistic", 40, 70),
+        Task("advised", ("--only", "eight schools, MALA", "--repeats", "3"), 60, 90),
+        Task("advised", ("--only", "random walk", "--repeats", "3"), 25, 50),
+        Task("dice_shooting", ("--dtypes", "float32", "--num-numbers", "10000000", "--repeats", "3"), 75, 110),
+        Task("chains_or_time", ("--chains", "1", "16", "256"), 70, 110),
+        Task("gru", ("--lengths", "32768", "--widths", "32", "64", "--batches", "1"), 25, 50),
+        Task("long_run", ("--num-draws", "1000000", "--num-samples", "62500", "--repeats", "3"), 45, 70),
+        Task("posteriors", ("--only", "sblri-blr"), 60, 100, POSTERIORS),
     ),
     "gpu": (
-        Task("gpu", ("--budget", "130"), 210),
-        Task("scans", ("--dtype", "float32", "float64", "bfloat16", "--repeats", "5"), 70),
-        Task("gru", ("--lengths", "10000", "100000", "1000000", "--widths", "32", "--batches", "1", "--repeats", "3"), 60),
+        Task("gpu", ("--budget", "120"), 170, 190),
+        Task("scans", ("--dtype", "float32", "float64", "bfloat16", "--repeats", "5", "--loop-steps", "1000"), 60, 80),
+        Task("gru", ("--lengths", "10000", "100000", "1000000", "--widths", "8", "32", "128", "--batches", "1",
+                     "--repeats", "3", "--largest", str(2**27), "--loop-steps", "2000", "--budget", "55"), 75, 90),
     ),
     "smoke": (
-        Task("scans", ("--longest", "1000", "--repeats", "1")),
-        Task("shooting", ("--only", "banana, HMC 8×0.5", "--scale", "0.02", "--num-warmup", "100", "--repeats", "1")),
+        Task("scans", ("--longest", "1000", "--widths", "8", "--repeats", "1"), 8, 90),
+        Task("shooting", ("--only", "banana, HMC 8×0.5", "--scale", "0.02", "--num-warmup", "100", "--repeats", "1",
+                          "--segments", "16"), 15, 90),
     ),
 }
+# What does not fit, by suite: to be run on its own, `python -m benchmarks.MODULE`.
+LEFT_OUT = {
+    "cpu": ("gru_autoregressive", "iterations", "devices", "running", "dice (meeting times)", "dice_shooting in float64",
+            "advised, all other rows", "posteriors, the other eight", "long_run of 10⁷ draws", "gru at all other sizes"),
+    "gpu": ("gru at batch 16", "memory"),
+    "smoke": (),
+}
+# What the README quotes: record, and the marks around its table.
+QUOTED = {name: (f"<!-- table: benchmarks/results/{name}.md -->", end) for name, end in (
+    ("posteriors-cpu", "<!-- end of posteriors -->"), ("dice-meetings", "<!-- end of meetings -->"),
+    ("dice-shooting", "<!-- end of dice shooting -->"))}
+QUOTED["shooting-cpu"] = (
+    "<!-- table: benchmarks/results/shooting-cpu.md, written by `python -m benchmarks.shooting --readme README.md` -->",
+    "<!-- end of table -->")
 
 
 def run(suite: str, out: Path) -> int:
     """Run a suite; 1 if anything failed."""
+    out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    begin, done = time.monotonic(), []
-    for number, task in enumerate(SUITES[suite], 1):
-        print(f"[{number}/{len(SUITES[suite])}, {time.monotonic() - begin:.0f} s] {task.name}", flush=True)
+    begin, done, described = time.monotonic(), [], device()
+    tasks = [task for task in SUITES[suite] if task.needs is None or os.environ.get(task.needs)]
+    left_out = [*LEFT_OUT[suite], *(f"{task.name} ({task.needs} is not set)" for task in SUITES[suite] if task not in tasks)]
+    for number, task in enumerate(tasks, 1):
+        print(f"[{number}/{len(tasks)}, {time.monotonic() - begin:.0f} s] {task.name}: about {task.estimate:.0f} s",
+              flush=True)
         done.append(one(task, out))
         print(f"    {done[-1]['outcome']} after {done[-1]['seconds']:.0f} s", flush=True)
-        record = {"suite": suite, "seconds": time.monotonic() - begin, "tasks": done, "commit": commit(), "machine": machine()}
+        record = {"suite": suite, "seconds": time.monotonic() - begin, "tasks": done, "left_out": left_out,
+                  "about": described}
         (out / "suite.json").write_text(json.dumps(record, indent=1))
     failed = [task["name"] for task in done if task["outcome"] != "done"]
     print(f"{len(done) - len(failed)} of {len(done)} benchmarks done in {time.monotonic() - begin:.0f} s; results in {out}"
-          + "".join(f"\nnot done: {name}" for name in failed))
+          + "".join(f"\nnot done: {name}" for name in failed)
+          + f"\nnot part of this suite: {', '.join(left_out) or 'nothing'}")
     return int(bool(failed))
 
 
@@ -82,26 +131,22 @@ def one(task: Task, out: Path) -> dict:
     with log.open("a") as stream:
         print(f"$ {' '.join(command)}", file=stream, flush=True)
         try:
-            code = subprocess.run(command, stdout=stream, stderr=stream, timeout=task.limit).returncode
+            code = subprocess.run(command, stdout=stream, stderr=stream, timeout=task.limit, cwd=ROOT).returncode
             outcome = "done" if code == 0 else f"failed with exit code {code}, see {log.name}"
         except subprocess.TimeoutExpired:
             outcome = f"stopped: more than {task.limit:.0f} s"
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    return {"name": task.name, "outcome": outcome, "seconds": time.monotonic() - begin, "largest_resident_bytes_so_far": peak}
+    return {"name": task.name, "outcome": outcome, "seconds": time.monotonic() - begin,
+            "largest_resident_bytes_so_far": peak}
 
 
-def commit() -> str:
-    """The commit that is measured, marked where files differ from it."""
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
-
-
-def machine() -> dict:
-    """Device and versions, as a process of its own sees them: this one must not hold the device."""
-    script = ("import jax, json; from partime_mcmc.mcmc.finish import versions; print(json.dumps({'platform': jax.default_backend(),"
-              "'device': jax.devices()[0].device_kind, 'versions': versions()}))")
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    return {"cores": os.cpu_count(), **(json.loads(found.stdout.splitlines()[-1]) if found.returncode == 0 else {})}
+def device() -> dict:
+    """What `record.about` says in a process of its own: this one must not hold the device."""
+    script = "import json; from benchmarks.record import about; print(json.dumps(about()))"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    if found.returncode:
+        raise RuntimeError(f"JAX does not start here: {found.stderr.strip().splitlines()[-1]}")
+    return json.loads(found.stdout.splitlines()[-1])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -110,21 +155,40 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     running = commands.add_parser("run", help="measure")
     running.add_argument("--suite", choices=sorted(SUITES), default="cpu")
-    running.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="where results go")
+    running.add_argument("--out", type=Path, default=OUT, help="where results go")
     running.set_defaults(act=lambda arguments: run(arguments.suite, arguments.out))
     reporting = commands.add_parser("report", help="one page with all tables and pictures of a folder of results")
     reporting.add_argument("folder", type=Path)
+    reporting.add_argument("--readme", type=Path, help="a file whose tables are to be replaced by those of the folder")
     reporting.set_defaults(act=report)
     arguments = parser.parse_args(argv)
     return arguments.act(arguments)
 
 
 def report(arguments: argparse.Namespace) -> int:
-    """Write the page."""
+    """Check the figures, write the page, and put tables into a README."""
     from benchmarks.page import write_page
+    from benchmarks.targets import check
 
     if not arguments.folder.is_dir():
         print(f"benchmarks report: {arguments.folder} is not a folder of results", file=sys.stderr)
         return 2
+    found = check(arguments.folder)
+    (arguments.folder / "targets.md").write_text(found, encoding="utf-8")
+    print(found)
     print(f"written {write_page(arguments.folder)}")
+    if arguments.readme is not None:
+        replaced = quote(arguments.folder, arguments.readme)
+        print(f"{arguments.readme}: {', '.join(replaced) or 'nothing'} replaced")
     return 0
+
+
+def quote(folder: Path, readme: Path) -> list[str]:
+    """Replace the README's tables by those of a folder; which ones it has."""
+    replaced = []
+    for name, (begin, end) in QUOTED.items():
+        table = folder / f"{name}.md"
+        if table.exists():
+            put_between(readme, begin, end, table.read_text(encoding="utf-8"))
+            replaced.append(name)
+    return replaced

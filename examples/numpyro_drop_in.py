@@ -5,7 +5,8 @@ The model is the README's of NumPyro: eight schools in non-centred form. The dif
     - mcmc = MCMC(NUTS(model), num_warmup=1000, num_samples=..., num_chains=4)
     + mcmc = ParallelMCMC(CoalescingHMC(model), num_warmup=1000, num_samples=..., num_chains=4)
 
-and everything after it (`run`, `print_summary`, `get_samples`, `get_extra_fields`) stays. What one sees: the same
+and everything after it (`run`, `print_summary`, `get_samples`, `get_extra_fields`) stays. `ParallelMCMC(NUTS(model), ...)` with
+NumPyro's own `NUTS` runs as well: then the name of one class is all that changes. What one sees: the same
 posterior within its Monte Carlo error, the report of the parallel run (certificate, work, what warm-up chose), and
 both times of a second run.
 

@@ -12,7 +12,7 @@
     NumPyro       ParallelMCMC, CoalescingHMC, HMC, NUTS, MALA, BlackJAXKernel
     networks      unroll; cells, adapters and statuses in `partime_mcmc.rnn`
     devices       time_mesh, sharded_solve, sharded_chains, hosts; more in `partime_mcmc.distributed`
-    judging       compare, to_arviz
+    judging       Certificate, Recorded, Independent, compare, to_arviz
 """
 
 from partime_mcmc.adjoint import Implicit, ImplicitRelay
@@ -20,8 +20,8 @@ from partime_mcmc.diagnostics.arviz import read_netcdf, save_netcdf, summary_tab
 from partime_mcmc.diagnostics.compare import compare
 from partime_mcmc.distributed import hosts, sharded_chains, sharded_solve, time_mesh
 from partime_mcmc.dynamics import Dynamics, residual, rollout
-from partime_mcmc.kernels import (Certificate, CoalescingDice, Kernel, PlainDice, Whitening, certify, coalescing_hmc,
-                                  from_blackjax, hmc, loop, mala, nuts, random_walk)
+from partime_mcmc.kernels import (Certificate, CoalescingDice, Independent, Kernel, PlainDice, Recorded, Whitening, certify,
+                                  coalescing_hmc, from_blackjax, hmc, loop, mala, nuts, random_walk)
 from partime_mcmc.linearize import (Clipped, Damped, DenseJacobian, DiagonalJacobian, HutchinsonDiagonal,
                                     IdentityJacobian, ZeroJacobian)
 from partime_mcmc.mcmc.draws import Draws
@@ -50,12 +50,12 @@ __version__ = "0.1.0"
 __all__ = [
     "BlackJAXKernel", "Certificate", "Clipped", "CoalescingDice", "CoalescingHMC", "ConstantDamping", "Damped",
     "DenseJacobian", "DiagonalJacobian", "Draws", "Dynamics", "Fold", "HMC", "HutchinsonDiagonal", "IdentityJacobian",
-    "Implicit", "ImplicitRelay", "Kalman", "Kernel", "MALA", "NUTS", "NetCDF", "Newton", "ParallelMCMC", "PlainDice",
-    "PooledAdaptation", "RelaxingDamping", "Running", "Sliding", "Solution", "SolveError", "Stats", "Status", "Store",
-    "StoreError", "StoreMismatch", "StoredDraws", "Stretches", "Target", "Tolerance", "Whitening", "Whole",
-    "WindowAdaptation", "Zarr", "ZeroJacobian", "certify", "coalescing_hmc", "compare", "deer", "elk", "from_blackjax",
-    "from_numpyro", "hmc", "hosts", "jacobi", "loop", "mala", "nuts", "open_draws", "picard", "progress_line",
-    "quasi_deer", "quasi_elk", "quiet", "random_walk", "read_netcdf", "residual", "resume", "rollout", "sample",
-    "save_netcdf", "sequential", "sharded_chains", "sharded_solve", "shooting", "solve", "summary_table", "time_mesh",
-    "to_arviz", "unroll",
+    "Implicit", "ImplicitRelay", "Independent", "Kalman", "Kernel", "MALA", "NUTS", "NetCDF", "Newton", "ParallelMCMC",
+    "PlainDice", "PooledAdaptation", "Recorded", "RelaxingDamping", "Running", "Sliding", "Solution", "SolveError",
+    "Stats", "Status", "Store", "StoreError", "StoreMismatch", "StoredDraws", "Stretches", "Target", "Tolerance",
+    "Whitening", "Whole", "WindowAdaptation", "Zarr", "ZeroJacobian", "certify", "coalescing_hmc", "compare", "deer",
+    "elk", "from_blackjax", "from_numpyro", "hmc", "hosts", "jacobi", "loop", "mala", "nuts", "open_draws", "picard",
+    "progress_line", "quasi_deer", "quasi_elk", "quiet", "random_walk", "read_netcdf", "residual", "resume", "rollout",
+    "sample", "save_netcdf", "sequential", "sharded_chains", "sharded_solve", "shooting", "solve", "summary_table",
+    "time_mesh", "to_arviz", "unroll",
 ]

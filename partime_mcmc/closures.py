@@ -71,8 +71,9 @@ def explicit(function: Callable, params: PyTree, *rest: PyTree) -> tuple[_Explic
     leaves, tree = jax.tree.flatten(examples)
     shapes = tuple((jnp.shape(leaf), jnp.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype)
                    for leaf in leaves)
-    # Both settings are read while tracing.
-    entry = (function, tree, shapes, jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision)
+    # Read while tracing: settings, and inside `jax.shard_map` the mesh.
+    entry = (function, tree, shapes, jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision,
+             jax.sharding.get_abstract_mesh())
     with _CACHE_LOCK:
         found = _CACHE.get(entry)
         if found:

@@ -1,4 +1,4 @@
-"""What holds across devices, to be run in a process of its own: `python tests/distributed_checks.py [--all]`.
+"""What holds across devices, to be run in a process of its own: `python tests/distributed_checks.py [--all | NAME ...]`.
 
 The number of devices is fixed before JAX starts, and all checks share one process, because most of the time is
 compilation. A check is a function that raises; `test_distributed.py` shows what was raised. `--all` adds the checks
@@ -10,8 +10,12 @@ import sys
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 
+import contextlib  # noqa: E402
+import dataclasses  # noqa: E402
 import functools  # noqa: E402
+import tempfile  # noqa: E402
 import traceback  # noqa: E402
+from types import SimpleNamespace  # noqa: E402
 
 import blackjax  # noqa: E402
 import jax  # noqa: E402
@@ -23,11 +27,14 @@ from catalogue import (DYNAMICS, SOLVERS, Problem, by_name, measured_residual,  
 from jax.sharding import PartitionSpec  # noqa: E402
 
 from partime_mcmc import (CoalescingDice, Dynamics, Kernel, Status, Stretches, Target,  # noqa: E402
-                          Whole, deer, from_blackjax, jacobi, loop, mala, rollout, sample, shooting, solve)
-from partime_mcmc.adjoint import ImplicitRelay  # noqa: E402
+                          Whole, deer, from_blackjax, jacobi, loop, mala, quasi_deer, recipes, resume, rollout, sample,
+                          shooting, solve)
+from partime_mcmc.adjoint import Implicit, ImplicitRelay  # noqa: E402
 from partime_mcmc.distributed import ShardedTime, sharded_chains, sharded_solve, summed, time_mesh  # noqa: E402
 from partime_mcmc.linearize import Clipped, DenseJacobian  # noqa: E402
-from partime_mcmc.mcmc import programs  # noqa: E402
+from partime_mcmc.mcmc import exchange, programs  # noqa: E402
+from partime_mcmc.mcmc.arguments import chunk_steps  # noqa: E402
+from partime_mcmc.mcmc.stored_run import Store  # noqa: E402
 from partime_mcmc.scan import Dense, DenseMessage, Diagonal, LocalTime  # noqa: E402
 from partime_mcmc.solvers import Shooting  # noqa: E402
 
@@ -139,18 +146,50 @@ def what_does_not_forget_has_the_verdict_of_one_device():
     np.testing.assert_allclose(measured, float(many.residual), rtol=1e-6)
 
 
+def gradient(path, *given):
+    def loss(*given):
+        values = path(*given)
+        return jnp.sum(jnp.cos(jnp.arange(values.size)) * values.ravel() + 0.1 * values.ravel()**2)
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*given)
+
+
+def derivatives_of(solver):
+    problem = by_name(DYNAMICS, "GRU").build(13, jnp.float64)
+    given = problem.dynamics, problem.initial, problem.drives
+    got = gradient(lambda *given: sharded_solve(*given, mesh=time_mesh(), solver=solver).states, *given)
+    close(got, gradient(rollout, *given))
+
+
 @CHECKS.append
 def derivatives_are_those_of_one_device():
-    problem = by_name(DYNAMICS, "GRU").build(13, jnp.float64)
+    derivatives_of(deer())
 
-    def gradient(path):
-        def loss(*given):
-            values = path(*given)
-            return jnp.sum(jnp.cos(jnp.arange(values.size)) * values.ravel() + 0.1 * values.ravel()**2)
 
-        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(problem.dynamics, problem.initial, problem.drives)
+@SLOW.append
+def whatever_solved_the_path():
+    for solver in (shooting(steps=1), quasi_deer()):
+        derivatives_of(solver)
 
-    close(gradient(lambda *given: sharded_solve(*given, mesh=time_mesh(), solver=deer()).states), gradient(rollout))
+
+@CHECKS.append
+def chains_have_guesses_and_derivatives_of_their_own():
+    problem, mesh = by_name(DYNAMICS, "tanh network").build(16, jnp.float64), time_mesh(4, 2)
+    initial = jnp.stack([problem.initial, -2.0 * problem.initial])
+    drives = jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf]), problem.drives)
+    paths = jax.vmap(functools.partial(rollout, problem.dynamics))
+    # The right path as the guess leaves nothing to do; the other chain's would leave everything.
+    guess = paths(initial, drives)
+
+    def spread(dynamics, initial, drives):
+        return sharded_chains(dynamics, initial, drives, mesh=mesh, solver=jacobi(), guess=jax.lax.stop_gradient(guess))
+
+    found = jax.jit(spread)(problem.dynamics, initial, drives)
+    close(found.states, guess)
+    assert (np.asarray(found.iterations) <= 1).all(), found.iterations
+    given = problem.dynamics, initial, drives
+    close(gradient(lambda *given: spread(*given).states, *given),
+          gradient(lambda dynamics, initial, drives: jax.vmap(functools.partial(rollout, dynamics))(initial, drives), *given))
 
 
 @CHECKS.append
@@ -231,19 +270,113 @@ def draws_of_coalescing_chains_are_the_same_bits_on_any_number_of_devices():
     assert draws.plan["mesh"] == {"chains": 2, "time": 4, "data": 1}
 
 
+def travelling(solver, num_steps, dimension=4):
+    """Collectives of a solve on eight devices, from the compiled program."""
+    problem = by_name(DYNAMICS, "tanh network").build(num_steps, jnp.float64)
+    assert problem.initial.shape == (dimension,)
+    program = jax.jit(lambda first, drives: sharded_solve(
+        problem.dynamics, first, drives, mesh=time_mesh(), solver=solver).states)
+    return collectives(program.lower(problem.initial, problem.drives).compile().as_text())
+
+
 @CHECKS.append
-def what_travels_in_a_pass_does_not_grow_with_time():
-    """Read from the compiled program: one state to the neighbour and scalars; for DEER a composed map from every device."""
-    problem, state, scalars = by_name(DYNAMICS, "tanh network").build(1024, jnp.float64), 4 * 8, 80
+def what_travels_in_a_pass_is_one_state_to_the_neighbour_and_scalars():
+    """For DEER a composed map from every device, too."""
+    state, scalars = 4 * 8, 80
     for solver, sent, gathered in ((shooting(steps=32), 1, 0), (deer(), 2, 8 * (4 * 4 + 4) * 8)):
-        program = jax.jit(lambda first, drives, solver=solver: sharded_solve(
-            problem.dynamics, first, drives, mesh=time_mesh(), solver=solver).states)
-        found = collectives(program.lower(problem.initial, problem.drives).compile().as_text())
+        found = travelling(solver, 1024)
         counts = found["per pass"]
         assert counts.pop("collective-permute") == (sent, sent * state), found
         assert counts.pop("all-gather", (0, 0))[1] == gathered, found
         assert counts.pop("all-reduce")[1] <= scalars and not counts, found
         assert all(size <= 4 * state + scalars for _, size in found["once"].values()), found
+
+
+@SLOW.append
+def what_travels_does_not_grow_with_time_whatever_solves():
+    # Of a path of D = 4 one device holds 64 states, 2,048 bytes; of a map on D and a message on D every device gives one.
+    maps, messages = 8 * (4 * 4 + 4) * 8, 8 * (3 * 4 * 4 + 2 * 4) * 8
+    most = {"shooting": 0, "sequential": 0, "jacobi": 0, "picard": 8 * (4 + 4) * 8, "quasi_deer": 8 * (4 + 4) * 8,
+            "deer": maps, "quasi_elk": messages, "elk": messages + maps}
+    for name, bound in most.items():
+        solver = getattr(recipes, name)(**({"steps": 32} if name == "shooting" else {}))
+        found, shorter = travelling(solver, 512), travelling(solver, 256)
+        assert found == shorter, (name, found, shorter)
+        for kinds in found.values():
+            assert set(kinds) <= {"all-gather", "all-reduce", "collective-permute"}, (name, found)
+            assert kinds.get("all-gather", (0, 0))[1] <= bound, (name, found)
+
+
+class Interrupting:
+    """A progress that stops a run after so many advances."""
+
+    def __init__(self, after):
+        self.left = after
+
+    @contextlib.contextmanager
+    def stage(self, name, total):
+        def advance(steps, **shown):
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+
+        yield advance
+
+    def note(self, sentence):
+        pass
+
+    warn = note
+
+
+@CHECKS.append
+def an_interrupt_keeps_the_stretches_that_are_done():
+    kernel = mala(TARGET.logdensity, 0.4, dice=CoalescingDice())
+    ask = functools.partial(sample, jax.random.key(0), TARGET, kernel, num_samples=512, num_chains=2, mesh=time_mesh(4, 2),
+                            schedule=Stretches(128))
+    draws = ask(progress=Interrupting(2))
+    assert draws.report.interrupted and set(draws.report.status) == {Status.INTERRUPTED}
+    assert draws.plan["num_samples"] == 256 and draws.end.num_steps == 256
+    np.testing.assert_array_equal(draws.positions, chains(kernel, 512, 2)[:, :256])
+    np.testing.assert_array_equal(draws.end.carries, draws.positions[:, -1])
+    assert (draws.certificate.num_steps == 256).all() and draws.certificate.certified.all()
+
+
+@CHECKS.append
+def a_stored_run_goes_on_over_a_mesh():
+    """Begun on one device with no cuts in time, as advice may have it, and gone on with on eight."""
+    kernel = mala(TARGET.logdensity, 0.4, dice=CoalescingDice())
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(f"{folder}/run", chunk=128)
+        ask = functools.partial(sample, jax.random.key(0), TARGET, kernel, num_samples=384, num_chains=2, schedule=Whole(),
+                                solver=shooting(steps=8), store=store)
+        begun = ask(progress=Interrupting(4))
+        kept = begun.num_samples
+        assert 0 < kept < 384
+        draws = resume(store.path, TARGET, kernel, mesh=time_mesh(4, 2), progress=False)
+        np.testing.assert_array_equal(np.asarray(draws.posterior["x"]), chains(kernel, 384, 2))
+        assert draws.certificate.certified.all()
+
+
+@CHECKS.append
+def chunks_grow_with_the_devices_that_share_them():
+    def steps(mesh, num_chains=4):
+        return chunk_steps(shooting(), None, 10**9, num_chains, 10, 8, 2**20, None, 0, mesh)
+
+    assert steps(None) > 100
+    for num_time, num_chains in ((8, 1), (4, 2)):
+        # Evenness may take some steps away.
+        assert 4 < steps(time_mesh(num_time, num_chains)) / steps(None) < 16
+    assert chunk_steps(shooting(), None, 10**9, 4, 1000, 8, 2**40, None, 0, time_mesh(8)) * 4 * 1000 * 8 <= 2**31
+    assert len(rounds(2, 8)) == 3 and len(rounds(4, 4)) == 0
+
+
+def rounds(first, num_devices):
+    """Who sends to whom where the first host has so many of all devices; everybody else is heard once."""
+    devices = [SimpleNamespace(process_index=int(place >= first)) for place in range(num_devices)]
+    found = exchange._rounds(devices)
+    assert sorted(source for pairs in found for source, _ in pairs) == list(range(first, num_devices))
+    assert all(len({to for _, to in pairs}) == len(pairs) for pairs in found)
+    return found
 
 
 @SLOW.append
@@ -304,6 +437,19 @@ def mistakes_are_named():
         ("num_chains: got 3", lambda: sample(jax.random.key(0), TARGET, mala, num_samples=10, num_chains=3, mesh=mesh)),
         ("schedule: got Whole", lambda: sample(
             jax.random.key(0), TARGET, mala, num_samples=10, mesh=mesh, schedule=Whole())),
+        ("mesh: got the axes", lambda: sample(
+            jax.random.key(0), TARGET, mala, num_samples=10, mesh=time_mesh(2, 2, 2))),
+        ("params_spec: got P", lambda: sharded_solve(*given, mesh=mesh, params_spec=PartitionSpec("rows"))),
+        ("params_spec: got P", lambda: sharded_solve(*given, mesh=mesh, params_spec=PartitionSpec(("data", "time")))),
+        ("params_spec: got 'data'", lambda: sharded_solve(*given, mesh=mesh, params_spec="data")),
+        ("adjoint: got Implicit", lambda: sharded_solve(
+            *given, mesh=mesh, params_spec=PartitionSpec("data"), adjoint=Implicit())),
+        ("params_spec: got a derivative", lambda: jax.grad(lambda first: sharded_solve(
+            given[0], first, given[2], mesh=mesh, params_spec=PartitionSpec()).states.sum())(given[1])),
+        ("params_spec: got a derivative", lambda: jax.grad(lambda params: sharded_solve(dataclasses.replace(
+            given[0], params=params), *given[1:], mesh=mesh, params_spec=PartitionSpec()).states.sum())(given[0].params)),
+        ("guess: got leaves", lambda: sharded_chains(
+            problem.dynamics, jnp.zeros((4, 3)), jnp.zeros((4, 32, 3)), mesh=mesh, guess=jnp.zeros((32, 3)))),
         ("steps: segments of 3", lambda: inside(solver=shooting(steps=3))),
         ("schedule: got Stretches", lambda: inside(schedule=Stretches(1))),
     ]:
@@ -319,7 +465,9 @@ def main():
     import time
     failed = 0
     with jax.enable_x64(True):
-        for check in [*CHECKS, *(SLOW if "--all" in sys.argv else [])]:
+        names = [name for name in sys.argv[1:] if name != "--all"]
+        chosen = [check for check in [*CHECKS, *SLOW] if check.__name__ in names]
+        for check in chosen or [*CHECKS, *(SLOW if "--all" in sys.argv else [])]:
             begin = time.process_time()
             try:
                 check()

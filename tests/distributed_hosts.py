@@ -1,8 +1,9 @@
 """One of several hosts: `python tests/distributed_hosts.py HOST_ID NUM_HOSTS PORT WHAT`.
 
 WHAT is `agree` (solve over all hosts and compare this host's parts with the path of one device), `everything` (more
-solvers, and whole chains), `wait` (agree, say so, and go on until something happens), or a folder: a stored run in it. One
-host alone goes on with it, and compares the draws with those of BlackJAX's loop.
+solvers, and whole chains), `wait` (agree, say so, and go on until something happens), `differ` (ask for another number of
+draws on every host), or a folder: a stored run in it. One host alone goes on with it, and compares the draws with those of
+BlackJAX's loop.
 """
 
 import contextlib
@@ -74,6 +75,21 @@ def stored(folder, mesh):
     np.testing.assert_array_equal(np.asarray(draws.sample_stats["accepted"])[:, 1:], moved)
 
 
+def differ(mesh):
+    """What one host cannot know of another is refused by all of them."""
+    from distributed_checks import TARGET
+
+    mine = time_mesh(devices=jax.local_devices())
+    try:
+        sample(jax.random.key(0), TARGET, mala, num_samples=64, mesh=mine, progress=False)
+    except ValueError as error:
+        assert "mesh: got devices of the hosts" in str(error), error
+    else:
+        raise AssertionError
+    sample(jax.random.key(0), TARGET, mala, num_samples=64 * (1 + jax.process_index()), solver=shooting(steps=8), mesh=mesh,
+           progress=False)
+
+
 def main(host_id, num_hosts, port, what):
     given = f"127.0.0.1:{port}", int(num_hosts), int(host_id)
     together = hosts(*given, heartbeat_seconds=5, start_seconds=120) if int(num_hosts) > 1 else contextlib.nullcontext()
@@ -83,6 +99,9 @@ def main(host_id, num_hosts, port, what):
             stored(what, mesh if int(num_hosts) > 1 else None)
             return
         assert mesh.shape["time"] == int(num_hosts)
+        if what == "differ":
+            differ(mesh)
+            return
         agrees(mesh, "pytree", shooting(steps=8))
         if what == "everything":
             everything(mesh)

@@ -1,10 +1,17 @@
-"""Every benchmark starts: its imports are there, and its options explain themselves."""
+"""Every benchmark starts: its imports are there, its options explain themselves; suites run and are reported."""
 
 import importlib
+import json
 from pathlib import Path
 
 import pytest
 
+from benchmarks import record, suite, targets
+from benchmarks.posteriors import covered
+from benchmarks.suite import BOUNDS, LEFT_OUT, QUOTED, SUITES, Task, main
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 NAMES = sorted(path.stem for path in (Path(__file__).parent.parent / "benchmarks").glob("[a-z]*.py")
                if "def main(" in path.read_text())
 
@@ -15,3 +22,81 @@ def test_benchmark_explains_itself(name, capsys):
         importlib.import_module(f"benchmarks.{name}").main(["--help"])
     assert ended.value.code == 0
     assert "--out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_a_suite_ends_in_time(name):
+    assert sum(task.limit for task in SUITES[name]) <= BOUNDS[name]
+    assert all(task.estimate < task.limit and task.module in NAMES for task in SUITES[name])
+    assert name in LEFT_OUT
+
+
+def test_a_run_goes_nowhere_near_the_committed_tables():
+    assert (ROOT / record.OUT).resolve() != RESULTS.resolve()
+    assert record.OUT.name in (ROOT / ".gitignore").read_text()
+
+
+def test_a_suite_runs_and_is_reported(tmp_path, monkeypatch, capsys):
+    tiny = Task("scans", ("--longest", "1000", "--widths", "2", "--repeats", "1"), 5, 200)
+    broken, impossible = Task("scans", ("--no-such-option",), 1, 100), Task("scans", (), 1, 9, "NO_SUCH_VAR")
+    monkeypatch.setitem(SUITES, "smoke", (tiny, broken, impossible))
+    assert main(["run", "--suite", "smoke", "--out", str(tmp_path)]) == 1
+    stored = json.loads((tmp_path / "suite.json").read_text())
+    assert [task["outcome"][:6] for task in stored["tasks"]] == ["done", "failed"]
+    assert "NO_SUCH_VAR is not set" in stored["left_out"][-1]
+    about = json.loads((tmp_path / "scans-cpu.json").read_text())["about"]
+    assert {"device", "versions", "commit", "peak_resident_bytes"} <= set(about) == set(stored["about"])
+    assert main(["report", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "scan in use / fastest, worst size | ≤ 1.05" in said and "not measured" in said
+    assert "targets" in (tmp_path / "report.html").read_text()
+
+
+def test_report_refuses_what_is_no_folder(tmp_path, capsys):
+    assert main(["report", str(tmp_path / "nothing")]) == 2
+    assert "not a folder" in capsys.readouterr().err
+
+
+def test_a_checkout_without_git_is_an_unknown_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert record.commit() == "unknown"
+
+
+def test_the_scan_in_use_is_not_timed_twice():
+    from benchmarks.scans import measure
+
+    row = measure("diagonal", 50, 2, "float32", 1, 10**9)
+    assert row["in_use"] in row["scans"] and "in use" not in row["scans"]
+    assert targets.TARGETS["cpu"][7].read({"rows": [row]}) >= 1
+
+
+def test_overlapping_compilations_count_once():
+    # Nested, overlapping, before and after.
+    assert covered([(0, 1), (2, 6), (3, 4), (5, 8), (9.5, 12)], 0.5, 10) == 0.5 + 6 + 0.5
+    assert covered([(0, 100)] * 3, 10, 11) == 1
+
+
+def test_targets_are_met_or_not(tmp_path):
+    target = targets.Target("a", "b", lambda found: found["x"], targets.AT_LEAST, 2)
+    assert "not measured" in target.line(tmp_path)
+    for value, verdict in ((1.9, "| **not met** |"), (2, "| met |"), (None, "not measured")):
+        (tmp_path / "b.json").write_text(json.dumps({} if value is None else {"x": value}))
+        assert verdict in target.line(tmp_path)
+
+
+@pytest.mark.parametrize("target", targets.TARGETS["cpu"], ids=lambda target: target.name)
+def test_targets_find_their_rows_in_the_committed_results(target):
+    if target.file == "scans-cpu" and "in_use" not in json.loads((RESULTS / "scans-cpu.json").read_text())["rows"][0]:
+        pytest.skip("the committed scans are of before the one in use was named")
+    assert target.found(RESULTS) > 0
+
+
+def test_the_readme_is_written_from_the_results(tmp_path):
+    readme = tmp_path / "README.md"
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme.write_text(text, encoding="utf-8")
+    assert set(suite.quote(RESULTS, readme)) == set(QUOTED)
+    assert readme.read_text(encoding="utf-8") == text
+    readme.write_text(text.replace("<!-- end of posteriors -->", ""), encoding="utf-8")
+    with pytest.raises(ValueError, match="end of posteriors.*missing"):
+        suite.quote(RESULTS, readme)

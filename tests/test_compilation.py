@@ -9,10 +9,16 @@ import numpy as np
 import pytest
 
 from partime_mcmc.dynamics import Dynamics, rollout
+from partime_mcmc.kernels import hmc
 from partime_mcmc.linearize import DenseJacobian, DiagonalJacobian, IdentityJacobian, ZeroJacobian
-from partime_mcmc.recipes import deer, jacobi, picard, quasi_deer
-from partime_mcmc.schedule import Sliding, Stretches, Whole
+from partime_mcmc.mcmc import programs
+from partime_mcmc.mcmc.run import _Solve
+from partime_mcmc.mcmc.sample import sample
+from partime_mcmc.mcmc.target import Target
+from partime_mcmc.models import MODELS
+from partime_mcmc.recipes import deer, jacobi, picard, quasi_deer, shooting
 from partime_mcmc.scan import Identity, Zero
+from partime_mcmc.schedule import Sliding, Stretches, Whole
 from partime_mcmc.solution import Tolerance
 from partime_mcmc.solve import solve
 from partime_mcmc.types import pytree
@@ -213,3 +219,68 @@ def test_vmap_and_jit_and_eager_are_one_trace_each():
 
 def _solved(step, start):
     return solve(Dynamics(step, jnp.float32(0.5)), start, drives(), solver=jacobi()).states
+
+
+def _of_stretches(num_samples):
+    """Solves among the programs that a run in stretches of 64 steps compiles."""
+    programs._PROGRAMS.clear()
+    target = Target(lambda x: -0.5 * jnp.sum(x**2), jnp.zeros(2))
+    kernel = hmc(target.logdensity, 0.5, jnp.ones(2), 2)
+    draws = sample(jax.random.key(0), target, kernel, num_samples=num_samples, num_chains=2, solver=shooting(4),
+                   schedule=Stretches(64), progress=False)
+    assert bool(np.all(draws.certificate.certified)) and draws.positions.shape == (2, num_samples, 2)
+    return sum(isinstance(entry[0], _Solve) for entry in programs._PROGRAMS)
+
+
+def test_stretches_are_compiled_once():
+    assert _of_stretches(4 * 64) == 1
+    # A last stretch of another length is another program, which shows that the count can rise.
+    assert _of_stretches(64 + 8) == 2
+
+
+LANES, ROWS = 16, 944
+
+
+@functools.cache
+def _regression_program():
+    """Shooting of a logistic regression chain, as handed to the compiler."""
+    target = MODELS["logistic"]().make_target(jax.random.key(0))
+    position = jax.tree.map(lambda leaf: leaf[0], target.starts(jax.random.split(jax.random.key(0), 1)))
+    kernel = hmc(target.logdensity, 0.1, jnp.ones(25), 2)
+    state = kernel.init(position)
+    tape = kernel.tape(jax.random.key(1), 512, state)
+    run = jax.jit(lambda initial, tape: solve(kernel.dynamics(), initial, tape, solver=shooting(LANES)).states)
+    return run.lower(kernel.carry(state), tape).as_text()
+
+
+def products(text):
+    """Shapes of the operands and the result of every product of arrays."""
+    shape = r"tensor<([0-9x]+)xf32>"
+    found = re.findall(rf"stablehlo.dot_general.*?: \({shape}, {shape}\) -> {shape}", text)
+    return [tuple(tuple(map(int, shape.split("x"))) for shape in one) for one in found]
+
+
+def test_the_regression_of_all_lanes_is_one_product_of_matrices():
+    shapes = products(_regression_program())
+    # Data times positions: 944 × 25 with 25 numbers of each of 16 lanes; and back, for the gradient.
+    assert any({ROWS, 25} == set(left) and sorted(result) == [LANES, ROWS] for left, _, result in shapes) or any(
+        {ROWS, 25} == set(right) and sorted(result) == [LANES, ROWS] for _, right, result in shapes), shapes
+    assert any(sorted(result) == [LANES, 25] and ROWS in (*left, *right) for left, right, result in shapes), shapes
+    # None in the loop is batched over lanes, which would be a product of a matrix with a vector for each.
+    assert not any(len(result) > 2 for *_, result in shapes), shapes
+
+
+def calls_to_the_host(text):
+    """What a program would interrupt itself for."""
+    return re.findall(r"custom_call @(\w*callback\w*)|(stablehlo\.(?:infeed|outfeed|send|recv))", text)
+
+
+def test_a_solve_never_calls_the_host():
+    assert not calls_to_the_host(_regression_program())
+
+    def talking(params, state, drive):
+        jax.debug.callback(lambda: None)
+        return state + drive
+
+    program = jax.jit(lambda drives: solve(Dynamics(talking), jnp.float32(0), drives, solver=jacobi()).states)
+    assert calls_to_the_host(program.lower(drives()).as_text())

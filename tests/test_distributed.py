@@ -4,6 +4,8 @@ The path is compared with the sequential one in float64 to 1e-10: shards add up 
 steps, and a path may differ by its tolerance times what a recurrence makes of it.
 """
 
+import argparse
+import contextlib
 import os
 import re
 import signal
@@ -16,9 +18,13 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
+from partime_mcmc import open_draws
+from partime_mcmc.cli import machines
 from partime_mcmc.distributed import hosts
 
 HERE = Path(__file__).parent
+# As in `conftest.py`: what is compiled here runs once.
+FAST = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 # Stated by `distributed.launch`: heartbeats (5 s here) and 5 s; the rest is for a busy machine.
 DEADLINE = 5 + 5 + 20
 
@@ -36,10 +42,14 @@ def test_eight_devices(options):
     assert done.stdout.count("passed") >= 9
 
 
-def start(num_hosts, what):
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def start(num_hosts, what):
+    port = free_port()
     return [subprocess.Popen([sys.executable, HERE / "distributed_hosts.py", str(host), str(num_hosts), str(port), what],
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
             for host in range(num_hosts)]
@@ -53,24 +63,33 @@ def test_hosts_agree_with_one_device(num_hosts):
         assert host.returncode == 0 and "agreed" in said, said + errors[-3000:]
 
 
-@pytest.mark.parametrize("lost", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_hosts_agree_and_say_so_when_one_is_lost(lost):
+@pytest.mark.parametrize("lost, how", [(1, signal.SIGTERM), pytest.param(1, signal.SIGKILL, marks=pytest.mark.slow),
+                                       pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow)])
+def test_hosts_agree_and_say_so_when_one_is_lost(lost, how):
     both = start(2, "wait")
     try:
         for host in both:
             # JAX's runtime says things, too.
             assert any("agreed" in line for line in host.stdout), host.stderr.read()[-3000:]
         begin = time.monotonic()
-        both[lost].send_signal(signal.SIGKILL)
+        both[lost].send_signal(how)
         _, errors = both[1 - lost].communicate(timeout=60)
         assert time.monotonic() - begin < DEADLINE
         assert both[1 - lost].returncode != 0
-        said = rf"^partime_mcmc: host {1 - lost} of 2 (ends|was ended, most likely) because another host was lost .*resume"
+        assert both[lost].wait(timeout=5) == -how
+        said = rf"^partime_mcmc: host {1 - lost} of 2 (ends|was ended by a signal, or) because another host was lost .*resume"
         assert re.search(said, errors, re.MULTILINE), errors
     finally:
         for host in both:
             host.kill()
             host.communicate()
+
+
+def test_hosts_that_ask_for_different_things_end_and_say_so():
+    for host in start(2, "differ"):
+        _, errors = host.communicate(timeout=120)
+        assert host.returncode == 1, errors
+        assert "hosts ask for different things: num_samples (here " in errors, errors
 
 
 @pytest.mark.slow
@@ -95,6 +114,64 @@ def test_a_stored_run_that_lost_a_host_goes_on_with_one(tmp_path):
     _, errors = alone.communicate(timeout=600)
     assert alone.returncode == 0, errors
     assert len(list(folder.glob("chunk*"))) == 32
+
+
+def by_hand(host):
+    return {}, ["--host-id", str(host), "--num-hosts", "2", "--coordinator"]
+
+
+def by_slurm(host):
+    """What `srun` would say; JAX takes the port from the number of the job."""
+    words = {"JOB_ID": os.getpid(), "STEP_NODELIST": "localhost", "NTASKS": 2, "STEP_NUM_TASKS": 2, "STEP_NUM_NODES": 1,
+             "PROCID": host, "LOCALID": host}
+    return {f"SLURM_{name}": str(value) for name, value in words.items()}, []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [by_hand, by_slurm])
+def test_one_command_on_two_hosts(launch, tmp_path):
+    (tmp_path / "model.py").write_text("import jax.numpy as jnp\nfrom partime_mcmc import Target\n"
+                                       "normal = Target(lambda x: -0.5 * jnp.sum(x**2), jnp.zeros(2))\n")
+    command = [sys.executable, "-m", "partime_mcmc", "sample", "model.py:normal", "--kernel", "mala", "--num-samples", "64",
+               "--num-chains", "2", "--num-warmup", "20", "--store", "run", "--quiet"]
+    port, both = free_port(), []
+    for host in range(2):
+        words, options = launch(host)
+        options = [*options, f"127.0.0.1:{port}"] if options else []
+        both.append(subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                     env={**environment(), **FAST, **words}, cwd=tmp_path))
+    (said, errors), (nothing, more) = (host.communicate(timeout=600) for host in both)
+    assert [host.returncode for host in both] == [0, 0], errors + more
+    assert "on 2 cpu device(s)" in said
+    # What remains is said by the library underneath, outside Python.
+    assert all(line.startswith("[Gloo]") for line in nothing.splitlines()), nothing
+    draws = open_draws(tmp_path / "run")
+    assert draws.finished and draws.posterior["x"].shape == (2, 64, 2) and draws.certificate.certified.all()
+
+
+@pytest.mark.parametrize("environment, together", [
+    ({}, False), ({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "1"}, False), ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+    ({"SLURM_STEP_NUM_TASKS": "4"}, True), ({"OMPI_COMM_WORLD_SIZE": "2"}, True), ({"OMPI_COMM_WORLD_SIZE": "1"}, False)])
+def test_tasks_of_a_cluster_are_one_run_unless_asked_to_be_alone(environment, together, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert machines.started_together(environment) == together
+    joined = []
+    monkeypatch.setattr(machines, "hosts", lambda *given: joined.append(given) or contextlib.nullcontext())
+    for options in ([], ["--alone"]):
+        parser = argparse.ArgumentParser()
+        machines.add_machines(parser)
+        with machines.machines(parser.parse_args(options)):
+            pass
+    assert joined == [(None, None, None)] * together
+
+
+def test_two_ways_to_say_which_hosts_are_refused():
+    parser = argparse.ArgumentParser()
+    machines.add_machines(parser)
+    with pytest.raises(ValueError, match="wanted at most one"):
+        with machines.machines(parser.parse_args(["--alone", "--cluster"])):
+            raise AssertionError
 
 
 @pytest.mark.parametrize("given, error, said", [

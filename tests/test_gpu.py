@@ -10,9 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from partime_mcmc import (CoalescingDice, Status, Target, Tolerance, Whitening, certify, coalescing_hmc, deer, hmc, mala,
-                          quasi_deer, rollout, sample, shooting, solve)
-from partime_mcmc.scan import AssociativeScan, ChunkedScan, SequentialScan
+from partime_mcmc import (
+    CoalescingDice,
+    Status,
+    Target,
+    Tolerance,
+    Whitening,
+    certify,
+    coalescing_hmc,
+    deer,
+    hmc,
+    mala,
+    quasi_deer,
+    rollout,
+    sample,
+    shooting,
+    solve,
+)
+from partime_mcmc.scan import AssociativeScan, ChunkedScan, PallasScan, SequentialScan
 from partime_mcmc.scan.affine import Dense, Diagonal
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(jax.default_backend() == "cpu", reason="there is no accelerator")]
@@ -67,7 +82,8 @@ def test_ten_repeats_give_the_same_bits(solver):
         np.testing.assert_array_equal(np.asarray(run(initial, tape)), first)
 
 
-@pytest.mark.parametrize("scan", [AssociativeScan(), ChunkedScan(64)], ids=["associative", "chunked"])
+@pytest.mark.parametrize("scan", [AssociativeScan(), ChunkedScan(64), PallasScan(), PallasScan(wide=8)],
+                         ids=["associative", "chunked", "Pallas, chunks", "Pallas, single pass"])
 @pytest.mark.parametrize("kind", [Diagonal, Dense])
 def test_scans_agree(scan, kind):
     shape = (10_000, 8) if kind is Diagonal else (10_000, 8, 8)

@@ -1,5 +1,6 @@
 """What cannot fit is refused from shapes alone: before warm-up, in no time, and before anything is allocated."""
 
+import importlib
 import time
 
 import jax
@@ -11,18 +12,20 @@ import pytest
 from partime_mcmc import HMC, ParallelMCMC, Store, Target, hmc, sample
 from partime_mcmc.diagnostics.checks import TooLarge
 from partime_mcmc.kernels import Independent, Recorded
-from partime_mcmc.mcmc import arguments, resume
-from partime_mcmc.mcmc import sample as sampling
+from partime_mcmc.mcmc import arguments, chains
 from partime_mcmc.mcmc.chains import check_fits
 from partime_mcmc.mcmc.numpyro import parallel
 
+# Modules whose names their functions hide.
+sampling, resume = (importlib.import_module(f"partime_mcmc.mcmc.{name}") for name in ("sample", "resume"))
 LIMIT = 2**30
 
 
 @pytest.fixture(autouse=True)
 def too_early(monkeypatch):
     """A machine of a known size, on which nothing may begin, not even warm-up."""
-    monkeypatch.setattr(arguments, "default_max_bytes", lambda: LIMIT)
+    for module in (arguments, chains):
+        monkeypatch.setattr(module, "default_max_bytes", lambda mesh=None: LIMIT)
     for module, name in ((sampling, "make_ready"), (resume, "make_ready"), (parallel, "begin")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("the run had begun"))
     begin = time.process_time()

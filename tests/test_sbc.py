@@ -69,8 +69,9 @@ def smallest_p(name, num_simulations, width=1.0):
     return min(stats.chisquare(one).pvalue for one in counts)
 
 
-@pytest.mark.parametrize("name", ["hmc", "coalescing hmc", pytest.param("mala", marks=pytest.mark.slow),
-                                  pytest.param("nuts", marks=pytest.mark.slow)])
+# NUTS takes some 25 s of one core, three times as long as any other, for trees that all lanes build to the deepest; its
+# conservation test is ordinary (`test_statistics`).
+@pytest.mark.parametrize("name", ["hmc", "coalescing hmc", "mala", pytest.param("nuts", marks=pytest.mark.slow)])
 def test_ranks_are_uniform(name):
     assert smallest_p(name, 1000) > 1e-4 / D
 

@@ -15,8 +15,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from partime_mcmc.scan import (AssociativeScan, ChunkedScan, Dense, DenseBelief, DenseMessage, Diagonal, DiagonalBelief,
-                               DiagonalMessage, Identity, LocalTime, SequentialScan, Zero)
+from partime_mcmc.scan import (
+    AssociativeScan,
+    ChunkedScan,
+    Dense,
+    DenseBelief,
+    DenseMessage,
+    Diagonal,
+    DiagonalBelief,
+    DiagonalMessage,
+    Identity,
+    LocalTime,
+    SequentialScan,
+    Zero,
+    default_scan,
+)
 from partime_mcmc.solvers.kalman import trust_region_step
 
 D = 3
@@ -135,7 +148,7 @@ def random_maps(kind, num_steps, dtype, seed=0):
 @quick
 def all_scans(elements, start):
     prefixes = [LocalTime(scan).prefix(elements, start) for scan in SCANS]
-    return prefixes, LocalTime(ChunkedScan(4)).suffix(elements, start)
+    return prefixes, [LocalTime(scan).suffix(elements, start) for scan in (*SCANS[:2], ChunkedScan(4))]
 
 
 # 0, 1, 2, a multiple of the chunk and no multiple of it.
@@ -155,10 +168,34 @@ def test_every_scan_is_the_loop(kind, num_steps, dtype):
         # T steps of D products each; compositions grow to some ten times the path.
         scale = 1 + np.abs(forwards).max(initial=0) + np.abs(backwards).max(initial=0)
         bound = 100 * D * np.finfo(dtype).eps * scale
-        prefixes, suffix = all_scans(maps, start)
-        for got, wanted in [*((prefix, forwards) for prefix in prefixes), (suffix, backwards)]:
+        prefixes, suffixes = all_scans(maps, start)
+        for got, wanted in [*((prefix, forwards) for prefix in prefixes), *((suffix, backwards) for suffix in suffixes)]:
             assert got.dtype == dtype and got.shape == (num_steps, D)
             np.testing.assert_allclose(got, wanted, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("kind", [Dense, Diagonal, Identity])
+def test_two_byte_floats_are_added_up_in_four(kind):
+    # 1,000 times 1 + 2⁻⁷: bfloat16, with 8 bits, would stop growing at 256.
+    num_steps, unit = 1000, 1 + 2**-7
+    matrices = np.broadcast_to(np.eye(D), (num_steps, D, D))
+    maps = cast(make_maps(kind, matrices, np.full((num_steps, D), unit)), jnp.bfloat16)
+    prefixes, suffixes = all_scans(maps, jnp.zeros(D, jnp.bfloat16))
+    for got in (*prefixes, *(suffix[::-1] for suffix in suffixes)):
+        assert got.dtype == jnp.bfloat16
+        wanted = unit * np.arange(1, num_steps + 1)[:, None]
+        # One rounding at the end.
+        rounding = float(jnp.finfo(jnp.bfloat16).eps) / 2
+        np.testing.assert_allclose(np.asarray(got, np.float64), wanted * np.ones(D), rtol=rounding)
+
+
+def test_the_default_is_chosen_by_platform_and_shape(monkeypatch):
+    maps = jax.eval_shape(lambda: random_maps(Diagonal, 1000, "float32"))
+    assert default_scan(maps) == SequentialScan()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert default_scan(maps) == AssociativeScan()
+    # One map: nothing to compose.
+    assert default_scan(jax.eval_shape(lambda: random_maps(Diagonal, 1, "float32"))) == SequentialScan()
 
 
 def textbook_filter(matrices, shifts, damping, start):

@@ -22,6 +22,7 @@ from partime_mcmc.diagnostics.arviz import save_netcdf
 from partime_mcmc.diagnostics.checks import check_count
 from partime_mcmc.diagnostics.compare import compare
 from partime_mcmc.diagnostics.report import Report
+from partime_mcmc.kernels import Independent
 from partime_mcmc.mcmc.draws import Draws
 from partime_mcmc.mcmc.progress import progress_line
 from partime_mcmc.mcmc.sample import sample
@@ -56,7 +57,8 @@ def _demo(arguments: argparse.Namespace) -> int:
           f"{arguments.kernel}, {'float64' if built_in.needs_float64 else 'float32'}, on {jax.devices()[0].platform}")
     with telling.plain_warnings():
         target = built_in.make_target(jax.random.fold_in(key, 0))
-        common = dict(num_samples=arguments.num_samples, num_chains=arguments.num_chains, progress=progress_line)
+        common = dict(num_samples=arguments.num_samples, num_chains=arguments.num_chains, progress=progress_line,
+                      certificate=Independent())
         parallel = sample(key, target, KERNELS[arguments.kernel], num_warmup=arguments.num_warmup,
                           solver=SOLVERS[arguments.solver](), **common)
         if parallel.report.interrupted:

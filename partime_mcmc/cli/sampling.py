@@ -23,7 +23,7 @@ from partime_mcmc.diagnostics.arviz import save_netcdf
 from partime_mcmc.diagnostics.checks import check_count
 from partime_mcmc.diagnostics.compare import compare
 from partime_mcmc.diagnostics.report import Report
-from partime_mcmc.kernels import Independent
+from partime_mcmc.kernels import Independent, Recorded
 from partime_mcmc.mcmc.arguments import bytes_beside
 from partime_mcmc.mcmc.chains import default_solver
 from partime_mcmc.mcmc.draws import Draws
@@ -43,6 +43,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
     command.add_argument("--thinning", type=int, default=1, metavar="K", help="keep every K-th draw in the store")
     command.add_argument("--resume", action="store_true", help="go on with the run that is in the store, if there is one; "
                          "the other arguments are those it was begun with")
+    command.add_argument("--independent", action="store_true", help="for the certificate, evaluate every step once more, apart "
+                         "from the solver, instead of recording it while it is made")
     command.add_argument("--compare", action="store_true", help="also run the chains one step after another, and compare")
     command.add_argument("--out", type=Path, metavar="FILE.nc", help="write the draws to a NetCDF file, for ArviZ")
     command.add_argument("--report", type=Path, metavar="FILE.html", help="write a page with pictures and tables")
@@ -105,7 +107,7 @@ def _draw(what: Problem, arguments: argparse.Namespace, store: Path | None, kern
     given = {"solver": SOLVERS[arguments.solver]()} | options
     return sample(what.key, what.target, kernel, num_samples=arguments.num_samples, num_chains=arguments.num_chains,
                   num_warmup=arguments.num_warmup, store=store, thinning=arguments.thinning,
-                  progress=not arguments.quiet, **given)
+                  progress=not arguments.quiet, certificate=Independent() if arguments.independent else Recorded(), **given)
 
 
 def _sequentially(what: Problem, draws: Any, arguments: argparse.Namespace, mesh: Mesh | None) -> Draws | None:

@@ -3,7 +3,8 @@
     with hosts("10.0.0.1:9876", num_hosts=2, host_id=0):      # the same script on both hosts, with their own host_id
         draws = sample(key, target, hmc, num_samples=100_000, mesh=time_mesh())
 
-Without arguments the cluster is found by `jax.distributed.initialize` itself (Slurm, Open MPI, Kubernetes, TPU pods).
+Without arguments the cluster is found by `jax.distributed.initialize` itself (Slurm, Open MPI 4, Kubernetes, TPU pods);
+processes of Slurm and Open MPI then get one GPU of their node each, so there are to be as many of them as GPUs.
 
 All hosts run one program in step, so none can go on without the others. What ends a run, and when:
 
@@ -11,11 +12,15 @@ All hosts run one program in step, so none can go on without the others. What en
                            misses its heartbeats: every process has ended `heartbeat_seconds` + 5 later
     host 0, where the      JAX's runtime ends the others as soon as the connection breaks, or when a heartbeat is missed
     coordinator is, dies
-    an exception on one    that host ends at once, so that the others see it gone instead of waiting for it
+    an exception on one    that host ends at once (host 0 after a second, or the others could not say what ended them, too),
+                           so that the others see it gone instead of waiting for it
 
 JAX's runtime ends a process by aborting it, which no Python code can catch. So a small process of its own waits beside
 every host, and if the host ends without having finished it says why in one sentence on standard error. Nothing is
 retried here: what a store holds is durable, and a run is resumed from it, by any number of hosts.
+
+JAX's preemption service catches SIGTERM and leaves it to the program to look for it, which nobody does here: it is off
+inside, so that `kill`, `timeout` and cluster managers end a host as they end any process.
 
 Left out: hosts that join later, and runs that go on with fewer hosts.
 """
@@ -27,6 +32,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import traceback
 from typing import Iterator
 
@@ -36,6 +42,8 @@ import numpy as np
 
 HEARTBEAT_SECONDS = 20
 _LOST, _FAILED, _INTERRUPTED = 75, 1, 130
+_LAST_WORDS_SECONDS = 1
+_PREEMPTION = "jax_enable_preemption_service"
 # What collectives and the coordination service say when a host is gone.
 _GONE = re.compile(r"\bgloo\b|\bnccl\b|connection (reset|closed)|broken pipe|heartbeat|coordination service|unhealthy|"
                    r"task .* died|DEADLINE_EXCEEDED|UNAVAILABLE", re.IGNORECASE)
@@ -66,13 +74,14 @@ def hosts(coordinator: str | None = None, num_hosts: int | None = None, host_id:
     _check(coordinator, num_hosts, host_id, heartbeat_seconds)
     _forget_imports()
     name = "this host" if host_id is None else f"host {host_id} of {num_hosts}"
-    epitaph = _sentence(f"{name} was ended, most likely", heartbeat_seconds)
+    epitaph = _sentence(f"{name} was ended by a signal, or", heartbeat_seconds)
     witness = subprocess.Popen([sys.executable, "-I", "-S", "-c", _WITNESS, epitaph], stdin=subprocess.PIPE,
                                start_new_session=True)
     try:
         try:
-            jax.distributed.initialize(coordinator, num_hosts, host_id, heartbeat_timeout_seconds=heartbeat_seconds,
-                                       initialization_timeout=start_seconds)
+            with _signals_left_alone():
+                jax.distributed.initialize(coordinator, num_hosts, host_id, heartbeat_timeout_seconds=heartbeat_seconds,
+                                           initialization_timeout=start_seconds)
         except (ValueError, RuntimeError) as error:
             _dismiss(witness)
             raise _did_not_start(coordinator, start_seconds, error) from error
@@ -80,18 +89,18 @@ def hosts(coordinator: str | None = None, num_hosts: int | None = None, host_id:
         jax.distributed.shutdown()
     except SystemExit as ending:
         if ending.code not in (None, 0):
-            _end(witness, name, heartbeat_seconds, ending)
+            _end(witness, name, host_id in (None, 0), heartbeat_seconds, ending)
         jax.distributed.shutdown()
         raise
     except BaseException as error:
         if witness.poll() is not None or witness.stdin.closed:
             raise
-        _end(witness, name, heartbeat_seconds, error)
+        _end(witness, name, host_id in (None, 0), heartbeat_seconds, error)
     finally:
         _dismiss(witness)
 
 
-def _end(witness, name, heartbeat_seconds, error: BaseException) -> None:
+def _end(witness, name, maybe_first, heartbeat_seconds, error: BaseException) -> None:
     """End this process at once, with the reason."""
     if is_lost(error):
         print(f"{_sentence(f'{name} ends', heartbeat_seconds)}\n(What was heard: {str(error).splitlines()[0][:200]})",
@@ -109,6 +118,9 @@ def _end(witness, name, heartbeat_seconds, error: BaseException) -> None:
         code = code if isinstance(code, int) else _FAILED
     _dismiss(witness)
     sys.stdout.flush()
+    if code != _LOST and maybe_first:
+        # With host 0 goes the coordinator, and JAX aborts the others where they stand.
+        time.sleep(_LAST_WORDS_SECONDS)
     os._exit(code)
 
 
@@ -145,6 +157,17 @@ def _check(coordinator, num_hosts, host_id, heartbeat_seconds) -> None:
             raise ValueError(f"coordinator must be HOST:PORT, got {coordinator!r}")
     if not heartbeat_seconds >= 5:
         raise ValueError(f"heartbeat_seconds must be at least 5, got {heartbeat_seconds!r}")
+
+
+@contextlib.contextmanager
+def _signals_left_alone() -> Iterator[None]:
+    """JAX's preemption service, which would swallow SIGTERM, is not started inside."""
+    before = jax.config.values[_PREEMPTION]
+    jax.config.update(_PREEMPTION, False)
+    try:
+        yield
+    finally:
+        jax.config.update(_PREEMPTION, before)
 
 
 def _forget_imports() -> None:

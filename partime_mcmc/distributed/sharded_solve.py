@@ -41,7 +41,7 @@ TIME, CHAINS = "time", "chains"
 
 def sharded_solve(dynamics: Dynamics, initial: PyTree, drives: PyTree, *, mesh: Mesh, solver: Solver = deer(),
                   tolerance: Tolerance = Tolerance(), max_iterations: int | None = None, guess: PyTree | None = None,
-                  adjoint: Adjoint = Implicit(), key: Key | None = None, params_spec: PyTree | None = None) -> Solution:
+                  adjoint: Adjoint | None = None, key: Key | None = None, params_spec: PyTree | None = None) -> Solution:
     """Solve a recurrence for its whole path, time spread over the devices of a mesh axis `time`.
 
     Args:
@@ -54,22 +54,28 @@ def sharded_solve(dynamics: Dynamics, initial: PyTree, drives: PyTree, *, mesh: 
         tolerance: As for `solve`.
         max_iterations: As for `solve`.
         guess: As for `solve`.
-        adjoint: How derivatives reach the path.
+        adjoint: How derivatives reach the path; None is `Implicit()`.
         key: As for `solve`. Solvers that estimate do so with the same numbers on every device.
         params_spec: Where `dynamics.params` lie, a prefix of them made of `PartitionSpec`; None: the same on every
             device. With it the step may use collectives over other mesh axes than `time`; it then captures no array,
-            and its path has no derivatives.
+            and its path has no derivatives: differentiating it raises.
 
     Returns:
         The solution, its states spread along the mesh axis; `stats.evaluations_by_part` says how even the work was.
 
     Raises:
-        TypeError: As `solve` does; or if `adjoint` cannot go along a spread axis.
-        ValueError: As `solve` does; or if the mesh has no axis `time`.
+        TypeError: As `solve` does; or if `adjoint` cannot go along a spread axis, or is given with `params_spec`; or if a
+            path with `params_spec` is differentiated.
+        ValueError: As `solve` does; or if the mesh has no axis `time`, or `params_spec` names an axis that it cannot.
     """
     axis = time_axis(mesh)
     if isinstance(adjoint, ImplicitRelay):
         raise TypeError("adjoint: got ImplicitRelay, wanted Implicit(): a relay does not go across devices")
+    if params_spec is not None:
+        _check_spec(params_spec, mesh)
+        if adjoint is not None:
+            raise TypeError(f"adjoint: got {adjoint!r} with params_spec, wanted None: such a path has no derivatives")
+    adjoint = Implicit() if adjoint is None else adjoint
     initial, drives = jax.tree.map(jnp.asarray, (initial, drives))
     check_state(initial)
     num_steps = count_steps(drives)
@@ -85,9 +91,10 @@ def sharded_solve(dynamics: Dynamics, initial: PyTree, drives: PyTree, *, mesh: 
     found = _solve_on(*lax.stop_gradient((still, start, tape, path)), solver, tolerance,
                       jax.random.key(0) if key is None else key, mesh=mesh, axis=axis, spec=spec,
                       max_iterations=max_iterations)
-    states = found.states
     if params_spec is None:
-        states = adjoint(still, start, tape, states, TimeOnMesh(mesh, axis))
+        states = adjoint(still, start, tape, found.states, TimeOnMesh(mesh, axis))
+    else:
+        states = _without_derivatives(found.states, (still.params, start, tape))
     stats = {field.name: getattr(found.stats, field.name) for field in dataclasses.fields(Stats)}
     for name in ("evaluations", "jvps", "evaluations_by_part"):
         stats[name] = stats[name] * (filled / num_steps)
@@ -95,7 +102,8 @@ def sharded_solve(dynamics: Dynamics, initial: PyTree, drives: PyTree, *, mesh: 
                     jnp.minimum(found.num_exact, num_steps), Stats(**stats))
 
 
-def sharded_chains(dynamics: Dynamics, initial: PyTree, drives: PyTree, *, mesh: Mesh, **options: Any) -> Solution:
+def sharded_chains(dynamics: Dynamics, initial: PyTree, drives: PyTree, *, mesh: Mesh, guess: PyTree | None = None,
+                   **options: Any) -> Solution:
     """Several paths of one recurrence, chains along the mesh axis `chains` and time along `time`.
 
     Args:
@@ -103,20 +111,28 @@ def sharded_chains(dynamics: Dynamics, initial: PyTree, drives: PyTree, *, mesh:
         initial: Leaves `(C, ...)`, C a multiple of the mesh axis.
         drives: Leaves `(C, T, ...)`.
         mesh: From `time_mesh`.
+        guess: A path per chain, leaves `(C, T, ...)`; None as for `solve`.
         **options: As for `sharded_solve`.
 
     Returns:
         The solutions, every field with a leading axis `C`.
 
     Raises:
-        ValueError: If the mesh has no axis `chains`, or it does not divide C.
+        ValueError: If the mesh has no axis `chains`, or it does not divide C, or there is not one tape and guess per chain.
     """
     num_chains = count_steps(initial)
     if CHAINS not in mesh.shape or num_chains % mesh.shape[CHAINS]:
         raise ValueError(f"initial: {num_chains} chains on a mesh of {dict(mesh.shape)}, wanted a multiple of its axis "
                          f"{CHAINS!r}")
-    one = functools.partial(sharded_solve, dynamics, mesh=mesh, **options)
-    return jax.vmap(one, spmd_axis_name=CHAINS)(initial, drives)
+    for name, given in (("drives", drives), ("guess", guess)):
+        if any(jnp.shape(leaf)[:1] != (num_chains,) for leaf in jax.tree.leaves(given)):
+            raise ValueError(f"{name}: got leaves of shapes {[jnp.shape(leaf) for leaf in jax.tree.leaves(given)]}, wanted "
+                             f"leaves ({num_chains}, T, ...): one per chain of initial")
+
+    def one(first, tape, guess):
+        return sharded_solve(dynamics, first, tape, mesh=mesh, guess=guess, **options)
+
+    return jax.vmap(one, spmd_axis_name=CHAINS)(initial, drives, guess)
 
 
 def time_axis(mesh: Mesh) -> ShardedTime:
@@ -128,6 +144,30 @@ def time_axis(mesh: Mesh) -> ShardedTime:
     if not isinstance(mesh, Mesh) or TIME not in mesh.shape:
         raise ValueError(f"mesh: got {mesh!r}, wanted a Mesh with an axis {TIME!r}, e.g. time_mesh()")
     return ShardedTime(mesh.shape[TIME], TIME, tuple(mesh.axis_names))
+
+
+def _check_spec(params_spec: PyTree, mesh: Mesh) -> None:
+    """Refuse what is no spec, or names an axis that the mesh lacks, or time: all steps have the same parameters."""
+    wanted = [name for name in mesh.axis_names if name != TIME]
+    for spec in jax.tree.leaves(params_spec, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)):
+        if not isinstance(spec, PartitionSpec):
+            raise TypeError(f"params_spec: got {spec!r}, wanted PartitionSpecs, e.g. PartitionSpec('data')")
+        named = [name for part in spec if part is not None for name in (part if isinstance(part, tuple) else (part,))]
+        if not set(named) <= set(wanted):
+            raise ValueError(f"params_spec: got {spec} on a mesh of {dict(mesh.shape)}, wanted axes of {wanted}")
+
+
+@jax.custom_jvp
+def _without_derivatives(states: Array, given: PyTree) -> Array:
+    """`states`, a function of `given` whose derivative nobody knows."""
+    return states
+
+
+@_without_derivatives.defjvp
+def _no_derivatives(primals, tangents):
+    raise TypeError("params_spec: got a derivative to take of a path whose step uses parameters spread over devices, wanted "
+                    "none: it is not known here. Put jax.lax.stop_gradient around dynamics.params, initial and drives, or "
+                    "leave params_spec out")
 
 
 @pytree()

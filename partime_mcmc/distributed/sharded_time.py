@@ -42,7 +42,7 @@ class ShardedTime:
         num_parts: P, the size of the mesh axis.
         name: The mesh axis.
         everybody: All axes of the mesh.
-        scan: How prefixes are computed on one device; None takes `default_scan()` when tracing.
+        scan: How prefixes are computed on one device; None takes `default_scan` of the maps when tracing.
     """
 
     num_parts: int
@@ -118,7 +118,7 @@ class ShardedTime:
 
     def _scanned(self, elements, start, arranged, place):
         """All prefixes of the maps that are here, after those of the `place` parts before it in the arranged order."""
-        scan = self.scan or default_scan()
+        scan = self.scan or default_scan(elements)
         parts = jax.tree.map(lambda leaf: lax.all_gather(leaf, self.name), composition(elements))
         ends = scan(arranged(parts), start)
         starts = jax.tree.map(lambda one, rest: jnp.concatenate([one[None], rest[:-1]]), start, ends)

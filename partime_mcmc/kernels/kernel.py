@@ -24,7 +24,7 @@ from jax import lax
 from partime_mcmc.dynamics import Dynamics, Memo
 from partime_mcmc.kernels.drawn import Drawn
 from partime_mcmc.kernels.records import Said, decision_uniform, record
-from partime_mcmc.types import Key, PyTree, pytree
+from partime_mcmc.types import Array, Key, PyTree, pytree
 
 _DERIVED = ("logdensity", "logdensity_grad")
 

@@ -3,7 +3,8 @@
 A solver that rolls computes every step of the path that it returns from the very state before it, so
 
     x_t = f(x_{t-1}, k_t)      holds to the last bit inside a segment, as the program that rolled it evaluates f;
-    x_t = f(x_{t-1}, k_t) + r_t  where a rolled path met a stored one, or a segment its successor, with r_t known,
+    x_t = f(x_{t-1}, k_t) − r_t  where a rolled path met a stored one, or a segment its successor, with |r_t| known
+                                 (of two meetings in one segment the larger |r| stands at the place of the later one),
 
 and the kernel's decision, energy and margins of each step are those of the transition that is in the path. Nothing needs to
 be evaluated again: the certificate costs the memory of a few numbers per step. An independent pass costs one more evaluation

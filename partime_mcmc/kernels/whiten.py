@@ -8,7 +8,9 @@ triangular matrix, or, beyond some hundred dimensions, diagonal with a few stret
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.types import Array, PyTree, pytree
@@ -60,10 +62,10 @@ class Whitening:
             ValueError: If shapes do not fit, or the covariance is not symmetric and positive definite.
         """
         flat, _ = ravel_pytree(example)
-        center, covariance = jnp.asarray(center, flat.dtype), jnp.asarray(covariance, flat.dtype)
+        center, covariance = np.asarray(center, flat.dtype), np.asarray(covariance, flat.dtype)
         if center.shape != flat.shape:
             raise ValueError(f"center: shape {center.shape}, wanted {flat.shape} as the position has {flat.size} numbers")
-        return cls(example, center, checked_root(covariance, flat.size, "covariance"))
+        return cls(example, *jax.device_put((center, checked_root(covariance, flat.size, "covariance"))))
 
     @classmethod
     def of_low_rank(cls, example: PyTree, center: Array, sigma: Array, directions: Array, variances: Array) -> Whitening:
@@ -113,8 +115,8 @@ class Whitening:
         return ravel_pytree(self.example)[1](self.center + moved)
 
 
-def checked_root(covariance: Array, dimension: int, name: str) -> Array:
-    """The square root of variances `(D,)`, or the Cholesky factor of a matrix `(D, D)`.
+def checked_root(covariance: np.ndarray, dimension: int, name: str) -> np.ndarray:
+    """The square root of variances `(D,)`, or the Cholesky factor of a matrix `(D, D)`; on the host, where nothing is compiled.
 
     Raises:
         ValueError: Naming `name`, if the shape does not fit, entries are not finite, a variance is not positive, or a
@@ -123,17 +125,18 @@ def checked_root(covariance: Array, dimension: int, name: str) -> Array:
     if covariance.shape not in ((dimension,), (dimension, dimension)):
         raise ValueError(f"{name}: shape {covariance.shape}, wanted ({dimension},) or ({dimension}, {dimension}) for a "
                          f"position of {dimension} numbers")
-    if not bool(jnp.isfinite(covariance).all()):
+    covariance = np.asarray(covariance)
+    if not np.isfinite(covariance).all():
         raise ValueError(f"{name}: has entries that are not finite")
     if covariance.ndim == 1:
-        if not bool((covariance > 0).all()):
+        if not (covariance > 0).all():
             raise ValueError(f"{name}: smallest variance {float(covariance.min()):.3g}, wanted positive ones")
-        return jnp.sqrt(covariance)
-    asymmetry = float(jnp.abs(covariance - covariance.T).max())
-    if asymmetry > 1e-3 * float(jnp.abs(covariance).max()):
+        return np.sqrt(covariance)
+    asymmetry = float(np.abs(covariance - covariance.T).max())
+    if asymmetry > 1e-3 * float(np.abs(covariance).max()):
         raise ValueError(f"{name}: not symmetric (entries differ by up to {asymmetry:.3g} from their mirror images)")
-    root = jnp.linalg.cholesky(covariance)
-    if not bool(jnp.isfinite(root).all()):
-        smallest = float(jnp.linalg.eigvalsh(covariance).min())
-        raise ValueError(f"{name}: not positive definite (smallest eigenvalue {smallest:.3g})")
-    return root
+    try:
+        return np.linalg.cholesky(covariance)
+    except np.linalg.LinAlgError:
+        smallest = float(np.linalg.eigvalsh(covariance).min())
+        raise ValueError(f"{name}: not positive definite (smallest eigenvalue {smallest:.3g})") from None

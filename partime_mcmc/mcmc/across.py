@@ -175,7 +175,8 @@ def _judged(kernel, axis: TimeAxis, carry: PyTree, states: PyTree, tape: PyTree)
     of_part = {field.name: getattr(certificate, field.name) for field in dataclasses.fields(certificate)
                if field.name not in of_steps}
     of_part = jax.tree.map(lambda leaf: leaf[None], {**of_part, "runs": runs})
-    return (of_steps, of_part, said_by(records, flat.shape[:1]), still, jax.vmap(kernel.position)(still), axis.last(still), same[None])
+    positions, end = jax.vmap(kernel.position)(still), axis.last(still)
+    return of_steps, of_part, said_by(records, flat.shape[:1]), still, positions, end, same[None]
 
 
 def _swapped(tree: PyTree) -> PyTree:

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from partime_mcmc.contracts import check_has, kind
 from partime_mcmc.diagnostics.checks import TooLarge, check_bytes, check_count
@@ -25,6 +26,8 @@ _SHARE = 0.6
 _CHUNK, _CHUNK_BYTES = 65536, 2**29
 # Numbers that a step says of itself: decision, probability, energy, margins and the like.
 _SAID = 9
+# Bytes of its draws, where many devices share it.
+_WRITTEN_BYTES = 2**31
 
 
 def check_strategies(target: Any, kernel: Any, solver: Any, schedule: Any, tolerance: Any, max_iterations: Any) -> None:
@@ -79,7 +82,7 @@ def check_memory(solver: Solver, stretch: int, num_samples: int, num_chains: int
 
 
 def chunk_steps(solver: Solver, schedule: Schedule | None, num_samples: int, num_chains: int, dimension: int, itemsize: int,
-                max_bytes: int | None, wanted: int | None, more: int = 0) -> int:
+                max_bytes: int | None, wanted: int | None, more: int = 0, mesh: Mesh | None = None) -> int:
     """Steps of one chunk of a stored run: what fits, is worth its overhead, and divides the run evenly where it can.
 
     Args:
@@ -92,16 +95,18 @@ def chunk_steps(solver: Solver, schedule: Schedule | None, num_samples: int, num
         max_bytes: The limit; None is most of the device's memory.
         wanted: What the user asks for; None leaves it open.
         more: Bytes per step and chain of what is kept besides positions.
+        mesh: Devices that share a chunk, each with memory of its own; None is the default device alone.
 
     Raises:
         TooLarge: Naming the setting to change, before anything is allocated.
     """
-    limit = default_max_bytes() if max_bytes is None else check_count(max_bytes, "max_bytes", 1)
-    one = check_bytes(1, dimension, itemsize, 2**63, per_step=solver.map_size(dimension), num_chains=num_chains)
-    one += num_chains * more
+    limit = default_max_bytes(mesh) if max_bytes is None else check_count(max_bytes, "max_bytes", 1)
+    rows, parts = (1, 1) if mesh is None else (mesh.shape["chains"], mesh.shape["time"])
+    one = check_bytes(1, dimension, itemsize, 2**63, per_step=solver.map_size(dimension), num_chains=num_chains // rows)
+    one += num_chains // rows * more
     unit = schedule.size if isinstance(schedule, Stretches) else 1
     # A chunk wants as much again for its dice and for what is said of its draws.
-    fits, steps = limit // (2 * one), wanted
+    fits, steps = parts * (limit // (2 * one)), wanted
     if wanted is not None:
         # Shorter than a stretch, it makes stretches shorter.
         unit = min(unit, check_count(wanted, "store.chunk", 1))
@@ -113,7 +118,11 @@ def chunk_steps(solver: Solver, schedule: Schedule | None, num_samples: int, num
                        f"{2 * one * (steps or unit):.3g} bytes; wanted at most max_bytes={limit}: take {instead}, or raise "
                        "max_bytes")
     if steps is None:
-        steps = max(unit, min(_CHUNK, fits, _CHUNK_BYTES // one) // unit * unit)
+        steps = min(parts * _CHUNK, fits, parts * (_CHUNK_BYTES // one))
+        if mesh is not None:
+            # However many devices share it, one host writes it.
+            steps = min(steps, _WRITTEN_BYTES // (num_chains * (dimension * itemsize + more)))
+        steps = max(unit, steps // unit * unit)
     if steps >= num_samples:
         return max(num_samples, 1)
     # The last chunk is then no shorter than the others, and nothing is compiled for it alone.
@@ -135,12 +144,14 @@ def bytes_beside(target: Target, example: PyTree, evidence: Evidence) -> int:
     return numbers * leaves[0].dtype.itemsize + sum(leaf.size * leaf.dtype.itemsize for leaf in values)
 
 
-def default_max_bytes() -> int:
-    """Most of the memory of the default device."""
+def default_max_bytes(mesh: Mesh | None = None) -> int:
+    """Most of the memory of the default device, or of each device of a mesh."""
     stats = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
     if stats and "bytes_limit" in stats:
         return int(_SHARE * stats["bytes_limit"])
-    return int(_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    # Devices that are made of processors share the memory of their host.
+    sharing = 1 if mesh is None else max(1, len(mesh.local_devices))
+    return int(_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // sharing
 
 
 def chosen_progress(progress: Progress | bool) -> Progress:

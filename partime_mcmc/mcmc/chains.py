@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from partime_mcmc.kernels import Evidence, Independent, Kernel, Recorded
-from partime_mcmc.mcmc.arguments import bytes_beside, check_memory
+from partime_mcmc.mcmc.arguments import bytes_beside, check_memory, default_max_bytes
 from partime_mcmc.mcmc.draws import Draws, End
 from partime_mcmc.mcmc.progress import Progress, quiet
 from partime_mcmc.mcmc.run import Choice
@@ -92,9 +92,10 @@ def check_fits(target: Target, num_samples: int, num_chains: int, *, solver: Sol
     example = example_of(target)
     leaves = jax.tree.leaves(example)
     rows, parts = (1, 1) if mesh is None else (mesh.shape[name] for name in ("chains", "time"))
+    more = bytes_beside(target, example, certificate if mesh is None else Independent())
     check_memory(solver or sequential(), getattr(schedule or Stretches(DEFAULT_STRETCH), "size", num_samples),
                  -(-num_samples // parts), num_chains // rows, sum(leaf.size for leaf in leaves), leaves[0].dtype.itemsize,
-                 max_bytes, bytes_beside(target, example, certificate if mesh is None else Independent()))
+                 default_max_bytes(mesh) if max_bytes is None else max_bytes, more)
 
 
 def given_choice(solver: Solver | None, schedule: Schedule | None, num_chains: int, num_samples: int,
@@ -119,10 +120,12 @@ def advised(kernel: Kernel, pool: PyTree, schedule: Schedule | None) -> Choice:
 
 def _advised(kernel, pool, schedule, dynamics, initial, tape):
     num_chains, num_samples = jax.tree.leaves(tape)[0].shape[:2]
-    if num_samples < SHORT or jax.tree.leaves(pool)[0].shape[0] < 2:
+    # Pilots that start at the same place would meet at once and tell nothing.
+    apart = any((np.asarray(leaf) != np.asarray(leaf[:1])).any() for leaf in jax.tree.leaves(pool))
+    if num_samples < SHORT or not apart:
         stretches = Stretches(DEFAULT_STRETCH) if schedule is None else schedule
         return default_solver(num_chains, num_samples), stretches, None
-    advice = _advice(kernel, pool, dynamics, initial, tape)
+    advice = _advice(kernel, pool, dynamics(), initial, tape)
     return advice.solver, advice.schedule if schedule is None else schedule, advice
 
 
@@ -168,6 +171,6 @@ def default_tolerance(kernel: Kernel, dtype: Any) -> Tolerance:
 
     What is left to the certificate's bound is for conditioning: an error of one step reaches the next ones.
     """
-    unit = jnp.minimum(1.0, jnp.min(jnp.asarray(1.0 if kernel.noise_scale is None else kernel.noise_scale)))
+    unit = np.minimum(1.0, np.min(np.asarray(1.0 if kernel.noise_scale is None else kernel.noise_scale)))
     size = 1e-11 if jnp.dtype(dtype) == jnp.float64 else 1e-5
-    return Tolerance(relative=0.25 * size, absolute=size * unit)
+    return Tolerance(relative=0.25 * size, absolute=np.asarray(size * unit, dtype))

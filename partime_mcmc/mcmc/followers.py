@@ -3,13 +3,17 @@
     first host    reads or begins the store, warms up, says where the chains stand, computes its part, writes every chunk
     others        are told the start and where the chains stand, and compute their parts of the same chunks
 
-Every host holds the draws of a chunk while it is current, so the first one writes whole chunks and a store looks alike
-however many hosts worked on it: it is resumed by any number of them. If a host is lost the run ends on all of them
-(`distributed.launch`), and what was written stays.
+The first host writes whole chunks, so a store looks alike however many hosts worked on it, and is resumed by any number
+of them. It does not scale: all draws of a chunk, with two to five numbers of each step, travel over the first host's network
+once, lie in its memory, and are put into the model's own space by its default device. On the others nothing is kept but
+where the chains stand. If a host is lost the run ends on all of them (`distributed.launch`), and what was written stays.
+
+Left out: hosts that write files of their own, for runs whose draws one host cannot take in.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -18,10 +22,12 @@ from jax.sharding import Mesh
 
 from partime_mcmc.kernels import Kernel
 from partime_mcmc.mcmc.draws import End
+from partime_mcmc.mcmc.exchange import ToFirst
 from partime_mcmc.mcmc.family import Builder
+from partime_mcmc.mcmc.spread import follow_across
 from partime_mcmc.mcmc.store.fingerprint import example_of, program_of, require_same
 from partime_mcmc.mcmc.store.plan import Start
-from partime_mcmc.mcmc.stream import Course, Tell, stream
+from partime_mcmc.mcmc.stream import Course
 from partime_mcmc.mcmc.tapes import recurrence
 from partime_mcmc.mcmc.target import Target
 from partime_mcmc.mcmc.warmup import Warmup
@@ -73,7 +79,8 @@ def course_of(start: Start, target: Target, kernel: Kernel, num_samples: int, ma
     """What is to be run, as the start has it; arguments as for `take_up` and `follow`."""
     settled = start.settled
     return Course(target, kernel, start.keys(), num_samples, settled.tolerance, max_iterations,
-                  lambda *_: (settled.solver, settled.schedule, None), None, {"key": key}, mesh, settled.certificate)
+                  lambda *_: (settled.solver, settled.schedule, None), None, {"key": key}, mesh, settled.certificate,
+                  ToFirst())
 
 
 def follow(path: Any, target: Target, given: Kernel | Builder | Warmup, max_iterations: int | None, key: list[int],
@@ -94,9 +101,12 @@ def follow(path: Any, target: Target, given: Kernel | Builder | Warmup, max_iter
         start, kernel, end = take_up(data, target, given, example_of(target), path)
         end, _, last = say_end(end, 0, 0)
         course = course_of(start, target, kernel, num_samples, max_iterations, key, mesh)
-        tell = Tell(lambda *_, **shown: None, course.keys.shape[0])
-        for _ in stream(course, None, start.settled.chunk, tell, end, last):
-            pass
+        spread = course.spread(start.settled.solver, start.settled.schedule)
+        while end.num_steps < last:
+            # As `stream` cuts it on the first host.
+            steps = min(start.settled.chunk, last - end.num_steps, end.stretch or last)
+            after = follow_across(spread, steps, end=end, total=last)
+            end = dataclasses.replace(after, stretch=end.stretch)
     meet()
 
 

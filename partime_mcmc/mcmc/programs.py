@@ -5,6 +5,10 @@ program belongs to its function, compared by equality, to the structure of its a
 so that a second run with other seeds, step sizes or data of the same shapes compiles nothing. Functions whose results
 hang on captured arrays are made explicit first. Compilation and execution can be timed apart, because programs are
 compiled ahead.
+
+No argument is donated. Of those of a solve, the dice are read again by the certificate and by the sequential finish of a
+chain that did not converge, which also needs the starts; the first guess is made inside the program and is no argument;
+parameters serve every stretch. What could be given up is one state per chain.
 """
 
 from __future__ import annotations

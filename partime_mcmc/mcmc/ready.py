@@ -24,6 +24,9 @@ from partime_mcmc.solvers import Solver
 from partime_mcmc.types import Key, PyTree
 
 
+_PILOTS = 16
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Request:
     """The arguments of `sample`, by its names and in their own types."""
@@ -62,8 +65,15 @@ class Ready(NamedTuple):
 
     def choice(self, request: Request) -> Choice | None:
         """What asks for advice, if no solver was asked for."""
-        pool = self.positions if self.warmup is None else self.warmup.pool
+        pool = _starts(request, self.positions) if self.warmup is None else self.warmup.pool
         return advised(self.kernel, pool, request.schedule) if request.solver is None else None
+
+
+def _starts(request: Request, positions: PyTree) -> PyTree:
+    """Starts for pilot pairs, where no warm-up has draws for them: those of the chains, or more from where they come from."""
+    if callable(request.target.initial) and request.num_chains < _PILOTS:
+        return request.target.starts(jax.random.split(jax.random.fold_in(request.key, _PILOTS), _PILOTS))
+    return positions
 
 
 def make_ready(request: Request, progress: Progress) -> Ready:

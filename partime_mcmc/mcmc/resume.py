@@ -20,9 +20,10 @@ from jax.sharding import Mesh
 
 from partime_mcmc.contracts import kind
 from partime_mcmc.diagnostics.checks import check_count
-from partime_mcmc.kernels import Kernel
+from partime_mcmc.kernels import Independent, Kernel
 from partime_mcmc.mcmc.arguments import bytes_beside, check_strategies, chosen_progress, chunk_steps
 from partime_mcmc.mcmc.chains import DEFAULT_STRETCH, default_tolerance, given_choice
+from partime_mcmc.mcmc.exchange import check_mesh, check_same
 from partime_mcmc.mcmc.family import Builder
 from partime_mcmc.mcmc.followers import follow
 from partime_mcmc.mcmc.programs import Clock
@@ -105,6 +106,7 @@ def resume(path: str | os.PathLike, target: Target, kernel: Kernel | Builder | W
         The draws.
 
     Raises:
+        ValueError: If the chains cannot be laid on the mesh, or hosts ask for different things.
         FileNotFoundError: If there is no stored run.
         StoreMismatch: If model, data, kernel, floating-point type, device or versions are not those that the run was begun
             with, naming what differs.
@@ -124,6 +126,10 @@ def resume(path: str | os.PathLike, target: Target, kernel: Kernel | Builder | W
     builder = not isinstance(kernel, (Kernel, Warmup)) and Folder(path).read_start() is not None
     known = {"tuned": run.get("tuned")} if builder else {}
     store = Store(path, format_of(found[run["format"]]), run["chunk"], folds)
+    if mesh is not None:
+        # However time was cut on one device, over a mesh it is cut in stretches.
+        check_mesh(mesh, request.num_chains, None)
+        check_same(request, mesh, store)
     return sample_stored(store, request, progress, mesh, known)
 
 
@@ -172,15 +178,16 @@ def _make_start(store: Store, request: Request, progress: Progress, mesh: Mesh |
     """Warm up, choose, and write down what came of it."""
     # Before warm-up: what cannot fit is refused at once.
     open_choice = request.solver is None or mesh is not None
-    _chunk_of(store, request, example_of(request.target), open_choice)
+    _chunk_of(store, request, example_of(request.target), open_choice, mesh)
     ready = make_ready(request, progress)
     choose = ready.choice(request)
     if mesh is not None:
         choose = given_choice(request.solver, request.schedule, request.num_chains, request.num_samples, mesh)
-    return start_of(store, ready, request, choose, progress)
+    return start_of(store, ready, request, choose, progress, mesh=mesh)
 
 
-def start_of(store: Store, ready: Ready, request: Request, choose: Any, progress: Progress, end: Any = None) -> bytes:
+def start_of(store: Store, ready: Ready, request: Request, choose: Any, progress: Progress, end: Any = None,
+             mesh: Mesh | None = None) -> bytes:
     """What a run that is ready needs to go on: solver and schedule are chosen here.
 
     Args:
@@ -190,16 +197,19 @@ def start_of(store: Store, ready: Ready, request: Request, choose: Any, progress
         choose: What asks for advice; None takes solver and schedule as they are given.
         progress: What to tell.
         end: Where the chains stand, if not before their first step.
+        mesh: Devices that share a chunk; None is the default device alone.
     """
     example = jax.tree.map(lambda leaf: leaf[0], ready.positions)
-    schedule, chunk = _chunk_of(store, request, example, choose is not None)
+    schedule, chunk = _chunk_of(store, request, example, choose is not None, mesh)
     kernel, keys, clock = ready.kernel, ready.keys, Clock()
     end = begin(kernel, ready.positions, keys, clock) if end is None else end
     dtype = jax.tree.leaves(example)[0].dtype
     tolerance = default_tolerance(kernel, dtype) if request.tolerance is None else request.tolerance
-    dynamics, initial, tape, _ = throw(kernel, None, keys, min(chunk, request.num_samples), end, clock)
+    # Advice looks at dice; over a mesh none is asked, and a chunk's would not fit one device.
+    looked_at = min(chunk, request.num_samples) if mesh is None else 1
+    dynamics, initial, tape, _ = throw(kernel, None, keys, looked_at, end, clock)
     choose = choose or given_choice(request.solver, schedule, request.num_chains, chunk)
-    solver, schedule, advice = choose(dynamics, initial, tape)
+    solver, schedule, advice = choose(lambda: dynamics, initial, tape)
     if advice is not None:
         progress.note(str(advice))
     settled = settled_for(kernel, ready.warmup, solver=solver, schedule=schedule, tolerance=tolerance, chunk=chunk,
@@ -207,7 +217,8 @@ def start_of(store: Store, ready: Ready, request: Request, choose: Any, progress
     return pack_start(settled, kernel, keys, end)
 
 
-def _chunk_of(store: Store, request: Request, example: PyTree, open_choice: bool) -> tuple[Schedule | None, int]:
+def _chunk_of(store: Store, request: Request, example: PyTree, open_choice: bool,
+              mesh: Mesh | None) -> tuple[Schedule | None, int]:
     """The schedule, None while it is open, and steps per chunk.
 
     Raises:
@@ -217,5 +228,5 @@ def _chunk_of(store: Store, request: Request, example: PyTree, open_choice: bool
     leaves = jax.tree.leaves(example)
     chunk = chunk_steps(request.solver or sequential(), schedule, request.num_samples, request.num_chains,
                         sum(leaf.size for leaf in leaves), leaves[0].dtype.itemsize, request.max_bytes, store.chunk,
-                        bytes_beside(request.target, example, request.certificate))
+                        bytes_beside(request.target, example, request.certificate if mesh is None else Independent()), mesh)
     return schedule, chunk

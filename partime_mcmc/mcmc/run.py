@@ -24,7 +24,7 @@ from partime_mcmc.kernels import Evidence, Independent, Kernel, Tape
 from partime_mcmc.mcmc.books import Books
 from partime_mcmc.mcmc.draws import End
 from partime_mcmc.mcmc.programs import Clock, run_program
-from partime_mcmc.mcmc.tapes import noting, throw
+from partime_mcmc.mcmc.tapes import recurrence_of, throw_dice
 from partime_mcmc.predict.advise import Advice
 from partime_mcmc.recipes import sequential
 from partime_mcmc.schedule import Schedule, Stretches, Whole
@@ -34,8 +34,9 @@ from partime_mcmc.solvers import Rollout, Solver
 from partime_mcmc.solvers.rollout import roll_on
 from partime_mcmc.types import Key, PyTree
 
-# (dynamics, initial carries (C, ...), tapes (C, T, ...)) -> solver, schedule, and the advice behind them if any.
-Choice = Callable[[Dynamics, PyTree, Tape], tuple[Solver, Schedule, Advice | None]]
+# (what makes the dynamics, initial carries (C, ...), tapes (C, T, ...)) -> solver, schedule, and the advice behind them if any.
+# Who does not look at the dynamics need not wait for it to be traced.
+Choice = Callable[[Callable[[], Dynamics], PyTree, Tape], tuple[Solver, Schedule, Advice | None]]
 
 
 @dataclasses.dataclass
@@ -97,15 +98,15 @@ def run_chains(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *
         The chains. Every chain with status CONVERGED is exact.
     """
     clock, first = Clock() if clock is None else clock, 0 if end is None else end.num_steps
-    dynamics, initial, tape, discrete = throw(kernel, positions, keys, num_samples, end, clock)
+    initial, tape, discrete = throw_dice(kernel, positions, keys, num_samples, end, clock)
     with clock.measure("advise"):
-        solver, schedule, advice = choose(dynamics, initial, tape)
+        solver, schedule, advice = choose(functools.partial(recurrence_of, kernel, initial, tape, Clock()), initial, tape)
     size = min(_stretch_size(solver, schedule, num_samples), stretch or max(num_samples, 1))
     inside = Whole() if isinstance(schedule, Stretches) else schedule
     solve_stretch = _solving(solver, inside, tolerance, max_iterations, clock)
     roll_stretch = _solving(sequential(), Whole(), tolerance, None, clock)
     finish_stretch = functools.partial(run_program, _finish, clock=clock)
-    recurrence = noting(kernel, evidence, initial, tape, clock)
+    recurrence = recurrence_of(kernel, initial, tape, clock, evidence)
     books = Books(keys.shape[0], first, first + num_samples if total is None else total, end.failed_running if end else 0)
     current, pieces, kept = initial, [], []
     try:
@@ -115,10 +116,11 @@ def run_chains(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *
             chosen = roll_stretch if books.hopeless else solve_stretch
             found = chosen(recurrence, current, part)
             states = books.enter(found, start, stop, chosen is roll_stretch,
-                                 functools.partial(finish_stretch, dynamics, current, part))
+                                 functools.partial(finish_stretch, recurrence, current, part))
             pieces.append(states)
             kept.append((found.notes, found.defects) if books.as_found else (None, None))
-            current = jax.tree.map(lambda leaf: leaf[:, -1], states)
+            if stop < num_samples:
+                current = jax.tree.map(lambda leaf: leaf[:, -1], states)
             advance(stop - start, **books.shown())
     except KeyboardInterrupt:
         if not pieces:

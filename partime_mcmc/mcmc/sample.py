@@ -25,11 +25,11 @@ from partime_mcmc.kernels.dice import Dice
 from partime_mcmc.mcmc.arguments import check_strategies, chosen_progress
 from partime_mcmc.mcmc.chains import check_fits, default_tolerance, draw_chains
 from partime_mcmc.mcmc.draws import Draws
+from partime_mcmc.mcmc.exchange import check_mesh, check_same
 from partime_mcmc.mcmc.family import Builder
 from partime_mcmc.mcmc.progress import Progress
 from partime_mcmc.mcmc.ready import Request, make_ready
 from partime_mcmc.mcmc.resume import as_store, key_words, sample_stored
-from partime_mcmc.mcmc.spread import check_mesh
 from partime_mcmc.mcmc.store.stored import StoredDraws
 from partime_mcmc.mcmc.stored_run import Store
 from partime_mcmc.mcmc.target import Target
@@ -71,21 +71,24 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
         schedule: How time is cut; None follows the advice, or takes stretches of 16,384 steps.
         tolerance: How small residuals must be; None is `default_tolerance(...)`.
         max_iterations: Passes per stretch before a chain is finished sequentially; None is the stated default.
-        max_bytes: Memory that the run may take; None is most of the device's. Checked before anything is allocated.
+        max_bytes: Memory that the run may take, over a mesh on each device; None is most of the device's. Checked before
+            anything is allocated.
         store: A folder, or a `Store` of one, for runs longer than memory: draws are certified and written there chunk by
             chunk. A folder that holds this very run already is gone on with; see `resume`.
         thinning: With a store, of so many draws the last is kept; statistics and certificate are of all of them.
         mesh: Devices, of one or several hosts, to spread chains and time over, from `distributed.time_mesh`: the same
             draws to rounding, as NumPy arrays on every host. A solver of None is then shooting. With a store, all hosts see
-            its folder and the first one writes. None is the default device alone.
+            its folder and the first one writes. Its axis `data` must be 1: a density over data spread over devices is for
+            `sharded_solve`. None is the default device alone.
         certificate: What it rests on: `Recorded()` on what every step said while it was rolled, at no cost;
-            `Independent()` on one more evaluation of every step, apart from the solver. Other solvers than shooting and the loop, chains that
+            `Independent()` on one more evaluation of every step, apart from the solver. Other solvers than shooting and
+            the loop, chains that
             fell back and those on a mesh have the latter in any case; `draws.certificate.independent` says which.
         progress: True shows one line per stage on a terminal; or `quiet`, `progress_line`, or your own.
 
     Returns:
         The draws, certified; with a store, an object that reads them from there when they are looked at. After an interrupt
-        from the keyboard, those that were certified by then, with the verdict INTERRUPTED.
+        from the keyboard, those that were certified by then, with the verdict INTERRUPTED; on several hosts it ends the run.
 
     Raises:
         StoreMismatch: If the store holds another run, naming what differs.
@@ -108,6 +111,8 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
         check_mesh(mesh, num_chains, schedule)
     request = Request(key, target, kernel, num_samples, num_chains, num_warmup, adaptation, dice, solver, schedule,
                       tolerance, max_iterations, max_bytes, thinning, certificate)
+    if mesh is not None:
+        check_same(request, mesh, store)
     if store is not None:
         draws = sample_stored(as_store(store), request, progress, mesh)
         progress.note(str(draws))

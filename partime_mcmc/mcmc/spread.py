@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import zlib
-from typing import Any, Callable
+from typing import Any, Callable, Iterator, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from partime_mcmc.distributed.sharded_solve import time_axis
 from partime_mcmc.kernels import Certificate, Kernel
@@ -26,6 +24,7 @@ from partime_mcmc.kernels.drawn import Drawn
 from partime_mcmc.mcmc.across import CHAINS, SAME, Cut, Finish, Judge, Solve, Throw
 from partime_mcmc.mcmc.books import Books
 from partime_mcmc.mcmc.draws import Draws, End
+from partime_mcmc.mcmc.exchange import Collect, agreed, fetch, place
 from partime_mcmc.mcmc.family import family_of
 from partime_mcmc.mcmc.finish import constrained_values, run_report
 from partime_mcmc.mcmc.programs import Clock, run_program
@@ -34,7 +33,7 @@ from partime_mcmc.mcmc.target import Target
 from partime_mcmc.mcmc.warmup import Warmup
 from partime_mcmc.recipes import sequential
 from partime_mcmc.scan.time_axis import LocalTime
-from partime_mcmc.schedule import Stretches
+from partime_mcmc.schedule import Schedule, Stretches
 from partime_mcmc.solution import Status, Tolerance
 from partime_mcmc.solvers import Shooting, Solver
 from partime_mcmc.types import Key, PyTree
@@ -43,95 +42,154 @@ from partime_mcmc.types import Key, PyTree
 _NOT_WORTH_IT = 256
 
 
-def draw_across(target: Target, kernel: Kernel, keys: Key, num_samples: int, *, mesh: Mesh, solver: Solver,
-                schedule: Stretches, tolerance: Tolerance, max_iterations: int | None, end: End, total: int,
-                warmup: Warmup | None, plan: dict[str, Any], advance: Callable[..., None]) -> Draws:
-    """Chains of a tuned kernel over a mesh, certified.
+class Piece(NamedTuple):
+    """One stretch.
 
-    Args:
-        target: For the model's own space.
+    Attributes:
+        length: Its steps.
+        draws: What is known of single steps, of parts, what the kernel says, and positions, leaves `(C, ...)`; None on hosts
+            that do not keep draws.
+        work: Evaluations by chain and device, `(C, P)`.
+        carries: Where the chains stand after it, leaves `(C, ...)`.
+        counters: Their discrete leaves there.
+    """
+
+    length: int
+    draws: PyTree | None
+    work: np.ndarray
+    carries: PyTree
+    counters: PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """What is run over a mesh, and how.
+
+    Attributes:
         kernel: The kernel.
         keys: One per chain, shape `(C,)`.
-        num_samples: T, at least 1.
         mesh: With the axes `chains` and `time`.
         solver: A recipe.
         schedule: Steps of a stretch, over all devices.
         tolerance: How small residuals must be.
         max_iterations: Passes per stretch.
-        end: Where chains go on from, to the last bit, on whatever devices they got there.
+        collect: Which hosts get the draws.
+    """
+
+    kernel: Kernel
+    keys: Key
+    mesh: Mesh
+    solver: Solver
+    schedule: Schedule
+    tolerance: Tolerance
+    max_iterations: int | None
+    collect: Collect
+
+    def pieces(self, num_samples: int, end: End, books: Books, clock: Clock) -> Iterator[Piece]:
+        """The stretches of a run, certified, one after another.
+
+        Args:
+            num_samples: T, at least 1.
+            end: Where chains go on from, to the last bit, on whatever devices they got there.
+            books: What happens is written there.
+            clock: Seconds are booked there.
+
+        Raises:
+            ValueError: If hosts disagree about what to run, or counters of the kernel follow from stepping only.
+        """
+        kernel, mesh, keys = self.kernel, self.mesh, self.keys
+        if end.discrete and not (isinstance(kernel.algorithm, Drawn) and kernel.algorithm.count):
+            raise ValueError(f"kernel: {kernel.name} has counters that follow from stepping only, so no device can begin in "
+                             "the middle; wanted one whose dice tell them, or no mesh")
+        family, numbers = family_of(kernel)
+        kind, known = str(jax.random.key_impl(keys)), None if splits_by_counting(keys) else books.total
+        given = numbers, np.asarray(jax.random.key_data(keys)), end.carries, end.discrete
+        numbers, words, carries, counters = agreed(given)
+        numbers, (words, carries, counters) = place(mesh, SAME, numbers), place(mesh, CHAINS, (words, carries, counters))
+        whole = Cut(mesh, time_axis(mesh), 1, PartitionSpec("chains", "time"))
+        run, done = functools.partial(run_program, clock=clock), 0
+        for cut, recipe in cuts(num_samples, whole, self.solver, self.schedule):
+            first = place(mesh, SAME, np.uint32(end.num_steps + done))
+            tape, counters = run(Throw(family, cut, kind, known), numbers, words, carries, counters, first)
+            states, finite, work = _solved(run, family, cut, recipe, self.tolerance, self.max_iterations, books, numbers,
+                                           carries, tape, done)
+            judge = functools.partial(run, Judge(family, cut), numbers, carries, what="certify")
+            *judged, still, places, after, same = judge(states, tape)
+            if not fetch(same).all():
+                *judged, _, _, _, _ = judge(still, tape)
+            kept = self.collect((*judged, places), mesh, cut.along, functools.partial(run, what="certify"))
+            carries, done = after, done + cut.length
+            yield Piece(cut.length, kept and _without_lost(kept, finite), work, carries, counters)
+
+
+def draw_across(spread: Spread, target: Target, num_samples: int, *, end: End, total: int, warmup: Warmup | None,
+                plan: dict[str, Any], advance: Callable[..., None]) -> Draws:
+    """Chains of a tuned kernel over a mesh, certified, on a host that keeps them.
+
+    Args:
+        spread: What is run, and how.
+        target: For the model's own space.
+        num_samples: T, at least 1.
+        end: Where chains go on from.
         total: The step at which the whole run ends.
         warmup: The warm-up before them, if any.
         plan: What gives these draws again.
         advance: Told of the steps done, and what to show, after each stretch.
 
     Returns:
-        The draws, all of them on every host, as NumPy arrays.
+        The draws, as NumPy arrays. After an interrupt from the keyboard of a run on one host the stretches that were done
+        by then, with the verdict INTERRUPTED; several hosts would wait for each other, so there it ends the run.
 
     Raises:
-        ValueError: If hosts disagree about what to run, or counters of the kernel follow from stepping only.
+        ValueError: As `Spread.pieces`.
     """
-    if end.discrete and not (isinstance(kernel.algorithm, Drawn) and kernel.algorithm.count):
-        raise ValueError(f"kernel: {kernel.name} has counters that follow from stepping only, so no device can begin in the "
-                         "middle; wanted one whose dice tell them, or no mesh")
-    begin, clock = end.num_steps, Clock()
-    books = Books(keys.shape[0], begin, total, end.failed_running)
-    family, numbers = family_of(kernel)
-    kind, known = str(jax.random.key_impl(keys)), None if splits_by_counting(keys) else total
-    numbers, words, carries, counters = agreed((numbers, np.asarray(jax.random.key_data(keys)), end.carries, end.discrete))
-    everywhere, by_chain = functools.partial(_place, mesh, SAME), functools.partial(_place, mesh, CHAINS)
-    numbers, (words, carries, counters) = everywhere(numbers), by_chain((words, carries, counters))
-    whole = Cut(mesh, time_axis(mesh), 1, PartitionSpec("chains", "time"))
-    run = functools.partial(run_program, clock=clock)
-    pieces, work, done = [], [], 0
-    for cut, recipe in cuts(num_samples, whole, solver, schedule):
-        first = everywhere(np.uint32(begin + done))
-        tape, counters = run(Throw(family, cut, kind, known), numbers, words, carries, counters, first)
-        states, finite, evaluations = _solved(run, family, cut, recipe, tolerance, max_iterations, books, numbers, carries,
-                                              tape, done)
-        work.append(evaluations)
-        judge = functools.partial(run, Judge(family, cut), numbers, carries, what="certify")
-        *judged, still, places, carries, same = judge(states, tape)
-        if not fetch(same).all():
-            *judged, _, _, _, _ = judge(still, tape)
-        pieces.append(_without_lost(fetch((*judged, places)), finite))
-        done += cut.length
-        advance(cut.length, **books.shown())
-    steps, parts, said, places = joined(pieces)
-    certificate = combined(steps, parts, num_samples)
-    spread = [part.mean(axis=0) for part in work if part.shape[1] == mesh.shape["time"]]
+    mesh, clock, pieces = spread.mesh, Clock(), []
+    books = Books(spread.keys.shape[0], end.num_steps, total, end.failed_running)
+    try:
+        for piece in spread.pieces(num_samples, end, books, clock):
+            pieces.append(piece)
+            advance(piece.length, **books.shown())
+    except KeyboardInterrupt:
+        if not pieces or jax.process_count() > 1:
+            raise
+        books.interrupt(sum(piece.length for piece in pieces))
+    done = sum(piece.length for piece in pieces)
+    steps, parts, said, places = joined([piece.draws for piece in pieces])
+    certificate = combined(steps, parts, done)
+    shared = [piece.work.mean(axis=0) for piece in pieces if piece.work.shape[1] == mesh.shape["time"]]
     device = mesh.devices.flat[0]
     report = run_report(books, certificate, clock, jax.tree.leaves(places)[0].dtype,
                         f"{mesh.size} x {device.platform}: {device.device_kind}",
-                        tuple(np.sum(spread, axis=0) / num_samples) if spread else ())
-    end = End(fetch(carries), fetch(counters), begin + num_samples, books.failed_running)
+                        tuple(np.sum(shared, axis=0) / done) if shared else ())
     return Draws(places, constrained_values(target, places, clock), {**said, "residual": steps["residual"]}, certificate,
-                 report, {**plan, "mesh": dict(mesh.shape)}, warmup, dict(target.dims) if target.dims else None,
-                 tuple(target.names) if target.names else None, None, end)
+                 report, {**plan, "num_samples": done, "mesh": dict(mesh.shape)}, warmup,
+                 dict(target.dims) if target.dims else None, tuple(target.names) if target.names else None, None,
+                 _end_of(pieces[-1], end, done, books))
 
 
-def check_mesh(mesh: Mesh, num_chains: int, schedule: Any) -> None:
-    """Refuse a mesh that chains cannot be laid on, or a schedule that cannot be spread.
-
-    Raises:
-        ValueError: If an axis is missing, or does not divide the number of chains, or the schedule has a moving window.
-    """
-    if schedule is not None and not isinstance(schedule, Stretches):
-        raise ValueError(f"schedule: got {schedule!r} with a mesh, wanted Stretches(size) or None")
-    time_axis(mesh)
-    if "chains" not in mesh.shape or num_chains % mesh.shape["chains"]:
-        raise ValueError(f"num_chains: got {num_chains} on a mesh of {dict(mesh.shape)}, wanted a multiple of its axis "
-                         "'chains'")
+def follow_across(spread: Spread, num_samples: int, *, end: End, total: int) -> End:
+    """The part of `draw_across` that a host has which keeps no draws; arguments as there."""
+    books, done = Books(spread.keys.shape[0], end.num_steps, total, end.failed_running), 0
+    for piece in spread.pieces(num_samples, end, books, Clock()):
+        done += piece.length
+    return _end_of(piece, end, done, books)
 
 
-def cuts(num_samples: int, whole: Cut, solver: Solver, schedule: Stretches) -> list[tuple[Cut, Solver]]:
+def _end_of(piece: Piece, begin: End, done: int, books: Books) -> End:
+    return End(fetch(piece.carries), fetch(piece.counters), begin.num_steps + done, books.failed_running)
+
+
+def cuts(num_samples: int, whole: Cut, solver: Solver, schedule: Schedule) -> list[tuple[Cut, Solver]]:
     """The stretches of a run and what solves each.
 
     Args:
         num_samples: T.
         whole: How a stretch lies on the mesh.
         solver: For all of them; segments of shooting are made to fit.
-        schedule: Steps of a stretch, over all devices.
+        schedule: Steps of a stretch, over all devices; a run begun on one device may have another schedule, which is then
+            one stretch.
     """
+    size = schedule.size if isinstance(schedule, Stretches) else num_samples
     parts, found = whole.axis.length(1), []
 
     def fitting(steps):
@@ -143,7 +201,7 @@ def cuts(num_samples: int, whole: Cut, solver: Solver, schedule: Stretches) -> l
         steps = steps // segments * segments
         return dataclasses.replace(whole, steps=steps), fitting(steps // segments)
 
-    here = min(schedule.size, num_samples) // parts
+    here = min(size, num_samples) // parts
     unit = solver.segment_steps(here * parts, parts) if isinstance(solver, Shooting) and here else max(here, 1)
     while here and num_samples - sum(cut.length for cut, _ in found) >= here * parts:
         found.append(shared(here if here < unit else here // unit * unit, unit))
@@ -166,7 +224,7 @@ def _solved(run, family, cut, solver, tolerance, max_iterations, books, numbers,
     kept, seen = [found.states, None], fetch(dataclasses.replace(found, states=()))
 
     def finish(_, num_exact):
-        kept[:] = run(Finish(family, cut), numbers, carries, tape, found.states, _place(cut.mesh, CHAINS, num_exact))
+        kept[:] = run(Finish(family, cut), numbers, carries, tape, found.states, place(cut.mesh, CHAINS, num_exact))
         return (), fetch(kept[1])
 
     books.enter(seen, done, done + cut.length, rolled, finish)
@@ -228,34 +286,3 @@ def _longest_rejection(parts: dict) -> np.ndarray:
         longest = np.maximum.reduce([longest, running + lead, parts["longest_rejection"][:, part]])
         running = np.where(lead == parts["num_steps"][:, part], running + lead, trail)
     return longest
-
-
-def agreed(tree: PyTree) -> PyTree:
-    """What the first host holds, on all of them: hosts of other makes may have tuned other last digits."""
-    if jax.process_count() == 1:
-        return tree
-    # Structures first: a host with other shapes would wait for ever.
-    shapes = np.frombuffer(repr([(np.shape(leaf), str(leaf.dtype)) for leaf in jax.tree.leaves(tree)]).encode(), np.uint8)
-    # Below 2^31, or the broadcast would wrap it in 32 bits.
-    summary = np.array([shapes.size, zlib.crc32(shapes.tobytes()) & 0x7FFFFFFF], np.int32)
-    if (multihost_utils.broadcast_one_to_all(summary) != summary).any():
-        raise ValueError("hosts disagree about the kernel's numbers: run the same script, with the same data and key, on "
-                         "all of them")
-    return multihost_utils.broadcast_one_to_all(tree)
-
-
-def _place(mesh: Mesh, spec: PartitionSpec, tree: PyTree) -> PyTree:
-    """Arrays that every host holds in full, each device its own part."""
-    def one(leaf):
-        leaf = np.asarray(leaf)
-        return jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, spec), lambda index: leaf[index])
-
-    return jax.tree.map(one, tree)
-
-
-def fetch(tree: PyTree) -> PyTree:
-    """Arrays of all devices on this host, as NumPy arrays."""
-    def one(leaf):
-        return np.asarray(leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True))
-
-    return jax.tree.map(one, tree)

@@ -23,15 +23,18 @@ from jax.sharding import Mesh
 from partime_mcmc.kernels import Evidence, Kernel, Recorded
 from partime_mcmc.mcmc.dice import dice_of
 from partime_mcmc.mcmc.draws import Draws, End
+from partime_mcmc.mcmc.exchange import Collect, everywhere
 from partime_mcmc.mcmc.finish import finish
 from partime_mcmc.mcmc.programs import Clock
 from partime_mcmc.mcmc.run import Choice, run_chains
-from partime_mcmc.mcmc.spread import draw_across
+from partime_mcmc.mcmc.spread import Spread, draw_across
 from partime_mcmc.mcmc.store.state import strong
 from partime_mcmc.mcmc.tapes import begin, throw
 from partime_mcmc.mcmc.target import Target
 from partime_mcmc.mcmc.warmup import Warmup
+from partime_mcmc.schedule import Schedule
 from partime_mcmc.solution import Tolerance
+from partime_mcmc.solvers import Solver
 from partime_mcmc.types import Key, PyTree
 
 MOST_HALVINGS = 3
@@ -53,6 +56,7 @@ class Course:
         plan: More plain values for `Draws.plan`.
         mesh: Devices to spread it over; None is the default device alone. Chains on a mesh are certified independently.
         evidence: What certificates rest on.
+        collect: Of several hosts, which get the draws.
     """
 
     target: Target
@@ -66,6 +70,11 @@ class Course:
     plan: dict[str, Any] = dataclasses.field(default_factory=dict)
     mesh: Mesh | None = None
     evidence: Evidence = Recorded()
+    collect: Collect = everywhere
+
+    def spread(self, solver: Solver, schedule: Schedule) -> Spread:
+        """What is run over the mesh."""
+        return Spread(self.kernel, self.keys, self.mesh, solver, schedule, self.tolerance, self.max_iterations, self.collect)
 
 
 def stream(course: Course, positions: PyTree, chunk: int, tell: Tell, end: End | None = None,
@@ -135,13 +144,13 @@ def _attempt(course, positions, end, steps, stretch, last, tell, notes):
 
 def _across(course, positions, end, steps, stretch, last, tell, notes):
     end = begin(course.kernel, positions, course.keys, Clock()) if end is None else end
-    chosen = course.choose(*throw(course.kernel, None, course.keys, 1, end)[:3])
+    dynamics, initial, tape, _ = throw(course.kernel, None, course.keys, 1, end)
+    chosen = course.choose(lambda: dynamics, initial, tape)
     solver, schedule, _ = chosen
     plan = {"kernel": course.kernel.name, "dice": dice_of(course.kernel), "solver": repr(solver), "schedule": repr(schedule),
-            "num_samples": steps, "num_chains": course.keys.shape[0], **course.plan}
-    draws = draw_across(course.target, course.kernel, course.keys, steps, mesh=course.mesh, solver=solver, schedule=schedule,
-                        tolerance=course.tolerance, max_iterations=course.max_iterations, end=end, total=last,
-                        warmup=course.warmup, plan=plan, advance=tell)
+            "num_chains": course.keys.shape[0], **course.plan}
+    draws = draw_across(course.spread(solver, schedule), course.target, steps, end=end, total=last, warmup=course.warmup,
+                        plan=plan, advance=tell)
     report = dataclasses.replace(draws.report, fallbacks=(*notes, *draws.report.fallbacks))
     return dataclasses.replace(draws, end=dataclasses.replace(draws.end, stretch=stretch), report=report), chosen
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from partime_mcmc.closures import Named
 from partime_mcmc.dynamics import Dynamics, without_captures
-from partime_mcmc.kernels import Evidence, Kernel, Tape
+from partime_mcmc.kernels import Evidence, Independent, Kernel, Tape
 from partime_mcmc.mcmc.draws import End
 from partime_mcmc.mcmc.family import family_of
 from partime_mcmc.mcmc.programs import Clock, run_explicit
@@ -46,14 +46,18 @@ def throw(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, end: E
         Dynamics, starting carries `(C, ...)`, tapes `(C, T, ...)`, and the discrete leaves after the last step `(C, ...)`.
     """
     clock = Clock() if clock is None else clock
+    initial, tape, discrete = throw_dice(kernel, positions, keys, num_samples, end, clock)
+    return recurrence_of(kernel, initial, tape, clock), initial, tape, discrete
+
+
+def throw_dice(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, end: End | None,
+               clock: Clock) -> tuple[PyTree, Tape, dict]:
+    """As `throw`, without the recurrence."""
     family, numbers = family_of(kernel)
     first = 0 if end is None else end.num_steps
     at = None if end is None else (end.carries, end.discrete)
     program = _Throw(family, num_samples, None if splits_by_counting(keys) else first)
-    initial, tape, discrete = run_explicit(program, numbers, positions if end is None else None, at, keys,
-                                           np.uint32(first), clock=clock)
-    with clock.measure("compile"):
-        return _explicit_dynamics(kernel, initial, tape), initial, tape, discrete
+    return run_explicit(program, numbers, positions if end is None else None, at, keys, np.uint32(first), clock=clock)
 
 
 def recurrence(kernel: Kernel, keys: Key, end: End) -> Dynamics:
@@ -66,31 +70,23 @@ def recurrence(kernel: Kernel, keys: Key, end: End) -> Dynamics:
     """
     family, numbers = family_of(kernel)
     initial, tape, _ = jax.eval_shape(_Throw(family, 1, 0), numbers, None, (end.carries, end.discrete), keys, np.uint32(0))
-    return _explicit_dynamics(kernel, initial, tape)
+    return recurrence_of(kernel, initial, tape, Clock())
 
 
-def noting(kernel: Kernel, evidence: Evidence, initial: PyTree, tape: Tape, clock: Clock) -> Dynamics:
-    """The recurrence of `throw`, its steps noting what some evidence needs.
+def recurrence_of(kernel: Kernel, initial: PyTree, tape: Tape, clock: Clock, evidence: Evidence = Independent()) -> Dynamics:
+    """The recurrence of a kernel, without captured arrays.
 
     Args:
         kernel: The kernel.
-        evidence: What certificates will rest on.
         initial: Starting carries, leaves `(C, ...)`; only structure, shapes and types matter.
         tape: Tapes, leaves `(C, T, ...)`; likewise.
         clock: Where seconds are booked.
+        evidence: What certificates will rest on: steps note what it needs.
     """
-    with clock.measure("compile"):
-        return _explicit(evidence.dynamics(kernel), initial, tape)
-
-
-def _explicit_dynamics(kernel: Kernel, initial: PyTree, tape: Tape) -> Dynamics:
-    return _explicit(kernel.dynamics(), initial, tape)
-
-
-def _explicit(dynamics: Dynamics, initial: PyTree, tape: Tape) -> Dynamics:
     state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), initial)
     drive = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), tape)
-    return without_captures(dynamics, state, drive)
+    with clock.measure("compile"):
+        return without_captures(evidence.dynamics(kernel), state, drive)
 
 
 def begin(kernel: Kernel, positions: PyTree, keys: Key, clock: Clock) -> End:
@@ -115,7 +111,8 @@ def splits_by_counting(keys: Key) -> bool:
 def _splits_by_counting(impl: str, partitionable: bool) -> bool:
     key = jax.random.key(0, impl=impl)
     folded = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(5, dtype=jnp.uint32))
-    return partitionable and bool((jax.random.key_data(folded) == jax.random.key_data(jax.random.split(key, 5))).all())
+    split = jax.random.split(key, 5)
+    return partitionable and np.array_equal(*(np.asarray(jax.random.key_data(keys)) for keys in (folded, split)))
 
 
 class _Throw(Named):

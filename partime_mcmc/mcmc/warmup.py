@@ -137,7 +137,7 @@ def warm_up(
     adaptation = PooledAdaptation() if adaptation is None else adaptation
     example = jax.tree.map(lambda leaf: leaf[0], starts)
     density, data = density_of(logdensity, example)
-    flat = np.asarray(jax.vmap(lambda position: ravel_pytree(position)[0])(starts))
+    flat = _rows_of(starts)
     walker = Walker(density, data, example, len(flat))
     target = target_of(builder) if adaptation.target_acceptance is None else adaptation.target_acceptance
     adapt_key, tune_key = jax.random.split(key)
@@ -155,13 +155,12 @@ def warm_up(
             (f"No step size reached the target acceptance {target:.2f}; the best reached {choice.acceptance:.2f}."),
         ]
     )
-    unravel = jax.vmap(ravel_pytree(example)[1])
     some = _spread(draws)
     return Warmup(
         tuned_kernel(family, data, whitening, choice.settings),
-        unravel(pool.positions.astype(flat.dtype)),
+        _positions_of(pool.positions.astype(flat.dtype), example),
         pool.draws.logdensity[-1],
-        unravel(some.astype(flat.dtype)),
+        _positions_of(some.astype(flat.dtype), example),
         choice.settings,
         whitening,
         choice.acceptance,
@@ -173,6 +172,20 @@ def warm_up(
         time.perf_counter() - begin,
         tuple(notes),
     )
+
+
+def _rows_of(positions: PyTree) -> np.ndarray:
+    """Positions, leaves `(C, ...)`, as `(C, D)` on the host, where nothing is compiled."""
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(positions)]
+    return np.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)
+
+
+def _positions_of(rows: np.ndarray, example: PyTree) -> PyTree:
+    """The positions whose numbers are in the rows `(C, D)`."""
+    leaves, structure = jax.tree.flatten(example)
+    cuts = np.cumsum([np.size(leaf) for leaf in leaves])[:-1]
+    parts = zip(np.split(rows, cuts, axis=1), leaves)
+    return jax.device_put(jax.tree.unflatten(structure, [part.reshape(-1, *np.shape(leaf)) for part, leaf in parts]))
 
 
 def _spread(draws: np.ndarray) -> np.ndarray:

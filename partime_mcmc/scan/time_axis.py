@@ -89,7 +89,7 @@ class LocalTime:
     """The whole path on one device.
 
     Attributes:
-        scan: How prefixes are computed; None takes `default_scan()` when tracing.
+        scan: How prefixes are computed; None takes `default_scan` of the maps when tracing.
     """
 
     scan: Scan | None = None
@@ -102,11 +102,10 @@ class LocalTime:
         return jax.tree.map(lambda rest, last: jnp.concatenate([rest[1:], last[None]])[: rest.shape[0]], states, final)
 
     def prefix(self, elements: PyTree, start: PyTree) -> PyTree:
-        return (self.scan or default_scan())(elements, start)
+        return (self.scan or default_scan(elements))(elements, start)
 
     def suffix(self, elements: PyTree, end: PyTree) -> PyTree:
-        backwards = jax.tree.map(lambda leaf: jnp.flip(leaf, 0), elements)
-        return jax.tree.map(lambda leaf: jnp.flip(leaf, 0), self.prefix(backwards, end))
+        return (self.scan or default_scan(elements)).suffix(elements, end)
 
     def maximum(self, values: Array) -> Array:
         return largest(values, axis=0)

@@ -48,6 +48,8 @@ from partime_mcmc.types import Array, Key, PyTree, pytree
 # Lanes that fill a device: chains × segments. Two CPU cores are full with some hundred, a GPU with thousands.
 _LANES = {"cpu": 128}
 _LANES_ELSEWHERE = 4096
+# Steps after which segments of which fewer than one in twenty has met are taken for chains that do not forget.
+_TRIAL = 256
 # Segments shorter than this meet too late to be worth their start.
 SHORTEST_SEGMENT = 64
 
@@ -66,7 +68,8 @@ class Shooting:
         steps: n, instead of `num_segments`; at most one of the two is given.
         correction: What stands for the Jacobian of a whole segment when starts are corrected; zero hands over ends.
         max_evaluations: How many segments' lengths deep to go before giving up if more than half of the segments are still
-            open, and four times as many in any case: evaluations per step if no lane could be let go; None is 4 + 256 / n.
+            open, and four times as many in any case: evaluations per step if no lane could be let go. None is 4 + 256 / n, and
+            an end once segments have been rolled twice, 256 steps deep at least, and hardly one has met: these do not forget.
     """
 
     num_segments: int | None = None
@@ -100,7 +103,8 @@ class Shooting:
         absolute = jnp.broadcast_to(absolute, initial.shape)
         memo = memo_of(dynamics)
         budget = 4 + 256 / steps if self.max_evaluations is None else self.max_evaluations
-        shoot = _shoot_for(memo.enter, memo.advance, memo.leave, memo.note, steps, math.ceil(budget * steps), axis)
+        budget = math.ceil(budget * steps), math.inf if self.max_evaluations is not None else max(2 * steps, _TRIAL)
+        shoot = _shoot_for(memo.enter, memo.advance, memo.leave, memo.note, steps, budget, axis)
         shared = jax.tree.map(jnp.asarray, (memo.params, self.correction)), key
         batched = jax.tree.map(lambda leaf: leaf[None], (initial, states, drives, absolute, relative))
         found = shoot(shared, *batched)
@@ -122,7 +126,7 @@ class Shooting:
 
 
 @functools.lru_cache(maxsize=256)
-def _shoot_for(enter, advance, leave, note, steps: int, max_depth: int, axis: TimeAxis):
+def _shoot_for(enter, advance, leave, note, steps: int, budget: tuple[int, float], axis: TimeAxis):
     """The shooting of B chains at once, `(shared, initial (B, D), guess (B, T, D), drives (B, T, ...), ...)`.
 
     Under `vmap` the new axis joins the chains: all lanes share one loop. Left to itself, `vmap` would turn the loop's
@@ -131,7 +135,7 @@ def _shoot_for(enter, advance, leave, note, steps: int, max_depth: int, axis: Ti
 
     @jax.custom_batching.custom_vmap
     def shoot(shared, initial, guess, drives, absolute, relative):
-        return _shoot(enter, advance, leave, note, steps, max_depth, axis, shared, initial, guess, drives, absolute, relative)
+        return _shoot(enter, advance, leave, note, steps, budget, axis, shared, initial, guess, drives, absolute, relative)
 
     @shoot.def_vmap
     def _(axis_size, in_batched, shared, *chains):
@@ -153,11 +157,12 @@ def _merge(leaf, is_batched, axis_size):
     return leaf.reshape(axis_size * leaf.shape[1], *leaf.shape[2:])
 
 
-def _shoot(enter, advance, leave, note, steps, max_depth, axis, shared, initial, guess, drives, absolute, relative):
+def _shoot(enter, advance, leave, note, steps, budget, axis, shared, initial, guess, drives, absolute, relative):
     """All passes over B chains; lanes are chains × segments that are here.
 
     Returns:
-        Path `(B, T, D)`, notes `(B, T, R)`, residual `(B, T, D)`, and evaluations, JVPs, depth, whether it gave up, and passes, `(B,)` each.
+        Path `(B, T, D)`, notes `(B, T, R)`, residual `(B, T, D)`, and evaluations, JVPs, depth, whether it gave up, and
+        passes, `(B,)` each.
     """
     num_chains, num_steps, dimension = guess.shape
     num_segments = math.ceil(num_steps / steps)
@@ -174,22 +179,8 @@ def _shoot(enter, advance, leave, note, steps, max_depth, axis, shared, initial,
     meeting = bound if plain else tuple(0.25 * part for part in bound)
     segments, num_notes = _segments(enter, advance, leave, note, params, initial[0], drives, meeting)
     levels = widths(num_lanes, num_chains)
-
-    def is_closed(lanes, starts, ends):
-        """Joints whose segment starts at its predecessor's end, to the tolerance; a step that stands still has none."""
-        closed = same(ends, starts, bound).all(axis=1)
-        if not num_notes:
-            return closed
-        last = lanes.path[-1, :, :dimension]
-        before = lanes.path[-2, :, :dimension] if steps > 1 else starts
-        return closed & (joints.from_before((last != before).any(axis=1)) | (ends == starts).all(axis=1))
-
-    def goes_on(passes, unmet, depth):
-        """Whether another pass is worth it; the same answer on all devices."""
-        still = axis.total(unmet.sum()[None])
-        patient = (depth < max_depth) | ((2 * still <= axis.length(num_lanes)) & (depth < 4 * max_depth))
-        # After as many passes as segments all are exact whatever happened, so this also bounds passes that do nothing.
-        return axis.anyone((still > 0) & patient & (passes <= max(axis.length(num_segments), max_depth)))
+    is_closed = functools.partial(_closed, joints, bound, num_notes)
+    goes_on = functools.partial(_goes_on, axis, budget, num_segments, num_lanes)
 
     def one_pass(carry):
         passes, old, new, lanes, _, _ = carry
@@ -219,6 +210,25 @@ def _shoot(enter, advance, leave, note, steps, max_depth, axis, shared, initial,
     jvps = (corrections * num_segments * correction.jvps(dimension)).astype(jnp.float32)
     return (jnp.where(jnp.isfinite(everything), everything, initial[:, None]), notes, residual, each(evaluations),
             each(jvps), each(lanes.depth + corrections), axis.total(unmet.T) > 0, each(passes))
+
+
+def _closed(joints, bound, num_notes, lanes, starts, ends):
+    """Joints whose segment starts at its predecessor's end, to the tolerance; known to stand still, a step has none."""
+    closed, dimension = same(ends, starts, bound).all(axis=1), starts.shape[1]
+    if not num_notes:
+        return closed
+    last = lanes.path[-1, :, :dimension]
+    before = lanes.path[-2, :, :dimension] if lanes.path.shape[0] > 1 else starts
+    return closed & (joints.from_before((last != before).any(axis=1)) | (ends == starts).all(axis=1))
+
+
+def _goes_on(axis, budget, num_segments, num_lanes, passes, unmet, depth):
+    """Whether another pass is worth it; the same answer on all devices."""
+    still, (max_depth, trial) = axis.total(unmet.sum()[None]), budget
+    patient = (depth < max_depth) | ((2 * still <= axis.length(num_lanes)) & (depth < 4 * max_depth))
+    patient &= (depth < trial) | (20 * still <= 19 * axis.length(num_lanes))
+    # After as many passes as segments all are exact whatever happened, so this also bounds passes that do nothing.
+    return axis.anyone((still > 0) & patient & (passes <= max(axis.length(num_segments), max_depth)))
 
 
 def _segments(enter, advance, leave, note, params, state, drives, bound) -> tuple[Segments, int]:

@@ -27,7 +27,8 @@ MATRIX = [
     for kernel in KERNELS
     for name in reference.NAMES
 ]
-in_parallel: dict[str, bool] = {}
+# Posteriors on which the default solver may give up and say why: at most one of the nine, and at present none.
+MAY_RUN_SEQUENTIALLY: frozenset[str] = frozenset()
 
 
 @pytest.fixture(autouse=True)
@@ -55,15 +56,11 @@ def test_posterior(kernel, name, capsys):
     assert not verdict.gates, verdict
     assert not verdict.failures, verdict
     assert verdict.detectable < 0.4
-    assert report.parallel or report.run.fallbacks, "solved in parallel, or a stated reason"
-    in_parallel[name] = in_parallel.get(name, False) or report.parallel
+    assert report.parallel or name in MAY_RUN_SEQUENTIALLY, report.run.fallbacks
 
 
-def test_parallel_solver_is_in_use():
-    """Runs last in this file: of the posteriors that ran at least eight of nine were solved in parallel time."""
-    if len(in_parallel) < len(reference.NAMES):
-        pytest.skip("not every posterior ran in this process")
-    assert sum(in_parallel.values()) >= 8
+def test_at_most_one_posterior_may_run_sequentially():
+    assert len(MAY_RUN_SEQUENTIALLY & set(reference.NAMES)) == len(MAY_RUN_SEQUENTIALLY) <= 1
 
 
 def test_a_shifted_reference_is_found():

@@ -16,14 +16,14 @@ from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from numpyro.infer.hmc import HMCState
 from numpyro.infer.mcmc import MCMCKernel
 
 from partime_mcmc.kernels import Kernel, Tape, Whitening
 from partime_mcmc.mcmc.family import Numbers, Tuned
 from partime_mcmc.mcmc.metric import DiagonalMetric, FrozenMetric
-from partime_mcmc.mcmc.numpyro.target import Posterior
+from partime_mcmc.mcmc.numpyro.arguments import check_alone, check_positive, checked_metric, is_typed, warn_without_effect
+from partime_mcmc.mcmc.numpyro.target import Posterior, forward_only
 from partime_mcmc.mcmc.pooled import PooledAdaptation
 from partime_mcmc.mcmc.progress import quiet
 from partime_mcmc.mcmc.target import Target
@@ -60,14 +60,21 @@ class ParallelKernel(MCMCKernel):
         inverse_mass_matrix: A first metric for warm-up, `(D, D)` or `(D,)`, in the order of flattened positions.
         adapt_step_size: False keeps `step_size`, which must be given.
         adapt_mass_matrix: False keeps `inverse_mass_matrix`.
-        dense_mass: False takes a diagonal metric; True, or a list of blocks, a dense one (low-rank beyond 300
-        dimensions).
+        dense_mass: False or an empty list takes a diagonal metric; None, True or a list of blocks a dense one (low-rank
+            beyond 300 dimensions).
         target_accept_prob: Mean acceptance in trials; None is what suits the kernel.
         init_strategy: As in NumPyro; None is `init_to_uniform`.
-        adaptation: A whole warm-up strategy, instead of the arguments above.
+        find_heuristic_step_size, regularize_mass_matrix: Accepted, without effect.
+        forward_mode_differentiation: True takes gradients in forward mode, for models with loops that know no other.
+        adaptation: A whole warm-up strategy, instead of `inverse_mass_matrix`, `adapt_mass_matrix`, `dense_mass`,
+            `target_accept_prob` and `trajectory_length`.
 
     Raises:
-        ValueError: If not exactly one of `model` and `potential_fn` is given, or an argument cannot work.
+        ValueError: If not exactly one of `model` and `potential_fn` is given, or an argument cannot work, alone or with
+            another.
+
+    Warns:
+        UserWarning: For an argument without effect that is not at NumPyro's default.
     """
 
     builder: Callable[..., Kernel]
@@ -81,9 +88,12 @@ class ParallelKernel(MCMCKernel):
         inverse_mass_matrix: Any = None,
         adapt_step_size: bool = True,
         adapt_mass_matrix: bool = True,
-        dense_mass: bool | list = True,
+        dense_mass: bool | list | None = None,
         target_accept_prob: float | None = None,
         init_strategy: Callable | None = None,
+        find_heuristic_step_size: bool = False,
+        forward_mode_differentiation: bool = False,
+        regularize_mass_matrix: bool = True,
         adaptation: Any = None,
     ):
         if (model is None) == (potential_fn is None):
@@ -92,16 +102,27 @@ class ParallelKernel(MCMCKernel):
             raise ValueError(f"target_accept_prob: got {target_accept_prob!r}, wanted a number between 0 and 1")
         if step_size is None and not adapt_step_size:
             raise ValueError("step_size: got None with adapt_step_size=False, wanted a number")
+        check_alone(
+            adaptation,
+            inverse_mass_matrix=inverse_mass_matrix,
+            adapt_mass_matrix=None if adapt_mass_matrix else False,
+            dense_mass=dense_mass,
+            target_accept_prob=target_accept_prob,
+            trajectory_length=self._path_length(),
+        )
+        warn_without_effect(find_heuristic_step_size, regularize_mass_matrix)
         self._model, self._potential_fn, self._init_strategy = model, potential_fn, init_strategy
-        self._step_size, self._posterior = step_size, None
-        rule = DiagonalMetric() if dense_mass is False else None
+        self._step_size, self._posterior = check_positive(step_size, "step_size"), None
+        self._forward_mode_differentiation = forward_mode_differentiation
+        rule = DiagonalMetric() if dense_mass is False or dense_mass == [] else None
         if not adapt_mass_matrix:
             rule = FrozenMetric()
         guess = None if inverse_mass_matrix is None else checked_metric(inverse_mass_matrix)
         self.adaptation = adaptation or PooledAdaptation(
             target_acceptance=target_accept_prob, path_length=self._path_length(), metric=rule, guess=guess
         )
-        self._family, self._data = None, None
+        self._family, self._data, self._sample_fn = None, None, None
+        self._builder = None
 
     def _path_length(self) -> float | None:
         return None
@@ -112,8 +133,11 @@ class ParallelKernel(MCMCKernel):
 
     def tuned_builder(self) -> Callable[..., Kernel]:
         """What warm-up tunes, as `sample` takes it."""
-        fixed = self._fixed()
-        return functools.partial(self.builder, **fixed) if fixed else self.builder
+        if self._builder is None:
+            # Made once: a partial equals only itself, and what is compiled is found again by its builder.
+            fixed = self._fixed()
+            self._builder = functools.partial(self.builder, **fixed) if fixed else self.builder
+        return self._builder
 
     @property
     def model(self) -> Callable | None:
@@ -147,8 +171,16 @@ class ParallelKernel(MCMCKernel):
                 raise ValueError(
                     "init_params: got None, wanted starts: a potential_fn does not say what its positions look like"
                 )
-            return Target(_Minus(self._potential_fn), init_params)
-        self._posterior = Posterior(self._model, tuple(model_args), dict(model_kwargs or {}), key, self._init_strategy)
+            minus = _Minus(self._potential_fn)
+            return Target(forward_only(minus) if self._forward_mode_differentiation else minus, init_params)
+        self._posterior = Posterior(
+            self._model,
+            tuple(model_args),
+            dict(model_kwargs or {}),
+            key,
+            self._init_strategy,
+            self._forward_mode_differentiation,
+        )
         return self._posterior.target
 
     def postprocess_fn(self, model_args: tuple, model_kwargs: dict | None) -> Callable[[PyTree], PyTree]:
@@ -156,6 +188,10 @@ class ParallelKernel(MCMCKernel):
         if self._model is None or self._posterior is None:
             return lambda position: position
         return self._posterior.target.constrain
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As NumPyro's kernels: without what is compiled or traced, which the next run makes again."""
+        return self.__dict__ | {"_posterior": None, "_family": None, "_data": None, "_sample_fn": None}
 
     # --- one step at a time, in NumPyro's own MCMC
 
@@ -184,7 +220,7 @@ class ParallelKernel(MCMCKernel):
         return jax.tree.map(lambda leaf: leaf[0], state) if is_single else state
 
     def adopt(self, kernel: Tuned) -> None:
-        """Take over what a warm-up chose: from then on states of that warm-up can be moved, here or in NumPyro's own `MCMC`."""
+        """Take over what a warm-up chose: its states can then be moved, here or in NumPyro's own `MCMC`."""
         self._family, self._data = kernel.family, kernel.numbers.data
         self._sample_fn = self.sample
 
@@ -227,11 +263,6 @@ class _Minus:
         return -self.potential(position)
 
 
-def is_typed(key: Any) -> bool:
-    """Whether keys are of JAX's new style."""
-    return jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
-
-
 def info_fields(state: Any, info: Any) -> dict[str, Any]:
     """What a step says of itself, by NumPyro's names."""
     potential = -getattr(state, "logdensity", jnp.nan)
@@ -242,21 +273,3 @@ def info_fields(state: Any, info: Any) -> dict[str, Any]:
         "num_steps": getattr(info, "num_integration_steps", 1),
         "diverging": getattr(info, "is_divergent", False),
     }
-
-
-def checked_metric(inverse_mass_matrix: Any) -> np.ndarray:
-    """A metric given by the user.
-
-    Raises:
-        ValueError: If it is no vector of positive numbers and no symmetric positive definite matrix.
-    """
-    metric = np.asarray(inverse_mass_matrix, float)
-    wanted = "wanted positive variances (D,) or a symmetric positive definite matrix (D, D)"
-    if metric.ndim not in (1, 2) or (metric.ndim == 2 and metric.shape[0] != metric.shape[1]):
-        raise ValueError(f"inverse_mass_matrix: shape {metric.shape}, {wanted}")
-    usable = np.isfinite(metric).all() and (metric.ndim == 2 or (metric > 0).all())
-    if usable and metric.ndim == 2:
-        usable = np.allclose(metric, metric.T, rtol=1e-3) and np.linalg.eigvalsh(metric).min() > 0
-    if not usable:
-        raise ValueError(f"inverse_mass_matrix: got {metric!r}, {wanted}")
-    return metric

@@ -1,4 +1,7 @@
-"""What NumPyro collects from a run: fields of `HMCState` by name, for every kept draw, and the state after the last one."""
+"""What NumPyro collects from a run: fields of `HMCState` by name, for every kept draw, and the state after the last one.
+
+Also here: the shapes that NumPyro wants where there is nothing to collect, and far-apart draws for pilot chains.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from numpyro.infer.hmc import HMCState
 from partime_mcmc.mcmc.draws import Draws
 from partime_mcmc.mcmc.family import Tuned
 from partime_mcmc.types import PyTree
+
+_NUM_POOL = 32
 
 
 def collect(
@@ -58,6 +63,35 @@ def collect(
             raise ValueError(f"extra_fields: got {name!r}; wanted some of {sorted(everything)}, or z.<site>")
         fields[name] = value if kept is None else jax.tree.map(lambda leaf: leaf[:, kept], value)
     return fields, _last(draws, state, everything)
+
+
+def nothing(state: HMCState, num_chains: int) -> tuple[dict[str, PyTree], HMCState]:
+    """No draws, as NumPyro wants them, empty arrays, and the state, without its axis of chains if there is one chain."""
+    shape = (0,) if num_chains == 1 else (0, num_chains)
+    none = {"z": jax.tree.map(lambda leaf: jnp.zeros((*shape, *leaf.shape[1:]), leaf.dtype), state.z)}
+    return none, jax.tree.map(lambda leaf: leaf[0], state) if num_chains == 1 else state
+
+
+def with_chains(tree: PyTree, num_chains: int) -> PyTree:
+    """A state or starts of NumPyro's with the axis of chains, which a single chain lacks."""
+    return jax.tree.map(lambda leaf: leaf[None], tree) if num_chains == 1 else tree
+
+
+def far_apart(starts: PyTree, positions: PyTree) -> PyTree:
+    """Where chains came from and some of their draws, at least two: far-apart starts for pilot chains.
+
+    Args:
+        starts: Leaves `(C, ...)`.
+        positions: Leaves `(C, T, ...)`, T at least 1.
+
+    Returns:
+        Leaves `(K, ...)`.
+    """
+    num_chains, num_steps = jax.tree.leaves(positions)[0].shape[:2]
+    count = min(_NUM_POOL, num_chains * num_steps)
+    # Neighbours are paired, so that they come from different chains, and from different times of one.
+    chains, steps = np.arange(count) % num_chains, np.linspace(num_steps - 1, 0, count).astype(int)
+    return jax.tree.map(lambda first, leaf: jnp.concatenate([first, leaf[chains, steps]]), starts, positions)
 
 
 def _kept(draws: Draws, thinning: int) -> np.ndarray | None:

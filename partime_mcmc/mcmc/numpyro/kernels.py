@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 from typing import Any, Callable
 
+from partime_mcmc.diagnostics.checks import check_count
 from partime_mcmc.kernels import CoalescingDice, Kernel, Whitening, coalescing_hmc, hmc, mala, nuts
+from partime_mcmc.mcmc.numpyro.arguments import check_positive
 from partime_mcmc.mcmc.numpyro.base import ParallelKernel
 
 
@@ -29,7 +31,8 @@ class HMC(ParallelKernel):
         trajectory_length: float | None = None,
         **options: Any,
     ):
-        self._num_steps, self._trajectory_length = num_steps, trajectory_length
+        self._num_steps = None if num_steps is None else check_count(num_steps, "num_steps", 1)
+        self._trajectory_length = check_positive(trajectory_length, "trajectory_length")
         super().__init__(model, potential_fn, **options)
 
     def _path_length(self) -> float | None:
@@ -53,7 +56,7 @@ class CoalescingHMC(HMC):
     def __init__(
         self, model: Callable | None = None, potential_fn: Callable | None = None, *, every: int = 4, **options: Any
     ):
-        self._every = every
+        self._every = check_count(every, "every", 1)
         super().__init__(model, potential_fn, **options)
 
     def _fixed(self) -> dict[str, Any]:
@@ -84,7 +87,8 @@ class NUTS(ParallelKernel):
         max_tree_depth: int | tuple[int, int] = 10,
         **options: Any,
     ):
-        self._max_tree_depth = max_tree_depth[-1] if isinstance(max_tree_depth, tuple) else max_tree_depth
+        depth = max_tree_depth[-1] if isinstance(max_tree_depth, tuple) else max_tree_depth
+        self._max_tree_depth = check_count(depth, "max_tree_depth", 1)
         super().__init__(model, potential_fn, **options)
 
     def _fixed(self) -> dict[str, Any]:

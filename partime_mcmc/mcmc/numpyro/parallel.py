@@ -10,22 +10,26 @@ those of NumPyro's own loop over the same kernel with the same keys, certified; 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
+from numpyro.infer.mcmc import MCMCKernel
 
 from partime_mcmc.contracts import check_has
-from partime_mcmc.diagnostics.checks import check_count, check_key
+from partime_mcmc.diagnostics.checks import check_count
 from partime_mcmc.kernels import Evidence, Recorded
 from partime_mcmc.mcmc.arguments import chosen_progress
 from partime_mcmc.mcmc.draws import Draws, End
-from partime_mcmc.mcmc.numpyro.collect import collect
-from partime_mcmc.mcmc.numpyro.base import ParallelKernel
-from partime_mcmc.mcmc.numpyro.report import ParallelReport
+from partime_mcmc.mcmc.numpyro.arguments import check_keys, check_leading
+from partime_mcmc.mcmc.numpyro.collect import collect, far_apart, nothing, with_chains
+from partime_mcmc.mcmc.numpyro.data import Data
+from partime_mcmc.mcmc.numpyro.report import ParallelReport, without_kernel
 from partime_mcmc.mcmc.numpyro.stored import ReadsStore, check_fields, run_on_disk
+from partime_mcmc.mcmc.numpyro.theirs import ours
 from partime_mcmc.mcmc.numpyro.warm import begin, kernel_from, keys_of, state_of
 from partime_mcmc.mcmc.chains import check_fits, draw_chains, pilot_advice
 from partime_mcmc.mcmc.resume import as_store
@@ -44,8 +48,9 @@ class ParallelMCMC(ReadsStore):
     """NumPyro's `MCMC` with chains solved in parallel time.
 
     Args:
-        sampler: `CoalescingHMC(model)`, `HMC`, `NUTS`, `MALA` of this package, or `BlackJAXKernel(build, model)`.
-        num_warmup: Warm-up steps per chain at most; warm-up stops when it is done. 0 adapts nothing.
+        sampler: `CoalescingHMC(model)`, `HMC`, `NUTS`, `MALA` of this package, `BlackJAXKernel(build, model)`, or
+            NumPyro's own `HMC` or `NUTS`, for which ours stand in (see `theirs`).
+        num_warmup: Warm-up steps per chain at most, but 20; warm-up stops when it is done. 0 adapts nothing.
         num_samples: Draws per chain.
         num_chains: Chains, all advanced together.
         thinning: Of `thinning` draws in a row the last is kept.
@@ -59,13 +64,13 @@ class ParallelMCMC(ReadsStore):
         certificate: What it rests on, as for `sample`: `Recorded()` or `Independent()`.
 
     Raises:
-        TypeError: If the sampler is not one of ours, or a count has the wrong type.
-        ValueError: If a count is out of range.
+        TypeError: If the sampler is none of these, or a count has the wrong type.
+        ValueError: If a count is out of range, or a kernel of NumPyro's has a setting that ours lack.
     """
 
     def __init__(
         self,
-        sampler: ParallelKernel,
+        sampler: MCMCKernel,
         *,
         num_warmup: int,
         num_samples: int,
@@ -81,13 +86,8 @@ class ParallelMCMC(ReadsStore):
         certificate: Evidence = Recorded(),
     ):
         check_has(certificate, "certificate", ("dynamics",), "Recorded() or Independent()")
-        if not isinstance(sampler, ParallelKernel):
-            raise TypeError(
-                f"sampler: got a {type(sampler).__module__}.{type(sampler).__name__}, wanted one of CoalescingHMC, HMC, "
-                "NUTS, MALA or BlackJAXKernel of partime_mcmc"
-            )
         super().__init__(
-            sampler,
+            ours(sampler),
             num_warmup=check_count(num_warmup, "num_warmup", 0),
             num_samples=check_count(num_samples, "num_samples", 1),
             num_chains=check_count(num_chains, "num_chains", 1),
@@ -99,11 +99,13 @@ class ParallelMCMC(ReadsStore):
             jit_model_args=jit_model_args,
         )
         self.solver, self.schedule, self.certificate = solver, schedule, certificate
-        self._targets: dict[Any, Target] = {}
+        self._known: tuple[Data, Target, Any] | None = None
         self._store: Store | None = None
         self._draws: Draws | StoredDraws | None = None
         self._asked: Callable[[], Advice] | None = None
         self._warmed: Warmup | None = None
+        self._warmed_on: Target | None = None
+        self._pool: PyTree = None
 
     def run(
         self,
@@ -128,17 +130,8 @@ class ParallelMCMC(ReadsStore):
             StoreMismatch, StoreError: As `sample`.
             TypeError, ValueError: For bad keys, fields, starts, or models; see `from_numpyro`.
         """
-        if isinstance(rng_key, jax.core.Tracer):
-            raise TypeError(
-                "rng_key: got a traced value; call run outside jit and vmap (it compiles what it needs itself)"
-            )
-        shape = getattr(rng_key, "shape", None)
-        if self.num_chains == 1 or shape is None or shape in ((), (2,)):
-            rng_key = check_key(rng_key, "rng_key")
-        elif shape[0] != self.num_chains:
-            raise ValueError(
-                f"rng_key: got {shape[0]} keys for {self.num_chains} chains; wanted one key, or one per chain"
-            )
+        rng_key = check_keys(rng_key, self.num_chains)
+        check_leading(init_params, self.num_chains)
         if isinstance(extra_fields, str):
             raise TypeError(f"extra_fields: got the string {extra_fields!r}; wanted a tuple of field names")
         self._store = None if store is None else as_store(store)
@@ -155,7 +148,8 @@ class ParallelMCMC(ReadsStore):
             RuntimeError: Before the first run.
         """
         draws = self._need_draws()
-        return ParallelReport(draws.report, draws.certificate, draws.warmup, draws.plan)
+        needed = self.solver is None and draws.report.fallbacks
+        return ParallelReport(draws.report, draws.certificate, draws.warmup, draws.plan, self._advise() if needed else None)
 
     @property
     def advice(self) -> Advice:
@@ -165,7 +159,16 @@ class ParallelMCMC(ReadsStore):
             RuntimeError: Before the first run.
         """
         self._need_draws()
-        return self._asked()
+        return self._advise()()
+
+    def _advise(self) -> Callable[[], Advice]:
+        if self._asked is None:
+            # Unpickled: the kernel is made again from the last state.
+            state = with_chains(self.last_state, self.num_chains)
+            target = self._target(self._args, self._kwargs, state.rng_key, state.z)
+            kernel = kernel_from(self.sampler, target, state)
+            self._ask_later(kernel, self._pool, state.rng_key, self._draws.plan["num_samples"])
+        return self._asked
 
     @property
     def draws(self) -> Draws | StoredDraws:
@@ -195,22 +198,25 @@ class ParallelMCMC(ReadsStore):
         self._need_draws().or_raise()
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """As NumPyro's, without what is compiled or traced: the next run, or `advice`, makes it again."""
+        dropped = {"_known": None, "_asked": None, "_warmed": without_kernel(self._warmed), "_warmed_on": None}
+        draws = self._draws
+        if isinstance(draws, Draws):
+            draws = dataclasses.replace(draws, warmup=without_kernel(draws.warmup))
+        return super().__getstate__() | dropped | {"_draws": draws}
+
     # --- the method of NumPyro's that moves chains
 
     def _single_chain_mcmc(self, init, args, kwargs, collect_fields, remove_sites):
         rng_key, state, init_params = init
         keys, progress = keys_of(rng_key), chosen_progress(self.progress_bar)
-        if init_params is not None and self.num_chains == 1:
-            init_params = jax.tree.map(lambda leaf: leaf[None], init_params)
+        init_params = with_chains(init_params, self.num_chains)
         target = self._target(args, kwargs, keys, init_params)
         params = self._collection_params
         num_steps = params["upper"] - params["lower"]
         if state is not None:
-            state = (
-                state._replace(rng_key=keys)
-                if self.num_chains > 1
-                else jax.tree.map(lambda leaf: leaf[None], state._replace(rng_key=keys[0]))
-            )
+            state = with_chains(state._replace(rng_key=keys if self.num_chains > 1 else keys[0]), self.num_chains)
         if self._store is not None:
             return self._on_disk(target, keys, state, init_params, num_steps, collect_fields, remove_sites)
         check_fits(target, num_steps, self.num_chains, solver=self.solver, schedule=self.schedule,
@@ -218,8 +224,8 @@ class ParallelMCMC(ReadsStore):
         warmup = None
         if state is None:
             ready = begin(self.sampler, target, keys, self.num_warmup, init_params, progress)
-            self._warmed = ready.warmup
             kernel, warmup, state = ready.kernel, ready.warmup, state_of(ready, keys)
+            self._warmed, self._warmed_on = warmup, target
         else:
             kernel = kernel_from(self.sampler, target, state)
         self.sampler.adopt(kernel)
@@ -230,9 +236,10 @@ class ParallelMCMC(ReadsStore):
         if not num_steps:
             # `warmup()` collects nothing.
             self._shelf = None
-            return self._nothing(state)
-        single = self.num_chains == 1
-        pool = state.z if warmup is None else warmup.pool
+            return nothing(state, self.num_chains)
+        end = End(state.r, state.adapt_state.discrete, int(state.i[0]))
+        # Without a solver the default one runs at once, unlike in `sample`: pilots are compiled for seconds, which would be
+        # most of a short run. Where it had to give up, `report` asks for the advice afterwards.
         draws = draw_chains(
             target,
             kernel,
@@ -242,46 +249,40 @@ class ParallelMCMC(ReadsStore):
             warmup=warmup,
             solver=self.solver,
             schedule=self.schedule,
-            end=End(state.r, state.adapt_state.discrete, int(state.i[0])),
+            end=end,
             certificate=self.certificate,
             progress=progress,
         )
         self._draws, self._shelf = draws, None
-        self._asked = functools.cache(functools.partial(pilot_advice, kernel, pool, keys, num_steps))
+        known = self._warmed if self._warmed_on is target else None
+        self._ask_later(kernel, far_apart(state.z, draws.positions) if known is None else known.pool, keys, num_steps)
         fields, last = collect(draws, kernel, state, self.postprocess_fn, collect_fields, remove_sites, self.thinning)
-        along = [
-            jax.tree.map(lambda leaf: leaf[0] if single else jnp.swapaxes(leaf, 0, 1), value) for value in fields.values()
-        ]
-        return dict(zip(fields, along)), jax.tree.map(lambda leaf: leaf[0], last) if single else last
+        if self.num_chains == 1:
+            return jax.tree.map(lambda leaf: leaf[0], (fields, last))
+        return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), fields), last
 
     def _on_disk(self, target, keys, state, init_params, num_steps, names, removed):
         """Sample to a store; NumPyro's own memory of the draws stays empty."""
         check_fields(names)
-        self._draws, state, kernel = run_on_disk(
+        self._draws, state, kernel, pool = run_on_disk(
             self._store, self.sampler, target, keys, state, init_params, num_steps, self, chosen_progress(self.progress_bar)
         )
         self.sampler.adopt(kernel)
-        self._asked = functools.cache(functools.partial(pilot_advice, kernel, state.z, keys, num_steps))
+        self._ask_later(kernel, pool, keys, num_steps)
         self._shelf = (self._draws, names, removed)
-        return self._nothing(state)
+        return nothing(state, self.num_chains)
 
-    def _nothing(self, state):
-        """No draws, as NumPyro wants them: empty arrays."""
-        single = self.num_chains == 1
-        shape = (0,) if single else (0, self.num_chains)
-        nothing = {"z": jax.tree.map(lambda leaf: jnp.zeros((*shape, *leaf.shape[1:]), leaf.dtype), state.z)}
-        return nothing, jax.tree.map(lambda leaf: leaf[0], state) if single else state
+    def _ask_later(self, kernel, pool, keys, num_steps):
+        self._pool = pool
+        self._asked = functools.cache(functools.partial(pilot_advice, kernel, pool, keys, num_steps))
 
     def _target(self, args, kwargs, keys, init_params) -> Target:
         """The target of these data; the same object for the same data, so that nothing is traced or compiled twice."""
-        leaves, structure = jax.tree.flatten((args, kwargs))
-        entry = (structure, tuple(map(id, leaves)), jax.config.jax_enable_x64)
-        if entry not in self._targets:
+        if self._known is None or not self._known[0].are(args, kwargs):
             first = None if init_params is None else jax.tree.map(lambda leaf: leaf[0], init_params)
             target = self.sampler.target(args, kwargs, keys[0], first)
-            # The leaves are kept, so that their ids stay theirs.
-            self._targets = {entry: (target, self.sampler._posterior, leaves)}
-        target, self.sampler._posterior, _ = self._targets[entry]
+            self._known = (Data.of(args, kwargs), target, self.sampler._posterior)
+        _, target, self.sampler._posterior = self._known
         return target
 
 

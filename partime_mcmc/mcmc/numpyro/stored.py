@@ -38,7 +38,7 @@ _FIELDS = {"diverging": "diverging", "energy": "energy", "num_steps": "n_steps",
 
 def run_on_disk(store: Store, sampler: ParallelKernel, target: Target, keys: Key, state: HMCState | None,
                 init_params: PyTree, num_samples: int, settings: Any,
-                progress: Progress) -> tuple[StoredDraws, HMCState, Kernel]:
+                progress: Progress) -> tuple[StoredDraws, HMCState, Kernel, PyTree]:
     """Begin or go on with a run of NumPyro's on disk.
 
     Args:
@@ -53,7 +53,8 @@ def run_on_disk(store: Store, sampler: ParallelKernel, target: Target, keys: Key
         progress: What to tell.
 
     Returns:
-        The draws, the state after the last of them, leaves `(C, ...)`, and the tuned kernel.
+        The draws, the state after the last of them, leaves `(C, ...)`, the tuned kernel, and where the chains began and are
+        now, leaves `(2 C, ...)`.
     """
     builder, num_warmup, thinning = sampler.tuned_builder(), settings.num_warmup, settings.thinning
     solver, schedule = settings.solver, settings.schedule
@@ -83,7 +84,10 @@ def run_on_disk(store: Store, sampler: ParallelKernel, target: Target, keys: Key
     start, example = Start.read(draws.folder.read_start()), example_of(target)
     kernel = start.kernel(target, builder, example)
     arrays = read_state(draws.chunks[-1])[0] if draws.chunks else start.arrays
-    return draws, _state_after(draws, kernel, target, keys, unpack_end(arrays, kernel, example)), kernel
+    last = _state_after(draws, kernel, target, keys, unpack_end(arrays, kernel, example))
+    began = jax.vmap(kernel.position)(start.end(kernel, example).carries)
+    pool = jax.tree.map(lambda first, now: jnp.concatenate([first, now]), began, last.z)
+    return draws, last, kernel, pool
 
 
 def _state_after(draws: StoredDraws, kernel: Kernel, target: Target, keys: Key, end: End) -> HMCState:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
+from jax.flatten_util import ravel_pytree
 from numpyro.distributions import biject_to
 from numpyro.handlers import seed, substitute
 from numpyro.infer.initialization import init_to_uniform
@@ -69,22 +70,32 @@ class Posterior:
         kwargs: Its keyword arguments.
         key: PRNG key, shape (), for tracing.
         init_strategy: As for `from_numpyro`.
+        forward_mode_differentiation: As NumPyro's kernels have it.
 
     Attributes:
         target: The target.
         search: A start and whether it is a good one, by key; NumPyro's own search, compiled.
+        shapes: Shape and type of every latent site's unconstrained value.
 
     Raises:
         TypeError, ValueError, Exception: As `from_numpyro`.
     """
 
-    def __init__(self, model: Callable, args: tuple, kwargs: dict, key: Key, init_strategy: Callable | None = None):
+    def __init__(
+        self,
+        model: Callable,
+        args: tuple,
+        kwargs: dict,
+        key: Key,
+        init_strategy: Callable | None = None,
+        forward_mode_differentiation: bool = False,
+    ):
         if not callable(model):
             raise TypeError(f"model: got {model!r} of type {type(model).__name__}; wanted a NumPyro model (a function)")
         self.strategy = init_to_uniform if init_strategy is None else init_strategy
         if not callable(self.strategy):
             raise TypeError(f"init_strategy: got {self.strategy!r}; wanted a NumPyro initialisation strategy, or None")
-        self.key = check_key(key)
+        self.key, self.forward_mode_differentiation = check_key(key), forward_mode_differentiation
         self.run = WithData(model, args, kwargs)
         sites = traced(self.run, self.key, self.strategy)
         _check_latent_sites(sites)
@@ -111,13 +122,20 @@ class Posterior:
         def constrain(position: PyTree) -> dict[str, Array]:
             return constrain_fn(prepared, (), {}, position, return_deterministic=True)
 
-        _check_traceable(lambda position: -logdensity(position), _shapes(sites, latent))
-        self.target = Target(logdensity, initial, constrain, names, plate_dims(sites, names))
+        self.shapes = _shapes(sites, latent)
+        _check_traceable(lambda position: -logdensity(position), self.shapes)
+        density = forward_only(logdensity) if forward_mode_differentiation else logdensity
+        self.target = Target(density, initial, constrain, names, plate_dims(sites, names))
 
     def _search(self, key: Key) -> tuple[PyTree, Array]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # NumPyro's remarks on the model were made once, when it was traced
-            found = initialize_model(key, self.run, init_strategy=self.strategy).param_info
+            found = initialize_model(
+                key,
+                self.run,
+                init_strategy=self.strategy,
+                forward_mode_differentiation=self.forward_mode_differentiation,
+            ).param_info
         parts = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((found.potential_energy, found.z_grad))]
         return found.z, jnp.stack(parts).all()
 
@@ -132,6 +150,26 @@ class Posterior:
                 "model: got no start with a finite log density and gradient in 100 tries; wanted one."
                 + diagnosis(self.run, self.key, self.strategy)
             )
+
+
+def forward_only(logdensity: Callable[[PyTree], Array]) -> Callable[[PyTree], Array]:
+    """A log density whose gradient is always taken in forward mode, also where reverse mode is asked for.
+
+    A `lax.while_loop` in a model has no reverse mode. The derivative is linear in the tangent whatever is inside, so that
+    everything else goes on as ever, at the cost of D evaluations per gradient.
+
+    Args:
+        logdensity: `position -> scalar`.
+    """
+    density = jax.custom_jvp(lambda position: logdensity(position))
+
+    @density.defjvp
+    def _(primals, tangents):
+        flat, unravel = ravel_pytree(primals[0])
+        slope = jax.jacfwd(lambda x: logdensity(unravel(x)))(flat)
+        return logdensity(primals[0]), jnp.vdot(slope, ravel_pytree(tangents[0])[0])
+
+    return density
 
 
 # --- what a model may hold -------------------------------------------------------------------------------------------

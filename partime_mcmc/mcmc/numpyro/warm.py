@@ -16,7 +16,8 @@ from partime_mcmc.closures import Named
 from partime_mcmc.diagnostics.checks import check_dtypes, check_precision, check_starts, looks_improper
 from partime_mcmc.kernels import Whitening
 from partime_mcmc.mcmc.family import Family, Tuned, density_of, tuned_kernel
-from partime_mcmc.mcmc.numpyro.base import AdaptState, ParallelKernel, is_typed
+from partime_mcmc.mcmc.numpyro.arguments import check_sites, is_typed
+from partime_mcmc.mcmc.numpyro.base import AdaptState, ParallelKernel
 from partime_mcmc.mcmc.programs import Clock, run_program
 from partime_mcmc.mcmc.progress import Progress
 from partime_mcmc.mcmc.target import Target
@@ -54,15 +55,13 @@ def begin(
         sampler: The kernel.
         target: What is sampled.
         keys: One key per chain, shape `(C,)`.
-        num_warmup: 0, or at least 20.
+        num_warmup: 0, or steps to take: at least 20 are taken, because fewer teach nothing, and a note says so.
         init_params: One start per chain, leaves `(C, ...)`, or None.
         progress: What to tell.
 
     Raises:
-        ValueError: If `num_warmup` is too small to warm up and not 0, or starts are bad (`InvalidStart`).
+        ValueError: If starts are bad (`InvalidStart`).
     """
-    if 0 < num_warmup < _LEAST_WARMUP:
-        raise ValueError(f"num_warmup: got {num_warmup}, wanted 0 (no adaptation) or at least {_LEAST_WARMUP}")
     num_chains = keys.shape[0]
     wanted = max(num_chains, sampler.adaptation.num_chains) if num_warmup else num_chains
     starts = _starts(sampler, target, jax.random.fold_in(keys[0], _START_STREAM), wanted, init_params)
@@ -84,16 +83,20 @@ def begin(
     check_precision(target.logdensity, first)
     if not num_warmup:
         return Beginning(_untuned(sampler, density, data, first), starts, np.asarray(value), None, fixed)
-    with progress.stage("warm-up", num_warmup) as advance:
+    num_steps = max(num_warmup, _LEAST_WARMUP)
+    with progress.stage("warm-up", num_steps) as advance:
         warmup = warm_up(
             jax.random.fold_in(keys[0], _WARMUP_STREAM),
             target.logdensity,
             sampler.tuned_builder(),
             starts,
-            num_warmup,
+            num_steps,
             sampler.adaptation,
             advance,
         )
+    if num_steps > num_warmup:
+        note = f"num_warmup was {num_warmup}, too few to learn anything: {num_steps} steps were allowed."
+        warmup = dataclasses.replace(warmup, notes=(*warmup.notes, note))
     suspicion = looks_improper(starts, warmup.positions, warmup.settings.get("step_size", 1.0))
     if suspicion:
         progress.warn(suspicion)
@@ -188,16 +191,14 @@ def _starts(sampler: ParallelKernel, target: Target, key: Key, wanted: int, init
     if init_params is None:
         return target.starts(jax.random.split(key, wanted))
     given = check_dtypes(init_params, "init_params")
+    if sampler.model is not None:
+        check_sites(given, sampler._posterior.shapes)
     have = jax.tree.leaves(given)[0].shape[0]
     if have >= wanted:
         return given
     if sampler.model is None:
         return jax.tree.map(lambda leaf: leaf[jnp.arange(wanted) % have], given)
     more = target.starts(jax.random.split(key, wanted - have))
-    if jax.tree.structure(more) != jax.tree.structure(given):
-        raise ValueError(
-            f"init_params: got sites {sorted(given)}, wanted an unconstrained value for each of {sorted(more)}"
-        )
     return jax.tree.map(lambda a, b: jnp.concatenate([a.astype(b.dtype), b]), given, more)
 
 

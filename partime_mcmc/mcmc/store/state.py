@@ -125,7 +125,7 @@ def unpack_leaves(name: str, arrays: dict[str, np.ndarray], template: PyTree) ->
 
 def strong(value: Any) -> jax.Array:
     """A JAX array that remembers nothing but its numbers: restored ones and computed ones run the same programs."""
-    return value if is_key(value) else jnp.asarray(np.asarray(value))
+    return value if is_key(value) else jax.device_put(np.asarray(value))
 
 
 def is_key(value: Any) -> bool:

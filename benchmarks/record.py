@@ -1,0 +1,130 @@
+"""What every benchmark shares: how it times, and what a record says beside its numbers.
+
+A stored record is JSON with `about` (device, versions, commit, memory of the process) and the benchmark's own rows,
+with a Markdown table of the same name beside it. Rows have compile seconds and, where a compiled program is at hand,
+the bytes of temporary memory that the compiler gives it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+# Where a run goes unless it is told: never where the tables are that the documentation quotes.
+OUT = Path("benchmark-results")
+# Seconds that short programs are repeated for, and how often at most.
+_SECONDS, _MOST_REPEATS = 1.0, 200
+
+
+def about() -> dict[str, Any]:
+    """Device, versions, commit and memory of this process."""
+    import jax
+
+    from partime_mcmc.mcmc.finish import versions
+
+    return {"platform": jax.default_backend(), "device": jax.devices()[0].device_kind, "machine": platform.machine(),
+            "cores": os.cpu_count(), "python": platform.python_version(), "versions": versions(), "commit": commit(),
+            "peak_resident_bytes": peak_resident(), "peak_device_bytes": peak_device()}
+
+
+def commit() -> str:
+    """The commit that is measured, marked where files differ from it; "unknown" without git or outside a checkout."""
+    try:
+        found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                               cwd=Path(__file__).parent)
+    except FileNotFoundError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def peak_resident() -> int:
+    """The largest resident memory of this process so far, bytes."""
+    # Kilobytes on Linux, bytes on a Mac.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_device() -> int | None:
+    """The most memory in use on the default device so far, bytes; None where the platform does not count (CPUs)."""
+    import jax
+
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def temporary_bytes(compiled: Any) -> int | None:
+    """Temporary memory of a compiled program, by the compiler's own account; None where it keeps none."""
+    found = compiled.memory_analysis()
+    return None if found is None else int(found.temp_size_in_bytes)
+
+
+def keep(stored: Path, record: dict[str, Any], text: str) -> None:
+    """Write a record as JSON and its table as Markdown of the same name."""
+    stored.parent.mkdir(parents=True, exist_ok=True)
+    stored.write_text(json.dumps({"about": about(), **record}, indent=1))
+    stored.with_suffix(".md").write_text(text)
+
+
+def prepared(runs: dict[Any, tuple[Callable, tuple]]) -> dict[Any, dict]:
+    """Compile each function for its arguments and run it once, apart from all times.
+
+    Args:
+        runs: A jitted function and its arguments by name.
+
+    Returns:
+        By name: `function` compiled, its `arguments`, `compile` seconds, `temp_bytes`, `times` so far none, and the `value`.
+    """
+    import jax
+
+    found = {}
+    for name, (function, arguments) in runs.items():
+        begin = time.perf_counter()
+        compiled = function.lower(*arguments).compile()
+        found[name] = {"compile": time.perf_counter() - begin, "times": [], "function": compiled, "arguments": arguments,
+                       "temp_bytes": temporary_bytes(compiled), "value": jax.block_until_ready(compiled(*arguments))}
+    return found
+
+
+def in_turn(found: dict[Any, dict], repeats: int) -> None:
+    """Run all of them one after another, `repeats` times over; `times` grow and `seconds` is their median."""
+    import jax
+
+    for _ in range(repeats):
+        for one in found.values():
+            begin = time.perf_counter()
+            jax.block_until_ready(one["function"](*one["arguments"]))
+            one["times"].append(time.perf_counter() - begin)
+    for one in found.values():
+        one["seconds"] = statistics.median(one["times"])
+
+
+def timed(runs: dict[Any, tuple[Callable, tuple]], repeats: int) -> dict[Any, dict]:
+    """Compile each, then run them in turn; medians. `settled` says how many repeats make these trustworthy."""
+    found = prepared(runs)
+    in_turn(found, repeats)
+    return found
+
+
+def settled(repeats: int, seconds: float) -> int:
+    """Rounds so that short programs are repeated for a second in all, at least `repeats` and at most 200 times."""
+    return max(repeats, min(_MOST_REPEATS, int(_SECONDS / max(seconds, 1e-9))))
+
+
+def put_between(file: Path, begin: str, end: str, text: str) -> None:
+    """Replace what stands between two marks of a file.
+
+    Raises:
+        ValueError: If the file lacks one of the marks.
+    """
+    whole = file.read_text(encoding="utf-8")
+    head, found, rest = whole.partition(begin)
+    _, closed, tail = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"{file}: wanted the marks {begin!r} and {end!r}, one is missing")
+    file.write_text(head + begin + "\n" + text + end + tail, encoding="utf-8")
