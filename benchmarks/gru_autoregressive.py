@@ -69,7 +69,9 @@ def solvers() -> dict:
     """Solvers by name."""
     named = {"Newton": deer(), "Newton, clipped": deer(clip=1.0), "quasi-Newton, clipped": quasi_deer()}
     named |= {f"ELK, damping {value:g}": elk(policy=ConstantDamping(value)) for value in CONSTANTS}
-    named |= {"ELK, relaxing from 1": elk(), "quasi-ELK, relaxing from 1": quasi_elk()}
+    slow = RelaxingDamping(initial=1.0, cooling=0.7)
+    named |= {"ELK, relaxing from 1": elk(policy=slow), "quasi-ELK, relaxing from 1": quasi_elk(policy=slow)}
+    # The last of these is what `elk()` is.
     for initial in (1e-2, 1e-4):
         named[f"ELK, relaxing from {initial:g}, fast"] = elk(policy=RelaxingDamping(initial=initial, cooling=0.5))
     return named

@@ -1,6 +1,7 @@
 """partime_mcmc: Markov chain Monte Carlo and recurrent systems, parallel over time.
 
     engine        Dynamics, solve, rollout, residual; Solution, Status, Tolerance, Stats
+    derivatives   Implicit, ImplicitRelay
     recipes       sequential, deer, quasi_deer, elk, quasi_elk, picard, jacobi, shooting
     schedules     Whole, Stretches, Sliding
     linearizers   DenseJacobian, DiagonalJacobian, HutchinsonDiagonal, IdentityJacobian, ZeroJacobian, Clipped, Damped
@@ -14,6 +15,7 @@
     judging       Certificate, Recorded, Independent, compare, to_arviz
 """
 
+from partime_mcmc.adjoint import Implicit, ImplicitRelay
 from partime_mcmc.diagnostics.arviz import read_netcdf, save_netcdf, summary_table, to_arviz
 from partime_mcmc.diagnostics.compare import compare
 from partime_mcmc.distributed import hosts, sharded_chains, sharded_solve, time_mesh
@@ -48,11 +50,11 @@ __version__ = "0.1.0"
 __all__ = [
     "BlackJAXKernel", "Certificate", "Clipped", "CoalescingDice", "CoalescingHMC", "ConstantDamping", "Damped",
     "DenseJacobian", "DiagonalJacobian", "Draws", "Dynamics", "Fold", "HMC", "HutchinsonDiagonal", "IdentityJacobian",
-    "Independent", "Kalman", "Kernel", "MALA", "NUTS", "NetCDF", "Newton", "ParallelMCMC", "PlainDice",
-    "PooledAdaptation", "Recorded", "RelaxingDamping", "Running", "Sliding", "Solution", "SolveError", "Stats",
-    "Status", "Store", "StoreError", "StoreMismatch", "StoredDraws", "Stretches", "Target", "Tolerance", "Whitening",
-    "Whole", "WindowAdaptation", "Zarr", "ZeroJacobian", "certify", "coalescing_hmc", "compare", "deer", "elk",
-    "from_blackjax", "from_numpyro", "hmc", "hosts", "jacobi", "loop", "mala", "nuts", "open_draws", "picard",
+    "Implicit", "ImplicitRelay", "Independent", "Kalman", "Kernel", "MALA", "NUTS", "NetCDF", "Newton", "ParallelMCMC",
+    "PlainDice", "PooledAdaptation", "Recorded", "RelaxingDamping", "Running", "Sliding", "Solution", "SolveError",
+    "Stats", "Status", "Store", "StoreError", "StoreMismatch", "StoredDraws", "Stretches", "Target", "Tolerance",
+    "Whitening", "Whole", "WindowAdaptation", "Zarr", "ZeroJacobian", "certify", "coalescing_hmc", "compare", "deer",
+    "elk", "from_blackjax", "from_numpyro", "hmc", "hosts", "jacobi", "loop", "mala", "nuts", "open_draws", "picard",
     "progress_line", "quasi_deer", "quasi_elk", "quiet", "random_walk", "read_netcdf", "residual", "resume", "rollout",
     "sample", "save_netcdf", "sequential", "sharded_chains", "sharded_solve", "shooting", "solve", "summary_table",
     "time_mesh", "to_arviz", "unroll",

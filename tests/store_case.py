@@ -6,6 +6,7 @@
 import contextlib
 import functools
 import os
+import signal
 import sys
 
 import blackjax
@@ -70,5 +71,7 @@ if __name__ == "__main__":
     if "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", ""):
         programs.CPU_OPTIONS.clear()  # as in conftest.py: bits depend on how hard the compiler tries
     jax.config.update("jax_enable_x64", True)
+    # A parent that ignores Ctrl-C, as workers of a parallel test run do, would have its children ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     print("begin", flush=True)
     print(run(sys.argv[1], int(sys.argv[2]), progress=Told()).status, flush=True)

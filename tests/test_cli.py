@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from partime_mcmc.cli import loading, main, sampling
+from partime_mcmc.cli import loading, main, runs, sampling, telling
 from partime_mcmc.diagnostics.arviz import read_netcdf
 from partime_mcmc.solution import Status
 
@@ -160,6 +160,30 @@ def test_errors_of_a_model_are_told_and_traced_on_demand(folder, capsys, tmp_pat
     assert capsys.readouterr().err == "partime_mcmc: RuntimeError: out of cheese. The NumPyro model failed after site 'mu'\n"
     with pytest.raises(RuntimeError, match="cheese"):
         main([*command, "--traceback"])
+
+
+def test_what_jax_says_of_its_traceback_is_left_out():
+    def traced(x):
+        raise ValueError("no such thing")
+
+    with pytest.raises(ValueError) as caught:
+        jax.jit(traced)(1.0)
+    assert any("JAX has removed" in note for note in caught.value.__notes__), "there is nothing to leave out"
+    caught.value.add_note("after site 'mu'")
+    assert telling.sentence(caught.value) == "no such thing. after site 'mu'"
+
+
+@pytest.mark.parametrize("command", ["compare {f}/run {f}/run", "compare {f}/one.nc {f}/run",
+                                     "sample {f}/model.py:ready --num-samples 4000 --store {f}/new --compare",
+                                     "sample {f}/model.py:ready --num-samples 4000 --store {f}/new --out {f}/new.nc"])
+def test_draws_that_do_not_fit_are_not_read(sampled, folder, capsys, command, monkeypatch):
+    if not (folder / "run").exists():
+        assert main(["sample", f"{folder}/model.py:ready", *OPTIONS, "--store", f"{folder}/run", "--thinning", "4"]) == 0
+    monkeypatch.setattr(runs, "default_max_bytes", lambda: 10_000)
+    capsys.readouterr()
+    assert main(command.format(f=folder).split()) == 2
+    assert "keep fewer with a larger thinning" in capsys.readouterr().err and not (folder / "new").exists()
+    assert main(["summary", f"{folder}/run"]) == 0
 
 
 def test_without_a_command_the_help_is_shown(capsys):

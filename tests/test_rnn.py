@@ -5,6 +5,7 @@ States are compared within 1e-5 in float32 and 1e-10 in float64, gradients relat
 """
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +13,18 @@ import numpy as np
 import pytest
 from catalogue import QUICK
 from jax import lax
+from trained import trained
 
 from partime_mcmc.linearize import Clipped
 from partime_mcmc.recipes import deer, elk, jacobi, sequential, shooting
 from partime_mcmc.rnn import (ClosedForm, elman, elman_diagonal, elman_params, gru, gru_diagonal, gru_params, lstm,
                               lstm_pairs, lstm_params, unroll, unroll_with_status)
-from partime_mcmc.solution import Status
+from partime_mcmc.rnn.batches import batch_around
+from partime_mcmc.solution import Status, Tolerance
 from partime_mcmc.solvers import Newton, relay_plan
 
+# The module, whose name the function hides.
+unrolling = sys.modules[unroll.__module__]
 # Long enough for a relay; solvers that are given take a shorter piece.
 NUM_STEPS, SHORT, INPUTS, UNITS = 4096, 384, 3, 6
 quick = functools.partial(jax.jit, compiler_options=QUICK)
@@ -69,13 +74,9 @@ def loss(run, *arguments):
                for leaf in jax.tree.leaves((carry, ys)))
 
 
-@pytest.mark.parametrize("name, kind", [("gru", "float32"), ("gru", "float64"), ("lstm", "float32"), ("elman", "float64")])
-def test_equals_scan_with_its_gradients(name, kind):
-    with jax.enable_x64(kind == "float64"):
-        check_against_scan(name, jnp.dtype(kind))
-
-
-def check_against_scan(name, precision):
+@pytest.mark.parametrize("name", CELLS)
+def test_equals_scan_with_its_gradients(name, precision):
+    """With random weights, and with weights that 20 steps of Adam have moved."""
     cell, *arguments = problem(name, precision)
     states, gradients = (1e-5, 1e-4) if precision == "float32" else (1e-10, 1e-8)
 
@@ -85,13 +86,47 @@ def check_against_scan(name, precision):
         grads = jax.grad(functools.partial(loss, functools.partial(unroll, cell)), argnums=(0, 1, 2))(*arguments)
         return (final, ys), status, grads
 
-    got, status, grads = both(*arguments)
-    assert bool(status.parallel) and Status(int(status.status)) is Status.CONVERGED
-    assert float(status.residual) < states
-    wanted = quick(functools.partial(scan, cell))(*arguments)
-    assert_close(got, wanted, states)
-    assert_close(grads, quick(jax.grad(functools.partial(loss, functools.partial(scan, cell)), argnums=(0, 1, 2)))(
-        *arguments), gradients)
+    definition = functools.partial(scan, cell)
+    wanted = quick(lambda *a: (definition(*a), jax.grad(functools.partial(loss, definition), argnums=(0, 1, 2))(*a)))
+    moved = trained(lambda params: wanted(params, *arguments[1:])[1][0], arguments[0], 0.01)
+    for weights in (arguments[0], moved):
+        got, status, grads = both(weights, *arguments[1:])
+        assert bool(status.parallel) and Status(int(status.status)) is Status.CONVERGED
+        assert float(status.residual) < states
+        values, slopes = wanted(weights, *arguments[1:])
+        assert_close(got, values, states)
+        assert_close(grads, slopes, gradients)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_closed_forms_are_parts_of_the_jacobian(name, double):
+    cell, params, _, inputs = problem(name, double, 1)
+    h, c = np.random.default_rng(4).normal(size=(2, UNITS))
+    carry = (jnp.asarray(c), jnp.asarray(h)) if name == "lstm" else jnp.asarray(h)
+    exact = jax.jacfwd(lambda carry: cell(params, carry, inputs[0])[0])(carry)
+    parts = np.asarray([np.diagonal(block) for block in jax.tree.leaves(exact)])
+    if name == "lstm":
+        got, parts = lstm_pairs(params, carry, inputs[0]).blocks, parts.reshape(2, 2, UNITS)
+    else:
+        closed = {"gru": gru_diagonal, "elman": elman_diagonal}[name]
+        got, parts = closed(params, carry, inputs[0]).diagonal, parts[0]
+    assert (np.abs(parts) > 1e-3).all()
+    np.testing.assert_allclose(got, parts, rtol=0, atol=1e-12)
+
+
+def gradient_copies(num_steps, num_units):
+    """Temporary memory of a compiled gradient, in copies of the path."""
+    shapes = jax.eval_shape(lambda: (gru_params(jax.random.key(0), INPUTS, num_units), jnp.zeros(num_units),
+                                     jnp.zeros((num_steps, INPUTS))))
+    run = quick(jax.grad(functools.partial(loss, functools.partial(unroll, gru)), argnums=(0, 1, 2)))
+    return run.lower(*shapes).compile().memory_analysis().temp_size_in_bytes / (num_steps * num_units * 4)
+
+
+def test_the_gradient_of_a_wide_network_keeps_states_and_no_jacobians(monkeypatch):
+    assert gradient_copies(8192, 32) < 16
+    # What the bound would see: full Jacobians are D more copies.
+    monkeypatch.setattr(unrolling, "_NARROW", 1000)
+    assert gradient_copies(4096, 32) > 32
 
 
 def solvers_for(name):
@@ -196,7 +231,8 @@ def weights(scale, dtype):
 def test_what_does_not_forget_is_run_sequentially(solver, double):
     inputs = jnp.asarray(0.1 * np.random.default_rng(6).normal(size=(SHORT if solver else NUM_STEPS, UNITS)))
     carry = jnp.full(UNITS, 0.1)
-    final, ys, status = quick(lambda *a: unroll_with_status(rotation, *a, solver=solver, max_iterations=10))(
+    bound = {} if solver is None else {"max_iterations": 10}
+    final, ys, status = quick(lambda *a: unroll_with_status(rotation, *a, solver=solver, **bound))(
         weights(1.5, double), carry, inputs)
     assert Status(int(status.status)) is Status.CONVERGED and not bool(status.parallel)
     assert Status(int(status.solver_status)) is not Status.CONVERGED
@@ -229,6 +265,84 @@ def test_nan_inputs_are_reported_and_nothing_is_hidden(solver, double):
     assert_close(ys[:100], wanted[:100], 1e-10)
 
 
+@pytest.mark.parametrize("num_steps", [200, NUM_STEPS])
+def test_an_output_that_is_not_finite_shows_whichever_way_was_taken(num_steps, double):
+    """The carry stays finite; the output of one step does not."""
+    def cell(params, carry, x):
+        new, _ = gru(params, carry, x)
+        return new, jnp.where(x[0] == 100.0, jnp.nan, new)
+
+    _, params, carry, inputs = problem("gru", double, num_steps)
+    statuses = [unroll_with_status(cell, params, carry, x)[2] for x in (inputs, inputs.at[50, 0].set(100.0))]
+    assert [bool(one.parallel) for one in statuses] == [num_steps == NUM_STEPS] * 2
+    assert [Status(int(one.status)) for one in statuses] == [Status.CONVERGED, Status.NONFINITE]
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+def test_numbers_too_coarse_to_be_judged_are_left_to_scan(kind):
+    cell, params, carry, inputs = problem("gru", jnp.dtype(kind), 2 * NUM_STEPS)
+    final, ys, status = quick(functools.partial(unroll_with_status, cell))(params, carry, inputs)
+    assert not bool(status.parallel) and Status(int(status.status)) is Status.CONVERGED
+    wanted = jax.lax.scan(functools.partial(cell, params), carry, inputs)
+    np.testing.assert_array_equal(ys, wanted[1])
+    np.testing.assert_array_equal(final, wanted[0])
+    # A solver that is given answers for itself: each step is right to a few units in the last place.
+    _, path, given = quick(functools.partial(unroll_with_status, cell, solver=shooting(4)))(params, carry, inputs[:SHORT])
+    previous = jnp.concatenate([carry[None], path[:-1]])
+    image = jax.vmap(lambda h, x: cell(params, h, x)[1])(previous, inputs[:SHORT])
+    assert float(jnp.abs(image - path).astype(jnp.float32).max()) <= 8 * float(jnp.finfo(kind).eps)
+    assert Status(int(given.status)) is Status.CONVERGED
+
+
+def loops(jaxpr):
+    """Trip counts of all loops of a traced program; None for those that end when something holds."""
+    found = []
+    for equation in jaxpr.eqns:
+        found += [equation.params["length"]] if equation.primitive.name == "scan" else []
+        found += [None] if equation.primitive.name == "while" else []
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                found += loops(inner) if hasattr(inner, "eqns") else []
+    return found
+
+
+@pytest.mark.parametrize("through", ["vmap", "vmap of jit"])
+@pytest.mark.parametrize("mapped", ["networks", "sequences", "both"])
+def test_a_batch_by_vmap_is_one_loop_over_the_steps_on_a_cpu(mapped, through):
+    cell, params, carry, inputs = problem("gru", jnp.float32)
+    many = 3
+    axes = {"networks": (0, None, None), "sequences": (None, 0, 0), "both": (0, 0, 0)}[mapped]
+    arguments = [tree if axis is None else jax.tree.map(lambda leaf: jnp.stack([leaf, 0.9 * leaf, 0.8 * leaf]), tree)
+                 for axis, tree in zip(axes, (params, carry, inputs))]
+    one = functools.partial(unroll_with_status, cell)
+    run = jax.vmap(one if through == "vmap" else jax.jit(one), in_axes=axes)
+    traced = jax.make_jaxpr(run)(*arguments)
+    # Nothing goes over the networks one after another, and nothing waits for a condition.
+    assert loops(traced.jaxpr) == [NUM_STEPS]
+    final, ys, status = run(*arguments)
+    assert not status.parallel.any() and status.status.shape == (many,)
+    wanted = jax.vmap(functools.partial(scan, cell), in_axes=axes)(*arguments)
+    assert_close((final, ys), wanted, 1e-5)
+    if mapped != "networks":
+        return
+    grads = [quick(jax.grad(functools.partial(loss, jax.vmap(lambda *a, f=f: f(*a)[:2], in_axes=axes))))(*arguments)
+             for f in (one if through == "vmap" else jax.jit(one), functools.partial(scan, cell))]
+    assert_close(grads[0], grads[1], 1e-4)
+
+
+def test_vmaps_within_vmaps_are_counted():
+    seen = []
+    leaves = jnp.ones((2, 3, 4)), jnp.ones((2, 5))
+    look = lambda a, b: seen.append(batch_around((a, b))) or a.sum() + b.sum()  # noqa: E731
+    look(*leaves)
+    jax.vmap(look)(*leaves)
+    jax.vmap(jax.vmap(look, in_axes=(0, None)))(*leaves)
+    jax.vmap(jax.grad(look))(*leaves)
+    jax.grad(lambda a, b: jax.jit(jax.vmap(look))(a, b).sum())(*leaves)
+    assert seen == [1, 2, 6, 2, 2]
+
+
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 130])
 def test_short_sequences(num_steps, double):
     cell, *arguments = problem("lstm", double, num_steps)
@@ -246,6 +360,12 @@ def test_short_sequences(num_steps, double):
     (ValueError, "leading axes", {"inputs": (jnp.zeros(3), jnp.zeros(4))}),
     (ValueError, "batch axes", {"batch_axes": 1}),
     (ValueError, "batch_axes", {"batch_axes": -1}),
+    (TypeError, "solver: got 'deer', wanted a recipe", {"solver": "deer"}),
+    (TypeError, "solver: got the function deer, wanted a recipe", {"solver": deer}),
+    (TypeError, "tolerance: got 1e-06, wanted Tolerance", {"tolerance": 1e-6}),
+    (ValueError, "tolerance: relative must be finite", {"tolerance": Tolerance(-1.0)}),
+    (ValueError, "max_iterations: got 10 with solver=None", {"max_iterations": 10}),
+    (ValueError, "max_iterations must be an integer", {"max_iterations": 0, "solver": deer()}),
     (TypeError, "bool", {"mask": jnp.ones(NUM_STEPS)}),
     (ValueError, "mask: got shape", {"mask": jnp.ones(3, bool)}),
 ])

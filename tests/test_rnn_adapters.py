@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from catalogue import QUICK
+from trained import trained
 
 from partime_mcmc.rnn import RNN, from_equinox, from_flax_linen, from_flax_nnx, unroll, unroll_with_status
 
@@ -29,13 +30,14 @@ def scan(function, params, carry, inputs):
     return jax.lax.scan(lambda carry, x: function(params, carry, x), carry, inputs)
 
 
-def both(run, function, params, carry):
-    """Result and gradients with respect to parameters of one sequence."""
-    def loss(params):
-        final, ys = run(function, params, carry, jnp.asarray(INPUT[0]))
-        return jnp.sum(jnp.cos(jnp.arange(ys.size)) * ys.ravel()), (final, ys)
+def task(run, function, params, carry, inputs):
+    """Squared error of a network that is to give a function of its last inputs, and what it gave.
 
-    return quick(jax.grad(loss, has_aux=True))(params)
+    What has to remember longer learns to, and is then run one step after another.
+    """
+    final, ys = run(function, params, carry, inputs)
+    wanted = jnp.sin(inputs.sum(axis=1))
+    return jnp.mean((ys.sum(axis=1) - wanted) ** 2), (final, ys)
 
 
 def nnx_cell(kind):
@@ -57,7 +59,7 @@ def equinox_cell(kind):
     cell = getattr(equinox.nn, kind)(INPUTS, UNITS, key=jax.random.key(2))
     function, params = from_equinox(cell)
     carry = jnp.zeros(UNITS) if kind == "GRUCell" else (jnp.zeros(UNITS), jnp.zeros(UNITS))
-    static = equinox.filter(cell, equinox.is_inexact_array, inverse=True)
+    static = equinox.filter(cell, equinox.is_array, inverse=True)
 
     def own(params, carry, x):
         new = equinox.combine(params, static)(x, carry)
@@ -66,17 +68,61 @@ def equinox_cell(kind):
     return function, params, carry, own
 
 
-@pytest.mark.parametrize("make, kind", [(nnx_cell, "GRUCell"), (nnx_cell, "OptimizedLSTMCell"), (linen_cell, "GRUCell"),
-                                        (equinox_cell, "GRUCell"), (equinox_cell, "LSTMCell")],
-                         ids=["nnx GRU", "nnx LSTM", "linen GRU", "equinox GRU", "equinox LSTM"])
-def test_cells_give_what_their_library_gives(make, kind):
+CELLS = {"nnx GRU": (nnx_cell, "GRUCell"), "nnx LSTM": (nnx_cell, "OptimizedLSTMCell"), "linen GRU": (linen_cell, "GRUCell"),
+         "linen LSTM": (linen_cell, "OptimizedLSTMCell"), "equinox GRU": (equinox_cell, "GRUCell"),
+         "equinox LSTM": (equinox_cell, "LSTMCell")}
+
+
+@pytest.mark.parametrize("name, kind", [*((name, "float64") for name in CELLS), ("nnx GRU", "float32"),
+                                        ("linen LSTM", "float32"), ("equinox LSTM", "float32")])
+def test_cells_give_what_their_library_gives(name, kind):
+    with jax.enable_x64(kind == "float64"):
+        check_against_library(*CELLS[name], jnp.dtype(kind))
+
+
+def check_against_library(make, kind, precision):
+    """Random and trained weights; states as they are, gradients relative to the largest of them."""
     function, params, carry, own = make(kind)
-    status = unroll_with_status(function, params, carry, jnp.asarray(INPUT[0]))[2]
-    assert bool(status.parallel)
-    grads, result = both(unroll, function, params, carry)
-    wanted_grads, wanted = both(lambda _, *rest: scan(own, *rest), own, params, carry)
-    assert_close(result, wanted)
-    assert_close(grads, wanted_grads, 1e-4)
+    params, carry, inputs = jax.tree.map(lambda leaf: leaf.astype(precision), (params, carry, jnp.asarray(INPUT[0])))
+    states, gradients = (1e-5, 1e-4) if precision == jnp.float32 else (1e-10, 1e-8)
+
+    def with_status(params):
+        final, ys, status = unroll_with_status(function, params, carry, inputs)
+        value, result = task(lambda *_: (final, ys), function, params, carry, inputs)
+        return value, (result, status)
+
+    ours = quick(jax.grad(with_status, has_aux=True))
+    theirs = quick(jax.grad(lambda params: task(scan, own, params, carry, inputs), has_aux=True))
+    for weights in (params, trained(lambda params: theirs(params)[0], params)):
+        grads, (result, status) = ours(weights)
+        wanted_grads, wanted = theirs(weights)
+        assert bool(status.parallel)
+        assert {leaf.dtype for leaf in jax.tree.leaves((grads, result))} == {precision}
+        assert_close(result, wanted, states)
+        largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(wanted_grads))
+        assert_close(jax.tree.map(lambda leaf: leaf / largest, grads),
+                     jax.tree.map(lambda leaf: leaf / largest, wanted_grads), gradients)
+
+
+def test_equinox_cells_may_hold_integers_and_booleans():
+    class Gated(equinox.Module):
+        """A cell whose units are wired by indices and switched by flags."""
+
+        weights: jax.Array
+        order: jax.Array
+        live: jax.Array
+
+        def __call__(self, x, carry):
+            new = jnp.tanh(self.weights @ carry[self.order] + x.sum())
+            return jnp.where(self.live, new, carry)
+
+    cell = Gated(0.3 * jnp.eye(UNITS), jnp.arange(UNITS)[::-1], jnp.arange(UNITS) != 1)
+    carry, inputs = jnp.full(UNITS, 0.5), jnp.asarray(INPUT[0, :50])
+    function, params = from_equinox(cell)
+    _, ys = unroll(function, params, carry, inputs)
+    np.testing.assert_allclose(ys, scan(lambda _, h, x: (cell(x, h),) * 2, None, carry, inputs)[1], atol=1e-6)
+    grads = jax.grad(lambda params: unroll(function, params, carry, inputs)[1].sum(), allow_int=True)(params)
+    assert np.abs(grads.weights).max() > 0 and from_equinox(cell)[0] == function
 
 
 def test_equal_cells_are_one_cell():

@@ -3,8 +3,11 @@
 import contextlib
 import dataclasses
 import errno
+import json
 import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -206,6 +209,30 @@ def test_a_damaged_chunk_is_found_and_drawn_again(damage, which, said, tmp_path,
         assert_same(go_on(tmp_path / "run"), whole)
     aside = sorted(path.name[:12] for path in (tmp_path / "run").glob("*.damaged"))
     assert aside == [f"chunk-{index:06d}" for index in range(which + (damage is Path.unlink), T // CHUNK)]
+
+
+def edited(path, change):
+    """The description with a change that keeps it readable."""
+    file = path / "run.json"
+    words = json.loads(file.read_text())
+    change(words)
+    file.write_text(json.dumps(words))
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda words: words.update(num_samples=124), "run.json has changed since it was written"),
+    (lambda words: words.update(thinning=3), "run.json has changed since it was written"),
+    (lambda words: words.pop("sha256"), "run.json has changed since it was written"),
+    (lambda words: words.update(format_version=1), "has format 1, wanted 2"),
+], ids=["num_samples", "thinning", "checksum", "version"])
+def test_a_description_that_was_edited_is_refused(change, said, tmp_path, whole):
+    shutil.copytree(whole.path, tmp_path / "run")
+    edited(tmp_path / "run", lambda words: None)
+    assert open_draws(tmp_path / "run").finished, "another layout of the same words is none of our business"
+    edited(tmp_path / "run", change)
+    for read in (open_draws, go_on, run):
+        with pytest.raises(StoreError, match=said):
+            read(tmp_path / "run")
 
 
 def test_a_chunk_that_cannot_be_read_is_not_damaged(whole, monkeypatch):
@@ -467,9 +494,30 @@ def test_strategies_go_into_files_and_foreign_names_do_not_come_out():
         assert type(back) is type(value)
     with pytest.raises(codec.NotStorable, match="solver: got Opaque"):
         codec.to_json(type("Opaque", (), {})(), "solver")
+    older = codec.encode(Tolerance(1e-9), "tolerance")
+    older["fields"]["other"] = 1
+    with pytest.raises(StoreError, match=r"holds a Tolerance with the fields \['absolute', 'other', 'relative'\]"):
+        codec.decode(older)
     for place in ("os:system", "partime_mcmc.mcmc.store.codec:json", "partime_mcmc.mcmc.store.layout:os"):
         with pytest.raises(ValueError, match="a stored value names"):
             codec.decode({"function": place})
+
+
+@pytest.mark.smoke
+def test_a_chunk_is_a_file_that_others_read(whole):
+    xarray = pytest.importorskip("xarray")
+    arviz = pytest.importorskip("arviz")
+    chunk = whole.chunks[1]
+    with xarray.open_dataset(chunk.path, group="posterior", engine="h5netcdf") as posterior:
+        np.testing.assert_array_equal(posterior["draw"], np.arange(chunk.start, chunk.stop))
+        np.testing.assert_array_equal(posterior["place"], whole.posterior["place"][:, chunk.start:chunk.stop])
+    table = arviz.summary(arviz.from_netcdf(str(chunk.path)))
+    assert {"level", "place[0]", "place[2]"} <= set(table.index) and np.isfinite(table["mean"].astype(float)).all()
+    with xarray.open_dataset(chunk.path, engine="h5netcdf") as root:
+        found = {name: json.loads(root.attrs[name]) for name in ("solver", "schedule", "tolerance", "settings")}
+    assert codec.decode(found["solver"]) == whole.settled.solver and found["settings"] is None
+    assert codec.decode(found["schedule"]) == Stretches(CHUNK)
+    assert codec.decode(found["tolerance"]).relative == whole.settled.tolerance.relative
 
 
 def test_blocks_are_as_large_as_hdf5_takes():
@@ -492,8 +540,8 @@ def begin_process(path, cache, num_samples):
                             stdout=subprocess.PIPE, text=True)
 
 
-def kill_and_resume(tmp_path, num_kills, num_samples):
-    """Kill a run at random moments and begin it again; how many draws each process left behind."""
+def kill_and_resume(tmp_path, num_kills, num_samples, ending):
+    """End a run by a signal at random moments and begin it again; how many draws each process left behind."""
     dice, left = random.Random(num_kills), []
     for turn in range(num_kills):
         process = begin_process(tmp_path / "run", tmp_path / "cache", num_samples)
@@ -503,7 +551,7 @@ def kill_and_resume(tmp_path, num_kills, num_samples):
         for _ in range(lines):
             process.stdout.readline()
         time.sleep(dice.uniform(0, seconds))
-        process.kill()
+        process.send_signal(ending)
         process.wait()
         process.stdout.close()
         chunks = Folder(tmp_path / "run").chunks()
@@ -514,9 +562,11 @@ def kill_and_resume(tmp_path, num_kills, num_samples):
     return left
 
 
-@pytest.mark.parametrize("num_kills", [3, pytest.param(30, marks=pytest.mark.slow)])
-def test_killed_and_resumed_is_never_killed(num_kills, tmp_path):
+@pytest.mark.parametrize("ending, num_kills", [
+    (signal.SIGKILL, 3), (signal.SIGINT, 2), *(pytest.param(one, 30, marks=pytest.mark.slow) for one in (
+        signal.SIGKILL, signal.SIGINT))])
+def test_killed_and_resumed_is_never_killed(ending, num_kills, tmp_path):
     num_samples = CHUNK * 60 * max(1, num_kills // 3)
-    left = kill_and_resume(tmp_path, num_kills, num_samples)
+    left = kill_and_resume(tmp_path, num_kills, num_samples, ending)
     assert 0 < left[0] < num_samples and left == sorted(left)
     assert_same(open_draws(tmp_path / "run"), run(tmp_path / "whole", num_samples))

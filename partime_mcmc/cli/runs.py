@@ -11,9 +11,13 @@ import numpy as np
 
 from partime_mcmc.diagnostics.arviz import summary_table
 from partime_mcmc.diagnostics.reading import ReadDraws, draws_of, read_draws
+from partime_mcmc.mcmc.arguments import default_max_bytes
+from partime_mcmc.mcmc.draws import Draws
 from partime_mcmc.mcmc.store.stored import StoredDraws, open_draws
 
 _MOST_DRAWN = 10_000
+# What a comparison, or a file that is written, makes of draws on its way.
+_COPIES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +59,14 @@ def open_run(path: Path) -> Run:
 
     Raises:
         FileNotFoundError: If there is nothing.
-        ValueError: If it is no run.
+        ValueError: If it is no run, or a file too large to be read.
         StoreError: If it is a store without draws, or a damaged one.
     """
     if path.is_dir():
         return of_store(open_draws(path))
     if not path.exists():
         raise FileNotFoundError(f"there is neither a store nor a file at {path}")
+    check_loading(str(path), path.stat().st_size)
     draws = read_draws(path)
     num_chains, num_draws = next(iter(draws.constrained.values())).shape[:2]
     title = f"{path}: {num_chains} chains of {num_draws:,} draws"
@@ -76,9 +81,31 @@ def of_store(stored: StoredDraws) -> Run:
         StoreError: If it has no draws yet.
     """
     certificate, running = stored.certificate, stored.running
-    rows = summary_table(stored.load()) if running is None else running.summary()
+    rows = summary_table(_load(stored)) if running is None else running.summary()
     return Run(str(stored), rows, {} if running is None else running.totals(), certificate, stored.report, stored.plan,
-               stored.names, stored.finished, stored.load, lambda: _view(stored))
+               stored.names, stored.finished, lambda: _load(stored), lambda: _view(stored))
+
+
+def check_loading(name: str, num_bytes: int) -> None:
+    """Refuse to read draws that memory cannot hold.
+
+    Args:
+        name: Of what holds them.
+        num_bytes: All of them.
+
+    Raises:
+        ValueError: Naming what to change.
+    """
+    limit = default_max_bytes()
+    if _COPIES * num_bytes > limit:
+        raise ValueError(f"{name}: its kept draws are {num_bytes / 2**30:.3g} GiB, and comparing or writing them takes "
+                         f"{_COPIES} times as much; wanted at most {limit / 2**30:.3g} GiB: keep fewer with a larger "
+                         "thinning, or do without --compare and --out; `summary` needs no more memory than one chunk")
+
+
+def _load(stored: StoredDraws) -> Draws:
+    check_loading(stored.path, stored.posterior.nbytes + stored.sample_stats.nbytes)
+    return stored.load()
 
 
 def _view(stored: StoredDraws) -> tuple[ReadDraws, list[str]]:

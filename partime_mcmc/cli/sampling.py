@@ -17,17 +17,19 @@ from partime_mcmc.cli.choices import KERNELS, SOLVERS
 from partime_mcmc.cli.codes import CERTIFIED, INTERRUPTED, NOT_CERTIFIED
 from partime_mcmc.cli.machines import add_machines, machines
 from partime_mcmc.cli.options import Problem, add_model, check_file, precision, problem
-from partime_mcmc.cli.runs import Run, of_store
+from partime_mcmc.cli.runs import Run, check_loading, of_store
 from partime_mcmc.diagnostics import page
 from partime_mcmc.diagnostics.arviz import save_netcdf
 from partime_mcmc.diagnostics.checks import check_count
 from partime_mcmc.diagnostics.compare import compare
 from partime_mcmc.diagnostics.report import Report
 from partime_mcmc.kernels import Independent, Recorded
+from partime_mcmc.mcmc.arguments import bytes_beside
 from partime_mcmc.mcmc.chains import default_solver
 from partime_mcmc.mcmc.draws import Draws
 from partime_mcmc.mcmc.pilots import coupled_distances, solve_by_pass
 from partime_mcmc.mcmc.sample import sample
+from partime_mcmc.mcmc.store.fingerprint import example_of
 from partime_mcmc.mcmc.store.layout import Folder
 
 
@@ -56,6 +58,8 @@ def _sample(arguments: argparse.Namespace) -> int:
     _check(arguments)
     with machines(arguments) as mesh, telling.plain_warnings():
         what = problem(arguments)
+        if arguments.store is not None and (arguments.compare or arguments.out is not None):
+            check_loading("--store", _kept_bytes(what, arguments))
         print(f"{what.title}: {arguments.num_chains} chains of {arguments.num_samples} draws with {arguments.kernel}, "
               f"{precision()}, on {1 if mesh is None else mesh.size} {jax.devices()[0].platform} device(s)", flush=True)
         draws = _draw(what, arguments, arguments.store, mesh=mesh)
@@ -90,6 +94,14 @@ def _check(arguments: argparse.Namespace) -> None:
     check_file("--report", arguments.report, ".html")
 
 
+def _kept_bytes(what: Problem, arguments: argparse.Namespace) -> int:
+    """Bytes of the draws that a store will keep, from shapes alone."""
+    example = example_of(what.target)
+    values = 0 if what.target.constrain else sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(example))
+    kept = arguments.num_samples // arguments.thinning * arguments.num_chains
+    return kept * (values + bytes_beside(what.target, example, Independent()))
+
+
 def _draw(what: Problem, arguments: argparse.Namespace, store: Path | None, kernel: Any = None, **options: Any) -> Any:
     kernel = KERNELS[arguments.kernel] if kernel is None else kernel
     given = {"solver": SOLVERS[arguments.solver]()} | options
@@ -116,7 +128,7 @@ def _sequentially(what: Problem, draws: Any, arguments: argparse.Namespace, mesh
     if not ended:
         print("interrupted: the comparison is left out", file=sys.stderr)
         return None
-    return found if arguments.store is None else found.load()
+    return found if arguments.store is None else of_store(found).load()
 
 
 def _tell_times(draws: Any, sequential: Draws | None, comparison: Report | None) -> None:

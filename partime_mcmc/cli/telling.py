@@ -15,6 +15,7 @@ from partime_mcmc.cli.runs import Run
 from partime_mcmc.diagnostics.arviz import summary_table
 from partime_mcmc.diagnostics.checks import TooLarge
 from partime_mcmc.diagnostics.report import text_table
+from partime_mcmc.kernels.certificate import evidence_in_words
 
 _MOST_ROWS, _MOST_FALLBACKS = 40, 5
 
@@ -97,15 +98,19 @@ def certified(certificate: Any) -> str:
     rejected = np.asarray(certificate.num_rejected)
     count = f"{int(rejected.sum())} rejections" if (rejected >= 0).all() else "no accept decisions"
     chains = np.asarray(certificate.certified)
+    # A file holds the fields alone; those written before there was a choice say nothing of it.
+    evidence = evidence_in_words(getattr(certificate, "independent", True))
     return (f"{int(chains.sum())} of {chains.size} chains certified, largest residual {residual:.1e} noise units "
             f"(allowed {tolerance:.0e}), {count}, {int(np.sum(np.asarray(certificate.num_nonfinite_proposals)))} "
-            f"proposals out of range; {certificate.evidence}")
+            f"proposals out of range; {evidence}")
 
 
 def sentence(error: Exception) -> str:
     """What went wrong, on one line."""
     kind = "" if isinstance(error, (ValueError, TypeError, OSError, ImportError)) else f"{type(error).__name__}: "
-    parts = [str(error).strip().split("\n\n")[0] or type(error).__name__, *getattr(error, "__notes__", ())]
+    # JAX's note on what its traceback leaves out says nothing to those who see no traceback.
+    notes = (note for note in getattr(error, "__notes__", ()) if "JAX_TRACEBACK_FILTERING" not in note)
+    parts = [str(error).strip().split("\n\n")[0] or type(error).__name__, *notes]
     text = kind + " ".join(". ".join(part.rstrip().removesuffix(".") for part in parts).split())
     hints = {"--float64": "jax_enable_x64" in text, "--store DIR": isinstance(error, TooLarge)}
     return text + "".join(f" (here: {option})" for option, fits in hints.items() if fits)

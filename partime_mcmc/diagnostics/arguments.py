@@ -114,7 +114,8 @@ def check_dtypes(position: PyTree, name: str = "initial") -> PyTree:
 
 
 def check_bytes(
-    num_steps: int, dimension: int, itemsize: int, max_bytes: int, *, per_step: int, num_chains: int = 1
+    num_steps: int, dimension: int, itemsize: int, max_bytes: int, *, per_step: int, num_chains: int = 1,
+    more: int = 0,
 ) -> int:
     """Bytes at the peak of one solver iteration; arithmetic only, nothing is allocated.
 
@@ -125,14 +126,15 @@ def check_bytes(
         max_bytes: The limit.
         per_step: Numbers in the linear map of one step: D² for dense Jacobians, D for diagonal ones, 0 for none.
         num_chains: Chains solved at once, C.
+        more: Further bytes per step and chain.
 
     Returns:
-        C · T · (per_step + D) · itemsize · `WORKING_COPIES`.
+        C · T · ((per_step + D) · itemsize · `WORKING_COPIES` + more).
 
     Raises:
         TooLarge: If that exceeds `max_bytes`, with the longest stretch (a power of two) that fits.
     """
-    one_step = num_chains * (per_step + dimension) * itemsize * WORKING_COPIES
+    one_step = num_chains * ((per_step + dimension) * itemsize * WORKING_COPIES + more)
     total = num_steps * one_step
     if total <= max_bytes:
         return total

@@ -175,7 +175,7 @@ def _draw_distances(axis: Any, parallel: Any, sequential: Any) -> None:
     axis.set_ylim(canvas.FLOOR / 3, max(30.0, 10 * top))
     axis.margins(x=0.01)
     axis.set_xlabel("draw", fontsize=10)
-    axis.set_ylabel("largest difference [posterior sd]", fontsize=10)
+    axis.set_ylabel("difference [sd]", fontsize=10)
     canvas.tidy(axis)
 
 
@@ -203,5 +203,5 @@ def draw_residuals(axis: Any, draws: Any) -> None:
     axis.set_xlabel("iteration", fontsize=10)
     axis.set_ylabel("largest residual", fontsize=10)
     if len(history) <= len(canvas.CHAINS):
-        axis.legend(frameon=False, fontsize=9, loc="upper right")
+        axis.legend(frameon=False, fontsize=9, loc="best")
     canvas.tidy(axis)

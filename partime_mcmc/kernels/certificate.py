@@ -85,9 +85,18 @@ class Certificate:
     @property
     def evidence(self) -> str:
         """What it rests on, in words (not under tracing)."""
-        independent = np.asarray(self.independent)
-        some = "" if independent.all() or not independent.any() else "partly "
-        return f"{some}by an independent pass" if independent.any() else "recorded while the chains were rolled"
+        return evidence_in_words(self.independent)
+
+
+def evidence_in_words(independent: Array | bool) -> str:
+    """What certificates rest on.
+
+    Args:
+        independent: Whether steps were evaluated once more, of each chain.
+    """
+    independent = np.asarray(independent)
+    some = "" if independent.all() or not independent.any() else "partly "
+    return f"{some}by an independent pass" if independent.any() else "recorded while the chains were rolled"
 
 
 def check_scale(scale: Array | float, name: str) -> Array | float:

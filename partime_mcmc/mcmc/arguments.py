@@ -11,18 +11,21 @@ from jax.sharding import Mesh
 
 from partime_mcmc.contracts import check_has, kind
 from partime_mcmc.diagnostics.checks import TooLarge, check_bytes, check_count
-from partime_mcmc.kernels import Kernel
+from partime_mcmc.kernels import Evidence, Kernel, Recorded
 from partime_mcmc.mcmc.progress import Progress, progress_line, quiet
 from partime_mcmc.mcmc.target import Target
 from partime_mcmc.mcmc.warmup import Warmup
 from partime_mcmc.schedule import Schedule, Stretches
 from partime_mcmc.solution import Tolerance
 from partime_mcmc.solvers import Solver
+from partime_mcmc.types import PyTree
 
 # Of the memory of the device; the rest is for the compiler, the host and everybody else.
 _SHARE = 0.6
 # Steps and bytes of a chunk of a stored run, when nothing else limits it.
 _CHUNK, _CHUNK_BYTES = 65536, 2**29
+# Numbers that a step says of itself: decision, probability, energy, margins and the like.
+_SAID = 9
 # Bytes of its draws, where many devices share it.
 _WRITTEN_BYTES = 2**31
 
@@ -51,8 +54,18 @@ def check_strategies(target: Any, kernel: Any, solver: Any, schedule: Any, toler
 
 
 def check_memory(solver: Solver, stretch: int, num_samples: int, num_chains: int, dimension: int, itemsize: int,
-                 max_bytes: int | None) -> None:
+                 max_bytes: int | None, more: int = 0) -> None:
     """Refuse a run that cannot fit, before allocating.
+
+    Args:
+        solver: What will solve it, or the sequential one.
+        stretch: Steps solved at once.
+        num_samples: T.
+        num_chains: C.
+        dimension: D.
+        itemsize: Bytes of a number.
+        max_bytes: The limit; None is most of the device's memory.
+        more: Bytes per draw of what is kept besides positions.
 
     Raises:
         TooLarge: Naming the setting to change.
@@ -61,7 +74,7 @@ def check_memory(solver: Solver, stretch: int, num_samples: int, num_chains: int
     check_bytes(min(stretch, num_samples), dimension, itemsize, limit, per_step=solver.map_size(dimension),
                 num_chains=num_chains)
     try:
-        check_bytes(num_samples, dimension, itemsize, limit, per_step=0, num_chains=num_chains)
+        check_bytes(num_samples, dimension, itemsize, limit, per_step=0, num_chains=num_chains, more=more)
     except TooLarge as error:
         # However it is cut, what is returned would not fit.
         raise TooLarge(f"{str(error).split(': solve in stretches')[0]}: keep the draws on disk with store= (and "
@@ -81,7 +94,7 @@ def chunk_steps(solver: Solver, schedule: Schedule | None, num_samples: int, num
         itemsize: Bytes of a number.
         max_bytes: The limit; None is most of the device's memory.
         wanted: What the user asks for; None leaves it open.
-        more: Bytes per step and chain of what the model makes of a position.
+        more: Bytes per step and chain of what is kept besides positions.
         mesh: Devices that share a chunk, each with memory of its own; None is the default device alone.
 
     Raises:
@@ -115,6 +128,20 @@ def chunk_steps(solver: Solver, schedule: Schedule | None, num_samples: int, num
     # The last chunk is then no shorter than the others, and nothing is compiled for it alone.
     even = (size for size in range(steps, steps // 2, -unit) if num_samples % size == 0)
     return steps if wanted is not None else next(even, steps)
+
+
+def bytes_beside(target: Target, example: PyTree, evidence: Evidence) -> int:
+    """Bytes per draw of what is kept besides positions: the model's own values, and what each step says of itself.
+
+    Args:
+        target: What is sampled.
+        example: A position; only structure, shapes and types matter.
+        evidence: `Recorded()` keeps the defect of every step, too.
+    """
+    leaves = jax.tree.leaves(example)
+    numbers = _SAID + (sum(leaf.size for leaf in leaves) if isinstance(evidence, Recorded) else 0)
+    values = [] if target.constrain is None else jax.tree.leaves(jax.eval_shape(target.constrain, example))
+    return numbers * leaves[0].dtype.itemsize + sum(leaf.size * leaf.dtype.itemsize for leaf in values)
 
 
 def default_max_bytes(mesh: Mesh | None = None) -> int:

@@ -11,17 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from partime_mcmc.kernels import Evidence, Kernel, Recorded
+from partime_mcmc.kernels import Evidence, Independent, Kernel, Recorded
+from partime_mcmc.mcmc.arguments import bytes_beside, check_memory, default_max_bytes
 from partime_mcmc.mcmc.draws import Draws, End
 from partime_mcmc.mcmc.progress import Progress, quiet
 from partime_mcmc.mcmc.run import Choice
+from partime_mcmc.mcmc.store.fingerprint import example_of
 from partime_mcmc.mcmc.stream import Course, Tell, stream
 from partime_mcmc.mcmc.tapes import throw
 from partime_mcmc.mcmc.target import Target
 from partime_mcmc.mcmc.joining import join_draws
 from partime_mcmc.mcmc.warmup import Warmup
 from partime_mcmc.predict.advise import Advice, advise
-from partime_mcmc.recipes import shooting
+from partime_mcmc.recipes import sequential, shooting
 from partime_mcmc.schedule import Schedule, Stretches
 from partime_mcmc.solution import Tolerance
 from partime_mcmc.solvers import Solver
@@ -68,6 +70,32 @@ def draw_chains(target: Target, kernel: Kernel, positions: PyTree, keys: Key, nu
     with progress.stage("sampling", num_samples) as advance:
         pieces = list(stream(course, positions, max(num_samples, 1), Tell(advance, num_chains), end))
     return join_draws(pieces)
+
+
+def check_fits(target: Target, num_samples: int, num_chains: int, *, solver: Solver | None, schedule: Schedule | None,
+               certificate: Evidence, mesh: Mesh | None = None, max_bytes: int | None = None) -> None:
+    """Refuse draws that memory cannot hold, from shapes alone: before warm-up, and before anything is allocated.
+
+    Args:
+        target: What is sampled.
+        num_samples: T.
+        num_chains: C.
+        solver: As for `draw_chains`.
+        schedule: As for `draw_chains`.
+        certificate: What certificates rest on.
+        mesh: Devices that share the draws.
+        max_bytes: Memory that the run may take on each; None is most of the device's.
+
+    Raises:
+        TooLarge: Naming the setting to change.
+    """
+    example = example_of(target)
+    leaves = jax.tree.leaves(example)
+    rows, parts = (1, 1) if mesh is None else (mesh.shape[name] for name in ("chains", "time"))
+    more = bytes_beside(target, example, certificate if mesh is None else Independent())
+    check_memory(solver or sequential(), getattr(schedule or Stretches(DEFAULT_STRETCH), "size", num_samples),
+                 -(-num_samples // parts), num_chains // rows, sum(leaf.size for leaf in leaves), leaves[0].dtype.itemsize,
+                 default_max_bytes(mesh) if max_bytes is None else max_bytes, more)
 
 
 def given_choice(solver: Solver | None, schedule: Schedule | None, num_chains: int, num_samples: int,

@@ -20,8 +20,8 @@ from jax.sharding import Mesh
 
 from partime_mcmc.contracts import kind
 from partime_mcmc.diagnostics.checks import check_count
-from partime_mcmc.kernels import Kernel
-from partime_mcmc.mcmc.arguments import check_strategies, chosen_progress, chunk_steps
+from partime_mcmc.kernels import Independent, Kernel
+from partime_mcmc.mcmc.arguments import bytes_beside, check_strategies, chosen_progress, chunk_steps
 from partime_mcmc.mcmc.chains import DEFAULT_STRETCH, default_tolerance, given_choice
 from partime_mcmc.mcmc.exchange import check_mesh, check_same
 from partime_mcmc.mcmc.family import Builder
@@ -34,15 +34,15 @@ from partime_mcmc.mcmc.store import codec
 from partime_mcmc.mcmc.store.fingerprint import (StoreMismatch, environment, example_of, fingerprint_of, name_of,
                                                  program_of, tuned_digest)
 from partime_mcmc.mcmc.store.formats import format_of
-from partime_mcmc.mcmc.store.layout import Folder
+from partime_mcmc.mcmc.store.layout import FORMAT_VERSION, Folder
 from partime_mcmc.mcmc.store.plan import pack_start, settled_for
-from partime_mcmc.mcmc.store.stored import FORMAT_VERSION, StoredDraws, open_draws, read_run
+from partime_mcmc.mcmc.store.stored import StoredDraws, open_draws, read_run
 from partime_mcmc.mcmc.stored_run import Store, run_stored
 from partime_mcmc.mcmc.tapes import MAX_STEPS, begin, throw
 from partime_mcmc.mcmc.target import Target
 from partime_mcmc.mcmc.warmup import Warmup
 from partime_mcmc.recipes import sequential
-from partime_mcmc.schedule import Stretches
+from partime_mcmc.schedule import Schedule, Stretches
 from partime_mcmc.types import Key, PyTree
 
 # The arguments of `sample` that are data, and go into the store as they are.
@@ -176,6 +176,9 @@ def key_words(key: Key) -> list[int]:
 
 def _make_start(store: Store, request: Request, progress: Progress, mesh: Mesh | None) -> bytes:
     """Warm up, choose, and write down what came of it."""
+    # Before warm-up: what cannot fit is refused at once.
+    open_choice = request.solver is None or mesh is not None
+    _chunk_of(store, request, example_of(request.target), open_choice, mesh)
     ready = make_ready(request, progress)
     choose = ready.choice(request)
     if mesh is not None:
@@ -196,14 +199,12 @@ def start_of(store: Store, ready: Ready, request: Request, choose: Any, progress
         end: Where the chains stand, if not before their first step.
         mesh: Devices that share a chunk; None is the default device alone.
     """
-    leaves = jax.tree.leaves(ready.positions)
-    schedule = request.schedule or (None if choose else Stretches(DEFAULT_STRETCH))
-    chunk = chunk_steps(request.solver or sequential(), schedule, request.num_samples, request.num_chains,
-                        sum(leaf[0].size for leaf in leaves), leaves[0].dtype.itemsize, request.max_bytes, store.chunk,
-                        _bytes_of(request.target, ready.positions), mesh)
+    example = jax.tree.map(lambda leaf: leaf[0], ready.positions)
+    schedule, chunk = _chunk_of(store, request, example, choose is not None, mesh)
     kernel, keys, clock = ready.kernel, ready.keys, Clock()
     end = begin(kernel, ready.positions, keys, clock) if end is None else end
-    tolerance = default_tolerance(kernel, leaves[0].dtype) if request.tolerance is None else request.tolerance
+    dtype = jax.tree.leaves(example)[0].dtype
+    tolerance = default_tolerance(kernel, dtype) if request.tolerance is None else request.tolerance
     # Advice looks at dice; over a mesh none is asked, and a chunk's would not fit one device.
     looked_at = min(chunk, request.num_samples) if mesh is None else 1
     dynamics, initial, tape, _ = throw(kernel, None, keys, looked_at, end, clock)
@@ -216,9 +217,16 @@ def start_of(store: Store, ready: Ready, request: Request, choose: Any, progress
     return pack_start(settled, kernel, keys, end)
 
 
-def _bytes_of(target: Target, positions: PyTree) -> int:
-    """Bytes of the named values that a model makes of one position; 0 where they are the position itself."""
-    if target.constrain is None:
-        return 0
-    values = jax.eval_shape(target.constrain, jax.tree.map(lambda leaf: leaf[0], positions))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(values))
+def _chunk_of(store: Store, request: Request, example: PyTree, open_choice: bool,
+              mesh: Mesh | None) -> tuple[Schedule | None, int]:
+    """The schedule, None while it is open, and steps per chunk.
+
+    Raises:
+        TooLarge: As `chunk_steps`.
+    """
+    schedule = request.schedule or (None if open_choice else Stretches(DEFAULT_STRETCH))
+    leaves = jax.tree.leaves(example)
+    chunk = chunk_steps(request.solver or sequential(), schedule, request.num_samples, request.num_chains,
+                        sum(leaf.size for leaf in leaves), leaves[0].dtype.itemsize, request.max_bytes, store.chunk,
+                        bytes_beside(request.target, example, request.certificate if mesh is None else Independent()), mesh)
+    return schedule, chunk

@@ -22,8 +22,8 @@ from partime_mcmc.contracts import check_has
 from partime_mcmc.diagnostics.checks import check_count, check_key
 from partime_mcmc.kernels import Evidence, Kernel, Recorded
 from partime_mcmc.kernels.dice import Dice
-from partime_mcmc.mcmc.arguments import check_memory, check_strategies, chosen_progress, default_max_bytes
-from partime_mcmc.mcmc.chains import DEFAULT_STRETCH, default_tolerance, draw_chains
+from partime_mcmc.mcmc.arguments import check_strategies, chosen_progress
+from partime_mcmc.mcmc.chains import check_fits, default_tolerance, draw_chains
 from partime_mcmc.mcmc.draws import Draws
 from partime_mcmc.mcmc.exchange import check_mesh, check_same
 from partime_mcmc.mcmc.family import Builder
@@ -34,8 +34,7 @@ from partime_mcmc.mcmc.store.stored import StoredDraws
 from partime_mcmc.mcmc.stored_run import Store
 from partime_mcmc.mcmc.target import Target
 from partime_mcmc.mcmc.warmup import Adaptation, Warmup
-from partime_mcmc.recipes import sequential
-from partime_mcmc.schedule import Schedule, Stretches
+from partime_mcmc.schedule import Schedule
 from partime_mcmc.solution import Tolerance
 from partime_mcmc.solvers import Solver
 from partime_mcmc.types import Key
@@ -62,9 +61,9 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
         num_samples: Draws per chain, T ≥ 0.
         num_chains: Chains, C ≥ 1.
         num_warmup: Warm-up steps per chain at most, at least 20, for a builder; ignored where the kernel comes tuned.
-        dice: For a builder, how its noise is drawn: `PlainDice()` gives BlackJAX's own draws bit for bit, `CoalescingDice()` the
-            same law with a shorter memory. None: in runs of 1,024 draws or more that choose their own solver, the dice with which
-            pilot pairs meet sooner, and the warm-up's notes say so; plain ones otherwise.
+        dice: For a builder, how its noise is drawn: `PlainDice()` gives BlackJAX's own draws bit for bit,
+            `CoalescingDice()` the same law with a shorter memory. None: in runs of 1,024 draws or more that choose their
+            own solver, the dice with which pilot pairs meet sooner, and the warm-up's notes say so; plain ones otherwise.
         adaptation: How a builder's chains find the typical set and a metric; None is `PooledAdaptation()`.
         solver: A recipe; None asks `advise`: pilot chains from the warm-up's draws say whether these chains forget, a
             cost model how many segments pay; chains that do not forget are run sequentially, and `draws.advice` says
@@ -81,8 +80,9 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
             draws to rounding, as NumPy arrays on every host. A solver of None is then shooting. With a store, all hosts see
             its folder and the first one writes. Its axis `data` must be 1: a density over data spread over devices is for
             `sharded_solve`. None is the default device alone.
-        certificate: What it rests on: `Recorded()` on what every step said while it was rolled, at no cost; `Independent()` on
-            one more evaluation of every step, apart from the solver. Other solvers than shooting and the loop, chains that
+        certificate: What it rests on: `Recorded()` on what every step said while it was rolled, at no cost;
+            `Independent()` on one more evaluation of every step, apart from the solver. Other solvers than shooting and
+            the loop, chains that
             fell back and those on a mesh have the latter in any case; `draws.certificate.independent` says which.
         progress: True shows one line per stage on a terminal; or `quiet`, `progress_line`, or your own.
 
@@ -129,13 +129,9 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
 
 def _in_memory(request: Request, mesh: Mesh | None, progress: Progress) -> Draws:
     solver, schedule, num_samples = request.solver, request.schedule, request.num_samples
+    check_fits(request.target, num_samples, request.num_chains, solver=solver, schedule=schedule,
+               certificate=request.certificate, mesh=mesh, max_bytes=request.max_bytes)
     kernel, warmup, positions, keys = ready = make_ready(request, progress)
-    leaves = jax.tree.leaves(positions)
-    rows, parts = (1, 1) if mesh is None else (mesh.shape[name] for name in ("chains", "time"))
-    limit = default_max_bytes(mesh) if request.max_bytes is None else request.max_bytes
-    check_memory(solver or sequential(), getattr(schedule or Stretches(DEFAULT_STRETCH), "size", num_samples),
-                 -(-num_samples // parts), request.num_chains // rows, sum(leaf[0].size for leaf in leaves),
-                 leaves[0].dtype.itemsize, limit)
     plan = {"num_warmup": warmup.num_steps if warmup else 0, "key": key_words(request.key)}
     return draw_chains(request.target, kernel, positions, keys, num_samples, warmup=warmup, solver=solver, schedule=schedule,
                        tolerance=request.tolerance, max_iterations=request.max_iterations, plan=plan, progress=progress,

@@ -29,9 +29,11 @@ from partime_mcmc.mcmc.family import Builder
 from partime_mcmc.mcmc.followers import course_of, meet, say, say_end, take_up
 from partime_mcmc.mcmc.progress import Progress
 from partime_mcmc.mcmc.running import Fold, Running
+from partime_mcmc.mcmc.store import codec
 from partime_mcmc.mcmc.store.fingerprint import example_of, require_same
 from partime_mcmc.mcmc.store.formats import Format, NetCDF, Variable
 from partime_mcmc.mcmc.store.layout import Folder, StoreError, kept_steps
+from partime_mcmc.mcmc.store.plan import Settled
 from partime_mcmc.mcmc.store.state import Totals, pack_state, unpack_end
 from partime_mcmc.mcmc.store.stored import StoredDraws, open_draws, read_state, restored
 from partime_mcmc.mcmc.stream import Course, Tell, stream
@@ -100,7 +102,7 @@ def run_stored(store: Store, run: dict[str, Any], target: Target, given: Kernel 
         if damage:
             progress.warn(f"store: {store.path}: {damage}")
         if not chunks or chunks[-1].stop < run["num_samples"]:
-            keeper = _Keeper(folder, store, run, end.num_steps)
+            keeper = _Keeper(folder, store, run, start.settled, end.num_steps)
             # The keys may have been used before: steps of the store are counted from here.
             first, last = end.num_steps, end.num_steps + run["num_samples"]
             if chunks:
@@ -138,8 +140,8 @@ def _sample_on(keeper: _Keeper, course: Course, chunk: int, end: End, first: int
 class _Keeper:
     """Writes certified chunks, one after another, in a thread of its own: the disk does not hold up the device."""
 
-    def __init__(self, folder: Folder, store: Store, run: dict[str, Any], first: int):
-        self._first = first
+    def __init__(self, folder: Folder, store: Store, run: dict[str, Any], settled: Settled, first: int):
+        self._first, self._settled = first, settled
         self._folder, self._format, self._run, self._folds = folder, store.format, run, store.folds
         self._index, self._step, self._totals, self._running = 0, 0, None, Running.start(store.folds)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "partime_mcmc store")
@@ -211,7 +213,18 @@ class _Keeper:
         return {"inference_library": "partime_mcmc", "inference_library_version": run["versions"]["partime_mcmc"],
                 "chunk": self._index, "first_step": self._step, "last_step": stop - 1, "thinning": run["thinning"],
                 "model": run["model"], "data": run["data"], "kernel": run["kernel"], "key": json.dumps(run["key"]),
-                "num_samples": run["num_samples"], "dtype": run["dtype"], "versions": json.dumps(run["versions"])}
+                "num_samples": run["num_samples"], "dtype": run["dtype"], "versions": json.dumps(run["versions"]),
+                **{name: _as_text(getattr(self._settled, name)) for name in ("solver", "schedule", "tolerance", "settings")}}
+
+
+# HDF5 takes attributes of up to 64 KiB.
+_LONGEST = 30_000
+
+
+def _as_text(value: Any) -> str:
+    """A strategy or settings as JSON, for whoever reads one chunk alone; the run itself goes on from its start."""
+    text = codec.to_json(value, "settled")
+    return text if len(text) <= _LONGEST else json.dumps(f"{len(text)} characters, in the store's start")
 
 
 def _variable(name: str, values: np.ndarray, dims: Any) -> Variable:

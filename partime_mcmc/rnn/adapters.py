@@ -68,10 +68,14 @@ class _LinenCell:
 
 
 def from_equinox(cell: Any) -> tuple[Callable, PyTree]:
-    """An `equinox` cell, called `cell(x, carry) -> carry`; the output is the carry, or `h` of an LSTM's `(h, c)`."""
+    """An `equinox` cell, called `cell(x, carry) -> carry`; the output is the carry, or `h` of an LSTM's `(h, c)`.
+
+    All its arrays are parameters. Where some are integers or Booleans, differentiate with `equinox.filter_grad`, or with
+    `jax.grad(..., allow_int=True)`, as for the cell itself.
+    """
     import equinox
 
-    params, static = equinox.partition(cell, equinox.is_inexact_array)
+    params, static = equinox.partition(cell, equinox.is_array)
     return _EquinoxCell(static), params
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from partime_mcmc.contracts import check_has, kind
 from partime_mcmc.dynamics import check_state
+from partime_mcmc.solution import Tolerance
+from partime_mcmc.solve import check_iterations
 from partime_mcmc.types import Array, PyTree
 
 
@@ -56,6 +59,26 @@ def check_mask(mask: Array | None, shape: tuple[int, ...]) -> Array | None:
     if mask.shape != shape:
         raise ValueError(f"mask: got shape {mask.shape}, wanted {shape}, the leading axes of `inputs`")
     return mask
+
+
+def check_solver(solver: Any, tolerance: Any, max_iterations: Any, carry: PyTree) -> None:
+    """Refuse a solver, a tolerance or a bound on passes that cannot be meant.
+
+    Raises:
+        TypeError: If `solver` is no solver or `tolerance` no `Tolerance`.
+        ValueError: If a tolerance has a bad value or shape, or `max_iterations` is given without a solver or is not a
+            positive integer.
+    """
+    if solver is not None:
+        check_has(solver, "solver", ("init", "step", "map_size"), "a recipe such as shooting() or quasi_deer(), or None")
+    elif max_iterations is not None:
+        raise ValueError(f"max_iterations: got {max_iterations!r} with solver=None, which makes no passes; give a solver, "
+                         "or leave it out")
+    check_iterations(max_iterations)
+    if tolerance is not None:
+        if not isinstance(tolerance, Tolerance):
+            raise TypeError(f"tolerance: got {kind(tolerance)}, wanted Tolerance(relative, absolute) or None")
+        tolerance.check(sum(leaf.size for leaf in jax.tree.leaves(carry)))
 
 
 def check_carry(cell: Callable, params: PyTree, carry: PyTree, x: PyTree) -> None:

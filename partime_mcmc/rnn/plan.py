@@ -3,7 +3,8 @@
 What lanes save on a CPU is the overhead of a step and the slowness of a product of a matrix with one vector, which runs at
 less than half the speed of a product with many. A batch has neither to save: it is left to
 `lax.scan`. On an accelerator the number of dependent steps is what costs, and lanes always pay. A sequence too short for the
-relay's pilot to be cheap is left to `lax.scan` everywhere (`solvers.relay_plan`).
+relay's pilot to be cheap is left to `lax.scan` everywhere (`solvers.relay_plan`), and so are types below float32: the
+tolerance at a meeting would be a sizeable part of the state itself.
 
 The products of inputs with input weights stay inside the step: taken out, as one large product before the loop, they make a
 path of 3 D numbers per step that has to be written and read again, which on the CPU it was measured on cost more than the
@@ -24,15 +25,23 @@ from partime_mcmc.types import PyTree
 
 # Residual allowed per step, in units in the last place: a network's step rounds a few times, and its states are of size 1.
 _ULPS = 32
+# Where 32 of them are a quarter of the state, as in bfloat16, only what rounding itself leaves is let pass.
+_COARSE_ULPS = 4
 # Numbers of state per step that all lanes together should have.
 _NUMBERS = {"cpu": 2048}
 _NUMBERS_ELSEWHERE = 262_144
 _FEWEST, _MOST = 16, 1024
 
 
+def is_coarse(carry: PyTree) -> bool:
+    """Whether a carry is of a type below float32, in which a residual within some units in the last place proves nothing."""
+    return jnp.finfo(jax.tree.leaves(carry)[0].dtype).bits < 32
+
+
 def network_tolerance(dtype: jnp.dtype) -> Tolerance:
     """The tolerance of a network's path."""
-    unit = _ULPS * float(jnp.finfo(dtype).eps)
+    found = jnp.finfo(dtype)
+    unit = (_ULPS if found.bits >= 32 else _COARSE_ULPS) * float(found.eps)
     return Tolerance(unit, unit)
 
 

@@ -50,7 +50,7 @@ class RelayReport:
 
 def relay(step: Callable, params: PyTree, initial: Array, drives: PyTree, bound: tuple[Array, Array], plan: RelayPlan,
           *, direction: int = 1) -> tuple[Array, RelayReport]:
-    """The path of a recurrence, not differentiable; under `vmap` all chains share one set of lanes.
+    """The path of a recurrence, not differentiable; under `vmap` all chains with the same parameters share one set of lanes.
 
     Args:
         step: `(params, state, drive) -> state` on flat states; equal functions are compiled once.
@@ -103,17 +103,30 @@ def _fallback(step):
 @functools.lru_cache(maxsize=256)
 def _runner(step, plan: RelayPlan, direction: int):
     """`(params, initial (B, D), drives (B, T, ...), absolute (B, D), relative (B,))`."""
-    return _with_lanes(functools.partial(_run, step, plan, direction))
+    return _with_lanes(functools.partial(_run, step, plan, direction), functools.partial(_run, step, _ONE_LANE, direction))
 
 
-def _with_lanes(function):
-    """A function of shared parameters and of chains with a leading axis, to which `vmap` adds its own axis."""
+# One step after another, whatever the device.
+_ONE_LANE = RelayPlan(1)
+
+
+def _with_lanes(function, plain=None):
+    """A function of shared parameters and of chains with a leading axis, to which `vmap` adds its own axis.
+
+    `plain`, if given, does the same in loops whose length is known beforehand, so that it can be mapped: loops with a
+    condition would copy the path in every step. On a CPU it takes chains with parameters of their own, where lanes have
+    nothing to gain (`relay_plan`).
+    """
     run = jax.custom_batching.custom_vmap(function)
 
     @run.def_vmap
     def _(axis_size, in_batched, params, *chains):
         if any(jax.tree.leaves(in_batched[0])):
-            # Every chain has parameters of its own: one after another.
+            if plain is not None and jax.default_backend() == "cpu":
+                axes = jax.tree.map(lambda flag: 0 if flag else None, tuple(in_batched))
+                found = jax.vmap(plain, in_axes=axes, axis_size=axis_size)(params, *chains)
+                return found, jax.tree.map(lambda _: True, found)
+            # Every chain has parameters of its own: one after another, each in its own lanes.
             spread = jax.tree.map(lambda leaf, flag: leaf if flag else jnp.broadcast_to(leaf, (axis_size, *leaf.shape)),
                                   (params, *chains), tuple(in_batched))
             found = lax.map(lambda one: run(*one), spread)

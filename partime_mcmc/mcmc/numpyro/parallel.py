@@ -32,7 +32,7 @@ from partime_mcmc.mcmc.numpyro.report import ParallelReport, without_kernel
 from partime_mcmc.mcmc.numpyro.stored import ReadsStore, check_fields, run_on_disk
 from partime_mcmc.mcmc.numpyro.theirs import ours
 from partime_mcmc.mcmc.numpyro.warm import begin, kernel_from, keys_of, state_of
-from partime_mcmc.mcmc.chains import draw_chains, pilot_advice
+from partime_mcmc.mcmc.chains import check_fits, draw_chains, pilot_advice
 from partime_mcmc.mcmc.resume import as_store
 from partime_mcmc.mcmc.store.stored import StoredDraws
 from partime_mcmc.mcmc.stored_run import Store
@@ -220,6 +220,8 @@ class ParallelMCMC(ReadsStore):
             state = with_chains(state._replace(rng_key=keys if self.num_chains > 1 else keys[0]), self.num_chains)
         if self._store is not None:
             return self._on_disk(target, keys, state, init_params, num_steps, collect_fields, remove_sites)
+        check_fits(target, num_steps, self.num_chains, solver=self.solver, schedule=self.schedule,
+                   certificate=self.certificate)
         warmup = None
         if state is None:
             ready = begin(self.sampler, target, keys, self.num_warmup, init_params, progress)

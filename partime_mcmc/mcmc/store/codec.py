@@ -19,6 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from partime_mcmc.mcmc.store.layout import StoreError
+
 _PACKAGE = "partime_mcmc"
 
 
@@ -44,6 +46,7 @@ def from_json(text: str) -> Any:
 
     Raises:
         ValueError: If the text names something that is not of this package, or no JSON.
+        StoreError: If an object had other fields in the version that wrote it.
     """
     return decode(json.loads(text))
 
@@ -93,7 +96,12 @@ def decode(data: Any) -> Any:
         return _found(data["function"], inspect.isfunction)
     if "class" in data:
         cls = _found(data["class"], lambda found: inspect.isclass(found) and dataclasses.is_dataclass(found))
-        return cls(**{key: decode(one) for key, one in data["fields"].items()})
+        fields = {key: decode(one) for key, one in data["fields"].items()}
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise StoreError(f"store: it holds a {cls.__name__} with the fields {sorted(fields)}, which this version of "
+                             f"partime_mcmc cannot make ({error}); read it with the version that wrote it") from error
     raise ValueError(f"a stored value of unknown kind: {sorted(data)}")
 
 

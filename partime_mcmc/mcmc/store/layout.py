@@ -1,12 +1,13 @@
 """The folder of a stored run: which files there are, how they get there whole, and how damage is found.
 
-    run.json                                    what was asked for; written once, before anything is computed
+    run.json                                    what was asked for, with its checksum; written before anything is computed
     start-<sha256>.npz                          what warm-up tuned and what was chosen; written once, before the first draw
     chunk-<index>-<step>-<sha256>.nc            certified draws up to step <step>, and what it takes to go on from there
     lock                                        held by the one process that writes
 
-Every file is written aside, flushed to the disk, and renamed; its name holds the checksum of its bytes, so that the
-rename commits both, and a file is either there and whole, or not there. What is damaged later is found by its checksum.
+Every file is written aside, flushed to the disk, and renamed; the names of the others hold the checksums of their
+bytes, so that the rename commits both, and a file is either there and whole, or not there. What is damaged later is found
+by its checksum.
 Chunks count only as far as they follow one another without a gap.
 """
 
@@ -24,7 +25,10 @@ import numpy as np
 
 _CHUNK = re.compile(r"chunk-(\d{6,})-(\d{12,})-([0-9a-f]{64})\.(\w+)$")
 _START = re.compile(r"start-([0-9a-f]{64})\.npz$")
-_RUN, _LOCK, _ASIDE = "run.json", "lock", ".damaged"
+_RUN, _LOCK, _ASIDE, _SUM = "run.json", "lock", ".damaged", "sha256"
+
+# Of all files of a store together. 2: certificates say whether they are independent; run.json holds its checksum.
+FORMAT_VERSION = 2
 
 
 class StoreError(OSError):
@@ -87,21 +91,29 @@ class Folder:
         Raises:
             StoreError: If it cannot be written.
         """
-        self._commit(_RUN, json.dumps(run, indent=1, sort_keys=True).encode())
+        self._commit(_RUN, json.dumps(run | {_SUM: _sum_of(run)}, indent=1, sort_keys=True).encode())
 
     def read_run(self) -> dict[str, Any]:
         """What was asked for.
 
         Raises:
             FileNotFoundError: If there is no run here.
-            StoreError: If it cannot be read.
+            StoreError: If it is of another version of the format, or has changed since it was written.
         """
         if not self.holds_run:
             raise FileNotFoundError(f"store: no run in {self.path} (no file {_RUN})")
         try:
-            return json.loads((self.path / _RUN).read_text())
+            run = json.loads((self.path / _RUN).read_text())
         except ValueError as error:
             raise StoreError(f"store: {self.path / _RUN} is damaged: {error}") from error
+        version = run.get("format_version") if isinstance(run, dict) else None
+        if version != FORMAT_VERSION:
+            raise StoreError(f"store: {self.path} has format {version}, wanted {FORMAT_VERSION}; read it with the version "
+                             "of partime_mcmc that wrote it")
+        if run.pop(_SUM, None) != _sum_of(run):
+            raise StoreError(f"store: {self.path / _RUN} has changed since it was written (its checksum is not the one in "
+                             "it): put back what was there, or begin another run in a new folder")
+        return run
 
     def write_start(self, data: bytes) -> None:
         """Write what warm-up tuned.
@@ -192,6 +204,11 @@ class Folder:
                 partial.unlink(missing_ok=True)
             said = f"store: {self.path / name} could not be written: {error.strerror or error}"
             raise StoreError(error.errno, said) from error
+
+
+def _sum_of(run: dict[str, Any]) -> str:
+    """The checksum of a description, whatever its layout."""
+    return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
 
 
 def intact(chunk: Chunk) -> bool:

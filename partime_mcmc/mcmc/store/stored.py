@@ -29,8 +29,6 @@ from partime_mcmc.mcmc.store.plan import Settled, Start
 from partime_mcmc.mcmc.store.state import Totals, unpack_state
 from partime_mcmc.solution import Status
 
-FORMAT_VERSION = 1
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StoredDraws:
@@ -242,11 +240,7 @@ def read_run(path: str | os.PathLike) -> dict[str, Any]:
         FileNotFoundError: If there is no stored run.
         StoreError: If the description is damaged, or of another version of the format.
     """
-    run = Folder(path).read_run()
-    if run.get("format_version") != FORMAT_VERSION:
-        raise StoreError(f"store: {path} has format {run.get('format_version')}, wanted {FORMAT_VERSION}; read it with the "
-                         "version of partime_mcmc that wrote it")
-    return run
+    return Folder(path).read_run()
 
 
 def read_state(chunk: Chunk) -> tuple[dict[str, np.ndarray], Totals, dict[str, np.ndarray]]:
