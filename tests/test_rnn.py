@@ -74,8 +74,15 @@ def loss(run, *arguments):
                for leaf in jax.tree.leaves((carry, ys)))
 
 
-@pytest.mark.parametrize("name", CELLS)
-def test_equals_scan_with_its_gradients(name, precision):
+@pytest.mark.parametrize("name, kind", [
+    ("gru", "float32"), ("gru", "float64"), ("lstm", "float64"), ("elman", "float32"),
+    *(pytest.param(*one, marks=pytest.mark.slow) for one in (("lstm", "float32"), ("elman", "float64")))])
+def test_equals_scan_with_its_gradients(name, kind):
+    with jax.enable_x64(kind == "float64"):
+        check_against_scan(name, jnp.dtype(kind))
+
+
+def check_against_scan(name, precision):
     """With random weights, and with weights that 20 steps of Adam have moved."""
     cell, *arguments = problem(name, precision)
     states, gradients = (1e-5, 1e-4) if precision == "float32" else (1e-10, 1e-8)
