@@ -285,7 +285,7 @@ def test_an_output_that_is_not_finite_shows_whichever_way_was_taken(num_steps, d
     assert [Status(int(one.status)) for one in statuses] == [Status.CONVERGED, Status.NONFINITE]
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_numbers_too_coarse_to_be_judged_are_left_to_scan(kind):
     cell, params, carry, inputs = problem("gru", jnp.dtype(kind), 2 * NUM_STEPS)
     final, ys, status = quick(functools.partial(unroll_with_status, cell))(params, carry, inputs)
