@@ -74,8 +74,15 @@ def loss(run, *arguments):
                for leaf in jax.tree.leaves((carry, ys)))
 
 
-@pytest.mark.parametrize("name", CELLS)
-def test_equals_scan_with_its_gradients(name, precision):
+@pytest.mark.parametrize("name, kind", [
+    ("gru", "float32"), ("gru", "float64"), ("lstm", "float64"), ("elman", "float32"),
+    *(pytest.param(*one, marks=pytest.mark.slow) for one in (("lstm", "float32"), ("elman", "float64")))])
+def test_equals_scan_with_its_gradients(name, kind):
+    with jax.enable_x64(kind == "float64"):
+        check_against_scan(name, jnp.dtype(kind))
+
+
+def check_against_scan(name, precision):
     """With random weights, and with weights that 20 steps of Adam have moved."""
     cell, *arguments = problem(name, precision)
     states, gradients = (1e-5, 1e-4) if precision == "float32" else (1e-10, 1e-8)
@@ -278,7 +285,7 @@ def test_an_output_that_is_not_finite_shows_whichever_way_was_taken(num_steps, d
     assert [Status(int(one.status)) for one in statuses] == [Status.CONVERGED, Status.NONFINITE]
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_numbers_too_coarse_to_be_judged_are_left_to_scan(kind):
     cell, params, carry, inputs = problem("gru", jnp.dtype(kind), 2 * NUM_STEPS)
     final, ys, status = quick(functools.partial(unroll_with_status, cell))(params, carry, inputs)

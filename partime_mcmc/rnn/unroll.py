@@ -98,8 +98,8 @@ def unroll(cell: Callable, params: PyTree, carry: PyTree, inputs: PyTree, *, sol
     Raises:
         TypeError: If the carry is not floating point of one type, `cell` changes its structure, shapes or types, or `solver`
             or `tolerance` is of the wrong kind.
-        ValueError: If the shapes of `carry`, `inputs`, `mask` or `tolerance` do not fit, or `max_iterations` is given without
-            a solver or is not a positive integer.
+        ValueError: If the shapes of `carry`, `inputs`, `mask` or `tolerance` do not fit, or `max_iterations` is given
+            without a solver or is not a positive integer.
     """
     return unroll_with_status(cell, params, carry, inputs, solver=solver, reverse=reverse, mask=mask,
                               batch_axes=batch_axes, tolerance=tolerance, max_iterations=max_iterations)[:2]
