@@ -87,11 +87,11 @@ ROWS = (
     Row("eight schools, HMC 8×0.2", EIGHT_SCHOOLS, *fixed_hmc(0.2, 8), 65_536),
     Row("eight schools, HMC 4×0.4", EIGHT_SCHOOLS, *fixed_hmc(0.4, 4), 65_536),
     Row("eight schools, MALA", EIGHT_SCHOOLS, *tuned(mala), 65_536, "float32"),
-    Row("eight schools, NUTS", EIGHT_SCHOOLS, *tuned(nuts), 16_384),
-    Row("banana, HMC 8×0.5, unit metric", BANANA, *raw_hmc(0.5, 8), 32_768),
+    Row("eight schools, NUTS", EIGHT_SCHOOLS, *tuned(nuts), 65_536),
+    Row("banana, HMC 8×0.5, unit metric", BANANA, *raw_hmc(0.5, 8), 65_536),
     Row("banana, HMC 8×0.2, whitened", BANANA, *fixed_hmc(0.2, 8), 32_768),
-    Row("mixture of two normals, MALA", mixture, *tuned(mala), 32_768),
-    Row("logistic regression 944×25, HMC 4×0.4", LOGISTIC, *fixed_hmc(0.4, 4), 16_384),
+    Row("mixture of two normals, MALA", mixture, *tuned(mala), 65_536),
+    Row("logistic regression 944×25, HMC 4×0.4", LOGISTIC, *fixed_hmc(0.4, 4), 65_536),
 )
 
 
