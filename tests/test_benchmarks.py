@@ -36,6 +36,7 @@ def test_a_run_goes_nowhere_near_the_committed_tables():
     assert record.OUT.name in (ROOT / ".gitignore").read_text()
 
 
+@pytest.mark.slow
 def test_a_suite_runs_and_is_reported(tmp_path, monkeypatch, capsys):
     tiny = Task("scans", ("--longest", "1000", "--widths", "2", "--repeats", "1"), 5, 200)
     broken, impossible = Task("scans", ("--no-such-option",), 1, 100), Task("scans", (), 1, 9, "NO_SUCH_VAR")

@@ -262,6 +262,7 @@ def test_dependence_that_no_coordinate_shows_fails_the_joint_test():
     assert report.level == Level.FAIL and all("joint test" in reason or "dice" in reason for reason in report.reasons)
 
 
+@pytest.mark.slow
 def test_chance_rarely_upsets_the_verdict_and_a_detectable_shift_always_does():
     """100 pairs of one law; the same pairs with one mean moved by the shift that is promised to be found."""
     passed, found = 0, 0

@@ -52,6 +52,7 @@ def test_eight_schools_is_one_path(capsys):
     assert "theta[7]" in printed and "sequential:" in printed
 
 
+@pytest.mark.slow
 def test_logistic_regression_needs_at_most_20_iterations(capsys):
     parallel, stepwise, finding = run("logistic_regression", "--num-samples", 256, "--num-chains", 2)
     printed = capsys.readouterr().out
@@ -68,6 +69,7 @@ def test_logistic_regression_needs_at_most_20_iterations(capsys):
     assert f"iterations per chain: {parallel.report.iterations.tolist()}" in printed
 
 
+@pytest.mark.slow
 def test_rosenbrock_overflows_whole_and_is_solved_in_stretches(capsys):
     rows = {row["method"]: row for row in run(
         "rosenbrock_hmc", "--num-samples", 512, "--max-iterations", 100,
@@ -99,6 +101,7 @@ def test_a_gibbs_sampler_of_ones_own(capsys):
     assert abs(means[0] - exact[0]) < 1.5 and abs(means[1] - exact[1]) < 1.7
 
 
+@pytest.mark.slow
 def test_a_linearizer_of_ones_own():
     rows = {row["method"]: row for row in run(
         "own_linearizer", "--num-samples", 256, "--max-iterations", 60,
@@ -112,6 +115,7 @@ def test_a_linearizer_of_ones_own():
     assert rows["sequential"]["rejected"] > 0
 
 
+@pytest.mark.slow
 def test_some_chains_forget_and_some_do_not(tmp_path, capsys):
     found = run("how_forgetful", "--kernels", "HMC, path π/2", "random walk", "--num-warmup", 120, "--num-pairs", 6,
                 "--out", tmp_path / "picture.png")
@@ -122,6 +126,7 @@ def test_some_chains_forget_and_some_do_not(tmp_path, capsys):
     assert "segments" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_same_law_with_a_shorter_memory(tmp_path, capsys):
     found = run("dice", "--models", "eight_schools", "--kernels", "coalescing HMC", "random walk, plain", "--num-warmup", 120,
                 "--num-pairs", 8, "--num-steps", 200, "--out", tmp_path / "picture.png")
@@ -142,12 +147,14 @@ def test_one_line_of_a_numpyro_script_changes(capsys):
     assert mcmc.report.parallel
 
 
+@pytest.mark.slow
 def test_a_model_that_lacks_the_trend_fails_its_check():
     found = run("posterior_predictive", "--num-samples", 250)
     assert found["constant"][0] < 0.01 < 0.05 < found["with_trend"][0]
     assert found["with_trend"][1] > found["constant"][1]
 
 
+@pytest.mark.slow
 def test_a_hierarchical_regression():
     pytest.importorskip("sklearn")
     mcmc, rows = run("hierarchical_regression", "--num-samples", 400)

@@ -184,6 +184,7 @@ def test_a_run_on_disk_is_the_run_in_memory(tmp_path):
         run(sampler(), extra_fields=("z.noise",))
 
 
+@pytest.mark.slow
 def test_thinning_one_chain_and_left_out_sites():
     mcmc = ParallelMCMC(
         sampler(), num_warmup=WARMUP, num_samples=SAMPLES, num_chains=CHAINS, thinning=3, chain_method="parallel"

@@ -99,6 +99,7 @@ def test_bad_keys(case):
 # --- resuming, pickling, data
 
 
+@pytest.mark.slow
 def test_advice_after_resuming_one_chain():
     """Pilots need two states: those of the warm-up, or where this object had none on these data, draws."""
     mcmc = run(MALA(level), num_chains=1, num_warmup=40)
@@ -215,6 +216,7 @@ def test_arguments_of_numpyros_that_have_nothing_to_do():
         NUTS(level, regularize_mass_matrix=False)
 
 
+@pytest.mark.slow
 def test_forward_mode_is_honoured():
     """A `while_loop` has no reverse mode. Here it takes 3 from mu, which is then held near 0: mu ~ N(3 / 1.01, 1 / 1.01)."""
 

@@ -38,8 +38,14 @@ def recorded_and_independent(kernel, position, solver, num_steps=T, tolerance=To
     return found, recorded, independent, initial
 
 
-@pytest.mark.parametrize("name", ROLLING)
-@pytest.mark.parametrize("row", KERNELS, ids=[row.name for row in KERNELS])
+# Every shape of state and of info; the others are among the slow tests.
+OFTEN = {"mala", "dynamic hmc", "ghmc", "nuts", "hmc cycle"}
+CASES = [pytest.param(row, name, id=f"{row.name}, {name}",
+                      marks=() if row.name in OFTEN and (name == "shooting" or row.name == "mala") else pytest.mark.slow)
+         for row in KERNELS for name in ROLLING]
+
+
+@pytest.mark.parametrize("row, name", CASES)
 def test_both_say_the_same(row, name, double):
     kernel = row.build(logdensity_of(double), 3, double)
     found, (mine, said), (theirs, records), _ = recorded_and_independent(kernel, start_of(double), ROLLING[name])

@@ -569,8 +569,8 @@ def kill_and_resume(tmp_path, cache, num_kills, num_samples, ending):
 
 
 @pytest.mark.parametrize("ending, num_kills", [
-    (signal.SIGKILL, 3), (signal.SIGINT, 1), *(pytest.param(one, 30, marks=pytest.mark.slow) for one in (
-        signal.SIGKILL, signal.SIGINT))])
+    (signal.SIGKILL, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (signal.SIGINT, 1), (signal.SIGKILL, 30), (signal.SIGINT, 30)))])
 def test_killed_and_resumed_is_never_killed(ending, num_kills, tmp_path, cache):
     num_samples = CHUNK * 60 * max(1, num_kills // 3)
     left = kill_and_resume(tmp_path, cache, num_kills, num_samples, ending)
