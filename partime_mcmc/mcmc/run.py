@@ -108,7 +108,7 @@ def run_chains(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *
     finish_stretch = functools.partial(run_program, _finish, clock=clock)
     recurrence = recurrence_of(kernel, initial, tape, clock, evidence)
     books = Books(keys.shape[0], first, first + num_samples if total is None else total, end.failed_running if end else 0)
-    current, pieces, kept = initial, [], []
+    current, pieces = initial, []
     try:
         for start in range(0, num_samples, size):
             stop = min(start + size, num_samples)
@@ -117,20 +117,20 @@ def run_chains(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *
             found = chosen(recurrence, current, part)
             states = books.enter(found, start, stop, chosen is roll_stretch,
                                  functools.partial(finish_stretch, recurrence, current, part))
-            pieces.append(states)
-            kept.append((found.notes, found.defects) if books.as_found else (None, None))
+            # At once, so that an interrupt finds a stretch with its notes or not at all.
+            pieces.append((states, found.notes, found.defects) if books.as_found else (states, None, None))
             if stop < num_samples:
                 current = jax.tree.map(lambda leaf: leaf[:, -1], states)
             advance(stop - start, **books.shown())
     except KeyboardInterrupt:
         if not pieces:
             raise
-        done = sum(jax.tree.leaves(piece)[0].shape[1] for piece in pieces)
+        done = sum(jax.tree.leaves(states)[0].shape[1] for states, *_ in pieces)
         discrete = jax.tree.map(lambda leaf: leaf[:, done], tape.discrete) if done < num_samples else discrete
         tape = jax.tree.map(lambda leaf: leaf[:, :done], tape)
         books.interrupt(done)
-    return Chains(initial, _joined(initial, pieces), tape, discrete, first, books, clock, solver, schedule, advice,
-                  *_all_kept(kept))
+    return Chains(initial, _joined(initial, [states for states, *_ in pieces]), tape, discrete, first, books, clock, solver,
+                  schedule, advice, *_all_kept([(notes, defects) for _, notes, defects in pieces]))
 
 
 def _all_kept(kept: list[tuple]) -> tuple[jax.Array | None, jax.Array | None]:
