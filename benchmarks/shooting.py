@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
             with jax.enable_x64(row.dtype == "float64"):
                 results.append(measure(row, arguments.repeats, arguments.num_warmup, arguments.scale,
                                        tuple(arguments.segments)))
-            print(table(results[-1:]).splitlines()[-1], flush=True)
+            print(table(results[-1:]).splitlines()[2], flush=True)
     if arguments.only in "tanh network, 64 units":
         results.append(network(arguments.repeats, arguments.scale))
     stored = arguments.out / f"shooting-{jax.default_backend()}.json"
