@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -309,6 +310,45 @@ def test_builders_are_blackjaxs_algorithms():
         for ours, theirs in run():
             np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
             assert len(np.unique(np.asarray(ours)[:, 0])) > 5
+
+
+@pytest.mark.parametrize("num_steps, step_size", [(1, 0.4), (3, 0.25), (11, 0.15)],
+                         ids=["one step", "written out", "a loop"])
+def test_trajectories_without_the_densitys_value_are_blackjaxs(num_steps, step_size):
+    with jax.enable_x64(True):
+        density, mass = logdensity_of(jnp.float64), jnp.asarray(covariance_of("dense"))
+        ours, theirs = (build(density, step_size, mass, num_steps) for build in (hmc, blackjax.hmc))
+        keys, start = jax.random.split(jax.random.key(3), 40), start_of(jnp.float64)
+
+        @functools.partial(jax.jit, compiler_options=QUICK)
+        def run():
+            states, said = blackjax_loop(theirs, start, None, keys)
+            path, info = loop(ours, ours.init(start), keys)
+            return (jax.vmap(ours.position)(path), info), (states.position, said)
+
+        (path, info), (wanted, said) = run()
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9), path, wanted)
+        np.testing.assert_array_equal(info.is_accepted, said.is_accepted)
+        np.testing.assert_allclose(info.energy, said.energy, rtol=1e-9)
+        np.testing.assert_array_equal(info.num_integration_steps, num_steps)
+        assert 0 < np.sum(~np.asarray(info.is_accepted)) < 40
+
+
+def test_the_densitys_value_is_not_computed_on_the_way():
+    """Of log(1 + x²) the compiled step has one, outside of the loop of the leapfrogs, where BlackJAX's has it inside."""
+    def density(x):
+        return -jnp.sum(jnp.log1p(x**2))
+
+    def depths(algorithm):
+        """In how many loops of BlackJAX and ours every logarithm of the density is."""
+        step = jax.jit(lambda state: algorithm.step(jax.random.key(0), state)[0])
+        text = step.lower(algorithm.init(jnp.ones(7))).compile().as_text()
+        names = [re.search(r'op_name="([^"]*)"', line)[1] for line in text.splitlines() if " log-plus-one(" in line]
+        return [name.count("while/body") for name in names if name.endswith("log1p")]
+
+    assert depths(blackjax.hmc(density, 0.1, jnp.ones(7), 11)) == [1]
+    # BlackJAX's own loop goes round once here; ours would be the second.
+    assert depths(hmc(density, 0.1, jnp.ones(7), 11)) == [1]
 
 
 def test_noise_scale_is_the_proposals():

@@ -23,7 +23,7 @@ from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.kernels.certificate import check_scale
 from partime_mcmc.kernels.dice import CoalescingDice, Dice, PlainDice, check_dice
-from partime_mcmc.kernels.hmc import hmc_cycle, steered_hmc
+from partime_mcmc.kernels.hmc import hmc_cycle, leapfrogs, steered_hmc
 from partime_mcmc.kernels.kernel import Kernel
 from partime_mcmc.kernels.mala import coalescing_mala
 from partime_mcmc.kernels.random_walk import coalescing_random_walk
@@ -106,8 +106,19 @@ def hmc(logdensity: Callable[[PyTree], Array], step_size: float, metric: Whiteni
         _check_whitening(metric, "a Whitening for hmc with CoalescingDice()")
         return _whitened(lambda density: steered_hmc(density, step_size, num_integration_steps), logdensity, metric, None,
                          "hmc")
-    return _with_metric(lambda density, inverse_mass: blackjax.hmc(density, step_size, inverse_mass,
-                                                                   num_integration_steps), logdensity, metric, "hmc")
+    return _with_metric(lambda density, inverse_mass: _plain_hmc(density, step_size, inverse_mass, num_integration_steps),
+                        logdensity, metric, "hmc")
+
+
+def _plain_hmc(density, step_size, inverse_mass, num_steps) -> blackjax.SamplingAlgorithm:
+    """BlackJAX's HMC, which takes all leapfrogs as one step of its integrator."""
+    algorithm = blackjax.hmc(density, step_size, inverse_mass, 1, integrator=leapfrogs(num_steps))
+
+    def step(rng_key, state):
+        state, info = algorithm.step(rng_key, state)
+        return state, info._replace(num_integration_steps=num_steps)
+
+    return blackjax.SamplingAlgorithm(algorithm.init, step)
 
 
 def coalescing_hmc(logdensity: Callable[[PyTree], Array], step_size: float, metric: Whitening,

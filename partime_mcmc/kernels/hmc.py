@@ -21,6 +21,7 @@ from typing import Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 from blackjax.mcmc import hmc, integrators, metrics
+from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.kernels.dice import Layers, draw_layers, multishift, normal_of
@@ -187,17 +188,50 @@ def hmc_cycle(logdensity: Callable[[PyTree], Array], step_size: float, num_steps
     return Drawn(init, draw, apply, draw_many, count)
 
 
+def leapfrogs(num_steps: int) -> Callable:
+    """BlackJAX's velocity Verlet, `num_steps` times, as one of BlackJAX's integrators.
+
+    A proposal is judged by the density at the trajectory's end. On the way only gradients are looked at, and the density's
+    value is not handed from step to step, so that the compiler leaves it out: the softplus of a logistic regression costs
+    more than its gradient.
+
+    Args:
+        num_steps: L, at least 1.
+    """
+
+    def integrator(logdensity, kinetic_energy):
+        one = integrators.velocity_verlet(logdensity, kinetic_energy)
+
+        def steps(state, step_size):
+            unknown = jnp.zeros_like(state.logdensity)
+
+            def advance(_, path):
+                position, momentum, gradient = path
+                new = one(integrators.IntegratorState(position, momentum, unknown, gradient), step_size)
+                return new.position, new.momentum, new.logdensity_grad
+
+            path = state.position, state.momentum, state.logdensity_grad
+            if isinstance(num_steps, int) and num_steps <= _UNROLLED:
+                for step in range(num_steps - 1):
+                    path = advance(step, path)
+            else:
+                path = lax.fori_loop(0, num_steps - 1, advance, path)
+            position, momentum, gradient = path
+            return one(integrators.IntegratorState(position, momentum, unknown, gradient), step_size)
+
+        return steps
+
+    return integrator
+
+
 def _trajectory(logdensity, step_size, num_steps):
     """`(state, momentum (D,), uniform) -> (state, info)`: BlackJAX's trajectory with given dice."""
     kinetic = metrics.gaussian_euclidean
-    leap = integrators.velocity_verlet
 
     def propose(state, momentum, uniform):
         flat, unravel = ravel_pytree(state.position)
         energy = kinetic(jnp.ones_like(flat)).kinetic_energy
-        one = leap(logdensity, energy)
-        all_steps, num_loops = (_repeated(one, num_steps), 1) if num_steps <= _UNROLLED else (one, num_steps)
-        generate = hmc.hmc_proposal(all_steps, energy, step_size, num_loops, sample_proposal=_decided)
+        generate = hmc.hmc_proposal(leapfrogs(num_steps)(logdensity, energy), energy, step_size, 1, sample_proposal=_decided)
         start = integrators.IntegratorState(state.position, unravel(momentum), state.logdensity, state.logdensity_grad)
         end, said, margin = generate(uniform, start)
         nothing = jnp.full((), jnp.inf, flat.dtype)
@@ -207,15 +241,6 @@ def _trajectory(logdensity, step_size, num_steps):
         return DrawnState(end.position, end.logdensity, end.logdensity_grad), info
 
     return propose
-
-
-def _repeated(step, count):
-    def steps(state, step_size):
-        for _ in range(count):
-            state = step(state, step_size)
-        return state
-
-    return steps
 
 
 def _decided(uniform, log_ratio, state, proposal):

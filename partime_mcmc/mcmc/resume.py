@@ -178,7 +178,7 @@ def _make_start(store: Store, request: Request, progress: Progress, mesh: Mesh |
     """Warm up, choose, and write down what came of it."""
     # Before warm-up: what cannot fit is refused at once.
     open_choice = request.solver is None or mesh is not None
-    _chunk_of(store, request, example_of(request.target), open_choice, mesh)
+    chunk_of(store, request, example_of(request.target), open_choice, mesh)
     ready = make_ready(request, progress)
     choose = ready.choice(request)
     if mesh is not None:
@@ -200,7 +200,7 @@ def start_of(store: Store, ready: Ready, request: Request, choose: Any, progress
         mesh: Devices that share a chunk; None is the default device alone.
     """
     example = jax.tree.map(lambda leaf: leaf[0], ready.positions)
-    schedule, chunk = _chunk_of(store, request, example, choose is not None, mesh)
+    schedule, chunk = chunk_of(store, request, example, choose is not None, mesh)
     kernel, keys, clock = ready.kernel, ready.keys, Clock()
     end = begin(kernel, ready.positions, keys, clock) if end is None else end
     dtype = jax.tree.leaves(example)[0].dtype
@@ -217,7 +217,7 @@ def start_of(store: Store, ready: Ready, request: Request, choose: Any, progress
     return pack_start(settled, kernel, keys, end)
 
 
-def _chunk_of(store: Store, request: Request, example: PyTree, open_choice: bool,
+def chunk_of(store: Store, request: Request, example: PyTree, open_choice: bool,
               mesh: Mesh | None) -> tuple[Schedule | None, int]:
     """The schedule, None while it is open, and steps per chunk.
 

@@ -1,7 +1,7 @@
 """What a step costs when L lanes take it together: from the compiled program and never from a clock.
 
     c(L) = o · kernels + w · L · work / threads(L)        seconds
-    threads(L) = 1 + e · (max(1, min(cores, L / 8, L · work / (grain · kernels))) − 1)
+    threads(L) = 1 + e · (max(1, min(cores, L / 32, L · work / (grain · kernels))) − 1)
 
 `kernels` are the kernels that the compiled loop starts per step, each of which costs `o` however few lanes there are;
 `work` is the arithmetic of one lane, counted in the jaxpr in units of one vectorised operation. A plan must be the same
@@ -85,8 +85,9 @@ class Machine:
         return self.seconds_per_kernel * kernels + self.seconds_per_work * total / threads
 
 
-# Lanes below which a core shares its kernels with no other.
-_LANES_PER_CORE = 8
+# Lanes below which a core shares its kernels with no other. On two cores of a Xeon, products of a matrix of 944 rows with lanes
+# gained until 128 of them, and eight schools until 64: with 8 here, half of that was left lying.
+_LANES_PER_CORE = 32
 # Two cores of a server (AMD EPYC, AVX-512), otherwise idle, JAX 0.10.1: the sequential loop, the dice in one batch, and the
 # vmapped rest of a step in 16, 64 and 256 lanes, for MALA (float32 and float64), HMC (4 and 8 leapfrogs) and NUTS on eight
 # schools, HMC on a banana and on a logistic regression with 944 rows, MALA on a mixture; medians of 7. Chosen by hand so

@@ -17,10 +17,12 @@ import json
 import os
 import pathlib
 
+import jax
 import numpy as np
 from scipy import special
 
 from partime_mcmc.diagnostics import arviz
+from partime_mcmc.mcmc.numpyro import HMC, MALA, NUTS, CoalescingHMC, ParallelMCMC
 
 VARIABLE = "PARTIME_REFERENCE_POSTERIORS"
 NAMES = (
@@ -34,6 +36,8 @@ NAMES = (
     "nes2000-nes",
     "sblri-blr",
 )
+KERNELS = {"CoalescingHMC": CoalescingHMC, "HMC": HMC, "NUTS": NUTS, "MALA": MALA}
+SAMPLES = {"CoalescingHMC": 3000, "HMC": 3000, "NUTS": 1000, "MALA": 8000}
 ALPHA, MIN_ESS, MIN_CHAINS, POWER = 1e-3, 400, 4, 0.99
 _QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
 
@@ -97,6 +101,15 @@ class Verdict:
             f"{self.least_ess:.0f}; a shift of {self.detectable:.3f} sd would be found"
             + "".join(f"; {gate}" for gate in self.gates)
         )
+
+
+def sampled(kernel, name):
+    """Four chains of a kernel with default settings on a posterior: the finished run, and its verdict."""
+    posterior = load(name)
+    mcmc = ParallelMCMC(KERNELS[kernel](posterior.model), num_warmup=1000, num_samples=SAMPLES[kernel], num_chains=4)
+    mcmc.run(jax.random.key(2), **posterior.data)
+    draws = posterior.flat(mcmc.get_samples(group_by_chain=True), posterior.reference)
+    return mcmc, judge(draws, posterior.reference)
 
 
 def judge(draws, reference):

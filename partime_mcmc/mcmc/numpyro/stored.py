@@ -22,7 +22,7 @@ from partime_mcmc.mcmc.numpyro.base import ParallelKernel
 from partime_mcmc.mcmc.numpyro.warm import Beginning, begin, kernel_from, state_of
 from partime_mcmc.mcmc.progress import Progress
 from partime_mcmc.mcmc.ready import Ready, Request
-from partime_mcmc.mcmc.resume import described, key_words, start_of
+from partime_mcmc.mcmc.resume import chunk_of, described, key_words, start_of
 from partime_mcmc.mcmc.store import codec
 from partime_mcmc.mcmc.store.fingerprint import digest_arrays, example_of
 from partime_mcmc.mcmc.store.plan import Start
@@ -68,15 +68,16 @@ def run_on_disk(store: Store, sampler: ParallelKernel, target: Target, keys: Key
            "certificate": codec.encode(settings.certificate, "certificate")}
 
     def make_start(example: PyTree) -> bytes:
-        del example
+        request = Request(None, target, builder, num_samples, keys.shape[0], num_warmup, None, None, solver, schedule, None,
+                          None, None, thinning, settings.certificate)
+        # Before warm-up: what cannot fit is refused at once.
+        chunk_of(store, request, example, False, None)
         warmup, first = None, state
         if first is None:
             ready = begin(sampler, target, keys, num_warmup, init_params, progress)
             kernel, warmup, first = ready.kernel, ready.warmup, state_of(ready, keys)
         else:
             kernel = kernel_from(sampler, target, first)
-        request = Request(None, target, builder, num_samples, keys.shape[0], num_warmup, None, None, solver, schedule, None,
-                          None, None, thinning, settings.certificate)
         end = End(first.r, first.adapt_state.discrete, int(first.i[0]))
         return start_of(store, Ready(kernel, warmup, first.z, keys), request, None, progress, end)
 
