@@ -3,9 +3,9 @@
 For every row the same chain is computed twice with the same keys: by `lax.scan` over the kernel's step with full
 states and cached gradients (what a BlackJAX user runs, but that HMC's trajectories leave the density's value out on
 the way), and by shooting with several numbers of segments. Runs are interleaved and medians are reported, compilation
-apart. Beside every time stand the residual that the solver saw, evaluations of the step per draw, what `advise` would have chosen and what that gained, and what an independent
-certificate of the whole path found (its own time is in the JSON, not part of the ratio). The tolerance is that of
-`sample`.
+apart. Beside every time stand the residual that the solver saw, evaluations of the step per draw, what `advise` would
+have chosen and what that gained, and what an independent certificate of the whole path found (its own time is in the
+JSON, not part of the ratio). The tolerance is that of `sample`.
 
 Decisions that differ from those of the loop: both programs round differently in the last place, so a proposal whose
 acceptance probability lies within that of its uniform may go either way; a forgetful chain is back on the other one's

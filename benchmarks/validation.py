@@ -45,7 +45,8 @@ def measure(reference, kernel: str, name: str) -> dict:
             "failures": {" ".join(key): value for key, value in verdict.failures.items()}, "num_scores": len(verdict.scores),
             "largest": score, "largest_of": " ".join(worst), "bound": verdict.bound, "least_ess": verdict.least_ess,
             "level": report.level.name, "parallel": bool(report.parallel), "fallbacks": list(report.run.fallbacks),
-            "evaluations": float(report.run.evaluations_per_sample), "residual": float(np.max(np.asarray(report.certificate.max_residual))),
+            "evaluations": float(report.run.evaluations_per_sample),
+            "residual": float(np.max(np.asarray(report.certificate.max_residual))),
             "independent": bool(np.all(report.certificate.independent)), "seconds": time.perf_counter() - begin}
 
 

@@ -218,7 +218,7 @@ def start_of(store: Store, ready: Ready, request: Request, choose: Any, progress
 
 
 def chunk_of(store: Store, request: Request, example: PyTree, open_choice: bool,
-              mesh: Mesh | None) -> tuple[Schedule | None, int]:
+             mesh: Mesh | None) -> tuple[Schedule | None, int]:
     """The schedule, None while it is open, and steps per chunk.
 
     Raises:
