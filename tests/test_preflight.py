@@ -14,7 +14,7 @@ from partime_mcmc.diagnostics.checks import TooLarge
 from partime_mcmc.kernels import Independent, Recorded
 from partime_mcmc.mcmc import arguments, chains
 from partime_mcmc.mcmc.chains import check_fits
-from partime_mcmc.mcmc.numpyro import parallel
+from partime_mcmc.mcmc.numpyro import parallel, stored
 
 # Modules whose names their functions hide.
 sampling, resume = (importlib.import_module(f"partime_mcmc.mcmc.{name}") for name in ("sample", "resume"))
@@ -26,7 +26,7 @@ def too_early(monkeypatch):
     """A machine of a known size, on which nothing may begin, not even warm-up."""
     for module in (arguments, chains):
         monkeypatch.setattr(module, "default_max_bytes", lambda mesh=None: LIMIT)
-    for module, name in ((sampling, "make_ready"), (resume, "make_ready"), (parallel, "begin")):
+    for module, name in ((sampling, "make_ready"), (resume, "make_ready"), (parallel, "begin"), (stored, "begin")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("the run had begun"))
     begin = time.process_time()
     yield
@@ -44,13 +44,15 @@ def test_sample_refuses_at_once(tmp_path):
         sample(jax.random.key(0), target_of(), hmc, num_samples=5 * 10**8, store=Store(tmp_path / "run", chunk=10**8))
 
 
-def test_numpyros_front_refuses_at_once():
+def test_numpyros_front_refuses_at_once(tmp_path):
     def model():
         numpyro.sample("x", dist.Normal(0, 1))
 
     mcmc = ParallelMCMC(HMC(model), num_warmup=1000, num_samples=5 * 10**8, num_chains=4)
     with pytest.raises(TooLarge, match="num_samples: got 500000000 steps.* keep the draws on disk with store="):
         mcmc.run(jax.random.key(0))
+    with pytest.raises(TooLarge, match="store.chunk: 99991552 steps of 4 chains"):
+        mcmc.run(jax.random.key(0), store=Store(tmp_path / "run", chunk=10**8))
 
 
 def fits(target, certificate=Independent(), num_samples=10_000):
