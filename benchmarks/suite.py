@@ -87,7 +87,8 @@ SUITES = {
 # What does not fit, by suite: to be run on its own, `python -m benchmarks.MODULE`.
 LEFT_OUT = {
     "cpu": ("gru_autoregressive", "iterations", "devices", "running", "dice (meeting times)", "dice_shooting in float64",
-            "advised, all other rows", "posteriors, the other eight", "validation", "long_run of 10⁷ draws", "gru at all other sizes"),
+            "advised, all other rows", "posteriors, the other eight", "validation", "long_run of 10⁷ draws",
+            "gru at all other sizes"),
     "gpu": ("gru at batch 16", "memory"),
     "smoke": (),
 }
