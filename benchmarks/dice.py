@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -25,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from benchmarks.record import OUT, keep, put_between
+from benchmarks.record import OUT, keep, module_at, put_between
 from partime_mcmc import (
     CoalescingDice,
     Kernel,
@@ -89,10 +88,7 @@ def targets(folder: Path | None) -> dict[str, Callable[[], Target]]:
     found = {name: functools.partial(lambda model: model().make_target(jax.random.key(0)), model)
              for name, model in MODELS.items()}
     if folder is not None:
-        spec = importlib.util.spec_from_file_location("reference_models", folder / "models.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        for name, (model, prepare) in module.MODELS.items():
+        for name, (model, prepare) in module_at(folder / "models.py", "reference_models").MODELS.items():
             found[name] = functools.partial(_of_reference, folder, name, model, prepare)
     return {**found, **HARD}
 

@@ -16,7 +16,6 @@ worst parameter; gradients of landing steps count.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import pathlib
@@ -24,7 +23,7 @@ import subprocess
 import sys
 import time
 
-from benchmarks.record import OUT, keep, peak_resident
+from benchmarks.record import OUT, keep, module_at, peak_resident
 
 TARGET_ESS, CHAINS, WARMUP, SAMPLES = 20_000, 4, 1000, 7168
 VARIABLE = "PARTIME_REFERENCE_POSTERIORS"
@@ -34,9 +33,7 @@ METHODS = {"ours": 1, "vectorized": 1, "sequential": 1, "parallel": CHAINS}
 def load(name: str):
     """A model, its keyword arguments, and the function that flattens draws."""
     folder = pathlib.Path(os.environ[VARIABLE])
-    spec = importlib.util.spec_from_file_location("reference_models", folder / "models.py")
-    models = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(models)
+    models = module_at(folder / "models.py", "reference_models")
     stored = json.loads((folder / f"{name}.json").read_text())
     model, prepare = models.MODELS[name]
     return model, prepare(stored["data"]), list(stored["reference"]), models.flat

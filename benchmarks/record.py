@@ -7,6 +7,7 @@ the bytes of temporary memory that the compiler gives it.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -16,12 +17,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Callable
 
 # Where a run goes unless it is told: never where the tables are that the documentation quotes.
 OUT = Path("benchmark-results")
 # Seconds that short programs are repeated for, and how often at most.
 _SECONDS, _MOST_REPEATS = 1.0, 200
+
+
+def module_at(path: Path, name: str) -> ModuleType:
+    """The module in a file that is in no package, under the given name."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    # Dataclasses look their module up by name.
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def about() -> dict[str, Any]:

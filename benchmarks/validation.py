@@ -11,28 +11,16 @@ The JSON keeps the seconds of every whole run, warm-up and compilation included;
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from benchmarks.record import OUT, keep
+from benchmarks.record import OUT, keep, module_at
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def reference_module():
-    """What the tests hold draws against; needs PARTIME_REFERENCE_POSTERIORS."""
-    path = ROOT / "tests" / "validation" / "reference.py"
-    spec = importlib.util.spec_from_file_location("validation_reference", path)
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up by name.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+# What the tests hold draws against; needs PARTIME_REFERENCE_POSTERIORS.
+REFERENCE = Path(__file__).resolve().parent.parent / "tests" / "validation" / "reference.py"
 
 
 def measure(reference, kernel: str, name: str) -> dict:
@@ -70,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--only", default="", help="pairs `kernel posterior` that contain this")
     arguments = parser.parse_args(argv)
-    rows, reference = [], reference_module()
+    rows, reference = [], module_at(REFERENCE, "validation_reference")
     with jax.enable_x64(True):
         for kernel in reference.KERNELS:
             for name in reference.NAMES:
