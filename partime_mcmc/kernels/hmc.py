@@ -211,7 +211,7 @@ def leapfrogs(num_steps: int) -> Callable:
                 return new.position, new.momentum, new.logdensity_grad
 
             path = state.position, state.momentum, state.logdensity_grad
-            if isinstance(num_steps, int) and num_steps <= _UNROLLED:
+            if not isinstance(num_steps, jax.core.Tracer) and num_steps <= _UNROLLED:
                 for step in range(num_steps - 1):
                     path = advance(step, path)
             else:
