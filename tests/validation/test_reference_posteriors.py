@@ -14,7 +14,7 @@ import reference
 from partime_mcmc.diagnostics.report import Level
 
 PER_COMMIT = {
-    "CoalescingHMC": reference.NAMES[::3],
+    "CoalescingHMC": reference.NAMES[::2],
     "HMC": reference.NAMES[2:3],
     "NUTS": reference.NAMES[4:5],
     "MALA": reference.NAMES[8:9],
