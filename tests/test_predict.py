@@ -296,7 +296,7 @@ def test_compute_bound_steps_gain_no_more_than_the_cores():
 
     dynamics, initial, tape = _system(blackjax.hmc(logdensity, 0.4, jnp.ones(25), 4), 25, 4096)
     advice = advise(dynamics, initial, tape, starts=_starts(25, 2), num_steps=4096, machine=CPU)
-    # Products of matrices gain from lanes until some hundred of them share a core's caches; beyond, nothing does.
+    # Fastest was measured with 128 segments (benchmarks/results/shooting-cpu.md).
     assert advice.parallel and 32 <= advice.num_segments <= 128 and 1.2 < advice.speedup < 2.2
 
 

@@ -85,8 +85,7 @@ class Machine:
         return self.seconds_per_kernel * kernels + self.seconds_per_work * total / threads
 
 
-# Lanes below which a core shares its kernels with no other. On two cores of a Xeon, products of a matrix of 944 rows with lanes
-# gained until 128 of them, and eight schools until 64: with 8 here, half of that was left lying.
+# Lanes below which a core shares its kernels with no other. With 8, a regression of 944 rows got 16 lanes, fastest were 128.
 _LANES_PER_CORE = 32
 # Two cores of a server (AMD EPYC, AVX-512), otherwise idle, JAX 0.10.1: the sequential loop, the dice in one batch, and the
 # vmapped rest of a step in 16, 64 and 256 lanes, for MALA (float32 and float64), HMC (4 and 8 leapfrogs) and NUTS on eight
