@@ -2,7 +2,7 @@
 
 For every length, width and batch: seconds of the forward pass and of the gradient of a loss in all weights, by
 `lax.scan` over the same cell and by every solver, interleaved in one process, the fastest of some runs each (other
-programs may use the machine), compilation apart. Beside every time stand the residual of the solver's path, the
+programs may use the machine; short ones are run for a second in all), compilation apart. Beside every time stand the residual of the solver's path, the
 largest difference of the states from those of `lax.scan`, the largest relative difference of the gradients, passes,
 evaluations of the cell per step, whether the parallel path was used, and the bytes of temporary memory that the
 compiled program asks for. `chosen` is `unroll` with no solver given.
@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.record import OUT, keep, temporary_bytes
+from benchmarks.record import OUT, keep, settled, temporary_bytes
 from partime_mcmc import Clipped, Dynamics, Newton, Status, deer, quasi_elk, shooting
 from partime_mcmc.adjoint import pulled_back
 from partime_mcmc.dynamics import ravel
@@ -73,9 +73,12 @@ def interleaved(functions: dict, arguments, looked: int, repeats: int) -> dict:
     for name, function in functions.items():
         begin = time.perf_counter()
         compiled = jax.jit(function).lower(*given[name]).compile()
-        found[name] = {"compile": time.perf_counter() - begin, "function": compiled, "bytes": temporary_bytes(compiled),
-                       "times": [], "value": jax.block_until_ready(compiled(*given[name]))}
-    for _ in range(repeats):
+        took = time.perf_counter() - begin
+        value, begin = jax.block_until_ready(compiled(*given[name])), time.perf_counter()
+        jax.block_until_ready(compiled(*given[name]))
+        found[name] = {"compile": took, "function": compiled, "bytes": temporary_bytes(compiled), "times": [], "value": value,
+                       "about": time.perf_counter() - begin}
+    for _ in range(settled(repeats, max(record["about"] for record in found.values()))):
         for name, record in found.items():
             begin = time.perf_counter()
             jax.block_until_ready(record["function"](*given[name]))
