@@ -26,7 +26,7 @@ from partime_mcmc.solvers import Newton, relay_plan
 # The module, whose name the function hides.
 unrolling = sys.modules[unroll.__module__]
 # Long enough for a relay; solvers that are given take a shorter piece.
-NUM_STEPS, SHORT, INPUTS, UNITS = 4096, 384, 3, 6
+NUM_STEPS, SHORT, INPUTS, UNITS = 8192, 384, 3, 6
 quick = functools.partial(jax.jit, compiler_options=QUICK)
 
 
@@ -130,10 +130,10 @@ def gradient_copies(num_steps, num_units):
 
 
 def test_the_gradient_of_a_wide_network_keeps_states_and_no_jacobians(monkeypatch):
-    assert gradient_copies(8192, 32) < 16
+    assert gradient_copies(8192, 24) < 16
     # What the bound would see: full Jacobians are D more copies.
     monkeypatch.setattr(unrolling, "_NARROW", 1000)
-    assert gradient_copies(4096, 32) > 32
+    assert gradient_copies(8192, 24) > 24
 
 
 def solvers_for(name):

@@ -33,6 +33,9 @@ _COARSE_ULPS = 4
 _NUMBERS = {"cpu": (1024, 64, 256)}
 _NUMBERS_ELSEWHERE = 262_144, 16, 1024
 _SINGLE = 16
+# From JAX 0.12 on, `lax.scan` on a CPU keeps products inside its loop, in registers where they fit: a state of one or two of
+# them (16 or 32 units of float32) is rolled as fast alone as in lanes, and its gradient faster (0.7 times the time).
+_IN_REGISTERS = (64, 128) if jax.__version_info__ >= (0, 12) else ()
 
 
 def is_coarse(carry: PyTree) -> bool:
@@ -59,6 +62,11 @@ def plan_for(cell: Callable, params: PyTree, carry: PyTree, x: PyTree) -> RelayP
     size = sum(jnp.size(leaf) for leaf in jax.tree.leaves(carry))
     numbers, fewest, most = _NUMBERS.get(jax.default_backend(), _NUMBERS_ELSEWHERE)
     lanes = max(fewest, min(most, numbers // max(size, 1)))
-    if size == 1 and jax.default_backend() == "cpu":
-        lanes = _SINGLE
+    if jax.default_backend() == "cpu":
+        lanes = _SINGLE if size == 1 else 1 if _fits_registers(carry) else lanes
     return RelayPlan(lanes, lane_work(cell, params, carry, x))
+
+
+def _fits_registers(carry: PyTree) -> bool:
+    """Whether every leaf of a carry is so wide that `lax.scan` alone is best."""
+    return all(jnp.size(leaf) * leaf.dtype.itemsize in _IN_REGISTERS for leaf in jax.tree.leaves(carry))
