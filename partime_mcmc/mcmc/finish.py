@@ -45,14 +45,14 @@ def finish(target: Target, kernel: Kernel, chains: Chains, warmup: Warmup | None
         judge = _Judge(family)
     else:
         judge, path = _Read(family), (*path, chains.notes, chains.defects)
-    certificate, records, carries, positions = run_explicit(judge, numbers, *path, clock=clock, what="certify")
+    certificate, records, last, positions = run_explicit(judge, numbers, *path, clock=clock, what="certify")
     constrained = constrained_values(target, positions, clock)
     shape = certificate.residual.shape
     info = said_by(records, shape) | {"residual": certificate.residual}
     report = run_report(chains.books, certificate, clock, jax.tree.leaves(chains.carries)[0].dtype, device())
     return Draws(positions, constrained, info, certificate, report, plan, warmup,
                  dict(target.dims) if target.dims else None, tuple(target.names) if target.names else None,
-                 chains.advice, _end(chains, carries))
+                 chains.advice, _end(chains, last))
 
 
 def run_report(books: Books, certificate: Certificate, clock: Clock, dtype: Any, where: str,
@@ -76,18 +76,23 @@ def run_report(books: Books, certificate: Certificate, clock: Clock, dtype: Any,
         seconds["run"], seconds["certify"], str(dtype), where, versions(), by_part, books.interrupted)
 
 
-def _end(chains: Chains, carries: PyTree) -> End:
-    last = jax.tree.map(lambda leaf, first: leaf[:, -1] if leaf.shape[1] else first, carries, chains.initial)
-    return End(last, chains.discrete, chains.first + jax.tree.leaves(carries)[0].shape[1], chains.books.failed_running)
+def _end(chains: Chains, last: PyTree) -> End:
+    steps = jax.tree.leaves(chains.carries)[0].shape[1]
+    return End(last, chains.discrete, chains.first + steps, chains.books.failed_running)
+
+
+def _last(carries: PyTree, initial: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf, first: leaf[:, -1] if leaf.shape[1] else first, carries, initial)
 
 
 class _Judge(Named):
-    """Certificate, records, the path standing still where its kernel does, and positions; the part is the family."""
+    """Certificate, records, the last carries of the path standing still where its kernel does, and its positions; the part
+    is the family."""
 
     def __call__(self, numbers, initial, carries, tape):
         kernel = self.parts[0].kernel(numbers)
         certificate, records, still = certify_held(kernel, initial, carries, tape)
-        return certificate, records, still, jax.vmap(jax.vmap(kernel.position))(still)
+        return certificate, records, _last(still, initial), jax.vmap(jax.vmap(kernel.position))(still)
 
 
 class _Read(Named):
@@ -96,7 +101,7 @@ class _Read(Named):
     def __call__(self, numbers, initial, carries, tape, notes, defects):
         kernel = self.parts[0].kernel(numbers)
         certificate, records = jax.vmap(functools.partial(certify_recorded, kernel))(initial, carries, tape, notes, defects)
-        return certificate, records, carries, jax.vmap(jax.vmap(kernel.position))(carries)
+        return certificate, records, _last(carries, initial), jax.vmap(jax.vmap(kernel.position))(carries)
 
 
 class _Constrain(Named):

@@ -13,7 +13,9 @@ from typing import Any, Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from partime_mcmc.closures import Named
 from partime_mcmc.diagnostics.checks import InvalidStart, check_dtypes, check_key
+from partime_mcmc.mcmc.programs import Clock, run_explicit
 from partime_mcmc.types import Array, Key, PyTree
 
 
@@ -88,13 +90,20 @@ class Target:
         """
         if callable(self.initial):
             try:
-                return check_dtypes(jax.vmap(self.initial)(keys))
+                return check_dtypes(run_explicit(_Starts(self.initial), None, keys, clock=Clock()))
             except InvalidStart:
                 raise
             except Exception:  # whatever a function for single keys raises on a batch: then one after another
                 pass
         starts = [self.start(key) for key in keys]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
+
+
+class _Starts(Named):
+    """One start per key; the part is the target's function."""
+
+    def __call__(self, nothing, keys):
+        return jax.vmap(self.parts[0])(keys)
 
 
 def _described(value: Any) -> str:

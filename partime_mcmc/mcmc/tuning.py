@@ -115,11 +115,10 @@ def own_trials(family: Family, data, whitening: Whitening, draws: np.ndarray, ke
     num_draws, num_chains, dimension = draws.shape
     states = draws[np.linspace(0, num_draws - 1, STEPS).astype(int)].reshape(-1, dimension)
     unravel = ravel_pytree(whitening.example)[1]
-    keys = jax.random.split(key, len(states))
 
     @functools.partial(jax.jit, compiler_options=compiler_options())
-    def accept(numbers, states, keys):
-        kernel = family.kernel(numbers)
+    def accept(numbers, states, key):
+        kernel, keys = family.kernel(numbers), jax.random.split(key, len(states))
 
         def one(flat, key):
             return kernel.step(key, kernel.init(unravel(flat)))[1].acceptance_rate
@@ -129,7 +128,7 @@ def own_trials(family: Family, data, whitening: Whitening, draws: np.ndarray, ke
 
     def trial(settings: dict) -> np.ndarray:
         sizes = {name: jnp.asarray(value, whitening.center.dtype) for name, value in settings.items()}
-        found = accept(Numbers(data, whitening, sizes), jnp.asarray(states, whitening.center.dtype), keys)
+        found = accept(Numbers(data, whitening, sizes), jnp.asarray(states, whitening.center.dtype), key)
         return np.asarray(found).reshape(STEPS, num_chains)
 
     return trial

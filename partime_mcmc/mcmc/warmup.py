@@ -135,7 +135,8 @@ def warm_up(
     """
     begin = time.perf_counter()
     adaptation = PooledAdaptation() if adaptation is None else adaptation
-    example = jax.tree.map(lambda leaf: leaf[0], starts)
+    # On the host: every small operation on arrays of a device is a program of its own.
+    example = jax.device_put(jax.tree.map(lambda leaf: np.asarray(leaf)[0], starts))
     density, data = density_of(logdensity, example)
     flat = _rows_of(starts)
     walker = Walker(density, data, example, len(flat))

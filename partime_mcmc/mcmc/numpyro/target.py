@@ -107,6 +107,8 @@ class Posterior:
             self.run = WithData(substitute(model, data=fixed), args, kwargs)
         _check_observed_sites(self.run, self.key, sites)
         self.search = jax.jit(self._search, compiler_options=compiler_options())
+        # With options a program cannot be part of another.
+        inside = jax.jit(self._search)
         # Keys that a model draws for itself are part of the density: one key, once and for all.
         draws = any(site["type"] == "prng_key" for site in sites.values())
         prepared = seed(self.run, self.key) if draws else self.run
@@ -117,7 +119,7 @@ class Posterior:
             return -potential_energy(prepared, (), {}, position)
 
         def initial(key: Key) -> PyTree:
-            return self.search(key)[0]
+            return inside(key)[0]
 
         def constrain(position: PyTree) -> dict[str, Array]:
             return constrain_fn(prepared, (), {}, position, return_deterministic=True)

@@ -153,7 +153,8 @@ def state_of(ready: Beginning, keys: Key) -> HMCState:
 
 def kernel_from(sampler: ParallelKernel, target: Target, state: HMCState) -> Tuned:
     """The tuned kernel that a batch of states belongs to; counts are read from the state."""
-    one = jax.tree.map(lambda leaf: leaf[0], state._replace(rng_key=None, r=None))
+    # On the host, as above.
+    one = jax.device_put(jax.tree.map(lambda leaf: np.asarray(leaf)[0], state._replace(rng_key=None, r=None)))
     density, data = density_of(target.logdensity, one.z)
     adapted = one.adapt_state
     settings = {
