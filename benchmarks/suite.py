@@ -61,16 +61,16 @@ def _shooting(name: str, estimate: float, limit: float) -> Task:
 BOUNDS = {"cpu": 20 * 60, "gpu": 6 * 60, "smoke": 180}
 SUITES = {
     "cpu": (
-        Task("scans", (), 75, 120), Task("memory", (), 35, 60),
-        _shooting("eight schools", 170, 260), _shooting("banana, HMC 8×0.5", 30, 60), _shooting("mixture", 25, 50),
-        _shooting("logistic", 40, 70),
-        Task("advised", ("--only", "eight schools, MALA", "--repeats", "3"), 60, 90),
-        Task("advised", ("--only", "random walk", "--repeats", "3"), 25, 50),
-        Task("dice_shooting", ("--dtypes", "float32", "--num-numbers", "10000000", "--repeats", "3"), 75, 110),
-        Task("chains_or_time", ("--chains", "1", "16", "256"), 70, 110),
+        Task("scans", (), 95, 120), Task("memory", (), 20, 35),
+        _shooting("eight schools", 150, 200), _shooting("banana, HMC 8×0.5", 20, 45), _shooting("mixture", 20, 45),
+        _shooting("logistic", 65, 90),
+        Task("advised", ("--only", "eight schools, MALA", "--repeats", "3"), 35, 70),
+        Task("advised", ("--only", "random walk", "--repeats", "3"), 20, 40),
+        Task("dice_shooting", ("--dtypes", "float32", "--num-numbers", "10000000", "--repeats", "3"), 85, 115),
+        Task("chains_or_time", ("--chains", "1", "16", "256"), 130, 180),
         Task("gru", ("--lengths", "32768", "--widths", "32", "64", "--batches", "1"), 25, 50),
-        Task("long_run", ("--num-draws", "1000000", "--num-samples", "62500", "--repeats", "3"), 45, 70),
-        Task("posteriors", ("--only", "sblri-blr"), 60, 100, POSTERIORS),
+        Task("long_run", ("--num-draws", "1000000", "--num-samples", "62500", "--repeats", "3"), 55, 80),
+        Task("posteriors", ("--only", "sblri-blr"), 100, 130, POSTERIORS),
     ),
     "gpu": (
         Task("gpu", ("--budget", "120"), 170, 190),
