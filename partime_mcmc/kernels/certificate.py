@@ -168,6 +168,10 @@ def judged(values: PyTree, consistent: Array, records: Records, uniform: Array |
     return certificate, dataclasses.replace(records, held=(expected == previous).all(axis=1))
 
 
+# Steps whose quartiles are looked at.
+_SORTED = 1024
+
+
 def _spread(path: Array) -> Array:
     """Standard deviation of each coordinate; 1 where it does not move, so that any residual there shows.
 
@@ -176,8 +180,10 @@ def _spread(path: Array) -> Array:
     """
     if not path.shape[0]:
         return jnp.ones(path.shape[1:], path.dtype)
-    # Quartiles to the nearest rank: a unit needs no interpolation, which would take longer to compile than to sort.
-    ordered, last = jnp.sort(path, axis=0), path.shape[0] - 1
+    # Quartiles of steps all along the path, to the nearest rank: a unit needs no more, and sorting all would take as long as
+    # sampling does.
+    ordered = jnp.sort(path[:: -(-path.shape[0] // _SORTED)], axis=0)
+    last = ordered.shape[0] - 1
     low, high = ordered[round(0.25 * last)], ordered[round(0.75 * last)]
     spread, middle = jnp.std(path, axis=0), (high - low) / 1.349
     spread = jnp.where((middle > 0) & ~(middle > spread), middle, spread)
@@ -200,9 +206,10 @@ def _margins(uniform, records, dtype):
 
 
 def _longest_run(flags: Array) -> Array:
-    def advance(run, flag):
-        run = jnp.where(flag, run + 1, 0)
-        return run, run
+    def advance(carry, flag):
+        run = jnp.where(flag, carry[0] + 1, 0)
+        return (run, jnp.maximum(carry[1], run)), None
 
-    runs = jax.lax.scan(advance, jnp.zeros((), jnp.int32), flags)[1]
-    return jnp.max(runs, initial=0)
+    nothing = jnp.zeros((), jnp.int32)
+    # Steps cost nothing but the loop around them.
+    return jax.lax.scan(advance, (nothing, nothing), flags, unroll=16)[0][1]
