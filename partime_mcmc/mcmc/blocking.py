@@ -98,7 +98,7 @@ class Batches:
         """The batches with more draws, shape `(D, C, n)`."""
         n, batches = x.shape[2], self
         while (self.num_draws + n) // batches.size > MAX_BATCHES:
-            batches = batches._paired()
+            batches = batches.paired()
         fill = min(n, batches.size - batches.num_open) if batches.num_open else 0
         mean, m = batches.means[..., -1], batches.deviations[..., -1]
         mean, m = merge(batches.num_open, mean, m, fill, *moments(x[..., :fill])) if fill else (mean, m)
@@ -115,7 +115,7 @@ class Batches:
         return Batches(batches.size, np.concatenate([*means, mean[..., None]], axis=2),
                        np.concatenate([*deviations, m[..., None]], axis=2), num_open)
 
-    def _paired(self) -> Batches:
+    def paired(self) -> Batches:
         """Twice the size; of an odd number the last batch goes to the one being filled."""
         even = self.num_full // 2 * 2
         pairs = (self.size, self.means[..., 0:even:2], self.deviations[..., 0:even:2],

@@ -5,6 +5,7 @@
     fetch         arrays of all devices on every host: what all of them return
     ToFirst       the same on the first host alone: what a store is written from. Every device sends its part once, to one
                   of the first host's, which receives one part at a time: no device and no other host holds the whole
+    gather        bytes of every host on all of them
 
 Left out: a host that never calls `sample` at all is not noticed here; the others wait for it.
 """
@@ -28,8 +29,10 @@ from partime_mcmc.mcmc.store.fingerprint import example_of, fingerprint_of, name
 from partime_mcmc.schedule import Stretches
 from partime_mcmc.types import PyTree
 
-# (arrays that all lie as the spec says, the mesh, the spec, how programs are run) -> NumPy arrays, or None: not kept here.
-Collect = Callable[[PyTree, Mesh, PartitionSpec, Callable[..., PyTree]], PyTree | None]
+# What is known of single steps, of parts, what the kernel says, and positions, leaves `(C, n, ...)` that all lie as a spec
+# says; how many steps of each chain are finite `(C,)`; the mesh; the spec; how programs are run
+# -> what this host keeps of it, as NumPy arrays; None where that is nothing.
+Collect = Callable[[tuple, np.ndarray, Mesh, PartitionSpec, Callable[..., PyTree]], Any]
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
@@ -63,7 +66,7 @@ def check_same(request: Any, mesh: Mesh, store: Any) -> None:
     Args:
         request: A `Request`.
         mesh: The devices.
-        store: Where draws are kept, or None.
+        store: A `Store`, where draws are kept, or None.
 
     Raises:
         ValueError: On all hosts, naming the arguments that differ.
@@ -75,6 +78,7 @@ def check_same(request: Any, mesh: Mesh, store: Any) -> None:
              "adaptation": request.adaptation, "dice": request.dice, "solver": request.solver, "schedule": request.schedule,
              "tolerance": request.tolerance, "max_iterations": request.max_iterations, "thinning": request.thinning,
              "certificate": request.certificate, "store": "none" if store is None else "a folder",
+             **({} if store is None else {"writers": store.writers, "format": store.format, "folds": sorted(store.folds or {})}),
              "mesh": [dict(mesh.shape), [device.id for device in mesh.devices.flat]],
              "jax_enable_x64": bool(jax.config.jax_enable_x64),
              **{f"the target's {part}": text for part, text in fingerprint_of(
@@ -107,6 +111,16 @@ def agreed(tree: PyTree) -> PyTree:
     return multihost_utils.broadcast_one_to_all(tree)
 
 
+def gather(data: bytes) -> list[bytes]:
+    """What every host says, on all of them, in their order; nobody goes on before all have spoken."""
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(data)))).reshape(-1)
+    # A power of two, so that few programs are compiled for lengths that change a little.
+    mine = np.zeros(1 << max(int(sizes.max()) - 1, 0).bit_length(), np.uint8)
+    mine[:len(data)] = np.frombuffer(data, np.uint8)
+    everybody = np.asarray(multihost_utils.process_allgather(mine)).reshape(sizes.size, -1)
+    return [row[:size].tobytes() for row, size in zip(everybody, sizes)]
+
+
 def place(mesh: Mesh, spec: PartitionSpec, tree: PyTree) -> PyTree:
     """Arrays that every host holds in full, each device its own part."""
     def one(leaf):
@@ -124,16 +138,33 @@ def fetch(tree: PyTree) -> PyTree:
     return jax.tree.map(one, tree)
 
 
-def everywhere(tree: PyTree, mesh: Mesh, spec: PartitionSpec, run: Callable[..., PyTree]) -> PyTree:
+def everywhere(tree: tuple, finite: np.ndarray, mesh: Mesh, spec: PartitionSpec, run: Callable[..., PyTree]) -> tuple:
     """Draws on every host."""
-    return fetch(tree)
+    return without_lost(fetch(tree), finite)
+
+
+def without_lost(kept: tuple, finite: np.ndarray) -> tuple:
+    """What is not finite is not a draw: positions, which come last, are NaN from there on.
+
+    Args:
+        kept: As for `Collect`.
+        finite: How many steps of each chain are finite, `(C,)`; below 0 is none.
+    """
+    *others, places = kept
+
+    def masked(leaf):
+        keep = np.arange(leaf.shape[1]) < finite[:, None]
+        return np.where(keep.reshape(*keep.shape, *(1,) * (leaf.ndim - 2)), leaf, np.nan).astype(leaf.dtype)
+
+    return (*others, jax.tree.map(masked, places))
 
 
 @dataclasses.dataclass(frozen=True)
 class ToFirst:
     """Draws on the first host, None on the others."""
 
-    def __call__(self, tree: PyTree, mesh: Mesh, spec: PartitionSpec, run: Callable[..., PyTree]) -> PyTree | None:
+    def __call__(self, tree: tuple, finite: np.ndarray, mesh: Mesh, spec: PartitionSpec,
+                 run: Callable[..., PyTree]) -> tuple | None:
         leaves, structure = jax.tree.flatten(tree)
         devices, first = list(mesh.devices.flat), jax.process_index() == 0
         where = [NamedSharding(mesh, spec).devices_indices_map(leaf.shape) for leaf in leaves]
@@ -148,7 +179,7 @@ class ToFirst:
                 here = {shard.device: shard.data for shard in leaf.addressable_shards}
                 for source, to in pairs:
                     whole[indices[devices[source]]] = np.asarray(here[devices[to]])
-        return jax.tree.unflatten(structure, found) if first else None
+        return without_lost(jax.tree.unflatten(structure, found), finite) if first else None
 
 
 class _Send(Named):

@@ -1,31 +1,28 @@
-"""Stored runs on several hosts: the first host keeps the store, the others follow it.
+"""Stored runs on several hosts: what the first host says to the others before and after, and what they do meanwhile.
 
-    first host    reads or begins the store, warms up, says where the chains stand, computes its part, writes every chunk
-    others        are told the start and where the chains stand, and compute their parts of the same chunks
+    first host    reads or begins the store, warms up, says where the chains stand
+    others        are told the start and where the chains stand
+    all           compute their parts of the same chunks; who writes what is for `writers` to say
 
-The first host writes whole chunks, so a store looks alike however many hosts worked on it, and is resumed by any number
-of them. It does not scale: all draws of a chunk, with two to five numbers of each step, travel over the first host's network
-once, lie in its memory, and are put into the model's own space by its default device. On the others nothing is kept but
-where the chains stand. If a host is lost the run ends on all of them (`distributed.launch`), and what was written stays.
-
-Left out: hosts that write files of their own, for runs whose draws one host cannot take in.
+A store is resumed by any number of hosts, however many worked on it. If a host is lost the run ends on all of them
+(`distributed.launch`), and what was written stays.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from partime_mcmc.kernels import Kernel
 from partime_mcmc.mcmc.draws import End
-from partime_mcmc.mcmc.exchange import ToFirst
 from partime_mcmc.mcmc.family import Builder
-from partime_mcmc.mcmc.spread import follow_across
+from partime_mcmc.mcmc.keeper import Shelf
 from partime_mcmc.mcmc.store.fingerprint import example_of, program_of, require_same
+from partime_mcmc.mcmc.store.layout import Folder
 from partime_mcmc.mcmc.store.plan import Start
 from partime_mcmc.mcmc.stream import Course
 from partime_mcmc.mcmc.tapes import recurrence
@@ -34,14 +31,20 @@ from partime_mcmc.mcmc.warmup import Warmup
 from partime_mcmc.types import PyTree
 
 
-def say(data: bytes) -> bytes:
-    """What the first host says, on all hosts; what the others give is not looked at."""
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+def say(data: bytes, host: int = 0) -> bytes:
+    """What one host says, on all hosts; what the others give is not looked at.
+
+    Args:
+        data: On the host that speaks.
+        host: Which does.
+    """
+    source = jax.process_index() == host
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data)), source))
     if not size:
         return b""
     mine = np.zeros(size, np.uint8)
     mine[:min(size, len(data))] = np.frombuffer(data[:size], np.uint8)
-    return np.asarray(multihost_utils.broadcast_one_to_all(mine), np.uint8).tobytes()
+    return np.asarray(multihost_utils.broadcast_one_to_all(mine, source), np.uint8).tobytes()
 
 
 def say_end(end: End, first: int, last: int) -> tuple[End, int, int]:
@@ -79,34 +82,30 @@ def course_of(start: Start, target: Target, kernel: Kernel, num_samples: int, ma
     """What is to be run, as the start has it; arguments as for `take_up` and `follow`."""
     settled = start.settled
     return Course(target, kernel, start.keys(), num_samples, settled.tolerance, max_iterations,
-                  lambda *_: (settled.solver, settled.schedule, None), None, {"key": key}, mesh, settled.certificate,
-                  ToFirst())
+                  lambda *_: (settled.solver, settled.schedule, None), None, {"key": key}, mesh, settled.certificate)
 
 
-def follow(path: Any, target: Target, given: Kernel | Builder | Warmup, max_iterations: int | None, key: list[int],
-           num_samples: int, mesh: Mesh) -> None:
-    """Compute this host's part of a stored run until the first host has all of it.
+def follow(store: Any, run: dict[str, Any], target: Target, given: Kernel | Builder | Warmup, max_iterations: int | None,
+           mesh: Mesh) -> None:
+    """Work on a stored run with the first host until it is done.
 
     Args:
-        path: The store, for messages.
+        store: A `Store`.
+        run: What is asked for.
         target: What is sampled.
         given: The kernel as the user gives it.
         max_iterations: Passes per stretch.
-        key: The words of the key.
-        num_samples: T.
         mesh: The devices of all hosts.
     """
+    writers = store.writers.among(mesh)
+    writers.check(store, mesh)
     data = say(b"")
     if data:
-        start, kernel, end = take_up(data, target, given, example_of(target), path)
-        end, _, last = say_end(end, 0, 0)
-        course = course_of(start, target, kernel, num_samples, max_iterations, key, mesh)
-        spread = course.spread(start.settled.solver, start.settled.schedule)
-        while end.num_steps < last:
-            # As `stream` cuts it on the first host.
-            steps = min(start.settled.chunk, last - end.num_steps, end.stretch or last)
-            after = follow_across(spread, steps, end=end, total=last)
-            end = dataclasses.replace(after, stretch=end.stretch)
+        start, kernel, end = take_up(data, target, given, example_of(target), store.path)
+        end, first, last = say_end(end, 0, 0)
+        shelf = Shelf(Folder(store.path), store.format, store.folds, run, start.settled, first)
+        course = course_of(start, target, kernel, run["num_samples"], max_iterations, run["key"], mesh)
+        writers.follow(shelf, course, end, last)
     meet()
 
 

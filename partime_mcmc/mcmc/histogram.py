@@ -14,7 +14,7 @@ these bounds.
 Source: relative-error sketches (Masson, Rim, Lee 2019, DDSketch, arXiv:1908.10693), here around a centre and without
     collapsing. Not
 a KLL sketch: its compactions take random bits that cannot be fixed, so that no two runs give the same one. Left out:
-merging of histograms with different centres.
+merging of histograms with different centres (`together` takes equal ones).
 """
 
 from __future__ import annotations
@@ -55,6 +55,11 @@ class Histogram:
         known = ~np.isnan(finite).all(axis=1)
         if known.any():
             centre[known], sd[known] = np.nanmean(finite[known], axis=1), np.nanstd(finite[known], axis=1)
+        return cls.about(centre, sd)
+
+    @classmethod
+    def about(cls, centre: np.ndarray, sd: np.ndarray) -> Histogram:
+        """An empty histogram with bins that suit draws of this mean and standard deviation, each `(D,)`."""
         # Draws that are all one value, up to rounding, say nothing of a scale.
         sd = np.where(np.isfinite(sd) & (sd > 1e-12 * np.abs(centre)), sd, np.maximum(np.abs(centre), 1.0))
         octave = np.clip(np.frexp(sd)[1] - 1, _FINEST, _COARSEST).astype(np.int64)
@@ -73,6 +78,16 @@ class Histogram:
         counts = np.stack([piece[first:stop] for piece in pieces])
         counts[:, self.first - first:self.first - first + self.counts.shape[1]] += self.counts
         return Histogram(self.centre, self.octave, first, counts)
+
+    def together(self, first: int, counts: np.ndarray) -> Histogram:
+        """The histogram with the draws of another one about the same centres, which has `first` and `counts`."""
+        if not counts.shape[1] or not self.counts.shape[1]:
+            return self if not counts.shape[1] else dataclasses.replace(self, first=first, counts=counts)
+        low = min(first, self.first)
+        found = np.zeros((len(counts), max(first + counts.shape[1], self.first + self.counts.shape[1]) - low), np.int64)
+        for start, some in ((self.first, self.counts), (first, counts)):
+            found[:, start - low:start - low + some.shape[1]] += some
+        return dataclasses.replace(self, first=low, counts=found)
 
     def quantiles(self, probabilities: np.ndarray, smallest: np.ndarray, largest: np.ndarray
                   ) -> tuple[np.ndarray, np.ndarray]:

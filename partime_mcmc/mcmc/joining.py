@@ -2,7 +2,8 @@
 
 Of two stretches a and b, b after a: counts add up, bounds take the worse one, verdicts hold if both do. Only a run of
 rejections that crosses the border between them is counted on either side and not in one piece, and of close calls those
-count that are known: a stretch without rejections does not tell. Everything here is on the host.
+count that are known: a stretch without rejections does not tell. Of parts that devices have certified beside each other more
+is known, and runs of rejections are counted through their borders. Everything here is on the host.
 """
 
 from __future__ import annotations
@@ -113,6 +114,47 @@ def join_draws(pieces: list[Draws]) -> Draws:
         constrained=jax.tree.map(joined, *[piece.constrained for piece in pieces]),
         info=jax.tree.map(joined, *[piece.info for piece in pieces]), certificate=certificate, report=report,
         plan=pieces[0].plan | {"num_samples": sum(map(_length, pieces))}, end=pieces[-1].end)
+
+
+def combined(steps: dict, parts: dict, num_samples: int) -> Certificate:
+    """One certificate per chain from those of its parts.
+
+    Args:
+        steps: `accepted` and `residual` of every step, `(C, T)`, or of none, `(C, 0)`.
+        parts: The other fields, of all parts in the order of time, `(C, Q)`, and `runs`, `(C, Q, 2)`: the lengths of
+            the runs without movement with which each part begins and ends.
+        num_samples: T.
+    """
+    largest = parts["max_residual"]
+    ranked, dtype = np.where(np.isnan(largest), np.inf, largest), largest.dtype
+    # The part with the first of the largest, and how many steps there are before it.
+    where = np.arange(len(ranked)), ranked.argmax(axis=1)
+    before = np.cumsum(parts["num_steps"], axis=1) - parts["num_steps"]
+    total = lambda name: np.where((parts[name] < 0).all(axis=1), -1, np.maximum(parts[name], 0).sum(axis=1))  # noqa: E731
+    smallest = {}
+    for name in ("min_margin", "min_lattice_margin"):
+        known = np.where(np.isnan(parts[name]), np.inf, parts[name]).min(axis=1)
+        smallest[name] = np.where(np.isnan(parts[name]).all(axis=1), np.nan, known).astype(dtype)
+    longest = _longest_rejection(parts)
+    return Certificate(
+        certified=parts["certified"].all(axis=1), max_residual=largest[where], worst_step=(before + parts["worst_step"])[where],
+        tolerance=parts["tolerance"][:, 0],
+        num_steps=np.full(len(ranked), num_samples), finite=parts["finite"].all(axis=1),
+        frozen=(longest == num_samples) & (num_samples >= FEWEST_TO_FREEZE), num_rejected=total("num_rejected"),
+        longest_rejection=longest, num_nonfinite_proposals=parts["num_nonfinite_proposals"].sum(axis=1),
+        num_ambiguous=total("num_ambiguous"),
+        **smallest, discrete_consistent=parts["discrete_consistent"].all(axis=1),
+        independent=parts["independent"].all(axis=1), **steps)
+
+
+def _longest_rejection(parts: dict) -> np.ndarray:
+    """The longest run without movement, through the borders of parts."""
+    longest, running = np.zeros(parts["runs"].shape[0], int), np.zeros(parts["runs"].shape[0], int)
+    for part in range(parts["runs"].shape[1]):
+        lead, trail = parts["runs"][:, part, 0], parts["runs"][:, part, 1]
+        longest = np.maximum.reduce([longest, running + lead, parts["longest_rejection"][:, part]])
+        running = np.where(lead == parts["num_steps"][:, part], running + lead, trail)
+    return longest
 
 
 def _length(draws: Draws) -> int:

@@ -41,6 +41,7 @@ from partime_mcmc.mcmc.stored_run import Store, run_stored
 from partime_mcmc.mcmc.tapes import MAX_STEPS, begin, throw
 from partime_mcmc.mcmc.target import Target
 from partime_mcmc.mcmc.warmup import Warmup
+from partime_mcmc.mcmc.writers import EveryHost, Writers
 from partime_mcmc.recipes import sequential
 from partime_mcmc.schedule import Schedule, Stretches
 from partime_mcmc.types import Key, PyTree
@@ -79,14 +80,14 @@ def sample_stored(store: Store, request: Request, progress: Progress, mesh: Mesh
            **{name: codec.encode(getattr(request, name), name) for name in _STRATEGIES},
            **(known or {})}
     if mesh is not None and jax.process_index():
-        follow(store.path, request.target, request.kernel, request.max_iterations, run["key"], request.num_samples, mesh)
+        follow(store, run, request.target, request.kernel, request.max_iterations, mesh)
         return open_draws(store.path, folds=store.folds)
     return run_stored(store, run, request.target, request.kernel, request.max_iterations,
                       lambda example: _make_start(store, request, progress, mesh), progress, mesh)
 
 
 def resume(path: str | os.PathLike, target: Target, kernel: Kernel | Builder | Warmup, *,
-           folds: Mapping[str, Fold] | None = None, mesh: Mesh | None = None,
+           folds: Mapping[str, Fold] | None = None, mesh: Mesh | None = None, writers: Writers = EveryHost(),
            progress: Progress | bool = True) -> StoredDraws:
     """Go on with a stored run, to its end.
 
@@ -100,6 +101,7 @@ def resume(path: str | os.PathLike, target: Target, kernel: Kernel | Builder | W
         folds: The functions of your own that the run accumulates.
         mesh: Devices to go on with, however many the run was begun with: the same draws to rounding. Of several hosts each
             calls this, with a folder that all of them see.
+        writers: Of several hosts, who writes from here on, whoever did before; see `Store`.
         progress: As for `sample`.
 
     Returns:
@@ -125,7 +127,7 @@ def resume(path: str | os.PathLike, target: Target, kernel: Kernel | Builder | W
     # Once warm-up is over its numbers are in the store, and the builder will do.
     builder = not isinstance(kernel, (Kernel, Warmup)) and Folder(path).read_start() is not None
     known = {"tuned": run.get("tuned")} if builder else {}
-    store = Store(path, format_of(found[run["format"]]), run["chunk"], folds)
+    store = Store(path, format_of(found[run["format"]]), run["chunk"], folds, writers)
     if mesh is not None:
         # However time was cut on one device, over a mesh it is cut in stretches.
         check_mesh(mesh, request.num_chains, None)

@@ -121,7 +121,7 @@ class Running:
             ValueError: If names, chains or shapes differ from those before, or from each other.
         """
         values, info = ({name: np.asarray(array) for name, array in given.items()} for given in (values, info or {}))
-        x, layout = _flat(values)
+        x, layout = flat_values(values)
         for name, array in info.items():
             if array.shape != x.shape[1:]:
                 raise ValueError(f"info: {name!r} has shape {array.shape}, wanted (num_chains, num_draws) = {x.shape[1:]}")
@@ -278,7 +278,7 @@ def _part(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
 
-def _flat(values: Mapping[str, np.ndarray]) -> tuple[np.ndarray, tuple]:
+def flat_values(values: Mapping[str, np.ndarray]) -> tuple[np.ndarray, tuple]:
     """All coordinates as one float64 array `(D, C, n)`, and the layout."""
     leads = {array.shape[:2] for array in values.values()}
     if len(leads) != 1 or min(array.ndim for array in values.values()) < 2 or not next(iter(leads))[0]:

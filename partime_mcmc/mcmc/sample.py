@@ -111,10 +111,11 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
         check_mesh(mesh, num_chains, schedule)
     request = Request(key, target, kernel, num_samples, num_chains, num_warmup, adaptation, dice, solver, schedule,
                       tolerance, max_iterations, max_bytes, thinning, certificate)
+    store = None if store is None else as_store(store)
     if mesh is not None:
         check_same(request, mesh, store)
     if store is not None:
-        draws = sample_stored(as_store(store), request, progress, mesh)
+        draws = sample_stored(store, request, progress, mesh)
         progress.note(str(draws))
     else:
         draws = _in_memory(request, mesh, progress)

@@ -19,14 +19,14 @@ from jax.sharding import Mesh, PartitionSpec
 
 from partime_mcmc.distributed.sharded_solve import time_axis
 from partime_mcmc.kernels import Certificate, Kernel
-from partime_mcmc.kernels.certificate import FEWEST_TO_FREEZE
 from partime_mcmc.kernels.drawn import Drawn
 from partime_mcmc.mcmc.across import CHAINS, SAME, Cut, Finish, Judge, Solve, Throw
 from partime_mcmc.mcmc.books import Books
-from partime_mcmc.mcmc.draws import Draws, End
+from partime_mcmc.mcmc.draws import Draws, End, RunReport
 from partime_mcmc.mcmc.exchange import Collect, agreed, fetch, place
 from partime_mcmc.mcmc.family import family_of
 from partime_mcmc.mcmc.finish import constrained_values, run_report
+from partime_mcmc.mcmc.joining import combined
 from partime_mcmc.mcmc.programs import Clock, run_program
 from partime_mcmc.mcmc.tapes import splits_by_counting
 from partime_mcmc.mcmc.target import Target
@@ -47,15 +47,14 @@ class Piece(NamedTuple):
 
     Attributes:
         length: Its steps.
-        draws: What is known of single steps, of parts, what the kernel says, and positions, leaves `(C, ...)`; None on hosts
-            that do not keep draws.
+        draws: What this host keeps of them, see `Collect`.
         work: Evaluations by chain and device, `(C, P)`.
         carries: Where the chains stand after it, leaves `(C, ...)`.
         counters: Their discrete leaves there.
     """
 
     length: int
-    draws: PyTree | None
+    draws: Any
     work: np.ndarray
     carries: PyTree
     counters: PyTree
@@ -73,7 +72,7 @@ class Spread:
         schedule: Steps of a stretch, over all devices.
         tolerance: How small residuals must be.
         max_iterations: Passes per stretch.
-        collect: Which hosts get the draws.
+        collect: What this host keeps of the draws.
     """
 
     kernel: Kernel
@@ -117,9 +116,9 @@ class Spread:
             *judged, still, places, after, same = judge(states, tape)
             if not fetch(same).all():
                 *judged, _, _, _, _ = judge(still, tape)
-            kept = self.collect((*judged, places), mesh, cut.along, functools.partial(run, what="certify"))
+            kept = self.collect((*judged, places), finite, mesh, cut.along, functools.partial(run, what="certify"))
             carries, done = after, done + cut.length
-            yield Piece(cut.length, kept and _without_lost(kept, finite), work, carries, counters)
+            yield Piece(cut.length, kept, work, carries, counters)
 
 
 def draw_across(spread: Spread, target: Target, num_samples: int, *, end: End, total: int, warmup: Warmup | None,
@@ -143,28 +142,64 @@ def draw_across(spread: Spread, target: Target, num_samples: int, *, end: End, t
     Raises:
         ValueError: As `Spread.pieces`.
     """
-    mesh, clock, pieces = spread.mesh, Clock(), []
-    books = Books(spread.keys.shape[0], end.num_steps, total, end.failed_running)
-    try:
-        for piece in spread.pieces(num_samples, end, books, clock):
-            pieces.append(piece)
-            advance(piece.length, **books.shown())
-    except KeyboardInterrupt:
-        if not pieces or jax.process_count() > 1:
-            raise
-        books.interrupt(sum(piece.length for piece in pieces))
-    done = sum(piece.length for piece in pieces)
-    steps, parts, said, places = joined([piece.draws for piece in pieces])
-    certificate = combined(steps, parts, done)
-    shared = [piece.work.mean(axis=0) for piece in pieces if piece.work.shape[1] == mesh.shape["time"]]
-    device = mesh.devices.flat[0]
-    report = run_report(books, certificate, clock, jax.tree.leaves(places)[0].dtype,
-                        f"{mesh.size} x {device.platform}: {device.device_kind}",
-                        tuple(np.sum(shared, axis=0) / done) if shared else ())
-    return Draws(places, constrained_values(target, places, clock), {**said, "residual": steps["residual"]}, certificate,
-                 report, {**plan, "num_samples": done, "mesh": dict(mesh.shape)}, warmup,
-                 dict(target.dims) if target.dims else None, tuple(target.names) if target.names else None, None,
-                 _end_of(pieces[-1], end, done, books))
+    run = Run.of(spread, num_samples, end, total, advance)
+    steps, parts, said, places = joined([piece.draws for piece in run.pieces])
+    certificate = combined(steps, parts, run.done)
+    report = run.report(certificate, jax.tree.leaves(places)[0].dtype)
+    return Draws(places, constrained_values(target, places, run.clock), {**said, "residual": steps["residual"]}, certificate,
+                 report, {**plan, "num_samples": run.done, "mesh": dict(spread.mesh.shape)}, warmup,
+                 dict(target.dims) if target.dims else None, tuple(target.names) if target.names else None, None, run.end())
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Stretches that were made, and their books.
+
+    Attributes:
+        spread: What was run.
+        begin: Where chains went on from.
+        pieces: The stretches, at least one.
+        books: What happened.
+        clock: Seconds.
+    """
+
+    spread: Spread
+    begin: End
+    pieces: list[Piece]
+    books: Books
+    clock: Clock
+
+    @classmethod
+    def of(cls, spread: Spread, num_samples: int, end: End, total: int, advance: Callable[..., None]) -> Run:
+        """Make them; arguments as for `draw_across`."""
+        clock, pieces = Clock(), []
+        books = Books(spread.keys.shape[0], end.num_steps, total, end.failed_running)
+        try:
+            for piece in spread.pieces(num_samples, end, books, clock):
+                pieces.append(piece)
+                advance(piece.length, **books.shown())
+        except KeyboardInterrupt:
+            if not pieces or jax.process_count() > 1:
+                raise
+            books.interrupt(sum(piece.length for piece in pieces))
+        return cls(spread, end, pieces, books, clock)
+
+    @property
+    def done(self) -> int:
+        """Steps that were made."""
+        return sum(piece.length for piece in self.pieces)
+
+    def end(self) -> End:
+        """Where the chains stand after them; all hosts ask together."""
+        return _end_of(self.pieces[-1], self.begin, self.done, self.books)
+
+    def report(self, certificate: Certificate, dtype: Any) -> RunReport:
+        """How it went."""
+        mesh = self.spread.mesh
+        shared = [piece.work.mean(axis=0) for piece in self.pieces if piece.work.shape[1] == mesh.shape["time"]]
+        device = mesh.devices.flat[0]
+        return run_report(self.books, certificate, self.clock, dtype, f"{mesh.size} x {device.platform}: {device.device_kind}",
+                          tuple(np.sum(shared, axis=0) / self.done) if shared else ())
 
 
 def follow_across(spread: Spread, num_samples: int, *, end: End, total: int) -> End:
@@ -233,56 +268,6 @@ def _solved(run, family, cut, solver, tolerance, max_iterations, books, numbers,
     return kept[0], finite, seen.stats.evaluations_by_part * cut.length
 
 
-def _without_lost(piece, finite):
-    """What is not finite is not a draw: NaN from there on."""
-    *others, places = piece
-    keep = np.arange(piece[0]["residual"].shape[1]) < finite[:, None]
-
-    def masked(leaf):
-        return np.where(keep.reshape(*keep.shape, *(1,) * (leaf.ndim - 2)), leaf, np.nan).astype(leaf.dtype)
-
-    return (*others, jax.tree.map(masked, places))
-
-
 def joined(pieces: list) -> Any:
     """Stretches one after another, leaves `(C, ...)` joined along the second axis."""
     return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *pieces)
-
-
-def combined(steps: dict, parts: dict, num_samples: int) -> Certificate:
-    """One certificate per chain from those of its parts.
-
-    Args:
-        steps: `accepted` and `residual` of every step, `(C, T)`.
-        parts: The other fields, of all parts in the order of time, `(C, Q)`, and `runs`, `(C, Q, 2)`: the lengths of
-            the runs without movement with which each part begins and ends.
-        num_samples: T.
-    """
-    residual = steps["residual"]
-    missing = np.isnan(residual)
-    total = lambda name: np.where((parts[name] < 0).all(axis=1), -1, np.maximum(parts[name], 0).sum(axis=1))  # noqa: E731
-    smallest = {}
-    for name in ("min_margin", "min_lattice_margin"):
-        known = np.where(np.isnan(parts[name]), np.inf, parts[name]).min(axis=1)
-        smallest[name] = np.where(np.isnan(parts[name]).all(axis=1), np.nan, known).astype(residual.dtype)
-    longest = _longest_rejection(parts)
-    return Certificate(
-        certified=parts["certified"].all(axis=1), max_residual=np.where(missing.any(axis=1), np.nan, np.where(
-            missing, 0, residual).max(axis=1)).astype(residual.dtype),
-        worst_step=np.where(missing, np.inf, residual).argmax(axis=1), tolerance=parts["tolerance"][:, 0],
-        num_steps=np.full(residual.shape[0], num_samples), finite=parts["finite"].all(axis=1),
-        frozen=(longest == num_samples) & (num_samples >= FEWEST_TO_FREEZE), num_rejected=total("num_rejected"),
-        longest_rejection=longest, num_nonfinite_proposals=parts["num_nonfinite_proposals"].sum(axis=1),
-        num_ambiguous=total("num_ambiguous"),
-        **smallest, discrete_consistent=parts["discrete_consistent"].all(axis=1),
-        independent=parts["independent"].all(axis=1), **steps)
-
-
-def _longest_rejection(parts: dict) -> np.ndarray:
-    """The longest run without movement, through the borders of parts."""
-    longest, running = np.zeros(parts["runs"].shape[0], int), np.zeros(parts["runs"].shape[0], int)
-    for part in range(parts["runs"].shape[1]):
-        lead, trail = parts["runs"][:, part, 0], parts["runs"][:, part, 1]
-        longest = np.maximum.reduce([longest, running + lead, parts["longest_rejection"][:, part]])
-        running = np.where(lead == parts["num_steps"][:, part], running + lead, trail)
-    return longest

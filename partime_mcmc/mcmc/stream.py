@@ -56,7 +56,8 @@ class Course:
         plan: More plain values for `Draws.plan`.
         mesh: Devices to spread it over; None is the default device alone. Chains on a mesh are certified independently.
         evidence: What certificates rest on.
-        collect: Of several hosts, which get the draws.
+        collect: On a mesh, what this host keeps of the draws.
+        across: And what puts it together, as `draw_across` does.
     """
 
     target: Target
@@ -71,6 +72,7 @@ class Course:
     mesh: Mesh | None = None
     evidence: Evidence = Recorded()
     collect: Collect = everywhere
+    across: Callable[..., Any] = draw_across
 
     def spread(self, solver: Solver, schedule: Schedule) -> Spread:
         """What is run over the mesh."""
@@ -90,7 +92,7 @@ def stream(course: Course, positions: PyTree, chunk: int, tell: Tell, end: End |
         last: The step to stop at; None is `course.num_samples` steps from `end`.
 
     Yields:
-        Certified draws, whose `.end` is where the next ones go on. After an interrupt from the keyboard the last ones are
+        Certified draws, or what `course.across` makes of them, whose `.end` is where the next ones go on. After an interrupt from the keyboard the last ones are
         shorter, with the verdict INTERRUPTED.
     """
     last = (0 if end is None else end.num_steps) + course.num_samples if last is None else last
@@ -149,8 +151,8 @@ def _across(course, positions, end, steps, stretch, last, tell, notes):
     solver, schedule, _ = chosen
     plan = {"kernel": course.kernel.name, "dice": dice_of(course.kernel), "solver": repr(solver), "schedule": repr(schedule),
             "num_chains": course.keys.shape[0], **course.plan}
-    draws = draw_across(course.spread(solver, schedule), course.target, steps, end=end, total=last, warmup=course.warmup,
-                        plan=plan, advance=tell)
+    draws = course.across(course.spread(solver, schedule), course.target, steps, end=end, total=last, warmup=course.warmup,
+                          plan=plan, advance=tell)
     report = dataclasses.replace(draws.report, fallbacks=(*notes, *draws.report.fallbacks))
     return dataclasses.replace(draws, end=dataclasses.replace(draws.end, stretch=stretch), report=report), chosen
 
@@ -194,7 +196,8 @@ class Tell:
     def certified(self, draws: Draws) -> None:
         """Take in what a certified chunk says of its steps."""
         self._chunk = 0
-        accepted = np.asarray(draws.info.get("acceptance_rate", draws.certificate.accepted), float)
+        accepted = draws.info.get("acceptance_rate", draws.info.get("accepted", draws.certificate.accepted))
+        accepted = np.asarray(accepted, float)
         self._accepted, self._draws = self._accepted + accepted.sum(), self._draws + accepted.size
         self._shown["accept"] = f"{self._accepted / max(self._draws, 1):.2f}"
         if "diverging" in draws.info:

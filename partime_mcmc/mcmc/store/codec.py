@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from partime_mcmc.mcmc.store.layout import StoreError
+from partime_mcmc.mcmc.store.chunks import StoreError
 
 _PACKAGE = "partime_mcmc"
 

@@ -3,12 +3,13 @@
     run.json                                    what was asked for, with its checksum; written before anything is computed
     start-<sha256>.npz                          what warm-up tuned and what was chosen; written once, before the first draw
     chunk-<index>-<step>-<sha256>.nc            certified draws up to step <step>, and what it takes to go on from there
+    part-<index>-<host>-<number>-<sha256>.nc    of a chunk that several hosts wrote: draws of one of them (see `chunks`)
     lock                                        held by the one process that writes
 
 Every file is written aside, flushed to the disk, and renamed; the names of the others hold the checksums of their
 bytes, so that the rename commits both, and a file is either there and whole, or not there. What is damaged later is found
 by its checksum.
-Chunks count only as far as they follow one another without a gap.
+Chunks count only as far as they follow one another without a gap; parts only where a chunk lists them.
 """
 
 from __future__ import annotations
@@ -19,30 +20,16 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple
+from typing import Any, Iterator
 
-import numpy as np
+from partime_mcmc.mcmc.store.chunks import CHUNK_NAME, PART_NAME, Chunk, StoreError, flaw
 
-_CHUNK = re.compile(r"chunk-(\d{6,})-(\d{12,})-([0-9a-f]{64})\.(\w+)$")
 _START = re.compile(r"start-([0-9a-f]{64})\.npz$")
 _RUN, _LOCK, _ASIDE, _SUM = "run.json", "lock", ".damaged", "sha256"
 
-# Of all files of a store together. 2: certificates say whether they are independent; run.json holds its checksum.
-FORMAT_VERSION = 2
-
-
-class StoreError(OSError):
-    """A store that cannot be written or read."""
-
-
-class Chunk(NamedTuple):
-    """A file of draws: steps `start` to `stop` of every chain."""
-
-    index: int
-    start: int
-    stop: int
-    digest: str
-    path: Path
+# Of all files of a store together. 2: certificates say whether they are independent; run.json holds its checksum. 3: a
+# chunk may be in parts.
+FORMAT_VERSION = 3
 
 
 class Folder:
@@ -151,7 +138,7 @@ class Folder:
         """The chunks that follow one another from the first step on, by their names alone."""
         found: dict[int, Chunk] = {}
         for path in self.path.glob("chunk-*"):
-            named = _CHUNK.match(path.name)
+            named = CHUNK_NAME.match(path.name)
             if named:
                 found[int(named[1])] = Chunk(int(named[1]), 0, int(named[2]), named[3], path)
         chunks, start = [], 0
@@ -162,8 +149,23 @@ class Folder:
             start = found[index].stop
         return chunks
 
+    def write_part(self, index: int, host: int, number: int, suffix: str, data: bytes) -> tuple[str, str]:
+        """Write one part of a chunk, which counts once the chunk lists it.
+
+        Returns:
+            The file's name and its checksum.
+
+        Raises:
+            StoreError: If it cannot be written.
+        """
+        digest = hashlib.sha256(data).hexdigest()
+        name = f"part-{index:06d}-{host:04d}-{number:02d}-{digest}.{suffix}"
+        self._commit(name, data)
+        return name, digest
+
     def drop_damaged(self) -> tuple[list[Chunk], str | None]:
-        """Read every chunk and set aside the first damaged one and all after it, which go on from it, as `*.damaged`.
+        """Read every chunk and set aside the first damaged one and all after it, which go on from it, as `*.damaged`. Parts
+        that no chunk lists are removed: a host had written them when the run ended.
 
         Returns:
             The chunks that are whole, and a sentence about those that are not; None if all are.
@@ -171,24 +173,33 @@ class Folder:
         Raises:
             StoreError: If a chunk cannot be read, which does not mean that it is damaged: nothing is touched then.
         """
-        everything = {path for path in self.path.glob("chunk-*") if _CHUNK.match(path.name)}
+        everything = {path for path in self.path.glob("chunk-*") if CHUNK_NAME.match(path.name)}
         chunks = self.chunks()
-        good = next((k for k, chunk in enumerate(chunks) if not intact(chunk)), len(chunks))
-        bad = sorted(everything - {chunk.path for chunk in chunks[:good]})
+        flaws = ((k, flaw(chunk)) for k, chunk in enumerate(chunks))
+        good, reason = next(((k, said) for k, said in flaws if said), (len(chunks), f"chunk-{len(chunks):06d} is missing"))
+        bad = everything - {chunk.path for chunk in chunks[:good]}
+        self._set_aside(good, bad)
         if not bad:
             return chunks, None
-        try:
-            for path in bad:
-                os.replace(path, path.with_name(path.name + _ASIDE))
-            _sync_folder(self.path)
-        except OSError as error:
-            said = f"store: {self.path} holds damaged chunks that could not be set aside: {error.strerror or error}"
-            raise StoreError(error.errno, said) from error
-        reason = (f"{chunks[good].path.name[:12]} does not have the checksum in its name" if good < len(chunks) else
-                  f"chunk-{good:06d} is missing")
         kept = chunks[good - 1].stop if good else 0
         return chunks[:good], (f"{reason}: {len(bad)} chunk{'s' if len(bad) > 1 else ''} dropped, and the run goes on from "
                                f"step {kept:,}; what was dropped is kept as *{_ASIDE}")
+
+    def _set_aside(self, good: int, bad: set[Path]) -> None:
+        """Take away damaged chunks with their parts, and parts of chunks that never came to be."""
+        parts = [(int(named[1]), path) for path in self.path.glob("part-*") if (named := PART_NAME.match(path.name))]
+        listed = {int(CHUNK_NAME.match(path.name)[1]) for path in bad}
+        try:
+            for path in sorted(bad | {path for index, path in parts if index in listed}):
+                os.replace(path, path.with_name(path.name + _ASIDE))
+            for index, path in parts:
+                if index >= good and index not in listed:
+                    path.unlink(missing_ok=True)
+            if bad:
+                _sync_folder(self.path)
+        except OSError as error:
+            said = f"store: {self.path} holds damaged chunks that could not be set aside: {error.strerror or error}"
+            raise StoreError(error.errno, said) from error
 
     def _commit(self, name: str, data: bytes) -> None:
         partial = self.path / f".partial-{name}"
@@ -209,35 +220,6 @@ class Folder:
 def _sum_of(run: dict[str, Any]) -> str:
     """The checksum of a description, whatever its layout."""
     return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
-
-
-def intact(chunk: Chunk) -> bool:
-    """Whether the bytes of a chunk are those that were written; False if the file is gone.
-
-    Raises:
-        StoreError: If they cannot be read: a disk that is away for a moment has damaged nothing.
-    """
-    try:
-        with open(chunk.path, "rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest() == chunk.digest
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise StoreError(error.errno, f"store: {chunk.path} could not be read: {error.strerror or error}") from error
-
-
-def kept_steps(start: int, stop: int, thinning: int, num_samples: int) -> np.ndarray:
-    """Which steps are kept, as NumPyro keeps them: the last of every `thinning`, counted from the end.
-
-    Args:
-        start: First step.
-        stop: The step after the last.
-        thinning: Of so many one is kept.
-        num_samples: Steps of the whole run.
-    """
-    offset = num_samples % thinning + thinning - 1
-    first = offset if start <= offset else start + (offset - start) % thinning
-    return np.arange(first, stop, thinning)
 
 
 def _sync_folder(path: Path) -> None:

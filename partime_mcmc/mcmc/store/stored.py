@@ -23,8 +23,9 @@ from partime_mcmc.diagnostics.arviz import STAT_NAMES, tree_of
 from partime_mcmc.kernels import Certificate
 from partime_mcmc.mcmc.draws import Draws, RunReport
 from partime_mcmc.mcmc.running import Fold, Running
+from partime_mcmc.mcmc.store.chunks import Chunk, StoreError, damaged, intact, kept_steps
 from partime_mcmc.mcmc.store.formats import format_of
-from partime_mcmc.mcmc.store.layout import Chunk, Folder, StoreError, intact, kept_steps
+from partime_mcmc.mcmc.store.layout import Folder
 from partime_mcmc.mcmc.store.plan import Settled, Start
 from partime_mcmc.mcmc.store.state import Totals, unpack_state
 from partime_mcmc.solution import Status
@@ -192,7 +193,7 @@ class StoredDraws:
         from partime_mcmc.mcmc.store.lazy import Pieces, lazy_dataset
 
         draws = kept_steps(0, self.num_samples, self.thinning, self.run["num_samples"])
-        pieces = Pieces(list(self.chunks), self.thinning, self.run["num_samples"])
+        pieces = Pieces(list(self.chunks), self.thinning, self.run["num_samples"], self.run["num_chains"])
         return lazy_dataset(pieces, group, draws, self.attributes())
 
     def _begun(self) -> Totals:
@@ -250,8 +251,7 @@ def read_state(chunk: Chunk) -> tuple[dict[str, np.ndarray], Totals, dict[str, n
         StoreError: If the chunk is damaged.
     """
     if not intact(chunk):
-        raise StoreError(f"store: {chunk.path} is damaged (its checksum is not the one in its name): resume(...) drops it "
-                         "and draws it again")
+        raise damaged(chunk)
     found = format_of(chunk.path.suffix.removeprefix("."))
     return unpack_state(found.read(chunk.path, "state", "state").tobytes())
 
