@@ -31,13 +31,14 @@ from partime_mcmc.mcmc.progress import progress_line, quiet
 from partime_mcmc.mcmc.resume import resume
 from partime_mcmc.mcmc.running import Fold, Running
 from partime_mcmc.mcmc.sample import sample
+from partime_mcmc.mcmc.store.chunks import StoreError
 from partime_mcmc.mcmc.store.fingerprint import StoreMismatch
 from partime_mcmc.mcmc.store.formats import NetCDF, Zarr
-from partime_mcmc.mcmc.store.layout import StoreError
 from partime_mcmc.mcmc.store.stored import StoredDraws, open_draws
 from partime_mcmc.mcmc.stored_run import Store
 from partime_mcmc.mcmc.target import Target
 from partime_mcmc.mcmc.warmup import WindowAdaptation
+from partime_mcmc.mcmc.writers import EveryHost, FirstHost
 from partime_mcmc.recipes import deer, elk, jacobi, picard, quasi_deer, quasi_elk, sequential, shooting
 from partime_mcmc.rnn.unroll import unroll
 from partime_mcmc.schedule import Sliding, Stretches, Whole
@@ -49,13 +50,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BlackJAXKernel", "Certificate", "Clipped", "CoalescingDice", "CoalescingHMC", "ConstantDamping", "Damped",
-    "DenseJacobian", "DiagonalJacobian", "Draws", "Dynamics", "Fold", "HMC", "HutchinsonDiagonal", "IdentityJacobian",
-    "Implicit", "ImplicitRelay", "Independent", "Kalman", "Kernel", "MALA", "NUTS", "NetCDF", "Newton", "ParallelMCMC",
-    "PlainDice", "PooledAdaptation", "Recorded", "RelaxingDamping", "Running", "Sliding", "Solution", "SolveError",
-    "Stats", "Status", "Store", "StoreError", "StoreMismatch", "StoredDraws", "Stretches", "Target", "Tolerance",
-    "Whitening", "Whole", "WindowAdaptation", "Zarr", "ZeroJacobian", "certify", "coalescing_hmc", "compare", "deer",
-    "elk", "from_blackjax", "from_numpyro", "hmc", "hosts", "jacobi", "loop", "mala", "nuts", "open_draws", "picard",
-    "progress_line", "quasi_deer", "quasi_elk", "quiet", "random_walk", "read_netcdf", "residual", "resume", "rollout",
-    "sample", "save_netcdf", "sequential", "sharded_chains", "sharded_solve", "shooting", "solve", "summary_table",
-    "time_mesh", "to_arviz", "unroll",
+    "DenseJacobian", "DiagonalJacobian", "Draws", "Dynamics", "EveryHost", "FirstHost", "Fold", "HMC",
+    "HutchinsonDiagonal", "IdentityJacobian", "Implicit", "ImplicitRelay", "Independent", "Kalman", "Kernel", "MALA",
+    "NUTS", "NetCDF", "Newton", "ParallelMCMC", "PlainDice", "PooledAdaptation", "Recorded", "RelaxingDamping",
+    "Running", "Sliding", "Solution", "SolveError", "Stats", "Status", "Store", "StoreError", "StoreMismatch",
+    "StoredDraws", "Stretches", "Target", "Tolerance", "Whitening", "Whole", "WindowAdaptation", "Zarr", "ZeroJacobian",
+    "certify", "coalescing_hmc", "compare", "deer", "elk", "from_blackjax", "from_numpyro", "hmc", "hosts", "jacobi",
+    "loop", "mala", "nuts", "open_draws", "picard", "progress_line", "quasi_deer", "quasi_elk", "quiet", "random_walk",
+    "read_netcdf", "residual", "resume", "rollout", "sample", "save_netcdf", "sequential", "sharded_chains",
+    "sharded_solve", "shooting", "solve", "summary_table", "time_mesh", "to_arviz", "unroll",
 ]

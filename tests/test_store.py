@@ -223,7 +223,7 @@ def edited(path, change):
     (lambda words: words.update(num_samples=124), "run.json has changed since it was written"),
     (lambda words: words.update(thinning=3), "run.json has changed since it was written"),
     (lambda words: words.pop("sha256"), "run.json has changed since it was written"),
-    (lambda words: words.update(format_version=1), "has format 1, wanted 2"),
+    (lambda words: words.update(format_version=1), "has format 1, wanted 3"),
 ], ids=["num_samples", "thinning", "checksum", "version"])
 def test_a_description_that_was_edited_is_refused(change, said, tmp_path, whole):
     shutil.copytree(whole.path, tmp_path / "run")

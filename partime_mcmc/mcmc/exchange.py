@@ -78,7 +78,8 @@ def check_same(request: Any, mesh: Mesh, store: Any) -> None:
              "adaptation": request.adaptation, "dice": request.dice, "solver": request.solver, "schedule": request.schedule,
              "tolerance": request.tolerance, "max_iterations": request.max_iterations, "thinning": request.thinning,
              "certificate": request.certificate, "store": "none" if store is None else "a folder",
-             **({} if store is None else {"writers": store.writers, "format": store.format, "folds": sorted(store.folds or {})}),
+             **({} if store is None else
+                {"writers": store.writers, "format": store.format, "folds": sorted(store.folds or {})}),
              "mesh": [dict(mesh.shape), [device.id for device in mesh.devices.flat]],
              "jax_enable_x64": bool(jax.config.jax_enable_x64),
              **{f"the target's {part}": text for part, text in fingerprint_of(

@@ -137,8 +137,8 @@ def combined(steps: dict, parts: dict, num_samples: int) -> Certificate:
         smallest[name] = np.where(np.isnan(parts[name]).all(axis=1), np.nan, known).astype(dtype)
     longest = _longest_rejection(parts)
     return Certificate(
-        certified=parts["certified"].all(axis=1), max_residual=largest[where], worst_step=(before + parts["worst_step"])[where],
-        tolerance=parts["tolerance"][:, 0],
+        certified=parts["certified"].all(axis=1), max_residual=largest[where],
+        worst_step=(before + parts["worst_step"])[where], tolerance=parts["tolerance"][:, 0],
         num_steps=np.full(len(ranked), num_samples), finite=parts["finite"].all(axis=1),
         frozen=(longest == num_samples) & (num_samples >= FEWEST_TO_FREEZE), num_rejected=total("num_rejected"),
         longest_rejection=longest, num_nonfinite_proposals=parts["num_nonfinite_proposals"].sum(axis=1),

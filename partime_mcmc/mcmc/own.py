@@ -134,8 +134,8 @@ def share_across(spread: Spread, target: Target, num_samples: int, *, end: End, 
         places, blocks = places + moved, blocks + list(zip(mine, portion.blocks))
     parts = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *[portion.parts for portion in portions])
     nothing = np.zeros((len(parts["certified"]), 0))
-    certificate = combined({"accepted": nothing.astype(bool), "residual": nothing.astype(parts["max_residual"].dtype)}, parts,
-                           run.done)
+    steps = {"accepted": nothing.astype(bool), "residual": nothing.astype(parts["max_residual"].dtype)}
+    certificate = combined(steps, parts, run.done)
     dtype = jax.tree.leaves(end.carries)[0].dtype
     tiles = tuple(_tile(target, run.clock, chains, some) for chains, some in _side_by_side(blocks))
     return Share(tiles, tuple(places), run.done, certificate, run.report(certificate, dtype), run.end())

@@ -1,7 +1,7 @@
 """A chunk that every host writes its own part of: what each does, and the order that makes it whole or not there.
 
-    each host     writes its tiles as part files, flushed to the disk, and sums up its draws (a thread, while the next chunk is
-                  computed)
+    each host     writes its tiles as part files, flushed to the disk, and sums up its draws (in a thread, while the next
+                  chunk is computed)
     together      every host says which parts it has written, and its sums: once all have spoken, all parts are durable
     folds         carries of the user's own functions go from host to host in the order of time
     first host    puts the sums together and writes the chunk file, which lists the parts

@@ -1,7 +1,7 @@
 """Running statistics of draws that are scattered over hosts: each host sums up its own, the first one puts sums together.
 
-Moments are kept by batch, and batch j holds the draws numbered ja to (j+1)a of a chain, wherever these are. So a host sums up
-its own draws of every batch that it has some of, as (count, mean, M), and counts, means and M of one batch merge as in
+Moments are kept by batch, and batch j holds the draws numbered ja to (j+1)a of a chain, wherever these are. So a host sums
+up its own draws of every batch that it has some of, as (count, mean, M), and counts, means and M of one batch merge as in
 `blocking`; histograms about the same centres add up; of totals, smallest and largest ones it does not matter who saw them.
 
     Sums.of(values, info, ...)      on every host, of its own draws, side by side with the others
@@ -86,8 +86,9 @@ class Sums:
                 totals.append(dataclasses.replace(total, where_largest=steps[total.where_largest]).to_array())
             means, deviations = (np.stack(of, axis=2) for of in zip(*pairs))
             squares = comoments(x)[1] if x.shape[0] <= MAX_COVARIANCE else np.zeros(0)
-            return cls(layout, tuple(info), chains, numbers, counts, means, deviations, np.asarray(found.first), found.counts,
-                       np.stack([x.min(axis=2), x.max(axis=2)]), squares, np.stack(totals))
+            extremes = np.stack([x.min(axis=2), x.max(axis=2)])
+            return cls(layout, tuple(info), chains, numbers, counts, means, deviations, np.asarray(found.first),
+                       found.counts, extremes, squares, np.stack(totals))
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Plain arrays from which `from_arrays` restores this."""
@@ -182,8 +183,8 @@ def _batches(batches: Batches | None, sums: list[Sums], lead: tuple[int, int], n
         mean[where], m[where] = _merged(count[at], mean[where], m[where], some.counts, some.means, some.deviations)
         count[at] += some.counts
     if (count[:, :full] != size).any() or (count[:, full] != num_open).any():
-        raise ValueError(f"sums: got {count.sum(axis=1).astype(int).tolist()} draws of the chains, wanted {num_draws} of each, "
-                         "every step once")
+        raise ValueError(f"sums: got {count.sum(axis=1).astype(int).tolist()} draws of the chains, wanted {num_draws} of "
+                         "each, every step once")
     return Batches(size, mean, m, num_open)
 
 

@@ -198,7 +198,8 @@ class Run:
         mesh = self.spread.mesh
         shared = [piece.work.mean(axis=0) for piece in self.pieces if piece.work.shape[1] == mesh.shape["time"]]
         device = mesh.devices.flat[0]
-        return run_report(self.books, certificate, self.clock, dtype, f"{mesh.size} x {device.platform}: {device.device_kind}",
+        return run_report(self.books, certificate, self.clock, dtype,
+                          f"{mesh.size} x {device.platform}: {device.device_kind}",
                           tuple(np.sum(shared, axis=0) / self.done) if shared else ())
 
 

@@ -92,8 +92,8 @@ def stream(course: Course, positions: PyTree, chunk: int, tell: Tell, end: End |
         last: The step to stop at; None is `course.num_samples` steps from `end`.
 
     Yields:
-        Certified draws, or what `course.across` makes of them, whose `.end` is where the next ones go on. After an interrupt from the keyboard the last ones are
-        shorter, with the verdict INTERRUPTED.
+        Certified draws, or what `course.across` makes of them, whose `.end` is where the next ones go on. After an interrupt
+        from the keyboard the last ones are shorter, with the verdict INTERRUPTED.
     """
     last = (0 if end is None else end.num_steps) + course.num_samples if last is None else last
     while True:

@@ -59,8 +59,10 @@ class Total:
         none = self.where_largest < 0, other.where_largest < 0
         second = none[0] | (~none[1] & better(self, other))
         pick = lambda a, b: np.where(none[0], b, np.where(none[1], a, np.minimum(a, b)))  # noqa: E731
-        return Total(self.sum + other.sum, pick(self.smallest, other.smallest), np.where(second, other.largest, self.largest),
-                     np.where(second, other.where_largest, self.where_largest), self.nonfinite + other.nonfinite)
+        largest = np.where(second, other.largest, self.largest)
+        where = np.where(second, other.where_largest, self.where_largest)
+        return Total(self.sum + other.sum, pick(self.smallest, other.smallest), largest, where,
+                     self.nonfinite + other.nonfinite)
 
     @classmethod
     def nothing(cls, num_chains: int) -> Total:

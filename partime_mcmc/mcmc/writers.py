@@ -1,12 +1,12 @@
 """Who writes a stored run that several hosts make together.
 
-    FirstHost()     all draws of a chunk travel to the first host, which puts them into the model's own space and writes one
-                    file. Draws, with two to five numbers of each step, cross one network and lie in one memory; on the other
-                    hosts nothing is kept but where the chains stand.
-    EveryHost()     every host puts the draws of its own devices into the model's own space and writes them; the first one
-                    adds a small file that makes them count (`part_keeper`). No host ever holds all draws of a chunk, and what
-                    is written and summed up at once grows with the hosts. The folder must be one that all of them share and
-                    may write to, which is looked at before anything is computed.
+    FirstHost()     all draws of a chunk travel to the first host, which puts them into the model's own space and writes
+                    one file. Draws, with two to five numbers of each step, cross one network and lie in one memory; on
+                    the other hosts nothing is kept but where the chains stand.
+    EveryHost()     every host puts the draws of its own devices into the model's own space and writes them; the first
+                    one adds a small file that makes them count (`part_keeper`). No host holds all draws of a chunk, and
+                    hosts write and sum up beside each other. The folder must be one that all of them share and may write
+                    to, which is looked at before anything is computed.
 
 `EveryHost()` is what a `Store` takes if nothing is said: it asks for nothing that the other one does not, as all hosts read
 the finished store from the same folder anyway, and is bound by no single host. `FirstHost()` is for folders that the others
@@ -121,15 +121,15 @@ class EveryHost:
         """As `Writers.check`.
 
         Raises:
-            StoreError: On all hosts, if one of them does not see what another writes into the folder, or may not write there.
+            StoreError: On all hosts, if one of them does not see what another writes into the folder, or cannot write there.
             ValueError: If there are folds, and chains are spread over hosts.
         """
         columns = np.moveaxis(mesh.devices, mesh.axis_names.index("time"), 0)
         apart = any(len({device.process_index for device in column.flat}) > 1 for column in columns)
         if store.folds and apart:
-            raise ValueError(f"store.folds: got {sorted(store.folds)} with writers=EveryHost() and chains spread over hosts; a "
-                             "fold sees all chains together, so wanted writers=FirstHost(), or a mesh with all chains of a "
-                             "time on one host")
+            raise ValueError(f"store.folds: got {sorted(store.folds)} with writers=EveryHost() and chains spread over "
+                             "hosts, wanted writers=FirstHost(), or a mesh with all chains of a time on one host: a fold sees all "
+                             "chains together")
         host, token = jax.process_index(), say(secrets.token_hex(8).encode()).decode()
         signs = [Path(store.path) / f".shared-{token}-{one}" for one in range(jax.process_count())]
         try:

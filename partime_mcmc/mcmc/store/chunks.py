@@ -115,8 +115,8 @@ def _as_written(path: Path, digest: str) -> bool:
 
 def damaged(chunk: Chunk) -> StoreError:
     """What to say of a chunk that is not intact."""
-    return StoreError(f"store: {chunk.path} is damaged (its checksum is not the one in its name, or that of a part not the one "
-                      "it lists): resume(...) drops it and draws it again")
+    return StoreError(f"store: {chunk.path} is damaged (its checksum is not the one in its name, or that of a part not the "
+                      "one it lists): resume(...) drops it and draws it again")
 
 
 def kept_steps(start: int, stop: int, thinning: int, num_samples: int) -> np.ndarray:
