@@ -15,6 +15,7 @@ import dataclasses  # noqa: E402
 import functools  # noqa: E402
 import tempfile  # noqa: E402
 import traceback  # noqa: E402
+import warnings  # noqa: E402
 from types import SimpleNamespace  # noqa: E402
 
 import blackjax  # noqa: E402
@@ -26,7 +27,7 @@ from catalogue import (DYNAMICS, SOLVERS, Problem, by_name, measured_residual,  
                        sequential_path)
 from jax.sharding import PartitionSpec  # noqa: E402
 
-from partime_mcmc import (CoalescingDice, Dynamics, Kernel, Status, Stretches, Target,  # noqa: E402
+from partime_mcmc import (CoalescingDice, Dynamics, EveryHost, Kernel, Status, Stretches, Target,  # noqa: E402
                           Whole, deer, from_blackjax, jacobi, loop, mala, quasi_deer, recipes, resume, rollout, sample,
                           shooting, solve)
 from partime_mcmc.adjoint import Implicit, ImplicitRelay  # noqa: E402
@@ -34,6 +35,7 @@ from partime_mcmc.distributed import ShardedTime, sharded_chains, sharded_solve,
 from partime_mcmc.linearize import Clipped, DenseJacobian  # noqa: E402
 from partime_mcmc.mcmc import exchange, programs  # noqa: E402
 from partime_mcmc.mcmc.arguments import chunk_steps  # noqa: E402
+from partime_mcmc.mcmc.store.chunks import parts_of  # noqa: E402
 from partime_mcmc.mcmc.stored_run import Store  # noqa: E402
 from partime_mcmc.scan import Dense, DenseMessage, Diagonal, LocalTime  # noqa: E402
 from partime_mcmc.solvers import Shooting  # noqa: E402
@@ -355,6 +357,45 @@ def a_stored_run_goes_on_over_a_mesh():
         draws = resume(store.path, TARGET, kernel, mesh=time_mesh(4, 2), progress=False)
         np.testing.assert_array_equal(np.asarray(draws.posterior["x"]), chains(kernel, 384, 2))
         assert draws.certificate.certified.all()
+
+
+class Parts(EveryHost):
+    """As every one of several hosts does it, on one that has all devices."""
+
+    def among(self, mesh):
+        return self
+
+
+@CHECKS.append
+def a_chunk_in_parts_reads_like_a_whole_one():
+    """Rows of chains of which each has times of its own, a rest that one device computes, and steps that are thinned out."""
+    kernel, mesh = mala(TARGET.logdensity, 0.4, dice=CoalescingDice()), time_mesh(4, 2)
+    with tempfile.TemporaryDirectory() as folder:
+        ask = functools.partial(sample, jax.random.key(0), TARGET, kernel, num_samples=389, num_chains=4, mesh=mesh, thinning=3,
+                                schedule=Stretches(64), solver=shooting(steps=8), progress=False)
+        paths = [f"{folder}/parts", f"{folder}/whole"]
+        parts = ask(store=Store(paths[0], chunk=128, writers=Parts()))
+        whole = ask(store=Store(paths[1], chunk=128))
+        for _ in range(2):
+            assert [len(parts_of(chunk)) for chunk in parts.chunks] == [1, 1, 1, 1]
+            assert not any(parts_of(chunk) for chunk in whole.chunks)
+            mine, theirs = (draws.posterior["x"] for draws in (parts, whole))
+            np.testing.assert_array_equal(mine, theirs)
+            for index in ({"draw": slice(40, 50), "chain": 1}, {"draw": 77}, {"draw": slice(5, None, 7), "x_dim_0": 1},
+                          {"draw": [3, 99, 50]}, {"draw": slice(None, None, -40)}, {"chain": slice(0, 0)}, {"chain": [3, 0]}):
+                np.testing.assert_array_equal(mine.isel(index), theirs.isel(index), err_msg=str(index))
+            for name in whole.sample_stats:
+                np.testing.assert_array_equal(parts.sample_stats[name], whole.sample_stats[name], err_msg=name)
+            for name, array in whole.running.to_arrays().items():
+                np.testing.assert_allclose(parts.running.to_arrays()[name], array, rtol=1e-11, atol=1e-11, err_msg=name)
+            jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12), parts.certificate, whole.certificate)
+            np.testing.assert_allclose(parts.totals.acceptance, whole.totals.acceptance, rtol=1e-12)
+            # A part that is gone makes its chunk a damaged one.
+            (parts.folder.path / parts_of(parts.chunks[2])[0].name).unlink()
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                parts = resume(paths[0], TARGET, kernel, mesh=mesh, writers=Parts(), progress=False)
+            assert "a part of chunk-000002, is missing" in str(said[-1].message) and "from step 256" in str(said[-1].message)
 
 
 @CHECKS.append

@@ -18,7 +18,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from partime_mcmc import open_draws
+from partime_mcmc import StoreError, open_draws
 from partime_mcmc.cli import machines
 from partime_mcmc.distributed import hosts
 
@@ -90,6 +90,45 @@ def test_hosts_that_ask_for_different_things_end_and_say_so():
         _, errors = host.communicate(timeout=120)
         assert host.returncode == 1, errors
         assert "hosts ask for different things: num_samples (here " in errors, errors
+
+
+@pytest.mark.parametrize("num_hosts", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_every_host_writes_its_own_part(num_hosts, tmp_path):
+    for host in start(num_hosts, f"parts:{tmp_path}/run"):
+        said, errors = host.communicate(timeout=600)
+        assert host.returncode == 0 and "agreed" in said, said + errors[-3000:]
+    assert not [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
+
+
+def test_hosts_that_share_no_folder_say_so(tmp_path):
+    for host in start(2, f"apart:{tmp_path}/run"):
+        _, errors = host.communicate(timeout=120)
+        assert host.returncode == 1, errors
+        assert "store.path: got " in errors and "wanted a folder on a file system that all of 2 hosts share" in errors
+        assert "host 1 does not see there within 0.5 s what host 0 wrote" in errors, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_hosts", [1, 2])
+def test_a_chunk_with_a_damaged_part_is_drawn_again(num_hosts, tmp_path):
+    folder = tmp_path / "run"
+    for host in start(2, str(folder)):
+        _, errors = host.communicate(timeout=600)
+        assert host.returncode == 0, errors
+    assert len(list(folder.glob("chunk*"))) == 32 and len(list(folder.glob("part*"))) == 64
+    gone, broken = sorted(folder.glob("part-000030-*"))[1], sorted(folder.glob("part-000020-*"))[1]
+    gone.unlink()
+    broken.write_bytes(broken.read_bytes()[:-100])
+    with pytest.raises(StoreError, match="chunk-000020.* is damaged"):
+        open_draws(folder).posterior["x"].values
+    for host in start(num_hosts, str(folder)):
+        _, errors = host.communicate(timeout=600)
+        assert host.returncode == 0, errors
+    assert len(list(folder.glob("chunk*.nc"))) == 32
+    assert len(list(folder.glob("part*.nc"))) == (40 if num_hosts == 1 else 64)
+    aside = list(folder.glob("*.damaged"))
+    assert len([path for path in aside if path.name.startswith("chunk")]) == 12
+    assert len([path for path in aside if path.name.startswith("part")]) == 23
 
 
 @pytest.mark.slow

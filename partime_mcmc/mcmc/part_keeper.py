@@ -47,6 +47,7 @@ class PartKeeper:
         self._shelf, self._desk = shelf, Desk(shelf.folder)
         # What all hosts know is of the chunk that is being written; `_written` is of the first host, after the last one.
         self._index, self._step, self._open = standing.index, standing.step, None
+        self._safe = standing.step
         self._bins, self._carries, self._written = standing.running.histogram, dict(standing.running.carries), standing
 
     def keep(self, share: Share) -> None:
@@ -71,7 +72,7 @@ class PartKeeper:
             self._desk.close()
 
     def _wait(self) -> list[Any]:
-        return self._desk.wait(lambda: self._written.step if jax.process_index() == 0 else self._step)
+        return self._desk.wait(lambda: self._written.step if jax.process_index() == 0 else self._safe)
 
     def _settle(self) -> None:
         """Have the chunk count whose parts are being written."""
@@ -82,7 +83,9 @@ class PartKeeper:
         self._carries = self._folded(share)
         if jax.process_index() == 0:
             self._desk.do(self._commit, share, said, self._index, self._carries)
-        self._open, self._index, self._step = None, self._index + 1, self._step + share.num_steps
+        # The first host had the chunk before this one on the disk when it spoke.
+        self._safe, self._step = self._step, self._step + share.num_steps
+        self._open, self._index = None, self._index + 1
 
     def _write(self, share: Share, index: int, step: int) -> bytes:
         """Write parts; what there is to say of them."""
