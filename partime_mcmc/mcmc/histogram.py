@@ -63,7 +63,7 @@ class Histogram:
         # Draws that are all one value, up to rounding, say nothing of a scale.
         sd = np.where(np.isfinite(sd) & (sd > 1e-12 * np.abs(centre)), sd, np.maximum(np.abs(centre), 1.0))
         octave = np.clip(np.frexp(sd)[1] - 1, _FINEST, _COARSEST).astype(np.int64)
-        return cls(centre, octave, _HALF, np.zeros((x.shape[0], 0), np.int64))
+        return cls(centre, octave, _HALF, np.zeros((len(centre), 0), np.int64))
 
     def add(self, x: np.ndarray) -> Histogram:
         """The histogram with more draws, shape `(D, N)`, in it; NaN is counted beyond all others, and to be asked for

@@ -68,7 +68,7 @@ class Folder:
             except OSError as error:
                 raise StoreError(f"store: another run is writing to {self.path}; wait for it, or choose another "
                                  "folder") from error
-            for left in self.path.glob(".partial-*"):
+            for left in (*self.path.glob(".partial-*"), *self.path.glob(".shared-*")):
                 left.unlink(missing_ok=True)
             yield
 
