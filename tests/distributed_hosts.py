@@ -103,8 +103,8 @@ def parts(folder, mesh):
 
     draws = run(Store(folder, chunk=chunk, folds=FOLDS), mesh=mesh)
     draws.or_raise()
-    # 128, 128 and 45 steps: of these last 44 are shared, or fewer, and the others the first host's.
-    most = [chunk // num_hosts] * 2 + [45 // num_hosts + num_hosts]
+    # 128, 128 and 45 steps: of these last some are shared, and the first host has the rest as well.
+    most = [chunk // num_hosts] * 2 + [44]
     assert len(seen) == 3 and all(shape[1] <= steps for shape, steps in zip(seen, most)), seen
     written = [parts_of(one) for one in draws.chunks]
     for of_chunk in written:

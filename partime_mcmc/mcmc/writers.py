@@ -135,9 +135,9 @@ class EveryHost:
         try:
             trouble = _write_sign(signs[0]) if host == 0 else ""
             _refuse(gather(trouble.encode()), store.path)
-            trouble = (self._unseen(signs[:1]) or _write_sign(signs[host])) if host else ""
+            trouble = (self._unseen(store.path, signs[:1]) or _write_sign(signs[host])) if host else ""
             _refuse(gather(trouble.encode()), store.path)
-            trouble = "" if host else self._unseen(signs[1:])
+            trouble = "" if host else self._unseen(store.path, signs[1:])
             _refuse(gather(trouble.encode()), store.path)
         finally:
             try:
@@ -145,13 +145,13 @@ class EveryHost:
             except OSError:
                 pass  # what could not be written need not be removed
 
-    def _unseen(self, signs: list[Path]) -> str:
-        """What is not seen of other hosts in time, in words; empty if all is."""
+    def _unseen(self, folder: Any, signs: list[Path]) -> str:
+        """What is not seen in a folder of other hosts in time, in words; empty if all is."""
         begin = time.monotonic()
         while True:
             try:
                 # A folder that is listed is looked at again; a name that was asked for may be remembered as not there.
-                present = set(os.listdir(signs[0].parent))
+                present = set(os.listdir(folder))
             except OSError:
                 present = set()
             missing = [sign.name for sign in signs if sign.name not in present]
