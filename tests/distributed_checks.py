@@ -371,8 +371,8 @@ def a_chunk_in_parts_reads_like_a_whole_one():
     """Rows of chains of which each has times of its own, a rest that one device computes, and steps that are thinned out."""
     kernel, mesh = mala(TARGET.logdensity, 0.4, dice=CoalescingDice()), time_mesh(4, 2)
     with tempfile.TemporaryDirectory() as folder:
-        ask = functools.partial(sample, jax.random.key(0), TARGET, kernel, num_samples=389, num_chains=4, mesh=mesh, thinning=3,
-                                schedule=Stretches(64), solver=shooting(steps=8), progress=False)
+        ask = functools.partial(sample, jax.random.key(0), TARGET, kernel, num_samples=389, num_chains=4, mesh=mesh,
+                                thinning=3, schedule=Stretches(64), solver=shooting(steps=8), progress=False)
         paths = [f"{folder}/parts", f"{folder}/whole"]
         parts = ask(store=Store(paths[0], chunk=128, writers=Parts()))
         whole = ask(store=Store(paths[1], chunk=128))
@@ -382,7 +382,8 @@ def a_chunk_in_parts_reads_like_a_whole_one():
             mine, theirs = (draws.posterior["x"] for draws in (parts, whole))
             np.testing.assert_array_equal(mine, theirs)
             for index in ({"draw": slice(40, 50), "chain": 1}, {"draw": 77}, {"draw": slice(5, None, 7), "x_dim_0": 1},
-                          {"draw": [3, 99, 50]}, {"draw": slice(None, None, -40)}, {"chain": slice(0, 0)}, {"chain": [3, 0]}):
+                          {"draw": [3, 99, 50]}, {"draw": slice(None, None, -40)}, {"chain": slice(0, 0)},
+                          {"chain": [3, 0]}):
                 np.testing.assert_array_equal(mine.isel(index), theirs.isel(index), err_msg=str(index))
             for name in whole.sample_stats:
                 np.testing.assert_array_equal(parts.sample_stats[name], whole.sample_stats[name], err_msg=name)

@@ -2,9 +2,9 @@
 
 WHAT is `agree` (solve over all hosts and compare this host's parts with the path of one device), `everything` (more
 solvers, and whole chains), `wait` (agree, say so, and go on until something happens), `differ` (ask for another number of
-draws on every host), `parts:FOLDER` (a stored run whose parts are looked at), `apart:FOLDER` (a stored run of which every host
-has a folder of its own), or a folder: a stored run in it. One host alone goes on with it, and compares the draws with those
-of BlackJAX's loop.
+draws on every host), `parts:FOLDER` (a stored run whose parts are looked at), `apart:FOLDER` (a stored run of which every
+host has a folder of its own), or a folder: a stored run in it. One host alone goes on with it, and compares the draws with
+those of BlackJAX's loop.
 """
 
 import contextlib

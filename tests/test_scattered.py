@@ -15,13 +15,13 @@ X = fakes.chains(3, num_chains=CHAINS, num_samples=3_000, dim=3, memory=0.5)
 VALUES = {"mu": 1e3 + X[..., 0], "theta": np.exp(X[..., 1:])}
 INFO = {"accepted": X[..., 0] > -1, "residual": np.round(np.abs(X[..., 1]), 1), "acceptance_rate": np.clip(X[..., 2], 0, 1)}
 
-# Chains and steps of each host, of a chunk of n steps: time in turns, as a mesh of two hosts has it; chains apart; everything
-# with one host; and all of that mixed.
+# Chains and steps of each host, of a chunk of n steps: time in turns, as a mesh of two hosts has it; chains apart;
+# everything with one host; and all of that mixed.
 CUTS = {
     "time": lambda n: [(range(CHAINS), [k for k in range(n) if k // 16 % 2 == host]) for host in range(2)],
     "chains": lambda n: [(range(2), range(n)), (range(2, 3), range(n))],
     "one": lambda n: [(range(CHAINS), range(n))],
-    "mixed": lambda n: [((0, 2), range(0, n // 3)), ((0, 2), range(n // 3, n)), ((1,), range(0, n, 2)), ((1,), range(1, n, 2))]}
+    "mixed": lambda n: [((0, 2), range(n // 3)), ((0, 2), range(n // 3, n)), ((1,), range(0, n, 2)), ((1,), range(1, n, 2))]}
 
 
 def of(arrays, chains, steps):
@@ -71,7 +71,7 @@ def test_scattered_statistics_are_those_of_one_piece(cut, sizes):
 
 
 def test_what_is_not_finite_stays_so_wherever_it_lies():
-    values, info = {name: array.copy() for name, array in VALUES.items()}, {name: array.copy() for name, array in INFO.items()}
+    values, info = ({name: array.copy() for name, array in given.items()} for given in (VALUES, INFO))
     values["mu"][1, 900:] = np.nan
     values["theta"][2, 50, 0] = np.inf
     info["residual"][0, [300, 290, 1200]] = np.nan

@@ -128,8 +128,8 @@ class EveryHost:
         apart = any(len({device.process_index for device in column.flat}) > 1 for column in columns)
         if store.folds and apart:
             raise ValueError(f"store.folds: got {sorted(store.folds)} with writers=EveryHost() and chains spread over "
-                             "hosts, wanted writers=FirstHost(), or a mesh with all chains of a time on one host: a fold sees all "
-                             "chains together")
+                             "hosts, wanted writers=FirstHost(), or a mesh with all chains of a time on one host: a fold "
+                             "sees all chains together")
         host, token = jax.process_index(), say(secrets.token_hex(8).encode()).decode()
         signs = [Path(store.path) / f".shared-{token}-{one}" for one in range(jax.process_count())]
         try:
