@@ -119,6 +119,18 @@ def parts(folder, mesh):
         first = run(Store(f"{folder}-first", chunk=chunk, folds=FOLDS, writers=FirstHost()), mesh=mesh)
         assert not any(parts_of(one) for one in first.chunks)
         same(draws, first, draws_to=1e-12)
+        # Chains apart, too: two hosts share each of them.
+        grid = time_mesh(num_hosts // 2, 2)
+        parted = run(Store(f"{folder}-apart", chunk=chunk), mesh=grid)
+        assert {tuple(part.chains) for one in parted.chunks for part in parts_of(one)} == {(0,), (1,)}
+        np.testing.assert_allclose(parted.posterior["place"].values, draws.posterior["place"].values, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(parted.running.mean(), draws.running.mean(), rtol=1e-9)
+        try:
+            run(Store(f"{folder}-folds", chunk=chunk, folds=FOLDS), mesh=grid)
+        except ValueError as error:
+            assert "store.folds: got ['ours'] with writers=EveryHost()" in str(error), error
+        else:
+            raise AssertionError
 
 
 def same(draws, wanted, draws_to=1e-9):
