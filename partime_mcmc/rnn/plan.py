@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from partime_mcmc.predict.cost import lane_work
 from partime_mcmc.solution import Tolerance
-from partime_mcmc.solvers.relay_plan import RelayPlan
+from partime_mcmc.solvers.relay_plan import LEAN_LOOPS, RelayPlan
 from partime_mcmc.types import PyTree
 
 # Residual allowed per step, in units in the last place: a network's step rounds a few times, and its states are of size 1.
@@ -33,9 +33,9 @@ _COARSE_ULPS = 4
 _NUMBERS = {"cpu": (1024, 64, 256)}
 _NUMBERS_ELSEWHERE = 262_144, 16, 1024
 _SINGLE = 16
-# From JAX 0.12 on, `lax.scan` on a CPU keeps products inside its loop, in registers where they fit: a state of one or two of
-# them (16 or 32 units of float32) is rolled as fast alone as in lanes, and its gradient faster (0.7 times the time).
-_IN_REGISTERS = (64, 128) if jax.__version_info__ >= (0, 12) else ()
+# Bytes of a state that lean loops keep in one or two registers (16 or 32 units of float32): it is rolled as fast alone as in
+# lanes, and its gradient faster (0.7 times the time).
+_IN_REGISTERS = (64, 128) if LEAN_LOOPS else ()
 
 
 def is_coarse(carry: PyTree) -> bool:
@@ -60,10 +60,13 @@ def plan_for(cell: Callable, params: PyTree, carry: PyTree, x: PyTree) -> RelayP
         x: One step's inputs, or their shapes and types.
     """
     size = sum(jnp.size(leaf) for leaf in jax.tree.leaves(carry))
-    numbers, fewest, most = _NUMBERS.get(jax.default_backend(), _NUMBERS_ELSEWHERE)
+    backend = jax.default_backend()
+    numbers, fewest, most = _NUMBERS.get(backend, _NUMBERS_ELSEWHERE)
     lanes = max(fewest, min(most, numbers // max(size, 1)))
-    if jax.default_backend() == "cpu":
-        lanes = _SINGLE if size == 1 else 1 if _fits_registers(carry) else lanes
+    if backend == "cpu" and size == 1:
+        lanes = _SINGLE
+    if backend == "cpu" and _fits_registers(carry):
+        lanes = 1
     return RelayPlan(lanes, lane_work(cell, params, carry, x))
 
 

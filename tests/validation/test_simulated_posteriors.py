@@ -16,6 +16,7 @@ import reference
 from numpyro.infer import MCMC, NUTS
 
 from partime_mcmc.diagnostics import arviz
+from partime_mcmc.diagnostics.named import coordinates
 from partime_mcmc.diagnostics.report import Level
 from partime_mcmc.mcmc.numpyro import CoalescingHMC, ParallelMCMC
 
@@ -79,12 +80,6 @@ CASES = {
 }
 
 
-def flat(samples):
-    """Draws `(C, T)` by the name of every coordinate."""
-    return {f"{name}{list(index)}": np.asarray(values)[(..., *index)] for name, values in samples.items()
-            for index in np.ndindex(values.shape[2:])}
-
-
 def described(draws):
     """What `reference.judge` wants to know of draws that it takes for the truth, with their own errors."""
     found = {}
@@ -114,8 +109,9 @@ def test_agrees_with_numpyros_nuts(name, capsys):
         warnings.simplefilter("error")
         ours = ParallelMCMC(CoalescingHMC(model), num_warmup=1000, num_samples=NUM_SAMPLES, num_chains=4)
         ours.run(jax.random.key(6), **data)
-    report, draws = ours.or_raise().report, flat(ours.get_samples(group_by_chain=True))
-    verdict = reference.judge(draws, described(flat(theirs.get_samples(group_by_chain=True))))
+    report, draws = ours.or_raise().report, dict(coordinates(ours.get_samples(group_by_chain=True)))
+    wanted = described(dict(coordinates(theirs.get_samples(group_by_chain=True))))
+    verdict = reference.judge(draws, wanted)
     with capsys.disabled():
         print(f"\n{name}, {report.run.dtype}: {verdict}; {report.run}")
     assert report.level == Level.CERTIFIED_PATH and report.parallel, report.run.fallbacks
@@ -123,4 +119,4 @@ def test_agrees_with_numpyros_nuts(name, capsys):
     assert verdict.detectable < 0.4
     # Draws that are off by what is said to be detectable do fail.
     moved = {key: x + verdict.detectable * x.std() for key, x in draws.items()}
-    assert not reference.judge(moved, described(flat(theirs.get_samples(group_by_chain=True)))).ok
+    assert not reference.judge(moved, wanted).ok
