@@ -161,11 +161,16 @@ def hmc_cycle(logdensity: Callable[[PyTree], Array], step_size: float, num_steps
     def draw_many(keys, state):
         # Layers are the dearest dice, and only every k-th transition looks at them: the others get those of the next.
         flat, num_steps = flat_of(state.position), keys.shape[0]
-        first = every - 1 - state.phase
-        when = jnp.minimum(first + every * jnp.arange(-(-num_steps // every)), num_steps - 1)
+        count = -(-num_steps // every) + 1
+        when = jnp.minimum(every * (1 + jnp.arange(count)) - 1 - state.phase, num_steps - 1)
         layers = jax.vmap(landing, in_axes=(0, None))(keys[when], flat)
-        which = jnp.minimum((jnp.arange(num_steps) + state.phase) // every, when.size - 1)
-        return CycleDice(*jax.vmap(momentum, in_axes=(0, None))(keys, flat), jax.tree.map(lambda leaf: leaf[which], layers))
+
+        def spread(leaf):
+            # Not by indices: the compiler would then make each of them `every` times.
+            copies = jnp.broadcast_to(leaf[:, None], (count, every, *leaf.shape[1:]))
+            return lax.dynamic_slice_in_dim(copies.reshape(-1, *leaf.shape[1:]), state.phase, num_steps)
+
+        return CycleDice(*jax.vmap(momentum, in_axes=(0, None))(keys, flat), jax.tree.map(spread, layers))
 
     def apply(dice, state):
         phase = (state.phase + 1) % every

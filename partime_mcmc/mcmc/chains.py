@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from partime_mcmc.kernels import Evidence, Independent, Kernel, Recorded
+from partime_mcmc.mcmc.cores import num_groups
 from partime_mcmc.mcmc.arguments import bytes_beside, check_memory, default_max_bytes
 from partime_mcmc.mcmc.draws import Draws, End
 from partime_mcmc.mcmc.progress import Progress, quiet
@@ -100,8 +101,9 @@ def check_fits(target: Target, num_samples: int, num_chains: int, *, solver: Sol
 
 def given_choice(solver: Solver | None, schedule: Schedule | None, num_chains: int, num_samples: int,
                  mesh: Mesh | None = None) -> Choice:
-    """Solver and schedule as given, with the default for what is not: for each device of a mesh what one device gets."""
-    rows, parts = (1, 1) if mesh is None else (mesh.shape["chains"], mesh.shape["time"])
+    """Solver and schedule as given, with the default for what is not: for each device of a mesh, and each group of chains on
+    the cores of one, what one device gets."""
+    rows, parts = (num_groups(num_chains), 1) if mesh is None else (mesh.shape["chains"], mesh.shape["time"])
     fixed = default_solver(num_chains // rows, -(-num_samples // parts)) if solver is None else solver
     stretches = Stretches(DEFAULT_STRETCH * parts) if schedule is None else schedule
     return lambda *_: (fixed, stretches, None)

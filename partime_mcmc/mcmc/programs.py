@@ -56,17 +56,13 @@ def compiler_options() -> dict[str, int] | None:
     return CPU_OPTIONS if CPU_OPTIONS and jax.default_backend() == "cpu" else None
 
 
-def run_program(function: Callable, *args: PyTree, clock: Clock, what: str = "run") -> PyTree:
-    """`function(*args)`, compiled ahead and kept.
+def compiled(function: Callable, *args: PyTree, clock: Clock) -> jax.stages.Compiled:
+    """The program of `function(*args)`, compiled now or found again.
 
     Args:
         function: Pure, hashable; captures no array.
         *args: Pytrees of arrays.
-        clock: Where seconds are booked: compilation under "compile".
-        what: Under what execution is booked.
-
-    Returns:
-        The result, ready.
+        clock: Where the seconds of compilation are booked.
     """
     leaves, structure = jax.tree.flatten(args)
     shapes = tuple((jnp.shape(leaf), jnp.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype,
@@ -83,6 +79,22 @@ def run_program(function: Callable, *args: PyTree, clock: Clock, what: str = "ru
             _PROGRAMS[entry] = program
             while len(_PROGRAMS) > _MOST_PROGRAMS:
                 _PROGRAMS.popitem(last=False)
+    return program
+
+
+def run_program(function: Callable, *args: PyTree, clock: Clock, what: str = "run") -> PyTree:
+    """`function(*args)`, compiled ahead and kept.
+
+    Args:
+        function: As for `compiled`.
+        *args: As for `compiled`.
+        clock: Where seconds are booked: compilation under "compile".
+        what: Under what execution is booked.
+
+    Returns:
+        The result, ready.
+    """
+    program = compiled(function, *args, clock=clock)
     with clock.measure(what):
         return jax.block_until_ready(program(*args))
 

@@ -1,6 +1,7 @@
-"""Running chains: one compiled solve for all of them, stretch after stretch.
+"""Running chains: one compiled solve for all of them, stretch after stretch, in as many groups as cores share them.
 
 Stretch s of every chain is the recurrence x_t = f(x_{t-1}, u_t) for its part of the tape, from where the chain ended before.
+Groups are solved side by side (`cores`) and booked together; paths stay in groups until they are certified.
 What steps note of themselves is kept where every chain was solved by rolling it.
 A chain whose solve does not converge is finished sequentially (`books`). One bad chain never changes how the others are run,
 so that their draws stay the same bits.
@@ -17,18 +18,20 @@ from typing import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from partime_mcmc.closures import Named
 from partime_mcmc.dynamics import Dynamics
 from partime_mcmc.kernels import Evidence, Independent, Kernel, Tape
 from partime_mcmc.mcmc.books import Books
+from partime_mcmc.mcmc.cores import cut, joined, num_groups, run_groups
 from partime_mcmc.mcmc.draws import End
-from partime_mcmc.mcmc.programs import Clock, run_program
+from partime_mcmc.mcmc.programs import Clock
 from partime_mcmc.mcmc.tapes import recurrence_of, throw_dice
 from partime_mcmc.predict.advise import Advice
 from partime_mcmc.recipes import sequential
 from partime_mcmc.schedule import Schedule, Stretches, Whole
-from partime_mcmc.solution import Solution, Tolerance
+from partime_mcmc.solution import Solution, Status, Tolerance
 from partime_mcmc.solve import solve
 from partime_mcmc.solvers import Rollout, Solver
 from partime_mcmc.solvers.rollout import roll_on
@@ -43,10 +46,12 @@ Choice = Callable[[Callable[[], Dynamics], PyTree, Tape], tuple[Solver, Schedule
 class Chains:
     """Solved chains.
 
+    What is said of `(G, ...)` is a list of groups with G chains each, C in all.
+
     Attributes:
-        initial: Where they started, leaves `(C, ...)`.
-        carries: Their paths, leaves `(C, T, ...)`.
-        tape: Their dice, leaves `(C, T, ...)`.
+        initial: Where they started, leaves `(G, ...)`.
+        carries: Their paths, leaves `(G, T, ...)`.
+        tape: Their dice, leaves `(G, T, ...)`.
         discrete: The discrete leaves after the last step, `(C, ...)`.
         first: Steps before these.
         books: What happened.
@@ -54,13 +59,13 @@ class Chains:
         solver: What solved them.
         schedule: How time was cut.
         advice: Why, if advice was asked for.
-        notes: What steps noted, `(C, T, R)`; None where nothing was noted, or not of all steps.
-        defects: How far each step is from the recurrence, `(C, T, D)`; None as `notes`.
+        notes: What steps noted, `(G, T, R)`; None where nothing was noted, or not of all steps.
+        defects: How far each step is from the recurrence, `(G, T, D)`; None as `notes`.
     """
 
-    initial: PyTree
-    carries: PyTree
-    tape: Tape
+    initial: list[PyTree]
+    carries: list[PyTree]
+    tape: list[Tape]
     discrete: dict
     first: int
     books: Books
@@ -68,8 +73,8 @@ class Chains:
     solver: Solver
     schedule: Schedule
     advice: Advice | None
-    notes: jax.Array | None = None
-    defects: jax.Array | None = None
+    notes: list[jax.Array] | None = None
+    defects: list[jax.Array] | None = None
 
 
 def run_chains(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *, choose: Choice, tolerance: Tolerance,
@@ -98,54 +103,77 @@ def run_chains(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *
         The chains. Every chain with status CONVERGED is exact.
     """
     clock, first = Clock() if clock is None else clock, 0 if end is None else end.num_steps
-    initial, tape, discrete = throw_dice(kernel, positions, keys, num_samples, end, clock)
+    count = num_groups(keys.shape[0])
+    initial, tape, discrete = map(list, zip(*throw_dice(kernel, positions, keys, num_samples, end, clock, count)))
     with clock.measure("advise"):
-        solver, schedule, advice = choose(functools.partial(recurrence_of, kernel, initial, tape, Clock()), initial, tape)
+        solver, schedule, advice = choose(functools.partial(recurrence_of, kernel, initial[0], tape[0], Clock()), initial[0],
+                                          tape[0])
     size = min(_stretch_size(solver, schedule, num_samples), stretch or max(num_samples, 1))
     inside = Whole() if isinstance(schedule, Stretches) else schedule
     solve_stretch = _solving(solver, inside, tolerance, max_iterations, clock)
     roll_stretch = _solving(sequential(), Whole(), tolerance, None, clock)
-    finish_stretch = functools.partial(run_program, _finish, clock=clock)
-    recurrence = recurrence_of(kernel, initial, tape, clock, evidence)
+    recurrence = recurrence_of(kernel, initial[0], tape[0], clock, evidence)
     books = Books(keys.shape[0], first, first + num_samples if total is None else total, end.failed_running if end else 0)
-    current, pieces = initial, []
+    current, pieces, discrete = initial, [], joined(discrete)
     try:
         for start in range(0, num_samples, size):
             stop = min(start + size, num_samples)
             part = tape if size >= num_samples else jax.tree.map(lambda leaf: leaf[:, start:stop], tape)
-            chosen = roll_stretch if books.hopeless else solve_stretch
-            found = chosen(recurrence, current, part)
-            states = books.enter(found, start, stop, chosen is roll_stretch,
-                                 functools.partial(finish_stretch, recurrence, current, part))
+            rolled = books.hopeless
+            found = (roll_stretch if rolled else solve_stretch)(recurrence, current, part)
+            states = _booked(books, found, start, stop, rolled,
+                             functools.partial(_finished, recurrence, current, part, clock))
             # At once, so that an interrupt finds a stretch with its notes or not at all.
-            pieces.append((states, found.notes, found.defects) if books.as_found else (states, None, None))
+            pieces.append((states, [(one.notes, one.defects) for one in found] if books.as_found else None))
             if stop < num_samples:
                 current = jax.tree.map(lambda leaf: leaf[:, -1], states)
             advance(stop - start, **books.shown())
     except KeyboardInterrupt:
         if not pieces:
             raise
-        done = sum(jax.tree.leaves(states)[0].shape[1] for states, *_ in pieces)
-        discrete = jax.tree.map(lambda leaf: leaf[:, done], tape.discrete) if done < num_samples else discrete
+        done = sum(jax.tree.leaves(states)[0].shape[1] for states, _ in pieces)
+        discrete = joined(jax.tree.map(lambda leaf: leaf[:, done], [one.discrete for one in tape])) if done < num_samples \
+            else discrete
         tape = jax.tree.map(lambda leaf: leaf[:, :done], tape)
         books.interrupt(done)
-    return Chains(initial, _joined(initial, [states for states, *_ in pieces]), tape, discrete, first, books, clock, solver,
-                  schedule, advice, *_all_kept([(notes, defects) for _, notes, defects in pieces]))
+    return Chains(initial, _in_time(initial, [states for states, _ in pieces]), tape, discrete, first, books, clock, solver,
+                  schedule, advice, *_all_kept([kept for _, kept in pieces]))
 
 
-def _all_kept(kept: list[tuple]) -> tuple[jax.Array | None, jax.Array | None]:
-    """Notes and defects of all stretches, if all of them have some."""
-    if not kept or any(notes is None for notes, _ in kept):
+def _booked(books: Books, found: list[Solution], start: int, stop: int, rolled: bool, finish: Callable) -> list[PyTree]:
+    """Book a stretch of all groups; their carries. Paths are joined only where some chain did not converge."""
+    without = [dataclasses.replace(one, states=None, notes=None, defects=None) for one in found]
+    whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *without)
+    if (whole.status == Status.CONVERGED).all():
+        books.enter(whole, start, stop, rolled, finish)
+        return [one.states for one in found]
+    whole = dataclasses.replace(whole, states=joined([one.states for one in found]))
+    return cut(books.enter(whole, start, stop, rolled, finish), len(found))
+
+
+def _finished(recurrence: Dynamics, current: list[PyTree], part: list[Tape], clock: Clock, states: PyTree,
+              num_exact: jax.Array) -> tuple[PyTree, jax.Array]:
+    """`_finish` of all chains, group by group."""
+    count = len(part)
+    groups = list(zip(current, part, cut(states, count), cut(num_exact, count)))
+    return joined(run_groups(_finish, (recurrence,), groups, clock=clock))
+
+
+def _all_kept(kept: list[list[tuple] | None]) -> tuple[list | None, list | None]:
+    """Notes and defects of all stretches, by group, if all of them have some."""
+    if not kept or any(groups is None or groups[0][0] is None for groups in kept):
         return None, None
-    return kept[0] if len(kept) == 1 else tuple(jnp.concatenate(pieces, axis=1) for pieces in zip(*kept))
+    by_group = [pieces[0] if len(pieces) == 1 else tuple(jnp.concatenate(one, axis=1) for one in zip(*pieces))
+                for pieces in zip(*kept)]
+    return [notes for notes, _ in by_group], [defects for _, defects in by_group]
 
 
-def _joined(initial: PyTree, pieces: list[PyTree]) -> PyTree:
-    if len(pieces) == 1:
-        return pieces[0]
-    if pieces:
-        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *pieces)
-    return jax.tree.map(lambda leaf: jnp.zeros((leaf.shape[0], 0, *leaf.shape[1:]), leaf.dtype), initial)
+def _in_time(initial: list[PyTree], pieces: list[list[PyTree]]) -> list[PyTree]:
+    """The paths of all groups, their stretches one after another."""
+    if not pieces:
+        return jax.tree.map(lambda leaf: jnp.zeros((leaf.shape[0], 0, *leaf.shape[1:]), leaf.dtype), initial)
+    return [stretches[0] if len(stretches) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *stretches)
+            for stretches in zip(*pieces)]
 
 
 def _stretch_size(solver: Solver, schedule: Schedule, num_samples: int) -> int:
@@ -174,11 +202,12 @@ class _Solve(Named):
 
 
 def _solving(solver: Solver, schedule: Schedule, tolerance: Tolerance, max_iterations: int | None, clock: Clock):
-    """`(dynamics, initial, tape) -> Solution` of all chains, compiled once for all runs."""
+    """`(dynamics, initial, tape) -> Solution` of every group of chains, compiled once for all runs."""
     strategies = solver, schedule
     opaque = [None if jax.tree.structure(one) != _LEAF else one for one in strategies]
     given = [one if jax.tree.structure(one) != _LEAF else None for one in strategies]
-    return lambda *args: run_program(_Solve(max_iterations, *opaque), *given, tolerance, *args, clock=clock)
+    program = _Solve(max_iterations, *opaque)
+    return lambda dynamics, initial, tape: run_groups(program, (*given, tolerance, dynamics), list(zip(initial, tape)), clock=clock)
 
 
 _LEAF = jax.tree.structure(0)

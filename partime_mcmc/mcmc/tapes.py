@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.closures import Named
+from partime_mcmc.closures import Named, explicit
 from partime_mcmc.dynamics import Dynamics, without_captures
 from partime_mcmc.kernels import Evidence, Independent, Kernel, Tape
+from partime_mcmc.mcmc.cores import cut, run_groups
 from partime_mcmc.mcmc.draws import End
 from partime_mcmc.mcmc.family import family_of
 from partime_mcmc.mcmc.programs import Clock, run_explicit
@@ -46,18 +47,21 @@ def throw(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, end: E
         Dynamics, starting carries `(C, ...)`, tapes `(C, T, ...)`, and the discrete leaves after the last step `(C, ...)`.
     """
     clock = Clock() if clock is None else clock
-    initial, tape, discrete = throw_dice(kernel, positions, keys, num_samples, end, clock)
+    (initial, tape, discrete), = throw_dice(kernel, positions, keys, num_samples, end, clock)
     return recurrence_of(kernel, initial, tape, clock), initial, tape, discrete
 
 
-def throw_dice(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, end: End | None,
-               clock: Clock) -> tuple[PyTree, Tape, dict]:
-    """As `throw`, without the recurrence."""
+def throw_dice(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, end: End | None, clock: Clock,
+               count: int = 1) -> list[tuple[PyTree, Tape, dict]]:
+    """As `throw`, without the recurrence, for each of `count` groups of chains."""
     family, numbers = family_of(kernel)
     first = 0 if end is None else end.num_steps
-    at = None if end is None else (end.carries, end.discrete)
+    chains = (positions, None, keys) if end is None else (None, (end.carries, end.discrete), keys)
+    groups = [(*group, np.uint32(first)) for group in cut(chains, count)]
     program = _Throw(family, num_samples, None if splits_by_counting(keys) else first)
-    return run_explicit(program, numbers, positions if end is None else None, at, keys, np.uint32(first), clock=clock)
+    with clock.measure("compile"):
+        program, numbers = explicit(program, numbers, *groups[0])
+    return run_groups(program, (numbers,), groups, clock=clock)
 
 
 def recurrence(kernel: Kernel, keys: Key, end: End) -> Dynamics:
