@@ -47,6 +47,13 @@ class _Explicit:
         leaves = jax.tree.leaves((params, *rest))
         return jax.tree.unflatten(self.structure, jax.core.eval_jaxpr(self.jaxpr, captured, *leaves))
 
+    @property
+    def result(self) -> PyTree:
+        """Structure, shapes and types of what it returns."""
+        types = [variable.aval for variable in self.jaxpr.outvars]
+        return jax.tree.unflatten(self.structure, [jax.ShapeDtypeStruct(one.shape, one.dtype, weak_type=one.weak_type)
+                                                   for one in types])
+
 
 _CACHE: collections.OrderedDict = collections.OrderedDict()
 _CACHE_SIZE = 256

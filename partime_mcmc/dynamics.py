@@ -92,10 +92,9 @@ def without_captures(dynamics: Dynamics, state: PyTree, drive: PyTree) -> Dynami
     step, params = explicit(dynamics.step, dynamics.params, state, drive)
     memo = dynamics.memo
     if memo is not None:
-        memory = jax.eval_shape(memo.enter, memo.params[0], state, drive)
         enter, p0 = explicit(memo.enter, memo.params[0], state, drive)
-        advance, p1 = explicit(memo.advance, memo.params[1], memory, drive)
-        leave, p2 = explicit(memo.leave, memo.params[2], memory)
+        advance, p1 = explicit(memo.advance, memo.params[1], enter.result, drive)
+        leave, p2 = explicit(memo.leave, memo.params[2], enter.result)
         memo = Memo(enter, advance, leave, (p0, p1, p2), memo.note)
     return Dynamics(step, params, memo)
 

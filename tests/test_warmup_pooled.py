@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 
 from partime_mcmc.kernels import hmc
+from partime_mcmc.mcmc import trajectories
 from partime_mcmc.mcmc.family import density_of
 from partime_mcmc.mcmc.metric import DenseMetric, DiagonalMetric, LowRankMetric, metric_for, root_of
 from partime_mcmc.mcmc.path import Path, PathRule, boldest_step
 from partime_mcmc.mcmc.pooled import Pool, PooledAdaptation, rescue
+from partime_mcmc.mcmc.seeds import Seed
 from partime_mcmc.mcmc.trajectories import STEPS, Walked, Walker
 from partime_mcmc.mcmc.warmup import WindowAdaptation, warm_up
 from partime_mcmc.mcmc.windows import in_parallel_time, side_by_side
 
-D, C = 3, 8
+D, C, SEED = 3, 8, Seed((0, 1))
 COVARIANCE = np.array([[4.0, 1.0, 0.0], [1.0, 0.5, 0.003], [0.0, 0.003, 1e-4]])
 PRECISION = np.linalg.inv(COVARIANCE)
 
@@ -83,7 +85,7 @@ def test_a_lost_chain_goes_on_from_a_good_one():
     x = np.zeros((STEPS, C, D)) + np.arange(C)[:, None]
     level = np.where(np.arange(C) == 5, -1e6, -1.0) * np.ones((STEPS, 1))
     pool = Pool(x[-1], np.eye(D), np.zeros(D), Walked(x, x, level, level, np.ones(C)), 0, [])
-    rescue(pool, jax.random.key(0))
+    rescue(pool, Seed((0, 0)))
     assert pool.num_rescued == 1 and pool.positions[5, 0] != 5 and pool.positions[4, 0] == 4
     np.testing.assert_array_equal(pool.draws.positions[-1], pool.positions)
 
@@ -98,8 +100,8 @@ def test_windows_in_parallel_time_are_chains_of_the_same_law():
     starts, root = draws(1)[0][0], root_of(COVARIANCE * 1.2)
     path = Path(0.7, 2, 0.9)
     parallel, one_by_one = walker(), walker()
-    found = in_parallel_time(parallel, jax.random.key(1), starts, root, path, 512)
-    other = side_by_side(one_by_one, jax.random.key(1), starts, root, path, 512)
+    found = in_parallel_time(parallel, SEED, starts, root, path, 512)
+    other = side_by_side(one_by_one, SEED, starts, root, path, 512)
     assert parallel.num_steps == one_by_one.num_steps == 512 and parallel.depth < 0.75 * one_by_one.depth
     for window in (found, other):
         assert window.positions.shape == (512, C, D) and window.acceptance.shape == (512, C)
@@ -119,3 +121,21 @@ def test_whole_warm_ups(adaptation):
     assert warmup.settings["num_integration_steps"] <= 2 and warmup.acceptance >= 0.8
     assert warmup.num_steps <= 700 and warmup.num_rescued == 0 and warmup.depth > 0
     assert "one after another" in str(warmup) and dataclasses.asdict(warmup.whitening)
+
+
+@pytest.mark.parametrize("numbers", [2**20, 64 * C * D, 1])
+def test_a_window_is_one_chain_however_many_calls_it_takes(numbers, monkeypatch):
+    monkeypatch.setattr(trajectories, "_MOST_NUMBERS", numbers)
+    calls = max(1, 128 // trajectories.longest_walk(C * D))
+    # Far from the mode and slow: who began anew would leap.
+    starts, h, books = 100.0 + np.arange(C * D, dtype=float).reshape(C, D), 0.01, walker()
+    window = side_by_side(books, SEED, starts, np.eye(D) * 1e-3, Path(h, 3, 1.0), 128)
+    path = np.concatenate([starts[None], window.positions])
+    leaps = np.abs(np.diff(path, axis=0)).max(axis=(1, 2))
+    assert window.positions.shape == (128, C, D) and books.num_steps == 128
+    assert np.abs(path[-1] - path[0]).max() > 3 * leaps.max() > 0
+    np.testing.assert_allclose(window.gradients, -window.positions @ PRECISION, rtol=1e-6)
+    np.testing.assert_allclose(window.logdensity, -0.5 * np.sum(window.positions @ PRECISION * window.positions, axis=-1))
+    # No two pieces of a window have the same dice.
+    assert len(np.unique(np.diff(path, axis=0)[:, 0, 0])) > 0.8 * 128
+    assert books.num_gradients == 128 * C * 3 + calls * C

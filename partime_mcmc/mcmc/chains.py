@@ -12,18 +12,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from partime_mcmc.kernels import Evidence, Independent, Kernel, Recorded
-from partime_mcmc.mcmc.cores import num_groups
 from partime_mcmc.mcmc.arguments import bytes_beside, check_memory, default_max_bytes
+from partime_mcmc.mcmc.cores import num_groups
 from partime_mcmc.mcmc.draws import Draws, End
+from partime_mcmc.mcmc.joining import join_draws
 from partime_mcmc.mcmc.progress import Progress, quiet
 from partime_mcmc.mcmc.run import Choice
 from partime_mcmc.mcmc.store.fingerprint import example_of
 from partime_mcmc.mcmc.stream import Course, Tell, stream
 from partime_mcmc.mcmc.tapes import throw
 from partime_mcmc.mcmc.target import Target
-from partime_mcmc.mcmc.joining import join_draws
 from partime_mcmc.mcmc.warmup import Warmup
 from partime_mcmc.predict.advise import Advice, advise
+from partime_mcmc.predict.machine import default_machine
 from partime_mcmc.recipes import sequential, shooting
 from partime_mcmc.schedule import Schedule, Stretches
 from partime_mcmc.solution import Tolerance
@@ -120,24 +121,25 @@ def advised(kernel: Kernel, pool: PyTree, schedule: Schedule | None) -> Choice:
     return functools.partial(_advised, kernel, pool, schedule)
 
 
-def _advised(kernel, pool, schedule, dynamics, initial, tape):
-    num_chains, num_samples = jax.tree.leaves(tape)[0].shape[:2]
+def _advised(kernel, pool, schedule, dynamics, initial, tape, num_chains):
+    num_samples = jax.tree.leaves(tape)[0].shape[1]
     # Pilots that start at the same place would meet at once and tell nothing.
     apart = any((np.asarray(leaf) != np.asarray(leaf[:1])).any() for leaf in jax.tree.leaves(pool))
     if num_samples < SHORT or not apart:
         stretches = Stretches(DEFAULT_STRETCH) if schedule is None else schedule
-        return default_solver(num_chains, num_samples), stretches, None
-    advice = _advice(kernel, pool, dynamics(), initial, tape)
+        return default_solver(num_chains // num_groups(num_chains), num_samples), stretches, None
+    advice = _advice(kernel, pool, dynamics(), initial, tape, num_chains)
     return advice.solver, advice.schedule if schedule is None else schedule, advice
 
 
-def _advice(kernel, pool, dynamics, initial, tape) -> Advice:
-    num_chains, num_samples = jax.tree.leaves(tape)[0].shape[:2]
+def _advice(kernel, pool, dynamics, initial, tape, num_chains) -> Advice:
+    num_samples, groups = jax.tree.leaves(tape)[0].shape[1], num_groups(num_chains)
     starts = jax.vmap(lambda position: kernel.carry(kernel.init(position)))(pool)
     one = functools.partial(jax.tree.map, lambda leaf: leaf[0])
     tolerance = default_tolerance(kernel, jax.tree.leaves(initial)[0].dtype)
-    return advise(dynamics, one(initial), one(tape), starts=starts, num_steps=num_samples, num_chains=num_chains,
-                  tolerance=tolerance)
+    return advise(dynamics, one(initial), one(tape), starts=starts, num_steps=num_samples,
+                  num_chains=num_chains // groups, tolerance=tolerance,
+                  machine=default_machine(jax.default_backend()).shared(groups))
 
 
 def pilot_advice(kernel: Kernel, pool: PyTree, keys: Key, num_samples: int) -> Advice:
@@ -150,7 +152,7 @@ def pilot_advice(kernel: Kernel, pool: PyTree, keys: Key, num_samples: int) -> A
         num_samples: T.
     """
     dynamics, initial, tape, _ = throw(kernel, pool_starts(pool, keys.shape[0]), keys, num_samples)
-    return _advice(kernel, pool, dynamics, initial, tape)
+    return _advice(kernel, pool, dynamics, initial, tape, keys.shape[0])
 
 
 def pool_starts(pool: PyTree, num_chains: int) -> PyTree:

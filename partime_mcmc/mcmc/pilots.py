@@ -13,10 +13,10 @@ from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.diagnostics.checks import check_count, check_key
 from partime_mcmc.mcmc.arguments import check_strategies, chosen_progress
+from partime_mcmc.mcmc.chains import default_tolerance, pilot_advice
 from partime_mcmc.mcmc.family import Builder
 from partime_mcmc.mcmc.pooled import PooledAdaptation
 from partime_mcmc.mcmc.progress import Progress
-from partime_mcmc.mcmc.chains import default_tolerance, pilot_advice
 from partime_mcmc.mcmc.ready import prepare
 from partime_mcmc.mcmc.tapes import throw
 from partime_mcmc.mcmc.target import Target

@@ -18,11 +18,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Callable
 
-import jax
 import numpy as np
 
 from partime_mcmc.mcmc.metric import DenseMetric, MetricRule, metric_for, root_of
 from partime_mcmc.mcmc.path import Path, PathRule
+from partime_mcmc.mcmc.seeds import Seed
 from partime_mcmc.mcmc.trajectories import STEPS, Walked, Walker
 from partime_mcmc.mcmc.windows import default_window
 from partime_mcmc.types import Key
@@ -45,11 +45,11 @@ class Pool:
     num_rescued: int
     notes: list[str]
 
-    def trials(self, walker: Walker, key: Key) -> Callable[[float, int], np.ndarray]:
+    def trials(self, walker: Walker, seed: Seed) -> Callable[[float, int], np.ndarray]:
         """Acceptance of one trajectory from each of 16 states of every chain, the same for all candidates."""
         draws, root = self.draws.positions, root_of(self.metric)
         states = draws[np.linspace(0, len(draws) - 1, STEPS).astype(int)]
-        return lambda step, steps: walker.walk(key, states, root, step, steps).acceptance
+        return lambda step, steps: walker.walk(seed, states, root, step, steps).acceptance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +88,10 @@ class PooledAdaptation:
         guess = self.guess
         if guess is None:
             guess = np.eye(walker.dimension) if isinstance(rule, DenseMetric) else np.ones(walker.dimension)
-        pool = search(walker, jax.random.fold_in(key, 0), starts, guess, rule, max(STEPS, num_steps // 2), advance)
+        seed = Seed.of(key)
+        pool = search(walker, seed.child(0), starts, guess, rule, max(STEPS, num_steps // 2), advance)
         return pool, self._windows(
-            walker, jax.random.fold_in(key, 1), pool, rule, num_steps - walker.num_steps, path_rule, advance
+            walker, seed.child(1), pool, rule, num_steps - walker.num_steps, path_rule, advance
         )
 
     def from_typical(
@@ -115,20 +116,20 @@ class PooledAdaptation:
             0,
             [],
         )
-        return pool, self._windows(walker, key, pool, rule, num_steps, path_rule, advance)
+        return pool, self._windows(walker, Seed.of(key), pool, rule, num_steps, path_rule, advance)
 
-    def _windows(self, walker, key, pool, rule, num_steps, path_rule, advance) -> Path:
+    def _windows(self, walker, seed, pool, rule, num_steps, path_rule, advance) -> Path:
         sizes, left = [], num_steps
         for size in self.windows:
             if size <= left:
                 sizes.append(size)
                 left -= size
-        return windows(walker, key, pool, rule, path_rule, sizes, self.run or default_window(), advance)
+        return windows(walker, seed, pool, rule, path_rule, sizes, self.run or default_window(), advance)
 
 
 def search(
     walker: Walker,
-    key: Key,
+    seed: Seed,
     starts: np.ndarray,
     metric: np.ndarray,
     rule: MetricRule,
@@ -139,7 +140,7 @@ def search(
 
     Args:
         walker: The program.
-        key: One key.
+        seed: Of the dice.
         starts: Shape `(C, D)`.
         metric: A first guess, `(D, D)` or `(D,)`.
         rule: How metrics are estimated.
@@ -147,13 +148,13 @@ def search(
         advance: Told the number of steps done.
     """
     num_chains, dimension = starts.shape
-    lengths = _generator(key).integers(1, _LONGEST_SEARCHED + 1, (_MAX_SEARCH // STEPS, STEPS, num_chains))
+    lengths = seed.generator.integers(1, _LONGEST_SEARCHED + 1, (_MAX_SEARCH // STEPS, STEPS, num_chains))
     root, steps = root_of(metric), np.full(num_chains, _FIRST_STEP)
     pool = Pool(starts, metric, starts.mean(axis=0), None, 0, [])
     before = -np.inf
     for batch in range(max(1, min(max_steps, _MAX_SEARCH) // STEPS)):
         found = walker.walk(
-            jax.random.fold_in(key, batch), pool.positions, root, steps, lengths[batch], gain=_GAIN, target=_SEARCH_TARGET
+            seed.child(batch), pool.positions, root, steps, lengths[batch], gain=_GAIN, target=_SEARCH_TARGET
         )
         advance(STEPS)
         pool.positions, pool.draws = found.positions[-1], found
@@ -171,14 +172,14 @@ def search(
             steps = np.clip(steps * _largest_ratio(old, root), 1e-6, 1.0)
     else:
         pool.notes.append(f"the search ended after {max_steps} steps with the log density still rising")
-    rescue(pool, jax.random.fold_in(key, 10_000))
+    rescue(pool, seed.child(_MAX_SEARCH))
     learn(pool, rule.fisher)
     return pool
 
 
 def windows(
     walker: Walker,
-    key: Key,
+    seed: Seed,
     pool: Pool,
     rule: MetricRule,
     path_rule: PathRule,
@@ -187,15 +188,15 @@ def windows(
     advance: Callable[[int], None],
 ) -> Path:
     """Windows at frozen parameters, the metric and the path learned from each; returns the last path."""
-    path = tune(walker, jax.random.fold_in(key, 0), pool, path_rule)
+    path = tune(walker, seed.child(0), pool, path_rule)
     for number, size in enumerate(sizes):
-        one = jax.random.fold_in(key, 1 + number)
-        pool.draws = run(walker, jax.random.fold_in(one, 0), pool.positions, root_of(pool.metric), path, size)
+        one = seed.child(1 + number)
+        pool.draws = run(walker, one.child(0), pool.positions, root_of(pool.metric), path, size)
         pool.positions = pool.draws.positions[-1]
         advance(size)
-        rescue(pool, jax.random.fold_in(one, 1))
+        rescue(pool, one.child(1))
         learn(pool, rule.covariance if size >= _COVARIANCE_FROM else rule.fisher)
-        path = tune(walker, jax.random.fold_in(one, 2), pool, path_rule)
+        path = tune(walker, one.child(2), pool, path_rule)
     return path
 
 
@@ -208,12 +209,12 @@ def learn(pool: Pool, estimate: Callable) -> None:
         pool.metric, pool.center = learned, pool.draws.positions.reshape(-1, pool.positions.shape[1]).mean(axis=0)
 
 
-def rescue(pool: Pool, key: Key) -> None:
+def rescue(pool: Pool, seed: Seed) -> None:
     """Chains far below the others go on from where a good chain is."""
     num_chains, lost = len(pool.positions), _lost(pool.draws)
     if lost.any():
         good = np.flatnonzero(~lost)
-        chosen = _generator(key).choice(good, int(lost.sum()))
+        chosen = seed.generator.choice(good, int(lost.sum()))
         pool.positions = pool.positions.copy()
         pool.positions[lost] = pool.positions[chosen]
         pool.num_rescued += int(lost.sum())
@@ -222,14 +223,9 @@ def rescue(pool: Pool, key: Key) -> None:
         pool.draws = _only(pool.draws, keep)
 
 
-def tune(walker: Walker, key: Key, pool: Pool, path_rule: PathRule) -> Path:
+def tune(walker: Walker, seed: Seed, pool: Pool, path_rule: PathRule) -> Path:
     """Step size and path by trials from the last draws."""
-    return path_rule.choose(pool.trials(walker, key))
-
-
-def _generator(key: Key) -> np.random.Generator:
-    """Dice on the host: nothing is compiled for a few integers."""
-    return np.random.default_rng(np.ravel(jax.random.key_data(key)).tolist())
+    return path_rule.choose(pool.trials(walker, seed))
 
 
 def _lost(draws: Walked) -> np.ndarray:

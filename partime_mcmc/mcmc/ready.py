@@ -23,7 +23,6 @@ from partime_mcmc.solution import Tolerance
 from partime_mcmc.solvers import Solver
 from partime_mcmc.types import Key, PyTree
 
-
 _PILOTS = 16
 
 

@@ -31,8 +31,15 @@ from partime_mcmc.mcmc.progress import Progress
 from partime_mcmc.mcmc.ready import Ready, Request, make_ready
 from partime_mcmc.mcmc.running import Fold
 from partime_mcmc.mcmc.store import codec
-from partime_mcmc.mcmc.store.fingerprint import (StoreMismatch, environment, example_of, fingerprint_of, name_of,
-                                                 program_of, tuned_digest)
+from partime_mcmc.mcmc.store.fingerprint import (
+    StoreMismatch,
+    environment,
+    example_of,
+    fingerprint_of,
+    name_of,
+    program_of,
+    tuned_digest,
+)
 from partime_mcmc.mcmc.store.formats import format_of
 from partime_mcmc.mcmc.store.layout import FORMAT_VERSION, Folder
 from partime_mcmc.mcmc.store.plan import pack_start, settled_for
@@ -211,7 +218,7 @@ def start_of(store: Store, ready: Ready, request: Request, choose: Any, progress
     looked_at = min(chunk, request.num_samples) if mesh is None else 1
     dynamics, initial, tape, _ = throw(kernel, None, keys, looked_at, end, clock)
     choose = choose or given_choice(request.solver, schedule, request.num_chains, chunk)
-    solver, schedule, advice = choose(lambda: dynamics, initial, tape)
+    solver, schedule, advice = choose(lambda: dynamics, initial, tape, request.num_chains)
     if advice is not None:
         progress.note(str(advice))
     settled = settled_for(kernel, ready.warmup, solver=solver, schedule=schedule, tolerance=tolerance, chunk=chunk,

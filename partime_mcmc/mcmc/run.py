@@ -37,9 +37,9 @@ from partime_mcmc.solvers import Rollout, Solver
 from partime_mcmc.solvers.rollout import roll_on
 from partime_mcmc.types import Key, PyTree
 
-# (what makes the dynamics, initial carries (C, ...), tapes (C, T, ...)) -> solver, schedule, and the advice behind them if any.
-# Who does not look at the dynamics need not wait for it to be traced.
-Choice = Callable[[Callable[[], Dynamics], PyTree, Tape], tuple[Solver, Schedule, Advice | None]]
+# (what makes the dynamics, initial carries and tapes of some of the chains, C) -> solver, schedule, and the advice behind them
+# if any. Who does not look at the dynamics need not wait for it to be traced.
+Choice = Callable[[Callable[[], Dynamics], PyTree, Tape, int], tuple[Solver, Schedule, Advice | None]]
 
 
 @dataclasses.dataclass
@@ -107,7 +107,7 @@ def run_chains(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *
     initial, tape, discrete = map(list, zip(*throw_dice(kernel, positions, keys, num_samples, end, clock, count)))
     with clock.measure("advise"):
         solver, schedule, advice = choose(functools.partial(recurrence_of, kernel, initial[0], tape[0], Clock()), initial[0],
-                                          tape[0])
+                                          tape[0], keys.shape[0])
     size = min(_stretch_size(solver, schedule, num_samples), stretch or max(num_samples, 1))
     inside = Whole() if isinstance(schedule, Stretches) else schedule
     solve_stretch = _solving(solver, inside, tolerance, max_iterations, clock)
@@ -207,7 +207,8 @@ def _solving(solver: Solver, schedule: Schedule, tolerance: Tolerance, max_itera
     opaque = [None if jax.tree.structure(one) != _LEAF else one for one in strategies]
     given = [one if jax.tree.structure(one) != _LEAF else None for one in strategies]
     program = _Solve(max_iterations, *opaque)
-    return lambda dynamics, initial, tape: run_groups(program, (*given, tolerance, dynamics), list(zip(initial, tape)), clock=clock)
+    return lambda dynamics, initial, tape: run_groups(program, (*given, tolerance, dynamics), list(zip(initial, tape)),
+                                                      clock=clock)
 
 
 _LEAF = jax.tree.structure(0)

@@ -23,10 +23,18 @@ from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.kernels.dice import normal_of
 from partime_mcmc.mcmc.programs import compiler_options
-from partime_mcmc.types import Array, Key, PyTree
+from partime_mcmc.mcmc.seeds import Seed, key_from
+from partime_mcmc.types import Array, PyTree
 
 STEPS = 16
-"""Transitions per call: the searching phase looks at its chains that often, and windows are multiples of it."""
+"""Transitions in a row: the searching phase looks at its chains that often, and windows are multiples of it."""
+# What one call makes at most: so many transitions, and so many numbers in their positions.
+_LONGEST, _MOST_NUMBERS = 256, 2**20
+
+
+def longest_walk(numbers: int) -> int:
+    """Transitions that one call can make, a multiple of 16: their states, of so many numbers each, are written to one array."""
+    return STEPS * max(1, min(_LONGEST // STEPS, _MOST_NUMBERS // (STEPS * numbers)))
 
 
 class Walked(NamedTuple):
@@ -50,11 +58,11 @@ class Walked(NamedTuple):
 @functools.cache
 def _walking():
     # Made at the first call: the options depend on the device.
-    return jax.jit(_walk, static_argnums=0, compiler_options=compiler_options())
+    return jax.jit(_walk, static_argnums=(0, 1), compiler_options=compiler_options())
 
 
-def _walk(density: Callable, params: PyTree, example: PyTree, root: Array, starts: Array, fresh: Array, step_sizes: Array,
-          lengths: Array, gain: Array, target: Array, key: Key):
+def _walk(density: Callable, longest: int, params: PyTree, example: PyTree, root: Array, starts: Array, fresh: Array,
+          step_sizes: Array, lengths: Array, gain: Array, target: Array, words: Array, num_pieces: Array):
     unravel = ravel_pytree(example)[1]
     evaluate = jax.vmap(jax.value_and_grad(lambda x: density(params, unravel(x))))
     num_chains, dimension = starts.shape[1:]
@@ -70,10 +78,8 @@ def _walk(density: Callable, params: PyTree, example: PyTree, root: Array, start
 
     def transition(carry, drive):
         state, log_steps = carry
-        start, length, key = drive
+        start, length, uniform, momentum = drive
         state = lax.cond(fresh, lambda: (start, *evaluate(start)), lambda: state)
-        uniforms = jax.random.uniform(key, (num_chains, dimension + 1), starts.dtype)
-        momentum = normal_of(uniforms[:, 1:])
         step = jnp.exp(log_steps)[:, None]
 
         def leap(index, moving):
@@ -89,14 +95,26 @@ def _walk(density: Callable, params: PyTree, example: PyTree, root: Array, start
         fall = energy(state[1], momentum) - energy(end[1], last)
         usable = jnp.isfinite(fall) & jnp.isfinite(end[2]).all(axis=1)
         rate = jnp.where(usable, jnp.exp(jnp.minimum(fall, 0)), 0)
-        accepted = uniforms[:, 0] < rate
+        accepted = uniform < rate
         state = tuple(jnp.where(accepted.reshape(-1, *(1,) * (a.ndim - 1)), a, b) for a, b in zip(end, state))
         log_steps = log_steps + gain * (rate - target)
         return (state, log_steps), (*state, rate)
 
+    def piece(number, walked):
+        (state, log_steps), buffers = walked
+        # All dice of a piece at once: to start the generator costs as much as a transition.
+        key = jax.random.fold_in(key_from(words), number)
+        uniforms = jax.random.uniform(key, (STEPS, num_chains, dimension + 1), starts.dtype)
+        drives = starts, lengths, uniforms[..., 0], normal_of(uniforms[..., 1:])
+        walked, found = lax.scan(transition, (state, log_steps), drives)
+        write = functools.partial(lax.dynamic_update_slice_in_dim, start_index=number * STEPS, axis=0)
+        return walked, jax.tree.map(write, buffers, found)
+
     first = (starts[0], *evaluate(starts[0]))
-    drives = starts, lengths, jax.random.split(key, starts.shape[0])
-    (_, log_steps), (x, value, gradient, rate) = lax.scan(transition, (first, jnp.log(step_sizes)), drives)
+    shapes = (*first, jnp.zeros_like(first[1]))
+    buffers = jax.tree.map(lambda leaf: jnp.zeros((longest, *leaf.shape), leaf.dtype), shapes)
+    # The number of pieces is no part of the program: one serves searching, trials, and windows of all sizes.
+    (_, log_steps), (x, value, gradient, rate) = lax.fori_loop(0, num_pieces, piece, ((first, jnp.log(step_sizes)), buffers))
     return x, gradient, value, rate, jnp.exp(log_steps)
 
 
@@ -116,16 +134,17 @@ class Walker:
         self.dimension, self.dtype = flat.size, flat.dtype
         self.num_gradients = self.depth = self.num_steps = 0
 
-    def walk(self, key: Key, starts: np.ndarray, root: np.ndarray, step_sizes: np.ndarray, lengths: np.ndarray, *,
-             gain: float = 0.0, target: float = 0.8) -> Walked:
-        """S = 16 transitions of every chain.
+    def walk(self, seed: Seed, starts: np.ndarray, root: np.ndarray, step_sizes: np.ndarray, lengths: np.ndarray, *,
+             size: int = STEPS, gain: float = 0.0, target: float = 0.8) -> Walked:
+        """S transitions of every chain.
 
         Args:
-            key: One key.
+            seed: Of the dice.
             starts: Shape `(C, D)`, where chains go on from; or `(S, C, D)`: every step is a trial from its own start.
             root: Of the metric, `(D, D)` or `(D,)`.
             step_sizes: h, `(C,)` or scalar.
-            lengths: Leapfrog steps, `(S, C)` or scalar.
+            lengths: Leapfrog steps, `(16, C)`, the same in every 16 steps, or scalar.
+            size: S, a multiple of 16, at most `longest_walk(C D)`.
             gain: How fast log step sizes follow the acceptance.
             target: The acceptance that they follow.
         """
@@ -133,9 +152,14 @@ class Walker:
         lengths = np.broadcast_to(np.asarray(lengths, np.int32), (STEPS, self.num_chains))
         starts = np.broadcast_to(np.asarray(starts, self.dtype), (STEPS, self.num_chains, self.dimension))
         step_sizes = np.broadcast_to(np.asarray(step_sizes, self.dtype), (self.num_chains,))
-        found = _walking()(self.density, self.params, self.example, np.asarray(root, self.dtype), starts, fresh, step_sizes,
-                      lengths, np.asarray(gain, self.dtype), np.asarray(target, self.dtype), key)
-        self.num_gradients += int(lengths.sum()) + self.num_chains * (STEPS + 1 if fresh else 1)
-        self.depth += int(lengths.max(axis=1).sum())
-        self.num_steps += 0 if fresh else STEPS
-        return Walked(*(np.asarray(part) for part in found))
+        longest = longest_walk(self.num_chains * self.dimension)
+        if size > longest:
+            raise ValueError(f"size: got {size}, wanted at most {longest} transitions a call")
+        found = _walking()(self.density, longest, self.params, self.example, np.asarray(root, self.dtype), starts, fresh,
+                           step_sizes, lengths, np.asarray(gain, self.dtype), np.asarray(target, self.dtype), seed.words,
+                           np.int32(size // STEPS))
+        self.num_gradients += size // STEPS * int(lengths.sum()) + self.num_chains * (STEPS + 1 if fresh else 1)
+        self.depth += size // STEPS * int(lengths.max(axis=1).sum())
+        self.num_steps += 0 if fresh else size
+        *paths, step_sizes = (np.asarray(part) for part in found)
+        return Walked(*(path[:size] for path in paths), step_sizes)

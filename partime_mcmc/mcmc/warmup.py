@@ -26,6 +26,7 @@ from partime_mcmc.mcmc.family import Builder, Family, density_of, tuned_kernel
 from partime_mcmc.mcmc.path import Path, PathRule
 from partime_mcmc.mcmc.pooled import Pool, PooledAdaptation
 from partime_mcmc.mcmc.programs import compiler_options
+from partime_mcmc.mcmc.seeds import Seed
 from partime_mcmc.mcmc.trajectories import Walker
 from partime_mcmc.mcmc.tuning import choose, own_trials, path_rule_of, target_of
 from partime_mcmc.types import Array, Key, PyTree
@@ -147,7 +148,7 @@ def warm_up(
     whitening = Whitening.of_covariance(example, pool.center, pool.metric)
     family, draws = Family(density, builder), pool.draws.positions
     own = own_trials(family, data, whitening, draws, tune_key)
-    choice = choose(builder, path, pool.trials(walker, tune_key), own, target)
+    choice = choose(builder, path, pool.trials(walker, Seed.of(tune_key)), own, target)
     notes = (
         pool.notes
         if choice.acceptance >= target

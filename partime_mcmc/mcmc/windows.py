@@ -25,50 +25,50 @@ from partime_mcmc.dynamics import Dynamics, Memo
 from partime_mcmc.kernels.dice import normal_of
 from partime_mcmc.mcmc.path import Path
 from partime_mcmc.mcmc.programs import Clock, run_program
-from partime_mcmc.mcmc.trajectories import STEPS, Walked, Walker
+from partime_mcmc.mcmc.seeds import Seed
+from partime_mcmc.mcmc.trajectories import STEPS, Walked, Walker, longest_walk
 from partime_mcmc.recipes import shooting
 from partime_mcmc.solution import Status, Tolerance
 from partime_mcmc.solve import solve
-from partime_mcmc.types import Key
 
 _PIECE, _SEGMENT = 128, 32
 # Adaptation asks for less than sampling: a millionth of the width of a posterior.
 _TOLERANCE = 1e-6
 
 
-def side_by_side(walker: Walker, key: Key, positions: np.ndarray, root: np.ndarray, path: Path, size: int) -> Walked:
-    """A window with all chains side by side, 16 steps a call.
+def side_by_side(walker: Walker, seed: Seed, positions: np.ndarray, root: np.ndarray, path: Path, size: int) -> Walked:
+    """A window with all chains side by side, in as few calls as memory lets it be.
 
     Args:
         walker: The program for trajectories.
-        key: One key.
+        seed: Of the dice.
         positions: Where the chains are, `(C, D)`.
         root: Of the metric.
         path: Step size and leapfrog steps.
-        size: Steps.
+        size: Steps; what is more than a multiple of 16 is left out.
     """
-    pieces = []
-    for number in range(max(1, size // STEPS)):
-        found = walker.walk(jax.random.fold_in(key, number), positions, root, path.step_size, path.num_steps)
+    pieces, longest, size = [], longest_walk(positions.size), max(1, size // STEPS) * STEPS
+    for start in range(0, size, longest):
+        found = walker.walk(seed.child(start), positions, root, path.step_size, path.num_steps, size=min(longest, size - start))
         pieces.append(found)
         positions = found.positions[-1]
     return Walked(*(np.concatenate(parts) for parts in list(zip(*pieces))[:4]), pieces[-1].step_sizes)
 
 
-def in_parallel_time(walker: Walker, key: Key, positions: np.ndarray, root: np.ndarray, path: Path, size: int) -> Walked:
+def in_parallel_time(walker: Walker, seed: Seed, positions: np.ndarray, root: np.ndarray, path: Path, size: int) -> Walked:
     """A window solved in parallel time, 128 steps a piece; short ones, and pieces that do not forget, side by side.
 
     Args and result as for `side_by_side`.
     """
     if size < _PIECE:
-        return side_by_side(walker, key, positions, root, path, size)
+        return side_by_side(walker, seed, positions, root, path, size)
     dtype, pieces = walker.dtype, []
     numbers = (walker.params, walker.example, jnp.asarray(root, dtype), jnp.asarray(path.step_size, dtype),
                jnp.asarray(path.num_steps, jnp.int32))
     for number in range(size // _PIECE):
-        one = jax.random.fold_in(key, number)
+        one = seed.child(number)
         found, depth, status, evaluations = run_program(
-            _Piece(walker.density), numbers, jnp.asarray(positions, dtype), one, clock=Clock())
+            _Piece(walker.density), numbers, jnp.asarray(positions, dtype), one.key, clock=Clock())
         if (np.asarray(status) != Status.CONVERGED).any():
             pieces.append(side_by_side(walker, one, positions, root, path, _PIECE))
         else:

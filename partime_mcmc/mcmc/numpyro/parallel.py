@@ -24,6 +24,7 @@ from partime_mcmc.contracts import check_has
 from partime_mcmc.diagnostics.checks import check_count
 from partime_mcmc.kernels import Evidence, Recorded
 from partime_mcmc.mcmc.arguments import chosen_progress
+from partime_mcmc.mcmc.chains import check_fits, draw_chains, pilot_advice
 from partime_mcmc.mcmc.draws import Draws, End
 from partime_mcmc.mcmc.numpyro.arguments import check_keys, check_leading
 from partime_mcmc.mcmc.numpyro.collect import collect, far_apart, nothing, with_chains
@@ -32,7 +33,6 @@ from partime_mcmc.mcmc.numpyro.report import ParallelReport, without_kernel
 from partime_mcmc.mcmc.numpyro.stored import ReadsStore, check_fields, run_on_disk
 from partime_mcmc.mcmc.numpyro.theirs import ours
 from partime_mcmc.mcmc.numpyro.warm import begin, kernel_from, keys_of, state_of
-from partime_mcmc.mcmc.chains import check_fits, draw_chains, pilot_advice
 from partime_mcmc.mcmc.resume import as_store
 from partime_mcmc.mcmc.store.stored import StoredDraws
 from partime_mcmc.mcmc.stored_run import Store

@@ -10,10 +10,11 @@ environment.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import warnings
-from typing import Any
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
@@ -204,7 +205,14 @@ def example_of(target: Target) -> PyTree:
         warnings.simplefilter("ignore")  # what there is to say of starts is said where they are made
         if callable(target.initial):
             try:
-                return jax.eval_shape(lambda key: check_dtypes(target.initial(key)), jax.random.key(0))
+                return _shapes_of(target.initial, jax.config.jax_enable_x64)
             except Exception:  # a function that JAX cannot trace
                 pass
         return target.start(jax.random.key(0))
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes_of(initial: Callable, wide: bool) -> PyTree:
+    """Shapes of what a function of a key draws, under the setting that decides about its types; traced once."""
+    del wide
+    return jax.eval_shape(lambda key: check_dtypes(initial(key)), jax.random.key(0))

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-
 _LARGEST_BLOCK = 2**31
 
 

@@ -15,9 +15,9 @@ import numpy as np
 
 from partime_mcmc.kernels import Certificate, Kernel
 from partime_mcmc.mcmc.draws import Draws, End, RunReport
+from partime_mcmc.mcmc.joining import join_certificates, join_reports, without_steps
 from partime_mcmc.mcmc.store import codec
 from partime_mcmc.mcmc.store.formats import pack_arrays, unpack_arrays
-from partime_mcmc.mcmc.joining import join_certificates, join_reports, without_steps
 from partime_mcmc.types import PyTree
 
 

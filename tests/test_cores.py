@@ -1,0 +1,159 @@
+"""Chains on several cores: the groups, what they share, and the same chains however many there are."""
+
+import threading
+
+import blackjax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import partime_mcmc.mcmc.cores as cores
+import partime_mcmc.mcmc.programs as programs
+from partime_mcmc.kernels import from_blackjax
+from partime_mcmc.mcmc.cores import cut, joined, num_groups, run_groups
+from partime_mcmc.mcmc.programs import Clock
+from partime_mcmc.mcmc.sample import sample
+from partime_mcmc.mcmc.seeds import Seed, key_from
+from partime_mcmc.mcmc.target import Target
+from partime_mcmc.recipes import jacobi, sequential, shooting
+from partime_mcmc.schedule import Stretches
+from partime_mcmc.solution import Status
+
+T, C, STEP = 96, 6, 0.4
+
+
+@pytest.fixture(autouse=True)
+def in_float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def with_cores(monkeypatch):
+    def have(count):
+        monkeypatch.setattr(cores, "num_cores", lambda: count)
+
+    return have
+
+
+# chains -> groups: equal ones, few of them, none that leaves a core idle for long
+GROUPS = {1: {1: 1, 4: 1, 7: 1}, 2: {1: 1, 2: 2, 3: 3, 4: 2, 6: 2, 9: 3, 64: 2},
+          4: {1: 1, 2: 2, 4: 4, 5: 5, 6: 3, 7: 7, 8: 4, 12: 4, 1024: 4}, 8: {4: 4, 64: 8}}
+
+
+@pytest.mark.parametrize("count", GROUPS)
+def test_groups_are_equal_and_fill_the_cores(count, with_cores):
+    with_cores(count)
+    assert {chains: num_groups(chains) for chains in GROUPS[count]} == GROUPS[count]
+
+
+def test_an_accelerator_has_one_group(with_cores, monkeypatch):
+    with_cores(16)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert num_groups(64) == 1
+
+
+def test_what_is_cut_is_joined_again():
+    tree = {"keys": jax.random.split(jax.random.key(0), C), "path": (jnp.arange(C * 3.0).reshape(C, 3), None)}
+    parts = cut(tree, 3)
+    assert [part["path"][0].shape for part in parts] == [(2, 3)] * 3
+    again = joined(parts)
+    np.testing.assert_array_equal(again["path"][0], tree["path"][0])
+    assert jnp.array_equal(jax.random.key_data(again["keys"]), jax.random.key_data(tree["keys"]))
+    assert joined(cut(tree, 1)) is tree
+
+
+def double(scale, x):
+    return {"y": scale * x, "sum": x.sum()[None]}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_groups_run_side_by_side_as_they_do_one_by_one(count, with_cores):
+    with_cores(count)
+    # NumPy's float64 and a plain number: threads, which do not know of the fixture's setting, may not narrow them.
+    groups = [(np.full(4, 1 / 3 + number),) for number in range(3)]
+    found = run_groups(double, (1 / 7,), groups, clock=Clock())
+    for (x,), one in zip(groups, found):
+        assert one["y"].dtype == jnp.float64
+        np.testing.assert_array_equal(one["y"], x * (1 / 7))
+
+
+def test_groups_overlap_and_one_that_fails_is_heard_after_all_have_ended(with_cores, monkeypatch):
+    with_cores(2)
+    meet, ended = threading.Barrier(2, timeout=30), []
+
+    def program(x):
+        meet.wait()  # passes only if both run at once
+        if float(x[0]) == 1:
+            raise MemoryError("RESOURCE_EXHAUSTED")
+        ended.append(float(x[0]))
+        return x
+
+    monkeypatch.setattr(cores, "compiled", lambda *args, clock: program)
+    with pytest.raises(MemoryError, match="RESOURCE_EXHAUSTED"):
+        run_groups(double, (), [(np.zeros(1),), (np.ones(1),)], clock=Clock())
+    assert ended == [0.0]
+    meet.reset()
+    with pytest.raises(MemoryError):
+        run_groups(double, (), [(np.ones(1),), (np.zeros(1),)], clock=Clock())
+    assert ended == [0.0, 0.0]
+
+
+def bowl(x):
+    return -0.5 * jnp.sum(x**2 * jnp.asarray([1.0, 2.0]))
+
+
+KERNEL = from_blackjax(blackjax.mala(bowl, STEP), noise_scale=np.sqrt(2 * STEP))
+TARGET = Target(bowl, lambda key: jax.random.normal(key, (2,)))
+SOLVERS = {"fixed point": jacobi, "shooting": lambda: shooting(steps=16), "sequential": sequential}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_chains_are_the_same_on_any_number_of_cores(solver, with_cores):
+    def run(count):
+        with_cores(count)
+        return sample(jax.random.key(3), TARGET, KERNEL, num_samples=T, num_chains=C, solver=SOLVERS[solver](),
+                      schedule=Stretches(48))
+
+    alone = run(1).or_raise()
+    accepted = np.asarray(alone.info["accepted"])
+    assert 0 < accepted.sum() < accepted.size, "some steps are rejected"
+    for count in (2, 4):
+        several = run(count).or_raise()
+        np.testing.assert_allclose(several.positions, alone.positions, rtol=0, atol=1e-9)
+        np.testing.assert_array_equal(several.info["accepted"], accepted)
+        assert several.report.evaluations_per_sample == pytest.approx(alone.report.evaluations_per_sample, rel=0.5)
+        assert several.end.num_steps == T and several.certificate.independent.shape == alone.certificate.independent.shape
+
+
+def test_one_program_serves_all_groups(with_cores, monkeypatch):
+    with_cores(3)
+    monkeypatch.setattr(programs, "_PROGRAMS", type(programs._PROGRAMS)())
+    sample(jax.random.key(4), TARGET, KERNEL, num_samples=64, num_chains=C, solver=shooting(steps=16))
+    solves = [entry for entry in programs._PROGRAMS if type(entry[0]).__name__ == "_Solve"]
+    assert len(solves) == 1 and (C // 3, 2) in [shape for shape, *_ in solves[0][2]], "two chains in each of three groups"
+
+
+def test_chains_that_fail_in_one_group_are_finished_there(with_cores):
+    """A limit of two passes is too few for a fixed point: all chains go on sequentially, and are exact."""
+    def run(count, **more):
+        with_cores(count)
+        return sample(jax.random.key(5), TARGET, KERNEL, num_samples=T, num_chains=C, schedule=Stretches(48), **more)
+
+    exact = run(1, solver=sequential()).or_raise()
+    for count in (1, 3):
+        draws = run(count, solver=jacobi(), max_iterations=2)
+        assert draws.report.fallbacks and draws.report.num_sequential.shape == (C,)
+        assert draws.report.status == (Status.CONVERGED,) * C and np.asarray(draws.certificate.certified).all()
+        np.testing.assert_allclose(draws.positions, exact.positions, rtol=0, atol=1e-9)
+
+
+def test_seeds_are_a_tree():
+    root = Seed.of(jax.random.key(7))
+    nodes = [root, root.child(0), root.child(1), root.child(0).child(0), root.child(0).child(1), Seed.of(jax.random.key(8))]
+    assert len({tuple(node.words) for node in nodes}) == len(nodes)
+    np.testing.assert_array_equal(root.child(3).words, Seed.of(jax.random.key(7)).child(3).words)
+    assert root.child(2).generator.integers(1 << 30) == root.child(2).generator.integers(1 << 30)
+    uniforms = jax.vmap(lambda words: jax.random.uniform(key_from(words)))(jnp.stack([root.child(n).words for n in range(4096)]))
+    assert abs(float(uniforms.mean()) - 0.5) < 4 * 12**-0.5 / 64 and abs(float(uniforms.var()) - 1 / 12) < 0.006
