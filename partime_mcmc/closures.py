@@ -118,6 +118,21 @@ def inner_arrays(jaxpr: Any) -> list:
     return found
 
 
+def primitives_of(jaxpr: Any) -> set[str]:
+    """Names of the operations in a jaxpr, those inside loops, branches and nested functions included."""
+    names = {equation.primitive.name for equation in jaxpr.eqns}
+    for equation in jaxpr.eqns:
+        for value in jax.tree.leaves(tuple(equation.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(value):
+                names |= primitives_of(getattr(value, "jaxpr", value))
+    return names
+
+
+def is_jaxpr(value: Any) -> bool:
+    """Whether a parameter of an operation is a function of its own, closed or not."""
+    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+
+
 def _as_array(const):
     return const if isinstance(const, (jax.Array, jax.core.Tracer)) else jnp.asarray(np.asarray(const))
 

@@ -10,6 +10,7 @@ import pytest
 
 import partime_mcmc.mcmc.cores as cores
 import partime_mcmc.mcmc.programs as programs
+from partime_mcmc.dynamics import Dynamics, without_captures
 from partime_mcmc.kernels import from_blackjax
 from partime_mcmc.mcmc.cores import cut, joined, num_groups, run_groups
 from partime_mcmc.mcmc.programs import Clock
@@ -37,6 +38,14 @@ def with_cores(monkeypatch):
     return have
 
 
+def recurrence(step):
+    return without_captures(Dynamics(step), jnp.zeros(3), jnp.zeros(3))
+
+
+def plain():
+    return recurrence(lambda params, state, drive: jnp.tanh(state) + drive)
+
+
 # chains -> groups: equal ones, few of them, none that leaves a core idle for long
 GROUPS = {1: {1: 1, 4: 1, 7: 1}, 2: {1: 1, 2: 2, 3: 3, 4: 2, 6: 2, 9: 3, 64: 2},
           4: {1: 1, 2: 2, 4: 4, 5: 5, 6: 3, 7: 7, 8: 4, 12: 4, 1024: 4}, 8: {4: 4, 64: 8}}
@@ -45,13 +54,13 @@ GROUPS = {1: {1: 1, 4: 1, 7: 1}, 2: {1: 1, 2: 2, 3: 3, 4: 2, 6: 2, 9: 3, 64: 2},
 @pytest.mark.parametrize("count", GROUPS)
 def test_groups_are_equal_and_fill_the_cores(count, with_cores):
     with_cores(count)
-    assert {chains: num_groups(chains) for chains in GROUPS[count]} == GROUPS[count]
+    assert {chains: num_groups(chains, plain()) for chains in GROUPS[count]} == GROUPS[count]
 
 
 def test_an_accelerator_has_one_group(with_cores, monkeypatch):
     with_cores(16)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert num_groups(64) == 1
+    assert num_groups(64, plain()) == 1
 
 
 def test_what_is_cut_is_joined_again():
@@ -62,6 +71,33 @@ def test_what_is_cut_is_joined_again():
     np.testing.assert_array_equal(again["path"][0], tree["path"][0])
     assert jnp.array_equal(jax.random.key_data(again["keys"]), jax.random.key_data(tree["keys"]))
     assert joined(cut(tree, 1)) is tree
+
+
+# Steps that wait for threads of XLA's while they occupy one; two of them at once can wait for ever.
+LIBRARY = {
+    "solve": lambda state: jnp.linalg.solve(jnp.eye(3) + jnp.outer(state, state), state),
+    "cholesky": lambda state: jnp.linalg.cholesky(jnp.eye(3) + jnp.outer(state, state)) @ state,
+    "in a loop": lambda state: jax.lax.fori_loop(0, 3, lambda _, x: jnp.linalg.eigh(jnp.outer(x, x))[0], state),
+    "in a branch": lambda state: jax.lax.cond(state[0] > 0, lambda x: jnp.linalg.svd(jnp.diag(x))[1], lambda x: x, state),
+    "Fourier": lambda state: jnp.fft.irfft(jnp.fft.rfft(state), 3),
+    "Python": lambda state: jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct((3,), state.dtype), state, vmap_method="sequential"),
+}
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_steps_that_call_a_library_are_left_together_and_never_run_side_by_side(name, with_cores, monkeypatch):
+    with_cores(2)
+    assert num_groups(4, recurrence(lambda params, state, drive: LIBRARY[name](state) + drive)) == 1
+
+    def no_threads(*args):
+        raise AssertionError("a thread was started")
+
+    monkeypatch.setattr(cores.concurrent.futures, "ThreadPoolExecutor", no_threads)
+    states = np.arange(1.0, 13).reshape(4, 3)
+    found = run_groups(jax.vmap(LIBRARY[name]), (), [(states[:2],), (states[2:],)], clock=Clock())
+    np.testing.assert_allclose(np.concatenate(found), jax.vmap(LIBRARY[name])(states), rtol=1e-12)
+    with pytest.raises(AssertionError, match="a thread was started"):
+        run_groups(double, (1.0,), [(states[:2],), (states[2:],)], clock=Clock())
 
 
 def double(scale, x):
@@ -91,6 +127,7 @@ def test_groups_overlap_and_one_that_fails_is_heard_after_all_have_ended(with_co
         return x
 
     monkeypatch.setattr(cores, "compiled", lambda *args, clock: program)
+    monkeypatch.setattr(cores, "_overlaps", lambda program: True)
     with pytest.raises(MemoryError, match="RESOURCE_EXHAUSTED"):
         run_groups(double, (), [(np.zeros(1),), (np.ones(1),)], clock=Clock())
     assert ended == [0.0]

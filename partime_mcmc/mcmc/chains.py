@@ -35,6 +35,8 @@ from partime_mcmc.types import Key, PyTree
 DEFAULT_STRETCH = 16384
 # Runs too short to be worth pilots.
 SHORT = 1024
+# Lanes that fill one core of a processor. From 32 to 128 times differ by a tenth, and the fewer, the less is evaluated twice.
+_CORE_LANES = 64
 
 
 def draw_chains(target: Target, kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *, warmup: Warmup | None,
@@ -104,10 +106,15 @@ def given_choice(solver: Solver | None, schedule: Schedule | None, num_chains: i
                  mesh: Mesh | None = None) -> Choice:
     """Solver and schedule as given, with the default for what is not: for each device of a mesh, and each group of chains on
     the cores of one, what one device gets."""
-    rows, parts = (num_groups(num_chains), 1) if mesh is None else (mesh.shape["chains"], mesh.shape["time"])
-    fixed = default_solver(num_chains // rows, -(-num_samples // parts)) if solver is None else solver
+    rows, parts = (1, 1) if mesh is None else (mesh.shape["chains"], mesh.shape["time"])
     stretches = Stretches(DEFAULT_STRETCH * parts) if schedule is None else schedule
-    return lambda *_: (fixed, stretches, None)
+
+    def choose(dynamics, initial, tape, groups):
+        del dynamics, initial, tape
+        fixed = default_solver(num_chains // (rows * groups), -(-num_samples // parts), groups) if solver is None else solver
+        return fixed, stretches, None
+
+    return choose
 
 
 def advised(kernel: Kernel, pool: PyTree, schedule: Schedule | None) -> Choice:
@@ -121,24 +128,24 @@ def advised(kernel: Kernel, pool: PyTree, schedule: Schedule | None) -> Choice:
     return functools.partial(_advised, kernel, pool, schedule)
 
 
-def _advised(kernel, pool, schedule, dynamics, initial, tape, num_chains):
-    num_samples = jax.tree.leaves(tape)[0].shape[1]
+def _advised(kernel, pool, schedule, dynamics, initial, tape, groups):
+    num_chains, num_samples = jax.tree.leaves(tape)[0].shape[:2]
     # Pilots that start at the same place would meet at once and tell nothing.
     apart = any((np.asarray(leaf) != np.asarray(leaf[:1])).any() for leaf in jax.tree.leaves(pool))
     if num_samples < SHORT or not apart:
         stretches = Stretches(DEFAULT_STRETCH) if schedule is None else schedule
-        return default_solver(num_chains // num_groups(num_chains), num_samples), stretches, None
-    advice = _advice(kernel, pool, dynamics(), initial, tape, num_chains)
+        return default_solver(num_chains, num_samples, groups), stretches, None
+    advice = _advice(kernel, pool, dynamics(), initial, tape, groups)
     return advice.solver, advice.schedule if schedule is None else schedule, advice
 
 
-def _advice(kernel, pool, dynamics, initial, tape, num_chains) -> Advice:
-    num_samples, groups = jax.tree.leaves(tape)[0].shape[1], num_groups(num_chains)
+def _advice(kernel, pool, dynamics, initial, tape, groups) -> Advice:
+    num_chains, num_samples = jax.tree.leaves(tape)[0].shape[:2]
     starts = jax.vmap(lambda position: kernel.carry(kernel.init(position)))(pool)
     one = functools.partial(jax.tree.map, lambda leaf: leaf[0])
     tolerance = default_tolerance(kernel, jax.tree.leaves(initial)[0].dtype)
     return advise(dynamics, one(initial), one(tape), starts=starts, num_steps=num_samples,
-                  num_chains=num_chains // groups, tolerance=tolerance,
+                  num_chains=num_chains, tolerance=tolerance,
                   machine=default_machine(jax.default_backend()).shared(groups))
 
 
@@ -152,7 +159,9 @@ def pilot_advice(kernel: Kernel, pool: PyTree, keys: Key, num_samples: int) -> A
         num_samples: T.
     """
     dynamics, initial, tape, _ = throw(kernel, pool_starts(pool, keys.shape[0]), keys, num_samples)
-    return _advice(kernel, pool, dynamics, initial, tape, keys.shape[0])
+    groups = num_groups(keys.shape[0], dynamics)
+    initial, tape = jax.tree.map(lambda leaf: leaf[:keys.shape[0] // groups], (initial, tape))
+    return _advice(kernel, pool, dynamics, initial, tape, groups)
 
 
 def pool_starts(pool: PyTree, num_chains: int) -> PyTree:
@@ -161,12 +170,18 @@ def pool_starts(pool: PyTree, num_chains: int) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[np.arange(num_chains) % count], pool)
 
 
-def default_solver(num_chains: int = 1, num_samples: int = DEFAULT_STRETCH) -> Solver:
+def default_solver(num_chains: int = 1, num_samples: int = DEFAULT_STRETCH, groups: int = 1) -> Solver:
     """Shooting, the lanes of the device shared by all chains: near one evaluation per draw where chains forget.
 
     Segments are a multiple of four steps long, so that kernels with a counter are at the same point of it in all lanes.
+
+    Args:
+        num_chains: Chains that share them.
+        num_samples: T.
+        groups: How many groups of so many chains there are, each with a core of its own.
     """
-    steps = max(SHORTEST_SEGMENT, math.ceil(min(num_samples, DEFAULT_STRETCH) * num_chains / device_lanes()))
+    lanes = device_lanes() if groups == 1 else _CORE_LANES
+    steps = max(SHORTEST_SEGMENT, math.ceil(min(num_samples, DEFAULT_STRETCH) * num_chains / lanes))
     return shooting(steps=4 * math.ceil(steps / 4))
 
 

@@ -7,6 +7,10 @@ operations. Chains do not wait for each other, so C of them are cut into g group
 
 and are joined where a whole array is wanted. A draw hangs on how many chains share its lanes by rounding only, as it does
 on the number of segments. Accelerators share the lanes of one program among all chains: there g = 1.
+
+Programs that call a library (LAPACK, a Fourier transform, Python) run one at a time. jaxlib spreads such a call
+over XLA's own threads and waits for them while it occupies one: two programs can so wait for each other for ever (seen with
+a Cholesky factor's solve on two cores, JAX 0.10.1). Where a step makes such calls, chains are left together.
 """
 
 from __future__ import annotations
@@ -15,12 +19,15 @@ import concurrent.futures
 import functools
 import math
 import os
-from typing import Callable
+import re
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from partime_mcmc.closures import primitives_of
+from partime_mcmc.dynamics import Dynamics
 from partime_mcmc.mcmc.programs import Clock, compiled
 from partime_mcmc.types import PyTree
 
@@ -31,13 +38,38 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def num_groups(num_chains: int) -> int:
-    """How many groups so many chains are cut into on the default device."""
-    if jax.default_backend() != "cpu":
+def num_groups(num_chains: int, dynamics: Dynamics) -> int:
+    """How many groups so many chains are cut into on the default device.
+
+    Args:
+        num_chains: C.
+        dynamics: Their recurrence, without captured arrays.
+    """
+    memo = dynamics.memo
+    parts = (dynamics.step, *(() if memo is None else (memo.enter, memo.advance, memo.leave)))
+    if jax.default_backend() != "cpu" or num_chains == 1 or any(map(_calls_library, parts)):
         return 1
     cores = num_cores()
     divisors = [count for count in range(1, min(num_chains, 2 * cores) + 1) if num_chains % count == 0]
     return min(divisors, key=lambda count: math.ceil(count / cores) * num_chains / count, default=1)
+
+
+# Operations that become calls of a library on a CPU.
+_LIBRARY = {"cholesky", "cholesky_update", "triangular_solve", "lu", "lu_pivots_to_permutation", "eig", "eigh", "svd", "qr",
+            "geqrf", "geqp3", "householder_product", "schur", "hessenberg", "tridiagonal", "tridiagonal_solve", "fft",
+            "conv_general_dilated", "ffi_call", "pure_callback", "io_callback", "debug_callback"}
+_LIBRARY_COMPILED = re.compile(r"\b(custom-call|fft|convolution)\(")
+
+
+@functools.lru_cache(maxsize=256)
+def _calls_library(function: Any) -> bool:
+    return bool(primitives_of(function.jaxpr) & _LIBRARY)
+
+
+@functools.lru_cache(maxsize=256)
+def _overlaps(program: jax.stages.Compiled) -> bool:
+    """Whether a program may run beside others: what the compiler has made of it is what counts."""
+    return _LIBRARY_COMPILED.search(program.as_text()) is None
 
 
 def cut(tree: PyTree, count: int) -> list[PyTree]:
@@ -86,8 +118,8 @@ def run_groups(function: Callable, shared: tuple, groups: list[tuple], *, clock:
         return jax.block_until_ready(program(*shared, *group))
 
     with clock.measure(what):
-        if len(groups) == 1:
-            return [run(groups[0])]
+        if len(groups) == 1 or not _overlaps(program):
+            return [run(group) for group in groups]
         with concurrent.futures.ThreadPoolExecutor(min(len(groups), num_cores()) - 1 or 1) as threads:
             others = [threads.submit(run, group) for group in groups[1:]]
             return [run(groups[0]), *(other.result() for other in others)]

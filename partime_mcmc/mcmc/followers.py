@@ -23,6 +23,7 @@ from partime_mcmc.kernels import Kernel
 from partime_mcmc.mcmc.draws import End
 from partime_mcmc.mcmc.family import Builder
 from partime_mcmc.mcmc.keeper import Shelf
+from partime_mcmc.mcmc.programs import Clock
 from partime_mcmc.mcmc.store.fingerprint import example_of, program_of, require_same
 from partime_mcmc.mcmc.store.layout import Folder
 from partime_mcmc.mcmc.store.plan import Start
@@ -75,7 +76,7 @@ def take_up(data: bytes, target: Target, given: Kernel | Builder | Warmup, examp
     start = Start.read(data)
     kernel = start.kernel(target, given, example)
     end = start.end(kernel, example)
-    require_same(start.settled.program, program_of(recurrence(kernel, start.keys(), end), kernel), str(path))
+    require_same(start.settled.program, program_of(recurrence(kernel, None, start.keys(), end, Clock()), kernel), str(path))
     return start, kernel, end
 
 

@@ -23,6 +23,7 @@ from partime_mcmc.diagnostics.checks import check_count
 from partime_mcmc.kernels import Independent, Kernel
 from partime_mcmc.mcmc.arguments import bytes_beside, check_strategies, chosen_progress, chunk_steps
 from partime_mcmc.mcmc.chains import DEFAULT_STRETCH, default_tolerance, given_choice
+from partime_mcmc.mcmc.cores import num_groups
 from partime_mcmc.mcmc.exchange import check_mesh, check_same
 from partime_mcmc.mcmc.family import Builder
 from partime_mcmc.mcmc.followers import follow
@@ -218,7 +219,9 @@ def start_of(store: Store, ready: Ready, request: Request, choose: Any, progress
     looked_at = min(chunk, request.num_samples) if mesh is None else 1
     dynamics, initial, tape, _ = throw(kernel, None, keys, looked_at, end, clock)
     choose = choose or given_choice(request.solver, schedule, request.num_chains, chunk)
-    solver, schedule, advice = choose(lambda: dynamics, initial, tape, request.num_chains)
+    groups = num_groups(request.num_chains, dynamics) if mesh is None else 1
+    one = jax.tree.map(lambda leaf: leaf[:request.num_chains // groups], (initial, tape))
+    solver, schedule, advice = choose(lambda: dynamics, *one, groups)
     if advice is not None:
         progress.note(str(advice))
     settled = settled_for(kernel, ready.warmup, solver=solver, schedule=schedule, tolerance=tolerance, chunk=chunk,

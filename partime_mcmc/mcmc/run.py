@@ -27,7 +27,7 @@ from partime_mcmc.mcmc.books import Books
 from partime_mcmc.mcmc.cores import cut, joined, num_groups, run_groups
 from partime_mcmc.mcmc.draws import End
 from partime_mcmc.mcmc.programs import Clock
-from partime_mcmc.mcmc.tapes import recurrence_of, throw_dice
+from partime_mcmc.mcmc.tapes import recurrence, throw_dice
 from partime_mcmc.predict.advise import Advice
 from partime_mcmc.recipes import sequential
 from partime_mcmc.schedule import Schedule, Stretches, Whole
@@ -37,8 +37,8 @@ from partime_mcmc.solvers import Rollout, Solver
 from partime_mcmc.solvers.rollout import roll_on
 from partime_mcmc.types import Key, PyTree
 
-# (what makes the dynamics, initial carries and tapes of some of the chains, C) -> solver, schedule, and the advice behind them
-# if any. Who does not look at the dynamics need not wait for it to be traced.
+# (what makes the dynamics, initial carries and tapes of a group of chains, how many such groups there are) -> solver, schedule,
+# and the advice behind them if any. Who does not look at the dynamics need not wait for it to be traced.
 Choice = Callable[[Callable[[], Dynamics], PyTree, Tape, int], tuple[Solver, Schedule, Advice | None]]
 
 
@@ -103,16 +103,16 @@ def run_chains(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *
         The chains. Every chain with status CONVERGED is exact.
     """
     clock, first = Clock() if clock is None else clock, 0 if end is None else end.num_steps
-    count = num_groups(keys.shape[0])
+    solved = recurrence(kernel, positions, keys, end, clock, evidence)
+    count = num_groups(keys.shape[0], solved)
     initial, tape, discrete = map(list, zip(*throw_dice(kernel, positions, keys, num_samples, end, clock, count)))
     with clock.measure("advise"):
-        solver, schedule, advice = choose(functools.partial(recurrence_of, kernel, initial[0], tape[0], Clock()), initial[0],
-                                          tape[0], keys.shape[0])
+        looked_at = functools.partial(recurrence, kernel, positions, keys, end, Clock())
+        solver, schedule, advice = choose(looked_at, initial[0], tape[0], count)
     size = min(_stretch_size(solver, schedule, num_samples), stretch or max(num_samples, 1))
     inside = Whole() if isinstance(schedule, Stretches) else schedule
     solve_stretch = _solving(solver, inside, tolerance, max_iterations, clock)
     roll_stretch = _solving(sequential(), Whole(), tolerance, None, clock)
-    recurrence = recurrence_of(kernel, initial[0], tape[0], clock, evidence)
     books = Books(keys.shape[0], first, first + num_samples if total is None else total, end.failed_running if end else 0)
     current, pieces, discrete = initial, [], joined(discrete)
     try:
@@ -120,9 +120,9 @@ def run_chains(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *
             stop = min(start + size, num_samples)
             part = tape if size >= num_samples else jax.tree.map(lambda leaf: leaf[:, start:stop], tape)
             rolled = books.hopeless
-            found = (roll_stretch if rolled else solve_stretch)(recurrence, current, part)
+            found = (roll_stretch if rolled else solve_stretch)(solved, current, part)
             states = _booked(books, found, start, stop, rolled,
-                             functools.partial(_finished, recurrence, current, part, clock))
+                             functools.partial(_finished, solved, current, part, clock))
             # At once, so that an interrupt finds a stretch with its notes or not at all.
             pieces.append((states, [(one.notes, one.defects) for one in found] if books.as_found else None))
             if stop < num_samples:
@@ -151,12 +151,12 @@ def _booked(books: Books, found: list[Solution], start: int, stop: int, rolled: 
     return cut(books.enter(whole, start, stop, rolled, finish), len(found))
 
 
-def _finished(recurrence: Dynamics, current: list[PyTree], part: list[Tape], clock: Clock, states: PyTree,
+def _finished(dynamics: Dynamics, current: list[PyTree], part: list[Tape], clock: Clock, states: PyTree,
               num_exact: jax.Array) -> tuple[PyTree, jax.Array]:
     """`_finish` of all chains, group by group."""
     count = len(part)
     groups = list(zip(current, part, cut(states, count), cut(num_exact, count)))
-    return joined(run_groups(_finish, (recurrence,), groups, clock=clock))
+    return joined(run_groups(_finish, (dynamics,), groups, clock=clock))
 
 
 def _all_kept(kept: list[list[tuple] | None]) -> tuple[list | None, list | None]:

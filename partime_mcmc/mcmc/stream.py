@@ -147,7 +147,7 @@ def _attempt(course, positions, end, steps, stretch, last, tell, notes):
 def _across(course, positions, end, steps, stretch, last, tell, notes):
     end = begin(course.kernel, positions, course.keys, Clock()) if end is None else end
     dynamics, initial, tape, _ = throw(course.kernel, None, course.keys, 1, end)
-    chosen = course.choose(lambda: dynamics, initial, tape, course.keys.shape[0])
+    chosen = course.choose(lambda: dynamics, initial, tape, 1)
     solver, schedule, _ = chosen
     plan = {"kernel": course.kernel.name, "dice": dice_of(course.kernel), "solver": repr(solver), "schedule": repr(schedule),
             "num_chains": course.keys.shape[0], **course.plan}

@@ -64,17 +64,23 @@ def throw_dice(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, e
     return run_groups(program, (numbers,), groups, clock=clock)
 
 
-def recurrence(kernel: Kernel, keys: Key, end: End) -> Dynamics:
+def recurrence(kernel: Kernel, positions: PyTree, keys: Key, end: End | None, clock: Clock,
+               evidence: Evidence = Independent()) -> Dynamics:
     """The recurrence of `throw` alone; nothing is computed.
 
     Args:
         kernel: The kernel.
+        positions: As for `throw`; as with the next ones only structure, shapes and types matter.
         keys: One per chain, shape `(C,)`.
-        end: Where chains stand; only structure, shapes and types matter.
+        end: As for `throw`.
+        clock: Where seconds are booked.
+        evidence: As for `recurrence_of`.
     """
     family, numbers = family_of(kernel)
-    initial, tape, _ = jax.eval_shape(_Throw(family, 1, 0), numbers, None, (end.carries, end.discrete), keys, np.uint32(0))
-    return recurrence_of(kernel, initial, tape, Clock())
+    chains = (positions, None) if end is None else (None, (end.carries, end.discrete))
+    with clock.measure("compile"):
+        initial, tape, _ = explicit(_Throw(family, 1, 0), numbers, *chains, keys, np.uint32(0))[0].result
+    return recurrence_of(kernel, initial, tape, clock, evidence)
 
 
 def recurrence_of(kernel: Kernel, initial: PyTree, tape: Tape, clock: Clock, evidence: Evidence = Independent()) -> Dynamics:

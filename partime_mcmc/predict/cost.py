@@ -22,6 +22,7 @@ from typing import Callable
 import jax
 import numpy as np
 
+from partime_mcmc.closures import is_jaxpr, primitives_of
 from partime_mcmc.dynamics import Dynamics, rollout
 from partime_mcmc.predict.machine import Machine
 from partime_mcmc.solvers.ahead import split
@@ -58,7 +59,7 @@ def _work(jaxpr) -> float:
         elif name == "cond":
             # Under vmap every branch is taken.
             total += sum(_work(branch.jaxpr) for branch in params["branches"])
-        elif inner := [value for value in params.values() if _is_jaxpr(value)]:
+        elif inner := [value for value in params.values() if is_jaxpr(value)]:
             total += sum(_work(getattr(value, "jaxpr", value)) for value in inner)
         elif name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
@@ -71,21 +72,6 @@ def _work(jaxpr) -> float:
             operands = equation.invars if name in _REDUCTIONS else equation.outvars
             total += _size(operands) * _HEAVY.get(name, 1)
     return total
-
-
-def _waits(jaxpr) -> bool:
-    """Whether there is a loop of unknown length inside."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "while":
-            return True
-        for value in jax.tree.leaves(tuple(equation.params.values()), is_leaf=_is_jaxpr):
-            if _is_jaxpr(value) and _waits(getattr(value, "jaxpr", value)):
-                return True
-    return False
-
-
-def _is_jaxpr(value) -> bool:
-    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
 
 
 def _size(variables) -> float:
@@ -231,7 +217,7 @@ def step_cost(dynamics: Dynamics, initial: PyTree, drives: PyTree, num_steps: in
     num_random = sum(equation.primitive.name.startswith(("random_", "threefry")) and
                      equation.primitive.name not in _FREE for equation in first.eqns)
     return StepCost(kernels_per_step(text, num_steps, machine.inlined), kernels_per_step(text, num_steps),
-                    _work(step) * width, _work(first) * width, num_random, initial.shape[0], _waits(step))
+                    _work(step) * width, _work(first) * width, num_random, initial.shape[0], "while" in primitives_of(step))
 
 
 @jax.jit
