@@ -5,7 +5,7 @@
 
 A model is code, and code cannot live in a store safely: target and kernel are given again, and refused if they are not
 what the run was begun with. Everything else (key, counts, strategies, what warm-up tuned) comes from the store. The
-draws are those of a run that was never interrupted: on the same machine and versions, bit for bit.
+draws are those of a run that was never interrupted: on the same machine, cores and versions, bit for bit.
 """
 
 from __future__ import annotations
