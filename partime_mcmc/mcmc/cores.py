@@ -57,16 +57,17 @@ def num_groups(num_chains: int, dynamics: Dynamics) -> int:
 # Operations that become calls of a library on a CPU.
 _LIBRARY = {"cholesky", "cholesky_update", "triangular_solve", "lu", "lu_pivots_to_permutation", "eig", "eigh", "svd", "qr",
             "geqrf", "geqp3", "householder_product", "schur", "hessenberg", "tridiagonal", "tridiagonal_solve", "fft",
-            "conv_general_dilated", "ffi_call", "pure_callback", "io_callback", "debug_callback"}
+            "conv_general_dilated", "ffi_call", "pure_callback", "io_callback", "debug_callback",
+            "debug_print"}
 _LIBRARY_COMPILED = re.compile(r"\b(custom-call|fft|convolution)\(")
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=128)
 def _calls_library(function: Any) -> bool:
     return bool(primitives_of(function.jaxpr) & _LIBRARY)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=128)
 def _overlaps(program: jax.stages.Compiled) -> bool:
     """Whether a program may run beside others: what the compiler has made of it is what counts."""
     return _LIBRARY_COMPILED.search(program.as_text()) is None
