@@ -47,7 +47,7 @@ def plain():
 
 
 # chains -> groups: equal ones, few of them, none that leaves a core idle for long
-GROUPS = {1: {1: 1, 4: 1, 7: 1}, 2: {1: 1, 2: 2, 3: 3, 4: 2, 6: 2, 9: 3, 64: 2},
+GROUPS = {1: {1: 1, 4: 1, 7: 1}, 2: {1: 1, 2: 2, 3: 3, 4: 2, 5: 5, 6: 2, 7: 7, 9: 9, 10: 2, 11: 11, 17: 1, 64: 2},
           4: {1: 1, 2: 2, 4: 4, 5: 5, 6: 3, 7: 7, 8: 4, 12: 4, 1024: 4}, 8: {4: 4, 64: 8}}
 
 
@@ -80,6 +80,7 @@ LIBRARY = {
     "in a loop": lambda state: jax.lax.fori_loop(0, 3, lambda _, x: jnp.linalg.eigh(jnp.outer(x, x))[0], state),
     "in a branch": lambda state: jax.lax.cond(state[0] > 0, lambda x: jnp.linalg.svd(jnp.diag(x))[1], lambda x: x, state),
     "Fourier": lambda state: jnp.fft.irfft(jnp.fft.rfft(state), 3),
+    "printing": lambda state: (jax.debug.print("{}", state[0]), state)[1],
     "Python": lambda state: jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct((3,), state.dtype), state, vmap_method="sequential"),
 }
 

@@ -21,8 +21,10 @@ import pytest
 import store_case
 from store_case import CHAINS, CHUNK, run
 
+import partime_mcmc.mcmc.cores as cores
 import partime_mcmc.mcmc.followers as followers
 import partime_mcmc.mcmc.resume as resuming
+import partime_mcmc.mcmc.run as running
 import partime_mcmc.mcmc.store.layout as layout
 import partime_mcmc.mcmc.stored_run as storing
 import partime_mcmc.mcmc.stream as streaming
@@ -161,6 +163,47 @@ def test_an_interrupt_keeps_what_is_certified(tmp_path, whole, memory):
     assert draws.report.status == (Status.INTERRUPTED,) * CHAINS and draws.plan["num_samples"] == 72
     np.testing.assert_array_equal(draws.constrained["place"], np.asarray(memory.constrained["place"])[:, :72])
     assert np.asarray(draws.certificate.certified).all() and draws.end.num_steps == 72
+
+
+def test_an_interrupt_while_draws_are_certified_loses_none(tmp_path, whole, memory, monkeypatch):
+    inner, calls = streaming.finish, []
+
+    def finish(*rest):
+        calls.append(rest)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return inner(*rest)
+
+    monkeypatch.setattr(streaming, "finish", finish)
+    draws = run()
+    assert len(calls) == 2 and draws.report.status == (Status.CONVERGED,) * CHAINS, "all had been drawn"
+    np.testing.assert_array_equal(draws.constrained["place"], memory.constrained["place"])
+    calls.clear()
+    interrupted = run(progress=Interrupting(70))
+    assert len(calls) == 2 and interrupted.plan["num_samples"] == 72 and interrupted.report.interrupted
+    # Of a stored run the chunks before are safe, and this one is drawn again.
+    calls.clear()
+    part = run(tmp_path / "run")
+    assert part.status == (Status.INTERRUPTED,) * CHAINS and part.num_samples == 0 and len(calls) == 1
+    assert_same(go_on(tmp_path / "run"), whole)
+
+
+def test_a_run_goes_on_in_the_groups_that_it_was_begun_in(tmp_path, monkeypatch):
+    """However many cores there are then: groups decide how sums are rounded."""
+    assert CHAINS % 2 == 0
+    inner, groups = running.throw_dice, []
+
+    def throw_dice(*rest):
+        groups.append(rest[-1])
+        return inner(*rest)
+
+    monkeypatch.setattr(running, "throw_dice", throw_dice)
+    monkeypatch.setattr(cores, "num_cores", lambda: 2)
+    complete = run(tmp_path / "complete")
+    run(tmp_path / "run", progress=Interrupting(70))
+    monkeypatch.setattr(cores, "num_cores", lambda: 1)
+    assert_same(go_on(tmp_path / "run"), complete)
+    assert set(groups) == {2}
 
 
 def test_an_interrupt_is_heard_when_all_chains_are_lost(tmp_path, memory, monkeypatch):

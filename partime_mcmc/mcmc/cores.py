@@ -3,12 +3,13 @@
 XLA runs small operations on one core, however many there are, and a step of some hundred lanes is made of small
 operations. Chains do not wait for each other, so C of them are cut into g groups of C/g, which share one compiled program:
 
-    seconds ~ ⌈g / cores⌉ · C/g,     g a divisor of C that makes this least, the smallest of them
+    seconds ~ ⌈g / cores⌉ · C/g,     g a divisor of C up to 8 per core that makes this least, the smallest of them
 
-and are joined where a whole array is wanted. A draw hangs on how many chains share its lanes by rounding only, as it does
-on the number of segments. Accelerators share the lanes of one program among all chains: there g = 1.
+and are joined where a whole array is wanted; more groups would cost more than they fill. A draw hangs on how many chains share
+its lanes by rounding only, as it does on the number of segments. Accelerators share the lanes of one program among all chains:
+there g = 1.
 
-Programs that call a library (LAPACK, a Fourier transform, Python) run one at a time. jaxlib spreads such a call
+Of one run, programs that call a library (LAPACK, a Fourier transform, Python) run one at a time. jaxlib spreads such a call
 over XLA's own threads and waits for them while it occupies one: two programs can so wait for each other for ever (seen with
 a Cholesky factor's solve on two cores, JAX 0.10.1). Where a step makes such calls, chains are left together.
 """
@@ -32,8 +33,11 @@ from partime_mcmc.mcmc.programs import Clock, compiled
 from partime_mcmc.types import PyTree
 
 
+_MOST_PER_CORE = 8
+
+
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Cores that this process may run on; a quota of their time, as containers may have, is not looked at."""
     # macOS and Windows do not say.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -50,11 +54,12 @@ def num_groups(num_chains: int, dynamics: Dynamics) -> int:
     if jax.default_backend() != "cpu" or num_chains == 1 or any(map(_calls_library, parts)):
         return 1
     cores = num_cores()
-    divisors = [count for count in range(1, min(num_chains, 2 * cores) + 1) if num_chains % count == 0]
+    divisors = [count for count in range(1, min(num_chains, _MOST_PER_CORE * cores) + 1) if num_chains % count == 0]
     return min(divisors, key=lambda count: math.ceil(count / cores) * num_chains / count, default=1)
 
 
-# Operations that become calls of a library on a CPU.
+# Operations that become calls of a library on a CPU: by these chains are cut or not. What may run side by side is read from
+# the compiled program.
 _LIBRARY = {"cholesky", "cholesky_update", "triangular_solve", "lu", "lu_pivots_to_permutation", "eig", "eigh", "svd", "qr",
             "geqrf", "geqp3", "householder_product", "schur", "hessenberg", "tridiagonal", "tridiagonal_solve", "fft",
             "conv_general_dilated", "ffi_call", "pure_callback", "io_callback", "debug_callback",
@@ -108,7 +113,7 @@ def run_groups(function: Callable, shared: tuple, groups: list[tuple], *, clock:
         what: Under what execution is booked.
 
     Returns:
-        The results, ready, in order. An error in one group is raised once all have ended.
+        The results, ready, in order. An error in one group is raised once all that have begun have ended.
     """
     # Threads do not inherit settings such as the width of numbers, so nothing may be left for them to convert.
     shared, groups = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(np.asarray(leaf)),
@@ -121,6 +126,9 @@ def run_groups(function: Callable, shared: tuple, groups: list[tuple], *, clock:
     with clock.measure(what):
         if len(groups) == 1 or not _overlaps(program):
             return [run(group) for group in groups]
-        with concurrent.futures.ThreadPoolExecutor(min(len(groups), num_cores()) - 1 or 1) as threads:
-            others = [threads.submit(run, group) for group in groups[1:]]
-            return [run(groups[0]), *(other.result() for other in others)]
+        with concurrent.futures.ThreadPoolExecutor(min(len(groups), num_cores())) as threads:
+            try:
+                return [future.result() for future in [threads.submit(run, group) for group in groups]]
+            except BaseException:
+                threads.shutdown(cancel_futures=True)
+                raise

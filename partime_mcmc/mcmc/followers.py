@@ -85,7 +85,8 @@ def course_of(start: Start, target: Target, kernel: Kernel, num_samples: int, ma
     """What is to be run, as the start has it; arguments as for `take_up` and `follow`."""
     settled = start.settled
     return Course(target, kernel, start.keys(), num_samples, settled.tolerance, max_iterations,
-                  lambda *_: (settled.solver, settled.schedule, None), None, {"key": key}, mesh, settled.certificate)
+                  lambda *_: (settled.solver, settled.schedule, None), None, {"key": key}, mesh, settled.certificate,
+                  groups=settled.groups)
 
 
 def follow(store: Any, run: dict[str, Any], target: Target, given: Kernel | Builder | Warmup, max_iterations: int | None,

@@ -5,7 +5,7 @@
 
 A model is code, and code cannot live in a store safely: target and kernel are given again, and refused if they are not
 what the run was begun with. Everything else (key, counts, strategies, what warm-up tuned) comes from the store. The
-draws are those of a run that was never interrupted: on the same machine, cores and versions, bit for bit.
+draws are those of a run that was never interrupted: on the same machine and versions, bit for bit.
 """
 
 from __future__ import annotations
@@ -225,7 +225,8 @@ def start_of(store: Store, ready: Ready, request: Request, choose: Any, progress
     if advice is not None:
         progress.note(str(advice))
     settled = settled_for(kernel, ready.warmup, solver=solver, schedule=schedule, tolerance=tolerance, chunk=chunk,
-                          program=program_of(dynamics, kernel), advice=str(advice or ""), certificate=request.certificate)
+                          program=program_of(dynamics, kernel), advice=str(advice or ""), certificate=request.certificate,
+                          groups=groups)
     return pack_start(settled, kernel, keys, end)
 
 

@@ -80,7 +80,7 @@ class Chains:
 def run_chains(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *, choose: Choice, tolerance: Tolerance,
                max_iterations: int | None, advance: Callable[..., None], evidence: Evidence = Independent(),
                end: End | None = None, total: int | None = None, stretch: int | None = None,
-               clock: Clock | None = None) -> Chains:
+               groups: int | None = None, clock: Clock | None = None) -> Chains:
     """Solve all chains.
 
     Args:
@@ -97,6 +97,7 @@ def run_chains(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *
         end: Where the chains go on from, to the last bit; None is where `positions` are, before the first step.
         total: The step at which the whole run ends; None is the end of these T.
         stretch: Most steps that are solved at once, whatever the schedule says; None leaves it to the schedule.
+        groups: Into how many groups chains are cut; None is as many as suit the cores.
         clock: Where seconds are booked.
 
     Returns:
@@ -104,7 +105,7 @@ def run_chains(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *
     """
     clock, first = Clock() if clock is None else clock, 0 if end is None else end.num_steps
     solved = recurrence(kernel, positions, keys, end, clock, evidence)
-    count = num_groups(keys.shape[0], solved)
+    count = num_groups(keys.shape[0], solved) if groups is None else groups
     initial, tape, discrete = map(list, zip(*throw_dice(kernel, positions, keys, num_samples, end, clock, count)))
     with clock.measure("advise"):
         looked_at = functools.partial(recurrence, kernel, positions, keys, end, Clock())

@@ -56,6 +56,7 @@ class Course:
         plan: More plain values for `Draws.plan`.
         mesh: Devices to spread it over; None is the default device alone. Chains on a mesh are certified independently.
         evidence: What certificates rest on.
+        groups: Into how many groups chains are cut on the cores of one device; None is as many as suit it.
         collect: On a mesh, what this host keeps of the draws.
         across: And what puts it together, as `draw_across` does.
     """
@@ -71,6 +72,7 @@ class Course:
     plan: dict[str, Any] = dataclasses.field(default_factory=dict)
     mesh: Mesh | None = None
     evidence: Evidence = Recorded()
+    groups: int | None = None
     collect: Collect = everywhere
     across: Callable[..., Any] = draw_across
 
@@ -134,11 +136,17 @@ def _attempt(course, positions, end, steps, stretch, last, tell, notes):
     chains = run_chains(
         course.kernel, positions, course.keys, steps, choose=course.choose, tolerance=course.tolerance,
         max_iterations=course.max_iterations, advance=tell, evidence=course.evidence, end=end, total=last, stretch=stretch,
-        clock=Clock())
+        groups=course.groups, clock=Clock())
     plan = {"kernel": course.kernel.name, "dice": dice_of(course.kernel), "solver": repr(chains.solver),
             "schedule": repr(chains.schedule), "num_samples": jax.tree.leaves(chains.carries)[0].shape[1],
             "num_chains": course.keys.shape[0], **course.plan}
-    draws = finish(course.target, course.kernel, chains, course.warmup, plan)
+    try:
+        draws = finish(course.target, course.kernel, chains, course.warmup, plan)
+    except KeyboardInterrupt:
+        # Certifying takes a fraction of what would be lost where nothing comes after these steps.
+        if chains.books.first + chains.books.num_steps < last and not chains.books.interrupted:
+            raise
+        draws = finish(course.target, course.kernel, chains, course.warmup, plan)
     report = dataclasses.replace(draws.report, fallbacks=(*notes, *draws.report.fallbacks))
     draws = dataclasses.replace(draws, end=dataclasses.replace(draws.end, stretch=stretch), report=report)
     return draws, (chains.solver, chains.schedule, chains.advice)

@@ -140,7 +140,8 @@ class Walker:
 
         Args:
             seed: Of the dice.
-            starts: Shape `(C, D)`, where chains go on from; or `(S, C, D)`: every step is a trial from its own start.
+            starts: Shape `(C, D)`, where chains go on from; or `(16, C, D)`: each of 16 steps is a
+                trial from its own start.
             root: Of the metric, `(D, D)` or `(D,)`.
             step_sizes: h, `(C,)` or scalar.
             lengths: Leapfrog steps, `(16, C)`, the same in every 16 steps, or scalar.

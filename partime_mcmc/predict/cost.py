@@ -2,7 +2,7 @@
 
 `kernels` are the kernels that the compiled loop starts per step, `work` is the arithmetic of one lane, counted in the jaxpr
 in units of one vectorised operation; what they take in seconds is up to a `Machine`. A plan must be the same in every run
-with the same seeds, so both are static facts.
+with the same seeds on as many cores, so both are static facts.
 
 Shooting computes whatever depends on the drives alone (dice) once, for all steps in one batch; its loop starts only the
 kernels of the rest, and does only the work of the rest.

@@ -16,8 +16,9 @@ Two-byte floats are added up in float32, others in their own type, as in `scan.p
 maps where T is no multiple of n or D no power of two: a copy that fitting sizes avoid. Maps of other kinds go to
 `AssociativeScan`.
 
-Run so far in Pallas' interpret mode only, where it agrees with the loop; never compiled for a GPU, never timed. So it
-is no platform's default: name it, `LocalTime(PallasScan())`.
+Run so far in Pallas' interpret mode only, where it agrees with the loop, and lowered to Triton; never run on a GPU, never
+timed. So it is no platform's default: name it, `LocalTime(PallasScan())`. From JAX 0.12 on the Triton backend of Pallas is
+deprecated in favour of Mosaic's: the kernels must move there before it goes.
 
 Left out: derivatives (solvers take theirs from `adjoint`, not through a scan), look-back, TPUs.
 """

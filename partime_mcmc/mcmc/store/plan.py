@@ -48,6 +48,7 @@ class Settled:
         warmup: The warm-up's sentences; empty if there was none.
         advice: The advice behind the solver; empty if none was asked for.
         certificate: What certificates rest on.
+        groups: Into how many groups chains are cut, on however many cores the run goes on.
     """
 
     solver: Solver
@@ -61,6 +62,7 @@ class Settled:
     warmup: str
     advice: str
     certificate: Evidence
+    groups: int = 1
 
 
 def settled_for(kernel: Kernel, warmup: Warmup | None, **choices: Any) -> Settled:
