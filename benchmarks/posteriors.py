@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -182,7 +183,9 @@ def in_a_process(name: str, method: str) -> dict:
         env={**os.environ, "XLA_FLAGS": flags},
     )
     if done.returncode:
-        return {"failed": done.stderr.strip().splitlines()[-1]}
+        # After the error JAX may say that it has shortened the traceback.
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        return {"failed": next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception)\b", line)), lines[-1])}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
