@@ -32,7 +32,6 @@ from partime_mcmc.dynamics import Dynamics
 from partime_mcmc.mcmc.programs import Clock, compiled
 from partime_mcmc.types import PyTree
 
-
 _MOST_PER_CORE = 8
 
 
@@ -62,8 +61,7 @@ def num_groups(num_chains: int, dynamics: Dynamics) -> int:
 # the compiled program.
 _LIBRARY = {"cholesky", "cholesky_update", "triangular_solve", "lu", "lu_pivots_to_permutation", "eig", "eigh", "svd", "qr",
             "geqrf", "geqp3", "householder_product", "schur", "hessenberg", "tridiagonal", "tridiagonal_solve", "fft",
-            "conv_general_dilated", "ffi_call", "pure_callback", "io_callback", "debug_callback",
-            "debug_print"}
+            "conv_general_dilated", "ffi_call", "pure_callback", "io_callback", "debug_callback", "debug_print"}
 _LIBRARY_COMPILED = re.compile(r"\b(custom-call|fft|convolution)\(")
 
 

@@ -122,8 +122,7 @@ def run_chains(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *
             part = tape if size >= num_samples else jax.tree.map(lambda leaf: leaf[:, start:stop], tape)
             rolled = books.hopeless
             found = (roll_stretch if rolled else solve_stretch)(solved, current, part)
-            states = _booked(books, found, start, stop, rolled,
-                             functools.partial(_finished, solved, current, part, clock))
+            states = _booked(books, found, start, stop, rolled, functools.partial(_finished, solved, current, part, clock))
             # At once, so that an interrupt finds a stretch with its notes or not at all.
             pieces.append((states, [(one.notes, one.defects) for one in found] if books.as_found else None))
             if stop < num_samples:
@@ -133,9 +132,9 @@ def run_chains(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *
         if not pieces:
             raise
         done = sum(jax.tree.leaves(states)[0].shape[1] for states, _ in pieces)
-        discrete = joined(jax.tree.map(lambda leaf: leaf[:, done], [one.discrete for one in tape])) if done < num_samples \
-            else discrete
-        tape = jax.tree.map(lambda leaf: leaf[:, :done], tape)
+        if done < num_samples:
+            discrete = joined(jax.tree.map(lambda leaf: leaf[:, done], [one.discrete for one in tape]))
+            tape = jax.tree.map(lambda leaf: leaf[:, :done], tape)
         books.interrupt(done)
     return Chains(initial, _in_time(initial, [states for states, _ in pieces]), tape, discrete, first, books, clock, solver,
                   schedule, advice, *_all_kept([kept for _, kept in pieces]))
