@@ -81,6 +81,21 @@ def test_paths_are_the_cheapest_that_are_accepted():
     assert stuck.acceptance == pytest.approx(0.8875), "one chain that is stuck is enough to go on trying"
 
 
+def test_a_path_is_accepted_from_nearly_everywhere_or_very_often():
+    """Fine in the mean, but from every twentieth state nothing is accepted: chains would stand still there."""
+    def trial(step, steps, share=20):
+        return np.where(np.arange(STEPS * C) % share == 0, 0.0, 1.0 - 0.01 * step).reshape(STEPS, C)
+
+    # 0.95 of the states: 0.93 in the mean, more than half way from 0.8 to 1, so there is no more to ask for.
+    assert PathRule(0.8).choose(trial).num_steps == 1
+    # Of every eighth state, with small steps of all: the cheapest path from which chains leave.
+    def neck(step, steps):
+        return np.where(np.arange(STEPS * C) % 8 == 3, 0.0 if steps < 6 else 0.3, 0.97).reshape(C, STEPS).T
+
+    found = PathRule(0.8).choose(neck)
+    assert found.num_steps == 6 and found.acceptance == pytest.approx(0.875 * 0.97 + 0.125 * 0.3)
+
+
 def test_a_lost_chain_goes_on_from_a_good_one():
     x = np.zeros((STEPS, C, D)) + np.arange(C)[:, None]
     level = np.where(np.arange(C) == 5, -1e6, -1.0) * np.ones((STEPS, 1))
