@@ -81,7 +81,8 @@ LIBRARY = {
     "in a branch": lambda state: jax.lax.cond(state[0] > 0, lambda x: jnp.linalg.svd(jnp.diag(x))[1], lambda x: x, state),
     "Fourier": lambda state: jnp.fft.irfft(jnp.fft.rfft(state), 3),
     "printing": lambda state: (jax.debug.print("{}", state[0]), state)[1],
-    "Python": lambda state: jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct((3,), state.dtype), state, vmap_method="sequential"),
+    "Python": lambda state: jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct((3,), state.dtype), state,
+                                              vmap_method="sequential"),
 }
 
 

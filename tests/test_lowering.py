@@ -17,7 +17,7 @@ from partime_mcmc.scan import Dense, Diagonal, LocalTime, PallasScan
 GPU = AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,), abstract_device=AbstractDevice(
     device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"))
 TRITON = "__gpu$xla.gpu.triton"
-# A length of no other test: what JAX has traced for a processor, or will, is of other shapes, and neither is taken for the other.
+# A length of no other test: what JAX traces for a processor is of other shapes, and neither is taken for the other.
 T, D = 4099, 5
 
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from partime_mcmc.kernels import Evidence, Independent, Kernel, Recorded
 from partime_mcmc.mcmc.arguments import bytes_beside, check_memory, default_max_bytes
-from partime_mcmc.mcmc.cores import num_groups
+from partime_mcmc.mcmc.cores import first_group
 from partime_mcmc.mcmc.draws import Draws, End
 from partime_mcmc.mcmc.joining import join_draws
 from partime_mcmc.mcmc.progress import Progress, quiet
@@ -35,7 +35,7 @@ from partime_mcmc.types import Key, PyTree
 DEFAULT_STRETCH = 16384
 # Runs too short to be worth pilots.
 SHORT = 1024
-# Lanes that fill one core of a processor. From 32 to 128 times differ by a tenth, and the fewer, the less is evaluated twice.
+# Lanes that fill one core. From 32 to 128 times differ by a tenth, and the fewer, the less is evaluated twice.
 _CORE_LANES = 64
 
 
@@ -159,8 +159,7 @@ def pilot_advice(kernel: Kernel, pool: PyTree, keys: Key, num_samples: int) -> A
         num_samples: T.
     """
     dynamics, initial, tape, _ = throw(kernel, pool_starts(pool, keys.shape[0]), keys, num_samples)
-    groups = num_groups(keys.shape[0], dynamics)
-    initial, tape = jax.tree.map(lambda leaf: leaf[:keys.shape[0] // groups], (initial, tape))
+    groups, (initial, tape) = first_group(keys.shape[0], dynamics, (initial, tape))
     return _advice(kernel, pool, dynamics, initial, tape, groups)
 
 

@@ -5,9 +5,9 @@ operations. Chains do not wait for each other, so C of them are cut into g group
 
     seconds ~ ⌈g / cores⌉ · C/g,     g a divisor of C up to 8 per core that makes this least, the smallest of them
 
-and are joined where a whole array is wanted; more groups would cost more than they fill. A draw hangs on how many chains share
-its lanes by rounding only, as it does on the number of segments. Accelerators share the lanes of one program among all chains:
-there g = 1.
+and are joined where a whole array is wanted; more groups would cost more than they fill. A draw hangs on how many chains
+share its lanes by rounding only, as it does on the number of segments. Accelerators share the lanes of one program among all
+chains: there g = 1.
 
 Of one run, programs that call a library (LAPACK, a Fourier transform, Python) run one at a time. jaxlib spreads such a call
 over XLA's own threads and waits for them while it occupies one: two programs can so wait for each other for ever (seen with
@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.closures import primitives_of
+from partime_mcmc.closures import explicit, primitives_of
 from partime_mcmc.dynamics import Dynamics
 from partime_mcmc.mcmc.programs import Clock, compiled
 from partime_mcmc.types import PyTree
@@ -74,6 +74,12 @@ def _calls_library(function: Any) -> bool:
 def _overlaps(program: jax.stages.Compiled) -> bool:
     """Whether a program may run beside others: what the compiler has made of it is what counts."""
     return _LIBRARY_COMPILED.search(program.as_text()) is None
+
+
+def first_group(num_chains: int, dynamics: Dynamics, tree: PyTree) -> tuple[int, PyTree]:
+    """The number of groups, and of leaves `(C, ...)` what belongs to the first of them; arguments as for `num_groups`."""
+    count = num_groups(num_chains, dynamics)
+    return count, jax.tree.map(lambda leaf: leaf[:num_chains // count], tree)
 
 
 def cut(tree: PyTree, count: int) -> list[PyTree]:
@@ -130,3 +136,11 @@ def run_groups(function: Callable, shared: tuple, groups: list[tuple], *, clock:
             except BaseException:
                 threads.shutdown(cancel_futures=True)
                 raise
+
+
+def run_explicit_groups(function: Callable, params: PyTree, groups: list[tuple], *, clock: Clock,
+                        what: str = "run") -> list[PyTree]:
+    """`function(params, *group)` as `run_groups`, for functions that capture arrays: these become arguments."""
+    with clock.measure("compile"):
+        function, params = explicit(function, params, *groups[0])
+    return run_groups(function, (params,), groups, clock=clock, what=what)

@@ -14,11 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from partime_mcmc.closures import Named, explicit
+from partime_mcmc.closures import Named
 from partime_mcmc.kernels import Certificate, Kernel, certify_held, certify_recorded
 from partime_mcmc.kernels.records import said_by
 from partime_mcmc.mcmc.books import Books
-from partime_mcmc.mcmc.cores import joined, run_groups
+from partime_mcmc.mcmc.cores import joined, run_explicit_groups
 from partime_mcmc.mcmc.draws import Draws, End, RunReport
 from partime_mcmc.mcmc.family import family_of
 from partime_mcmc.mcmc.programs import Clock, run_explicit
@@ -46,10 +46,7 @@ def finish(target: Target, kernel: Kernel, chains: Chains, warmup: Warmup | None
         judge = _Judge(family)
     else:
         judge, paths = _Read(family), [*paths, chains.notes, chains.defects]
-    groups = list(zip(*paths))
-    with clock.measure("compile"):
-        judge, numbers = explicit(judge, numbers, *groups[0])
-    found = joined(run_groups(judge, (numbers,), groups, clock=clock, what="certify"))
+    found = joined(run_explicit_groups(judge, numbers, list(zip(*paths)), clock=clock, what="certify"))
     certificate, records, last, positions = found
     constrained = constrained_values(target, positions, clock)
     shape = certificate.residual.shape

@@ -6,8 +6,8 @@ In whitened coordinates a path of a quarter period forgets its start, and of all
 
 (Sexton & Weingarten 1992 for the period of leapfrog on a normal) the cheapest that is accepted often enough, and from
 nearly everywhere, is taken; where none is, h shrinks at the largest L. A recursion on the acceptance would need hundreds of
-steps for what some trials tell. A Langevin step of size h is a trajectory of one leapfrog step, so it is tried in the same way. What the
-user has fixed stays.
+steps for what some trials tell. A Langevin step of size h is a trajectory of one leapfrog step, so it is tried in the same
+way. What the user has fixed stays.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class PathRule:
         return best
 
     def _leaves(self, rates: np.ndarray) -> bool:
-        """Whether chains leave nearly all states soon. In the neck of a funnel none does: half of the rejections must then do."""
+        """Whether chains leave nearly all states soon; in a funnel's neck none does: half the rejections must then do."""
         return np.quantile(rates, _SHARE_OF_STATES) >= min(_LEAST_RATE, self.target) or rates.mean() >= (1 + self.target) / 2
 
     def _step_for(self, steps: int) -> float:

@@ -23,7 +23,7 @@ from partime_mcmc.diagnostics.checks import check_count
 from partime_mcmc.kernels import Independent, Kernel
 from partime_mcmc.mcmc.arguments import bytes_beside, check_strategies, chosen_progress, chunk_steps
 from partime_mcmc.mcmc.chains import DEFAULT_STRETCH, default_tolerance, given_choice
-from partime_mcmc.mcmc.cores import num_groups
+from partime_mcmc.mcmc.cores import first_group
 from partime_mcmc.mcmc.exchange import check_mesh, check_same
 from partime_mcmc.mcmc.family import Builder
 from partime_mcmc.mcmc.followers import follow
@@ -219,9 +219,11 @@ def start_of(store: Store, ready: Ready, request: Request, choose: Any, progress
     looked_at = min(chunk, request.num_samples) if mesh is None else 1
     dynamics, initial, tape, _ = throw(kernel, None, keys, looked_at, end, clock)
     choose = choose or given_choice(request.solver, schedule, request.num_chains, chunk)
-    groups = num_groups(request.num_chains, dynamics) if mesh is None else 1
-    one = jax.tree.map(lambda leaf: leaf[:request.num_chains // groups], (initial, tape))
-    solver, schedule, advice = choose(lambda: dynamics, *one, groups)
+    # Over a mesh devices share the chains, not cores.
+    groups, chains = 1, (initial, tape)
+    if mesh is None:
+        groups, chains = first_group(request.num_chains, dynamics, chains)
+    solver, schedule, advice = choose(lambda: dynamics, *chains, groups)
     if advice is not None:
         progress.note(str(advice))
     settled = settled_for(kernel, ready.warmup, solver=solver, schedule=schedule, tolerance=tolerance, chunk=chunk,

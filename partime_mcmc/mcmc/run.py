@@ -37,8 +37,8 @@ from partime_mcmc.solvers import Rollout, Solver
 from partime_mcmc.solvers.rollout import roll_on
 from partime_mcmc.types import Key, PyTree
 
-# (what makes the dynamics, initial carries and tapes of a group of chains, how many such groups there are) -> solver, schedule,
-# and the advice behind them if any. Who does not look at the dynamics need not wait for it to be traced.
+# (what makes the dynamics, initial carries and tapes of a group of chains, how many such groups there are) -> solver,
+# schedule, and the advice behind them if any. Who does not look at the dynamics need not wait for it to be traced.
 Choice = Callable[[Callable[[], Dynamics], PyTree, Tape, int], tuple[Solver, Schedule, Advice | None]]
 
 
@@ -120,9 +120,10 @@ def run_chains(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *
         for start in range(0, num_samples, size):
             stop = min(start + size, num_samples)
             part = tape if size >= num_samples else jax.tree.map(lambda leaf: leaf[:, start:stop], tape)
-            rolled = books.hopeless
-            found = (roll_stretch if rolled else solve_stretch)(solved, current, part)
-            states = _booked(books, found, start, stop, rolled, functools.partial(_finished, solved, current, part, clock))
+            chosen = roll_stretch if books.hopeless else solve_stretch
+            found = chosen(solved, current, part)
+            states = _booked(books, found, start, stop, chosen is roll_stretch,
+                             functools.partial(_finished, solved, current, part, clock))
             # At once, so that an interrupt finds a stretch with its notes or not at all.
             pieces.append((states, [(one.notes, one.defects) for one in found] if books.as_found else None))
             if stop < num_samples:
@@ -172,8 +173,8 @@ def _in_time(initial: list[PyTree], pieces: list[list[PyTree]]) -> list[PyTree]:
     """The paths of all groups, their stretches one after another."""
     if not pieces:
         return jax.tree.map(lambda leaf: jnp.zeros((leaf.shape[0], 0, *leaf.shape[1:]), leaf.dtype), initial)
-    return [stretches[0] if len(stretches) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *stretches)
-            for stretches in zip(*pieces)]
+    return [of_group[0] if len(of_group) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *of_group)
+            for of_group in zip(*pieces)]
 
 
 def _stretch_size(solver: Solver, schedule: Schedule, num_samples: int) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 from partime_mcmc.closures import Named, explicit
 from partime_mcmc.dynamics import Dynamics, without_captures
 from partime_mcmc.kernels import Evidence, Independent, Kernel, Tape
-from partime_mcmc.mcmc.cores import cut, run_groups
+from partime_mcmc.mcmc.cores import cut, run_explicit_groups
 from partime_mcmc.mcmc.draws import End
 from partime_mcmc.mcmc.family import family_of
 from partime_mcmc.mcmc.programs import Clock, run_explicit
@@ -59,9 +59,7 @@ def throw_dice(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, e
     chains = (positions, None, keys) if end is None else (None, (end.carries, end.discrete), keys)
     groups = [(*group, np.uint32(first)) for group in cut(chains, count)]
     program = _Throw(family, num_samples, None if splits_by_counting(keys) else first)
-    with clock.measure("compile"):
-        program, numbers = explicit(program, numbers, *groups[0])
-    return run_groups(program, (numbers,), groups, clock=clock)
+    return run_explicit_groups(program, numbers, groups, clock=clock)
 
 
 def recurrence(kernel: Kernel, positions: PyTree, keys: Key, end: End | None, clock: Clock,

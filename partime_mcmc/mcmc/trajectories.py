@@ -33,7 +33,7 @@ _LONGEST, _MOST_NUMBERS = 256, 2**20
 
 
 def longest_walk(numbers: int) -> int:
-    """Transitions that one call can make, a multiple of 16: their states, of so many numbers each, are written to one array."""
+    """Transitions that one call can make, a multiple of 16, where the states of all chains are so many numbers."""
     return STEPS * max(1, min(_LONGEST // STEPS, _MOST_NUMBERS // (STEPS * numbers)))
 
 
@@ -101,14 +101,14 @@ def _walk(density: Callable, longest: int, params: PyTree, example: PyTree, root
         return (state, log_steps), (*state, rate)
 
     def piece(number, walked):
-        (state, log_steps), buffers = walked
+        carry, buffers = walked
         # All dice of a piece at once: to start the generator costs as much as a transition.
         key = jax.random.fold_in(key_from(words), number)
         uniforms = jax.random.uniform(key, (STEPS, num_chains, dimension + 1), starts.dtype)
         drives = starts, lengths, uniforms[..., 0], normal_of(uniforms[..., 1:])
-        walked, found = lax.scan(transition, (state, log_steps), drives)
+        carry, found = lax.scan(transition, carry, drives)
         write = functools.partial(lax.dynamic_update_slice_in_dim, start_index=number * STEPS, axis=0)
-        return walked, jax.tree.map(write, buffers, found)
+        return carry, jax.tree.map(write, buffers, found)
 
     first = (starts[0], *evaluate(starts[0]))
     shapes = (*first, jnp.zeros_like(first[1]))

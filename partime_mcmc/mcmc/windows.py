@@ -49,7 +49,8 @@ def side_by_side(walker: Walker, seed: Seed, positions: np.ndarray, root: np.nda
     """
     pieces, longest, size = [], longest_walk(positions.size), max(1, size // STEPS) * STEPS
     for start in range(0, size, longest):
-        found = walker.walk(seed.child(start), positions, root, path.step_size, path.num_steps, size=min(longest, size - start))
+        found = walker.walk(seed.child(start), positions, root, path.step_size, path.num_steps,
+                            size=min(longest, size - start))
         pieces.append(found)
         positions = found.positions[-1]
     return Walked(*(np.concatenate(parts) for parts in list(zip(*pieces))[:4]), pieces[-1].step_sizes)

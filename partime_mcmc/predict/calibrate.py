@@ -2,7 +2,7 @@
 
 A small network of tanh units is all starts of kernels, a large one all work, so that with L and 2 L lanes
 
-    o ~ (2 t(L) − t(2 L)) / kernels       from the small one,        w ~ (t(L) − o · kernels) / (L · work)      from the large.
+    o ~ (2 t(L) − t(2 L)) / kernels    from the small one,    w ~ (t(L) − o · kernels) / (L · work)    from the large.
 
 The only place where a machine is timed, and only when somebody asks.
 """

@@ -49,8 +49,9 @@ class Machine:
         """What each of several groups of chains has of the machine, when they run side by side."""
         if groups == 1:
             return self
-        return dataclasses.replace(self, name=f"{self.name}, of which {groups} such groups of chains have a share each", num_cores=max(
-            1, self.num_cores // groups), max_bytes=self.max_bytes / groups)
+        name = f"{self.name}, of which {groups} such groups of chains have a share each"
+        cores = max(1, self.num_cores // groups)
+        return dataclasses.replace(self, name=name, num_cores=cores, max_bytes=self.max_bytes / groups)
 
     def seconds(self, kernels: float, work: float, lanes: int) -> float:
         """c(L): one step of `lanes` lanes with so many kernels, and so much work per lane."""
