@@ -25,7 +25,18 @@ import numpy as np
 
 from benchmarks.record import OUT, keep, timed
 from benchmarks.shooting import EIGHT_SCHOOLS, LOGISTIC, fixed_hmc, gain, tuned
-from partime_mcmc import Status, Tolerance, certify, coalescing_hmc, mala, nuts, rollout, sample, shooting, solve
+from partime_mcmc import (
+    Status,
+    Tolerance,
+    certify,
+    coalescing_hmc,
+    mala,
+    nuts,
+    rollout,
+    sample,
+    shooting,
+    solve,
+)
 from partime_mcmc.dynamics import without_captures
 from partime_mcmc.mcmc.sample import default_tolerance
 
@@ -59,8 +70,13 @@ def thrown(name: str, num_steps: int, num_chains: int):
     starts = jax.tree.map(lambda leaf: leaf[jnp.arange(num_chains) % leaf.shape[0]], pool)
     state = kernel.init(jax.tree.map(lambda leaf: leaf[0], starts))
     initial = jax.vmap(lambda position: kernel.carry(kernel.init(position)))(starts)
-    tape = jax.jit(jax.vmap(lambda key: kernel.tape(key, num_steps, state)))(jax.random.split(jax.random.key(2), num_chains))
-    first, drive = jax.tree.map(lambda leaf: leaf[0], initial), jax.tree.map(lambda leaf: leaf[0, 0], tape)
+    tape = jax.jit(jax.vmap(lambda key: kernel.tape(key, num_steps, state)))(
+        jax.random.split(jax.random.key(2), num_chains)
+    )
+    first, drive = (
+        jax.tree.map(lambda leaf: leaf[0], initial),
+        jax.tree.map(lambda leaf: leaf[0, 0], tape),
+    )
     return kernel, without_captures(kernel.dynamics(), first, drive), initial, tape
 
 
@@ -73,7 +89,12 @@ def measure(name: str, num_steps: int, num_chains: int, loop_steps: int, repeats
     """One row."""
     kernel, dynamics, initial, tape = thrown(name, num_steps, num_chains)
     looked = min(num_steps, loop_steps)
-    runs = {"loop": (over_chains(rollout), (dynamics, initial, jax.tree.map(lambda leaf: leaf[:, :looked], tape)))}
+    runs = {
+        "loop": (
+            over_chains(rollout),
+            (dynamics, initial, jax.tree.map(lambda leaf: leaf[:, :looked], tape)),
+        )
+    }
     tolerance = default_tolerance(kernel, jnp.float32)
     for segments in sorted({min(lanes // num_chains, num_steps // _SHORTEST) for lanes in LANES}):
         if segments > 1:
@@ -83,29 +104,47 @@ def measure(name: str, num_steps: int, num_chains: int, loop_steps: int, repeats
     loop = found["loop"]["seconds"] * num_steps / looked
     rows = [described(segments, found[segments], loop) for segments in runs if segments != "loop"]
     best = max(rows, key=lambda row: (row["status"] == "CONVERGED", row["ratio"]), default=None)
-    result = {"name": name, "num_steps": num_steps, "chains": num_chains, "loop_seconds": loop,
-              "loop_scaled": looked < num_steps, "loop_steps": looked,
-              "loop_compile": found["loop"]["compile"], "loop_temp_bytes": found["loop"]["temp_bytes"],
-              "segments": rows, "best": best}
+    result = {
+        "name": name,
+        "num_steps": num_steps,
+        "chains": num_chains,
+        "loop_seconds": loop,
+        "loop_scaled": looked < num_steps,
+        "loop_steps": looked,
+        "loop_compile": found["loop"]["compile"],
+        "loop_temp_bytes": found["loop"]["temp_bytes"],
+        "segments": rows,
+        "best": best,
+    }
     if best is not None:
         states = found[best["segments"]]["value"].states
         judge = jax.jit(jax.vmap(functools.partial(certify, kernel)))
         certificate = jax.block_until_ready(judge(initial, states, tape))
         begin = time.perf_counter()
         jax.block_until_ready(judge(initial, states, tape))
-        result |= {"certify_seconds": time.perf_counter() - begin, "certified": bool(np.all(certificate.certified)),
-                   "certificate_residual": float(np.max(certificate.max_residual)),
-                   "rejected": int(np.sum(certificate.num_rejected))}
+        result |= {
+            "certify_seconds": time.perf_counter() - begin,
+            "certified": bool(np.all(certificate.certified)),
+            "certificate_residual": float(np.max(certificate.max_residual)),
+            "rejected": int(np.sum(certificate.num_rejected)),
+        }
     return result
 
 
 def described(segments: int, record: dict, loop: float) -> dict:
     """One number of segments."""
     solution = record["value"]
-    return {"segments": segments, "seconds": record["seconds"], "ratio": loop / record["seconds"],
-            "compile": record["compile"], "temp_bytes": record["temp_bytes"],
-            "status": Status(int(np.max(solution.status))).name, "evaluations": float(np.mean(solution.stats.evaluations)),
-            "depth": int(np.max(solution.stats.depth)), "residual": float(np.max(solution.residual))}
+    return {
+        "segments": segments,
+        "seconds": record["seconds"],
+        "ratio": loop / record["seconds"],
+        "compile": record["compile"],
+        "temp_bytes": record["temp_bytes"],
+        "status": Status(int(np.max(solution.status))).name,
+        "evaluations": float(np.mean(solution.stats.evaluations)),
+        "depth": int(np.max(solution.stats.depth)),
+        "residual": float(np.max(solution.residual)),
+    }
 
 
 def precision(num_steps: int, repeats: int) -> list[dict]:
@@ -116,27 +155,44 @@ def precision(num_steps: int, repeats: int) -> list[dict]:
             # Traced anew: the precision is read while tracing.
             kernel, dynamics, initial, tape = thrown("logistic regression, MALA", num_steps, 1)
             one = jax.tree.map(lambda leaf: leaf[0], (initial, tape))
-            run = jax.jit(lambda start, tape: solve(dynamics, start, tape, solver=shooting(256), tolerance=Tolerance()))
+            run = jax.jit(
+                lambda start, tape: solve(
+                    dynamics, start, tape, solver=shooting(256), tolerance=Tolerance()
+                )
+            )
             loop = jax.jit(lambda start, tape: rollout(dynamics, start, tape))
             times = timed({"solve": (run, one), "loop": (loop, one)}, repeats)
             solution = times["solve"]["value"]
         with jax.default_matmul_precision("highest"):
-            certificate = jax.jit(functools.partial(certify, kernel))(one[0], solution.states, one[1])
+            certificate = jax.jit(functools.partial(certify, kernel))(
+                one[0], solution.states, one[1]
+            )
         accepted = np.asarray(certificate.accepted)
         reference = accepted if reference is None else reference
-        found.append({"precision": name, "num_steps": num_steps, "seconds": times["solve"]["seconds"],
-                      "loop_seconds": times["loop"]["seconds"], "compile": times["solve"]["compile"],
-                      "temp_bytes": times["solve"]["temp_bytes"],
-                      "decisions_that_differ": int(np.sum(accepted != reference)),
-                      "certified": bool(certificate.certified),
-                      "residual": float(certificate.max_residual), "rejected": int(certificate.num_rejected)})
+        found.append(
+            {
+                "precision": name,
+                "num_steps": num_steps,
+                "seconds": times["solve"]["seconds"],
+                "loop_seconds": times["loop"]["seconds"],
+                "compile": times["solve"]["compile"],
+                "temp_bytes": times["solve"]["temp_bytes"],
+                "decisions_that_differ": int(np.sum(accepted != reference)),
+                "certified": bool(certificate.certified),
+                "residual": float(certificate.max_residual),
+                "rejected": int(certificate.num_rejected),
+            }
+        )
     return found
 
 
 def table(rows: list[dict], products: list[dict], left_out: list[str]) -> str:
     """All tables as Markdown."""
-    lines = ["| target, kernel | T | chains | loop, s | shooting, s | ratio | segments per chain | evaluations per draw | "
-             "depth | residual | certified |", "|---" * 11 + "|"]
+    lines = [
+        "| target, kernel | T | chains | loop, s | shooting, s | ratio | segments per chain | evaluations per draw | "
+        "depth | residual | certified |",
+        "|---" * 11 + "|",
+    ]
     for row in rows:
         best = row["best"]
         if best is None:
@@ -145,13 +201,21 @@ def table(rows: list[dict], products: list[dict], left_out: list[str]) -> str:
             f"| {row['name']} | {row['num_steps']:,} | {row['chains']} | {row['loop_seconds']:.3f}{_marked(row)} | "
             f"{best['seconds']:.4f} | {gain(best)} | {best['segments']} | {best['evaluations']:.2f} | {best['depth']:,} | "
             f"{best['residual']:.0e} | {'yes' if row['certified'] else 'no'} ({row['certificate_residual']:.0e}, "
-            f"{row['rejected']} rejections) |")
+            f"{row['rejected']} rejections) |"
+        )
     lines += ["", "\\* timed for so many steps and scaled.", ""]
     lines += [f"Left out: {name}." for name in left_out]
-    lines += ["", "| matrix products | T | loop, s | shooting, s | decisions that differ from `highest` | "
-              "residual, noise units | rejections |", "|---" * 7 + "|"]
-    lines += [f"| {one['precision']} | {one['num_steps']:,} | {one['loop_seconds']:.4f} | {one['seconds']:.4f} | "
-              f"{one['decisions_that_differ']} | {one['residual']:.0e} | {one['rejected']} |" for one in products]
+    lines += [
+        "",
+        "| matrix products | T | loop, s | shooting, s | decisions that differ from `highest` | "
+        "residual, noise units | rejections |",
+        "|---" * 7 + "|",
+    ]
+    lines += [
+        f"| {one['precision']} | {one['num_steps']:,} | {one['loop_seconds']:.4f} | {one['seconds']:.4f} | "
+        f"{one['decisions_that_differ']} | {one['residual']:.0e} | {one['rejected']} |"
+        for one in products
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -166,22 +230,36 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--longest", type=int, default=max(LENGTHS), help="largest T")
     parser.add_argument("--chains", type=int, nargs="*", default=CHAINS)
-    parser.add_argument("--loop-steps", type=int, default=20_000, help="steps for which the loop is timed")
+    parser.add_argument(
+        "--loop-steps", type=int, default=20_000, help="steps for which the loop is timed"
+    )
     parser.add_argument("--nuts-loop-steps", type=int, default=1_000, help="the same, for NUTS")
-    parser.add_argument("--budget", type=float, default=240, help="seconds after which no row begins")
+    parser.add_argument(
+        "--budget", type=float, default=240, help="seconds after which no row begins"
+    )
     arguments = parser.parse_args(argv)
     stored = arguments.out / f"chains-{jax.default_backend()}.json"
     begin, rows = time.monotonic(), []
     products = precision(min(10_000, arguments.longest), arguments.repeats)
     write(stored, rows, products, [])
     # The longest single chains first: they are what an accelerator is for.
-    cases = sorted(((name, num_steps, count) for name in CASES for num_steps in LENGTHS for count in arguments.chains
-                    if num_steps <= arguments.longest), key=lambda case: (case[2], -case[1]))
+    cases = sorted(
+        (
+            (name, num_steps, count)
+            for name in CASES
+            for num_steps in LENGTHS
+            for count in arguments.chains
+            if num_steps <= arguments.longest
+        ),
+        key=lambda case: (case[2], -case[1]),
+    )
     left_out = []
     for name, num_steps, count in cases:
         late, large = time.monotonic() - begin > arguments.budget, num_steps * count > _MOST_DRAWS
         if late or large:
-            left_out.append(f"{name} at T = {num_steps:,} with {count} chains, for {'memory' if large else 'time'}")
+            left_out.append(
+                f"{name} at T = {num_steps:,} with {count} chains, for {'memory' if large else 'time'}"
+            )
             continue
         loop_steps = arguments.nuts_loop_steps if "NUTS" in name else arguments.loop_steps
         rows.append(measure(name, num_steps, count, loop_steps, arguments.repeats))
@@ -192,7 +270,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def write(stored: Path, rows: list[dict], products: list[dict], left_out: list[str]) -> None:
     """Keep what there is."""
-    keep(stored, {"rows": rows, "precision": products, "left_out": left_out}, table(rows, products, left_out))
+    keep(
+        stored,
+        {"rows": rows, "precision": products, "left_out": left_out},
+        table(rows, products, left_out),
+    )
 
 
 if __name__ == "__main__":

@@ -44,8 +44,13 @@ LARGEST = 2**24
 def solver_named(name: str, num_units: int):
     """A solver; None leaves the choice to `unroll`."""
     closed = ClosedForm(gru_diagonal, jnp.zeros(num_units))
-    return {"chosen": None, "shooting": shooting(32), "DEER": deer(), "quasi-DEER": Newton(Clipped(closed, 1.0)),
-            "quasi-ELK": quasi_elk()}[name]
+    return {
+        "chosen": None,
+        "shooting": shooting(32),
+        "DEER": deer(),
+        "quasi-DEER": Newton(Clipped(closed, 1.0)),
+        "quasi-ELK": quasi_elk(),
+    }[name]
 
 
 def solvers_of(length: int, width: int, batch: int) -> list[str]:
@@ -57,7 +62,9 @@ def solvers_of(length: int, width: int, batch: int) -> list[str]:
 
 def by_scan(params, carry, inputs):
     """`lax.scan` of every sequence in the batch."""
-    return jax.vmap(lambda carry, inputs: jax.lax.scan(functools.partial(gru, params), carry, inputs))(carry, inputs)
+    return jax.vmap(
+        lambda carry, inputs: jax.lax.scan(functools.partial(gru, params), carry, inputs)
+    )(carry, inputs)
 
 
 def loss(run, params, carry, inputs):
@@ -69,15 +76,24 @@ def interleaved(functions: dict, arguments, looked: int, repeats: int) -> dict:
     """Compile each, run them in turn, `lax.scan` for `looked` steps; seconds of all T steps, memory and values."""
     params, carry, inputs = arguments
     found, scale = {}, {"scan": inputs.shape[1] / looked}
-    given = {name: (params, carry, inputs[:, :looked] if name == "scan" else inputs) for name in functions}
+    given = {
+        name: (params, carry, inputs[:, :looked] if name == "scan" else inputs)
+        for name in functions
+    }
     for name, function in functions.items():
         begin = time.perf_counter()
         compiled = jax.jit(function).lower(*given[name]).compile()
         took = time.perf_counter() - begin
         value, begin = jax.block_until_ready(compiled(*given[name])), time.perf_counter()
         jax.block_until_ready(compiled(*given[name]))
-        found[name] = {"compile": took, "function": compiled, "bytes": temporary_bytes(compiled), "times": [], "value": value,
-                       "about": time.perf_counter() - begin}
+        found[name] = {
+            "compile": took,
+            "function": compiled,
+            "bytes": temporary_bytes(compiled),
+            "times": [],
+            "value": value,
+            "about": time.perf_counter() - begin,
+        }
     for _ in range(settled(repeats, max(record["about"] for record in found.values()))):
         for name, record in found.items():
             begin = time.perf_counter()
@@ -94,29 +110,60 @@ def measure(length: int, width: int, batch: int, repeats: int, loop_steps: int) 
     inputs = jax.random.normal(jax.random.key(1), (batch, length, width))
     arguments = params, carry, inputs
     names = solvers_of(length, width, batch)
-    runs = {"scan": by_scan} | {name: functools.partial(
-        unroll, gru, solver=solver_named(name, width), batch_axes=1) for name in names}
+    runs = {"scan": by_scan} | {
+        name: functools.partial(unroll, gru, solver=solver_named(name, width), batch_axes=1)
+        for name in names
+    }
     forward = interleaved(runs, arguments, looked, repeats)
-    gradient = interleaved({name: jax.grad(functools.partial(loss, run)) for name, run in runs.items()}, arguments, looked,
-                           repeats)
+    gradient = interleaved(
+        {name: jax.grad(functools.partial(loss, run)) for name, run in runs.items()},
+        arguments,
+        looked,
+        repeats,
+    )
     rows = []
     for name in names:
-        status = unroll_with_status(gru, *arguments, solver=solver_named(name, width), batch_axes=1)[2]
-        states = np.abs(np.asarray(forward[name]["value"][1][:, :looked]) - np.asarray(forward["scan"]["value"][1])).max()
-        gaps = [np.abs(a - b).max() / np.abs(b).max() for a, b in zip(*(map(np.asarray, jax.tree.leaves(
-            gradient[key]["value"])) for key in (name, "scan")))]
-        row = {"T": length, "D": width, "batch": batch, "solver": name, "parallel": bool(np.all(status.parallel)),
-               "status": Status(int(np.max(status.solver_status))).name, "iterations": int(np.max(status.iterations)),
-               "evaluations": float(np.mean(status.evaluations)), "state_difference": float(states),
-               "gradient_difference": float(max(gaps)) if looked == length else None,
-               "residual": float(np.max(status.residual)), "loop_scaled": looked < length}
+        status = unroll_with_status(
+            gru, *arguments, solver=solver_named(name, width), batch_axes=1
+        )[2]
+        states = np.abs(
+            np.asarray(forward[name]["value"][1][:, :looked])
+            - np.asarray(forward["scan"]["value"][1])
+        ).max()
+        gaps = [
+            np.abs(a - b).max() / np.abs(b).max()
+            for a, b in zip(
+                *(
+                    map(np.asarray, jax.tree.leaves(gradient[key]["value"]))
+                    for key in (name, "scan")
+                )
+            )
+        ]
+        row = {
+            "T": length,
+            "D": width,
+            "batch": batch,
+            "solver": name,
+            "parallel": bool(np.all(status.parallel)),
+            "status": Status(int(np.max(status.solver_status))).name,
+            "iterations": int(np.max(status.iterations)),
+            "evaluations": float(np.mean(status.evaluations)),
+            "state_difference": float(states),
+            "gradient_difference": float(max(gaps)) if looked == length else None,
+            "residual": float(np.max(status.residual)),
+            "loop_scaled": looked < length,
+        }
         if name == "chosen" and batch == 1 and row["parallel"]:
             row["adjoint_evaluations"] = adjoint_evaluations(params, carry[0], inputs[0])
         for kind, found in (("forward", forward), ("gradient", gradient)):
-            row[kind] = {"scan_seconds": min(found["scan"]["times"]), "seconds": min(found[name]["times"]),
-                         "ratio": min(found["scan"]["times"]) / min(found[name]["times"]),
-                         "scan_bytes": found["scan"]["bytes"], "bytes": found[name]["bytes"],
-                         "compile": found[name]["compile"]}
+            row[kind] = {
+                "scan_seconds": min(found["scan"]["times"]),
+                "seconds": min(found[name]["times"]),
+                "ratio": min(found["scan"]["times"]) / min(found[name]["times"]),
+                "scan_bytes": found["scan"]["bytes"],
+                "bytes": found[name]["bytes"],
+                "compile": found[name]["compile"],
+            }
         rows.append(row)
     return rows
 
@@ -133,12 +180,17 @@ def adjoint_evaluations(params, carry, inputs) -> float:
 
 def table(rows: list[dict], left_out: list[str]) -> str:
     """The Markdown table."""
-    lines = ["| T | D | batch | solver | forward: scan, ms | | gradient: scan, ms | | residual | states differ | "
-             "gradients differ | passes | evaluations per step, adjoint | memory of the gradient: scan, this |",
-             "|" + "---|" * 14]
+    lines = [
+        "| T | D | batch | solver | forward: scan, ms | | gradient: scan, ms | | residual | states differ | "
+        "gradients differ | passes | evaluations per step, adjoint | memory of the gradient: scan, this |",
+        "|" + "---|" * 14,
+    ]
     for row in sorted(rows, key=key_of):
         forward, gradient = row["forward"], row["gradient"]
-        how, scaled = f"{row['solver']}" + ("" if row["parallel"] else " (sequential)"), "*" * row.get("loop_scaled", False)
+        how, scaled = (
+            f"{row['solver']}" + ("" if row["parallel"] else " (sequential)"),
+            "*" * row.get("loop_scaled", False),
+        )
         gap, adjoint = row["gradient_difference"], row.get("adjoint_evaluations")
         # Rows of older records have no residual.
         residual = f"{row['residual']:.0e}" if "residual" in row else "not recorded"
@@ -148,10 +200,16 @@ def table(rows: list[dict], left_out: list[str]) -> str:
             f"{residual} | {row['state_difference']:.0e} | {'not compared' if gap is None else f'{gap:.0e}'} | "
             f"{row['iterations']} | "
             f"{row['evaluations']:.2f}{'' if adjoint is None else f', {adjoint:.2f}'} | "
-            f"{_mebibytes(gradient['scan_bytes'])}, {_mebibytes(gradient['bytes'])} MiB |")
+            f"{_mebibytes(gradient['scan_bytes'])}, {_mebibytes(gradient['bytes'])} MiB |"
+        )
     scaled = any(row.get("loop_scaled") for row in rows)
     notes = ["\\* timed for fewer steps and scaled; its memory is that of fewer steps."] * scaled
-    return "\n".join([*lines, "", *notes, *(f"Left out, for memory or time: {name}." for name in left_out)]) + "\n"
+    return (
+        "\n".join(
+            [*lines, "", *notes, *(f"Left out, for memory or time: {name}." for name in left_out)]
+        )
+        + "\n"
+    )
 
 
 def _mebibytes(size: int | None) -> str:
@@ -172,14 +230,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--largest", type=int, default=LARGEST, help="most numbers in a path")
-    parser.add_argument("--loop-steps", type=int, default=10**9, help="steps for which `lax.scan` is timed")
-    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no row begins")
+    parser.add_argument(
+        "--loop-steps", type=int, default=10**9, help="steps for which `lax.scan` is timed"
+    )
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), help="seconds after which no row begins"
+    )
     flags = parser.parse_args(argv)
     stored = flags.out / f"gru-{jax.default_backend()}.json"
-    rows = {key_of(row): row for row in json.loads(stored.read_text())["rows"]} if stored.exists() else {}
+    rows = (
+        {key_of(row): row for row in json.loads(stored.read_text())["rows"]}
+        if stored.exists()
+        else {}
+    )
     left_out, begin = [], time.monotonic()
     # Long ones first: they are what is asked for, and a budget ends the rest.
-    for length, width, batch in sorted(itertools.product(flags.lengths, flags.widths, flags.batches), reverse=True):
+    for length, width, batch in sorted(
+        itertools.product(flags.lengths, flags.widths, flags.batches), reverse=True
+    ):
         if length * width * batch > flags.largest or time.monotonic() - begin > flags.budget:
             left_out.append(f"T = {length:,}, D = {width}, batch {batch}")
             continue

@@ -25,7 +25,18 @@ import numpy as np
 import optax
 
 from benchmarks.record import OUT, keep
-from partime_mcmc import ConstantDamping, Dynamics, RelaxingDamping, Status, deer, elk, quasi_deer, quasi_elk, rollout, solve
+from partime_mcmc import (
+    ConstantDamping,
+    Dynamics,
+    RelaxingDamping,
+    Status,
+    deer,
+    elk,
+    quasi_deer,
+    quasi_elk,
+    rollout,
+    solve,
+)
 from partime_mcmc.rnn import gru, gru_params
 
 CONSTANTS = (1e-8, 1e-6, 1e-4, 1e-2)
@@ -37,15 +48,21 @@ _QUASI_PASSES = 10
 def train(num_units: int, num_updates: int, seed: int = 0) -> dict:
     """Weights of cell and readout after Adam on the one-step prediction error of a noisy sine wave."""
     rng = np.random.default_rng(seed)
-    wave = np.sin(0.3 * np.arange(513)[None] + rng.uniform(0, 2 * np.pi, (8, 1))) + 0.05 * rng.normal(size=(8, 513))
+    wave = np.sin(
+        0.3 * np.arange(513)[None] + rng.uniform(0, 2 * np.pi, (8, 1))
+    ) + 0.05 * rng.normal(size=(8, 513))
     wave = jnp.asarray(wave[..., None])
-    weights = {"cell": gru_params(jax.random.key(seed), 1, num_units, wave.dtype),
-               "readout": jnp.asarray(rng.normal(size=(num_units, 1)) / num_units**0.5, wave.dtype)}
+    weights = {
+        "cell": gru_params(jax.random.key(seed), 1, num_units, wave.dtype),
+        "readout": jnp.asarray(rng.normal(size=(num_units, 1)) / num_units**0.5, wave.dtype),
+    }
     optimizer = optax.adam(1e-2)
 
     def loss(weights):
         def run(inputs):
-            return jax.lax.scan(functools.partial(gru, weights["cell"]), jnp.zeros(num_units, wave.dtype), inputs)[1]
+            return jax.lax.scan(
+                functools.partial(gru, weights["cell"]), jnp.zeros(num_units, wave.dtype), inputs
+            )[1]
 
         predicted = jax.vmap(run)(wave[:, :-1]) @ weights["readout"]
         return jnp.mean((predicted - wave[:, 1:])[:, 32:] ** 2)
@@ -57,7 +74,9 @@ def train(num_units: int, num_updates: int, seed: int = 0) -> dict:
         change, memory = optimizer.update(gradient, memory)
         return (optax.apply_updates(weights, change), memory), value
 
-    (weights, _), values = jax.lax.scan(update, (weights, optimizer.init(weights)), None, length=num_updates)
+    (weights, _), values = jax.lax.scan(
+        update, (weights, optimizer.init(weights)), None, length=num_updates
+    )
     return weights | {"loss": values[-1]}
 
 
@@ -70,15 +89,29 @@ def step(weights, state, noise):
 
 def solvers() -> dict:
     """Solvers by name."""
-    named = {"Newton": deer(), "Newton, clipped": deer(clip=1.0), "quasi-Newton, clipped": quasi_deer()}
+    named = {
+        "Newton": deer(),
+        "Newton, clipped": deer(clip=1.0),
+        "quasi-Newton, clipped": quasi_deer(),
+    }
     named |= {f"ELK, damping {value:g}": elk(policy=ConstantDamping(value)) for value in CONSTANTS}
     slow = RelaxingDamping(initial=1.0, cooling=0.7)
-    named |= {"ELK, relaxing from 1": elk(policy=slow), "quasi-ELK, relaxing from 1": quasi_elk(policy=slow)}
-    named |= {f"quasi-ELK, damping {value:g}": quasi_elk(policy=ConstantDamping(value)) for value in QUASI_CONSTANTS}
-    named["quasi-ELK, relaxing from 10, slowly"] = quasi_elk(policy=RelaxingDamping(initial=10.0, cooling=0.97))
+    named |= {
+        "ELK, relaxing from 1": elk(policy=slow),
+        "quasi-ELK, relaxing from 1": quasi_elk(policy=slow),
+    }
+    named |= {
+        f"quasi-ELK, damping {value:g}": quasi_elk(policy=ConstantDamping(value))
+        for value in QUASI_CONSTANTS
+    }
+    named["quasi-ELK, relaxing from 10, slowly"] = quasi_elk(
+        policy=RelaxingDamping(initial=10.0, cooling=0.97)
+    )
     # The last of these is what `elk()` is.
     for initial in (1e-2, 1e-4):
-        named[f"ELK, relaxing from {initial:g}, fast"] = elk(policy=RelaxingDamping(initial=initial, cooling=0.5))
+        named[f"ELK, relaxing from {initial:g}, fast"] = elk(
+            policy=RelaxingDamping(initial=initial, cooling=0.5)
+        )
     return named
 
 
@@ -98,41 +131,69 @@ def main(argv: list[str] | None = None) -> list[dict]:
     rows = [row for size in NOISE for row in compare(flags, weights, size)]
     if not flags.only:
         settings = {name: value for name, value in vars(flags).items() if isinstance(value, int)}
-        keep(flags.out / "gru-autoregressive.json", {"settings": settings, "rows": rows}, table(rows))
+        keep(
+            flags.out / "gru-autoregressive.json", {"settings": settings, "rows": rows}, table(rows)
+        )
     return rows
 
 
 def compare(flags, weights, size: float) -> list[dict]:
     """The rows for one size of noise."""
-    noise = size * jnp.asarray(np.random.default_rng(1).normal(size=(flags.num_steps, 1)), jnp.float32)
+    noise = size * jnp.asarray(
+        np.random.default_rng(1).normal(size=(flags.num_steps, 1)), jnp.float32
+    )
     initial = jnp.zeros(flags.num_units), jnp.zeros(1)
     dynamics = Dynamics(step, {"cell": weights["cell"], "readout": weights["readout"]})
     wanted = jax.jit(rollout)(dynamics, initial, noise)
-    print(f"GRU with {flags.num_units} units, error {float(weights['loss']):.4f}; on its own with noise {size} for "
-          f"{flags.num_steps:,} steps: values from {float(wanted[1].min()):.2f} to {float(wanted[1].max()):.2f}")
+    print(
+        f"GRU with {flags.num_units} units, error {float(weights['loss']):.4f}; on its own with noise {size} for "
+        f"{flags.num_steps:,} steps: values from {float(wanted[1].min()):.2f} to {float(wanted[1].max()):.2f}"
+    )
     rows = []
     for name, solver in solvers().items():
         if flags.only and name not in flags.only:
             continue
         passes = flags.max_iterations * (_QUASI_PASSES if name.startswith("quasi") else 1)
-        found = jax.jit(functools.partial(solve, solver=solver, max_iterations=passes))(dynamics, initial, noise)
+        found = jax.jit(functools.partial(solve, solver=solver, max_iterations=passes))(
+            dynamics, initial, noise
+        )
         history = np.asarray(found.stats.residual_history)
-        rows.append({"noise": size, "solver": name, "status": Status(int(found.status)).name,
-                     "iterations": int(found.iterations), "exact": int(found.num_exact),
-                     "largest_residual": float(np.nanmax(history)), "overflowed": int(found.stats.num_replaced_updates),
-                     "difference": float(np.abs(np.asarray(found.states[0]) - np.asarray(wanted[0])).max())})
+        rows.append(
+            {
+                "noise": size,
+                "solver": name,
+                "status": Status(int(found.status)).name,
+                "iterations": int(found.iterations),
+                "exact": int(found.num_exact),
+                "largest_residual": float(np.nanmax(history)),
+                "overflowed": int(found.stats.num_replaced_updates),
+                "difference": float(
+                    np.abs(np.asarray(found.states[0]) - np.asarray(wanted[0])).max()
+                ),
+            }
+        )
         print(rows[-1], flush=True)
     return rows
 
 
 def table(rows: list[dict]) -> str:
     """The Markdown table."""
-    heads = ("noise", "solver", "verdict", "passes", "exact steps", "largest residual on the way",
-             "updates that overflowed", "differs from the loop")
+    heads = (
+        "noise",
+        "solver",
+        "verdict",
+        "passes",
+        "exact steps",
+        "largest residual on the way",
+        "updates that overflowed",
+        "differs from the loop",
+    )
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for row in rows:
-        lines.append(f"| {row['noise']} | {row['solver']} | {row['status']} | {row['iterations']} | {row['exact']} | "
-                     f"{row['largest_residual']:.1e} | {row['overflowed']} | {row['difference']:.0e} |")
+        lines.append(
+            f"| {row['noise']} | {row['solver']} | {row['status']} | {row['iterations']} | {row['exact']} | "
+            f"{row['largest_residual']:.1e} | {row['overflowed']} | {row['difference']:.0e} |"
+        )
     return "\n".join(lines) + "\n"
 
 

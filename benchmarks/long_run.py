@@ -27,7 +27,17 @@ import jax
 import numpy as np
 
 from benchmarks.record import OUT, keep, peak_resident
-from partime_mcmc import StoredDraws, Stretches, coalescing_hmc, loop, open_draws, progress_line, quiet, sample, shooting
+from partime_mcmc import (
+    StoredDraws,
+    Stretches,
+    coalescing_hmc,
+    loop,
+    open_draws,
+    progress_line,
+    quiet,
+    sample,
+    shooting,
+)
 from partime_mcmc.mcmc.warmup import Warmup
 from partime_mcmc.models.eight_schools import make_target
 
@@ -38,15 +48,33 @@ def prepared() -> tuple[Any, Any]:
     """The target and its warm-up."""
     jax.config.update("jax_enable_x64", True)
     target = make_target(jax.random.key(0))
-    return target, sample(jax.random.key(1), target, coalescing_hmc, num_samples=8, num_chains=CHAINS, progress=False).warmup
+    return target, sample(
+        jax.random.key(1), target, coalescing_hmc, num_samples=8, num_chains=CHAINS, progress=False
+    ).warmup
 
 
-def draw(target: Any, warmup: Any, key: int, num_samples: int, store: str | None, thinning: int = 1,
-         progress: Any = quiet) -> Any:
+def draw(
+    target: Any,
+    warmup: Any,
+    key: int,
+    num_samples: int,
+    store: str | None,
+    thinning: int = 1,
+    progress: Any = quiet,
+) -> Any:
     """Chains of `num_samples` draws each, with a plan that both sides share."""
-    return sample(jax.random.key(key), target, warmup, num_samples=num_samples, num_chains=CHAINS,
-                  solver=shooting(num_segments=32), schedule=Stretches(STRETCH), store=store,
-                  thinning=thinning if store else 1, progress=progress)
+    return sample(
+        jax.random.key(key),
+        target,
+        warmup,
+        num_samples=num_samples,
+        num_chains=CHAINS,
+        solver=shooting(num_segments=32),
+        schedule=Stretches(STRETCH),
+        store=store,
+        thinning=thinning if store else 1,
+        progress=progress,
+    )
 
 
 def memory(num_draws: int, thinning: int, folder: str) -> dict[str, Any]:
@@ -55,18 +83,31 @@ def memory(num_draws: int, thinning: int, folder: str) -> dict[str, Any]:
     before, begin = peak_resident(), time.perf_counter()
     draws = draw(target, warmup, 2, num_draws // CHAINS, folder, thinning)
     seconds = time.perf_counter() - begin
-    return {"num_draws": num_draws, "thinning": thinning, "seconds": seconds, "draws_per_second": num_draws / seconds,
-            "seconds_compile": draws.report.seconds_compile, "peak_bytes": peak_resident(), "peak_bytes_before": before,
-            "bytes_on_disk": sum(file.stat().st_size for file in Path(folder).iterdir()), **judged(draws)}
+    return {
+        "num_draws": num_draws,
+        "thinning": thinning,
+        "seconds": seconds,
+        "draws_per_second": num_draws / seconds,
+        "seconds_compile": draws.report.seconds_compile,
+        "peak_bytes": peak_resident(),
+        "peak_bytes_before": before,
+        "bytes_on_disk": sum(file.stat().st_size for file in Path(folder).iterdir()),
+        **judged(draws),
+    }
 
 
 def judged(draws: StoredDraws) -> dict[str, Any]:
     """What the certificate and the running statistics say."""
     rows = {row["name"]: row for row in draws.running.summary()}
-    return {"certified": bool(np.all(draws.certificate.certified)),
-            "max_residual": float(np.max(draws.certificate.max_residual)),
-            "num_chunks": len(draws.chunks), "fallbacks": len(draws.report.fallbacks),
-            "evaluations_per_sample": draws.report.evaluations_per_sample, "mu": rows["mu"], "tau": rows["tau"]}
+    return {
+        "certified": bool(np.all(draws.certificate.certified)),
+        "max_residual": float(np.max(draws.certificate.max_residual)),
+        "num_chunks": len(draws.chunks),
+        "fallbacks": len(draws.report.fallbacks),
+        "evaluations_per_sample": draws.report.evaluations_per_sample,
+        "mu": rows["mu"],
+        "tau": rows["tau"],
+    }
 
 
 def speed(num_samples: int, repeats: int) -> dict[str, Any]:
@@ -76,8 +117,13 @@ def speed(num_samples: int, repeats: int) -> dict[str, Any]:
         runs = {
             "memory": lambda key: draw(target, warmup, key, num_samples, None),
             "store": lambda key: draw(target, warmup, key, num_samples, f"{folder}/{key}"),
-            "thinned store": lambda key: draw(target, warmup, key, num_samples, f"{folder}/thin{key}", 10),
-            "progress line": lambda key: draw(target, warmup, key, num_samples, f"{folder}/line{key}", 10, progress_line)}
+            "thinned store": lambda key: draw(
+                target, warmup, key, num_samples, f"{folder}/thin{key}", 10
+            ),
+            "progress line": lambda key: draw(
+                target, warmup, key, num_samples, f"{folder}/line{key}", 10, progress_line
+            ),
+        }
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         residuals = dict.fromkeys(runs, 0.0)
         for repeat in range(repeats + 1):
@@ -86,14 +132,22 @@ def speed(num_samples: int, repeats: int) -> dict[str, Any]:
                 draws = run(10 + repeat)
                 if repeat:  # the first one compiles
                     seconds[name].append(time.perf_counter() - begin)
-                residuals[name] = max(residuals[name], float(np.max(draws.certificate.max_residual)))
+                residuals[name] = max(
+                    residuals[name], float(np.max(draws.certificate.max_residual))
+                )
     found = {name: statistics.median(values) for name, values in seconds.items()}
-    return {"num_samples": num_samples, "num_chains": CHAINS, "repeats": repeats, "seconds": found, "all_seconds": seconds,
-            "residuals": residuals,
-            "store_against_memory": found["memory"] / found["store"], "thinned_against_memory": found["memory"] / found[
-                "thinned store"],
-            "progress_costs": found["progress line"] / found["thinned store"] - 1,
-            "loop_seconds": loop_seconds(warmup, num_samples)}
+    return {
+        "num_samples": num_samples,
+        "num_chains": CHAINS,
+        "repeats": repeats,
+        "seconds": found,
+        "all_seconds": seconds,
+        "residuals": residuals,
+        "store_against_memory": found["memory"] / found["store"],
+        "thinned_against_memory": found["memory"] / found["thinned store"],
+        "progress_costs": found["progress line"] / found["thinned store"] - 1,
+        "loop_seconds": loop_seconds(warmup, num_samples),
+    }
 
 
 def loop_seconds(warmup: Warmup, num_samples: int) -> float:
@@ -102,8 +156,11 @@ def loop_seconds(warmup: Warmup, num_samples: int) -> float:
 
     @jax.jit
     def run(positions, keys):
-        return jax.vmap(lambda position, key: loop(kernel, kernel.init(position), jax.random.split(key, num_samples))[0])(
-            positions, keys)
+        return jax.vmap(
+            lambda position, key: loop(
+                kernel, kernel.init(position), jax.random.split(key, num_samples)
+            )[0]
+        )(positions, keys)
 
     times = []
     for seed in range(3):
@@ -130,8 +187,11 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         "| run | draws | seconds | kernel's own loop, s | draws per second | against memory | residual, noise units |",
         "|---" * 7 + "|",
-        *(f"| {name} | {draws:,} | {value:.2f} | {fast['loop_seconds']:.2f} | {draws / value:,.0f} | "
-          f"{each['memory'] / value:.2f} | {residual.get(name, 'not recorded')} |" for name, value in each.items()),
+        *(
+            f"| {name} | {draws:,} | {value:.2f} | {fast['loop_seconds']:.2f} | {draws / value:,.0f} | "
+            f"{each['memory'] / value:.2f} | {residual.get(name, 'not recorded')} |"
+            for name, value in each.items()
+        ),
         f"| kernel's own loop, nothing certified | {draws:,} | {fast['loop_seconds']:.2f} | {fast['loop_seconds']:.2f} | "
         f"{draws / fast['loop_seconds']:,.0f} | | none measured |",
         f"| to disk, every {big['thinning']}th kept | {big['num_draws']:,} | {big['seconds']:.1f} | {loop:.1f} (scaled) | "
@@ -142,7 +202,8 @@ def table(results: dict[str, Any]) -> str:
         f"{'all chains certified' if big['certified'] else 'NOT certified'}, largest residual "
         f"{big['max_residual']:.1e} noise units, {big['evaluations_per_sample']:.2f} evaluations per draw, "
         f"{big['fallbacks']} fallbacks, {big['seconds_compile']:.1f} s of it compilation. The progress line costs "
-        f"{100 * fast['progress_costs']:+.1f}%."]
+        f"{100 * fast['progress_costs']:+.1f}%.",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -150,12 +211,22 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, and write `long-run-cpu.json` and `long-run-cpu.md`, named by the platform."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--num-draws", type=int, default=10_000_000, help="of all chains, in the long run")
+    parser.add_argument(
+        "--num-draws", type=int, default=10_000_000, help="of all chains, in the long run"
+    )
     parser.add_argument("--thinning", type=int, default=10)
-    parser.add_argument("--num-samples", type=int, default=250_000,
-                        help="draws per chain where memory and disk are compared")
+    parser.add_argument(
+        "--num-samples",
+        type=int,
+        default=250_000,
+        help="draws per chain where memory and disk are compared",
+    )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", choices=("memory", "speed"), help="measure this and keep the rest of the stored results")
+    parser.add_argument(
+        "--only",
+        choices=("memory", "speed"),
+        help="measure this and keep the rest of the stored results",
+    )
     arguments = parser.parse_args(argv)
     stored = arguments.out / f"long-run-{jax.default_backend()}.json"
     results = {}
@@ -168,7 +239,11 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.only != "memory":
         results["speed"] = alone(speed, arguments.num_samples, arguments.repeats)
     results.pop("about", None)
-    text = table(results) if {"memory", "speed"} <= set(results) else "Measured in part: run both questions for a table.\n"
+    text = (
+        table(results)
+        if {"memory", "speed"} <= set(results)
+        else "Measured in part: run both questions for a table.\n"
+    )
     keep(stored, results, text)
     print(text)
 

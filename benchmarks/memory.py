@@ -13,12 +13,30 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.record import OUT, keep, temporary_bytes
-from partime_mcmc import Dynamics, Tolerance, deer, elk, jacobi, picard, quasi_deer, quasi_elk, sequential, shooting, solve
+from partime_mcmc import (
+    Dynamics,
+    Tolerance,
+    deer,
+    elk,
+    jacobi,
+    picard,
+    quasi_deer,
+    quasi_elk,
+    sequential,
+    shooting,
+    solve,
+)
 
 SOLVERS = {
-    "sequential": sequential(), "shooting": shooting(steps=64), "Jacobi": jacobi(), "Picard": picard(),
-    "quasi-DEER, exact diagonal": quasi_deer(), "quasi-DEER, 1 probe": quasi_deer(num_probes=1), "quasi-ELK": quasi_elk(),
-    "DEER": deer(), "ELK": elk(),
+    "sequential": sequential(),
+    "shooting": shooting(steps=64),
+    "Jacobi": jacobi(),
+    "Picard": picard(),
+    "quasi-DEER, exact diagonal": quasi_deer(),
+    "quasi-DEER, 1 probe": quasi_deer(num_probes=1),
+    "quasi-ELK": quasi_elk(),
+    "DEER": deer(),
+    "ELK": elk(),
 }
 # Below some thousand steps the compiler keeps less.
 _NUM_STEPS = 16_384
@@ -32,7 +50,11 @@ def step(params, state, drive):
 def bytes_of(solver, width: int, num_steps: int) -> int:
     """Temporary memory of the compiled solve."""
     dynamics = Dynamics(step, jnp.zeros((width, width)))
-    run = jax.jit(lambda dynamics, initial, drives: solve(dynamics, initial, drives, solver=solver, tolerance=Tolerance()))
+    run = jax.jit(
+        lambda dynamics, initial, drives: solve(
+            dynamics, initial, drives, solver=solver, tolerance=Tolerance()
+        )
+    )
     shapes = jax.eval_shape(lambda: (dynamics, jnp.zeros(width), jnp.zeros((num_steps, width))))
     return temporary_bytes(run.lower(*shapes).compile())
 
@@ -45,8 +67,14 @@ def copies(name: str, width: int) -> float:
 def table(rows: dict[str, dict[int, float]]) -> str:
     """The Markdown table."""
     widths = sorted(next(iter(rows.values())))
-    lines = ["| solver | " + " | ".join(f"D = {width}" for width in widths) + " |", "|---" * (1 + len(widths)) + "|"]
-    lines += [f"| {name} | " + " | ".join(f"{row[width]:.1f}" for width in widths) + " |" for name, row in rows.items()]
+    lines = [
+        "| solver | " + " | ".join(f"D = {width}" for width in widths) + " |",
+        "|---" * (1 + len(widths)) + "|",
+    ]
+    lines += [
+        f"| {name} | " + " | ".join(f"{row[width]:.1f}" for width in widths) + " |"
+        for name, row in rows.items()
+    ]
     return "\n".join(lines) + "\n\nTemporary memory per step, in copies of a state of D numbers.\n"
 
 

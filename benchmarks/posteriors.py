@@ -50,7 +50,9 @@ class Compilation:
         jax.monitoring.register_event_duration_secs_listener(self._hear)
 
     def _hear(self, name: str, seconds: float, **more) -> None:
-        if name.endswith(("jaxpr_trace_duration", "jaxpr_to_mlir_module_duration", "backend_compile_duration")):
+        if name.endswith(
+            ("jaxpr_trace_duration", "jaxpr_to_mlir_module_duration", "backend_compile_duration")
+        ):
             # Events are told at their end, by whatever thread.
             now = time.perf_counter()
             self.intervals.append((now - seconds, now))
@@ -74,7 +76,9 @@ def timed(run, compilation: Compilation) -> tuple[float, float]:
     compiling = covered(compilation.intervals, begin, end)
     seconds = end - begin - compiling
     if not seconds > 0:
-        raise RuntimeError(f"a call took {end - begin:.3f} s, of which JAX says that it compiled all of the time")
+        raise RuntimeError(
+            f"a call took {end - begin:.3f} s, of which JAX says that it compiled all of the time"
+        )
     return seconds, compiling
 
 
@@ -95,7 +99,11 @@ def measure(name: str, method: str) -> dict:
     def sampler(num_samples):
         if method == "ours":
             return ParallelMCMC(
-                CoalescingHMC(model), num_warmup=WARMUP, num_samples=num_samples, num_chains=CHAINS, progress_bar=False
+                CoalescingHMC(model),
+                num_warmup=WARMUP,
+                num_samples=num_samples,
+                num_chains=CHAINS,
+                progress_bar=False,
             )
         return numpyro.infer.MCMC(
             numpyro.infer.NUTS(model, dense_mass=True),
@@ -124,7 +132,9 @@ def measure(name: str, method: str) -> dict:
     for _ in range(3):  # the third time counts
         warmup_seconds, compiling = timed(warm_up, compilation)
         warmup_gradients = (
-            warmup_report(mcmc) if method == "ours" else int(np.asarray(mcmc.get_extra_fields()["num_steps"]).sum())
+            warmup_report(mcmc)
+            if method == "ours"
+            else int(np.asarray(mcmc.get_extra_fields()["num_steps"]).sum())
         )
         sample_seconds, more = timed(lambda: run(mcmc), compilation)
         compile_seconds = compile_seconds or compiling + more
@@ -136,8 +146,14 @@ def measure(name: str, method: str) -> dict:
     if method == "ours":
         report = mcmc.report
         steps += CHAINS * SAMPLES / 4
-        alone = ParallelMCMC(CoalescingHMC(model), num_warmup=WARMUP, num_samples=SAMPLES, num_chains=CHAINS,
-                             progress_bar=False, solver=sequential())
+        alone = ParallelMCMC(
+            CoalescingHMC(model),
+            num_warmup=WARMUP,
+            num_samples=SAMPLES,
+            num_chains=CHAINS,
+            progress_bar=False,
+            solver=sequential(),
+        )
         for _ in range(2):
             alone.post_warmup_state = mcmc.post_warmup_state
             loop_seconds, _ = timed(lambda: run(alone), compilation)
@@ -185,7 +201,12 @@ def in_a_process(name: str, method: str) -> dict:
     if done.returncode:
         # After the error JAX may say that it has shortened the traceback.
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return {"failed": next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception)\b", line)), lines[-1])}
+        return {
+            "failed": next(
+                (line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception)\b", line)),
+                lines[-1],
+            )
+        }
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -223,10 +244,20 @@ def table(rows: dict) -> str:
     # Records of before certificates were recorded do not say.
     ours = [row["ours"] for row in rows.values() if "level" in row.get("ours", {})]
     evidence = sorted({one.get("evidence", "by an independent pass") for one in ours})
-    methods = [m for m in METHODS if m != "ours" and any("seconds_to_target" in row.get(m, {}) for row in rows.values())]
-    lines.append(f"\nCertificates: {', '.join(evidence)}. NUTS: the fastest of {', '.join(methods)}.")
-    lines += [f"\n{name}, {m}: failed, {row[m]['failed']}." for name, row in rows.items() for m in METHODS
-              if "failed" in row.get(m, {})]
+    methods = [
+        m
+        for m in METHODS
+        if m != "ours" and any("seconds_to_target" in row.get(m, {}) for row in rows.values())
+    ]
+    lines.append(
+        f"\nCertificates: {', '.join(evidence)}. NUTS: the fastest of {', '.join(methods)}."
+    )
+    lines += [
+        f"\n{name}, {m}: failed, {row[m]['failed']}."
+        for name, row in rows.items()
+        for m in METHODS
+        if "failed" in row.get(m, {})
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -240,20 +271,29 @@ def main(argv: list[str] | None = None) -> None:
     """Measure every posterior and write `posteriors-cpu.json` and `.md`; stored rows that are not asked for are kept."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=OUT)
-    parser.add_argument("--only", nargs="*", default=[""], help="posteriors whose name contains one of these")
+    parser.add_argument(
+        "--only", nargs="*", default=[""], help="posteriors whose name contains one of these"
+    )
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--one", nargs=2, metavar=("NAME", "METHOD"), help="measure in this process and print JSON")
+    parser.add_argument(
+        "--one", nargs=2, metavar=("NAME", "METHOD"), help="measure in this process and print JSON"
+    )
     arguments = parser.parse_args(argv)
     if arguments.one:
         print(json.dumps(measure(*arguments.one)))
         return
     if not os.environ.get(VARIABLE):
-        parser.error(f"{VARIABLE} is not set: it names the folder with models.py and one JSON file per posterior")
+        parser.error(
+            f"{VARIABLE} is not set: it names the folder with models.py and one JSON file per posterior"
+        )
     stored = arguments.out / "posteriors-cpu.json"
     rows = json.loads(stored.read_text())["rows"] if stored.exists() else {}
     for path in sorted(pathlib.Path(os.environ[VARIABLE]).glob("*.json")):
         if any(part in path.stem for part in arguments.only):
-            rows[path.stem] = {**rows.get(path.stem, {}), **{m: in_a_process(path.stem, m) for m in arguments.methods}}
+            rows[path.stem] = {
+                **rows.get(path.stem, {}),
+                **{m: in_a_process(path.stem, m) for m in arguments.methods},
+            }
             print(json.dumps({path.stem: rows[path.stem]}), flush=True)
             keep(stored, {"chains": CHAINS, "rows": rows}, table(rows))
     print(table(rows))

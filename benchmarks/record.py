@@ -41,16 +41,28 @@ def about() -> dict[str, Any]:
 
     from partime_mcmc.mcmc.finish import versions
 
-    return {"platform": jax.default_backend(), "device": jax.devices()[0].device_kind, "machine": platform.machine(),
-            "cores": os.cpu_count(), "python": platform.python_version(), "versions": versions(), "commit": commit(),
-            "peak_resident_bytes": peak_resident(), "peak_device_bytes": peak_device()}
+    return {
+        "platform": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": versions(),
+        "commit": commit(),
+        "peak_resident_bytes": peak_resident(),
+        "peak_device_bytes": peak_device(),
+    }
 
 
 def commit() -> str:
     """The commit that is measured, marked where files differ from it; "unknown" without git or outside a checkout."""
     try:
-        found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                               cwd=Path(__file__).parent)
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent,
+        )
     except FileNotFoundError:
         return "unknown"
     return found.stdout.strip() or "unknown"
@@ -59,7 +71,9 @@ def commit() -> str:
 def peak_resident() -> int:
     """The largest resident memory of this process so far, bytes."""
     # Kilobytes on Linux, bytes on a Mac.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def peak_device() -> int | None:
@@ -97,8 +111,14 @@ def prepared(runs: dict[Any, tuple[Callable, tuple]]) -> dict[Any, dict]:
     for name, (function, arguments) in runs.items():
         begin = time.perf_counter()
         compiled = function.lower(*arguments).compile()
-        found[name] = {"compile": time.perf_counter() - begin, "times": [], "function": compiled, "arguments": arguments,
-                       "temp_bytes": temporary_bytes(compiled), "value": jax.block_until_ready(compiled(*arguments))}
+        found[name] = {
+            "compile": time.perf_counter() - begin,
+            "times": [],
+            "function": compiled,
+            "arguments": arguments,
+            "temp_bytes": temporary_bytes(compiled),
+            "value": jax.block_until_ready(compiled(*arguments)),
+        }
     return found
 
 

@@ -29,7 +29,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.record import OUT, keep, put_between, timed
-from partime_mcmc import Dynamics, Kernel, Status, certify, hmc, mala, nuts, rollout, sample, shooting, solve
+from partime_mcmc import (
+    Dynamics,
+    Kernel,
+    Status,
+    certify,
+    hmc,
+    mala,
+    nuts,
+    rollout,
+    sample,
+    shooting,
+    solve,
+)
 from partime_mcmc.dynamics import without_captures
 from partime_mcmc.mcmc.sample import default_tolerance
 from partime_mcmc.mcmc.target import Target
@@ -72,15 +84,21 @@ def fixed_hmc(step_size: float, leapfrogs: int) -> tuple[Callable, Callable]:
 
 def raw_hmc(step_size: float, leapfrogs: int) -> tuple[Callable, Callable]:
     """HMC with a unit metric in the target's own coordinates."""
-    return hmc, lambda logdensity, metric, settings: hmc(logdensity, step_size, jnp.ones_like(metric.center), leapfrogs)
+    return hmc, lambda logdensity, metric, settings: hmc(
+        logdensity, step_size, jnp.ones_like(metric.center), leapfrogs
+    )
 
 
 def tuned(builder: Callable) -> tuple[Callable, Callable]:
     """A builder, and the kernel with the settings that warm-up chose for it."""
-    return builder, lambda logdensity, metric, settings: builder(logdensity, metric=metric, **settings)
+    return builder, lambda logdensity, metric, settings: builder(
+        logdensity, metric=metric, **settings
+    )
 
 
-EIGHT_SCHOOLS, BANANA, LOGISTIC = (built_in(name) for name in ("eight_schools", "banana", "logistic"))
+EIGHT_SCHOOLS, BANANA, LOGISTIC = (
+    built_in(name) for name in ("eight_schools", "banana", "logistic")
+)
 
 ROWS = (
     Row("eight schools, MALA", EIGHT_SCHOOLS, *tuned(mala), 65_536),
@@ -99,10 +117,14 @@ ROWS = (
 def warmed_up(model: Callable, builder: Callable, num_warmup: int, dtype: str):
     """The warm-up of a model, shared by its rows of one `dtype`."""
     target = model()
-    return target, sample(jax.random.key(1), target, builder, num_samples=0, num_warmup=num_warmup).warmup
+    return target, sample(
+        jax.random.key(1), target, builder, num_samples=0, num_warmup=num_warmup
+    ).warmup
 
 
-def measure(row: Row, repeats: int, num_warmup: int, scale: float, segments_tried: tuple[int, ...]) -> dict:
+def measure(
+    row: Row, repeats: int, num_warmup: int, scale: float, segments_tried: tuple[int, ...]
+) -> dict:
     """Times, work and checks of one row."""
     target, warmup = warmed_up(row.model, row.builder, num_warmup, row.dtype)
     kernel = row.kernel(target.logdensity, metric=warmup.whitening, settings=warmup.settings)
@@ -110,7 +132,9 @@ def measure(row: Row, repeats: int, num_warmup: int, scale: float, segments_trie
     state = kernel.init(jax.tree.map(lambda leaf: leaf[0], warmup.positions))
     tape = jax.jit(lambda key, state: kernel.tape(key, num_steps, state))(jax.random.key(2), state)
     initial = kernel.carry(state)
-    dynamics = without_captures(kernel.dynamics(), initial, jax.tree.map(lambda leaf: leaf[0], tape))
+    dynamics = without_captures(
+        kernel.dynamics(), initial, jax.tree.map(lambda leaf: leaf[0], tape)
+    )
     tolerance = default_tolerance(kernel, jax.tree.leaves(initial)[0].dtype)
     pool = jax.vmap(lambda position: kernel.carry(kernel.init(position)))(warmup.pool)
     advice = advise(dynamics, initial, tape, starts=pool, num_steps=num_steps, tolerance=tolerance)
@@ -120,17 +144,41 @@ def measure(row: Row, repeats: int, num_warmup: int, scale: float, segments_trie
             solve_it = functools.partial(solve, solver=shooting(segments), tolerance=tolerance)
             runs[segments] = (jax.jit(solve_it), (dynamics, initial, tape))
     found = timed(runs, repeats)
-    result = {"name": row.name, "num_steps": num_steps, "dtype": row.dtype, "settings": {
-        key: float(value) for key, value in warmup.settings.items()} if row.builder is not hmc else {},
-        "loop_seconds": found["loop"]["seconds"], "loop_compile": found["loop"]["compile"],
-        "loop_temp_bytes": found["loop"]["temp_bytes"], "segments": []}
+    result = {
+        "name": row.name,
+        "num_steps": num_steps,
+        "dtype": row.dtype,
+        "settings": {key: float(value) for key, value in warmup.settings.items()}
+        if row.builder is not hmc
+        else {},
+        "loop_seconds": found["loop"]["seconds"],
+        "loop_compile": found["loop"]["compile"],
+        "loop_temp_bytes": found["loop"]["temp_bytes"],
+        "segments": [],
+    }
     reference = np.asarray(found["loop"]["value"])
     for segments in [key for key in runs if key != "loop"]:
-        result["segments"].append(entry(segments, found[segments], found["loop"]["seconds"], reference))
+        result["segments"].append(
+            entry(segments, found[segments], found["loop"]["seconds"], reference)
+        )
     best = fastest(result["segments"])
-    result["advice"] = {"segments": advice.num_segments, "expected": advice.speedup, "said": str(advice), "ratio": next(
-        (item["ratio"] for item in result["segments"] if item["segments"] == advice.num_segments), 1.0)}
-    result["best"] = {**best, **certified(kernel, initial, found[best["segments"]]["value"].states, tape, reference)}
+    result["advice"] = {
+        "segments": advice.num_segments,
+        "expected": advice.speedup,
+        "said": str(advice),
+        "ratio": next(
+            (
+                item["ratio"]
+                for item in result["segments"]
+                if item["segments"] == advice.num_segments
+            ),
+            1.0,
+        ),
+    }
+    result["best"] = {
+        **best,
+        **certified(kernel, initial, found[best["segments"]]["value"].states, tape, reference),
+    }
     return result
 
 
@@ -138,10 +186,19 @@ def entry(segments: int, record: dict, loop_seconds: float, reference: np.ndarra
     """One number of segments."""
     solution = record["value"]
     distance = np.abs(np.asarray(solution.states) - reference).max()
-    return {"segments": segments, "seconds": record["seconds"], "ratio": loop_seconds / record["seconds"],
-            "compile": record["compile"], "temp_bytes": record["temp_bytes"], "status": Status(int(solution.status)).name,
-            "evaluations": float(solution.stats.evaluations), "depth": int(solution.stats.depth),
-            "passes": int(solution.iterations) + 1, "residual": float(solution.residual), "distance": float(distance)}
+    return {
+        "segments": segments,
+        "seconds": record["seconds"],
+        "ratio": loop_seconds / record["seconds"],
+        "compile": record["compile"],
+        "temp_bytes": record["temp_bytes"],
+        "status": Status(int(solution.status)).name,
+        "evaluations": float(solution.stats.evaluations),
+        "depth": int(solution.stats.depth),
+        "passes": int(solution.iterations) + 1,
+        "residual": float(solution.residual),
+        "distance": float(distance),
+    }
 
 
 def certified(kernel: Kernel, initial, states, tape, reference: np.ndarray) -> dict:
@@ -151,10 +208,16 @@ def certified(kernel: Kernel, initial, states, tape, reference: np.ndarray) -> d
     certificate = jax.block_until_ready(certify(kernel, initial, states, tape))
     seconds = time.perf_counter() - begin
     theirs = certify(kernel, initial, jnp.asarray(reference), tape)
-    return {"certified": bool(certificate.certified), "certify_seconds": seconds,
-            "certificate_residual": float(certificate.max_residual), "rejected": int(certificate.num_rejected),
-            "decisions_that_differ": int(np.sum(np.asarray(certificate.accepted) != np.asarray(theirs.accepted))),
-            "bitwise_equal_steps": float(np.mean((np.asarray(states) == reference).all(axis=-1)))}
+    return {
+        "certified": bool(certificate.certified),
+        "certify_seconds": seconds,
+        "certificate_residual": float(certificate.max_residual),
+        "rejected": int(certificate.num_rejected),
+        "decisions_that_differ": int(
+            np.sum(np.asarray(certificate.accepted) != np.asarray(theirs.accepted))
+        ),
+        "bitwise_equal_steps": float(np.mean((np.asarray(states) == reference).all(axis=-1))),
+    }
 
 
 def network(repeats: int, scale: float) -> dict:
@@ -166,13 +229,25 @@ def network(repeats: int, scale: float) -> dict:
     initial = jnp.zeros(width, jnp.float32)
     runs = {"loop": (jax.jit(rollout), (dynamics, initial, drives))}
     for segments in SEGMENTS:
-        runs[segments] = (jax.jit(functools.partial(solve, solver=shooting(segments))), (dynamics, initial, drives))
+        runs[segments] = (
+            jax.jit(functools.partial(solve, solver=shooting(segments))),
+            (dynamics, initial, drives),
+        )
     found = timed(runs, repeats)
     reference = np.asarray(found["loop"]["value"])
-    items = [entry(key, found[key], found["loop"]["seconds"], reference) for key in runs if key != "loop"]
-    return {"name": "tanh network, 64 units", "num_steps": num_steps, "dtype": "float32", "settings": {},
-            "loop_seconds": found["loop"]["seconds"], "loop_compile": found["loop"]["compile"], "segments": items,
-            "best": fastest(items)}
+    items = [
+        entry(key, found[key], found["loop"]["seconds"], reference) for key in runs if key != "loop"
+    ]
+    return {
+        "name": "tanh network, 64 units",
+        "num_steps": num_steps,
+        "dtype": "float32",
+        "settings": {},
+        "loop_seconds": found["loop"]["seconds"],
+        "loop_compile": found["loop"]["compile"],
+        "segments": items,
+        "best": fastest(items),
+    }
 
 
 def fastest(items: list[dict]) -> dict:
@@ -187,34 +262,53 @@ def counted(rejected: int) -> str:
 
 def gain(best: dict) -> str:
     """The ratio of times, or that there is none."""
-    return f"**{best['ratio']:.1f}×**" if best["status"] == "CONVERGED" else f"not solved: {best['status']}"
+    return (
+        f"**{best['ratio']:.1f}×**"
+        if best["status"] == "CONVERGED"
+        else f"not solved: {best['status']}"
+    )
 
 
 def table(results: list[dict]) -> str:
     """The Markdown table."""
-    lines = ["| target, kernel | T | loop, µs/step | shooting | segments | advised: segments, ratio | "
-             "evaluations per draw | residual | certified, decisions that differ | compile loop / shooting, s |",
-             "|---|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| target, kernel | T | loop, µs/step | shooting | segments | advised: segments, ratio | "
+        "evaluations per draw | residual | certified, decisions that differ | compile loop / shooting, s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for result in results:
         best = result["best"]
-        check = "—" if "certified" not in best else (
-            f"{'yes' if best['certified'] else 'no'} ({best['certificate_residual']:.0e} noise units, "
-            f"{counted(best['rejected'])}), {best['decisions_that_differ']}")
+        check = (
+            "—"
+            if "certified" not in best
+            else (
+                f"{'yes' if best['certified'] else 'no'} ({best['certificate_residual']:.0e} noise units, "
+                f"{counted(best['rejected'])}), {best['decisions_that_differ']}"
+            )
+        )
         advice = result.get("advice")
-        advised = "—" if advice is None else "the loop" if advice["segments"] == 1 else (
-            f"{advice['segments']}, {advice['ratio']:.1f}×")
+        advised = (
+            "—"
+            if advice is None
+            else "the loop"
+            if advice["segments"] == 1
+            else (f"{advice['segments']}, {advice['ratio']:.1f}×")
+        )
         lines.append(
             f"| {result['name']}, {result['dtype']} | {result['num_steps']:,} | "
             f"{1e6 * result['loop_seconds'] / result['num_steps']:.2f} | {gain(best)} | {best['segments']} | {advised} | "
             f"{best['evaluations']:.2f} | {best['residual']:.0e} | {check} | "
-            f"{result['loop_compile']:.1f} / {best['compile']:.1f} |")
+            f"{result['loop_compile']:.1f} / {best['compile']:.1f} |"
+        )
     return "\n".join(lines) + "\n\n" + NOTE + "\n"
 
 
-NOTE = ("Decisions that differ from the loop's: two compiled programs round differently, so a proposal whose acceptance "
-        "probability is within rounding of its uniform may go either way, and a forgetful chain is back on the same path "
-        "soon after. Expected are T times the mean difference of acceptance probabilities: 1e-9 per run in float64, up to a "
-        "few in float32, where every decision is still right under the batched step that the certificate evaluates.")
+NOTE = (
+    "Decisions that differ from the loop's: two compiled programs round differently, so a proposal whose acceptance "
+    "probability is within rounding of its uniform may go either way, and a forgetful chain is back on the same path "
+    "soon after. Expected are T times the mean difference of acceptance probabilities: 1e-9 per run in float64, up to a "
+    "few in float32, where every decision is still right under the batched step that the certificate evaluates."
+)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -224,23 +318,42 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--num-warmup", type=int, default=1000)
     parser.add_argument("--scale", type=float, default=1.0, help="fraction of every T")
-    parser.add_argument("--segments", type=int, nargs="+", default=SEGMENTS, help="numbers tried beside the advised one")
-    parser.add_argument("--only", default="", help="rows whose name contains this; others keep their stored results")
+    parser.add_argument(
+        "--segments",
+        type=int,
+        nargs="+",
+        default=SEGMENTS,
+        help="numbers tried beside the advised one",
+    )
+    parser.add_argument(
+        "--only", default="", help="rows whose name contains this; others keep their stored results"
+    )
     parser.add_argument("--readme", type=Path, help="a file whose table is to be replaced")
     arguments = parser.parse_args(argv)
     results = []
     for row in ROWS:
         if arguments.only in row.name:
             with jax.enable_x64(row.dtype == "float64"):
-                results.append(measure(row, arguments.repeats, arguments.num_warmup, arguments.scale,
-                                       tuple(arguments.segments)))
+                results.append(
+                    measure(
+                        row,
+                        arguments.repeats,
+                        arguments.num_warmup,
+                        arguments.scale,
+                        tuple(arguments.segments),
+                    )
+                )
             print(table(results[-1:]).splitlines()[2], flush=True)
     if arguments.only in "tanh network, 64 units":
         results.append(network(arguments.repeats, arguments.scale))
     stored = arguments.out / f"shooting-{jax.default_backend()}.json"
     if arguments.only and stored.exists():
         results = merged(json.loads(stored.read_text())["rows"], results)
-    keep(stored, {"repeats": arguments.repeats, "scale": arguments.scale, "rows": results}, table(results))
+    keep(
+        stored,
+        {"repeats": arguments.repeats, "scale": arguments.scale, "rows": results},
+        table(results),
+    )
     print(table(results))
     if arguments.readme:
         put_between(arguments.readme, BEGIN, END, table(results))

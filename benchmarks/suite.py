@@ -54,51 +54,128 @@ class Task:
 
 def _shooting(name: str, estimate: float, limit: float) -> Task:
     # Every number of segments is a program of its own, and compiling them is most of the time.
-    return Task("shooting", ("--repeats", "5", "--segments", "32", "64", "128", "--only", name), estimate, limit)
+    return Task(
+        "shooting",
+        ("--repeats", "5", "--segments", "32", "64", "128", "--only", name),
+        estimate,
+        limit,
+    )
 
 
 # Seconds that all tasks of a suite may take.
 BOUNDS = {"cpu": 20 * 60, "gpu": 6 * 60, "smoke": 180}
 SUITES = {
     "cpu": (
-        Task("scans", (), 95, 120), Task("memory", (), 20, 35),
-        _shooting("eight schools", 150, 200), _shooting("banana, HMC 8×0.5", 20, 45), _shooting("mixture", 20, 45),
+        Task("scans", (), 95, 120),
+        Task("memory", (), 20, 35),
+        _shooting("eight schools", 150, 200),
+        _shooting("banana, HMC 8×0.5", 20, 45),
+        _shooting("mixture", 20, 45),
         _shooting("logistic", 65, 90),
         Task("advised", ("--only", "eight schools, MALA", "--repeats", "3"), 35, 70),
         Task("advised", ("--only", "random walk", "--repeats", "3"), 20, 40),
-        Task("dice_shooting", ("--dtypes", "float32", "--num-numbers", "10000000", "--repeats", "3"), 85, 115),
+        Task(
+            "dice_shooting",
+            ("--dtypes", "float32", "--num-numbers", "10000000", "--repeats", "3"),
+            85,
+            115,
+        ),
         Task("chains_or_time", ("--chains", "1", "16", "256"), 130, 180),
         Task("gru", ("--lengths", "32768", "--widths", "32", "64", "--batches", "1"), 25, 50),
-        Task("long_run", ("--num-draws", "1000000", "--num-samples", "62500", "--repeats", "3"), 55, 80),
+        Task(
+            "long_run",
+            ("--num-draws", "1000000", "--num-samples", "62500", "--repeats", "3"),
+            55,
+            80,
+        ),
         Task("posteriors", ("--only", "sblri-blr"), 100, 130, POSTERIORS),
     ),
     "gpu": (
         Task("gpu", ("--budget", "120"), 170, 190),
-        Task("scans", ("--dtype", "float32", "float64", "bfloat16", "--repeats", "5", "--loop-steps", "1000"), 60, 80),
-        Task("gru", ("--lengths", "10000", "100000", "1000000", "--widths", "8", "32", "128", "--batches", "1",
-                     "--repeats", "3", "--largest", str(2**27), "--loop-steps", "2000", "--budget", "55"), 75, 90),
+        Task(
+            "scans",
+            ("--dtype", "float32", "float64", "bfloat16", "--repeats", "5", "--loop-steps", "1000"),
+            60,
+            80,
+        ),
+        Task(
+            "gru",
+            (
+                "--lengths",
+                "10000",
+                "100000",
+                "1000000",
+                "--widths",
+                "8",
+                "32",
+                "128",
+                "--batches",
+                "1",
+                "--repeats",
+                "3",
+                "--largest",
+                str(2**27),
+                "--loop-steps",
+                "2000",
+                "--budget",
+                "55",
+            ),
+            75,
+            90,
+        ),
     ),
     "smoke": (
         Task("scans", ("--longest", "1000", "--widths", "8", "--repeats", "1"), 8, 90),
-        Task("shooting", ("--only", "banana, HMC 8×0.5", "--scale", "0.02", "--num-warmup", "100", "--repeats", "1",
-                          "--segments", "16"), 15, 90),
+        Task(
+            "shooting",
+            (
+                "--only",
+                "banana, HMC 8×0.5",
+                "--scale",
+                "0.02",
+                "--num-warmup",
+                "100",
+                "--repeats",
+                "1",
+                "--segments",
+                "16",
+            ),
+            15,
+            90,
+        ),
     ),
 }
 # What does not fit, by suite: to be run on its own, `python -m benchmarks.MODULE`.
 LEFT_OUT = {
-    "cpu": ("gru_autoregressive", "iterations", "devices", "running", "dice (meeting times)", "dice_shooting in float64",
-            "advised, all other rows", "posteriors, the other eight", "validation", "long_run of 10⁷ draws",
-            "gru at all other sizes"),
+    "cpu": (
+        "gru_autoregressive",
+        "iterations",
+        "devices",
+        "running",
+        "dice (meeting times)",
+        "dice_shooting in float64",
+        "advised, all other rows",
+        "posteriors, the other eight",
+        "validation",
+        "long_run of 10⁷ draws",
+        "gru at all other sizes",
+    ),
     "gpu": ("gru at batch 16", "memory"),
     "smoke": (),
 }
 # What the README quotes: record, and the marks around its table.
-QUOTED = {name: (f"<!-- table: benchmarks/results/{name}.md -->", end) for name, end in (
-    ("posteriors-cpu", "<!-- end of posteriors -->"), ("dice-meetings", "<!-- end of meetings -->"),
-    ("dice-shooting", "<!-- end of dice shooting -->"))}
+QUOTED = {
+    name: (f"<!-- table: benchmarks/results/{name}.md -->", end)
+    for name, end in (
+        ("posteriors-cpu", "<!-- end of posteriors -->"),
+        ("dice-meetings", "<!-- end of meetings -->"),
+        ("dice-shooting", "<!-- end of dice shooting -->"),
+    )
+}
 QUOTED["shooting-cpu"] = (
     "<!-- table: benchmarks/results/shooting-cpu.md, written by `python -m benchmarks.shooting --readme README.md` -->",
-    "<!-- end of table -->")
+    "<!-- end of table -->",
+)
 
 
 def run(suite: str, out: Path) -> int:
@@ -107,19 +184,31 @@ def run(suite: str, out: Path) -> int:
     out.mkdir(parents=True, exist_ok=True)
     begin, done, described = time.monotonic(), [], device()
     tasks = [task for task in SUITES[suite] if task.needs is None or os.environ.get(task.needs)]
-    left_out = [*LEFT_OUT[suite], *(f"{task.name} ({task.needs} is not set)" for task in SUITES[suite] if task not in tasks)]
+    left_out = [
+        *LEFT_OUT[suite],
+        *(f"{task.name} ({task.needs} is not set)" for task in SUITES[suite] if task not in tasks),
+    ]
     for number, task in enumerate(tasks, 1):
-        print(f"[{number}/{len(tasks)}, {time.monotonic() - begin:.0f} s] {task.name}: about {task.estimate:.0f} s",
-              flush=True)
+        print(
+            f"[{number}/{len(tasks)}, {time.monotonic() - begin:.0f} s] {task.name}: about {task.estimate:.0f} s",
+            flush=True,
+        )
         done.append(one(task, out))
         print(f"    {done[-1]['outcome']} after {done[-1]['seconds']:.0f} s", flush=True)
-        record = {"suite": suite, "seconds": time.monotonic() - begin, "tasks": done, "left_out": left_out,
-                  "about": described}
+        record = {
+            "suite": suite,
+            "seconds": time.monotonic() - begin,
+            "tasks": done,
+            "left_out": left_out,
+            "about": described,
+        }
         (out / "suite.json").write_text(json.dumps(record, indent=1))
     failed = [task["name"] for task in done if task["outcome"] != "done"]
-    print(f"{len(done) - len(failed)} of {len(done)} benchmarks done in {time.monotonic() - begin:.0f} s; results in {out}"
-          + "".join(f"\nnot done: {name}" for name in failed)
-          + f"\nnot part of this suite: {', '.join(left_out) or 'nothing'}")
+    print(
+        f"{len(done) - len(failed)} of {len(done)} benchmarks done in {time.monotonic() - begin:.0f} s; results in {out}"
+        + "".join(f"\nnot done: {name}" for name in failed)
+        + f"\nnot part of this suite: {', '.join(left_out) or 'nothing'}"
+    )
     return int(bool(failed))
 
 
@@ -132,13 +221,19 @@ def one(task: Task, out: Path) -> dict:
     with log.open("a") as stream:
         print(f"$ {' '.join(command)}", file=stream, flush=True)
         try:
-            code = subprocess.run(command, stdout=stream, stderr=stream, timeout=task.limit, cwd=ROOT).returncode
+            code = subprocess.run(
+                command, stdout=stream, stderr=stream, timeout=task.limit, cwd=ROOT
+            ).returncode
             outcome = "done" if code == 0 else f"failed with exit code {code}, see {log.name}"
         except subprocess.TimeoutExpired:
             outcome = f"stopped: more than {task.limit:.0f} s"
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    return {"name": task.name, "outcome": outcome, "seconds": time.monotonic() - begin,
-            "largest_resident_bytes_so_far": peak}
+    return {
+        "name": task.name,
+        "outcome": outcome,
+        "seconds": time.monotonic() - begin,
+        "largest_resident_bytes_so_far": peak,
+    }
 
 
 def device() -> dict:
@@ -152,15 +247,21 @@ def device() -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__.split("\n\n")[0]
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     running = commands.add_parser("run", help="measure")
     running.add_argument("--suite", choices=sorted(SUITES), default="cpu")
     running.add_argument("--out", type=Path, default=OUT, help="where results go")
     running.set_defaults(act=lambda arguments: run(arguments.suite, arguments.out))
-    reporting = commands.add_parser("report", help="one page with all tables and pictures of a folder of results")
+    reporting = commands.add_parser(
+        "report", help="one page with all tables and pictures of a folder of results"
+    )
     reporting.add_argument("folder", type=Path)
-    reporting.add_argument("--readme", type=Path, help="a file whose tables are to be replaced by those of the folder")
+    reporting.add_argument(
+        "--readme", type=Path, help="a file whose tables are to be replaced by those of the folder"
+    )
     reporting.set_defaults(act=report)
     arguments = parser.parse_args(argv)
     return arguments.act(arguments)

@@ -56,24 +56,48 @@ class Target:
     def line(self, folder: Path) -> str:
         """One line of the Markdown table."""
         found = self.found(folder)
-        verdict = "not measured" if found is None else "met" if self.bound.holds(found, self.wanted) else "**not met**"
+        verdict = (
+            "not measured"
+            if found is None
+            else "met"
+            if self.bound.holds(found, self.wanted)
+            else "**not met**"
+        )
         figure = "—" if found is None else f"{found:.3g}"
         return f"| {self.name} | {self.bound.sign} {self.wanted:g} | {figure} | {verdict} |"
 
 
 def _rows(start: str, record: dict) -> list[dict]:
-    return [row for row in record["rows"] if row["name"].startswith(start) and row["best"]["status"] == "CONVERGED"]
+    return [
+        row
+        for row in record["rows"]
+        if row["name"].startswith(start) and row["best"]["status"] == "CONVERGED"
+    ]
 
 
-def shooting(start: str, wanted: float, figure: str = "one chain, loop / shooting", file: str = "shooting-cpu") -> Target:
+def shooting(
+    start: str,
+    wanted: float,
+    figure: str = "one chain, loop / shooting",
+    file: str = "shooting-cpu",
+) -> Target:
     """The worst ratio of all rows whose name starts so."""
-    return Target(f"{start}: {figure}", file, lambda record: min(row["best"]["ratio"] for row in _rows(start, record)),
-                  AT_LEAST, wanted)
+    return Target(
+        f"{start}: {figure}",
+        file,
+        lambda record: min(row["best"]["ratio"] for row in _rows(start, record)),
+        AT_LEAST,
+        wanted,
+    )
 
 
 def _evaluations(record: dict) -> float:
     """The most evaluations per draw among chains that are advised to run in parallel."""
-    return max(row["best"]["evaluations"] for row in record["rows"] if row.get("advice", {}).get("segments", 1) > 1)
+    return max(
+        row["best"]["evaluations"]
+        for row in record["rows"]
+        if row.get("advice", {}).get("segments", 1) > 1
+    )
 
 
 def _advised(record: dict) -> float:
@@ -82,81 +106,180 @@ def _advised(record: dict) -> float:
 
 def _scan(record: dict) -> float:
     """The scan in use against the fastest of all, the worst size."""
-    return max(row["scans"][row["in_use"]]["seconds"] / min(one["seconds"] for one in row["scans"].values())
-               for row in record["rows"])
+    return max(
+        row["scans"][row["in_use"]]["seconds"]
+        / min(one["seconds"] for one in row["scans"].values())
+        for row in record["rows"]
+    )
 
 
 def _associative(record: dict) -> float:
-    row = [row for row in record["rows"] if (row["kind"], row["num_steps"], row["width"]) == ("diagonal", 1_000_000, 8)][0]
+    row = [
+        row
+        for row in record["rows"]
+        if (row["kind"], row["num_steps"], row["width"]) == ("diagonal", 1_000_000, 8)
+    ][0]
     return row["scans"]["associative"]["seconds"] / row["scans"][row["in_use"]]["seconds"]
 
 
 def _bandwidth(record: dict) -> float:
-    return max(row["scans"][row["in_use"]]["bytes_per_second"] / row["copy_bytes_per_second"]
-               for row in record["rows"] if row["kind"] == "diagonal")
+    return max(
+        row["scans"][row["in_use"]]["bytes_per_second"] / row["copy_bytes_per_second"]
+        for row in record["rows"]
+        if row["kind"] == "diagonal"
+    )
 
 
 def gru(width: int, length: int) -> Callable[[dict], float]:
     """Forward, one sequence, no solver given."""
+
     def read(record: dict) -> float:
-        return [row["forward"]["ratio"] for row in record["rows"]
-                if (row["T"], row["D"], row["batch"], row["solver"]) == (length, width, 1, "chosen")][0]
+        return [
+            row["forward"]["ratio"]
+            for row in record["rows"]
+            if (row["T"], row["D"], row["batch"], row["solver"]) == (length, width, 1, "chosen")
+        ][0]
 
     return read
 
 
 def _gru_worst(record: dict) -> float:
-    return min(row[kind]["ratio"] for row in record["rows"] if row["solver"] == "chosen" for kind in ("forward", "gradient"))
+    return min(
+        row[kind]["ratio"]
+        for row in record["rows"]
+        if row["solver"] == "chosen"
+        for kind in ("forward", "gradient")
+    )
 
 
 def _dice(record: dict) -> float:
-    return min(kernel["best"]["ratio"] for name, kernel in record["kernels"].items() if name.startswith("MALA"))
+    return min(
+        kernel["best"]["ratio"]
+        for name, kernel in record["kernels"].items()
+        if name.startswith("MALA")
+    )
 
 
 def _dice_evaluations(record: dict) -> float:
-    return max(row["evaluations"] for name, kernel in record["kernels"].items() if name.startswith("MALA")
-               for row in kernel["segments"] if row["segments"] == 1024)
+    return max(
+        row["evaluations"]
+        for name, kernel in record["kernels"].items()
+        if name.startswith("MALA")
+        for row in kernel["segments"]
+        if row["segments"] == 1024
+    )
 
 
 def _against_nuts(record: dict) -> list[float]:
     """Time to the wanted ESS, NUTS at its fastest / ours, of each posterior."""
-    return [min(one["seconds_to_target"] for method, one in row.items() if method != "ours" and "seconds_to_target" in one)
-            / row["ours"]["seconds_to_target"] for row in record["rows"].values()]
+    return [
+        min(
+            one["seconds_to_target"]
+            for method, one in row.items()
+            if method != "ours" and "seconds_to_target" in one
+        )
+        / row["ours"]["seconds_to_target"]
+        for row in record["rows"].values()
+    ]
 
 
 def chain(start: str, num_steps: int) -> Callable[[dict], float]:
     """One chain on an accelerator."""
+
     def read(record: dict) -> float:
-        return [row["best"]["ratio"] for row in record["rows"] if row["name"].startswith(start) and row["chains"] == 1
-                and row["num_steps"] == num_steps and row["best"]["status"] == "CONVERGED"][0]
+        return [
+            row["best"]["ratio"]
+            for row in record["rows"]
+            if row["name"].startswith(start)
+            and row["chains"] == 1
+            and row["num_steps"] == num_steps
+            and row["best"]["status"] == "CONVERGED"
+        ][0]
 
     return read
 
 
 TARGETS = {
     "cpu": (
-        shooting("eight schools, MALA", 3.5), shooting("eight schools, HMC", 4), shooting("banana, HMC 8×0.5", 9),
-        shooting("mixture of two normals, MALA", 6), shooting("logistic regression", 1.5),
+        shooting("eight schools, MALA", 3.5),
+        shooting("eight schools, HMC", 4),
+        shooting("banana, HMC 8×0.5", 9),
+        shooting("mixture of two normals, MALA", 6),
+        shooting("logistic regression", 1.5),
         shooting("eight schools, NUTS", 1.7),
         Target("most evaluations per draw of these", "shooting-cpu", _evaluations, AT_MOST, 2),
         Target("scan in use / fastest, worst size", "scans-cpu", _scan, AT_MOST, 1.05),
-        Target("associative scan / scan in use, T = 10⁶, D = 8", "scans-cpu", _associative, AT_LEAST, 5),
-        Target("loop / `solver=None`, worst chains", "shooting-advised-cpu", _advised, AT_LEAST, 0.8),
-        Target("`lax.scan` / `unroll` with no solver given, worst network", "gru-cpu", _gru_worst, AT_LEAST, 0.8),
-        Target("GRU D = 64, T = 32,768: `lax.scan` / `unroll`, forward", "gru-cpu", gru(64, 32_768), AT_LEAST, 2),
-        Target("MALA, coalescing dice: BlackJAX's loop / shooting, dice included", "dice-shooting", _dice, AT_LEAST, 5),
-        Target("the same, evaluations per draw at 1,024 segments", "dice-shooting", _dice_evaluations, AT_MOST, 1.6),
-        Target("posteriors on which ours reaches the ESS before NUTS, share", "posteriors-cpu",
-               lambda record: statistics.mean(ratio > 1 for ratio in _against_nuts(record)), AT_LEAST, 7 / 9),
-        Target("seconds to the ESS, NUTS / ours, median of posteriors", "posteriors-cpu",
-               lambda record: statistics.median(_against_nuts(record)), AT_LEAST, 4),
+        Target(
+            "associative scan / scan in use, T = 10⁶, D = 8", "scans-cpu", _associative, AT_LEAST, 5
+        ),
+        Target(
+            "loop / `solver=None`, worst chains", "shooting-advised-cpu", _advised, AT_LEAST, 0.8
+        ),
+        Target(
+            "`lax.scan` / `unroll` with no solver given, worst network",
+            "gru-cpu",
+            _gru_worst,
+            AT_LEAST,
+            0.8,
+        ),
+        Target(
+            "GRU D = 64, T = 32,768: `lax.scan` / `unroll`, forward",
+            "gru-cpu",
+            gru(64, 32_768),
+            AT_LEAST,
+            2,
+        ),
+        Target(
+            "MALA, coalescing dice: BlackJAX's loop / shooting, dice included",
+            "dice-shooting",
+            _dice,
+            AT_LEAST,
+            5,
+        ),
+        Target(
+            "the same, evaluations per draw at 1,024 segments",
+            "dice-shooting",
+            _dice_evaluations,
+            AT_MOST,
+            1.6,
+        ),
+        Target(
+            "posteriors on which ours reaches the ESS before NUTS, share",
+            "posteriors-cpu",
+            lambda record: statistics.mean(ratio > 1 for ratio in _against_nuts(record)),
+            AT_LEAST,
+            7 / 9,
+        ),
+        Target(
+            "seconds to the ESS, NUTS / ours, median of posteriors",
+            "posteriors-cpu",
+            lambda record: statistics.median(_against_nuts(record)),
+            AT_LEAST,
+            4,
+        ),
     ),
     "gpu": (
-        Target("eight schools HMC, one chain, T = 10⁶", "chains-gpu", chain("eight schools, HMC", 1_000_000), AT_LEAST, 100),
-        Target("logistic regression MALA, one chain, T = 10⁵", "chains-gpu", chain("logistic regression, MALA", 100_000),
-               AT_LEAST, 50),
-        Target("logistic regression HMC, one chain, T = 10⁵", "chains-gpu", chain("logistic regression, HMC", 100_000),
-               AT_LEAST, 50),
+        Target(
+            "eight schools HMC, one chain, T = 10⁶",
+            "chains-gpu",
+            chain("eight schools, HMC", 1_000_000),
+            AT_LEAST,
+            100,
+        ),
+        Target(
+            "logistic regression MALA, one chain, T = 10⁵",
+            "chains-gpu",
+            chain("logistic regression, MALA", 100_000),
+            AT_LEAST,
+            50,
+        ),
+        Target(
+            "logistic regression HMC, one chain, T = 10⁵",
+            "chains-gpu",
+            chain("logistic regression, HMC", 100_000),
+            AT_LEAST,
+            50,
+        ),
         Target("GRU D = 32, T = 10⁵, forward", "gru-gpu", gru(32, 100_000), AT_LEAST, 50),
         Target("diagonal scan in use, bandwidth / copy", "scans-gpu", _bandwidth, AT_LEAST, 0.6),
     ),

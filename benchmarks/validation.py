@@ -29,26 +29,45 @@ def measure(reference, kernel: str, name: str) -> dict:
     mcmc, verdict = reference.sampled(kernel, name)
     report = mcmc.report
     worst, score = max(verdict.scores.items(), key=lambda item: abs(item[1]))
-    return {"kernel": kernel, "posterior": name, "samples": reference.SAMPLES[kernel], "gates": verdict.gates,
-            "failures": {" ".join(key): value for key, value in verdict.failures.items()}, "num_scores": len(verdict.scores),
-            "largest": score, "largest_of": " ".join(worst), "bound": verdict.bound, "least_ess": verdict.least_ess,
-            "level": report.level.name, "parallel": bool(report.parallel), "fallbacks": list(report.run.fallbacks),
-            "evaluations": float(report.run.evaluations_per_sample),
-            "residual": float(np.max(np.asarray(report.certificate.max_residual))),
-            "independent": bool(np.all(report.certificate.independent)), "seconds": time.perf_counter() - begin}
+    return {
+        "kernel": kernel,
+        "posterior": name,
+        "samples": reference.SAMPLES[kernel],
+        "gates": verdict.gates,
+        "failures": {" ".join(key): value for key, value in verdict.failures.items()},
+        "num_scores": len(verdict.scores),
+        "largest": score,
+        "largest_of": " ".join(worst),
+        "bound": verdict.bound,
+        "least_ess": verdict.least_ess,
+        "level": report.level.name,
+        "parallel": bool(report.parallel),
+        "fallbacks": list(report.run.fallbacks),
+        "evaluations": float(report.run.evaluations_per_sample),
+        "residual": float(np.max(np.asarray(report.certificate.max_residual))),
+        "independent": bool(np.all(report.certificate.independent)),
+        "seconds": time.perf_counter() - begin,
+    }
 
 
 def table(rows: list[dict]) -> str:
     """The Markdown table."""
-    lines = ["| kernel | posterior | draws | passes | largest z, allowed | least ESS | path | evaluations per draw | residual |",
-             "|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| kernel | posterior | draws | passes | largest z, allowed | least ESS | path | evaluations per draw | residual |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
-        verdict = "yes" if not row["gates"] and not row["failures"] else (
-            "no: ESS" if row["gates"] else f"no: {', '.join(row['failures'])}")
+        verdict = (
+            "yes"
+            if not row["gates"] and not row["failures"]
+            else ("no: ESS" if row["gates"] else f"no: {', '.join(row['failures'])}")
+        )
         path = f"{row['level']}, {'parallel' if row['parallel'] else 'sequential'}"
-        lines.append(f"| {row['kernel']} | {row['posterior']} | 4 × {row['samples']:,} | {verdict} | {abs(row['largest']):.2f}, "
-                     f"{row['bound']:.2f} | {row['least_ess']:,.0f} | {path} | {row['evaluations']:.2f} | "
-                     f"{row['residual']:.0e} |")
+        lines.append(
+            f"| {row['kernel']} | {row['posterior']} | 4 × {row['samples']:,} | {verdict} | {abs(row['largest']):.2f}, "
+            f"{row['bound']:.2f} | {row['least_ess']:,.0f} | {path} | {row['evaluations']:.2f} | "
+            f"{row['residual']:.0e} |"
+        )
     return "\n".join(lines) + "\n"
 
 

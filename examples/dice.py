@@ -15,7 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from partime_mcmc import CoalescingDice, PlainDice, Tolerance, coalescing_hmc, hmc, mala, random_walk, sample
+from partime_mcmc import (
+    CoalescingDice,
+    PlainDice,
+    Tolerance,
+    coalescing_hmc,
+    hmc,
+    mala,
+    random_walk,
+    sample,
+)
 from partime_mcmc.kernels.dice import draw_layers, multishift
 from partime_mcmc.models import MODELS
 from partime_mcmc.predict import distances, meeting_times
@@ -24,9 +33,13 @@ KERNELS = {
     "MALA, plain": lambda density, metric: mala(density, 0.5, metric, dice=PlainDice()),
     "MALA, coalescing": lambda density, metric: mala(density, 0.5, metric, dice=CoalescingDice()),
     "HMC, plain": lambda density, metric: hmc(density, 0.4, metric, 3),
-    "coalescing HMC": lambda density, metric: coalescing_hmc(density, 0.4, metric, 4, mala_step_size=0.4),
+    "coalescing HMC": lambda density, metric: coalescing_hmc(
+        density, 0.4, metric, 4, mala_step_size=0.4
+    ),
     "random walk, plain": lambda density, metric: random_walk(density, 0.8, metric),
-    "random walk, coalescing": lambda density, metric: random_walk(density, 0.8, metric, dice=CoalescingDice(), block=3),
+    "random walk, coalescing": lambda density, metric: random_walk(
+        density, 0.8, metric, dice=CoalescingDice(), block=3
+    ),
 }
 
 
@@ -44,14 +57,21 @@ def staircase(axis):
 
 def pairs_of(warmup, num_pairs):
     """Starts that lie far apart, in whitened coordinates: draws of the warm-up, and other draws of it."""
-    starts = jax.vmap(warmup.whitening.enter)(jax.tree.map(lambda leaf: leaf[:num_pairs], warmup.pool))
+    starts = jax.vmap(warmup.whitening.enter)(
+        jax.tree.map(lambda leaf: leaf[:num_pairs], warmup.pool)
+    )
     return starts, jnp.roll(starts, 1, axis=0)
 
 
 def main(argv=None):
     """Warm up every model, couple pairs for every kernel, print the table and draw the first model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=["eight_schools", "logistic", "banana"])
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=sorted(MODELS),
+        default=["eight_schools", "logistic", "banana"],
+    )
     parser.add_argument("--kernels", nargs="+", choices=list(KERNELS), default=list(KERNELS))
     parser.add_argument("--num-steps", type=int, default=400)
     parser.add_argument("--num-pairs", type=int, default=32)
@@ -67,23 +87,40 @@ def main(argv=None):
     found = {}
     for model in args.models:
         target = MODELS[model]().make_target(jax.random.key(0))
-        warmup = sample(jax.random.key(1), target, hmc, num_samples=0, num_warmup=args.num_warmup, progress=False).warmup
+        warmup = sample(
+            jax.random.key(1),
+            target,
+            hmc,
+            num_samples=0,
+            num_warmup=args.num_warmup,
+            progress=False,
+        ).warmup
         starts, others = pairs_of(warmup, args.num_pairs)
         for name in args.kernels:
             kernel = KERNELS[name](target.logdensity, warmup.whitening)
             state = kernel.algorithm.init(starts[0])
             tapes = jax.vmap(lambda key: kernel.tape(key, args.num_steps, state))(
-                jax.random.split(jax.random.key(2), len(starts)))
-            met = meeting_times(kernel.dynamics(), starts, others, tapes, tolerance=Tolerance(0.0, 0.0))
+                jax.random.split(jax.random.key(2), len(starts))
+            )
+            met = meeting_times(
+                kernel.dynamics(), starts, others, tapes, tolerance=Tolerance(0.0, 0.0)
+            )
             steps = np.asarray(met.steps)
             found[model, name] = met
-            print(f"{model:<15}{name:<26}{int(jnp.sum(met.met)):>9}/{len(steps)}{np.median(steps):>8.0f}"
-                  f"{np.quantile(steps, 0.9):>6.0f}{steps.max():>7}")
+            print(
+                f"{model:<15}{name:<26}{int(jnp.sum(met.met)):>9}/{len(steps)}{np.median(steps):>8.0f}"
+                f"{np.quantile(steps, 0.9):>6.0f}{steps.max():>7}"
+            )
             if model == args.models[0]:
                 apart = np.asarray(distances(kernel.dynamics(), starts, others, tapes))
                 right.plot(np.median(np.maximum(apart, 1e-17), axis=0), label=name)
-    right.set(xlabel="step", ylabel="distance, median over pairs", yscale="log", xlim=(0, min(150, args.num_steps)),
-              title=f"Same dice, different starts: {args.models[0]}")
+    right.set(
+        xlabel="step",
+        ylabel="distance, median over pairs",
+        yscale="log",
+        xlim=(0, min(150, args.num_steps)),
+        title=f"Same dice, different starts: {args.models[0]}",
+    )
     right.legend(frameon=False, fontsize=8)
     figure.savefig(args.out, dpi=150)
     print(f"picture: {args.out}")

@@ -24,7 +24,15 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 
-from partime_mcmc import compare, from_numpyro, hmc, progress_line, sample, sequential, summary_table
+from partime_mcmc import (
+    compare,
+    from_numpyro,
+    hmc,
+    progress_line,
+    sample,
+    sequential,
+    summary_table,
+)
 
 EFFECT = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 STANDARD_ERROR = np.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
@@ -53,28 +61,36 @@ def main(argv=None):
     model_key, key = jax.random.split(jax.random.key(args.seed))
     target = from_numpyro(model, jnp.asarray(EFFECT), jnp.asarray(STANDARD_ERROR), key=model_key)
 
-    shape = dict(num_samples=args.num_samples, num_chains=args.num_chains, num_warmup=args.num_warmup)
+    shape = dict(
+        num_samples=args.num_samples, num_chains=args.num_chains, num_warmup=args.num_warmup
+    )
     parallel = sample(key, target, hmc, **shape, progress=progress_line)
     # A warm-up is a tuned kernel and one state per chain. With the same key the second run throws the same dice.
-    stepwise = sample(key, target, parallel.warmup, **shape, solver=sequential(), progress=progress_line)
+    stepwise = sample(
+        key, target, parallel.warmup, **shape, solver=sequential(), progress=progress_line
+    )
 
     settings = ", ".join(f"{name} {value:.3g}" for name, value in parallel.warmup.settings.items())
     print(f"warm-up: {settings} (whitened), acceptance {parallel.warmup.acceptance:.2f}")
     for name, draws in (("parallel", parallel), ("sequential", stepwise)):
         report, certificate = draws.report, draws.certificate
-        print(f"{name:>10}: {report.seconds_run:.2f} s (compilation {report.seconds_compile:.1f} s apart), "
-              f"largest residual {np.max(certificate.max_residual):.1e}, "
-              f"{int(np.sum(certificate.certified))} of {args.num_chains} chains certified, "
-              f"{report.evaluations_per_sample:.1f} evaluations and {report.jvps_per_sample:.1f} JVPs per draw, "
-              f"{np.max(report.iterations)} iterations, depth {report.depth}, {len(report.fallbacks)} fallbacks")
+        print(
+            f"{name:>10}: {report.seconds_run:.2f} s (compilation {report.seconds_compile:.1f} s apart), "
+            f"largest residual {np.max(certificate.max_residual):.1e}, "
+            f"{int(np.sum(certificate.certified))} of {args.num_chains} chains certified, "
+            f"{report.evaluations_per_sample:.1f} evaluations and {report.jvps_per_sample:.1f} JVPs per draw, "
+            f"{np.max(report.iterations)} iterations, depth {report.depth}, {len(report.fallbacks)} fallbacks"
+        )
 
     finding = compare(parallel, stepwise)
     print(f"compare: {finding.verdict}")
     print(f"{'':>14} {'mean':>7} {'sd':>6} {'5%':>7} {'95%':>6} {'ESS':>6} {'R-hat':>6}")
     for row in summary_table(parallel):
         if not row["name"].startswith("theta_trans"):
-            print(f"{row['name']:>14} {row['mean']:7.2f} {row['sd']:6.2f} {row['q05']:7.2f} {row['q95']:6.2f} "
-                  f"{row['ess_bulk']:6.0f} {row['r_hat']:6.3f}")
+            print(
+                f"{row['name']:>14} {row['mean']:7.2f} {row['sd']:6.2f} {row['q05']:7.2f} {row['q95']:6.2f} "
+                f"{row['ess_bulk']:6.0f} {row['r_hat']:6.3f}"
+            )
     return parallel, stepwise, finding
 
 

@@ -25,8 +25,12 @@ from partime_mcmc.rnn import ClosedForm, gru, gru_diagonal, gru_params, unroll_w
 
 def methods(carry: jax.Array) -> dict:
     """Solvers by name; None leaves the choice to `unroll`."""
-    return {"chosen": None, "shooting": shooting(32), "DEER": deer(),
-            "quasi-DEER": Newton(Clipped(ClosedForm(gru_diagonal, carry), 1.0))}
+    return {
+        "chosen": None,
+        "shooting": shooting(32),
+        "DEER": deer(),
+        "quasi-DEER": Newton(Clipped(ClosedForm(gru_diagonal, carry), 1.0)),
+    }
 
 
 def by_scan(params, carry, inputs):
@@ -65,21 +69,33 @@ def main(argv: list[str] | None = None) -> list[dict]:
     arguments = params, carry, inputs
     scan, (_, wanted) = fastest(by_scan, arguments, flags.repeats)
     scan_gradient, _ = fastest(jax.grad(functools.partial(loss, by_scan)), arguments, flags.repeats)
-    print(f"GRU, {flags.num_units} units, {flags.num_inputs} inputs, {flags.num_steps:,} steps, float32\n"
-          f"{'lax.scan':12s} {1e3 * scan:8.1f} ms, gradient {1e3 * scan_gradient:8.1f} ms")
+    print(
+        f"GRU, {flags.num_units} units, {flags.num_inputs} inputs, {flags.num_steps:,} steps, float32\n"
+        f"{'lax.scan':12s} {1e3 * scan:8.1f} ms, gradient {1e3 * scan_gradient:8.1f} ms"
+    )
     rows = []
     for name in flags.only:
         run = functools.partial(unroll_with_status, gru, solver=methods(carry)[name])
         seconds, (_, ys, status) = fastest(run, arguments, flags.repeats)
         gradient, _ = fastest(jax.grad(functools.partial(loss, run)), arguments, flags.repeats)
-        row = {"method": name, "status": Status(int(status.solver_status)).name, "parallel": bool(status.parallel),
-               "iterations": int(status.iterations), "evaluations": float(status.evaluations), "seconds": seconds,
-               "gradient": gradient, "difference": float(np.abs(np.asarray(ys) - np.asarray(wanted)).max())}
+        row = {
+            "method": name,
+            "status": Status(int(status.solver_status)).name,
+            "parallel": bool(status.parallel),
+            "iterations": int(status.iterations),
+            "evaluations": float(status.evaluations),
+            "seconds": seconds,
+            "gradient": gradient,
+            "difference": float(np.abs(np.asarray(ys) - np.asarray(wanted)).max()),
+        }
         rows.append(row)
-        print(f"{name:12s} {1e3 * row['seconds']:8.1f} ms, gradient {1e3 * row['gradient']:8.1f} ms: "
-              f"{scan / row['seconds']:.2f}x and {scan_gradient / row['gradient']:.2f}x; {row['status']}, "
-              f"{row['iterations']} passes, {row['evaluations']:.2f} evaluations per step, "
-              f"difference {row['difference']:.1e}", flush=True)
+        print(
+            f"{name:12s} {1e3 * row['seconds']:8.1f} ms, gradient {1e3 * row['gradient']:8.1f} ms: "
+            f"{scan / row['seconds']:.2f}x and {scan_gradient / row['gradient']:.2f}x; {row['status']}, "
+            f"{row['iterations']} passes, {row['evaluations']:.2f} evaluations per step, "
+            f"difference {row['difference']:.1e}",
+            flush=True,
+        )
     return rows
 
 

@@ -39,7 +39,10 @@ def stream(num_digits: int) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Arra
     digits = load_digits()
     rows = jnp.asarray(digits.images.reshape(-1, ROWS) / 16 - 0.3, jnp.float32)
     labels = jnp.asarray(digits.target)
-    return (rows[:ROWS * num_digits], labels[:num_digits]), (rows[ROWS * num_digits:], labels[num_digits:])
+    return (rows[: ROWS * num_digits], labels[:num_digits]), (
+        rows[ROWS * num_digits :],
+        labels[num_digits:],
+    )
 
 
 def initial_weights(num_units: int) -> dict:
@@ -52,7 +55,7 @@ def initial_weights(num_units: int) -> dict:
 def loss(run, weights, rows, labels):
     """Mean cross entropy after each digit's last row, and how many were right."""
     carry = jnp.zeros(weights["readout"].shape[0])
-    states = run(weights["cell"], carry, rows)[1][ROWS - 1::ROWS]
+    states = run(weights["cell"], carry, rows)[1][ROWS - 1 :: ROWS]
     logits = states @ weights["readout"] + weights["bias"]
     right = jnp.mean(logits.argmax(axis=1) == labels)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), right
@@ -64,7 +67,9 @@ def train(run, weights, data, num_updates: int, rate: float) -> tuple[dict, np.n
 
     @jax.jit
     def update(weights, memory):
-        (value, _), gradient = jax.value_and_grad(functools.partial(loss, run), has_aux=True)(weights, *data)
+        (value, _), gradient = jax.value_and_grad(functools.partial(loss, run), has_aux=True)(
+            weights, *data
+        )
         change, memory = optimizer.update(gradient, memory)
         return optax.apply_updates(weights, change), memory, value
 
@@ -90,20 +95,42 @@ def main(argv: list[str] | None = None) -> dict:
     found = {}
     for name, run in (("lax.scan", by_scan), ("unroll", by_unroll)):
         trained, losses, seconds = train(run, weights, data, flags.num_updates, flags.rate)
-        accuracy = float(jax.jit(functools.partial(loss, by_scan))(trained, *rest)[1]) if rest[1].size else float("nan")
-        found[name] = {"losses": losses, "seconds": seconds, "accuracy": accuracy, "weights": trained}
+        accuracy = (
+            float(jax.jit(functools.partial(loss, by_scan))(trained, *rest)[1])
+            if rest[1].size
+            else float("nan")
+        )
+        found[name] = {
+            "losses": losses,
+            "seconds": seconds,
+            "accuracy": accuracy,
+            "weights": trained,
+        }
         shown = ", ".join(f"{value:.4f}" for value in losses[:: max(1, flags.num_updates // 6)])
-        print(f"{name:9s} {seconds:6.2f} s, {1e3 * seconds / flags.num_updates:6.1f} ms per update; loss {shown}, "
-              f"{losses[-1]:.4f}; {100 * accuracy:.1f} % of the other digits named", flush=True)
+        print(
+            f"{name:9s} {seconds:6.2f} s, {1e3 * seconds / flags.num_updates:6.1f} ms per update; loss {shown}, "
+            f"{losses[-1]:.4f}; {100 * accuracy:.1f} % of the other digits named",
+            flush=True,
+        )
     scan, parallel = found["lax.scan"], found["unroll"]
     difference = float(np.max(np.abs(scan["losses"] - parallel["losses"]) / scan["losses"]))
-    status = unroll_with_status(gru, parallel["weights"]["cell"], jnp.zeros(flags.num_units), data[0])[2]
+    status = unroll_with_status(
+        gru, parallel["weights"]["cell"], jnp.zeros(flags.num_units), data[0]
+    )[2]
     apart, tilted = on_trained(parallel["weights"], data)
-    print(f"{scan['seconds'] / parallel['seconds']:.2f} times as fast; losses differ by {difference:.1e} at most "
-          f"(relative); trained network: {'in parallel' if status.parallel else 'sequentially'}, "
-          f"{float(status.evaluations):.2f} evaluations per step, its states differ from lax.scan's by {apart:.1e}, its "
-          f"gradients by {tilted:.1e} of the largest")
-    return {**found, "difference": difference, "parallel": bool(status.parallel), "states": apart, "gradients": tilted}
+    print(
+        f"{scan['seconds'] / parallel['seconds']:.2f} times as fast; losses differ by {difference:.1e} at most "
+        f"(relative); trained network: {'in parallel' if status.parallel else 'sequentially'}, "
+        f"{float(status.evaluations):.2f} evaluations per step, its states differ from lax.scan's by {apart:.1e}, its "
+        f"gradients by {tilted:.1e} of the largest"
+    )
+    return {
+        **found,
+        "difference": difference,
+        "parallel": bool(status.parallel),
+        "states": apart,
+        "gradients": tilted,
+    }
 
 
 def on_trained(weights, data) -> tuple[float, float]:

@@ -30,7 +30,11 @@ def patients():
     column = {name: table.data[:, index] for index, name in enumerate(table.feature_names)}
     decade = np.clip(column["age"] // 10, 2, 7).astype(int) - 2
     index, progression = ((x - x.mean()) / x.std() for x in (column["bmi"], table.target))
-    return {"index": index, "group": decade + 6 * (column["sex"] > 1).astype(int), "progression": progression}
+    return {
+        "index": index,
+        "group": decade + 6 * (column["sex"] > 1).astype(int),
+        "progression": progression,
+    }
 
 
 def model(index, group, progression=None, num_groups=12):
@@ -44,7 +48,9 @@ def model(index, group, progression=None, num_groups=12):
     levels = numpyro.deterministic("levels", level + spread[0] * away[:, 0])
     slopes = numpyro.deterministic("slopes", slope + spread[1] * away[:, 1])
     with numpyro.plate("patients", len(index)):
-        numpyro.sample("y", dist.Normal(levels[group] + slopes[group] * index, noise), obs=progression)
+        numpyro.sample(
+            "y", dist.Normal(levels[group] + slopes[group] * index, noise), obs=progression
+        )
 
 
 def main(argv=None):
@@ -55,11 +61,21 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
     jax.config.update("jax_enable_x64", True)
     mcmc = ParallelMCMC(
-        CoalescingHMC(model), num_warmup=1000, num_samples=arguments.num_samples, num_chains=arguments.num_chains
+        CoalescingHMC(model),
+        num_warmup=1000,
+        num_samples=arguments.num_samples,
+        num_chains=arguments.num_chains,
     )
     mcmc.run(jax.random.key(0), **patients())
     rows = {row["name"]: row for row in summary_table(mcmc.or_raise().draws)}
-    for name in ("level", "slope", "spread[0]", "spread[1]", "noise", *(f"slopes[{group}]" for group in range(12))):
+    for name in (
+        "level",
+        "slope",
+        "spread[0]",
+        "spread[1]",
+        "noise",
+        *(f"slopes[{group}]" for group in range(12)),
+    ):
         row = rows[name]
         print(
             f"{name:>10}  mean {row['mean']:6.2f}  sd {row['sd']:5.2f}  ESS {row['ess_bulk']:6.0f}  R-hat {row['r_hat']:.3f}"

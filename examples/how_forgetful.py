@@ -47,27 +47,50 @@ def main(argv=None):
 
     target = MODELS[args.model]().make_target(jax.random.key(args.seed))
     key, dice_key = jax.random.split(jax.random.key(args.seed + 1))
-    warmup = sample(key, target, hmc, num_samples=0, num_warmup=args.num_warmup, progress=False).warmup
+    warmup = sample(
+        key, target, hmc, num_samples=0, num_warmup=args.num_warmup, progress=False
+    ).warmup
     # Far-apart starts: draws of the warm-up, each paired with the next.
-    starts = jax.vmap(warmup.whitening.enter)(jax.tree.map(lambda leaf: leaf[:args.num_pairs + 1], warmup.pool))
+    starts = jax.vmap(warmup.whitening.enter)(
+        jax.tree.map(lambda leaf: leaf[: args.num_pairs + 1], warmup.pool)
+    )
 
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axis = figure.add_subplot()
-    print(f"{'kernel':<16}{'met':>8}{'median':>8}{'worst':>8}   advice for one chain of 65,536 steps")
+    print(
+        f"{'kernel':<16}{'met':>8}{'median':>8}{'worst':>8}   advice for one chain of 65,536 steps"
+    )
     found = {}
     for name in args.kernels:
         kernel = KERNELS[name](target.logdensity, warmup.whitening)
-        tapes = jax.vmap(lambda key: kernel.tape(key, args.num_steps, None))(jax.random.split(dice_key, len(starts) - 1))
+        tapes = jax.vmap(lambda key: kernel.tape(key, args.num_steps, None))(
+            jax.random.split(dice_key, len(starts) - 1)
+        )
         apart = np.asarray(distances(kernel.dynamics(), starts[:-1], starts[1:], tapes))
         axis.plot(np.log10(np.maximum(apart, 1e-16)).mean(axis=0), label=name)
         met = meeting_times(kernel.dynamics(), starts[:-1], starts[1:], tapes)
         steps = np.asarray(met.steps)
-        advice = advise(kernel.dynamics(), starts[0], jax.tree.map(lambda leaf: leaf[0], tapes), starts=starts,
-                        num_steps=65_536)
-        verdict = f"{advice.num_segments} segments, {advice.speedup:.1f}×" if advice.parallel else "sequential"
+        advice = advise(
+            kernel.dynamics(),
+            starts[0],
+            jax.tree.map(lambda leaf: leaf[0], tapes),
+            starts=starts,
+            num_steps=65_536,
+        )
+        verdict = (
+            f"{advice.num_segments} segments, {advice.speedup:.1f}×"
+            if advice.parallel
+            else "sequential"
+        )
         found[name] = met, advice
-        print(f"{name:<16}{int(jnp.sum(met.met)):>4}/{len(steps)}{np.median(steps):>8.0f}{steps.max():>8}   {verdict}")
-    axis.set(xlabel="step", ylabel="log₁₀ distance, mean over pairs", title=f"Same dice, different starts: {args.model}")
+        print(
+            f"{name:<16}{int(jnp.sum(met.met)):>4}/{len(steps)}{np.median(steps):>8.0f}{steps.max():>8}   {verdict}"
+        )
+    axis.set(
+        xlabel="step",
+        ylabel="log₁₀ distance, mean over pairs",
+        title=f"Same dice, different starts: {args.model}",
+    )
     axis.legend(frameon=False)
     figure.savefig(args.out, dpi=150)
     print(f"picture: {args.out}")

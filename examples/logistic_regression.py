@@ -34,7 +34,9 @@ def laplace(target, position):
     newton = jax.jit(lambda x: x - jnp.linalg.solve(jax.hessian(energy)(x), jax.grad(energy)(x)))
     for _ in range(8):
         mode = newton(mode)
-    return Whitening.of_covariance(position, mode, jnp.linalg.inv(jax.jit(jax.hessian(energy))(mode)))
+    return Whitening.of_covariance(
+        position, mode, jnp.linalg.inv(jax.jit(jax.hessian(energy))(mode))
+    )
 
 
 def passes_until(history, bound):
@@ -48,9 +50,15 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num-samples", type=int, default=1024, help="draws per chain, T")
     parser.add_argument("--num-chains", type=int, default=4)
-    parser.add_argument("--step-size", type=float, default=0.2, help="BlackJAX's step size, in whitened coordinates")
-    parser.add_argument("--num-probes", type=int, default=1, help="random probes per step, one JVP each")
-    parser.add_argument("--unwhitened", action="store_true", help="scale by standard deviations only")
+    parser.add_argument(
+        "--step-size", type=float, default=0.2, help="BlackJAX's step size, in whitened coordinates"
+    )
+    parser.add_argument(
+        "--num-probes", type=int, default=1, help="random probes per step, one JVP each"
+    )
+    parser.add_argument(
+        "--unwhitened", action="store_true", help="scale by standard deviations only"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 
@@ -67,22 +75,36 @@ def main(argv=None):
 
     shape = dict(num_samples=args.num_samples, num_chains=args.num_chains)
     # In whitened coordinates: float32 certificates ask for 1e-4 of the noise's standard deviation, which is 0.6 here.
-    parallel = sample(key, target, kernel, **shape, solver=quasi_deer(num_probes=args.num_probes), schedule=Whole(),
-                      tolerance=Tolerance(relative=0.0, absolute=2e-5), max_iterations=100)
+    parallel = sample(
+        key,
+        target,
+        kernel,
+        **shape,
+        solver=quasi_deer(num_probes=args.num_probes),
+        schedule=Whole(),
+        tolerance=Tolerance(relative=0.0, absolute=2e-5),
+        max_iterations=100,
+    )
     stepwise = sample(key, target, kernel, **shape, solver=sequential())
 
-    print(f"MALA, D = {whitened.center.size}, T = {args.num_samples}, {args.num_chains} chains, "
-          f"{parallel.report.dtype}, acceptance {np.mean(parallel.info['acceptance_rate']):.2f}")
+    print(
+        f"MALA, D = {whitened.center.size}, T = {args.num_samples}, {args.num_chains} chains, "
+        f"{parallel.report.dtype}, acceptance {np.mean(parallel.info['acceptance_rate']):.2f}"
+    )
     for name, draws in (("quasi-DEER", parallel), ("sequential", stepwise)):
         report, certificate = draws.report, draws.certificate
-        print(f"{name}: {report.seconds_run:.2f} s (compilation {report.seconds_compile:.1f} s apart), "
-              f"largest residual {np.max(certificate.max_residual):.1e} noise units, "
-              f"{int(np.sum(certificate.certified))} of {args.num_chains} chains certified, "
-              f"{report.evaluations_per_sample:.1f} evaluations and "
-              f"{report.jvps_per_sample:.1f} JVPs per draw, depth {report.depth}")
+        print(
+            f"{name}: {report.seconds_run:.2f} s (compilation {report.seconds_compile:.1f} s apart), "
+            f"largest residual {np.max(certificate.max_residual):.1e} noise units, "
+            f"{int(np.sum(certificate.certified))} of {args.num_chains} chains certified, "
+            f"{report.evaluations_per_sample:.1f} evaluations and "
+            f"{report.jvps_per_sample:.1f} JVPs per draw, depth {report.depth}"
+        )
     print(f"iterations per chain: {parallel.report.iterations.tolist()} (claim: at most 20)")
     for bound in (1e-2, 1e-3, 1e-4):
-        print(f"    residual below {bound:.0e} after {passes_until(parallel.report.residual_history, bound)}")
+        print(
+            f"    residual below {bound:.0e} after {passes_until(parallel.report.residual_history, bound)}"
+        )
     for fallback in parallel.report.fallbacks:
         print(f"fallback: {fallback}")
     finding = compare(parallel, stepwise)

@@ -37,7 +37,10 @@ def eight_schools_noncentered(J, sigma, y=None):
     with numpyro.plate("J", J):
         with numpyro.handlers.reparam(config={"theta": TransformReparam()}):
             theta = numpyro.sample(
-                "theta", dist.TransformedDistribution(dist.Normal(0.0, 1.0), dist.transforms.AffineTransform(mu, tau))
+                "theta",
+                dist.TransformedDistribution(
+                    dist.Normal(0.0, 1.0), dist.transforms.AffineTransform(mu, tau)
+                ),
             )
         numpyro.sample("obs", dist.Normal(theta, sigma), obs=y)
 
@@ -63,13 +66,22 @@ def main(argv=None):
     parser.add_argument("--num-samples", type=int, default=2000)
     arguments = parser.parse_args(argv)
     jax.config.update("jax_enable_x64", True)
-    counts = {"num_warmup": 1000, "num_samples": arguments.num_samples, "num_chains": 4, "progress_bar": False}
+    counts = {
+        "num_warmup": 1000,
+        "num_samples": arguments.num_samples,
+        "num_chains": 4,
+        "progress_bar": False,
+    }
     theirs = MCMC(NUTS(eight_schools_noncentered), chain_method="vectorized", **counts)
     ours = ParallelMCMC(CoalescingHMC(eight_schools_noncentered), **counts)
-    found = {"NumPyro": fit(theirs, jax.random.key(0)), "parallel in time": fit(ours, jax.random.key(0))}
+    found = {
+        "NumPyro": fit(theirs, jax.random.key(0)),
+        "parallel in time": fit(ours, jax.random.key(0)),
+    }
     print(ours.or_raise().report)
     return {
-        name: (np.mean(draws["mu"]), np.mean(np.log(draws["tau"])), seconds) for name, (draws, seconds) in found.items()
+        name: (np.mean(draws["mu"]), np.mean(np.log(draws["tau"])), seconds)
+        for name, (draws, seconds) in found.items()
     }, ours
 
 

@@ -36,7 +36,9 @@ def gibbs(data, state, dice):
     y, sigma = data
     tau_squared = jnp.exp(2 * state["log_tau"])
     precision = 1 / sigma**2 + 1 / tau_squared
-    theta = (y / sigma**2 + state["mu"] / tau_squared) / precision + dice["theta"] / jnp.sqrt(precision)
+    theta = (y / sigma**2 + state["mu"] / tau_squared) / precision + dice["theta"] / jnp.sqrt(
+        precision
+    )
     mu = theta.mean() + jnp.sqrt(tau_squared / y.size) * dice["mu"]
     log_tau = 0.5 * jnp.log(jnp.sum((theta - mu) ** 2) / dice["chi_square"])
     return {"theta": theta, "mu": mu, "log_tau": log_tau}
@@ -45,17 +47,22 @@ def gibbs(data, state, dice):
 def throw(key, num_samples, num_schools):
     """The dice of one chain: standard normals and chi-square numbers with J - 1 degrees of freedom."""
     keys = jax.random.split(key, 3)
-    return {"theta": jax.random.normal(keys[0], (num_samples, num_schools)),
-            "mu": jax.random.normal(keys[1], (num_samples,)),
-            "chi_square": jax.random.chisquare(keys[2], num_schools - 1, shape=(num_samples,))}
+    return {
+        "theta": jax.random.normal(keys[0], (num_samples, num_schools)),
+        "mu": jax.random.normal(keys[1], (num_samples,)),
+        "chi_square": jax.random.chisquare(keys[2], num_schools - 1, shape=(num_samples,)),
+    }
 
 
 def exact_means(y, sigma, tau=np.linspace(1e-4, 200, 200_000)):
     """E mu and E tau by quadrature: given tau everything is normal."""
     weight = 1 / (sigma**2 + tau[:, None] ** 2)
     mu = (weight * y).sum(axis=1) / weight.sum(axis=1)
-    log_p = 0.5 * np.log(weight).sum(axis=1) - 0.5 * np.log(weight.sum(axis=1)) - 0.5 * (
-        weight * (y - mu[:, None]) ** 2).sum(axis=1)
+    log_p = (
+        0.5 * np.log(weight).sum(axis=1)
+        - 0.5 * np.log(weight.sum(axis=1))
+        - 0.5 * (weight * (y - mu[:, None]) ** 2).sum(axis=1)
+    )
     p = np.exp(log_p - log_p.max())
     return (p * mu).sum() / p.sum(), (p * tau).sum() / p.sum()
 
@@ -71,12 +78,20 @@ def main(argv=None):
 
     # What the step needs besides state and dice are parameters: arguments, not constants, and open to derivatives.
     dynamics = Dynamics(gibbs, params=(jnp.asarray(EFFECT), jnp.asarray(STANDARD_ERROR)))
-    start = {"theta": jnp.asarray(EFFECT), "mu": jnp.asarray(EFFECT.mean()), "log_tau": jnp.log(10.0)}
+    start = {
+        "theta": jnp.asarray(EFFECT),
+        "mu": jnp.asarray(EFFECT.mean()),
+        "log_tau": jnp.log(10.0),
+    }
     keys = jax.random.split(jax.random.key(args.seed), args.num_chains)
     dice = jax.vmap(lambda key: throw(key, args.num_samples, EFFECT.size))(keys)
 
     rows, truth = [], None
-    methods = [("sequential", sequential()), ("DEER", deer()), ("quasi-DEER", quasi_deer(damping=0.1))]
+    methods = [
+        ("sequential", sequential()),
+        ("DEER", deer()),
+        ("quasi-DEER", quasi_deer(damping=0.1)),
+    ]
     for name, solver in methods:
         chains = jax.vmap(lambda tape: solve(dynamics, start, tape, solver=solver))  # noqa: B023
         compiled = jax.jit(chains).lower(dice).compile()
@@ -84,23 +99,35 @@ def main(argv=None):
         found = jax.block_until_ready(compiled(dice))
         seconds = time.perf_counter() - begin
         truth = found.states if truth is None else truth
-        checked = jax.vmap(lambda path, tape: residual(dynamics, start, path, tape))(found.states, dice)
+        checked = jax.vmap(lambda path, tape: residual(dynamics, start, path, tape))(
+            found.states, dice
+        )
         gaps = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), found.states, truth)
-        row = dict(method=name, status=[Status(int(code)).name for code in found.status],
-                   iterations=found.iterations.tolist(), evaluations=float(found.stats.evaluations.mean()),
-                   jvps=float(found.stats.jvps.mean()), residual=float(checked.max()),
-                   differs=float(max(jax.tree.leaves(gaps))), seconds=seconds)
+        row = dict(
+            method=name,
+            status=[Status(int(code)).name for code in found.status],
+            iterations=found.iterations.tolist(),
+            evaluations=float(found.stats.evaluations.mean()),
+            jvps=float(found.stats.jvps.mean()),
+            residual=float(checked.max()),
+            differs=float(max(jax.tree.leaves(gaps))),
+            seconds=seconds,
+        )
         rows.append(row)
-        print(f"{name:>10}: {'/'.join(sorted(set(row['status'])))}, passes per chain {row['iterations']}, "
-              f"{row['evaluations']:.1f} evaluations and {row['jvps']:.1f} JVPs per sweep\n"
-              f"{'':12}residual {row['residual']:.1e}, {row['differs']:.1e} from the sequential path, "
-              f"{seconds:.3f} s (compilation apart)")
+        print(
+            f"{name:>10}: {'/'.join(sorted(set(row['status'])))}, passes per chain {row['iterations']}, "
+            f"{row['evaluations']:.1f} evaluations and {row['jvps']:.1f} JVPs per sweep\n"
+            f"{'':12}residual {row['residual']:.1e}, {row['differs']:.1e} from the sequential path, "
+            f"{seconds:.3f} s (compilation apart)"
+        )
 
     draws = found.states
     means = float(draws["mu"].mean()), float(jnp.exp(draws["log_tau"]).mean())
     exact = exact_means(EFFECT, STANDARD_ERROR)
-    print(f"posterior means by Gibbs sampling: mu {means[0]:.2f}, tau {means[1]:.2f}; "
-          f"by quadrature: mu {exact[0]:.2f}, tau {exact[1]:.2f}")
+    print(
+        f"posterior means by Gibbs sampling: mu {means[0]:.2f}, tau {means[1]:.2f}; "
+        f"by quadrature: mu {exact[0]:.2f}, tau {exact[1]:.2f}"
+    )
     return rows, means, exact
 
 

@@ -21,8 +21,20 @@ import time
 import jax
 import jax.numpy as jnp
 
-from partime_mcmc import (DenseJacobian, DiagonalJacobian, HutchinsonDiagonal, IdentityJacobian, Newton, Status,
-                          Whitening, ZeroJacobian, certify, mala, sequential, solve)
+from partime_mcmc import (
+    DenseJacobian,
+    DiagonalJacobian,
+    HutchinsonDiagonal,
+    IdentityJacobian,
+    Newton,
+    Status,
+    Whitening,
+    ZeroJacobian,
+    certify,
+    mala,
+    sequential,
+    solve,
+)
 from partime_mcmc.scan import Diagonal
 from partime_mcmc.types import pytree
 
@@ -36,7 +48,9 @@ class WhitenedLangevin:
     def __call__(self, dynamics, previous, drives, key):
         values = jax.vmap(dynamics)(previous, drives)
         moved = (values != previous).any(axis=1, keepdims=True)
-        diagonals = jnp.broadcast_to(jnp.where(moved, 1 - self.step_size, 1.0), values.shape).astype(values.dtype)
+        diagonals = jnp.broadcast_to(
+            jnp.where(moved, 1 - self.step_size, 1.0), values.shape
+        ).astype(values.dtype)
         return values, Diagonal(diagonals, jnp.zeros_like(values))
 
     def jvps(self, dimension):
@@ -64,9 +78,16 @@ def main(argv=None):
     """Solve one chain with every linearizer and print a row each; returns the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num-samples", type=int, default=1024, help="steps of the chain, T")
-    parser.add_argument("--step-size", type=float, default=0.15, help="BlackJAX's step size, in whitened coordinates")
+    parser.add_argument(
+        "--step-size",
+        type=float,
+        default=0.15,
+        help="BlackJAX's step size, in whitened coordinates",
+    )
     parser.add_argument("--max-iterations", type=int, default=100)
-    parser.add_argument("--only", nargs="*", default=[""], help="rows that begin so; the sequential one always runs")
+    parser.add_argument(
+        "--only", nargs="*", default=[""], help="rows that begin so; the sequential one always runs"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     jax.config.update("jax_enable_x64", True)
@@ -75,7 +96,11 @@ def main(argv=None):
     logdensity, whitening = regression(data_key)
     kernel = mala(logdensity, args.step_size, whitening)
     state = kernel.init(whitening.center)
-    initial, tape, dynamics = kernel.carry(state), kernel.tape(tape_key, args.num_samples, state), kernel.dynamics()
+    initial, tape, dynamics = (
+        kernel.carry(state),
+        kernel.tape(tape_key, args.num_samples, state),
+        kernel.dynamics(),
+    )
 
     methods = [
         ("sequential", sequential()),
@@ -87,28 +112,48 @@ def main(argv=None):
         ("zero (Jacobi)", Newton(ZeroJacobian())),
     ]
     rows, truth = [], None
-    print(f"{'linear part':30} {'status':18} {'passes':>6} {'JVPs/draw':>9} {'evals/draw':>10} {'residual':>9} "
-          f"{'differs':>8} {'seconds':>8}")
+    print(
+        f"{'linear part':30} {'status':18} {'passes':>6} {'JVPs/draw':>9} {'evals/draw':>10} {'residual':>9} "
+        f"{'differs':>8} {'seconds':>8}"
+    )
     for name, solver in methods:
         if not name.startswith(("sequential", *args.only)):
             continue
-        compiled = jax.jit(lambda start, dice: solve(
-            dynamics, start, dice, solver=solver, max_iterations=args.max_iterations)  # noqa: B023
-        ).lower(initial, tape).compile()
+        compiled = (
+            jax.jit(
+                lambda start, dice: solve(
+                    dynamics, start, dice, solver=solver, max_iterations=args.max_iterations
+                )  # noqa: B023
+            )
+            .lower(initial, tape)
+            .compile()
+        )
         begin = time.perf_counter()
         found = jax.block_until_ready(compiled(initial, tape))
         seconds = time.perf_counter() - begin
         truth = found.states if truth is None else truth
         certificate = certify(kernel, initial, found.states, tape)
-        row = dict(method=name, status=Status(int(found.status)).name, passes=int(found.iterations),
-                   jvps=float(found.stats.jvps), evaluations=float(found.stats.evaluations),
-                   residual=float(certificate.max_residual), differs=float(jnp.abs(found.states - truth).max()),
-                   certified=bool(certificate.certified), rejected=int(certificate.num_rejected), seconds=seconds)
+        row = dict(
+            method=name,
+            status=Status(int(found.status)).name,
+            passes=int(found.iterations),
+            jvps=float(found.stats.jvps),
+            evaluations=float(found.stats.evaluations),
+            residual=float(certificate.max_residual),
+            differs=float(jnp.abs(found.states - truth).max()),
+            certified=bool(certificate.certified),
+            rejected=int(certificate.num_rejected),
+            seconds=seconds,
+        )
         rows.append(row)
-        print(f"{name:30} {row['status']:18} {row['passes']:6d} {row['jvps']:9.1f} {row['evaluations']:10.1f} "
-              f"{row['residual']:9.1e} {row['differs']:8.1e} {seconds:8.3f}")
-    print(f"\nresidual: in standard deviations of the proposal's noise, by an independent pass; compilation apart\n"
-          f"the sequential chain rejected {rows[0]['rejected']} of {args.num_samples} proposals")
+        print(
+            f"{name:30} {row['status']:18} {row['passes']:6d} {row['jvps']:9.1f} {row['evaluations']:10.1f} "
+            f"{row['residual']:9.1e} {row['differs']:8.1e} {seconds:8.3f}"
+        )
+    print(
+        f"\nresidual: in standard deviations of the proposal's noise, by an independent pass; compilation apart\n"
+        f"the sequential chain rejected {rows[0]['rejected']} of {args.num_samples} proposals"
+    )
     return rows
 
 

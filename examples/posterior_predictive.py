@@ -104,7 +104,9 @@ def constant(years, counts=None):
 
 def check(model, years, num_samples, key):
     """Draws, replicated counts, log likelihood; prints and returns the share of replicates at least as spread out as the data."""
-    mcmc = ParallelMCMC(CoalescingHMC(model), num_warmup=1000, num_samples=num_samples, num_chains=4)
+    mcmc = ParallelMCMC(
+        CoalescingHMC(model), num_warmup=1000, num_samples=num_samples, num_chains=4
+    )
     mcmc.run(key, years, counts=DISASTERS)
     draws = mcmc.or_raise().get_samples()
     replicated = np.asarray(Predictive(model, draws)(jax.random.key(1), years)["counts"])
@@ -132,7 +134,8 @@ def main(argv=None):
     jax.config.update("jax_enable_x64", True)
     years = np.linspace(-1, 1, len(DISASTERS))
     return {
-        model.__name__: check(model, years, arguments.num_samples, jax.random.key(0)) for model in (with_trend, constant)
+        model.__name__: check(model, years, arguments.num_samples, jax.random.key(0))
+        for model in (with_trend, constant)
     }
 
 

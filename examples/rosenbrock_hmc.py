@@ -29,11 +29,26 @@ import time
 import jax
 import jax.numpy as jnp
 
-from partime_mcmc import (Sliding, Status, Stretches, Whole, certify, deer, elk, hmc, loop, quasi_deer, shooting,
-                          sequential, solve)
+from partime_mcmc import (
+    Sliding,
+    Status,
+    Stretches,
+    Whole,
+    certify,
+    deer,
+    elk,
+    hmc,
+    loop,
+    quasi_deer,
+    shooting,
+    sequential,
+    solve,
+)
 
-HEADER = (f"{'method':32} {'status':18} {'passes':>6} {'exact':>5} {'evals/draw':>10} {'JVPs/draw':>9} {'depth':>6} "
-          f"{'residual':>9} {'differs':>8} {'seconds':>8}")
+HEADER = (
+    f"{'method':32} {'status':18} {'passes':>6} {'exact':>5} {'evals/draw':>10} {'JVPs/draw':>9} {'depth':>6} "
+    f"{'residual':>9} {'differs':>8} {'seconds':>8}"
+)
 
 
 def methods(size):
@@ -56,12 +71,20 @@ def main(argv=None):
     """Solve one chain with every method and print a row each; returns the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num-samples", type=int, default=1024, help="steps of the chain, T")
-    parser.add_argument("--steepness", type=float, default=4.0, help="b; Rosenbrock's own function has 100")
+    parser.add_argument(
+        "--steepness", type=float, default=4.0, help="b; Rosenbrock's own function has 100"
+    )
     parser.add_argument("--step-size", type=float, default=0.25)
     parser.add_argument("--num-integration-steps", type=int, default=4)
-    parser.add_argument("--window", type=int, default=32, help="size of stretches and of the sliding window")
-    parser.add_argument("--max-iterations", type=int, default=200, help="passes per window's length of time")
-    parser.add_argument("--only", nargs="*", default=[""], help="rows that begin so; the sequential one always runs")
+    parser.add_argument(
+        "--window", type=int, default=32, help="size of stretches and of the sliding window"
+    )
+    parser.add_argument(
+        "--max-iterations", type=int, default=200, help="passes per window's length of time"
+    )
+    parser.add_argument(
+        "--only", nargs="*", default=[""], help="rows that begin so; the sequential one always runs"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     jax.config.update("jax_enable_x64", True)
@@ -70,36 +93,68 @@ def main(argv=None):
         x, y = position
         return -0.5 * ((1 - x) ** 2 + args.steepness * (y - x**2) ** 2)
 
-    kernel = hmc(logdensity, args.step_size, jnp.ones(2), num_integration_steps=args.num_integration_steps)
+    kernel = hmc(
+        logdensity, args.step_size, jnp.ones(2), num_integration_steps=args.num_integration_steps
+    )
     burn_key, tape_key = jax.random.split(jax.random.key(args.seed))
-    burnt, _ = loop(kernel, kernel.init(jnp.ones(2)), jax.random.split(burn_key, 500))  # BlackJAX's own loop
+    burnt, _ = loop(
+        kernel, kernel.init(jnp.ones(2)), jax.random.split(burn_key, 500)
+    )  # BlackJAX's own loop
     state = kernel.init(burnt[-1])
-    initial, tape, dynamics = kernel.carry(state), kernel.tape(tape_key, args.num_samples, state), kernel.dynamics()
+    initial, tape, dynamics = (
+        kernel.carry(state),
+        kernel.tape(tape_key, args.num_samples, state),
+        kernel.dynamics(),
+    )
 
     rows, truth = [], None
     print(HEADER)
     for name, solver, schedule in methods(args.window):
         if not name.startswith(("sequential", *args.only)):
             continue
-        compiled = jax.jit(lambda start, dice: solve(
-            dynamics, start, dice, solver=solver, schedule=schedule, max_iterations=args.max_iterations)  # noqa: B023
-        ).lower(initial, tape).compile()
+        compiled = (
+            jax.jit(
+                lambda start, dice: solve(
+                    dynamics,
+                    start,
+                    dice,
+                    solver=solver,
+                    schedule=schedule,
+                    max_iterations=args.max_iterations,
+                )  # noqa: B023
+            )
+            .lower(initial, tape)
+            .compile()
+        )
         begin = time.perf_counter()
         found = jax.block_until_ready(compiled(initial, tape))
         seconds = time.perf_counter() - begin
         truth = found.states if truth is None else truth
         # Not the solver's word: an independent pass over the path, in units that do not grow with a path's own errors.
         certificate = certify(kernel, initial, found.states, tape, scale=truth.std(axis=0))
-        row = dict(method=name, status=Status(int(found.status)).name, passes=int(found.iterations),
-                   exact=int(found.num_exact), evaluations=float(found.stats.evaluations), jvps=float(found.stats.jvps),
-                   depth=int(found.stats.depth), residual=float(certificate.max_residual),
-                   differs=float(jnp.abs(found.states - truth).max()), seconds=seconds,
-                   certified=bool(certificate.certified), rejected=int(certificate.num_rejected))
+        row = dict(
+            method=name,
+            status=Status(int(found.status)).name,
+            passes=int(found.iterations),
+            exact=int(found.num_exact),
+            evaluations=float(found.stats.evaluations),
+            jvps=float(found.stats.jvps),
+            depth=int(found.stats.depth),
+            residual=float(certificate.max_residual),
+            differs=float(jnp.abs(found.states - truth).max()),
+            seconds=seconds,
+            certified=bool(certificate.certified),
+            rejected=int(certificate.num_rejected),
+        )
         rows.append(row)
-        print(f"{name:32} {row['status']:18} {row['passes']:6d} {row['exact']:5d} {row['evaluations']:10.1f} "
-              f"{row['jvps']:9.1f} {row['depth']:6d} {row['residual']:9.1e} {row['differs']:8.1e} {seconds:8.3f}")
-    print(f"\nresidual: in standard deviations of the sequential chain, by an independent pass; compilation apart\n"
-          f"the sequential chain rejected {rows[0]['rejected']} of {args.num_samples} proposals")
+        print(
+            f"{name:32} {row['status']:18} {row['passes']:6d} {row['exact']:5d} {row['evaluations']:10.1f} "
+            f"{row['jvps']:9.1f} {row['depth']:6d} {row['residual']:9.1e} {row['differs']:8.1e} {seconds:8.3f}"
+        )
+    print(
+        f"\nresidual: in standard deviations of the sequential chain, by an independent pass; compilation apart\n"
+        f"the sequential chain rejected {rows[0]['rejected']} of {args.num_samples} proposals"
+    )
     return rows
 
 

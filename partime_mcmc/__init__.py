@@ -1,18 +1,18 @@
 """partime_mcmc: Markov chain Monte Carlo and recurrent systems, parallel over time.
 
-    engine        Dynamics, solve, rollout, residual; Solution, Status, Tolerance, Stats
-    derivatives   Implicit, ImplicitRelay
-    recipes       sequential, deer, quasi_deer, elk, quasi_elk, picard, jacobi, shooting
-    schedules     Whole, Stretches, Sliding
-    linearizers   DenseJacobian, DiagonalJacobian, HutchinsonDiagonal, IdentityJacobian, ZeroJacobian, Clipped, Damped
-    kernels       from_blackjax, coalescing_hmc, hmc, mala, nuts, random_walk, PlainDice, CoalescingDice, Kernel, Whitening,
-                  certify
-    sampling      Target, from_numpyro, sample, Draws, PooledAdaptation, WindowAdaptation
-    long runs     Store, NetCDF, Zarr, resume, open_draws, StoredDraws, StoreError, StoreMismatch, Running, Fold
-    NumPyro       ParallelMCMC, CoalescingHMC, HMC, NUTS, MALA, BlackJAXKernel
-    networks      unroll; cells, adapters and statuses in `partime_mcmc.rnn`
-    devices       time_mesh, sharded_solve, sharded_chains, hosts; more in `partime_mcmc.distributed`
-    judging       Certificate, Recorded, Independent, compare, to_arviz
+engine        Dynamics, solve, rollout, residual; Solution, Status, Tolerance, Stats
+derivatives   Implicit, ImplicitRelay
+recipes       sequential, deer, quasi_deer, elk, quasi_elk, picard, jacobi, shooting
+schedules     Whole, Stretches, Sliding
+linearizers   DenseJacobian, DiagonalJacobian, HutchinsonDiagonal, IdentityJacobian, ZeroJacobian, Clipped, Damped
+kernels       from_blackjax, coalescing_hmc, hmc, mala, nuts, random_walk, PlainDice, CoalescingDice, Kernel, Whitening,
+              certify
+sampling      Target, from_numpyro, sample, Draws, PooledAdaptation, WindowAdaptation
+long runs     Store, NetCDF, Zarr, resume, open_draws, StoredDraws, StoreError, StoreMismatch, Running, Fold
+NumPyro       ParallelMCMC, CoalescingHMC, HMC, NUTS, MALA, BlackJAXKernel
+networks      unroll; cells, adapters and statuses in `partime_mcmc.rnn`
+devices       time_mesh, sharded_solve, sharded_chains, hosts; more in `partime_mcmc.distributed`
+judging       Certificate, Recorded, Independent, compare, to_arviz
 """
 
 from partime_mcmc.adjoint import Implicit, ImplicitRelay
@@ -20,12 +20,42 @@ from partime_mcmc.diagnostics.arviz import read_netcdf, save_netcdf, summary_tab
 from partime_mcmc.diagnostics.compare import compare
 from partime_mcmc.distributed import hosts, sharded_chains, sharded_solve, time_mesh
 from partime_mcmc.dynamics import Dynamics, residual, rollout
-from partime_mcmc.kernels import (Certificate, CoalescingDice, Independent, Kernel, PlainDice, Recorded, Whitening, certify,
-                                  coalescing_hmc, from_blackjax, hmc, loop, mala, nuts, random_walk)
-from partime_mcmc.linearize import (Clipped, Damped, DenseJacobian, DiagonalJacobian, HutchinsonDiagonal,
-                                    IdentityJacobian, ZeroJacobian)
+from partime_mcmc.kernels import (
+    Certificate,
+    CoalescingDice,
+    Independent,
+    Kernel,
+    PlainDice,
+    Recorded,
+    Whitening,
+    certify,
+    coalescing_hmc,
+    from_blackjax,
+    hmc,
+    loop,
+    mala,
+    nuts,
+    random_walk,
+)
+from partime_mcmc.linearize import (
+    Clipped,
+    Damped,
+    DenseJacobian,
+    DiagonalJacobian,
+    HutchinsonDiagonal,
+    IdentityJacobian,
+    ZeroJacobian,
+)
 from partime_mcmc.mcmc.draws import Draws
-from partime_mcmc.mcmc.numpyro import HMC, MALA, NUTS, BlackJAXKernel, CoalescingHMC, ParallelMCMC, from_numpyro
+from partime_mcmc.mcmc.numpyro import (
+    HMC,
+    MALA,
+    NUTS,
+    BlackJAXKernel,
+    CoalescingHMC,
+    ParallelMCMC,
+    from_numpyro,
+)
 from partime_mcmc.mcmc.pooled import PooledAdaptation
 from partime_mcmc.mcmc.progress import progress_line, quiet
 from partime_mcmc.mcmc.resume import resume
@@ -39,7 +69,16 @@ from partime_mcmc.mcmc.stored_run import Store
 from partime_mcmc.mcmc.target import Target
 from partime_mcmc.mcmc.warmup import WindowAdaptation
 from partime_mcmc.mcmc.writers import EveryHost, FirstHost
-from partime_mcmc.recipes import deer, elk, jacobi, picard, quasi_deer, quasi_elk, sequential, shooting
+from partime_mcmc.recipes import (
+    deer,
+    elk,
+    jacobi,
+    picard,
+    quasi_deer,
+    quasi_elk,
+    sequential,
+    shooting,
+)
 from partime_mcmc.rnn.unroll import unroll
 from partime_mcmc.schedule import Sliding, Stretches, Whole
 from partime_mcmc.solution import Solution, SolveError, Stats, Status, Tolerance
@@ -49,14 +88,88 @@ from partime_mcmc.solvers import ConstantDamping, Kalman, Newton, RelaxingDampin
 __version__ = "0.1.0"
 
 __all__ = [
-    "BlackJAXKernel", "Certificate", "Clipped", "CoalescingDice", "CoalescingHMC", "ConstantDamping", "Damped",
-    "DenseJacobian", "DiagonalJacobian", "Draws", "Dynamics", "EveryHost", "FirstHost", "Fold", "HMC",
-    "HutchinsonDiagonal", "IdentityJacobian", "Implicit", "ImplicitRelay", "Independent", "Kalman", "Kernel", "MALA",
-    "NUTS", "NetCDF", "Newton", "ParallelMCMC", "PlainDice", "PooledAdaptation", "Recorded", "RelaxingDamping",
-    "Running", "Sliding", "Solution", "SolveError", "Stats", "Status", "Store", "StoreError", "StoreMismatch",
-    "StoredDraws", "Stretches", "Target", "Tolerance", "Whitening", "Whole", "WindowAdaptation", "Zarr", "ZeroJacobian",
-    "certify", "coalescing_hmc", "compare", "deer", "elk", "from_blackjax", "from_numpyro", "hmc", "hosts", "jacobi",
-    "loop", "mala", "nuts", "open_draws", "picard", "progress_line", "quasi_deer", "quasi_elk", "quiet", "random_walk",
-    "read_netcdf", "residual", "resume", "rollout", "sample", "save_netcdf", "sequential", "sharded_chains",
-    "sharded_solve", "shooting", "solve", "summary_table", "time_mesh", "to_arviz", "unroll",
+    "BlackJAXKernel",
+    "Certificate",
+    "Clipped",
+    "CoalescingDice",
+    "CoalescingHMC",
+    "ConstantDamping",
+    "Damped",
+    "DenseJacobian",
+    "DiagonalJacobian",
+    "Draws",
+    "Dynamics",
+    "EveryHost",
+    "FirstHost",
+    "Fold",
+    "HMC",
+    "HutchinsonDiagonal",
+    "IdentityJacobian",
+    "Implicit",
+    "ImplicitRelay",
+    "Independent",
+    "Kalman",
+    "Kernel",
+    "MALA",
+    "NUTS",
+    "NetCDF",
+    "Newton",
+    "ParallelMCMC",
+    "PlainDice",
+    "PooledAdaptation",
+    "Recorded",
+    "RelaxingDamping",
+    "Running",
+    "Sliding",
+    "Solution",
+    "SolveError",
+    "Stats",
+    "Status",
+    "Store",
+    "StoreError",
+    "StoreMismatch",
+    "StoredDraws",
+    "Stretches",
+    "Target",
+    "Tolerance",
+    "Whitening",
+    "Whole",
+    "WindowAdaptation",
+    "Zarr",
+    "ZeroJacobian",
+    "certify",
+    "coalescing_hmc",
+    "compare",
+    "deer",
+    "elk",
+    "from_blackjax",
+    "from_numpyro",
+    "hmc",
+    "hosts",
+    "jacobi",
+    "loop",
+    "mala",
+    "nuts",
+    "open_draws",
+    "picard",
+    "progress_line",
+    "quasi_deer",
+    "quasi_elk",
+    "quiet",
+    "random_walk",
+    "read_netcdf",
+    "residual",
+    "resume",
+    "rollout",
+    "sample",
+    "save_netcdf",
+    "sequential",
+    "sharded_chains",
+    "sharded_solve",
+    "shooting",
+    "solve",
+    "summary_table",
+    "time_mesh",
+    "to_arviz",
+    "unroll",
 ]

@@ -38,7 +38,9 @@ from partime_mcmc.types import Array, PyTree, pytree
 class Adjoint(Protocol):
     """How derivatives reach a solved path."""
 
-    def __call__(self, dynamics: Dynamics, initial: Array, drives: PyTree, states: Array, axis: TimeAxis) -> Array:
+    def __call__(
+        self, dynamics: Dynamics, initial: Array, drives: PyTree, states: Array, axis: TimeAxis
+    ) -> Array:
         """`states` itself, with derivatives with respect to `dynamics.params`, `initial` and `drives`."""
         ...
 
@@ -47,10 +49,14 @@ class Adjoint(Protocol):
 class Implicit:
     """Derivatives by the implicit function theorem, with the Jacobians of all steps at once: for narrow states."""
 
-    def __call__(self, dynamics: Dynamics, initial: Array, drives: PyTree, states: Array, axis: TimeAxis) -> Array:
+    def __call__(
+        self, dynamics: Dynamics, initial: Array, drives: PyTree, states: Array, axis: TimeAxis
+    ) -> Array:
         if states.shape[0] == 0:
             return states
-        return _attach(dynamics.step, axis, None, dynamics.params, initial, drives, lax.stop_gradient(states))
+        return _attach(
+            dynamics.step, axis, None, dynamics.params, initial, drives, lax.stop_gradient(states)
+        )
 
 
 @pytree(static=("plan",))
@@ -66,15 +72,32 @@ class ImplicitRelay:
 
     plan: RelayPlan = RelayPlan(64)
 
-    def __call__(self, dynamics: Dynamics, initial: Array, drives: PyTree, states: Array, axis: TimeAxis) -> Array:
+    def __call__(
+        self, dynamics: Dynamics, initial: Array, drives: PyTree, states: Array, axis: TimeAxis
+    ) -> Array:
         if states.shape[0] == 0:
             return states
-        return _attach(dynamics.step, axis, self.plan, dynamics.params, initial, drives, lax.stop_gradient(states))
+        return _attach(
+            dynamics.step,
+            axis,
+            self.plan,
+            dynamics.params,
+            initial,
+            drives,
+            lax.stop_gradient(states),
+        )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _attach(step: Callable, axis: TimeAxis, plan: RelayPlan | None, params: PyTree, initial: Array, drives: PyTree,
-            states: Array) -> Array:
+def _attach(
+    step: Callable,
+    axis: TimeAxis,
+    plan: RelayPlan | None,
+    params: PyTree,
+    initial: Array,
+    drives: PyTree,
+    states: Array,
+) -> Array:
     return states
 
 
@@ -93,7 +116,9 @@ def _attach_jvp(step, axis, plan, primals, tangents):
 
     _, force = jax.jvp(push, (params, initial, drives), (params_dot, initial_dot, drives_dot))
     if plan is None:
-        matrices = jax.vmap(lambda state, drive: jacobian(Dynamics(step, params), state, drive)[1])(previous, drives)
+        matrices = jax.vmap(lambda state, drive: jacobian(Dynamics(step, params), state, drive)[1])(
+            previous, drives
+        )
         return path, _solve_recurrence(matrices, force, axis)
     return path, _relay_recurrence(step, plan, params, previous, drives, force, axis)
 
@@ -114,7 +139,9 @@ def _in_blocks(step, params, previous, drives):
     num_steps = previous.shape[0]
     most = min(num_steps, max(1, _BLOCK_NUMBERS // max(previous.shape[1], 1)))
     size = next((size for size in range(most, most // 4, -1) if num_steps % size == 0), num_steps)
-    blocks = jax.tree.map(lambda leaf: leaf.reshape(num_steps // size, size, *leaf.shape[1:]), (previous, drives))
+    blocks = jax.tree.map(
+        lambda leaf: leaf.reshape(num_steps // size, size, *leaf.shape[1:]), (previous, drives)
+    )
 
     @jax.checkpoint
     def block(params, previous, drives):
@@ -147,22 +174,30 @@ def _relay_recurrence(step, plan, params, previous, drives, force, axis):
     nothing = jnp.zeros_like(force[0])
 
     def apply(delta):
-        _, moved = jax.jvp(lambda states: _in_blocks(step, params, states, drives), (previous,),
-                           (axis.previous(nothing, delta),))
+        _, moved = jax.jvp(
+            lambda states: _in_blocks(step, params, states, drives),
+            (previous,),
+            (axis.previous(nothing, delta),),
+        )
         return delta - moved
 
     def solve(_, right):
-        return relay(_Push(step), params, nothing, (previous, drives, right), _bound(right), plan)[0]
+        return relay(_Push(step), params, nothing, (previous, drives, right), _bound(right), plan)[
+            0
+        ]
 
     def transpose_solve(_, right):
         # y_t = b_t + z_{t+1}.
-        return right + axis.following(pulled_back(step, plan, params, previous, drives, right)[0], nothing)
+        return right + axis.following(
+            pulled_back(step, plan, params, previous, drives, right)[0], nothing
+        )
 
     return lax.custom_linear_solve(apply, force, solve, transpose_solve)
 
 
-def pulled_back(step: Callable, plan: RelayPlan, params: PyTree, previous: Array, drives: PyTree,
-                right: Array) -> tuple[Array, RelayReport]:
+def pulled_back(
+    step: Callable, plan: RelayPlan, params: PyTree, previous: Array, drives: PyTree, right: Array
+) -> tuple[Array, RelayReport]:
     """What reaches x_{t-1} through step t, from the last step to the first: z_t = J_tᵀ (b_t + z_{t+1}).
 
     Args:
@@ -176,7 +211,15 @@ def pulled_back(step: Callable, plan: RelayPlan, params: PyTree, previous: Array
     Returns:
         z, shape `(T, D)`, and the relay's report: products with J_tᵀ per step among it.
     """
-    return relay(_Pull(step), params, jnp.zeros_like(right[0]), (previous, drives, right), _bound(right), plan, direction=-1)
+    return relay(
+        _Pull(step),
+        params,
+        jnp.zeros_like(right[0]),
+        (previous, drives, right),
+        _bound(right),
+        plan,
+        direction=-1,
+    )
 
 
 def _bound(right):
@@ -191,7 +234,10 @@ class _Push(Named):
 
     def __call__(self, params, delta, drive):
         state, drive, force = drive
-        return jax.jvp(lambda state: self.parts[0](params, state, drive), (state,), (delta,))[1] + force
+        return (
+            jax.jvp(lambda state: self.parts[0](params, state, drive), (state,), (delta,))[1]
+            + force
+        )
 
 
 class _Pull(Named):
@@ -199,4 +245,6 @@ class _Pull(Named):
 
     def __call__(self, params, pulled, drive):
         state, drive, right = drive
-        return jax.vjp(lambda state: self.parts[0](params, state, drive), state)[1](right + pulled)[0]
+        return jax.vjp(lambda state: self.parts[0](params, state, drive), state)[1](right + pulled)[
+            0
+        ]

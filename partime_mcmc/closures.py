@@ -45,14 +45,18 @@ class _Explicit:
     def __call__(self, captured_and_params, *rest):
         captured, params = captured_and_params
         leaves = jax.tree.leaves((params, *rest))
-        return jax.tree.unflatten(self.structure, jax.core.eval_jaxpr(self.jaxpr, captured, *leaves))
+        return jax.tree.unflatten(
+            self.structure, jax.core.eval_jaxpr(self.jaxpr, captured, *leaves)
+        )
 
     @property
     def result(self) -> PyTree:
         """Structure, shapes and types of what it returns."""
         types = [variable.aval for variable in self.jaxpr.outvars]
-        return jax.tree.unflatten(self.structure, [jax.ShapeDtypeStruct(one.shape, one.dtype, weak_type=one.weak_type)
-                                                   for one in types])
+        return jax.tree.unflatten(
+            self.structure,
+            [jax.ShapeDtypeStruct(one.shape, one.dtype, weak_type=one.weak_type) for one in types],
+        )
 
 
 _CACHE: collections.OrderedDict = collections.OrderedDict()
@@ -76,11 +80,19 @@ def explicit(function: Callable, params: PyTree, *rest: PyTree) -> tuple[_Explic
         return function, params
     examples = (params, *rest)
     leaves, tree = jax.tree.flatten(examples)
-    shapes = tuple((jnp.shape(leaf), jnp.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype)
-                   for leaf in leaves)
+    shapes = tuple(
+        (jnp.shape(leaf), jnp.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype)
+        for leaf in leaves
+    )
     # Read while tracing: settings, and inside `jax.shard_map` the mesh.
-    entry = (function, tree, shapes, jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision,
-             jax.sharding.get_abstract_mesh())
+    entry = (
+        function,
+        tree,
+        shapes,
+        jax.config.jax_enable_x64,
+        jax.config.jax_default_matmul_precision,
+        jax.sharding.get_abstract_mesh(),
+    )
     with _CACHE_LOCK:
         found = _CACHE.get(entry)
         if found:
@@ -91,7 +103,10 @@ def explicit(function: Callable, params: PyTree, *rest: PyTree) -> tuple[_Explic
         if _hides_arrays(closed.jaxpr):
             inlined = lambda *args: evaluate(closed.jaxpr, closed.consts, *jax.tree.leaves(args))  # noqa: E731
             closed = jax.make_jaxpr(inlined)(*abstract)
-        found = (_Explicit(closed.jaxpr, jax.tree.structure(result)), [_as_array(const) for const in closed.consts])
+        found = (
+            _Explicit(closed.jaxpr, jax.tree.structure(result)),
+            [_as_array(const) for const in closed.consts],
+        )
         if not any(isinstance(const, jax.core.Tracer) for const in found[1]):
             with _CACHE_LOCK:
                 _CACHE[entry] = found
@@ -109,8 +124,11 @@ def inner_arrays(jaxpr: Any) -> list:
     """
     found = []
     for equation in jaxpr.eqns:
-        found += [_as_array(atom.val) for atom in equation.invars
-                  if isinstance(atom, jax.extend.core.Literal) and np.shape(atom.val)]
+        found += [
+            _as_array(atom.val)
+            for atom in equation.invars
+            if isinstance(atom, jax.extend.core.Literal) and np.shape(atom.val)
+        ]
         for value in equation.params.values():
             for inner in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(inner, (jax.extend.core.ClosedJaxpr, jax.extend.core.Jaxpr)):
@@ -134,7 +152,9 @@ def is_jaxpr(value: Any) -> bool:
 
 
 def _as_array(const):
-    return const if isinstance(const, (jax.Array, jax.core.Tracer)) else jnp.asarray(np.asarray(const))
+    return (
+        const if isinstance(const, (jax.Array, jax.core.Tracer)) else jnp.asarray(np.asarray(const))
+    )
 
 
 def _inner_jit(equation):
@@ -167,7 +187,9 @@ def evaluate(jaxpr, consts, *args, opens: Callable | None = None) -> list:
         inputs = [read(atom) for atom in equation.invars]
         inner = _inner_jit(equation)
         if inner is not None and opens(inner):
-            outputs = evaluate(inner.jaxpr, [_as_array(const) for const in inner.consts], *inputs, opens=opens)
+            outputs = evaluate(
+                inner.jaxpr, [_as_array(const) for const in inner.consts], *inputs, opens=opens
+            )
         else:
             outputs = _evaluate_one(jaxpr, equation, inputs)
         values.update(zip(equation.outvars, outputs))
@@ -180,7 +202,11 @@ def _captures(inner) -> bool:
 
 def _evaluate_one(jaxpr, equation, inputs) -> list:
     """Evaluate one equation: a jaxpr of its own, because the way to bind a primitive differs between JAX versions."""
-    named = {atom: value for atom, value in zip(equation.invars, inputs) if not isinstance(atom, jax.extend.core.Literal)}
+    named = {
+        atom: value
+        for atom, value in zip(equation.invars, inputs)
+        if not isinstance(atom, jax.extend.core.Literal)
+    }
     dropped = [isinstance(atom, jax.extend.core.DropVar) for atom in equation.outvars]
     kept = [atom for atom, drop in zip(equation.outvars, dropped) if not drop]
     single = jaxpr.replace(constvars=[], invars=list(named), outvars=kept, eqns=[equation])

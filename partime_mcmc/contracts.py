@@ -17,7 +17,9 @@ def check_has(value: Any, name: str, methods: tuple[str, ...], wanted: str) -> N
     Raises:
         TypeError: Naming the argument, what it got and what it wanted.
     """
-    if isinstance(value, type) or not all(callable(getattr(value, method, None)) for method in methods):
+    if isinstance(value, type) or not all(
+        callable(getattr(value, method, None)) for method in methods
+    ):
         raise TypeError(f"{name}: got {kind(value)}, wanted {wanted}")
 
 
@@ -27,4 +29,8 @@ def kind(value: Any) -> str:
         return f"the class {value.__name__} (an instance is wanted: {value.__name__}(...))"
     if isinstance(value, (str, int, float, bool, type(None))):
         return repr(value)
-    return f"the function {value.__name__}" if hasattr(value, "__name__") else f"a {type(value).__name__}"
+    return (
+        f"the function {value.__name__}"
+        if hasattr(value, "__name__")
+        else f"a {type(value).__name__}"
+    )

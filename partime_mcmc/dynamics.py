@@ -65,7 +65,9 @@ class Dynamics:
         return self.step(self.params, state, drive)
 
     @classmethod
-    def closing_over(cls, function: Callable[[PyTree, PyTree], PyTree], state: PyTree, drive: PyTree) -> Dynamics:
+    def closing_over(
+        cls, function: Callable[[PyTree, PyTree], PyTree], state: PyTree, drive: PyTree
+    ) -> Dynamics:
         """Dynamics of a function that captures arrays, with the captured arrays as parameters.
 
         Args:
@@ -113,10 +115,13 @@ def rollout(dynamics: Dynamics, initial: PyTree, drives: PyTree) -> PyTree:
     return rollout_with_notes(dynamics, initial, drives)[0]
 
 
-def rollout_with_notes(dynamics: Dynamics, initial: PyTree, drives: PyTree) -> tuple[PyTree, Array | None]:
+def rollout_with_notes(
+    dynamics: Dynamics, initial: PyTree, drives: PyTree
+) -> tuple[PyTree, Array | None]:
     """As `rollout`, and what each step notes, shape `(T, R)`; None where nothing is noted, or there are no steps."""
     memo = dynamics.memo
     if memo is None or jax.tree.leaves(drives)[0].shape[0] == 0:
+
         def advance(state, drive):
             state = dynamics(state, drive)
             return state, state
@@ -143,11 +148,18 @@ def residual(dynamics: Dynamics, initial: PyTree, states: PyTree, drives: PyTree
     Returns:
         `max_j |f(x_{t-1}, u_t) − x_t|_j`, shape `(T,)`; NaN where a step is not finite.
     """
-    previous = jax.tree.map(lambda first, rest: jnp.concatenate([jnp.asarray(first, rest.dtype)[None], rest[:-1]])[
-        : rest.shape[0]], initial, states)
+    previous = jax.tree.map(
+        lambda first, rest: jnp.concatenate([jnp.asarray(first, rest.dtype)[None], rest[:-1]])[
+            : rest.shape[0]
+        ],
+        initial,
+        states,
+    )
     values = jax.vmap(dynamics)(previous, drives)
-    gaps = [jnp.abs(value - state).reshape(state.shape[0], -1)
-            for value, state in zip(jax.tree.leaves(values), jax.tree.leaves(states))]
+    gaps = [
+        jnp.abs(value - state).reshape(state.shape[0], -1)
+        for value, state in zip(jax.tree.leaves(values), jax.tree.leaves(states))
+    ]
     return largest(jnp.concatenate(gaps, axis=1), axis=1)
 
 
@@ -168,11 +180,21 @@ def ravel(dynamics: Dynamics, initial: PyTree) -> tuple[Dynamics, Array, Callabl
     check_state(initial)
     leaves = jax.tree.leaves(initial)
     flat, unravel = ravel_pytree(initial)
-    if len(leaves) == 1 and flat.shape == jnp.shape(leaves[0]) and jax.tree.structure(initial) == _LEAF:
+    if (
+        len(leaves) == 1
+        and flat.shape == jnp.shape(leaves[0])
+        and jax.tree.structure(initial) == _LEAF
+    ):
         return dynamics, flat, _identity
     border, memo = _Unravel(initial), dynamics.memo
     if memo is not None:
-        memo = Memo(_FlatEnter(memo.enter, border), memo.advance, _FlatLeave(memo.leave), memo.params, memo.note)
+        memo = Memo(
+            _FlatEnter(memo.enter, border),
+            memo.advance,
+            _FlatLeave(memo.leave),
+            memo.params,
+            memo.note,
+        )
     return Dynamics(_FlatStep(dynamics.step, border), dynamics.params, memo), flat, unravel
 
 
@@ -184,13 +206,19 @@ def check_state(initial: PyTree) -> None:
         ValueError: If the state has no elements.
     """
     leaves = jax.tree_util.tree_leaves_with_path(initial)
-    types = {jax.tree_util.keystr(path) or "the state": jnp.asarray(leaf).dtype for path, leaf in leaves}
+    types = {
+        jax.tree_util.keystr(path) or "the state": jnp.asarray(leaf).dtype for path, leaf in leaves
+    }
     for name, dtype in types.items():
         if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(f"initial: {name} has type {dtype}, wanted floating point; discrete things and keys belong "
-                            "to the drives")
+            raise TypeError(
+                f"initial: {name} has type {dtype}, wanted floating point; discrete things and keys belong "
+                "to the drives"
+            )
     if len(set(types.values())) > 1:
-        raise TypeError(f"initial: mixed floating-point types {({k: str(v) for k, v in types.items()})}, wanted one")
+        raise TypeError(
+            f"initial: mixed floating-point types { ({k: str(v) for k, v in types.items()}) }, wanted one"
+        )
     if not sum(jnp.size(leaf) for _, leaf in leaves):
         raise ValueError("initial: the state has no elements, wanted at least one number")
 
@@ -207,18 +235,23 @@ class _Unravel:
 
     def __init__(self, example: PyTree):
         self.structure = jax.tree.structure(example)
-        self.shapes = tuple((jnp.shape(leaf), str(jnp.asarray(leaf).dtype)) for leaf in jax.tree.leaves(example))
+        self.shapes = tuple(
+            (jnp.shape(leaf), str(jnp.asarray(leaf).dtype)) for leaf in jax.tree.leaves(example)
+        )
 
     def __call__(self, flat: Array) -> PyTree:
         leaves, start = [], 0
         for shape, _ in self.shapes:
             size = int(np.prod(shape, dtype=int))
-            leaves.append(flat[start:start + size].reshape(shape))
+            leaves.append(flat[start : start + size].reshape(shape))
             start += size
         return jax.tree.unflatten(self.structure, leaves)
 
     def __eq__(self, other):
-        return isinstance(other, _Unravel) and (self.structure, self.shapes) == (other.structure, other.shapes)
+        return isinstance(other, _Unravel) and (self.structure, self.shapes) == (
+            other.structure,
+            other.shapes,
+        )
 
     def __hash__(self):
         return hash((self.structure, self.shapes))

@@ -16,8 +16,16 @@ Every recipe takes at most `DEFAULT_MAX_ITERATIONS` passes unless told otherwise
 
 from __future__ import annotations
 
-from partime_mcmc.linearize import (Clipped, Damped, DenseJacobian, DiagonalJacobian, HutchinsonDiagonal,
-                                    IdentityJacobian, Linearizer, ZeroJacobian)
+from partime_mcmc.linearize import (
+    Clipped,
+    Damped,
+    DenseJacobian,
+    DiagonalJacobian,
+    HutchinsonDiagonal,
+    IdentityJacobian,
+    Linearizer,
+    ZeroJacobian,
+)
 from partime_mcmc.solvers import DampingPolicy, Kalman, Newton, RelaxingDamping, Rollout, Shooting
 
 # A stated bound that does not grow with T: a method that needs more passes than this has lost to the sequential loop.
@@ -39,7 +47,9 @@ def deer(*, damping: float = 0.0, clip: float | None = None) -> Newton:
     return Newton(_tamed(DenseJacobian(), damping, clip))
 
 
-def quasi_deer(*, num_probes: int | None = None, damping: float = 0.0, clip: float | None = 1.0) -> Newton:
+def quasi_deer(
+    *, num_probes: int | None = None, damping: float = 0.0, clip: float | None = 1.0
+) -> Newton:
     """Newton's method with the Jacobian's diagonal; memory `O(T D)`.
 
     Args:
@@ -60,8 +70,12 @@ def elk(*, policy: DampingPolicy = RelaxingDamping(), clip: float | None = None)
     return Kalman(_tamed(DenseJacobian(), 0.0, clip), policy)
 
 
-def quasi_elk(*, num_probes: int | None = None, policy: DampingPolicy = RelaxingDamping(),
-              clip: float | None = None) -> Kalman:
+def quasi_elk(
+    *,
+    num_probes: int | None = None,
+    policy: DampingPolicy = RelaxingDamping(),
+    clip: float | None = None,
+) -> Kalman:
     """Levenberg–Marquardt with the Jacobian's diagonal; memory `O(T D)`.
 
     Args:
@@ -72,8 +86,11 @@ def quasi_elk(*, num_probes: int | None = None, policy: DampingPolicy = Relaxing
     return Kalman(_tamed(_diagonal(num_probes), 0.0, clip), policy)
 
 
-def shooting(num_segments: int | None = None, steps: int | None = None,
-             correction: Linearizer = ZeroJacobian()) -> Shooting:
+def shooting(
+    num_segments: int | None = None,
+    steps: int | None = None,
+    correction: Linearizer = ZeroJacobian(),
+) -> Shooting:
     """Segments rolled side by side until they coalesce; near one evaluation per step on a system that forgets.
 
     Args:

@@ -44,13 +44,16 @@ _MESSAGES = {
     Status.CONVERGED: "every step obeys the recurrence to within the tolerance",
     Status.OUT_OF_ITERATIONS: (
         "the iterations ran out before every step obeyed the recurrence; raise max_iterations, cut time into "
-        "Stretches, damp or clip the Jacobians, or run sequentially if the system does not forget its past"),
+        "Stretches, damp or clip the Jacobians, or run sequentially if the system does not forget its past"
+    ),
     Status.NONFINITE: (
         "the recurrence itself leaves the finite numbers: the step after the exact prefix maps a finite state to NaN "
-        "or infinity, so no solver can continue; look at the dynamics there"),
+        "or infinity, so no solver can continue; look at the dynamics there"
+    ),
     Status.STALLED: (
         "the iteration repeats itself without meeting the tolerance: either the tolerance is below what this floating "
-        "point type can reach, or the linearisation cycles; loosen the tolerance, use float64, or damp"),
+        "point type can reach, or the linearisation cycles; loosen the tolerance, use float64, or damp"
+    ),
     Status.FROZEN: "the chain never moves: no proposal was accepted; check the step size, the metric and the start",
     Status.INTERRUPTED: "the run was interrupted; what it holds is the certified part",
 }
@@ -86,15 +89,22 @@ class Tolerance:
             if value is None:
                 continue
             if jnp.shape(value) not in shapes:
-                raise ValueError(f"tolerance: {name} has shape {jnp.shape(value)}, wanted one of {shapes}")
-            if not isinstance(value, jax.core.Tracer) and not (np.isfinite(value) & (np.asarray(value) >= 0)).all():
+                raise ValueError(
+                    f"tolerance: {name} has shape {jnp.shape(value)}, wanted one of {shapes}"
+                )
+            if (
+                not isinstance(value, jax.core.Tracer)
+                and not (np.isfinite(value) & (np.asarray(value) >= 0)).all()
+            ):
                 raise ValueError(f"tolerance: {name} must be finite and at least 0, got {value!r}")
 
     def parts(self, dtype: jnp.dtype) -> tuple[Array, Array]:
         """`absolute` and `relative` as arrays of `dtype`, defaults filled in."""
         unit = DEFAULT_ULPS * jnp.finfo(dtype).eps
-        return (jnp.asarray(unit if self.absolute is None else self.absolute, dtype),
-                jnp.asarray(unit if self.relative is None else self.relative, dtype))
+        return (
+            jnp.asarray(unit if self.absolute is None else self.absolute, dtype),
+            jnp.asarray(unit if self.relative is None else self.relative, dtype),
+        )
 
     def ratio(self, residual: Array, states: Array) -> Array:
         """How far each step is from the tolerance.
@@ -112,7 +122,9 @@ class Tolerance:
         size = jnp.abs(residual)
         scaled = jnp.where(size == 0, 0.0, size / bound)
         # An infinite state has an infinite bound: that must not pass as exact.
-        return largest(jnp.where(jnp.isfinite(size) & jnp.isfinite(bound), scaled, jnp.nan), axis=-1)
+        return largest(
+            jnp.where(jnp.isfinite(size) & jnp.isfinite(bound), scaled, jnp.nan), axis=-1
+        )
 
 
 @pytree()
@@ -182,6 +194,8 @@ class Solution:
             residual = float(np.ravel(self.residual)[first])
             exact = int(np.ravel(self.num_exact)[first])
             which = f"path {first} of {status.size}" if status.size > 1 else "the path"
-            raise SolveError(f"{verdict.name}: {which}: {verdict.message} (largest residual {residual:.3g}, the first "
-                             f"{exact} steps are exact, {int(np.ravel(self.iterations)[first])} iterations)")
+            raise SolveError(
+                f"{verdict.name}: {which}: {verdict.message} (largest residual {residual:.3g}, the first "
+                f"{exact} steps are exact, {int(np.ravel(self.iterations)[first])} iterations)"
+            )
         return self

@@ -35,9 +35,20 @@ _RUNNING = -1
 _MAX_HISTORY = 512
 
 
-def solve(dynamics: Dynamics, initial: PyTree, drives: PyTree, *, solver: Solver = deer(), schedule: Schedule = Whole(),
-          tolerance: Tolerance = Tolerance(), max_iterations: int | None = None, guess: PyTree | None = None,
-          adjoint: Adjoint = Implicit(), axis: TimeAxis = LocalTime(), key: Key | None = None) -> Solution:
+def solve(
+    dynamics: Dynamics,
+    initial: PyTree,
+    drives: PyTree,
+    *,
+    solver: Solver = deer(),
+    schedule: Schedule = Whole(),
+    tolerance: Tolerance = Tolerance(),
+    max_iterations: int | None = None,
+    guess: PyTree | None = None,
+    adjoint: Adjoint = Implicit(),
+    axis: TimeAxis = LocalTime(),
+    key: Key | None = None,
+) -> Solution:
     """Solve a recurrence for its whole path.
 
     Args:
@@ -72,13 +83,26 @@ def solve(dynamics: Dynamics, initial: PyTree, drives: PyTree, *, solver: Solver
     tolerance.check(start.size)
     window = schedule.window(num_steps)
     if window != num_steps and axis.length(num_steps) != num_steps:
-        raise ValueError(f"schedule: got {schedule!r} with an axis spread over devices, wanted Whole(): a window that moves "
-                         "would be on one device at a time")
+        raise ValueError(
+            f"schedule: got {schedule!r} with an axis spread over devices, wanted Whole(): a window that moves "
+            "would be on one device at a time"
+        )
     max_iterations = check_iterations(max_iterations)
     path = flat_guess(guess, initial, start, num_steps)
     key = jax.random.key(0) if key is None else key
-    found = _solve(flat, start, drives, path, solver, schedule, tolerance, key, axis=axis, window=window,
-                   max_iterations=max_iterations * max(1, math.ceil(num_steps / max(window, 1))))
+    found = _solve(
+        flat,
+        start,
+        drives,
+        path,
+        solver,
+        schedule,
+        tolerance,
+        key,
+        axis=axis,
+        window=window,
+        max_iterations=max_iterations * max(1, math.ceil(num_steps / max(window, 1))),
+    )
     states = adjoint(flat, start, drives, found.states, axis)
     return Solution(jax.vmap(unravel)(states), *_fields(found)[1:])
 
@@ -110,46 +134,112 @@ class _Loop:
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "window", "max_iterations"))
-def _solve(dynamics: Dynamics, initial: Array, drives: PyTree, guess: Array, solver: Solver, schedule: Schedule,
-           tolerance: Tolerance, key: Key, *, axis: TimeAxis, window: int, max_iterations: int) -> Solution:
+def _solve(
+    dynamics: Dynamics,
+    initial: Array,
+    drives: PyTree,
+    guess: Array,
+    solver: Solver,
+    schedule: Schedule,
+    tolerance: Tolerance,
+    key: Key,
+    *,
+    axis: TimeAxis,
+    window: int,
+    max_iterations: int,
+) -> Solution:
     # Derivatives come from the adjoint; nothing here may be differentiated.
     dynamics, initial, drives, guess = lax.stop_gradient((dynamics, initial, drives, guess))
     num_steps, dtype = guess.shape[0], guess.dtype
     zero = jnp.zeros((), jnp.int32)
     begin = _Loop(
-        guess, zero, solver.init(initial, guess[:window]), jnp.asarray(_RUNNING if num_steps else 0, jnp.int32), zero,
-        jnp.zeros((), dtype), zero, jnp.full(4, jnp.nan, dtype), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32),
+        guess,
         zero,
-        jnp.full(min(max_iterations + 1, _MAX_HISTORY), jnp.nan, dtype), zero, zero,
-        *_no_notes(dynamics, solver, initial, drives, guess, window))
-    one_pass = functools.partial(_one_pass, dynamics, initial, drives, solver, schedule, tolerance, key, axis, window,
-                                 max_iterations)
+        solver.init(initial, guess[:window]),
+        jnp.asarray(_RUNNING if num_steps else 0, jnp.int32),
+        zero,
+        jnp.zeros((), dtype),
+        zero,
+        jnp.full(4, jnp.nan, dtype),
+        jnp.zeros((), jnp.float32),
+        jnp.zeros((), jnp.float32),
+        zero,
+        jnp.full(min(max_iterations + 1, _MAX_HISTORY), jnp.nan, dtype),
+        zero,
+        zero,
+        *_no_notes(dynamics, solver, initial, drives, guess, window),
+    )
+    one_pass = functools.partial(
+        _one_pass,
+        dynamics,
+        initial,
+        drives,
+        solver,
+        schedule,
+        tolerance,
+        key,
+        axis,
+        window,
+        max_iterations,
+    )
     if isinstance(solver, Rollout) and window == num_steps > 0:
         # One pass settles it; under `vmap` a loop would select between old and new books, path included.
         end = one_pass(begin)
     else:
-        end = axis.repeat(lambda loop: loop.status == _RUNNING, one_pass, begin) if num_steps else begin
-    evaluations, jvps = axis.by_part(jnp.stack([end.evaluations, end.jvps])).T / max(axis.length(num_steps), 1)
+        end = (
+            axis.repeat(lambda loop: loop.status == _RUNNING, one_pass, begin)
+            if num_steps
+            else begin
+        )
+    evaluations, jvps = axis.by_part(jnp.stack([end.evaluations, end.jvps])).T / max(
+        axis.length(num_steps), 1
+    )
     replaced = axis.total(jnp.stack([end.num_jacobians, end.num_updates])[None])
-    stats = Stats(evaluations.sum(), jvps.sum(), end.depth, end.history, replaced[0], replaced[1], evaluations)
-    return Solution(end.states, end.status, end.iterations, end.residual, end.num_exact, stats, end.notes, end.defects)
+    stats = Stats(
+        evaluations.sum(), jvps.sum(), end.depth, end.history, replaced[0], replaced[1], evaluations
+    )
+    return Solution(
+        end.states,
+        end.status,
+        end.iterations,
+        end.residual,
+        end.num_exact,
+        stats,
+        end.notes,
+        end.defects,
+    )
 
 
 def _no_notes(dynamics, solver, initial, drives, guess, window):
     """Room for notes and defects, None where none are kept: by most solvers, or where a window moves."""
     memo = dynamics.memo
-    if not (memo and memo.note and getattr(solver, "keeps_notes", False) and window == guess.shape[0] > 0):
+    if not (
+        memo
+        and memo.note
+        and getattr(solver, "keeps_notes", False)
+        and window == guess.shape[0] > 0
+    ):
         return None, None
-    memory = jax.eval_shape(memo.enter, memo.params[0], initial, jax.tree.map(lambda leaf: leaf[0], drives))
-    return jnp.zeros((window, *jax.eval_shape(memo.note, memory).shape), guess.dtype), jnp.zeros_like(guess)
+    memory = jax.eval_shape(
+        memo.enter, memo.params[0], initial, jax.tree.map(lambda leaf: leaf[0], drives)
+    )
+    return jnp.zeros(
+        (window, *jax.eval_shape(memo.note, memory).shape), guess.dtype
+    ), jnp.zeros_like(guess)
 
 
-def _one_pass(dynamics, initial, drives, solver, schedule, tolerance, key, axis, window, max_iterations, loop):
+def _one_pass(
+    dynamics, initial, drives, solver, schedule, tolerance, key, axis, window, max_iterations, loop
+):
     """One pass over the window: propose, judge, move on."""
     num_steps, length = loop.states.shape[0], axis.length(window)
     first, states, stretch = _cut(initial, loop.states, drives, loop.start, window)
-    proposal, memory = solver.step(dynamics, first, states, stretch, loop.memory, axis=axis, key=key, tolerance=tolerance)
-    num_exact = axis.length_of_true(tolerance.ratio(proposal.residual, proposal.judged) <= 1).astype(jnp.int32)
+    proposal, memory = solver.step(
+        dynamics, first, states, stretch, loop.memory, axis=axis, key=key, tolerance=tolerance
+    )
+    num_exact = axis.length_of_true(
+        tolerance.ratio(proposal.residual, proposal.judged) <= 1
+    ).astype(jnp.int32)
     per_step = largest(jnp.abs(proposal.residual), axis=1)
     per_step = jnp.where(jnp.isfinite(per_step), per_step, jnp.nan)
     size = axis.maximum(per_step)
@@ -160,8 +250,14 @@ def _one_pass(dynamics, initial, drives, solver, schedule, tolerance, key, axis,
     done = (num_exact == length) & (loop.start + window == num_steps)
     status = jnp.select(
         [done, nonfinite, repeats, (loop.iterations >= max_iterations) | proposal.gave_up],
-        [jnp.int32(Status.CONVERGED), jnp.int32(Status.NONFINITE), jnp.int32(Status.STALLED),
-         jnp.int32(Status.OUT_OF_ITERATIONS)], jnp.int32(_RUNNING))
+        [
+            jnp.int32(Status.CONVERGED),
+            jnp.int32(Status.NONFINITE),
+            jnp.int32(Status.STALLED),
+            jnp.int32(Status.OUT_OF_ITERATIONS),
+        ],
+        jnp.int32(_RUNNING),
+    )
     over = status != _RUNNING
     ahead = jnp.where(over, 0, schedule.advance(num_exact, length))
     start = jnp.minimum(loop.start + ahead, num_steps - window)
@@ -174,13 +270,22 @@ def _one_pass(dynamics, initial, drives, solver, schedule, tolerance, key, axis,
     memory = jax.tree.map(lambda new, old: jnp.where(ahead == window, new, old), fresh, memory)
     left = axis.maximum(jnp.where(counted, per_step, 0))
     return _Loop(
-        _extend_guess(path, loop.start + window, start, window), start, memory, status,
-        loop.iterations + proposal.num_passes - over.astype(jnp.int32), largest(jnp.stack([loop.residual, left])),
-        loop.start + num_exact, fingerprint, loop.evaluations + proposal.evaluations, loop.jvps + proposal.jvps,
+        _extend_guess(path, loop.start + window, start, window),
+        start,
+        memory,
+        status,
+        loop.iterations + proposal.num_passes - over.astype(jnp.int32),
+        largest(jnp.stack([loop.residual, left])),
+        loop.start + num_exact,
+        fingerprint,
+        loop.evaluations + proposal.evaluations,
+        loop.jvps + proposal.jvps,
         loop.depth + proposal.depth,
         loop.history.at[loop.iterations].set(size, mode="drop"),
-        loop.num_jacobians + proposal.num_replaced_jacobians, loop.num_updates + proposal.num_replaced_updates,
-        *((None, None) if loop.notes is None else (proposal.notes, proposal.residual)))
+        loop.num_jacobians + proposal.num_replaced_jacobians,
+        loop.num_updates + proposal.num_replaced_updates,
+        *((None, None) if loop.notes is None else (proposal.notes, proposal.residual)),
+    )
 
 
 def _cut(initial, states, drives, start, window):
@@ -206,8 +311,18 @@ def _repeats(loop, per_step, num_exact, memory, axis):
     """Whether an earlier iterate came back, by numbers of its residual, and of what the solver remembers (a damping that
     still changes is no cycle), kept since the last power of two."""
     finite = jnp.where(jnp.isfinite(per_step), per_step, 0)
-    remembered = sum((jnp.sum(leaf).astype(finite.dtype) for leaf in jax.tree.leaves(memory)), jnp.zeros((), finite.dtype))
-    now = jnp.stack([axis.total(finite), axis.maximum(finite), (loop.start + num_exact).astype(finite.dtype), remembered])
+    remembered = sum(
+        (jnp.sum(leaf).astype(finite.dtype) for leaf in jax.tree.leaves(memory)),
+        jnp.zeros((), finite.dtype),
+    )
+    now = jnp.stack(
+        [
+            axis.total(finite),
+            axis.maximum(finite),
+            (loop.start + num_exact).astype(finite.dtype),
+            remembered,
+        ]
+    )
     power_of_two = (loop.iterations & (loop.iterations - 1)) == 0
     return jnp.all(now == loop.fingerprint), jnp.where(power_of_two, now, loop.fingerprint)
 
@@ -216,9 +331,15 @@ def _check_strategies(dynamics, solver, schedule, tolerance, adjoint) -> None:
     if not isinstance(dynamics, Dynamics):
         raise TypeError(f"dynamics: got {kind(dynamics)}, wanted Dynamics(step, params)")
     check_has(solver, "solver", ("init", "step"), "a recipe such as shooting() or deer()")
-    check_has(getattr(solver, "linearizer", getattr(solver, "correction", jax.jit)), "linearizer", ("__call__",),
-              "an instance such as DenseJacobian()")
-    check_has(schedule, "schedule", ("window", "advance"), "Whole(), Stretches(size) or Sliding(size)")
+    check_has(
+        getattr(solver, "linearizer", getattr(solver, "correction", jax.jit)),
+        "linearizer",
+        ("__call__",),
+        "an instance such as DenseJacobian()",
+    )
+    check_has(
+        schedule, "schedule", ("window", "advance"), "Whole(), Stretches(size) or Sliding(size)"
+    )
     check_has(adjoint, "adjoint", ("__call__",), "Implicit()")
     if not isinstance(tolerance, Tolerance):
         raise TypeError(f"tolerance: got {kind(tolerance)}, wanted Tolerance(relative, absolute)")
@@ -232,11 +353,15 @@ def count_steps(drives: PyTree) -> int:
     """
     leaves = jax.tree.leaves(drives)
     if not leaves:
-        raise ValueError("drives: no arrays, wanted at least one leaf with leading axis T (use jnp.arange(T) if the "
-                         "dynamics ignores its drive)")
+        raise ValueError(
+            "drives: no arrays, wanted at least one leaf with leading axis T (use jnp.arange(T) if the "
+            "dynamics ignores its drive)"
+        )
     lengths = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
     if len(lengths) > 1 or None in lengths:
-        raise ValueError(f"drives: leading axes {sorted(map(str, lengths))}, wanted one common length T")
+        raise ValueError(
+            f"drives: leading axes {sorted(map(str, lengths))}, wanted one common length T"
+        )
     return lengths.pop()
 
 
@@ -246,12 +371,18 @@ def check_step(dynamics: Dynamics, initial: PyTree, drives: PyTree) -> Dynamics:
     dynamics = without_captures(dynamics, initial, drive)
     result = jax.eval_shape(dynamics.step, dynamics.params, initial, drive)
     if jax.tree.structure(result) != jax.tree.structure(initial):
-        raise TypeError(f"dynamics: step returns {jax.tree.structure(result)}, wanted the state's structure "
-                        f"{jax.tree.structure(initial)}")
-    for (path, got), wanted in zip(jax.tree_util.tree_leaves_with_path(result), jax.tree.leaves(initial)):
+        raise TypeError(
+            f"dynamics: step returns {jax.tree.structure(result)}, wanted the state's structure "
+            f"{jax.tree.structure(initial)}"
+        )
+    for (path, got), wanted in zip(
+        jax.tree_util.tree_leaves_with_path(result), jax.tree.leaves(initial)
+    ):
         if got.shape != wanted.shape or got.dtype != wanted.dtype:
-            raise TypeError(f"dynamics: step returns {jax.tree_util.keystr(path) or 'a state'} with shape {got.shape} "
-                            f"and type {got.dtype}, wanted {wanted.shape} and {wanted.dtype} as in `initial`")
+            raise TypeError(
+                f"dynamics: step returns {jax.tree_util.keystr(path) or 'a state'} with shape {got.shape} "
+                f"and type {got.dtype}, wanted {wanted.shape} and {wanted.dtype} as in `initial`"
+            )
     return dynamics
 
 
@@ -263,8 +394,14 @@ def check_iterations(max_iterations: int | None) -> int:
     """
     if max_iterations is None:
         return DEFAULT_MAX_ITERATIONS
-    if isinstance(max_iterations, bool) or not isinstance(max_iterations, int) or max_iterations < 1:
-        raise ValueError(f"max_iterations must be an integer of at least 1 or None, got {max_iterations!r}")
+    if (
+        isinstance(max_iterations, bool)
+        or not isinstance(max_iterations, int)
+        or max_iterations < 1
+    ):
+        raise ValueError(
+            f"max_iterations must be an integer of at least 1 or None, got {max_iterations!r}"
+        )
     return max_iterations
 
 
@@ -278,12 +415,20 @@ def flat_guess(guess: PyTree | None, initial: PyTree, start: Array, num_steps: i
     if guess is None:
         return constant
     if jax.tree.structure(guess) != jax.tree.structure(initial):
-        raise ValueError(f"guess: structure {jax.tree.structure(guess)}, wanted the state's "
-                         f"{jax.tree.structure(initial)}")
-    for (path, got), state in zip(jax.tree_util.tree_leaves_with_path(guess), jax.tree.leaves(initial)):
+        raise ValueError(
+            f"guess: structure {jax.tree.structure(guess)}, wanted the state's "
+            f"{jax.tree.structure(initial)}"
+        )
+    for (path, got), state in zip(
+        jax.tree_util.tree_leaves_with_path(guess), jax.tree.leaves(initial)
+    ):
         if jnp.shape(got) != (num_steps, *state.shape):
-            raise ValueError(f"guess: {jax.tree_util.keystr(path) or 'the array'} has shape {jnp.shape(got)}, wanted "
-                             f"{(num_steps, *state.shape)}")
-    leaves = [jnp.asarray(leaf, start.dtype).reshape(num_steps, -1) for leaf in jax.tree.leaves(guess)]
+            raise ValueError(
+                f"guess: {jax.tree_util.keystr(path) or 'the array'} has shape {jnp.shape(got)}, wanted "
+                f"{(num_steps, *state.shape)}"
+            )
+    leaves = [
+        jnp.asarray(leaf, start.dtype).reshape(num_steps, -1) for leaf in jax.tree.leaves(guess)
+    ]
     flat = jnp.concatenate(leaves, axis=1)
     return jnp.where(jnp.isfinite(flat), flat, constant)

@@ -37,7 +37,9 @@ def pytree(*, static: tuple[str, ...] = ()) -> Callable[[_Class], _Class]:
         names = [field.name for field in dataclasses.fields(cls)]
         unknown = set(static) - set(names)
         if unknown:
-            raise TypeError(f"static: {sorted(unknown)} are not fields of {cls.__name__}; its fields are {names}")
+            raise TypeError(
+                f"static: {sorted(unknown)} are not fields of {cls.__name__}; its fields are {names}"
+            )
         _register(cls, tuple(name for name in names if name not in static), tuple(static))
         return cls
 
@@ -58,7 +60,9 @@ def _register(cls: type, data: tuple[str, ...], static: tuple[str, ...]) -> None
         return tuple(getattr(value, name) for name in data), structure(value)
 
     def flatten_with_keys(value):
-        return tuple((jax.tree_util.GetAttrKey(name), getattr(value, name)) for name in data), structure(value)
+        return tuple(
+            (jax.tree_util.GetAttrKey(name), getattr(value, name)) for name in data
+        ), structure(value)
 
     def unflatten(structure, children):
         # Without __init__: JAX unflattens placeholders that no validation would let pass.

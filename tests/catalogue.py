@@ -16,7 +16,16 @@ import numpy as np
 
 from partime_mcmc.dynamics import Dynamics, rollout
 from partime_mcmc.linearize import Clipped, Damped, DenseJacobian
-from partime_mcmc.recipes import deer, elk, jacobi, picard, quasi_deer, quasi_elk, sequential, shooting
+from partime_mcmc.recipes import (
+    deer,
+    elk,
+    jacobi,
+    picard,
+    quasi_deer,
+    quasi_elk,
+    sequential,
+    shooting,
+)
 from partime_mcmc.schedule import Schedule, Sliding, Stretches, Whole
 from partime_mcmc.scan import ChunkedScan, LocalTime, TimeAxis
 from partime_mcmc.solution import Solution
@@ -50,16 +59,36 @@ class SolverRow:
 SOLVERS = [
     SolverRow("sequential", sequential(), newton_like=False),
     SolverRow("deer", deer(), newton_like=True),
-    SolverRow("deer, tamed, chunked scan", Newton(Damped(Clipped(DenseJacobian(), 1.0), 0.1)), newton_like=True,
-              variant=True, axis=LocalTime(ChunkedScan(6))),
+    SolverRow(
+        "deer, tamed, chunked scan",
+        Newton(Damped(Clipped(DenseJacobian(), 1.0), 0.1)),
+        newton_like=True,
+        variant=True,
+        axis=LocalTime(ChunkedScan(6)),
+    ),
     SolverRow("deer, sliding", deer(), newton_like=True, variant=True, schedule=Sliding(40)),
     SolverRow("quasi-deer", quasi_deer(), newton_like=True),
-    SolverRow("quasi-deer, two probes", quasi_deer(num_probes=2, damping=0.2), newton_like=True, variant=True),
-    SolverRow("quasi-deer, stretches", quasi_deer(clip=None), newton_like=True, variant=True, schedule=Stretches(50)),
+    SolverRow(
+        "quasi-deer, two probes",
+        quasi_deer(num_probes=2, damping=0.2),
+        newton_like=True,
+        variant=True,
+    ),
+    SolverRow(
+        "quasi-deer, stretches",
+        quasi_deer(clip=None),
+        newton_like=True,
+        variant=True,
+        schedule=Stretches(50),
+    ),
     SolverRow("elk", elk(), newton_like=False),
     SolverRow("quasi-elk", quasi_elk(), newton_like=False, variant=True),
-    SolverRow("quasi-elk, constant damping", quasi_elk(policy=ConstantDamping(1e-2), clip=1.0), newton_like=False,
-              variant=True),
+    SolverRow(
+        "quasi-elk, constant damping",
+        quasi_elk(policy=ConstantDamping(1e-2), clip=1.0),
+        newton_like=False,
+        variant=True,
+    ),
     SolverRow("picard", picard(), newton_like=True),
     SolverRow("jacobi", jacobi(), newton_like=True),
     SolverRow("shooting", shooting(steps=48), newton_like=False),
@@ -96,8 +125,11 @@ def _network(params, state, drive):
 
 
 def _network_problem(num_steps, dtype):
-    return Problem(Dynamics(_network, 0.5 * _normal(1, (4, 4), dtype)), _normal(2, (4,), dtype),
-                   _normal(3, (num_steps, 4), dtype))
+    return Problem(
+        Dynamics(_network, 0.5 * _normal(1, (4, 4), dtype)),
+        _normal(2, (4,), dtype),
+        _normal(3, (num_steps, 4), dtype),
+    )
 
 
 def _linear(params, state, drive):
@@ -107,18 +139,29 @@ def _linear(params, state, drive):
 def _linear_problem(num_steps, dtype):
     # Stable and far from normal: norm above 1, spectral radius 0.8.
     matrix = np.array([[0.8, 0.7, 0.0], [0.0, -0.6, 0.5], [0.0, 0.0, 0.5]])
-    return Problem(Dynamics(_linear, {"matrix": jnp.asarray(matrix, dtype), "gain": jnp.asarray(0.3, dtype)}),
-                   _normal(4, (3,), dtype), _normal(5, (num_steps, 3), dtype))
+    return Problem(
+        Dynamics(_linear, {"matrix": jnp.asarray(matrix, dtype), "gain": jnp.asarray(0.3, dtype)}),
+        _normal(4, (3,), dtype),
+        _normal(5, (num_steps, 3), dtype),
+    )
 
 
 def _tree(params, state, drive):
     position, (scale, weights) = state["position"], state["rest"]
-    return {"position": 0.5 * position + params["push"] * jnp.sin(weights.sum(axis=1)) + drive["noise"],
-            "rest": (0.4 * jnp.cos(scale), 0.6 * jnp.tanh(weights + scale) + drive["count"] * params["push"])}
+    return {
+        "position": 0.5 * position + params["push"] * jnp.sin(weights.sum(axis=1)) + drive["noise"],
+        "rest": (
+            0.4 * jnp.cos(scale),
+            0.6 * jnp.tanh(weights + scale) + drive["count"] * params["push"],
+        ),
+    }
 
 
 def _tree_problem(num_steps, dtype):
-    initial = {"position": _normal(6, (2,), dtype), "rest": (jnp.ones((), dtype), _normal(7, (2, 2), dtype))}
+    initial = {
+        "position": _normal(6, (2,), dtype),
+        "rest": (jnp.ones((), dtype), _normal(7, (2, 2), dtype)),
+    }
     # Integer drives: what does not vary smoothly comes in from outside.
     drives = {"noise": _normal(8, (num_steps, 2), dtype), "count": jnp.arange(num_steps) % 3}
     return Problem(Dynamics(_tree, {"push": jnp.asarray(0.3, dtype)}), initial, drives)
@@ -135,7 +178,7 @@ def _langevin(params, state, drive):
         return x + params["step_size"] * jax.grad(logdensity)(x)
 
     proposal = drift(state) + jnp.sqrt(2 * params["step_size"]) * noise
-    forth, back = jnp.sum((proposal - drift(state))**2), jnp.sum((state - drift(proposal))**2)
+    forth, back = jnp.sum((proposal - drift(state)) ** 2), jnp.sum((state - drift(proposal)) ** 2)
     ratio = logdensity(proposal) - logdensity(state) + (forth - back) / (4 * params["step_size"])
     return jnp.where(jnp.log(uniform) < ratio, proposal, state)
 
@@ -143,23 +186,37 @@ def _langevin(params, state, drive):
 def langevin_problem(num_steps, dtype, step_size=0.35):
     """The accept/reject problem with any step size: the larger, the longer it stays where it is."""
     precision = np.array([[1.5, 0.6, 0.0], [0.6, 1.0, -0.3], [0.0, -0.3, 0.8]])
-    params = {"precision": jnp.asarray(precision, dtype), "step_size": jnp.asarray(step_size, dtype)}
+    params = {
+        "precision": jnp.asarray(precision, dtype),
+        "step_size": jnp.asarray(step_size, dtype),
+    }
     uniforms = np.random.default_rng(10).uniform(size=4096)[:num_steps]
-    return Problem(Dynamics(_langevin, params), jnp.ones(3, dtype),
-                   (_normal(9, (num_steps, 3), dtype), jnp.asarray(uniforms, dtype)))
+    return Problem(
+        Dynamics(_langevin, params),
+        jnp.ones(3, dtype),
+        (_normal(9, (num_steps, 3), dtype), jnp.asarray(uniforms, dtype)),
+    )
 
 
 def _gru(params, state, drive):
     def gate(name, squash, hidden):
-        return squash(params[name]["in"] @ drive + params[name]["hidden"] @ hidden + params[name]["bias"])
+        return squash(
+            params[name]["in"] @ drive + params[name]["hidden"] @ hidden + params[name]["bias"]
+        )
 
     update, reset = gate("update", jax.nn.sigmoid, state), gate("reset", jax.nn.sigmoid, state)
     return (1 - update) * gate("new", jnp.tanh, reset * state) + update * state
 
 
 def _gru_problem(num_steps, dtype):
-    params = {name: {"in": _normal(seed, (5, 2), dtype), "hidden": 0.5 * _normal(seed + 1, (5, 5), dtype),
-                     "bias": jnp.zeros(5, dtype)} for seed, name in ((20, "update"), (22, "reset"), (24, "new"))}
+    params = {
+        name: {
+            "in": _normal(seed, (5, 2), dtype),
+            "hidden": 0.5 * _normal(seed + 1, (5, 5), dtype),
+            "bias": jnp.zeros(5, dtype),
+        }
+        for seed, name in ((20, "update"), (22, "reset"), (24, "new"))
+    }
     return Problem(Dynamics(_gru, params), jnp.zeros(5, dtype), _normal(26, (num_steps, 2), dtype))
 
 
@@ -168,8 +225,11 @@ def _autoregression(params, state, drive):
 
 
 def _autoregression_problem(num_steps, dtype):
-    return Problem(Dynamics(_autoregression, jnp.asarray(0.9, dtype)), jnp.asarray(2.0, dtype),
-                   _normal(27, (num_steps,), dtype))
+    return Problem(
+        Dynamics(_autoregression, jnp.asarray(0.9, dtype)),
+        jnp.asarray(2.0, dtype),
+        _normal(27, (num_steps,), dtype),
+    )
 
 
 def _logistic(params, state, drive):
@@ -178,7 +238,9 @@ def _logistic(params, state, drive):
 
 
 def _logistic_problem(num_steps, dtype):
-    return Problem(Dynamics(_logistic, jnp.asarray(4.0, dtype)), jnp.asarray(0.3, dtype), jnp.arange(num_steps))
+    return Problem(
+        Dynamics(_logistic, jnp.asarray(4.0, dtype)), jnp.asarray(0.3, dtype), jnp.arange(num_steps)
+    )
 
 
 DYNAMICS = [
@@ -217,18 +279,34 @@ def by_name(rows, name):
     return next(row for row in rows if row.name == name)
 
 
-def run(row: SolverRow, problem: Problem, *, max_iterations=None, guess=None, tolerance=None) -> Solution:
+def run(
+    row: SolverRow, problem: Problem, *, max_iterations=None, guess=None, tolerance=None
+) -> Solution:
     """Solve a problem with a row's solver, compiled once per row and shapes."""
-    return _program(row, max_iterations)(problem.dynamics, problem.initial, problem.drives, guess,
-                                         {} if tolerance is None else {"tolerance": tolerance})
+    return _program(row, max_iterations)(
+        problem.dynamics,
+        problem.initial,
+        problem.drives,
+        guess,
+        {} if tolerance is None else {"tolerance": tolerance},
+    )
 
 
 @functools.cache
 def _program(row: SolverRow, max_iterations):
     @functools.partial(jax.jit, compiler_options=QUICK)
     def program(dynamics, initial, drives, guess, options):
-        return solve(dynamics, initial, drives, solver=row.solver, schedule=row.schedule, axis=row.axis, guess=guess,
-                     max_iterations=max_iterations, **options)
+        return solve(
+            dynamics,
+            initial,
+            drives,
+            solver=row.solver,
+            schedule=row.schedule,
+            axis=row.axis,
+            guess=guess,
+            max_iterations=max_iterations,
+            **options,
+        )
 
     return program
 
@@ -238,11 +316,14 @@ _rollout = jax.jit(rollout, compiler_options=QUICK)
 
 @functools.partial(jax.jit, compiler_options=QUICK)
 def _images(dynamics, previous, drives):
-    return jax.vmap(lambda state, drive: dynamics.step(dynamics.params, state, drive))(previous, drives)
+    return jax.vmap(lambda state, drive: dynamics.step(dynamics.params, state, drive))(
+        previous, drives
+    )
 
 
 def _padded(tree, num_steps, room=257):
     """Leaves with at least `room` steps, so that all lengths share one program."""
+
     def pad(leaf):
         leaf = np.asarray(leaf)
         last = leaf[-1:] if num_steps else np.zeros((1, *leaf.shape[1:]), leaf.dtype)
@@ -261,15 +342,22 @@ def sequential_path(problem: Problem):
 def flat(tree, num_steps) -> np.ndarray:
     """A path as one NumPy array of shape `(T, D)`."""
     columns = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-    return np.concatenate([leaf.reshape(num_steps, int(np.prod(leaf.shape[1:]))) for leaf in columns], axis=1)
+    return np.concatenate(
+        [leaf.reshape(num_steps, int(np.prod(leaf.shape[1:]))) for leaf in columns], axis=1
+    )
 
 
 def measured_residual(problem: Problem, states) -> np.ndarray:
     """`f(x_{t-1}, u_t) − x_t`, shape `(T, D)`, by a program and NumPy code that share nothing with the library's."""
-    previous = jax.tree.map(lambda first, rest: np.concatenate([np.asarray(first)[None], np.asarray(rest)])[:-1],
-                            problem.initial, states)
+    previous = jax.tree.map(
+        lambda first, rest: np.concatenate([np.asarray(first)[None], np.asarray(rest)])[:-1],
+        problem.initial,
+        states,
+    )
     num_steps = jax.tree.leaves(states)[0].shape[0]
-    images = _images(problem.dynamics, _padded(previous, num_steps), _padded(problem.drives, num_steps))
+    images = _images(
+        problem.dynamics, _padded(previous, num_steps), _padded(problem.drives, num_steps)
+    )
     images = jax.tree.map(lambda leaf: np.asarray(leaf)[:num_steps], images)
     with np.errstate(invalid="ignore", over="ignore"):
         return flat(images, num_steps) - flat(states, num_steps)

@@ -27,8 +27,16 @@ if "xla_backend_optimization_level" in os.environ["XLA_FLAGS"]:
 
 hypothesis.settings.register_profile(
     # The same examples in every run, and no clock: the first example of a shape compiles.
-    "partime", derandomize=True, deadline=None, database=None, max_examples=25,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow])
+    "partime",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=25,
+    suppress_health_check=[
+        hypothesis.HealthCheck.function_scoped_fixture,
+        hypothesis.HealthCheck.too_slow,
+    ],
+)
 hypothesis.settings.load_profile("partime")
 
 
@@ -36,8 +44,16 @@ hypothesis.settings.load_profile("partime")
 OPTIMISED = {"xla_backend_optimization_level": 3}
 
 # What depends on the generation of Python, JAX and ArviZ: run on a second one, too.
-SMOKE = {"test_architecture", "test_arviz", "test_certify", "test_derivatives", "test_numpyro", "test_selftest",
-         "test_shooting", "test_theorem"}
+SMOKE = {
+    "test_architecture",
+    "test_arviz",
+    "test_certify",
+    "test_derivatives",
+    "test_numpyro",
+    "test_selftest",
+    "test_shooting",
+    "test_theorem",
+}
 
 
 def pytest_collection_modifyitems(items):
@@ -47,8 +63,11 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full-catalogue", action="store_true",
-                     help="every solver x dynamics x floating-point type x length, not a covering choice of them")
+    parser.addoption(
+        "--full-catalogue",
+        action="store_true",
+        help="every solver x dynamics x floating-point type x length, not a covering choice of them",
+    )
 
 
 # Every compiled program holds some mappings of memory, of which Linux grants a process 65,530; beyond these the compiler
@@ -62,7 +81,11 @@ def code_forgotten():
     """What tests have compiled is dropped when it becomes too much."""
     yield
     mappings = Path("/proc/self/maps")
-    if next(_tests_done) % 10 == 0 and mappings.exists() and mappings.read_text().count("\n") > _MOST_MAPPINGS:
+    if (
+        next(_tests_done) % 10 == 0
+        and mappings.exists()
+        and mappings.read_text().count("\n") > _MOST_MAPPINGS
+    ):
         jax.clear_caches()
 
 

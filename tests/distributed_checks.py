@@ -8,7 +8,9 @@ that take longer.
 import os
 import sys
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
 
 import contextlib  # noqa: E402
 import dataclasses  # noqa: E402
@@ -23,13 +25,38 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from benchmarks.devices import collectives  # noqa: E402
-from catalogue import (DYNAMICS, SOLVERS, Problem, by_name, measured_residual,  # noqa: E402
-                       sequential_path)
+from catalogue import (
+    DYNAMICS,
+    SOLVERS,
+    Problem,
+    by_name,
+    measured_residual,  # noqa: E402
+    sequential_path,
+)
 from jax.sharding import PartitionSpec  # noqa: E402
 
-from partime_mcmc import (CoalescingDice, Dynamics, EveryHost, Kernel, Status, Stretches, Target,  # noqa: E402
-                          Whole, deer, from_blackjax, jacobi, loop, mala, quasi_deer, recipes, resume, rollout, sample,
-                          shooting, solve)
+from partime_mcmc import (
+    CoalescingDice,
+    Dynamics,
+    EveryHost,
+    Kernel,
+    Status,
+    Stretches,
+    Target,  # noqa: E402
+    Whole,
+    deer,
+    from_blackjax,
+    jacobi,
+    loop,
+    mala,
+    quasi_deer,
+    recipes,
+    resume,
+    rollout,
+    sample,
+    shooting,
+    solve,
+)
 from partime_mcmc.adjoint import Implicit, ImplicitRelay  # noqa: E402
 from partime_mcmc.distributed import ShardedTime, sharded_chains, sharded_solve, summed, time_mesh  # noqa: E402
 from partime_mcmc.linearize import Clipped, DenseJacobian  # noqa: E402
@@ -52,7 +79,9 @@ def close(got, wanted, bound=1e-10):
 
 def checked(row, problem, num_steps, mesh):
     """Solve over a mesh; the path must be the sequential one and the books must add up."""
-    found = sharded_solve(problem.dynamics, problem.initial, problem.drives, mesh=mesh, solver=row.solver)
+    found = sharded_solve(
+        problem.dynamics, problem.initial, problem.drives, mesh=mesh, solver=row.solver
+    )
     assert found.verdict == Status.CONVERGED, (row.name, found.verdict)
     wanted = sequential_path(problem)
     close(found.states, wanted, 1e-10)
@@ -66,7 +95,10 @@ def checked(row, problem, num_steps, mesh):
 @CHECKS.append
 def every_question_has_the_answer_of_one_device():
     rng, mesh, axis = np.random.default_rng(0), time_mesh(), ShardedTime(8)
-    matrices, shifts = jnp.asarray(rng.normal(size=(24, 3, 3)) / 3), jnp.asarray(rng.normal(size=(24, 3)))
+    matrices, shifts = (
+        jnp.asarray(rng.normal(size=(24, 3, 3)) / 3),
+        jnp.asarray(rng.normal(size=(24, 3))),
+    )
     states, first = jnp.asarray(rng.normal(size=(24, 3))), jnp.asarray(rng.normal(size=3))
     holes = jnp.asarray(rng.uniform(size=24)).at[13].set(jnp.nan)
     flags = [jnp.arange(24) < n for n in (0, 3, 7, 24)] + [jnp.arange(24) != 11]
@@ -74,19 +106,37 @@ def every_question_has_the_answer_of_one_device():
     def answers(axis, matrices, shifts, states, first, holes, flags):
         half = lambda matrix: matrix @ jnp.swapaxes(matrix, 1, 2)  # noqa: E731
         messages = DenseMessage(matrices, shifts, half(matrices), shifts, half(matrices))
-        along = (axis.previous(first, states), axis.following(states, first), axis.prefix(Dense(matrices, shifts), first),
-                 axis.suffix(Dense(matrices, shifts), first), axis.suffix(Diagonal(shifts, states), first),
-                 axis.prefix(messages, DenseMessage.certain(first)), axis.index(states.shape[0]),
-                 axis.in_turn(lambda x: rollout(Dynamics(lambda p, x, u: jnp.tanh(x + u)), x, shifts), first))
-        same = (axis.total(states), axis.maximum(jnp.abs(states)), axis.maximum(holes),
-                [axis.length_of_true(flag) for flag in flags], axis.last(states),
-                axis.repeat(lambda n: n < 5, lambda n: n + 1, jnp.zeros((), jnp.int32)))
+        along = (
+            axis.previous(first, states),
+            axis.following(states, first),
+            axis.prefix(Dense(matrices, shifts), first),
+            axis.suffix(Dense(matrices, shifts), first),
+            axis.suffix(Diagonal(shifts, states), first),
+            axis.prefix(messages, DenseMessage.certain(first)),
+            axis.index(states.shape[0]),
+            axis.in_turn(
+                lambda x: rollout(Dynamics(lambda p, x, u: jnp.tanh(x + u)), x, shifts), first
+            ),
+        )
+        same = (
+            axis.total(states),
+            axis.maximum(jnp.abs(states)),
+            axis.maximum(holes),
+            [axis.length_of_true(flag) for flag in flags],
+            axis.last(states),
+            axis.repeat(lambda n: n < 5, lambda n: n + 1, jnp.zeros((), jnp.int32)),
+        )
         return along, same
 
     along, same = PartitionSpec("time"), PartitionSpec()
     args = matrices, shifts, states, first, holes, flags
-    spread = jax.shard_map(functools.partial(answers, axis), mesh=mesh, in_specs=(along, along, along, same, along, along),
-                           out_specs=(along, same), check_vma=False)
+    spread = jax.shard_map(
+        functools.partial(answers, axis),
+        mesh=mesh,
+        in_specs=(along, along, along, same, along, along),
+        out_specs=(along, same),
+        check_vma=False,
+    )
     got = jax.jit(spread)(*args)
     wanted = jax.jit(functools.partial(answers, LocalTime()))(*args)
     close(got, wanted, 1e-13)
@@ -116,7 +166,12 @@ def every_solver_on_every_kind_of_recurrence():
             continue
         for name in ("tanh network", "linear", "pytree", "accept or reject", "GRU", "AR(1)"):
             for num_steps in (5, 77):
-                checked(row, by_name(DYNAMICS, name).build(num_steps, jnp.float64), num_steps, time_mesh())
+                checked(
+                    row,
+                    by_name(DYNAMICS, name).build(num_steps, jnp.float64),
+                    num_steps,
+                    time_mesh(),
+                )
 
 
 def contracting(params, state, drive):
@@ -129,9 +184,13 @@ def joints_can_be_corrected_across_devices():
     problem = Problem(Dynamics(contracting, jnp.asarray(0.97)), jnp.ones(2), drives)
     solver = shooting(steps=4, correction=Clipped(DenseJacobian(), 1.0))
     one = solve(problem.dynamics, problem.initial, problem.drives, solver=solver)
-    many = sharded_solve(problem.dynamics, problem.initial, problem.drives, mesh=time_mesh(), solver=solver)
+    many = sharded_solve(
+        problem.dynamics, problem.initial, problem.drives, mesh=time_mesh(), solver=solver
+    )
     close(many.states, one.states)
-    assert many.verdict == one.verdict == Status.CONVERGED and int(many.iterations) == int(one.iterations)
+    assert many.verdict == one.verdict == Status.CONVERGED and int(many.iterations) == int(
+        one.iterations
+    )
 
 
 @CHECKS.append
@@ -143,7 +202,7 @@ def what_does_not_forget_has_the_verdict_of_one_device():
     assert one.verdict == many.verdict == Status.OUT_OF_ITERATIONS
     assert int(one.num_exact) == int(many.num_exact) < 64 and float(one.residual) > 1e-3
     # A chaotic path agrees where it is exact; its first wrong step is at the same joint.
-    close(many.states[:int(one.num_exact)], one.states[:int(one.num_exact)], 1e-3)
+    close(many.states[: int(one.num_exact)], one.states[: int(one.num_exact)], 1e-3)
     measured = np.abs(measured_residual(problem, np.asarray(many.states))).max()
     np.testing.assert_allclose(measured, float(many.residual), rtol=1e-6)
 
@@ -151,7 +210,9 @@ def what_does_not_forget_has_the_verdict_of_one_device():
 def gradient(path, *given):
     def loss(*given):
         values = path(*given)
-        return jnp.sum(jnp.cos(jnp.arange(values.size)) * values.ravel() + 0.1 * values.ravel()**2)
+        return jnp.sum(
+            jnp.cos(jnp.arange(values.size)) * values.ravel() + 0.1 * values.ravel() ** 2
+        )
 
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*given)
 
@@ -159,7 +220,9 @@ def gradient(path, *given):
 def derivatives_of(solver):
     problem = by_name(DYNAMICS, "GRU").build(13, jnp.float64)
     given = problem.dynamics, problem.initial, problem.drives
-    got = gradient(lambda *given: sharded_solve(*given, mesh=time_mesh(), solver=solver).states, *given)
+    got = gradient(
+        lambda *given: sharded_solve(*given, mesh=time_mesh(), solver=solver).states, *given
+    )
     close(got, gradient(rollout, *given))
 
 
@@ -184,23 +247,41 @@ def chains_have_guesses_and_derivatives_of_their_own():
     guess = paths(initial, drives)
 
     def spread(dynamics, initial, drives):
-        return sharded_chains(dynamics, initial, drives, mesh=mesh, solver=jacobi(), guess=jax.lax.stop_gradient(guess))
+        return sharded_chains(
+            dynamics,
+            initial,
+            drives,
+            mesh=mesh,
+            solver=jacobi(),
+            guess=jax.lax.stop_gradient(guess),
+        )
 
     found = jax.jit(spread)(problem.dynamics, initial, drives)
     close(found.states, guess)
     assert (np.asarray(found.iterations) <= 1).all(), found.iterations
     given = problem.dynamics, initial, drives
-    close(gradient(lambda *given: spread(*given).states, *given),
-          gradient(lambda dynamics, initial, drives: jax.vmap(functools.partial(rollout, dynamics))(initial, drives), *given))
+    close(
+        gradient(lambda *given: spread(*given).states, *given),
+        gradient(
+            lambda dynamics, initial, drives: jax.vmap(functools.partial(rollout, dynamics))(
+                initial, drives
+            ),
+            *given,
+        ),
+    )
 
 
 @CHECKS.append
 def chains_that_need_different_numbers_of_passes_do_not_wait_for_each_other():
     problem, mesh = by_name(DYNAMICS, "accept or reject").build(32, jnp.float64), time_mesh(4, 2)
     initial = jnp.stack([problem.initial * k for k in (0, 1, 5, 9)])
-    drives = jax.tree.map(lambda leaf: jnp.stack([jnp.roll(leaf, k, 0) for k in range(4)]), problem.drives)
+    drives = jax.tree.map(
+        lambda leaf: jnp.stack([jnp.roll(leaf, k, 0) for k in range(4)]), problem.drives
+    )
     wanted = jax.vmap(lambda first, tape: rollout(problem.dynamics, first, tape))(initial, drives)
-    alone = jax.vmap(lambda first, tape: solve(problem.dynamics, first, tape, solver=deer()).iterations)(initial, drives)
+    alone = jax.vmap(
+        lambda first, tape: solve(problem.dynamics, first, tape, solver=deer()).iterations
+    )(initial, drives)
     found = sharded_chains(problem.dynamics, initial, drives, mesh=mesh, solver=deer())
     close(found.states, wanted)
     assert (np.asarray(found.status) == Status.CONVERGED).all()
@@ -214,13 +295,21 @@ def langevin(rows, state, drive):
     """A MALA step on a logistic regression whose rows are spread over devices."""
     x, y = rows
     noise, uniform = drive
-    loglik = summed(lambda beta, x, y: -jnp.logaddexp(0, -y * (x @ beta)).sum()) if x.shape[0] < 40 else (
-        lambda beta, x, y: -jnp.logaddexp(0, -y * (x @ beta)).sum())
+    loglik = (
+        summed(lambda beta, x, y: -jnp.logaddexp(0, -y * (x @ beta)).sum())
+        if x.shape[0] < 40
+        else (lambda beta, x, y: -jnp.logaddexp(0, -y * (x @ beta)).sum())
+    )
     value = jax.value_and_grad(lambda beta: loglik(beta, x, y) - 0.5 * beta @ beta)
     here, slope = value(state)
     proposal = state + 0.02 * slope + 0.2 * noise
     there, back = value(proposal)
-    ratio = there - here + ((proposal - state - 0.02 * slope)**2 - (state - proposal - 0.02 * back)**2).sum() / 0.08
+    ratio = (
+        there
+        - here
+        + ((proposal - state - 0.02 * slope) ** 2 - (state - proposal - 0.02 * back) ** 2).sum()
+        / 0.08
+    )
     return jnp.where(jnp.log(uniform) < ratio, proposal, state)
 
 
@@ -228,17 +317,28 @@ def langevin(rows, state, drive):
 def data_spread_over_devices_beside_time():
     rng, mesh = np.random.default_rng(2), time_mesh(4, 1, 2)
     x, y = rng.normal(size=(40, 3)), rng.choice([-1.0, 1.0], size=40)
-    rows = jax.tree.map(lambda leaf: jax.device_put(leaf, jax.NamedSharding(mesh, PartitionSpec("data"))), (x, y))
+    rows = jax.tree.map(
+        lambda leaf: jax.device_put(leaf, jax.NamedSharding(mesh, PartitionSpec("data"))), (x, y)
+    )
     drives = jnp.asarray(rng.normal(size=(64, 3))), jnp.asarray(rng.uniform(size=64))
     wanted = rollout(Dynamics(langevin, (jnp.asarray(x), jnp.asarray(y))), jnp.zeros(3), drives)
-    found = sharded_solve(Dynamics(langevin, rows), jnp.zeros(3), drives, mesh=mesh, solver=shooting(steps=8),
-                          params_spec=PartitionSpec("data"))
+    found = sharded_solve(
+        Dynamics(langevin, rows),
+        jnp.zeros(3),
+        drives,
+        mesh=mesh,
+        solver=shooting(steps=8),
+        params_spec=PartitionSpec("data"),
+    )
     close(found.states, wanted)
     assert found.verdict == Status.CONVERGED
     assert found.stats.evaluations_by_part.shape == (4,)
 
 
-TARGET = Target(lambda x: -0.5 * x @ jnp.asarray([[1.5, 0.6], [0.6, 1.0]]) @ x, lambda key: jax.random.normal(key, (2,)))
+TARGET = Target(
+    lambda x: -0.5 * x @ jnp.asarray([[1.5, 0.6], [0.6, 1.0]]) @ x,
+    lambda key: jax.random.normal(key, (2,)),
+)
 
 
 def chains(kernel: Kernel, num_samples: int, num_chains: int) -> np.ndarray:
@@ -250,25 +350,39 @@ def chains(kernel: Kernel, num_samples: int, num_chains: int) -> np.ndarray:
     def one(position, key):
         return loop(kernel, kernel.init(position), jax.random.split(key, num_samples))[0]
 
-    return np.asarray(one(TARGET.starts(jax.random.split(start, num_chains)), jax.random.split(keys, num_chains)))
+    return np.asarray(
+        one(TARGET.starts(jax.random.split(start, num_chains)), jax.random.split(keys, num_chains))
+    )
 
 
 @CHECKS.append
 def draws_of_coalescing_chains_are_the_same_bits_on_any_number_of_devices():
     kernel = mala(TARGET.logdensity, 0.4, dice=CoalescingDice())
-    draws = sample(jax.random.key(0), TARGET, kernel, num_samples=515, num_chains=2, mesh=time_mesh(4, 2), progress=False)
+    draws = sample(
+        jax.random.key(0),
+        TARGET,
+        kernel,
+        num_samples=515,
+        num_chains=2,
+        mesh=time_mesh(4, 2),
+        progress=False,
+    )
     draws.or_raise()
     np.testing.assert_array_equal(draws.positions, chains(kernel, 515, 2))
     certificate = draws.certificate
     assert certificate.residual.shape == (2, 515) and (certificate.num_steps == 515).all()
     accepted = np.asarray(certificate.accepted)
-    assert (certificate.num_rejected == (~accepted).sum(axis=1)).all() and (certificate.num_rejected > 20).all()
+    assert (certificate.num_rejected == (~accepted).sum(axis=1)).all() and (
+        certificate.num_rejected > 20
+    ).all()
     for chain in range(2):
         runs = "".join("1" if flag else "0" for flag in accepted[chain]).split("1")
         assert certificate.longest_rejection[chain] == max(map(len, runs))
     np.testing.assert_array_equal(draws.end.carries, draws.positions[:, -1])
     assert len(draws.report.evaluations_by_part) == 4
-    np.testing.assert_allclose(sum(draws.report.evaluations_by_part), draws.report.evaluations_per_sample, rtol=0.5)
+    np.testing.assert_allclose(
+        sum(draws.report.evaluations_by_part), draws.report.evaluations_per_sample, rtol=0.5
+    )
     assert draws.plan["mesh"] == {"chains": 2, "time": 4, "data": 1}
 
 
@@ -276,8 +390,11 @@ def travelling(solver, num_steps, dimension=4):
     """Collectives of a solve on eight devices, from the compiled program."""
     problem = by_name(DYNAMICS, "tanh network").build(num_steps, jnp.float64)
     assert problem.initial.shape == (dimension,)
-    program = jax.jit(lambda first, drives: sharded_solve(
-        problem.dynamics, first, drives, mesh=time_mesh(), solver=solver).states)
+    program = jax.jit(
+        lambda first, drives: (
+            sharded_solve(problem.dynamics, first, drives, mesh=time_mesh(), solver=solver).states
+        )
+    )
     return collectives(program.lower(problem.initial, problem.drives).compile().as_text())
 
 
@@ -298,8 +415,16 @@ def what_travels_in_a_pass_is_one_state_to_the_neighbour_and_scalars():
 def what_travels_does_not_grow_with_time_whatever_solves():
     # Of a path of D = 4 one device holds 64 states, 2,048 bytes; of a map on D and a message on D every device gives one.
     maps, messages = 8 * (4 * 4 + 4) * 8, 8 * (3 * 4 * 4 + 2 * 4) * 8
-    most = {"shooting": 0, "sequential": 0, "jacobi": 0, "picard": 8 * (4 + 4) * 8, "quasi_deer": 8 * (4 + 4) * 8,
-            "deer": maps, "quasi_elk": messages, "elk": messages + maps}
+    most = {
+        "shooting": 0,
+        "sequential": 0,
+        "jacobi": 0,
+        "picard": 8 * (4 + 4) * 8,
+        "quasi_deer": 8 * (4 + 4) * 8,
+        "deer": maps,
+        "quasi_elk": messages,
+        "elk": messages + maps,
+    }
     for name, bound in most.items():
         solver = getattr(recipes, name)(**({"steps": 32} if name == "shooting" else {}))
         found, shorter = travelling(solver, 512), travelling(solver, 256)
@@ -333,8 +458,16 @@ class Interrupting:
 @CHECKS.append
 def an_interrupt_keeps_the_stretches_that_are_done():
     kernel = mala(TARGET.logdensity, 0.4, dice=CoalescingDice())
-    ask = functools.partial(sample, jax.random.key(0), TARGET, kernel, num_samples=512, num_chains=2, mesh=time_mesh(4, 2),
-                            schedule=Stretches(128))
+    ask = functools.partial(
+        sample,
+        jax.random.key(0),
+        TARGET,
+        kernel,
+        num_samples=512,
+        num_chains=2,
+        mesh=time_mesh(4, 2),
+        schedule=Stretches(128),
+    )
     draws = ask(progress=Interrupting(2))
     assert draws.report.interrupted and set(draws.report.status) == {Status.INTERRUPTED}
     assert draws.plan["num_samples"] == 256 and draws.end.num_steps == 256
@@ -349,8 +482,17 @@ def a_stored_run_goes_on_over_a_mesh():
     kernel = mala(TARGET.logdensity, 0.4, dice=CoalescingDice())
     with tempfile.TemporaryDirectory() as folder:
         store = Store(f"{folder}/run", chunk=128)
-        ask = functools.partial(sample, jax.random.key(0), TARGET, kernel, num_samples=384, num_chains=2, schedule=Whole(),
-                                solver=shooting(steps=8), store=store)
+        ask = functools.partial(
+            sample,
+            jax.random.key(0),
+            TARGET,
+            kernel,
+            num_samples=384,
+            num_chains=2,
+            schedule=Whole(),
+            solver=shooting(steps=8),
+            store=store,
+        )
         begun = ask(progress=Interrupting(4))
         kept = begun.num_samples
         assert 0 < kept < 384
@@ -371,8 +513,19 @@ def a_chunk_in_parts_reads_like_a_whole_one():
     """Rows of chains of which each has times of its own, a rest that one device computes, and steps that are thinned out."""
     kernel, mesh = mala(TARGET.logdensity, 0.4, dice=CoalescingDice()), time_mesh(4, 2)
     with tempfile.TemporaryDirectory() as folder:
-        ask = functools.partial(sample, jax.random.key(0), TARGET, kernel, num_samples=389, num_chains=4, mesh=mesh,
-                                thinning=3, schedule=Stretches(64), solver=shooting(steps=8), progress=False)
+        ask = functools.partial(
+            sample,
+            jax.random.key(0),
+            TARGET,
+            kernel,
+            num_samples=389,
+            num_chains=4,
+            mesh=mesh,
+            thinning=3,
+            schedule=Stretches(64),
+            solver=shooting(steps=8),
+            progress=False,
+        )
         paths = [f"{folder}/parts", f"{folder}/whole"]
         parts = ask(store=Store(paths[0], chunk=128, writers=Parts()))
         whole = ask(store=Store(paths[1], chunk=128))
@@ -381,22 +534,40 @@ def a_chunk_in_parts_reads_like_a_whole_one():
             assert not any(parts_of(chunk) for chunk in whole.chunks)
             mine, theirs = (draws.posterior["x"] for draws in (parts, whole))
             np.testing.assert_array_equal(mine, theirs)
-            for index in ({"draw": slice(40, 50), "chain": 1}, {"draw": 77}, {"draw": slice(5, None, 7), "x_dim_0": 1},
-                          {"draw": [3, 99, 50]}, {"draw": slice(None, None, -40)}, {"chain": slice(0, 0)},
-                          {"chain": [3, 0]}):
-                np.testing.assert_array_equal(mine.isel(index), theirs.isel(index), err_msg=str(index))
+            for index in (
+                {"draw": slice(40, 50), "chain": 1},
+                {"draw": 77},
+                {"draw": slice(5, None, 7), "x_dim_0": 1},
+                {"draw": [3, 99, 50]},
+                {"draw": slice(None, None, -40)},
+                {"chain": slice(0, 0)},
+                {"chain": [3, 0]},
+            ):
+                np.testing.assert_array_equal(
+                    mine.isel(index), theirs.isel(index), err_msg=str(index)
+                )
             for name in whole.sample_stats:
-                np.testing.assert_array_equal(parts.sample_stats[name], whole.sample_stats[name], err_msg=name)
+                np.testing.assert_array_equal(
+                    parts.sample_stats[name], whole.sample_stats[name], err_msg=name
+                )
             for name, array in whole.running.to_arrays().items():
-                np.testing.assert_allclose(parts.running.to_arrays()[name], array, rtol=1e-11, atol=1e-11, err_msg=name)
-            jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12), parts.certificate, whole.certificate)
+                np.testing.assert_allclose(
+                    parts.running.to_arrays()[name], array, rtol=1e-11, atol=1e-11, err_msg=name
+                )
+            jax.tree.map(
+                functools.partial(np.testing.assert_allclose, rtol=1e-12),
+                parts.certificate,
+                whole.certificate,
+            )
             np.testing.assert_allclose(parts.totals.acceptance, whole.totals.acceptance, rtol=1e-12)
             # A part that is gone makes its chunk a damaged one.
             (parts.folder.path / parts_of(parts.chunks[2])[0].name).unlink()
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
                 parts = resume(paths[0], TARGET, kernel, mesh=mesh, writers=Parts(), progress=False)
-            assert "a part of chunk-000002, is missing" in str(said[-1].message) and "from step 256" in str(said[-1].message)
+            assert "a part of chunk-000002, is missing" in str(
+                said[-1].message
+            ) and "from step 256" in str(said[-1].message)
 
 
 @CHECKS.append
@@ -408,7 +579,13 @@ def chunks_grow_with_the_devices_that_share_them():
     for num_time, num_chains in ((8, 1), (4, 2)):
         # Evenness may take some steps away.
         assert 4 < steps(time_mesh(num_time, num_chains)) / steps(None) < 16
-    assert chunk_steps(shooting(), None, 10**9, 4, 1000, 8, 2**40, None, 0, time_mesh(8)) * 4 * 1000 * 8 <= 2**31
+    assert (
+        chunk_steps(shooting(), None, 10**9, 4, 1000, 8, 2**40, None, 0, time_mesh(8))
+        * 4
+        * 1000
+        * 8
+        <= 2**31
+    )
     assert len(rounds(2, 8)) == 3 and len(rounds(4, 4)) == 0
 
 
@@ -416,7 +593,9 @@ def rounds(first, num_devices):
     """Who sends to whom where the first host has so many of all devices; everybody else is heard once."""
     devices = [SimpleNamespace(process_index=int(place >= first)) for place in range(num_devices)]
     found = exchange._rounds(devices)
-    assert sorted(source for pairs in found for source, _ in pairs) == list(range(first, num_devices))
+    assert sorted(source for pairs in found for source, _ in pairs) == list(
+        range(first, num_devices)
+    )
     assert all(len({to for _, to in pairs}) == len(pairs) for pairs in found)
     return found
 
@@ -427,7 +606,13 @@ def derivatives_through_the_step_reach_data_on_other_devices():
     rng, mesh = np.random.default_rng(2), time_mesh(4, 1, 2)
     x, y = jnp.asarray(rng.normal(size=(40, 3))), jnp.asarray(rng.choice([-1.0, 1.0], size=40))
     drives = jnp.asarray(rng.normal(size=(64, 3))), jnp.asarray(rng.uniform(size=64))
-    found = sharded_solve(Dynamics(langevin, (x, y)), jnp.zeros(3), drives, mesh=mesh, params_spec=PartitionSpec("data"))
+    found = sharded_solve(
+        Dynamics(langevin, (x, y)),
+        jnp.zeros(3),
+        drives,
+        mesh=mesh,
+        params_spec=PartitionSpec("data"),
+    )
     alone = solve(Dynamics(langevin, (x, y)), jnp.zeros(3), drives)
     close(found.states, alone.states)
     assert int(found.iterations) == int(alone.iterations)
@@ -437,23 +622,46 @@ def derivatives_through_the_step_reach_data_on_other_devices():
 def chains_that_do_not_converge_are_rolled_by_one_device_after_another():
     # A tiny step forgets nothing in 64 steps.
     kernel = mala(TARGET.logdensity, 1e-4)
-    draws = sample(jax.random.key(0), TARGET, kernel, num_samples=768, num_chains=2, mesh=time_mesh(8), solver=jacobi(),
-                   max_iterations=3, schedule=Stretches(256), progress=False)
+    draws = sample(
+        jax.random.key(0),
+        TARGET,
+        kernel,
+        num_samples=768,
+        num_chains=2,
+        mesh=time_mesh(8),
+        solver=jacobi(),
+        max_iterations=3,
+        schedule=Stretches(256),
+        progress=False,
+    )
     draws.or_raise()
     np.testing.assert_allclose(draws.positions, chains(kernel, 768, 2), rtol=0, atol=1e-10)
-    assert "finished sequentially" in draws.report.fallbacks[0] and "all chains ran" in draws.report.fallbacks[-1]
+    assert (
+        "finished sequentially" in draws.report.fallbacks[0]
+        and "all chains ran" in draws.report.fallbacks[-1]
+    )
     assert (draws.report.num_sequential >= 700).all()
 
 
 @SLOW.append
 def what_is_not_finite_is_no_draw_on_any_device():
     # Leaves the finite numbers where it starts above 0, and stays at 0 otherwise.
-    algorithm = blackjax.SamplingAlgorithm(lambda position, rng_key=None: position,
-                                           lambda key, x: (1e10 * jnp.maximum(x, 0), None))
+    algorithm = blackjax.SamplingAlgorithm(
+        lambda position, rng_key=None: position, lambda key, x: (1e10 * jnp.maximum(x, 0), None)
+    )
     target = Target(lambda x: -0.5 * x @ x, lambda key: jnp.sign(jax.random.normal(key, (1,))))
-    draws = sample(jax.random.key(2), target, from_blackjax(algorithm, noise_scale=1.0), num_samples=64, num_chains=4,
-                   mesh=time_mesh(4, 2), progress=False)
-    starts = np.asarray(target.starts(jax.random.split(jax.random.split(jax.random.key(2), 3)[0], 4)))[:, 0]
+    draws = sample(
+        jax.random.key(2),
+        target,
+        from_blackjax(algorithm, noise_scale=1.0),
+        num_samples=64,
+        num_chains=4,
+        mesh=time_mesh(4, 2),
+        progress=False,
+    )
+    starts = np.asarray(
+        target.starts(jax.random.split(jax.random.split(jax.random.key(2), 3)[0], 4))
+    )[:, 0]
     lost = np.array([status == Status.NONFINITE for status in draws.report.status])
     assert lost.any() and not lost.all() and (lost == (starts > 0)).all()
     assert (np.isnan(draws.positions[:, :, 0]).sum(axis=1) == np.where(lost, 64 - 30, 0)).all()
@@ -468,30 +676,88 @@ def mistakes_are_named():
     def inside(**options):
         along, same = PartitionSpec("time"), PartitionSpec()
         options = {"axis": ShardedTime(8), **options}
-        return jax.shard_map(lambda first, drives: solve(problem.dynamics, first, drives, **options).states,
-                             mesh=time_mesh(), in_specs=(same, along), out_specs=along, check_vma=False)(*given[1:])
+        return jax.shard_map(
+            lambda first, drives: solve(problem.dynamics, first, drives, **options).states,
+            mesh=time_mesh(),
+            in_specs=(same, along),
+            out_specs=along,
+            check_vma=False,
+        )(*given[1:])
 
     for wanted, attempt in [
-        ("num_time", lambda: time_mesh(9)), ("num_chains", lambda: time_mesh(None, 3)), ("num_time", lambda: time_mesh(0)),
+        ("num_time", lambda: time_mesh(9)),
+        ("num_chains", lambda: time_mesh(None, 3)),
+        ("num_time", lambda: time_mesh(0)),
         ("mesh: got", lambda: sharded_solve(*given, mesh=jax.make_mesh((8,), ("x",)))),
         ("ImplicitRelay", lambda: sharded_solve(*given, mesh=mesh, adjoint=ImplicitRelay())),
-        ("initial: 3 chains", lambda: sharded_chains(problem.dynamics, jnp.zeros((3, 3)), jnp.zeros((3, 32, 3)), mesh=mesh)),
-        ("num_chains: got 3", lambda: sample(jax.random.key(0), TARGET, mala, num_samples=10, num_chains=3, mesh=mesh)),
-        ("schedule: got Whole", lambda: sample(
-            jax.random.key(0), TARGET, mala, num_samples=10, mesh=mesh, schedule=Whole())),
-        ("mesh: got the axes", lambda: sample(
-            jax.random.key(0), TARGET, mala, num_samples=10, mesh=time_mesh(2, 2, 2))),
-        ("params_spec: got P", lambda: sharded_solve(*given, mesh=mesh, params_spec=PartitionSpec("rows"))),
-        ("params_spec: got P", lambda: sharded_solve(*given, mesh=mesh, params_spec=PartitionSpec(("data", "time")))),
+        (
+            "initial: 3 chains",
+            lambda: sharded_chains(
+                problem.dynamics, jnp.zeros((3, 3)), jnp.zeros((3, 32, 3)), mesh=mesh
+            ),
+        ),
+        (
+            "num_chains: got 3",
+            lambda: sample(
+                jax.random.key(0), TARGET, mala, num_samples=10, num_chains=3, mesh=mesh
+            ),
+        ),
+        (
+            "schedule: got Whole",
+            lambda: sample(
+                jax.random.key(0), TARGET, mala, num_samples=10, mesh=mesh, schedule=Whole()
+            ),
+        ),
+        (
+            "mesh: got the axes",
+            lambda: sample(
+                jax.random.key(0), TARGET, mala, num_samples=10, mesh=time_mesh(2, 2, 2)
+            ),
+        ),
+        (
+            "params_spec: got P",
+            lambda: sharded_solve(*given, mesh=mesh, params_spec=PartitionSpec("rows")),
+        ),
+        (
+            "params_spec: got P",
+            lambda: sharded_solve(*given, mesh=mesh, params_spec=PartitionSpec(("data", "time"))),
+        ),
         ("params_spec: got 'data'", lambda: sharded_solve(*given, mesh=mesh, params_spec="data")),
-        ("adjoint: got Implicit", lambda: sharded_solve(
-            *given, mesh=mesh, params_spec=PartitionSpec("data"), adjoint=Implicit())),
-        ("params_spec: got a derivative", lambda: jax.grad(lambda first: sharded_solve(
-            given[0], first, given[2], mesh=mesh, params_spec=PartitionSpec()).states.sum())(given[1])),
-        ("params_spec: got a derivative", lambda: jax.grad(lambda params: sharded_solve(dataclasses.replace(
-            given[0], params=params), *given[1:], mesh=mesh, params_spec=PartitionSpec()).states.sum())(given[0].params)),
-        ("guess: got leaves", lambda: sharded_chains(
-            problem.dynamics, jnp.zeros((4, 3)), jnp.zeros((4, 32, 3)), mesh=mesh, guess=jnp.zeros((32, 3)))),
+        (
+            "adjoint: got Implicit",
+            lambda: sharded_solve(
+                *given, mesh=mesh, params_spec=PartitionSpec("data"), adjoint=Implicit()
+            ),
+        ),
+        (
+            "params_spec: got a derivative",
+            lambda: jax.grad(
+                lambda first: sharded_solve(
+                    given[0], first, given[2], mesh=mesh, params_spec=PartitionSpec()
+                ).states.sum()
+            )(given[1]),
+        ),
+        (
+            "params_spec: got a derivative",
+            lambda: jax.grad(
+                lambda params: sharded_solve(
+                    dataclasses.replace(given[0], params=params),
+                    *given[1:],
+                    mesh=mesh,
+                    params_spec=PartitionSpec(),
+                ).states.sum()
+            )(given[0].params),
+        ),
+        (
+            "guess: got leaves",
+            lambda: sharded_chains(
+                problem.dynamics,
+                jnp.zeros((4, 3)),
+                jnp.zeros((4, 32, 3)),
+                mesh=mesh,
+                guess=jnp.zeros((32, 3)),
+            ),
+        ),
         ("steps: segments of 3", lambda: inside(solver=shooting(steps=3))),
         ("schedule: got Stretches", lambda: inside(schedule=Stretches(1))),
     ]:
@@ -505,6 +771,7 @@ def mistakes_are_named():
 
 def main():
     import time
+
     failed = 0
     with jax.enable_x64(True):
         names = [name for name in sys.argv[1:] if name != "--all"]

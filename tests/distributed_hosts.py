@@ -19,8 +19,18 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from catalogue import DYNAMICS, SOLVERS, by_name  # noqa: E402
 
-from partime_mcmc import (EveryHost, FirstHost, Fold, Stretches, Whole, deer, mala, rollout, sample,  # noqa: E402
-                          shooting)
+from partime_mcmc import (
+    EveryHost,
+    FirstHost,
+    Fold,
+    Stretches,
+    Whole,
+    deer,
+    mala,
+    rollout,
+    sample,  # noqa: E402
+    shooting,
+)
 from partime_mcmc.distributed import hosts, sharded_solve, time_mesh  # noqa: E402
 from partime_mcmc.mcmc import own, programs  # noqa: E402
 from partime_mcmc.mcmc.store.chunks import parts_of  # noqa: E402
@@ -47,7 +57,9 @@ def agrees(mesh, name, solver, num_steps=64):
 def slope(path, problem):
     """A derivative with respect to the parameters, the same on every host."""
     given = jax.tree.map(np.asarray, (problem.dynamics, problem.initial, problem.drives))
-    return jax.jit(jax.grad(lambda dynamics: jax.numpy.cos(path(dynamics, *given[1:])).sum()))(given[0])
+    return jax.jit(jax.grad(lambda dynamics: jax.numpy.cos(path(dynamics, *given[1:])).sum()))(
+        given[0]
+    )
 
 
 def everything(mesh):
@@ -60,9 +72,20 @@ def everything(mesh):
     from distributed_checks import TARGET, CoalescingDice, chains
 
     kernel = mala(TARGET.logdensity, 0.4, dice=CoalescingDice())
-    draws = sample(jax.random.key(0), TARGET, kernel, num_samples=515, num_chains=2, mesh=mesh, progress=False).or_raise()
+    draws = sample(
+        jax.random.key(0), TARGET, kernel, num_samples=515, num_chains=2, mesh=mesh, progress=False
+    ).or_raise()
     np.testing.assert_array_equal(draws.positions, chains(kernel, 515, 2))
-    draws = sample(jax.random.key(0), TARGET, mala, num_samples=256, num_chains=2, num_warmup=60, mesh=mesh, progress=False)
+    draws = sample(
+        jax.random.key(0),
+        TARGET,
+        mala,
+        num_samples=256,
+        num_chains=2,
+        num_warmup=60,
+        mesh=mesh,
+        progress=False,
+    )
     draws.or_raise()
     assert draws.positions.shape == (2, 256, 2)
 
@@ -72,8 +95,18 @@ def stored(folder, mesh):
     from distributed_checks import TARGET, chains
 
     kernel = mala(TARGET.logdensity, 0.4)
-    draws = sample(jax.random.key(0), TARGET, kernel, num_samples=4096, num_chains=2, mesh=mesh, solver=shooting(steps=16),
-                   schedule=Stretches(128), store=Store(folder, chunk=128), progress=False)
+    draws = sample(
+        jax.random.key(0),
+        TARGET,
+        kernel,
+        num_samples=4096,
+        num_chains=2,
+        mesh=mesh,
+        solver=shooting(steps=16),
+        schedule=Stretches(128),
+        store=Store(folder, chunk=128),
+        progress=False,
+    )
     wanted = chains(kernel, 4096, 2)
     np.testing.assert_allclose(np.asarray(draws.posterior["x"]), wanted, rtol=0, atol=1e-9)
     moved = np.diff(wanted, axis=1).any(axis=2)
@@ -92,14 +125,29 @@ def parts(folder, mesh):
     from distributed_checks import TARGET
 
     num_hosts, num_samples, chunk = jax.process_count(), 301, 128
-    target = dataclasses.replace(TARGET, constrain=lambda x: {"place": jax.numpy.exp(x), "size": x @ x})
+    target = dataclasses.replace(
+        TARGET, constrain=lambda x: {"place": jax.numpy.exp(x), "size": x @ x}
+    )
     kernel = mala(target.logdensity, 0.4)
     seen, inner = [], own.constrained_values
-    own.constrained_values = lambda target, places, clock: seen.append(places.shape) or inner(target, places, clock)
+    own.constrained_values = lambda target, places, clock: (
+        seen.append(places.shape) or inner(target, places, clock)
+    )
 
     def run(store, **options):
-        return sample(jax.random.key(0), target, kernel, num_samples=num_samples, num_chains=2, solver=shooting(steps=8),
-                      schedule=Stretches(64), thinning=2, progress=False, store=store, **options)
+        return sample(
+            jax.random.key(0),
+            target,
+            kernel,
+            num_samples=num_samples,
+            num_chains=2,
+            solver=shooting(steps=8),
+            schedule=Stretches(64),
+            thinning=2,
+            progress=False,
+            store=store,
+            **options,
+        )
 
     draws = run(Store(folder, chunk=chunk, folds=FOLDS), mesh=mesh)
     draws.or_raise()
@@ -116,14 +164,21 @@ def parts(folder, mesh):
         same(draws, run(Store(f"{folder}-alone", chunk=chunk, folds=FOLDS)))
     if num_hosts > 2:
         # The first host writing alone; left out with two of them, where time is short.
-        first = run(Store(f"{folder}-first", chunk=chunk, folds=FOLDS, writers=FirstHost()), mesh=mesh)
+        first = run(
+            Store(f"{folder}-first", chunk=chunk, folds=FOLDS, writers=FirstHost()), mesh=mesh
+        )
         assert not any(parts_of(one) for one in first.chunks)
         same(draws, first, draws_to=1e-12)
         # Chains apart, too: two hosts share each of them.
         grid = time_mesh(num_hosts // 2, 2)
         parted = run(Store(f"{folder}-apart", chunk=chunk), mesh=grid)
-        assert {tuple(part.chains) for one in parted.chunks for part in parts_of(one)} == {(0,), (1,)}
-        np.testing.assert_allclose(parted.posterior["place"].values, draws.posterior["place"].values, rtol=0, atol=1e-9)
+        assert {tuple(part.chains) for one in parted.chunks for part in parts_of(one)} == {
+            (0,),
+            (1,),
+        }
+        np.testing.assert_allclose(
+            parted.posterior["place"].values, draws.posterior["place"].values, rtol=0, atol=1e-9
+        )
         np.testing.assert_allclose(parted.running.mean(), draws.running.mean(), rtol=1e-9)
         try:
             run(Store(f"{folder}-folds", chunk=chunk, folds=FOLDS), mesh=grid)
@@ -140,7 +195,9 @@ def same(draws, wanted, draws_to=1e-9):
         assert set(ours) == set(theirs) and ours.sizes == theirs.sizes
         np.testing.assert_array_equal(ours["draw"], theirs["draw"])
         for value in theirs.data_vars:
-            np.testing.assert_allclose(ours[value].values, theirs[value].values, rtol=0, atol=draws_to, err_msg=value)
+            np.testing.assert_allclose(
+                ours[value].values, theirs[value].values, rtol=0, atol=draws_to, err_msg=value
+            )
     ours, theirs = draws.running.to_arrays(), wanted.running.to_arrays()
     assert list(ours) == list(theirs)
     for name, value in theirs.items():
@@ -150,18 +207,30 @@ def same(draws, wanted, draws_to=1e-9):
         np.testing.assert_allclose(ours[name], value, rtol=1e-8, atol=1e-8, err_msg=name)
     assert draws.running.histogram.counts.sum() == wanted.running.histogram.counts.sum()
     for name in ("accepted", "acceptance_rate"):
-        np.testing.assert_allclose(draws.running.info[name].sum, wanted.running.info[name].sum, rtol=1e-9)
+        np.testing.assert_allclose(
+            draws.running.info[name].sum, wanted.running.info[name].sum, rtol=1e-9
+        )
     np.testing.assert_allclose(draws.totals.acceptance, wanted.totals.acceptance, rtol=1e-9)
     for name in ("certified", "num_steps", "num_rejected", "longest_rejection", "frozen"):
-        np.testing.assert_array_equal(getattr(draws.certificate, name), getattr(wanted.certificate, name), err_msg=name)
+        np.testing.assert_array_equal(
+            getattr(draws.certificate, name), getattr(wanted.certificate, name), err_msg=name
+        )
 
 
 def apart(folder, mesh):
     """Hosts that share no folder."""
     from distributed_checks import TARGET
 
-    sample(jax.random.key(0), TARGET, mala(TARGET.logdensity, 0.4), num_samples=64, num_chains=2, mesh=mesh,
-           store=Store(f"{folder}-{jax.process_index()}", writers=EveryHost(seconds=0.5)), progress=False)
+    sample(
+        jax.random.key(0),
+        TARGET,
+        mala(TARGET.logdensity, 0.4),
+        num_samples=64,
+        num_chains=2,
+        mesh=mesh,
+        store=Store(f"{folder}-{jax.process_index()}", writers=EveryHost(seconds=0.5)),
+        progress=False,
+    )
 
 
 def differ(mesh):
@@ -175,13 +244,24 @@ def differ(mesh):
         assert "mesh: got devices of the hosts" in str(error), error
     else:
         raise AssertionError
-    sample(jax.random.key(0), TARGET, mala, num_samples=64 * (1 + jax.process_index()), solver=shooting(steps=8), mesh=mesh,
-           progress=False)
+    sample(
+        jax.random.key(0),
+        TARGET,
+        mala,
+        num_samples=64 * (1 + jax.process_index()),
+        solver=shooting(steps=8),
+        mesh=mesh,
+        progress=False,
+    )
 
 
 def main(host_id, num_hosts, port, what):
     given = f"127.0.0.1:{port}", int(num_hosts), int(host_id)
-    together = hosts(*given, heartbeat_seconds=5, start_seconds=120) if int(num_hosts) > 1 else contextlib.nullcontext()
+    together = (
+        hosts(*given, heartbeat_seconds=5, start_seconds=120)
+        if int(num_hosts) > 1
+        else contextlib.nullcontext()
+    )
     with together, jax.enable_x64(True):
         mesh = time_mesh()
         name, _, folder = what.partition(":")

@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 
 
-def chains(seed: int, *, num_chains: int = 4, num_samples: int = 1000, dim: int = 2, memory: float = 0.3) -> np.ndarray:
+def chains(
+    seed: int, *, num_chains: int = 4, num_samples: int = 1000, dim: int = 2, memory: float = 0.3
+) -> np.ndarray:
     """Stationary first-order autoregressions with standard normal law, (C, T, dim) float64."""
     noise = np.random.default_rng(seed).normal(size=(num_samples, num_chains, dim))
     states = [noise[0]]
@@ -15,7 +17,9 @@ def chains(seed: int, *, num_chains: int = 4, num_samples: int = 1000, dim: int 
     return np.stack(states, axis=1)
 
 
-def draws(x: np.ndarray, *, key: int = 7, certified: Any = True, **info: np.ndarray) -> SimpleNamespace:
+def draws(
+    x: np.ndarray, *, key: int = 7, certified: Any = True, **info: np.ndarray
+) -> SimpleNamespace:
     """A run whose model-space values are ``mu``, the first coordinate, and ``theta``, exp of the others.
 
     Args:
@@ -34,7 +38,12 @@ def draws(x: np.ndarray, *, key: int = 7, certified: Any = True, **info: np.ndar
         info=info,
         certificate=certificate(num_chains, num_samples, certified),
         report=report(num_chains),
-        plan={"key": [0, key], "num_samples": num_samples, "num_chains": num_chains, "solver": "shooting"},
+        plan={
+            "key": [0, key],
+            "num_samples": num_samples,
+            "num_chains": num_chains,
+            "solver": "shooting",
+        },
         warmup=None,
     )
 
@@ -54,7 +63,8 @@ def certificate(num_chains: int, num_samples: int, certified: Any = True) -> Sim
         num_nonfinite_proposals=0 * ones,
         frozen=~ones.astype(bool),
         num_ambiguous=0 * ones,
-        min_margin=1e-4 * ones, min_lattice_margin=np.nan * ones,
+        min_margin=1e-4 * ones,
+        min_lattice_margin=np.nan * ones,
         tolerance=1e-8 * ones,
         certified=np.broadcast_to(certified, (num_chains,)),
         accepted=None,

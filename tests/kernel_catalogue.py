@@ -71,8 +71,12 @@ def _nuts(logdensity, dimension, dtype):
 
 
 def _dynamic_hmc(logdensity, dimension, dtype):
-    return blackjax.dynamic_hmc(logdensity, 0.9, jnp.ones(dimension, dtype),
-                                integration_steps_fn=lambda key: jax.random.randint(key, (), 1, 4))
+    return blackjax.dynamic_hmc(
+        logdensity,
+        0.9,
+        jnp.ones(dimension, dtype),
+        integration_steps_fn=lambda key: jax.random.randint(key, (), 1, 4),
+    )
 
 
 def _ghmc(logdensity, dimension, dtype):
@@ -90,7 +94,9 @@ def _barker(logdensity, dimension, dtype):
 
 
 def _elliptical_slice(logdensity, dimension, dtype):
-    return blackjax.elliptical_slice(logdensity, mean=jnp.zeros(dimension, dtype), cov=jnp.ones(dimension, dtype))
+    return blackjax.elliptical_slice(
+        logdensity, mean=jnp.zeros(dimension, dtype), cov=jnp.ones(dimension, dtype)
+    )
 
 
 def _random_walk(logdensity, dimension, dtype):
@@ -122,17 +128,34 @@ KERNELS = [
     AlgorithmRow("hmc", _hmc, quasi_deer(damping=0.1), decides=True, margins=True),
     AlgorithmRow("multinomial hmc", _multinomial_hmc, deer(), float32=False),
     AlgorithmRow("nuts", _nuts, quasi_deer(num_probes=1), float32=False),
-    AlgorithmRow("dynamic hmc", _dynamic_hmc, quasi_deer(damping=0.1), decides=True, margins=True,
-                 discrete=("random_generator_arg",)),
+    AlgorithmRow(
+        "dynamic hmc",
+        _dynamic_hmc,
+        quasi_deer(damping=0.1),
+        decides=True,
+        margins=True,
+        discrete=("random_generator_arg",),
+    ),
     AlgorithmRow("ghmc", _ghmc, jacobi(), decides=True, others=("momentum", "slice")),
     AlgorithmRow("mclmc", _mclmc, picard(), others=("momentum",)),
     AlgorithmRow("barker", _barker, picard(), decides=True, margins=True, float32=False),
     AlgorithmRow("elliptical slice", _elliptical_slice, jacobi()),
     AlgorithmRow("random walk", _random_walk, picard(), decides=True, margins=True),
     AlgorithmRow("coalescing mala", _coalescing_mala, jacobi(), decides=True, margins=True),
-    AlgorithmRow("steered hmc", _steered_hmc, quasi_deer(damping=0.1), decides=True, margins=True, float32=False),
-    AlgorithmRow("hmc cycle", _hmc_cycle, shooting(2), decides=True, margins=True, discrete=("phase",)),
-    AlgorithmRow("coalescing walk", _coalescing_walk, jacobi(), decides=True, margins=True, float32=False),
+    AlgorithmRow(
+        "steered hmc",
+        _steered_hmc,
+        quasi_deer(damping=0.1),
+        decides=True,
+        margins=True,
+        float32=False,
+    ),
+    AlgorithmRow(
+        "hmc cycle", _hmc_cycle, shooting(2), decides=True, margins=True, discrete=("phase",)
+    ),
+    AlgorithmRow(
+        "coalescing walk", _coalescing_walk, jacobi(), decides=True, margins=True, float32=False
+    ),
 ]
 
 DIMENSION = 3

@@ -1,6 +1,6 @@
 """The run that tests of stores look at; also a program that begins or goes on with it, to be killed.
 
-    python store_case.py FOLDER NUM_SAMPLES
+python store_case.py FOLDER NUM_SAMPLES
 """
 
 import contextlib
@@ -29,10 +29,16 @@ DATA = np.array([0.5, -1.0, 2.0])
 
 def target_of(data=DATA, power=2):
     """A dict of a vector and a number; the data are captured."""
-    def logdensity(position):
-        return -0.5 * jnp.sum(jnp.abs(position["place"] - data) ** power) - 0.5 * (position["level"] - 1) ** 2
 
-    return Target(logdensity, {"place": np.zeros(3), "level": np.float64(0.3)}, dims={"place": ("site",)})
+    def logdensity(position):
+        return (
+            -0.5 * jnp.sum(jnp.abs(position["place"] - data) ** power)
+            - 0.5 * (position["level"] - 1) ** 2
+        )
+
+    return Target(
+        logdensity, {"place": np.zeros(3), "level": np.float64(0.3)}, dims={"place": ("site",)}
+    )
 
 
 @functools.cache
@@ -52,8 +58,13 @@ def kernel(step=STEP):
 
 def run(store=None, num_samples=120, key=0, **changes):
     """The run, in memory or in a folder."""
-    arguments = {"num_samples": num_samples, "num_chains": CHAINS, "solver": jacobi(), "schedule": Stretches(CHUNK),
-                 "progress": False} | changes
+    arguments = {
+        "num_samples": num_samples,
+        "num_chains": CHAINS,
+        "solver": jacobi(),
+        "schedule": Stretches(CHUNK),
+        "progress": False,
+    } | changes
     store = store if store is None or isinstance(store, Store) else Store(store, chunk=CHUNK)
     what = arguments.pop("target", target()), arguments.pop("kernel", kernel())
     return sample(jax.random.key(key), *what, store=store, **arguments)

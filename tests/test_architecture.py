@@ -74,8 +74,12 @@ def rank_of(dotted):
 
 def imports_of(tree):
     """`(line, dotted name, whether inside a function)` of every import; a from-import gives each name it takes."""
-    inside = {id(node) for function in ast.walk(tree) if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
-              for node in ast.walk(function)}
+    inside = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for node in ast.walk(function)
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -112,29 +116,35 @@ def test_imports_keep_to_their_ranks_and_fences(path):
     assert list(breaches(name_of(path), path.read_text())) == []
 
 
-@pytest.mark.parametrize("name, source", [
-    ("scan/affine.py", "from partime_mcmc.solve import solve"),
-    ("types.py", "def f():\n    from partime_mcmc.reduction import largest"),
-    ("diagnostics/compare.py", "import partime_mcmc.mcmc.draws"),
-    ("solve.py", "from partime_mcmc import deer"),
-    ("solve.py", "import blackjax"),
-    ("mcmc/sample.py", "from blackjax.mcmc import hmc"),
-    ("kernels/kernel.py", "def f():\n    import arviz"),
-    ("diagnostics/canvas.py", "import matplotlib.pyplot as plt"),
-    ("diagnostics/plots.py", "def f():\n    import matplotlib.pyplot as plt"),
-    ("closures.py", "from jax._src import core"),
-    ("closures.py", "import jax._src.core"),
-])
+@pytest.mark.parametrize(
+    "name, source",
+    [
+        ("scan/affine.py", "from partime_mcmc.solve import solve"),
+        ("types.py", "def f():\n    from partime_mcmc.reduction import largest"),
+        ("diagnostics/compare.py", "import partime_mcmc.mcmc.draws"),
+        ("solve.py", "from partime_mcmc import deer"),
+        ("solve.py", "import blackjax"),
+        ("mcmc/sample.py", "from blackjax.mcmc import hmc"),
+        ("kernels/kernel.py", "def f():\n    import arviz"),
+        ("diagnostics/canvas.py", "import matplotlib.pyplot as plt"),
+        ("diagnostics/plots.py", "def f():\n    import matplotlib.pyplot as plt"),
+        ("closures.py", "from jax._src import core"),
+        ("closures.py", "import jax._src.core"),
+    ],
+)
 def test_a_breach_is_found(name, source):
     assert list(breaches(name, source))
 
 
-@pytest.mark.parametrize("name, source", [
-    ("solvers/newton.py", "from partime_mcmc.solvers.base import Proposal"),
-    ("diagnostics/canvas.py", "def f():\n    import matplotlib.pyplot as plt"),
-    ("mcmc/warmup.py", "import blackjax"),
-    ("cli/demo.py", "from partime_mcmc.models import eight_schools"),
-])
+@pytest.mark.parametrize(
+    "name, source",
+    [
+        ("solvers/newton.py", "from partime_mcmc.solvers.base import Proposal"),
+        ("diagnostics/canvas.py", "def f():\n    import matplotlib.pyplot as plt"),
+        ("mcmc/warmup.py", "import blackjax"),
+        ("cli/demo.py", "from partime_mcmc.models import eight_schools"),
+    ],
+)
 def test_what_is_allowed_is_not_a_breach(name, source):
     assert not list(breaches(name, source))
 
@@ -144,10 +154,15 @@ def test_nothing_global_is_set_or_read(path):
     if name_of(path).startswith(("cli/", "__main__.py")):
         pytest.skip("a program, not a library: it may choose its own settings")
     if name_of(path) == "distributed/launch.py":
-        pytest.skip("joins processes into one run, with JAX's preemption service off while it does so")
+        pytest.skip(
+            "joins processes into one run, with JAX's preemption service off while it does so"
+        )
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute):
-            text, forbidden = ast.unparse(node), ("os.environ", "os.getenv", "os.putenv", "jax.config.update")
+            text, forbidden = (
+                ast.unparse(node),
+                ("os.environ", "os.getenv", "os.putenv", "jax.config.update"),
+            )
             assert text not in forbidden, f"line {node.lineno}: {text}"
 
 
@@ -157,9 +172,15 @@ def test_files_and_functions_are_small(path):
     assert len(source.splitlines()) <= 300
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            start = node.body[0].end_lineno + 1 if ast.get_docstring(node) and len(node.body) > 1 else node.lineno
+            start = (
+                node.body[0].end_lineno + 1
+                if ast.get_docstring(node) and len(node.body) > 1
+                else node.lineno
+            )
             # The docstring is for the reader and does not count.
-            assert node.end_lineno - start < 60, f"{node.name}: {node.end_lineno - start + 1} lines of code"
+            assert node.end_lineno - start < 60, (
+                f"{node.name}: {node.end_lineno - start + 1} lines of code"
+            )
 
 
 def public_definitions(tree):
@@ -203,7 +224,9 @@ print(json.dumps({
 
 
 def test_importing_does_nothing_but_import():
-    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, cwd=ROOT.parent, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE], capture_output=True, text=True, cwd=ROOT.parent, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     assert seen["arrays"] == 0

@@ -32,14 +32,18 @@ def test_groups_and_names(run):
 
 def test_values_are_plain_numpy():
     jnp = pytest.importorskip("jax.numpy")
-    run = types.SimpleNamespace(positions={"a": {"b": jnp.zeros((2, 5))}}, info={"accepted": jnp.ones((2, 5), bool)})
+    run = types.SimpleNamespace(
+        positions={"a": {"b": jnp.zeros((2, 5))}}, info={"accepted": jnp.ones((2, 5), bool)}
+    )
     tree = arviz.to_arviz(run)
     assert type(tree["posterior"]["a.b"].data) is np.ndarray
     assert type(tree["sample_stats"]["accepted"].data) is np.ndarray
 
 
 def test_a_bare_array_has_a_name():
-    assert list(named.named_draws(types.SimpleNamespace(positions=np.zeros((2, 5, 3))))) == ["position"]
+    assert list(named.named_draws(types.SimpleNamespace(positions=np.zeros((2, 5, 3))))) == [
+        "position"
+    ]
 
 
 def test_dims_and_coords_are_handed_on(run):
@@ -50,7 +54,10 @@ def test_dims_and_coords_are_handed_on(run):
 
 def test_attributes_carry_certificate_version_and_plan(run):
     attrs = arviz.to_arviz(run).attrs
-    assert attrs["inference_library"] == "partime_mcmc" and attrs["inference_library_version"] == "0.1.0"
+    assert (
+        attrs["inference_library"] == "partime_mcmc"
+        and attrs["inference_library_version"] == "0.1.0"
+    )
     assert json.loads(attrs["plan"])["key"] == [0, 7]
     assert attrs["certified"] == 1 and attrs["frozen"] == 0 and attrs["max_residual"] == 3e-10
     assert json.loads(attrs["certificate"])["worst_step"] == [0, 5, 0, 0]
@@ -96,14 +103,20 @@ def test_few_draws_are_not_called_frozen():
 def test_summary_of_a_known_law(run):
     mu, theta = arviz.summary_table(run)
     assert mu["name"] == "mu" and theta["name"] == "theta[0]"
-    assert abs(mu["mean"]) < 4 * mu["mcse_mean"] and abs(mu["sd"] - 1) < 0.1 and abs(theta["q50"] - 1) < 0.15
+    assert (
+        abs(mu["mean"]) < 4 * mu["mcse_mean"]
+        and abs(mu["sd"] - 1) < 0.1
+        and abs(theta["q50"] - 1) < 0.15
+    )
     assert abs(mu["q05"] + 1.645) < 0.2 and abs(mu["q95"] - 1.645) < 0.2
     # 4,000 draws of an autoregression with memory 0.3 are worth 4,000 * 0.7 / 1.3 independent ones.
     assert 1500 < mu["ess_bulk"] < 2900 and mu["ess_tail"] > 1500 and mu["r_hat"] < 1.01
     assert all(type(value) in (str, float, bool) for value in mu.values())
 
 
-@pytest.mark.parametrize("x", [np.ones((4, 100)), np.full((4, 100), np.nan), np.zeros((4, 3)), np.zeros((4, 0))])
+@pytest.mark.parametrize(
+    "x", [np.ones((4, 100)), np.full((4, 100), np.nan), np.zeros((4, 3)), np.zeros((4, 0))]
+)
 def test_undefined_statistics_are_nan_and_silent(x, caplog):
     for statistic in (arviz.ess_bulk, arviz.ess_tail, arviz.rhat, arviz.mcse_mean, arviz.mcse_sd):
         assert np.isnan(statistic(x))
@@ -127,7 +140,9 @@ def test_wrong_shapes_are_refused():
     with pytest.raises(ValueError, match="num_chains, num_draws"):
         arviz.ess_bulk(np.zeros(10))
     with pytest.raises(ValueError, match="'b' has shape"):
-        named.named_draws(types.SimpleNamespace(constrained={"a": np.zeros((2, 5)), "b": np.zeros((2, 6))}))
+        named.named_draws(
+            types.SimpleNamespace(constrained={"a": np.zeros((2, 5)), "b": np.zeros((2, 6))})
+        )
     with pytest.raises(ValueError, match="neither"):
         arviz.to_arviz(types.SimpleNamespace(positions=None))
 
@@ -168,5 +183,7 @@ def test_importing_is_light_and_using_is_silent():
         "assert not {'arviz', 'arviz_base', 'arviz_stats', 'xarray', 'matplotlib'} & set(sys.modules)\n"
         "assert a.ess_bulk(np.random.default_rng(0).normal(size=(4, 100))) > 100\n"
     )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True
+    )
     assert done.returncode == 0 and done.stderr == "", done.stderr

@@ -12,8 +12,11 @@ from benchmarks.suite import BOUNDS, LEFT_OUT, QUOTED, SUITES, Task, main
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-NAMES = sorted(path.stem for path in (Path(__file__).parent.parent / "benchmarks").glob("[a-z]*.py")
-               if "def main(" in path.read_text())
+NAMES = sorted(
+    path.stem
+    for path in (Path(__file__).parent.parent / "benchmarks").glob("[a-z]*.py")
+    if "def main(" in path.read_text()
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -43,14 +46,21 @@ def test_what_a_run_writes_is_not_committed():
 @pytest.mark.slow
 def test_a_suite_runs_and_is_reported(tmp_path, monkeypatch, capsys):
     tiny = Task("scans", ("--longest", "1000", "--widths", "2", "--repeats", "1"), 5, 200)
-    broken, impossible = Task("scans", ("--no-such-option",), 1, 100), Task("scans", (), 1, 9, "NO_SUCH_VAR")
+    broken, impossible = (
+        Task("scans", ("--no-such-option",), 1, 100),
+        Task("scans", (), 1, 9, "NO_SUCH_VAR"),
+    )
     monkeypatch.setitem(SUITES, "smoke", (tiny, broken, impossible))
     assert main(["run", "--suite", "smoke", "--out", str(tmp_path)]) == 1
     stored = json.loads((tmp_path / "suite.json").read_text())
     assert [task["outcome"][:6] for task in stored["tasks"]] == ["done", "failed"]
     assert "NO_SUCH_VAR is not set" in stored["left_out"][-1]
     about = json.loads((tmp_path / "scans-cpu.json").read_text())["about"]
-    assert {"device", "versions", "commit", "peak_resident_bytes"} <= set(about) == set(stored["about"])
+    assert (
+        {"device", "versions", "commit", "peak_resident_bytes"}
+        <= set(about)
+        == set(stored["about"])
+    )
     assert main(["report", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "scan in use / fastest, worst size | ≤ 1.05" in said and "not measured" in said
@@ -91,7 +101,10 @@ def test_targets_are_met_or_not(tmp_path):
 
 @pytest.mark.parametrize("target", targets.TARGETS["cpu"], ids=lambda target: target.name)
 def test_targets_find_their_rows_in_the_committed_results(target):
-    if target.file == "scans-cpu" and "in_use" not in json.loads((RESULTS / "scans-cpu.json").read_text())["rows"][0]:
+    if (
+        target.file == "scans-cpu"
+        and "in_use" not in json.loads((RESULTS / "scans-cpu.json").read_text())["rows"][0]
+    ):
         pytest.skip("the committed scans are of before the one in use was named")
     assert target.found(RESULTS) > 0
 

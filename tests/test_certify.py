@@ -13,8 +13,19 @@ from blackjax.mcmc.random_walk import normal
 from catalogue import QUICK
 
 from partime_mcmc.dynamics import rollout
-from partime_mcmc.kernels import (Kernel, Tape, Whitening, certify, certify_held, certify_with_records, from_blackjax, hmc, hold,
-                                  loop, mala)
+from partime_mcmc.kernels import (
+    Kernel,
+    Tape,
+    Whitening,
+    certify,
+    certify_held,
+    certify_with_records,
+    from_blackjax,
+    hmc,
+    hold,
+    loop,
+    mala,
+)
 from partime_mcmc.kernels.certificate import _spread
 from partime_mcmc.recipes import jacobi, quasi_deer
 from partime_mcmc.solution import Status
@@ -25,7 +36,7 @@ T, STEP = 80, 0.55
 
 def gaussian(x):
     """A correlated normal density in two dimensions."""
-    return -0.5 * (1.3 * x[0]**2 - 1.0 * x[0] * x[1] + 0.9 * x[1]**2)
+    return -0.5 * (1.3 * x[0] ** 2 - 1.0 * x[0] * x[1] + 0.9 * x[1] ** 2)
 
 
 @pytest.fixture(autouse=True)
@@ -43,30 +54,50 @@ def run_of(name, num_steps=T, seed=0):
     """A kernel by name with its tape, its sequential path and a compiled certificate of any path, in float64."""
     kernel = {
         "mala": lambda: mala(gaussian, STEP),
-        "whitened mala": lambda: mala(gaussian, STEP, Whitening.of_covariance(
-            jnp.zeros(2), jnp.ones(2), jnp.array([[4.0, 1.0], [1.0, 2.0]]))),
+        "whitened mala": lambda: mala(
+            gaussian,
+            STEP,
+            Whitening.of_covariance(jnp.zeros(2), jnp.ones(2), jnp.array([[4.0, 1.0], [1.0, 2.0]])),
+        ),
         "hmc": lambda: hmc(gaussian, 1.4, jnp.ones(2), 2),
         "frozen mala": lambda: mala(gaussian, 1e6),
-        "dynamic hmc": lambda: from_blackjax(blackjax.dynamic_hmc(
-            gaussian, 0.9, jnp.ones(2), integration_steps_fn=lambda key: jax.random.randint(key, (), 1, 4))),
+        "dynamic hmc": lambda: from_blackjax(
+            blackjax.dynamic_hmc(
+                gaussian,
+                0.9,
+                jnp.ones(2),
+                integration_steps_fn=lambda key: jax.random.randint(key, (), 1, 4),
+            )
+        ),
         "ghmc": lambda: from_blackjax(blackjax.ghmc(gaussian, 0.8, jnp.ones(2), 0.5, 0.3)),
-        "multinomial hmc": lambda: from_blackjax(blackjax.multinomial_hmc(gaussian, 1.1, jnp.ones(2), 2)),
+        "multinomial hmc": lambda: from_blackjax(
+            blackjax.multinomial_hmc(gaussian, 1.1, jnp.ones(2), 2)
+        ),
     }[name]()
     state = kernel.init(jnp.array([0.5, -1.0]), jax.random.key(seed + 1))
     initial, tape = kernel.carry(state), kernel.tape(jax.random.key(seed), num_steps, state)
     path = rollout(kernel.dynamics(), initial, tape)
     program = jax.jit(functools.partial(certify, kernel), compiler_options=QUICK)
-    return SimpleNamespace(kernel=kernel, state=state, initial=initial, tape=tape, path=path,
-                           certify=lambda states, tape=tape, **more: program(initial, states, tape, **more))
+    return SimpleNamespace(
+        kernel=kernel,
+        state=state,
+        initial=initial,
+        tape=tape,
+        path=path,
+        certify=lambda states, tape=tape, **more: program(initial, states, tape, **more),
+    )
 
 
 def longest(flags):
     """Longest run of True."""
-    return max(map(len, "".join("x" if flag else " " for flag in np.asarray(flags)).split()), default=0)
+    return max(
+        map(len, "".join("x" if flag else " " for flag in np.asarray(flags)).split()), default=0
+    )
 
 
 def mala_by_hand(run, step_size=STEP):
     """Proposals, acceptance probabilities and uniforms of a sequential MALA path, from the published formulas."""
+
     def gradient(x):
         return np.stack([-1.3 * x[:, 0] + 0.5 * x[:, 1], 0.5 * x[:, 0] - 0.9 * x[:, 1]], axis=1)
 
@@ -75,7 +106,7 @@ def mala_by_hand(run, step_size=STEP):
     noise = np.asarray(jax.vmap(lambda key: jax.random.normal(key, (2,)))(keys[:, 0]))
     uniform = np.asarray(jax.vmap(jax.random.uniform)(keys[:, 1]))
     after = before + step_size * gradient(before) + np.sqrt(2 * step_size) * noise
-    back = np.sum((before - after - step_size * gradient(after))**2, axis=1) / (4 * step_size)
+    back = np.sum((before - after - step_size * gradient(after)) ** 2, axis=1) / (4 * step_size)
     forth = np.sum(noise**2, axis=1) / 2
     values = [np.asarray(jax.vmap(gaussian)(x)) for x in (before, after)]
     return after, np.exp(np.minimum(values[1] - values[0] - back + forth, 0)), uniform
@@ -89,7 +120,9 @@ def test_a_right_path_and_every_number_about_it():
     certificate = run.certify(run.path)
     proposals, rate, uniform = mala_by_hand(run)
     accepted = uniform < rate
-    np.testing.assert_allclose(np.asarray(run.path)[accepted], proposals[accepted], rtol=1e-10)  # hand and code agree
+    np.testing.assert_allclose(
+        np.asarray(run.path)[accepted], proposals[accepted], rtol=1e-10
+    )  # hand and code agree
     assert 10 < accepted.sum() < T - 10 and longest(~accepted) > 1
     assert bool(certificate.certified) and bool(certificate.finite) and not bool(certificate.frozen)
     np.testing.assert_array_equal(certificate.accepted, accepted)
@@ -106,11 +139,15 @@ def test_a_right_path_and_every_number_about_it():
 def test_records_are_the_loops_infos():
     run = run_of("hmc")
     _, infos = loop(run.kernel, run.state, run.tape.dice)
-    records = jax.jit(lambda path: certify_with_records(run.kernel, run.initial, path, run.tape)[1])(run.path)
+    records = jax.jit(
+        lambda path: certify_with_records(run.kernel, run.initial, path, run.tape)[1]
+    )(run.path)
     np.testing.assert_array_equal(records.accepted, infos.is_accepted)
     np.testing.assert_allclose(records.acceptance_rate, infos.acceptance_rate, rtol=1e-9)
     np.testing.assert_allclose(records.energy, infos.energy, rtol=1e-9)
-    np.testing.assert_allclose(records.logdensity, jax.vmap(gaussian)(run.path), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(
+        records.logdensity, jax.vmap(gaussian)(run.path), rtol=1e-9, atol=1e-12
+    )
     np.testing.assert_array_equal(records.num_steps, np.full(T, 2))
     assert not np.asarray(records.nonfinite).any() and not np.asarray(records.diverging).any()
 
@@ -132,7 +169,9 @@ def test_standing_still_is_counted_by_decisions_not_bits(name):
     wobble = 1 + np.where(rejected, np.arange(len(rejected)) % 2, 0) * 2 * np.finfo(float).eps
     certificate = run.certify(run.path * wobble[:, None])
     assert bool(certificate.certified) and 0 < float(certificate.max_residual) < 1e-14
-    assert int(certificate.longest_rejection) == longest(rejected) == int(right.longest_rejection) > 1
+    assert (
+        int(certificate.longest_rejection) == longest(rejected) == int(right.longest_rejection) > 1
+    )
     assert bool(certificate.frozen) == (name == "frozen mala")
 
 
@@ -141,17 +180,27 @@ def test_what_is_certified_is_the_path_that_stands_still():
     run = run_of("mala", 400)
     wobble = 1 + (np.arange(400) % 2) * 1e-12
     path = run.path * wobble[:, None]
-    two, first = (jax.jit(functools.partial(program, run.kernel), compiler_options=QUICK)
-                  for program in (certify_with_records, certify_held))
+    two, first = (
+        jax.jit(functools.partial(program, run.kernel), compiler_options=QUICK)
+        for program in (certify_with_records, certify_held)
+    )
     _, records = two(run.initial, path, run.tape)
     still = hold(run.initial, path, records.held)
-    assert 40 < int(np.sum((np.asarray(still) != np.asarray(path)).any(axis=1))), "more than one look takes"
+    assert 40 < int(np.sum((np.asarray(still) != np.asarray(path)).any(axis=1))), (
+        "more than one look takes"
+    )
     chains = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), (run.initial, path, run.tape))
     certificate, records, found = jax.tree.map(lambda leaf: leaf[1], first(*chains))
     np.testing.assert_array_equal(found, still)
-    jax.tree.map(np.testing.assert_array_equal, (certificate, records), two(run.initial, still, run.tape))
+    jax.tree.map(
+        np.testing.assert_array_equal, (certificate, records), two(run.initial, still, run.tape)
+    )
     rejected = ~np.asarray(certificate.accepted)
-    assert bool(certificate.certified) and rejected.any() and not np.asarray(certificate.residual)[rejected].any()
+    assert (
+        bool(certificate.certified)
+        and rejected.any()
+        and not np.asarray(certificate.residual)[rejected].any()
+    )
 
 
 # --- wrong paths
@@ -189,7 +238,9 @@ def test_residual_of_hmc_is_in_standard_deviations_of_the_chain_unless_told():
     spread = np.std(np.asarray(wrong), axis=0)
     assert not np.isclose(spread[0], spread[1], rtol=0.05)
     np.testing.assert_allclose(run.certify(wrong).max_residual, 1e-3 / spread[1], rtol=1e-9)
-    np.testing.assert_allclose(run.certify(wrong, scale=jnp.array([7.0, 0.5])).max_residual, 2e-3, rtol=1e-9)
+    np.testing.assert_allclose(
+        run.certify(wrong, scale=jnp.array([7.0, 0.5])).max_residual, 2e-3, rtol=1e-9
+    )
 
 
 @pytest.mark.parametrize("was", [True, False], ids=["accepted", "rejected"])
@@ -200,7 +251,11 @@ def test_a_flipped_decision_is_never_certified(was):
     before = run.path[at - 1]
     other = before if was else proposals[at]
     # The rest of the path follows the dice from the wrong state: only the flip itself is wrong.
-    rest = rollout(run.kernel.dynamics(), jnp.asarray(other), jax.tree.map(lambda leaf: leaf[at + 1:], run.tape))
+    rest = rollout(
+        run.kernel.dynamics(),
+        jnp.asarray(other),
+        jax.tree.map(lambda leaf: leaf[at + 1 :], run.tape),
+    )
     certificate = run.certify(jnp.concatenate([run.path[:at], jnp.asarray(other)[None], rest]))
     assert not bool(certificate.certified) and int(certificate.worst_step) == at
     assert bool(certificate.accepted[at]) == was, "decisions are the certifier's, not the path's"
@@ -212,12 +267,16 @@ def test_a_flipped_decision_is_never_certified(was):
 
 def test_a_path_stopped_early_is_not_certified_beyond_its_exact_part():
     run = run_of("mala")
-    solution = solve(run.kernel.dynamics(), run.initial, run.tape, solver=quasi_deer(), max_iterations=3)
+    solution = solve(
+        run.kernel.dynamics(), run.initial, run.tape, solver=quasi_deer(), max_iterations=3
+    )
     assert Status(int(solution.status)) is Status.OUT_OF_ITERATIONS
     certificate = run.certify(solution.states)
     exact = int(solution.num_exact)
     assert not bool(certificate.certified) and 3 <= exact < T and bool(certificate.finite)
-    assert (np.asarray(certificate.residual)[:exact] < 1e-12).all() and float(certificate.residual[exact]) > 1e-12
+    assert (np.asarray(certificate.residual)[:exact] < 1e-12).all() and float(
+        certificate.residual[exact]
+    ) > 1e-12
 
 
 @pytest.mark.parametrize("step", [0, 7, T - 1])
@@ -235,6 +294,7 @@ class _State(NamedTuple):
 
 def test_nan_replaced_by_zero_is_not_certified():
     """What two published codes do: the kernel itself leaves the finite numbers, and the path pretends it did not."""
+
     def step(key, state):
         new = 0.5 * state.position + jax.random.normal(key, (2,))
         return _State(jnp.where(jnp.abs(new) > 1.5, jnp.nan, new)), ()
@@ -252,7 +312,10 @@ def test_nan_replaced_by_zero_is_not_certified():
     assert bool(certificate.finite) and not bool(certificate.certified)
     replaced = (np.asarray(path) == 0).any(axis=1)
     np.testing.assert_array_equal(np.isnan(certificate.residual), replaced)
-    assert np.isnan(certificate.max_residual) and int(certificate.worst_step) == np.flatnonzero(replaced)[0]
+    assert (
+        np.isnan(certificate.max_residual)
+        and int(certificate.worst_step) == np.flatnonzero(replaced)[0]
+    )
 
 
 def test_a_wrong_discrete_leaf_shows():
@@ -269,6 +332,7 @@ def test_a_wrong_discrete_leaf_shows():
 
 def _through(run, tape):
     """The path of carries with the tape's own leaves before every step."""
+
     def advance(carry, drive):
         carry = run.kernel.transition(carry, drive)[0]
         return carry, carry
@@ -307,7 +371,9 @@ def test_a_unit_that_would_certify_anything_is_refused(unit):
     """Either an error, or at least no certificate."""
     run = run_of("mala")
     try:
-        certified = bool(certify(run.kernel, run.initial, run.path + 1.0, run.tape, scale=unit).certified)
+        certified = bool(
+            certify(run.kernel, run.initial, run.path + 1.0, run.tape, scale=unit).certified
+        )
     except ValueError as error:
         assert "scale" in str(error)
     else:
@@ -320,7 +386,9 @@ def test_a_unit_that_would_certify_anything_is_refused(unit):
 def test_a_frozen_chain():
     run = run_of("frozen mala", 30)
     certificate = run.certify(run.path)
-    assert bool(certificate.frozen) and bool(certificate.certified), "frozen is not wrong, it is useless"
+    assert bool(certificate.frozen) and bool(certificate.certified), (
+        "frozen is not wrong, it is useless"
+    )
     assert int(certificate.num_rejected) == int(certificate.longest_rejection) == 30
 
 
@@ -329,11 +397,11 @@ def test_one_accepted_step_is_not_frozen():
     proposals, rate, uniform = mala_by_hand(run)
     accepted = uniform < rate
     start = np.flatnonzero(accepted[:-1] & ~accepted[1:])[0]  # one acceptance, then a rejection
-    two = jax.tree.map(lambda leaf: leaf[start:start + 2], run.tape)
+    two = jax.tree.map(lambda leaf: leaf[start : start + 2], run.tape)
     before = run.path[start - 1] if start else run.initial
-    assert not bool(certify(run.kernel, before, run.path[start:start + 2], two).frozen)
-    still = jax.tree.map(lambda leaf: leaf[start + 1:start + 2], run.tape)
-    certificate = certify(run.kernel, run.path[start], run.path[start + 1:start + 2], still)
+    assert not bool(certify(run.kernel, before, run.path[start : start + 2], two).frozen)
+    still = jax.tree.map(lambda leaf: leaf[start + 1 : start + 2], run.tape)
+    certificate = certify(run.kernel, run.path[start], run.path[start + 1 : start + 2], still)
     assert not bool(certificate.frozen), "one rejection says nothing"
     assert int(certificate.longest_rejection) == 1
 
@@ -352,7 +420,9 @@ def test_margins_are_unknown_where_nothing_was_rejected():
     """Then any uniform would explain the decisions."""
     kernel = mala(gaussian, 1e-6)
     tape = kernel.tape(jax.random.key(0), 10, kernel.init(jnp.zeros(2)))
-    certificate = certify(kernel, jnp.zeros(2), rollout(kernel.dynamics(), jnp.zeros(2), tape), tape)
+    certificate = certify(
+        kernel, jnp.zeros(2), rollout(kernel.dynamics(), jnp.zeros(2), tape), tape
+    )
     assert int(certificate.num_rejected) == 0 and int(certificate.num_ambiguous) == -1
 
 
@@ -361,11 +431,18 @@ def test_ambiguous_decisions_are_counted_in_float32():
         kernel, num_steps = mala(gaussian, STEP), 2000
         tape = kernel.tape(jax.random.key(2), num_steps, kernel.init(jnp.zeros(2)))
         path = rollout(kernel.dynamics(), jnp.zeros(2), tape)
-        certificate = jax.jit(functools.partial(certify, kernel), compiler_options=QUICK)(jnp.zeros(2), path, tape)
+        certificate = jax.jit(functools.partial(certify, kernel), compiler_options=QUICK)(
+            jnp.zeros(2), path, tape
+        )
         _, rate, uniform = mala_by_hand(SimpleNamespace(initial=jnp.zeros(2), path=path, tape=tape))
         margin = np.abs(rate - uniform)
         # About 2 · 2e-3 · T of them; those within rounding of the bound may go either way.
-        assert 2 <= (margin < 1.9e-3).sum() <= int(certificate.num_ambiguous) <= (margin < 2.1e-3).sum()
+        assert (
+            2
+            <= (margin < 1.9e-3).sum()
+            <= int(certificate.num_ambiguous)
+            <= (margin < 2.1e-3).sum()
+        )
         np.testing.assert_allclose(certificate.min_margin, margin.min(), atol=1e-5)
 
 
@@ -383,14 +460,23 @@ def box_walled(x):
     return jnp.where(inside, jnp.sum(jnp.log(jnp.where(inside, 1 - x**2, 1.0))), -jnp.inf)
 
 
-@pytest.mark.parametrize(("name", "density", "solver"), [
-    ("mala", box, quasi_deer()), ("hmc", box_walled, quasi_deer()), ("random walk", box, jacobi())],
-    ids=["mala, NaN", "hmc, -inf", "random walk, NaN"])
+@pytest.mark.parametrize(
+    ("name", "density", "solver"),
+    [
+        ("mala", box, quasi_deer()),
+        ("hmc", box_walled, quasi_deer()),
+        ("random walk", box, jacobi()),
+    ],
+    ids=["mala, NaN", "hmc, -inf", "random walk, NaN"],
+)
 def test_nonfinite_proposals_are_rejected_and_counted(name, density, solver):
-    kernel = {"mala": lambda: mala(density, 0.15), "hmc": lambda: hmc(density, 0.5, jnp.ones(2), 1),
-              "random walk": lambda: from_blackjax(
-                  blackjax.additive_step_random_walk(density, normal(0.6 * jnp.ones(2))))
-              }[name]()
+    kernel = {
+        "mala": lambda: mala(density, 0.15),
+        "hmc": lambda: hmc(density, 0.5, jnp.ones(2), 1),
+        "random walk": lambda: from_blackjax(
+            blackjax.additive_step_random_walk(density, normal(0.6 * jnp.ones(2)))
+        ),
+    }[name]()
     num_steps = 150
 
     @functools.partial(jax.jit, compiler_options=QUICK)
@@ -408,7 +494,9 @@ def test_nonfinite_proposals_are_rejected_and_counted(name, density, solver):
     assert 10 < outside.sum() < num_steps - 10
     counted = int(certificate.num_nonfinite_proposals)
     # MALA and the random walk do not show their proposals: an acceptance probability of exactly 0 counts too.
-    assert counted == outside.sum() or name != "hmc" and outside.sum() < counted <= outside.sum() + 5
+    assert (
+        counted == outside.sum() or name != "hmc" and outside.sum() < counted <= outside.sum() + 5
+    )
     assert not np.asarray(certificate.accepted)[outside].any()
 
 
@@ -445,9 +533,15 @@ def test_short_chains(num_steps, precision):
     path = rollout(kernel.dynamics(), initial, tape)
     certificate = certify(kernel, initial, path, tape)
     assert bool(certificate.certified) and bool(certificate.finite) and not bool(certificate.frozen)
-    assert int(certificate.num_steps) == num_steps and int(certificate.worst_step) == 0 or num_steps > 1
+    assert (
+        int(certificate.num_steps) == num_steps
+        and int(certificate.worst_step) == 0
+        or num_steps > 1
+    )
     assert certificate.residual.shape == certificate.accepted.shape == (num_steps,)
     assert certificate.residual.dtype == certificate.max_residual.dtype == precision
-    assert float(certificate.tolerance) == pytest.approx({"float32": 1e-4, "float64": 1e-8}[precision.name])
+    assert float(certificate.tolerance) == pytest.approx(
+        {"float32": 1e-4, "float64": 1e-8}[precision.name]
+    )
     if num_steps:
         assert not bool(certify(kernel, initial, path.at[0, 0].add(1.0), tape).certified)

@@ -71,7 +71,9 @@ def test_bad_keys(bad, error, words):
 
 
 def test_batch_of_typed_keys():
-    with pytest.raises(ValueError, match=r"key: got a batch of keys of shape \(4,\); wanted one key"):
+    with pytest.raises(
+        ValueError, match=r"key: got a batch of keys of shape \(4,\); wanted one key"
+    ):
         check_key(jax.random.split(jax.random.key(0), 4))
 
 
@@ -97,7 +99,9 @@ def test_good_counts(good, minimum):
 def test_bad_counts(bad, error, words):
     with pytest.raises(error, match=words) as caught:
         check_count(bad, "num_chains", 1)
-    assert str(caught.value).startswith("num_chains: got") and "wanted an int of at least 1" in str(caught.value)
+    assert str(caught.value).startswith("num_chains: got") and "wanted an int of at least 1" in str(
+        caught.value
+    )
 
 
 # --- dtypes
@@ -105,7 +109,9 @@ def test_bad_counts(bad, error, words):
 
 def test_numpy_follows_the_default_dtype(precision):
     got = check_dtypes({"a": np.ones(3), "b": 2.0, "c": np.float64(1.0)})
-    assert all(isinstance(leaf, jax.Array) and leaf.dtype == precision for leaf in jax.tree.leaves(got))
+    assert all(
+        isinstance(leaf, jax.Array) and leaf.dtype == precision for leaf in jax.tree.leaves(got)
+    )
     assert not any(leaf.weak_type for leaf in jax.tree.leaves(got))
     np.testing.assert_array_equal(got["a"], np.ones(3))
 
@@ -117,7 +123,9 @@ def test_python_numbers_follow_the_arrays(precision, dtype):
 
 
 def test_integers_become_floats_with_a_warning(precision):
-    with pytest.warns(UserWarning, match=r"initial\['n'\]: got integers .*they become " + str(precision)):
+    with pytest.warns(
+        UserWarning, match=r"initial\['n'\]: got integers .*they become " + str(precision)
+    ):
         got = check_dtypes({"n": np.arange(3)})
     assert got["n"].dtype == precision
     with pytest.warns(UserWarning, match="initial: got integers"):
@@ -126,7 +134,9 @@ def test_integers_become_floats_with_a_warning(precision):
 
 @pytest.mark.parametrize("bad", [True, np.array([False]), 1j, np.array([None]), "x"])
 def test_leaves_that_are_no_real_numbers(precision, bad):
-    with pytest.raises(InvalidStart, match=r"initial\['a'\]: got .*; wanted real floating-point numbers"):
+    with pytest.raises(
+        InvalidStart, match=r"initial\['a'\]: got .*; wanted real floating-point numbers"
+    ):
         check_dtypes({"a": bad})
 
 
@@ -135,8 +145,12 @@ def test_a_mix_of_precisions_names_the_leaves():
     with jax.enable_x64(True):
         with pytest.raises(InvalidStart, match="mix of floating dtypes") as caught:
             check_dtypes(mixed)
-        assert "float32 in initial['a']" in str(caught.value) and "float64 in initial['b']['c']" in str(caught.value)
-    assert check_dtypes(mixed)["b"]["c"].dtype == jnp.float32  # x64 is off: ordinary NumPy data follow
+        assert "float32 in initial['a']" in str(
+            caught.value
+        ) and "float64 in initial['b']['c']" in str(caught.value)
+    assert (
+        check_dtypes(mixed)["b"]["c"].dtype == jnp.float32
+    )  # x64 is off: ordinary NumPy data follow
 
 
 # --- starts
@@ -177,8 +191,13 @@ def test_a_gradient_that_is_nan_while_the_value_is_fine(precision):
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 def test_a_position_that_is_not_finite(precision, bad):
-    with pytest.raises(InvalidStart, match=r"initial\['tau'\]\[1, 0\]: got .*; wanted finite numbers"):
-        check_start(lambda x: jnp.zeros(()), {"mu": jnp.zeros(2), "tau": jnp.zeros((2, 1)).at[1, 0].set(bad)})
+    with pytest.raises(
+        InvalidStart, match=r"initial\['tau'\]\[1, 0\]: got .*; wanted finite numbers"
+    ):
+        check_start(
+            lambda x: jnp.zeros(()),
+            {"mu": jnp.zeros(2), "tau": jnp.zeros((2, 1)).at[1, 0].set(bad)},
+        )
 
 
 @pytest.mark.parametrize("empty", [jnp.zeros(0), {}, {"a": jnp.zeros((3, 0))}])
@@ -195,7 +214,9 @@ def test_leaves_of_the_wrong_kind(bad):
 
 def test_a_density_in_another_precision():
     with jax.enable_x64(True):
-        with pytest.raises(InvalidStart, match="got float64 at initial of dtype float32; wanted one precision"):
+        with pytest.raises(
+            InvalidStart, match="got float64 at initial of dtype float32; wanted one precision"
+        ):
             check_start(lambda x: jnp.sum(x * jnp.ones(2)), jnp.ones(2, jnp.float32))
         with pytest.raises(InvalidStart, match="got float32 at initial of dtype float64"):
             check_start(lambda x: normal(x).astype(jnp.float32), jnp.ones(2))
@@ -203,7 +224,9 @@ def test_a_density_in_another_precision():
 
 def test_the_bad_chain_is_named():
     starts = jnp.ones((4, 2)).at[2, 1].set(-1.0)
-    with pytest.raises(InvalidStart, match="chain 2, initial: got a start where the log density is nan"):
+    with pytest.raises(
+        InvalidStart, match="chain 2, initial: got a start where the log density is nan"
+    ):
         check_starts(lambda x: jnp.sum(jnp.log(x)), starts)
 
 
@@ -223,7 +246,9 @@ def test_starts_are_compiled_once():
 
 def test_forward_mode_and_densities_without_derivative():
     def loop(x):  # no reverse mode through a while loop
-        return jax.lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, s[1] - jnp.sqrt(jnp.sum(x))), (0, 0.0))[1]
+        return jax.lax.while_loop(
+            lambda s: s[0] < 3, lambda s: (s[0] + 1, s[1] - jnp.sqrt(jnp.sum(x))), (0, 0.0)
+        )[1]
 
     check_start(loop, jnp.ones(2))
     with pytest.raises(InvalidStart, match="double-where"):
@@ -267,7 +292,9 @@ def test_host_randomness_and_random_callbacks_show(precision):
         lambda x: normal(x) + rng.normal(),
         lambda x: normal(x) + jax.pure_callback(draw, jax.ShapeDtypeStruct((), jnp.float32)),
     ):
-        with pytest.raises(NonDeterministicTarget, match="logdensity: got .* and then .* at the same position"):
+        with pytest.raises(
+            NonDeterministicTarget, match="logdensity: got .* and then .* at the same position"
+        ):
             check_deterministic(random, jnp.ones(2))
 
 
@@ -277,8 +304,12 @@ def test_precision_of_a_tame_density():
 
 
 def test_cancellation_warns():
-    with pytest.warns(PrecisionWarning, match="in float32 where float64 gives .*wanted at most 0.001"):
-        error = check_precision(lambda x: jnp.sum((x + 1e6) ** 2 - 1e12 - 2e6 * x), jnp.full(3, 0.3))
+    with pytest.warns(
+        PrecisionWarning, match="in float32 where float64 gives .*wanted at most 0.001"
+    ):
+        error = check_precision(
+            lambda x: jnp.sum((x + 1e6) ** 2 - 1e12 - 2e6 * x), jnp.full(3, 0.3)
+        )
     assert error > 1e-3
 
 
@@ -307,7 +338,10 @@ def test_precision_leaves_captured_data_alone():
     inner = jax.jit(lambda x: data @ x)
     logdensity = lambda x: -jnp.sum(inner(x) ** 2)  # noqa: E731
     assert check_precision(logdensity, jnp.ones(3)) < 1e-6
-    assert jnp.asarray(data).dtype == jnp.float32 and jax.jit(logdensity)(jnp.ones(3)).dtype == jnp.float32
+    assert (
+        jnp.asarray(data).dtype == jnp.float32
+        and jax.jit(logdensity)(jnp.ones(3)).dtype == jnp.float32
+    )
 
 
 def _float32_only(carry, x):
@@ -329,7 +363,9 @@ def test_too_large_says_what_fits_before_allocating():
     assert time.perf_counter() - start < 1
     message = str(caught.value)
     assert isinstance(caught.value, ValueError) and isinstance(caught.value, MemoryError)
-    assert "10000000 steps of dimension 100" in message and "max_bytes=8589934592 (8 GiB)" in message
+    assert (
+        "10000000 steps of dimension 100" in message and "max_bytes=8589934592 (8 GiB)" in message
+    )
     size = int(message.split("Stretches(")[1].split(")")[0])
     check_bytes(size, 100, 4, 2**33, per_step=100**2)
     with pytest.raises(TooLarge):

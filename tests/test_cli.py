@@ -60,10 +60,24 @@ def sampled(folder):
     """One small run with everything that can be written, and its exit code; later runs find its programs compiled."""
     seen, sample = [], sampling.sample
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(sampling, "sample", lambda *given, **options: seen.append(sample(*given, **options)) or seen[-1])
+        patched.setattr(
+            sampling,
+            "sample",
+            lambda *given, **options: seen.append(sample(*given, **options)) or seen[-1],
+        )
         patched.setattr(loading, "_run_file", functools.cache(loading._run_file))
-        code = main(["sample", f"{folder}/model.py:ready", *OPTIONS, "--compare", "--out", f"{folder}/one.nc", "--report",
-                     f"{folder}/page.html"])
+        code = main(
+            [
+                "sample",
+                f"{folder}/model.py:ready",
+                *OPTIONS,
+                "--compare",
+                "--out",
+                f"{folder}/one.nc",
+                "--report",
+                f"{folder}/page.html",
+            ]
+        )
         patched.setattr(sampling, "sample", sample)
         yield code, folder / "one.nc", folder / "page.html", seen[0]
 
@@ -75,15 +89,29 @@ def test_sample_writes_what_it_was_asked_for(sampled):
     assert posterior.shape == (4, 400, 2)
     assert abs(float(posterior.mean())) < 0.4 and abs(float(posterior.std()) - 2) < 0.3
     text = page.read_text()
-    assert "4 of 4 chains certified" in text and "How chains forget" in text and "model.py:ready" in text
+    assert (
+        "4 of 4 chains certified" in text
+        and "How chains forget" in text
+        and "model.py:ready" in text
+    )
 
 
 def test_a_store_is_filled_read_and_gone_on_with(sampled, folder, capsys):
-    command = ["sample", f"{folder}/model.py:ready", *OPTIONS, "--store", f"{folder}/run", "--thinning", "4"]
+    command = [
+        "sample",
+        f"{folder}/model.py:ready",
+        *OPTIONS,
+        "--store",
+        f"{folder}/run",
+        "--thinning",
+        "4",
+    ]
     assert main([*command, "--report", f"{folder}/stored.html", "--out", f"{folder}/kept.nc"]) == 0
     assert "400 of 400 draws of 4 chains, every 4th kept" in capsys.readouterr().out
     assert "every 4th" in (folder / "stored.html").read_text()
-    stored, whole = (read_netcdf(folder / name)["posterior"]["x"].values for name in ("kept.nc", "one.nc"))
+    stored, whole = (
+        read_netcdf(folder / name)["posterior"]["x"].values for name in ("kept.nc", "one.nc")
+    )
     np.testing.assert_allclose(stored, whole[:, 3::4], rtol=1e-4, atol=1e-4)
     assert main(["summary", f"{folder}/run", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -103,7 +131,11 @@ def test_summary_and_compare_of_a_file(sampled, capsys):
     draws = sampled[1]
     assert main(["summary", str(draws), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["certified"] and found["summary"][0]["name"] == "x[0]" and found["plan"]["num_samples"] == 400
+    assert (
+        found["certified"]
+        and found["summary"][0]["name"] == "x[0]"
+        and found["plan"]["num_samples"] == 400
+    )
     assert main(["summary", str(draws)]) == 0
     assert "4 of 4 chains certified" in capsys.readouterr().out
     assert main(["compare", str(draws), str(draws)]) == 0
@@ -116,37 +148,47 @@ def test_compare_says_no_by_its_exit_code(sampled, tmp_path, monkeypatch, capsys
     tree.to_netcdf(str(tmp_path / "shifted.nc"), engine="h5netcdf")
     assert main(["compare", str(sampled[1]), str(tmp_path / "shifted.nc"), "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["level"] in ("FAIL", "INCONCLUSIVE")
-    tree.attrs["certificate"] = tree.attrs["certificate"].replace('"certified": [true', '"certified": [false')
+    tree.attrs["certificate"] = tree.attrs["certificate"].replace(
+        '"certified": [true', '"certified": [false'
+    )
     tree["posterior"].attrs.clear()
     tree.to_netcdf(str(tmp_path / "uncertified.nc"), engine="h5netcdf")
     assert main(["summary", str(tmp_path / "uncertified.nc")]) == 1
 
 
-@pytest.mark.parametrize("command, said", [
-    ("sample {f}/model.py:modle", "has no 'modle'; did you mean 'model'?"),
-    ("sample {f}/model.py", "wanted FILE.py:MODEL"),
-    ("sample {f}/missing.py:model", "there is no file"),
-    ("sample {f}/wrong.py:x", "NameError: name 'undefined_name' is not defined (line 3)"),
-    ("sample {f}/model.py:model", "model(y, sigma, scale) needs 'y', 'sigma'; no data were given"),
-    ("sample {f}/model.py:model --data {f}/missing.json", "--data: there is no file"),
-    ("sample {f}/model.py:model --data {f}/list.json", "holds a list"),
-    ("sample {f}/model.py:model --data {f}/broken.npz", "cannot be read"),
-    ("sample {f}/model.py:model --data {f}/model.py", "ends in .npz or .json"),
-    ("sample {f}/model.py:model --data {f}/typo.json",
-     "'scal' is no argument of model(y, sigma, scale); did you mean 'scale'?"),
-    ("sample {f}/model.py:ready --data {f}/data.json", "takes no data"),
-    ("sample {f}/model.py:nothing", "wanted a Target or a pair"),
-    ("sample {f}/model.py:MODEL", "has no 'MODEL'"),
-    ("sample banana --num-samples 0", "--num-samples: got 0"),
-    ("sample banana --resume", "wanted --store DIR"),
-    ("sample banana --out {f}/draws.txt", "--out: got"),
-    ("sample banana --report {f}/no/page.html", "in a folder that exists"),
-    ("summary {f}/missing --report {f}/page.txt", "--report: got"),
-    ("summary {f}/missing", "neither a store nor a file"),
-    ("summary {f}/data.json", "holds no draws"),
-    ("compare {f}/missing {f}/missing", "neither a store nor a file"),
-    ("advise {f}/model.py:breaks --data {f}/data.json", "'sigma' is no argument of breaks(y)"),
-])
+@pytest.mark.parametrize(
+    "command, said",
+    [
+        ("sample {f}/model.py:modle", "has no 'modle'; did you mean 'model'?"),
+        ("sample {f}/model.py", "wanted FILE.py:MODEL"),
+        ("sample {f}/missing.py:model", "there is no file"),
+        ("sample {f}/wrong.py:x", "NameError: name 'undefined_name' is not defined (line 3)"),
+        (
+            "sample {f}/model.py:model",
+            "model(y, sigma, scale) needs 'y', 'sigma'; no data were given",
+        ),
+        ("sample {f}/model.py:model --data {f}/missing.json", "--data: there is no file"),
+        ("sample {f}/model.py:model --data {f}/list.json", "holds a list"),
+        ("sample {f}/model.py:model --data {f}/broken.npz", "cannot be read"),
+        ("sample {f}/model.py:model --data {f}/model.py", "ends in .npz or .json"),
+        (
+            "sample {f}/model.py:model --data {f}/typo.json",
+            "'scal' is no argument of model(y, sigma, scale); did you mean 'scale'?",
+        ),
+        ("sample {f}/model.py:ready --data {f}/data.json", "takes no data"),
+        ("sample {f}/model.py:nothing", "wanted a Target or a pair"),
+        ("sample {f}/model.py:MODEL", "has no 'MODEL'"),
+        ("sample banana --num-samples 0", "--num-samples: got 0"),
+        ("sample banana --resume", "wanted --store DIR"),
+        ("sample banana --out {f}/draws.txt", "--out: got"),
+        ("sample banana --report {f}/no/page.html", "in a folder that exists"),
+        ("summary {f}/missing --report {f}/page.txt", "--report: got"),
+        ("summary {f}/missing", "neither a store nor a file"),
+        ("summary {f}/data.json", "holds no draws"),
+        ("compare {f}/missing {f}/missing", "neither a store nor a file"),
+        ("advise {f}/model.py:breaks --data {f}/data.json", "'sigma' is no argument of breaks(y)"),
+    ],
+)
 def test_what_is_wrong_is_said_in_one_sentence(folder, capsys, command, said):
     assert main(command.format(f=folder).split()) == 2
     out, err = capsys.readouterr()
@@ -157,7 +199,10 @@ def test_errors_of_a_model_are_told_and_traced_on_demand(folder, capsys, tmp_pat
     (tmp_path / "y.json").write_text('{"y": [1.0]}')
     command = ["sample", f"{folder}/model.py:breaks", "--data", f"{tmp_path}/y.json"]
     assert main(command) == 2
-    assert capsys.readouterr().err == "partime_mcmc: RuntimeError: out of cheese. The NumPyro model failed after site 'mu'\n"
+    assert (
+        capsys.readouterr().err
+        == "partime_mcmc: RuntimeError: out of cheese. The NumPyro model failed after site 'mu'\n"
+    )
     with pytest.raises(RuntimeError, match="cheese"):
         main([*command, "--traceback"])
 
@@ -168,28 +213,54 @@ def test_what_jax_says_of_its_traceback_is_left_out():
 
     with pytest.raises(ValueError) as caught:
         jax.jit(traced)(1.0)
-    assert any("JAX has removed" in note for note in caught.value.__notes__), "there is nothing to leave out"
+    assert any("JAX has removed" in note for note in caught.value.__notes__), (
+        "there is nothing to leave out"
+    )
     caught.value.add_note("after site 'mu'")
     assert telling.sentence(caught.value) == "no such thing. after site 'mu'"
 
 
-@pytest.mark.parametrize("command", ["compare {f}/run {f}/run", "compare {f}/one.nc {f}/run",
-                                     "sample {f}/model.py:ready --num-samples 4000 --store {f}/new --compare",
-                                     "sample {f}/model.py:ready --num-samples 4000 --store {f}/new --out {f}/new.nc"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "compare {f}/run {f}/run",
+        "compare {f}/one.nc {f}/run",
+        "sample {f}/model.py:ready --num-samples 4000 --store {f}/new --compare",
+        "sample {f}/model.py:ready --num-samples 4000 --store {f}/new --out {f}/new.nc",
+    ],
+)
 def test_draws_that_do_not_fit_are_not_read(sampled, folder, capsys, command, monkeypatch):
     if not (folder / "run").exists():
-        assert main(["sample", f"{folder}/model.py:ready", *OPTIONS, "--store", f"{folder}/run", "--thinning", "4"]) == 0
+        assert (
+            main(
+                [
+                    "sample",
+                    f"{folder}/model.py:ready",
+                    *OPTIONS,
+                    "--store",
+                    f"{folder}/run",
+                    "--thinning",
+                    "4",
+                ]
+            )
+            == 0
+        )
     monkeypatch.setattr(runs, "default_max_bytes", lambda: 10_000)
     capsys.readouterr()
     assert main(command.format(f=folder).split()) == 2
-    assert "keep fewer with a larger thinning" in capsys.readouterr().err and not (folder / "new").exists()
+    assert (
+        "keep fewer with a larger thinning" in capsys.readouterr().err
+        and not (folder / "new").exists()
+    )
     assert main(["summary", f"{folder}/run"]) == 0
 
 
 def test_without_a_command_the_help_is_shown(capsys):
     assert main([]) == 2
     err = capsys.readouterr().err
-    assert "exit codes:" in err and all(name in err for name in ("demo", "sample", "summary", "compare", "advise"))
+    assert "exit codes:" in err and all(
+        name in err for name in ("demo", "sample", "summary", "compare", "advise")
+    )
     with pytest.raises(SystemExit) as stopped:
         main(["sample"])
     assert stopped.value.code == 2
@@ -203,17 +274,30 @@ def test_interruption_has_its_own_code(monkeypatch, folder, capsys, sampled):
     assert main(["sample", f"{folder}/model.py:ready"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
     # What was certified before is told and written all the same.
-    report = dataclasses.replace(sampled[3].report, status=(Status.INTERRUPTED,) * 4, interrupted=True)
-    monkeypatch.setattr(sampling, "sample", lambda *_, **__: dataclasses.replace(sampled[3], report=report))
+    report = dataclasses.replace(
+        sampled[3].report, status=(Status.INTERRUPTED,) * 4, interrupted=True
+    )
+    monkeypatch.setattr(
+        sampling, "sample", lambda *_, **__: dataclasses.replace(sampled[3], report=report)
+    )
     assert main(["sample", f"{folder}/model.py:ready", "--out", f"{folder}/part.nc"]) == 130
     assert "x[0]" in capsys.readouterr().out and (folder / "part.nc").exists()
 
 
-@pytest.mark.parametrize("name, data, dimension", [
-    ("ready", "", 2), ("pair", "", 3), ("target", "--data {f}/scale.json", 2), ("model", "--data {f}/data.json", 1)])
+@pytest.mark.parametrize(
+    "name, data, dimension",
+    [
+        ("ready", "", 2),
+        ("pair", "", 3),
+        ("target", "--data {f}/scale.json", 2),
+        ("model", "--data {f}/data.json", 1),
+    ],
+)
 def test_models_targets_and_pairs_are_taken(monkeypatch, folder, name, data, dimension):
     seen = []
-    monkeypatch.setattr(sampling, "sample", lambda key, target, *rest, **options: seen.append(target) or sys.exit(0))
+    monkeypatch.setattr(
+        sampling, "sample", lambda key, target, *rest, **options: seen.append(target) or sys.exit(0)
+    )
     (folder / "scale.json").write_text('{"scale": 2.0}')
     with pytest.raises(SystemExit):
         main(["sample", f"{folder}/model.py:{name}", *data.format(f=folder).split()])

@@ -52,8 +52,16 @@ def test_the_same_path_up_to_rounding_is_certified():
     assert report.level == Level.CERTIFIED_PATH and report.ok and report.or_raise() is report
     assert report.path.num_flips == [0] * 4 and 0 < max(report.path.max_distance) < 1e-10
     assert report.path.mean_shift < 1e-6 and report.verdict.startswith("CERTIFIED PATH")
-    assert report.max_residual == 3e-10 and report.worst_step == (1, 5) and report.residual_tolerance == 1e-8
-    assert report.iterations == [12, 13, 14, 15] and report.status == ["CONVERGED"] * 4 and report.dtype == "float64"
+    assert (
+        report.max_residual == 3e-10
+        and report.worst_step == (1, 5)
+        and report.residual_tolerance == 1e-8
+    )
+    assert (
+        report.iterations == [12, 13, 14, 15]
+        and report.status == ["CONVERGED"] * 4
+        and report.dtype == "float64"
+    )
 
 
 @pytest.mark.parametrize("num_chains, num_samples", [(1, 2000), (4, 20), (1, 1), (2, 2)])
@@ -82,7 +90,9 @@ def test_a_flipped_decision_in_float64_is_not_rounding():
     assert report.level == Level.STATISTICAL and not report.ok
     assert report.path.num_flips == [0, 1, 0, 0] and report.path.num_excursions == [0, 1, 0, 0]
     assert report.path.longest_excursion == [0, 4, 0, 0] and report.path.max_knife_edges == 0
-    assert report.path.first_difference[1] <= 300 and any("rounding explains 0" in reason for reason in report.reasons)
+    assert report.path.first_difference[1] <= 300 and any(
+        "rounding explains 0" in reason for reason in report.reasons
+    )
 
 
 def test_a_knife_edge_in_float32_that_merges_again_is_certified_and_counted():
@@ -93,12 +103,16 @@ def test_a_knife_edge_in_float32_that_merges_again_is_certified_and_counted():
     assert any("knife-edge" in note for note in report.notes) and "1 re-merged" in report.verdict
 
 
-@pytest.mark.parametrize("start, length, said", [(3996, 4, "apart at the last step"), (1000, 900, "means differ")])
+@pytest.mark.parametrize(
+    "start, length, said", [(3996, 4, "apart at the last step"), (1000, 900, "means differ")]
+)
 def test_a_path_that_leaves_for_long_is_not_certified(start, length, said):
     x = fakes.chains(0, num_samples=4000).astype(np.float32)
     y = excursion(x, 1, start, length).astype(np.float32)
     report = compare(fakes.draws(y), fakes.draws(x))
-    assert report.level == Level.STATISTICAL and any(said in reason for reason in report.reasons), report.reasons
+    assert report.level == Level.STATISTICAL and any(said in reason for reason in report.reasons), (
+        report.reasons
+    )
 
 
 def test_a_knife_edge_is_no_excuse_where_the_distributions_differ():
@@ -106,7 +120,9 @@ def test_a_knife_edge_is_no_excuse_where_the_distributions_differ():
     parallel, sequential = fakes.draws(excursion(x, 1, 300, 4).astype(np.float32)), fakes.draws(x)
     parallel.info["acceptance_rate"] = parallel.info["acceptance_rate"] - 0.1
     report = compare(parallel, sequential)
-    assert report.level == Level.FAIL and any("acceptance rate: z" in reason for reason in report.reasons)
+    assert report.level == Level.FAIL and any(
+        "acceptance rate: z" in reason for reason in report.reasons
+    )
 
 
 def test_wrong_records_on_an_equal_path_are_noted():
@@ -122,7 +138,10 @@ def test_more_knife_edges_than_rounding_explains():
     y = x.copy()
     y[:, 100::100, 0] += np.float32(0.002)
     report = compare(fakes.draws(y), fakes.draws(x))
-    assert report.level == Level.STATISTICAL and report.path.num_knife_edges > report.path.max_knife_edges > 8
+    assert (
+        report.level == Level.STATISTICAL
+        and report.path.num_knife_edges > report.path.max_knife_edges > 8
+    )
 
 
 def test_wrong_accept_records_are_not_certified():
@@ -158,9 +177,15 @@ def test_independent_runs_agree_statistically_at_best():
 
 def test_runs_of_other_lengths_and_from_elsewhere_can_be_compared():
     reference = fakes.draws(fakes.chains(2, num_chains=6, num_samples=700))
-    reference.positions = reference.certificate = reference.plan = reference.report = reference.info = None
+    reference.positions = reference.certificate = reference.plan = reference.report = (
+        reference.info
+    ) = None
     report = compare(fakes.draws(fakes.chains(1)), reference)
-    assert report.level == Level.STATISTICAL and report.num_samples == (1000, 700) and report.num_chains == (4, 6)
+    assert (
+        report.level == Level.STATISTICAL
+        and report.num_samples == (1000, 700)
+        and report.num_chains == (4, 6)
+    )
 
 
 def test_different_keys_with_one_path_fail():
@@ -211,7 +236,10 @@ def runs_title(side):
 
 @pytest.mark.parametrize("options", [{"num_chains": 3}, {"num_samples": 100}, {"memory": 0.97}])
 def test_too_little_is_inconclusive_and_never_a_pass(options):
-    report = compare(fakes.draws(fakes.chains(1, **options), key=1), fakes.draws(fakes.chains(2, **options), key=2))
+    report = compare(
+        fakes.draws(fakes.chains(1, **options), key=1),
+        fakes.draws(fakes.chains(2, **options), key=2),
+    )
     assert report.level == Level.INCONCLUSIVE and not report.ok
 
 
@@ -219,7 +247,9 @@ def test_constants_of_the_model_are_left_out_unless_they_differ():
     parallel, sequential = fakes.draws(fakes.chains(1), key=1), fakes.draws(fakes.chains(2), key=2)
     parallel.constrained["one"] = sequential.constrained["one"] = np.ones((4, 1000))
     report = compare(parallel, sequential)
-    assert report.level == Level.STATISTICAL and any("one is constant" in note for note in report.notes)
+    assert report.level == Level.STATISTICAL and any(
+        "one is constant" in note for note in report.notes
+    )
     parallel.constrained["one"] = 2 * np.ones((4, 1000))
     assert compare(parallel, sequential).level == Level.FAIL
 
@@ -238,9 +268,13 @@ def skewed(x):
     return (x + 0.4 * (x**2 - 1)) / np.sqrt(1 + 2 * 0.4**2)
 
 
-@pytest.mark.parametrize("change, quantity", [(lambda x: x + 0.3, "mean"), (stretched, "log sd"), (skewed, "q05")])
+@pytest.mark.parametrize(
+    "change, quantity", [(lambda x: x + 0.3, "mean"), (stretched, "log sd"), (skewed, "q05")]
+)
 def test_another_law_fails(change, quantity):
-    report = compare(fakes.draws(change(fakes.chains(1)), key=1), fakes.draws(fakes.chains(2), key=2))
+    report = compare(
+        fakes.draws(change(fakes.chains(1)), key=1), fakes.draws(fakes.chains(2), key=2)
+    )
     assert report.level == Level.FAIL
     assert any(f"mu, {quantity}: z" in reason for reason in report.reasons), report.reasons
 
@@ -259,7 +293,9 @@ def test_dependence_that_no_coordinate_shows_fails_the_joint_test():
     for run in runs:
         run.constrained = {"mu": run.positions["mu"], "theta": run.positions["theta"]}
     report = compare(*runs)
-    assert report.level == Level.FAIL and all("joint test" in reason or "dice" in reason for reason in report.reasons)
+    assert report.level == Level.FAIL and all(
+        "joint test" in reason or "dice" in reason for reason in report.reasons
+    )
 
 
 @pytest.mark.slow
@@ -274,13 +310,17 @@ def test_chance_rarely_upsets_the_verdict_and_a_detectable_shift_always_does():
         if seed % 4 == 0:
             moved = fakes.draws(x + report.min_detectable_shift, key=1)
             found += compare(moved, fakes.draws(y, key=2)).level == Level.FAIL
-    assert passed >= 98  # three families at 1e-3 and R-hat: two failures in 100 happen once in 100 rotations of seeds
+    assert (
+        passed >= 98
+    )  # three families at 1e-3 and R-hat: two failures in 100 happen once in 100 rotations of seeds
     assert found >= 24  # 25 at 99% each: fewer than 24 happens once in 40
 
 
 def test_the_power_stated_is_the_one_of_the_definition():
     report = compare(fakes.draws(fakes.chains(1), key=1), fakes.draws(fakes.chains(2), key=2))
-    ess = [min(row[f"ess_bulk_{side}"] for row in report.table) for side in ("parallel", "sequential")]
+    ess = [
+        min(row[f"ess_bulk_{side}"] for row in report.table) for side in ("parallel", "sequential")
+    ]
     factor = report.min_detectable_shift / np.sqrt(1 / ess[0] + 1 / ess[1])
     assert 5 < factor < 7.5 and "sd would show" in report.verdict
 
@@ -307,10 +347,16 @@ def test_nothing_to_compare_is_refused():
 
 @pytest.mark.parametrize("dim", [2, 40])
 def test_text_fits_the_page_and_opens_with_the_verdict(dim):
-    report = compare(fakes.draws(fakes.chains(1, dim=dim), key=1), fakes.draws(fakes.chains(2, dim=dim), key=2))
+    report = compare(
+        fakes.draws(fakes.chains(1, dim=dim), key=1), fakes.draws(fakes.chains(2, dim=dim), key=2)
+    )
     lines = str(report).splitlines()
     assert max(map(len, lines)) <= WIDTH
-    assert lines[0] == report.verdict and lines[0].startswith("STATISTICAL") and lines[0].endswith(").")
+    assert (
+        lines[0] == report.verdict
+        and lines[0].startswith("STATISTICAL")
+        and lines[0].endswith(").")
+    )
     assert any(line.startswith("mu ") for line in lines) or dim > 30
     assert any("more with smaller" in line for line in lines) == (dim > 30)
 
@@ -319,13 +365,20 @@ def test_json_is_strict_and_whole():
     parallel, sequential = pair()
     parallel.certificate.min_margin = np.full(4, np.nan)
     found = json.loads(compare(parallel, sequential).to_json())
-    assert found["level"] == "CERTIFIED_PATH" and found["ok"] is True and found["min_margin"] == "nan"
-    assert found["path"]["num_flips"] == [0] * 4 and {row["name"] for row in found["table"]} == {"mu", "theta[0]"}
+    assert (
+        found["level"] == "CERTIFIED_PATH" and found["ok"] is True and found["min_margin"] == "nan"
+    )
+    assert found["path"]["num_flips"] == [0] * 4 and {row["name"] for row in found["table"]} == {
+        "mu",
+        "theta[0]",
+    }
     assert set(found["table"][0]["z"]) == {"mean", "log sd", "q05", "q50", "q95", "square"}
 
 
 def test_plain_values():
-    value = plain({"a": np.float32([1, np.inf]), 2: (np.int64(3), None, Level.FAIL), "b": np.bool_(True)})
+    value = plain(
+        {"a": np.float32([1, np.inf]), 2: (np.int64(3), None, Level.FAIL), "b": np.bool_(True)}
+    )
     assert value == {"a": [1.0, "inf"], "2": [3, None, "FAIL"], "b": True}
 
 

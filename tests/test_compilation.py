@@ -46,8 +46,15 @@ def test_equal_shapes_are_traced_once():
     first = solve(Dynamics(step, jnp.float32(0.5)), jnp.float32(1.0), drives(), solver=jacobi())
     traces = step.traces
     # Another path, other parameters, another tolerance and another key: the same program.
-    second = solve(Dynamics(step, jnp.float32(0.6)), jnp.float32(2.0), drives(1), solver=jacobi(),
-                   key=jax.random.key(1), tolerance=Tolerance(), guess=drives(2))
+    second = solve(
+        Dynamics(step, jnp.float32(0.6)),
+        jnp.float32(2.0),
+        drives(1),
+        solver=jacobi(),
+        key=jax.random.key(1),
+        tolerance=Tolerance(),
+        guess=drives(2),
+    )
     assert 0 < traces == step.traces
     assert not np.array_equal(first.states, second.states)
     wanted = rollout(Dynamics(Counted(), jnp.float32(0.6)), jnp.float32(2.0), drives(1))
@@ -63,13 +70,18 @@ def test_new_shapes_and_new_types_are_traced_again():
     assert step.traces > traces
     with jax.enable_x64(True):
         traces = step.traces
-        solution = solve(Dynamics(step, jnp.asarray(0.5)), jnp.asarray(1.0), jnp.asarray(np.asarray(drives(), float)),
-                         solver=jacobi())
+        solution = solve(
+            Dynamics(step, jnp.asarray(0.5)),
+            jnp.asarray(1.0),
+            jnp.asarray(np.asarray(drives(), float)),
+            solver=jacobi(),
+        )
         assert step.traces > traces and solution.states.dtype == jnp.float64
 
 
 def logistic_step(matrix, labels):
     """A step that captures 1,000 × 25 numbers, as the gradient of a log density does."""
+
     def step(params, state, drive):
         slope = matrix.T @ (labels - jax.nn.sigmoid(matrix @ state))
         return 0.9 * state + 1e-3 * slope + 0.1 * drive
@@ -79,14 +91,22 @@ def logistic_step(matrix, labels):
 
 def data(seed=0):
     rng = np.random.default_rng(seed)
-    return rng.normal(size=(1000, 25)).astype(np.float32), (rng.uniform(size=1000) < 0.5).astype(np.float32)
+    return rng.normal(size=(1000, 25)).astype(np.float32), (rng.uniform(size=1000) < 0.5).astype(
+        np.float32
+    )
 
 
 def largest_constant(text):
     """Elements of the largest array written out as a constant in lowered or compiled program text."""
     shapes = re.findall(r"constant(?:\(| dense)[^\n]*?(?:tensor<|f32\[)([0-9x,]*)", text)
     shapes += re.findall(r"f32\[([0-9,]*)\][^\n=]*constant\(", text)
-    return max([int(np.prod([int(n) for n in re.split("[x,]", shape) if n], dtype=int)) for shape in shapes], default=0)
+    return max(
+        [
+            int(np.prod([int(n) for n in re.split("[x,]", shape) if n], dtype=int))
+            for shape in shapes
+        ],
+        default=0,
+    )
 
 
 def as_numpy(matrix, labels):
@@ -121,15 +141,22 @@ def test_captured_data_travel_as_arguments(capture):
     assert sum(np.size(const) for const in inner[0].consts) <= 16
     shapes = [variable.aval.shape for variable in inner[0].jaxpr.invars]
     assert (1000, 25) in shapes
-    text = jax.jit(lambda *args: jax.core.eval_jaxpr(inner[0].jaxpr, inner[0].consts, *args)).lower(
-        *(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in inner[0].jaxpr.invars)).as_text()
+    text = (
+        jax.jit(lambda *args: jax.core.eval_jaxpr(inner[0].jaxpr, inner[0].consts, *args))
+        .lower(*(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in inner[0].jaxpr.invars))
+        .as_text()
+    )
     assert largest_constant(text) < 1000
 
 
 def test_the_constant_finder_finds_constants():
     matrix = data()[0]
     lowered = jax.jit(lambda x: jnp.asarray(matrix) @ x).lower(jnp.zeros(25, jnp.float32))
-    assert largest_constant(lowered.as_text()) == largest_constant(lowered.compile().as_text()) == 25_000
+    assert (
+        largest_constant(lowered.as_text())
+        == largest_constant(lowered.compile().as_text())
+        == 25_000
+    )
 
 
 def test_the_same_function_with_the_same_shapes_is_not_compiled_again():
@@ -139,7 +166,9 @@ def test_the_same_function_with_the_same_shapes_is_not_compiled_again():
     counts = []
     for scale in (1.0, 2.0):
         with _counting() as count:
-            solve(Dynamics(step), scale * jnp.ones(25, jnp.float32), scale * inputs, solver=jacobi())
+            solve(
+                Dynamics(step), scale * jnp.ones(25, jnp.float32), scale * inputs, solver=jacobi()
+            )
         counts.append(count[0])
     assert counts[0] > 0 == counts[1]
 
@@ -187,23 +216,37 @@ class B:
     inner: object = None
 
 
-@pytest.mark.parametrize("one, other", [
-    (A(), B()), (A(1.0), B(1.0)), (DenseJacobian(), DiagonalJacobian()), (IdentityJacobian(), ZeroJacobian()),
-    (deer(), quasi_deer(clip=None)), (picard(), jacobi()), (Stretches(5), Sliding(5)), (Whole(), ZeroJacobian()),
-    (Identity(1.0), Zero(1.0))], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (A(), B()),
+        (A(1.0), B(1.0)),
+        (DenseJacobian(), DiagonalJacobian()),
+        (IdentityJacobian(), ZeroJacobian()),
+        (deer(), quasi_deer(clip=None)),
+        (picard(), jacobi()),
+        (Stretches(5), Sliding(5)),
+        (Whole(), ZeroJacobian()),
+        (Identity(1.0), Zero(1.0)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
 def test_structures_of_different_classes_differ(one, other):
     """With `register_dataclass` classes of equal fields had equal structures, and jit mixed up their programs."""
     first, second = jax.tree.structure(one), jax.tree.structure(other)
     assert first != second
-    assert first == jax.tree.structure(jax.tree.map(lambda leaf: leaf, one)) and hash(first) == hash(
-        jax.tree.structure(jax.tree.map(lambda leaf: leaf, one)))
+    assert first == jax.tree.structure(jax.tree.map(lambda leaf: leaf, one)) and hash(
+        first
+    ) == hash(jax.tree.structure(jax.tree.map(lambda leaf: leaf, one)))
 
 
 def test_recipes_do_not_share_programs():
     # One step object and one set of shapes: only the solver tells the programs apart, and its work shows which ran.
     step, seen = Counted(), {}
     for recipe in (jacobi, picard, deer):
-        solution = solve(Dynamics(step, jnp.float32(0.9)), jnp.float32(1.0), drives(), solver=recipe())
+        solution = solve(
+            Dynamics(step, jnp.float32(0.9)), jnp.float32(1.0), drives(), solver=recipe()
+        )
         seen[recipe.__name__] = np.nan_to_num(solution.stats.residual_history[1:4]).tolist()
     assert len({str(history) for history in seen.values()}) == len(seen), seen
 
@@ -226,9 +269,21 @@ def _of_stretches(num_samples):
     programs._PROGRAMS.clear()
     target = Target(lambda x: -0.5 * jnp.sum(x**2), jnp.zeros(2))
     kernel = hmc(target.logdensity, 0.5, jnp.ones(2), 2)
-    draws = sample(jax.random.key(0), target, kernel, num_samples=num_samples, num_chains=2, solver=shooting(4),
-                   schedule=Stretches(64), progress=False)
-    assert bool(np.all(draws.certificate.certified)) and draws.positions.shape == (2, num_samples, 2)
+    draws = sample(
+        jax.random.key(0),
+        target,
+        kernel,
+        num_samples=num_samples,
+        num_chains=2,
+        solver=shooting(4),
+        schedule=Stretches(64),
+        progress=False,
+    )
+    assert bool(np.all(draws.certificate.certified)) and draws.positions.shape == (
+        2,
+        num_samples,
+        2,
+    )
     return sum(isinstance(entry[0], _Solve) for entry in programs._PROGRAMS)
 
 
@@ -245,11 +300,15 @@ LANES, ROWS = 16, 944
 def _regression_program():
     """Shooting of a logistic regression chain, as handed to the compiler."""
     target = MODELS["logistic"]().make_target(jax.random.key(0))
-    position = jax.tree.map(lambda leaf: leaf[0], target.starts(jax.random.split(jax.random.key(0), 1)))
+    position = jax.tree.map(
+        lambda leaf: leaf[0], target.starts(jax.random.split(jax.random.key(0), 1))
+    )
     kernel = hmc(target.logdensity, 0.1, jnp.ones(25), 2)
     state = kernel.init(position)
     tape = kernel.tape(jax.random.key(1), 512, state)
-    run = jax.jit(lambda initial, tape: solve(kernel.dynamics(), initial, tape, solver=shooting(LANES)).states)
+    run = jax.jit(
+        lambda initial, tape: solve(kernel.dynamics(), initial, tape, solver=shooting(LANES)).states
+    )
     return run.lower(kernel.carry(state), tape).as_text()
 
 
@@ -263,16 +322,23 @@ def products(text):
 def test_the_regression_of_all_lanes_is_one_product_of_matrices():
     shapes = products(_regression_program())
     # Data times positions: 944 × 25 with 25 numbers of each of 16 lanes; and back, for the gradient.
-    assert any({ROWS, 25} == set(left) and sorted(result) == [LANES, ROWS] for left, _, result in shapes) or any(
-        {ROWS, 25} == set(right) and sorted(result) == [LANES, ROWS] for _, right, result in shapes), shapes
-    assert any(sorted(result) == [LANES, 25] and ROWS in (*left, *right) for left, right, result in shapes), shapes
+    assert any(
+        {ROWS, 25} == set(left) and sorted(result) == [LANES, ROWS] for left, _, result in shapes
+    ) or any(
+        {ROWS, 25} == set(right) and sorted(result) == [LANES, ROWS] for _, right, result in shapes
+    ), shapes
+    assert any(
+        sorted(result) == [LANES, 25] and ROWS in (*left, *right) for left, right, result in shapes
+    ), shapes
     # None in the loop is batched over lanes, which would be a product of a matrix with a vector for each.
     assert not any(len(result) > 2 for *_, result in shapes), shapes
 
 
 def calls_to_the_host(text):
     """What a program would interrupt itself for."""
-    return re.findall(r"custom_call @(\w*callback\w*)|(stablehlo\.(?:infeed|outfeed|send|recv))", text)
+    return re.findall(
+        r"custom_call @(\w*callback\w*)|(stablehlo\.(?:infeed|outfeed|send|recv))", text
+    )
 
 
 def test_a_solve_never_calls_the_host():
@@ -282,5 +348,7 @@ def test_a_solve_never_calls_the_host():
         jax.debug.callback(lambda: None)
         return state + drive
 
-    program = jax.jit(lambda drives: solve(Dynamics(talking), jnp.float32(0), drives, solver=jacobi()).states)
+    program = jax.jit(
+        lambda drives: solve(Dynamics(talking), jnp.float32(0), drives, solver=jacobi()).states
+    )
     assert calls_to_the_host(program.lower(drives()).as_text())

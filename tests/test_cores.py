@@ -47,8 +47,12 @@ def plain():
 
 
 # chains -> groups: equal ones, few of them, none that leaves a core idle for long
-GROUPS = {1: {1: 1, 4: 1, 7: 1}, 2: {1: 1, 2: 2, 3: 3, 4: 2, 5: 5, 6: 2, 7: 7, 9: 9, 10: 2, 11: 11, 17: 1, 64: 2},
-          4: {1: 1, 2: 2, 4: 4, 5: 5, 6: 3, 7: 7, 8: 4, 12: 4, 1024: 4}, 8: {4: 4, 64: 8}}
+GROUPS = {
+    1: {1: 1, 4: 1, 7: 1},
+    2: {1: 1, 2: 2, 3: 3, 4: 2, 5: 5, 6: 2, 7: 7, 9: 9, 10: 2, 11: 11, 17: 1, 64: 2},
+    4: {1: 1, 2: 2, 4: 4, 5: 5, 6: 3, 7: 7, 8: 4, 12: 4, 1024: 4},
+    8: {4: 4, 64: 8},
+}
 
 
 @pytest.mark.parametrize("count", GROUPS)
@@ -64,7 +68,10 @@ def test_an_accelerator_has_one_group(with_cores, monkeypatch):
 
 
 def test_what_is_cut_is_joined_again():
-    tree = {"keys": jax.random.split(jax.random.key(0), C), "path": (jnp.arange(C * 3.0).reshape(C, 3), None)}
+    tree = {
+        "keys": jax.random.split(jax.random.key(0), C),
+        "path": (jnp.arange(C * 3.0).reshape(C, 3), None),
+    }
     parts = cut(tree, 3)
     assert [part["path"][0].shape for part in parts] == [(2, 3)] * 3
     again = joined(parts)
@@ -77,17 +84,24 @@ def test_what_is_cut_is_joined_again():
 LIBRARY = {
     "solve": lambda state: jnp.linalg.solve(jnp.eye(3) + jnp.outer(state, state), state),
     "cholesky": lambda state: jnp.linalg.cholesky(jnp.eye(3) + jnp.outer(state, state)) @ state,
-    "in a loop": lambda state: jax.lax.fori_loop(0, 3, lambda _, x: jnp.linalg.eigh(jnp.outer(x, x))[0], state),
-    "in a branch": lambda state: jax.lax.cond(state[0] > 0, lambda x: jnp.linalg.svd(jnp.diag(x))[1], lambda x: x, state),
+    "in a loop": lambda state: jax.lax.fori_loop(
+        0, 3, lambda _, x: jnp.linalg.eigh(jnp.outer(x, x))[0], state
+    ),
+    "in a branch": lambda state: jax.lax.cond(
+        state[0] > 0, lambda x: jnp.linalg.svd(jnp.diag(x))[1], lambda x: x, state
+    ),
     "Fourier": lambda state: jnp.fft.irfft(jnp.fft.rfft(state), 3),
     "printing": lambda state: (jax.debug.print("{}", state[0]), state)[1],
-    "Python": lambda state: jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct((3,), state.dtype), state,
-                                              vmap_method="sequential"),
+    "Python": lambda state: jax.pure_callback(
+        lambda x: x, jax.ShapeDtypeStruct((3,), state.dtype), state, vmap_method="sequential"
+    ),
 }
 
 
 @pytest.mark.parametrize("name", LIBRARY)
-def test_steps_that_call_a_library_are_left_together_and_never_run_side_by_side(name, with_cores, monkeypatch):
+def test_steps_that_call_a_library_are_left_together_and_never_run_side_by_side(
+    name, with_cores, monkeypatch
+):
     with_cores(2)
     assert num_groups(4, recurrence(lambda params, state, drive: LIBRARY[name](state) + drive)) == 1
 
@@ -152,8 +166,15 @@ SOLVERS = {"fixed point": jacobi, "shooting": lambda: shooting(steps=16), "seque
 def test_the_chains_are_the_same_on_any_number_of_cores(solver, with_cores):
     def run(count):
         with_cores(count)
-        return sample(jax.random.key(3), TARGET, KERNEL, num_samples=T, num_chains=C, solver=SOLVERS[solver](),
-                      schedule=Stretches(48))
+        return sample(
+            jax.random.key(3),
+            TARGET,
+            KERNEL,
+            num_samples=T,
+            num_chains=C,
+            solver=SOLVERS[solver](),
+            schedule=Stretches(48),
+        )
 
     alone = run(1).or_raise()
     accepted = np.asarray(alone.info["accepted"])
@@ -162,39 +183,70 @@ def test_the_chains_are_the_same_on_any_number_of_cores(solver, with_cores):
         several = run(count).or_raise()
         np.testing.assert_allclose(several.positions, alone.positions, rtol=0, atol=1e-9)
         np.testing.assert_array_equal(several.info["accepted"], accepted)
-        assert several.report.evaluations_per_sample == pytest.approx(alone.report.evaluations_per_sample, rel=0.5)
-        assert several.end.num_steps == T and several.certificate.independent.shape == alone.certificate.independent.shape
+        assert several.report.evaluations_per_sample == pytest.approx(
+            alone.report.evaluations_per_sample, rel=0.5
+        )
+        assert (
+            several.end.num_steps == T
+            and several.certificate.independent.shape == alone.certificate.independent.shape
+        )
 
 
 def test_one_program_serves_all_groups(with_cores, monkeypatch):
     with_cores(3)
     monkeypatch.setattr(programs, "_PROGRAMS", type(programs._PROGRAMS)())
-    sample(jax.random.key(4), TARGET, KERNEL, num_samples=64, num_chains=C, solver=shooting(steps=16))
+    sample(
+        jax.random.key(4), TARGET, KERNEL, num_samples=64, num_chains=C, solver=shooting(steps=16)
+    )
     solves = [entry for entry in programs._PROGRAMS if type(entry[0]).__name__ == "_Solve"]
-    assert len(solves) == 1 and (C // 3, 2) in [shape for shape, *_ in solves[0][2]], "two chains in each of three groups"
+    assert len(solves) == 1 and (C // 3, 2) in [shape for shape, *_ in solves[0][2]], (
+        "two chains in each of three groups"
+    )
 
 
 def test_chains_that_fail_in_one_group_are_finished_there(with_cores):
     """A limit of two passes is too few for a fixed point: all chains go on sequentially, and are exact."""
+
     def run(count, **more):
         with_cores(count)
-        return sample(jax.random.key(5), TARGET, KERNEL, num_samples=T, num_chains=C, schedule=Stretches(48), **more)
+        return sample(
+            jax.random.key(5),
+            TARGET,
+            KERNEL,
+            num_samples=T,
+            num_chains=C,
+            schedule=Stretches(48),
+            **more,
+        )
 
     exact = run(1, solver=sequential()).or_raise()
     for count in (1, 3):
         draws = run(count, solver=jacobi(), max_iterations=2)
         assert draws.report.fallbacks and draws.report.num_sequential.shape == (C,)
-        assert draws.report.status == (Status.CONVERGED,) * C and np.asarray(draws.certificate.certified).all()
+        assert (
+            draws.report.status == (Status.CONVERGED,) * C
+            and np.asarray(draws.certificate.certified).all()
+        )
         np.testing.assert_allclose(draws.positions, exact.positions, rtol=0, atol=1e-9)
 
 
 def test_seeds_are_a_tree():
     root = Seed.of(jax.random.key(7))
-    nodes = [root, root.child(0), root.child(1), root.child(0).child(0), root.child(0).child(1), Seed.of(jax.random.key(8))]
+    nodes = [
+        root,
+        root.child(0),
+        root.child(1),
+        root.child(0).child(0),
+        root.child(0).child(1),
+        Seed.of(jax.random.key(8)),
+    ]
     assert len({tuple(node.words) for node in nodes}) == len(nodes)
     np.testing.assert_array_equal(root.child(3).words, Seed.of(jax.random.key(7)).child(3).words)
     assert root.child(2).generator.integers(1 << 30) == root.child(2).generator.integers(1 << 30)
     words = np.stack([root.child(number).words for number in range(1024)])
     uniforms = np.asarray(jax.vmap(lambda one: jax.random.uniform(key_from(one)))(words))
     # Four standard errors of the mean, and of the mean square, of a uniform number.
-    assert abs(uniforms.mean() - 0.5) < 4 * 12**-0.5 / 32 and abs(np.mean((uniforms - 0.5)**2) - 1 / 12) < 4 * 180**-0.5 / 32
+    assert (
+        abs(uniforms.mean() - 0.5) < 4 * 12**-0.5 / 32
+        and abs(np.mean((uniforms - 0.5) ** 2) - 1 / 12) < 4 * 180**-0.5 / 32
+    )

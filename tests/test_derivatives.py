@@ -28,7 +28,9 @@ def assert_close(got, wanted):
         if b.dtype == jax.dtypes.float0:
             assert a.dtype == b.dtype
         else:
-            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10 * max(1.0, np.abs(b).max(initial=0.0)))
+            np.testing.assert_allclose(
+                a, b, rtol=1e-10, atol=1e-10 * max(1.0, np.abs(b).max(initial=0.0))
+            )
 
 
 def solved(dynamics, initial, drives, **options):
@@ -48,7 +50,9 @@ def floats(tree):
 
     def rebuild(values):
         values = iter(values)
-        return jax.tree.unflatten(structure, [next(values) if s else leaf for s, leaf in zip(smooth, leaves)])
+        return jax.tree.unflatten(
+            structure, [next(values) if s else leaf for s, leaf in zip(smooth, leaves)]
+        )
 
     return [leaf for s, leaf in zip(smooth, leaves) if s], rebuild
 
@@ -85,8 +89,9 @@ def test_second_derivatives(double):
     def second(path):
         gradient = jax.grad(lambda values: total(path(*rebuild(values))))
         forward_over_reverse = jax.jvp(gradient, (values,), (tangents,))[1]
-        reverse_over_reverse = jax.grad(lambda values: sum(
-            jnp.vdot(a, b) for a, b in zip(gradient(values), tangents)))(values)
+        reverse_over_reverse = jax.grad(
+            lambda values: sum(jnp.vdot(a, b) for a, b in zip(gradient(values), tangents))
+        )(values)
         return forward_over_reverse, reverse_over_reverse
 
     got = quick(lambda: second(functools.partial(solved, solver=deer())))()
@@ -95,23 +100,43 @@ def test_second_derivatives(double):
     assert_close(got[0], got[1])  # the Hessian is symmetric
 
 
-@pytest.mark.parametrize("options", [{"solver": elk()}, {"solver": deer(), "schedule": Stretches(4)},
-                                     {"solver": deer(), "adjoint": ImplicitRelay()}], ids=["elk", "stretches", "relay"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"solver": elk()},
+        {"solver": deer(), "schedule": Stretches(4)},
+        {"solver": deer(), "adjoint": ImplicitRelay()},
+    ],
+    ids=["elk", "stretches", "relay"],
+)
 def test_whatever_solved_it(options, double):
     problem = by_name(DYNAMICS, "GRU").build(NUM_STEPS, double)
 
     def gradient(path):
-        return jax.grad(lambda dynamics: total(path(dynamics, problem.initial, problem.drives)))(problem.dynamics)
+        return jax.grad(lambda dynamics: total(path(dynamics, problem.initial, problem.drives)))(
+            problem.dynamics
+        )
 
-    assert_close(quick(lambda: gradient(functools.partial(solved, **options)))(), quick(lambda: gradient(rollout))())
+    assert_close(
+        quick(lambda: gradient(functools.partial(solved, **options)))(),
+        quick(lambda: gradient(rollout))(),
+    )
 
 
-@pytest.mark.parametrize("wrap", [lambda step, *examples: Dynamics(lambda params, x, u: step(x, u)),
-                                  lambda step, *examples: Dynamics.closing_over(step, *examples)],
-                         ids=["step", "closing_over"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda step, *examples: Dynamics(lambda params, x, u: step(x, u)),
+        lambda step, *examples: Dynamics.closing_over(step, *examples),
+    ],
+    ids=["step", "closing_over"],
+)
 def test_captured_arrays_keep_their_derivatives(wrap, double):
     rng = np.random.default_rng(2)
-    drives, fixed = jnp.asarray(rng.normal(size=(NUM_STEPS, 2))), jnp.asarray(rng.normal(size=(2, 2)))
+    drives, fixed = (
+        jnp.asarray(rng.normal(size=(NUM_STEPS, 2))),
+        jnp.asarray(rng.normal(size=(2, 2))),
+    )
 
     def loss(weights, path):
         # `weights` is a tracer that the step captures, also from inside a jit; `fixed` a concrete array.
@@ -124,7 +149,9 @@ def test_captured_arrays_keep_their_derivatives(wrap, double):
 
     weights = jnp.asarray(0.3 * rng.normal(size=(2, 2)))
     parallel = functools.partial(loss, path=functools.partial(solved, solver=deer()))
-    reverse, forward = quick(lambda weights: (jax.grad(parallel)(weights), jax.jacfwd(parallel)(weights)))(weights)
+    reverse, forward = quick(
+        lambda weights: (jax.grad(parallel)(weights), jax.jacfwd(parallel)(weights))
+    )(weights)
     wanted = quick(jax.grad(functools.partial(loss, path=rollout)))(weights)
     assert_close((reverse, forward), (wanted, wanted))
 
@@ -140,14 +167,18 @@ def test_drives_that_have_no_derivative(double):
     drives = keys, jnp.arange(NUM_STEPS)
 
     def gradient(path, params, initial):
-        return jax.value_and_grad(lambda params, initial: total(path(Dynamics(_with_keys, params), initial, drives)),
-                                  argnums=(0, 1))(params, initial)
+        return jax.value_and_grad(
+            lambda params, initial: total(path(Dynamics(_with_keys, params), initial, drives)),
+            argnums=(0, 1),
+        )(params, initial)
 
     here = jnp.asarray(0.7), jnp.ones(3)
     got = quick(functools.partial(gradient, functools.partial(solved, solver=deer())))(*here)
     assert_close(got, quick(functools.partial(gradient, rollout))(*here))
     # And asked for the derivative in the integers and keys themselves, JAX's own answer for them: none.
-    value, pull = jax.vjp(lambda drives: solved(Dynamics(_with_keys, here[0]), here[1], drives, solver=deer()), drives)
+    value, pull = jax.vjp(
+        lambda drives: solved(Dynamics(_with_keys, here[0]), here[1], drives, solver=deer()), drives
+    )
     none = pull(jnp.ones_like(value))[0]
     assert [leaf.dtype for leaf in jax.tree.leaves(none)] == [jax.dtypes.float0] * 2
 
@@ -158,9 +189,12 @@ def test_under_vmap(double):
 
     def gradients(path):
         def one(start):
-            return jax.grad(lambda params, start: total(path(Dynamics(problem.dynamics.step, params), start,
-                                                             problem.drives)), argnums=(0, 1))(
-                problem.dynamics.params, start)
+            return jax.grad(
+                lambda params, start: total(
+                    path(Dynamics(problem.dynamics.step, params), start, problem.drives)
+                ),
+                argnums=(0, 1),
+            )(problem.dynamics.params, start)
 
         return jax.vmap(one)(starts)
 
@@ -172,6 +206,8 @@ def test_an_empty_path_has_derivatives_too(double):
     problem = by_name(DYNAMICS, "tanh network").build(0, double)
 
     def loss(params):
-        return jnp.sum(solved(Dynamics(problem.dynamics.step, params), problem.initial, problem.drives))
+        return jnp.sum(
+            solved(Dynamics(problem.dynamics.step, params), problem.initial, problem.drives)
+        )
 
     np.testing.assert_array_equal(jax.grad(loss)(problem.dynamics.params), jnp.zeros((4, 4)))

@@ -14,8 +14,17 @@ from conftest import OPTIMISED
 from scipy import stats
 
 from partime_mcmc.dynamics import rollout
-from partime_mcmc.kernels import (CoalescingDice, PlainDice, Whitening, certify, coalescing_hmc, hmc, mala, nuts,
-                                  random_walk)
+from partime_mcmc.kernels import (
+    CoalescingDice,
+    PlainDice,
+    Whitening,
+    certify,
+    coalescing_hmc,
+    hmc,
+    mala,
+    nuts,
+    random_walk,
+)
 from partime_mcmc.kernels.dice import Layers, draw_layers, multishift
 from partime_mcmc.kernels.hmc import leapfrog_row
 from partime_mcmc.mcmc.sample import sample
@@ -31,7 +40,9 @@ EXACT = Tolerance(0.0, 0.0)
 
 
 def layers_of(key, dtype, shape=(1000, 1000)):
-    return jax.jit(jax.vmap(lambda one: draw_layers(one, shape[1], dtype)[0]))(jax.random.split(key, shape[0]))
+    return jax.jit(jax.vmap(lambda one: draw_layers(one, shape[1], dtype)[0]))(
+        jax.random.split(key, shape[0])
+    )
 
 
 def distance_to_normal(values):
@@ -42,7 +53,9 @@ def distance_to_normal(values):
 
 # --- the law
 
-PLACES = [("float64", place) for place in (0.0, 1e-3, 0.7, 1e3, 1e6)] + [("float32", place) for place in (1e-3, 0.7, 1e4)]
+PLACES = [("float64", place) for place in (0.0, 1e-3, 0.7, 1e3, 1e6)] + [
+    ("float32", place) for place in (1e-3, 0.7, 1e4)
+]
 
 
 @pytest.mark.parametrize("dtype, place", PLACES)
@@ -54,7 +67,12 @@ def test_noise_is_normal_whatever_the_centre(dtype, place):
         noise = np.ravel((np.asarray(thrown.value, float) - float(center)) / scale)
     assert np.isfinite(noise).all()
     assert distance_to_normal(noise) < BAND
-    for power, mean, spread in ((1, 0, 1), (2, 1, np.sqrt(2)), (3, 0, np.sqrt(15)), (4, 3, np.sqrt(96))):
+    for power, mean, spread in (
+        (1, 0, 1),
+        (2, 1, np.sqrt(2)),
+        (3, 0, np.sqrt(15)),
+        (4, 3, np.sqrt(96)),
+    ):
         assert abs((noise**power).mean() - mean) < 5 * spread / np.sqrt(NUM_DRAWS)
 
 
@@ -72,7 +90,12 @@ def test_a_layer_of_two_degrees_of_freedom_would_be_caught():
     layers = layers_of(jax.random.key(1), jnp.float32)
     heights = jax.random.uniform(jax.random.key(2), layers.radius.shape)
     wrong = Layers(jnp.sqrt(-2 * jnp.log1p(-heights)), layers.offset)
-    assert distance_to_normal(np.ravel(multishift(jnp.float32(0.7), 1.0, wrong).value) - np.float32(0.7)) > 10 * BAND
+    assert (
+        distance_to_normal(
+            np.ravel(multishift(jnp.float32(0.7), 1.0, wrong).value) - np.float32(0.7)
+        )
+        > 10 * BAND
+    )
 
 
 def correlations(layers):
@@ -96,9 +119,15 @@ def test_coordinates_are_independent_and_so_are_their_squares():
 
 def test_the_noise_is_independent_of_the_decision():
     layers, uniform = jax.jit(jax.vmap(lambda key: draw_layers(key, 1, jnp.float32)))(
-        jax.random.split(jax.random.key(4), 200_000))
+        jax.random.split(jax.random.key(4), 200_000)
+    )
     noise = np.asarray(multishift(jnp.zeros(1), 1.0, layers).value[:, 0], float)
-    for values in (noise, noise**2, np.asarray(layers.radius)[:, 0], np.asarray(layers.offset)[:, 0]):
+    for values in (
+        noise,
+        noise**2,
+        np.asarray(layers.radius)[:, 0],
+        np.asarray(layers.offset)[:, 0],
+    ):
         assert abs(np.corrcoef(values, uniform)[0, 1]) < 5 / np.sqrt(len(noise))
 
 
@@ -114,9 +143,13 @@ def test_the_map_is_a_staircase_with_the_margin_it_states():
         for sign in (1, -1):
             within = throw(center + sign * 0.999 * 0.5 * margin[:, None], layers).value
             np.testing.assert_array_equal(within, value)
-        beyond = [throw(center + sign * 1.001 * 0.5 * margin[:, None], layers).value for sign in (1, -1)]
+        beyond = [
+            throw(center + sign * 1.001 * 0.5 * margin[:, None], layers).value for sign in (1, -1)
+        ]
         assert ((beyond[0] != value) | (beyond[1] != value)).all()
-        slope = jax.vmap(jax.grad(lambda c, one: multishift(c, 0.5, one).value.sum()))(center, layers)
+        slope = jax.vmap(jax.grad(lambda c, one: multishift(c, 0.5, one).value.sum()))(
+            center, layers
+        )
         np.testing.assert_array_equal(slope, 0)
         assert (np.abs(value - center) <= 0.5 * layers.radius * (1 + 1e-12)).all()
 
@@ -154,7 +187,9 @@ def meetings(kernel, num_steps=400, num_pairs=256):
     """Steps until exact equality of pairs from independent starts under the same dice, as (median, worst, all met)."""
     starts = jax.random.normal(jax.random.key(7), (2, num_pairs, DIMENSION))
     state = kernel.init(jnp.zeros(DIMENSION))
-    tapes = jax.vmap(lambda key: kernel.tape(key, num_steps, state))(jax.random.split(jax.random.key(8), num_pairs))
+    tapes = jax.vmap(lambda key: kernel.tape(key, num_steps, state))(
+        jax.random.split(jax.random.key(8), num_pairs)
+    )
     found = meeting_times(kernel.dynamics(), starts[0], starts[1], tapes, tolerance=EXACT)
     steps = np.asarray(found.steps)
     return np.median(steps), steps.max(), bool(np.all(found.met))
@@ -163,7 +198,10 @@ def meetings(kernel, num_steps=400, num_pairs=256):
 MEETINGS = {  # kernel, the median that is promised
     "mala": (lambda: mala(bowl, 0.5, unit(), dice=CoalescingDice()), 12),
     "random walk": (lambda: random_walk(bowl, 1.0, unit(), dice=CoalescingDice()), 25),
-    "random walk in blocks": (lambda: random_walk(bowl, 1.5, unit(), dice=CoalescingDice(), block=2), 25),
+    "random walk in blocks": (
+        lambda: random_walk(bowl, 1.5, unit(), dice=CoalescingDice(), block=2),
+        25,
+    ),
     "coalescing hmc": (lambda: coalescing_hmc(bowl, 0.75, unit(), 2), 10),
 }
 
@@ -182,18 +220,26 @@ def test_plain_dice_never_meet_where_coalescing_ones_do():
 # --- paths
 
 
-@pytest.mark.parametrize("build", [MEETINGS["mala"][0], MEETINGS["random walk"][0]], ids=["mala", "random walk"])
+@pytest.mark.parametrize(
+    "build", [MEETINGS["mala"][0], MEETINGS["random walk"][0]], ids=["mala", "random walk"]
+)
 def test_shooting_is_the_sequential_path_to_the_last_bit(build):
     """In float32, whatever the number of segments, with rejections, and with no tolerance to hide behind."""
     with jax.enable_x64(False):
         kernel, num_steps = build(), 4096
         state = kernel.init(jnp.ones(DIMENSION, jnp.float32))
-        tape, initial, dynamics = kernel.tape(jax.random.key(9), num_steps, state), kernel.carry(state), kernel.dynamics()
+        tape, initial, dynamics = (
+            kernel.tape(jax.random.key(9), num_steps, state),
+            kernel.carry(state),
+            kernel.dynamics(),
+        )
         path = jax.jit(rollout, compiler_options=OPTIMISED)(dynamics, initial, tape)
         assert 100 < (np.asarray(path[1:]) == np.asarray(path[:-1])).all(axis=1).sum() < 3996
         for num_segments in (8, 64, 256):
-            found = jax.jit(functools.partial(solve, solver=shooting(num_segments), tolerance=EXACT),
-                            compiler_options=OPTIMISED)(dynamics, initial, tape)
+            found = jax.jit(
+                functools.partial(solve, solver=shooting(num_segments), tolerance=EXACT),
+                compiler_options=OPTIMISED,
+            )(dynamics, initial, tape)
             assert Status(int(found.status)) is Status.CONVERGED and float(found.residual) == 0
             np.testing.assert_array_equal(found.states, path)
         certificate = certify(kernel, initial, found.states, tape)
@@ -205,7 +251,9 @@ def test_jacobi_alone_finds_the_path():
         kernel = MEETINGS["mala"][0]()
         state = kernel.init(jnp.ones(DIMENSION))
         tape = kernel.tape(jax.random.key(10), 2048, state)
-        found = solve(kernel.dynamics(), kernel.carry(state), tape, solver=jacobi(), max_iterations=150)
+        found = solve(
+            kernel.dynamics(), kernel.carry(state), tape, solver=jacobi(), max_iterations=150
+        )
         assert Status(int(found.status)) is Status.CONVERGED and int(found.iterations) < 100
         path = rollout(kernel.dynamics(), kernel.carry(state), tape)
         np.testing.assert_allclose(found.states, path, rtol=0, atol=1e-12)
@@ -216,11 +264,15 @@ def test_jacobi_alone_finds_the_path():
 
 def test_bad_dice_and_blocks():
     for builder in (mala, hmc, random_walk):
-        with pytest.raises(TypeError, match=r"dice: got 'coalescing', wanted PlainDice\(\) or CoalescingDice\(\)"):
+        with pytest.raises(
+            TypeError, match=r"dice: got 'coalescing', wanted PlainDice\(\) or CoalescingDice\(\)"
+        ):
             builder(bowl, 0.5, unit(), dice="coalescing")
     with pytest.raises(TypeError, match="metric: got .*, wanted a Whitening for hmc"):
         hmc(bowl, 0.5, jnp.ones(DIMENSION), 2, dice=CoalescingDice())
-    with pytest.raises(TypeError, match="metric: got ndarray, wanted a Whitening for coalescing_hmc"):
+    with pytest.raises(
+        TypeError, match="metric: got ndarray, wanted a Whitening for coalescing_hmc"
+    ):
         coalescing_hmc(bowl, 0.5, np.ones(DIMENSION))
     with pytest.raises(ValueError, match="block: got 2 with PlainDice"):
         random_walk(bowl, 0.5, dice=PlainDice(), block=2)
@@ -236,22 +288,35 @@ def test_bad_dice_and_blocks():
 def test_sample_takes_the_dice_with_which_chains_meet_sooner_and_says_so():
     with jax.enable_x64(True):
         target = Target(bowl, lambda key: jax.random.normal(key, (DIMENSION,)))
-        draws = sample(jax.random.key(3), target, mala, num_samples=1024, num_chains=2, num_warmup=64).or_raise()
+        draws = sample(
+            jax.random.key(3), target, mala, num_samples=1024, num_chains=2, num_warmup=64
+        ).or_raise()
         assert draws.plan["dice"] == "CoalescingDice()"
         assert "Coalescing dice: pilot pairs met after" in draws.warmup.notes[-1]
         assert (np.asarray(draws.certificate.num_rejected) > 10).all()
         assert np.isfinite(np.asarray(draws.certificate.min_lattice_margin)).all()
         # The warm-up keeps the choice: the same chains again, one step after another.
-        again = sample(jax.random.key(3), target, draws.warmup, num_samples=1024, num_chains=2, solver=sequential())
+        again = sample(
+            jax.random.key(3),
+            target,
+            draws.warmup,
+            num_samples=1024,
+            num_chains=2,
+            solver=sequential(),
+        )
         np.testing.assert_array_equal(again.info["accepted"], draws.info["accepted"])
         np.testing.assert_allclose(again.positions, draws.positions, rtol=0, atol=1e-9)
 
 
 def test_dice_are_chosen_where_there_is_a_choice():
     target = Target(bowl, jnp.zeros(DIMENSION))
-    with pytest.raises(TypeError, match=r"dice: got CoalescingDice\(\) with .*, wanted a builder that takes dice"):
+    with pytest.raises(
+        TypeError, match=r"dice: got CoalescingDice\(\) with .*, wanted a builder that takes dice"
+    ):
         sample(jax.random.key(0), target, nuts, num_samples=4, dice=CoalescingDice())
-    with pytest.raises(TypeError, match=r"dice: got PlainDice\(\) with .*, wanted a builder that takes dice"):
+    with pytest.raises(
+        TypeError, match=r"dice: got PlainDice\(\) with .*, wanted a builder that takes dice"
+    ):
         sample(jax.random.key(0), target, mala(bowl, 0.1), num_samples=4, dice=PlainDice())
     with pytest.raises(TypeError, match="dice: got 1, wanted"):
         sample(jax.random.key(0), target, mala, num_samples=4, dice=1)

@@ -30,14 +30,29 @@ DEADLINE = 5 + 5 + 20
 
 
 def environment():
-    kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    return {**kept, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("XLA_FLAGS", "JAX_PLATFORMS")
+    }
+    return {
+        **kept,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
+    }
 
 
-@pytest.mark.parametrize("options", [(), pytest.param(("--all",), marks=pytest.mark.slow)], ids=["checks", "all"])
+@pytest.mark.parametrize(
+    "options", [(), pytest.param(("--all",), marks=pytest.mark.slow)], ids=["checks", "all"]
+)
 def test_eight_devices(options):
-    done = subprocess.run([sys.executable, HERE / "distributed_checks.py", *options], capture_output=True, text=True,
-                          env=environment(), timeout=3000)
+    done = subprocess.run(
+        [sys.executable, HERE / "distributed_checks.py", *options],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=3000,
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.count("passed") >= 9
 
@@ -50,9 +65,23 @@ def free_port():
 
 def start(num_hosts, what):
     port = free_port()
-    return [subprocess.Popen([sys.executable, HERE / "distributed_hosts.py", str(host), str(num_hosts), str(port), what],
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
-            for host in range(num_hosts)]
+    return [
+        subprocess.Popen(
+            [
+                sys.executable,
+                HERE / "distributed_hosts.py",
+                str(host),
+                str(num_hosts),
+                str(port),
+                what,
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        for host in range(num_hosts)
+    ]
 
 
 @pytest.mark.slow
@@ -63,8 +92,14 @@ def test_hosts_agree_with_one_device(num_hosts):
         assert host.returncode == 0 and "agreed" in said, said + errors[-3000:]
 
 
-@pytest.mark.parametrize("lost, how", [(1, signal.SIGTERM), pytest.param(1, signal.SIGKILL, marks=pytest.mark.slow),
-                                       pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "lost, how",
+    [
+        (1, signal.SIGTERM),
+        pytest.param(1, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow),
+    ],
+)
 def test_hosts_agree_and_say_so_when_one_is_lost(lost, how):
     both = start(2, "wait")
     try:
@@ -104,7 +139,10 @@ def test_hosts_that_share_no_folder_say_so(tmp_path):
     for host in start(2, f"apart:{tmp_path}/run"):
         _, errors = host.communicate(timeout=120)
         assert host.returncode == 1, errors
-        assert "store.path: got " in errors and "wanted a folder on a file system that all of 2 hosts share" in errors
+        assert (
+            "store.path: got " in errors
+            and "wanted a folder on a file system that all of 2 hosts share" in errors
+        )
         assert "host 1 does not see there within 0.5 s what host 0 wrote" in errors, errors
 
 
@@ -149,7 +187,7 @@ def test_a_stored_run_that_lost_a_host_goes_on_with_one(tmp_path):
             host.communicate()
     kept = len(list(folder.glob("chunk*")))
     assert 3 <= kept < 32 and len(list(folder.glob("part*"))) >= 2 * kept
-    alone, = start(1, str(folder))
+    (alone,) = start(1, str(folder))
     _, errors = alone.communicate(timeout=600)
     assert alone.returncode == 0, errors
     # Parts of a chunk that never came to be are gone.
@@ -162,42 +200,91 @@ def by_hand(host):
 
 def by_slurm(host):
     """What `srun` would say; JAX takes the port from the number of the job."""
-    words = {"JOB_ID": os.getpid(), "STEP_NODELIST": "localhost", "NTASKS": 2, "STEP_NUM_TASKS": 2, "STEP_NUM_NODES": 1,
-             "PROCID": host, "LOCALID": host}
+    words = {
+        "JOB_ID": os.getpid(),
+        "STEP_NODELIST": "localhost",
+        "NTASKS": 2,
+        "STEP_NUM_TASKS": 2,
+        "STEP_NUM_NODES": 1,
+        "PROCID": host,
+        "LOCALID": host,
+    }
     return {f"SLURM_{name}": str(value) for name, value in words.items()}, []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launch", [by_hand, by_slurm])
 def test_one_command_on_two_hosts(launch, tmp_path):
-    (tmp_path / "model.py").write_text("import jax.numpy as jnp\nfrom partime_mcmc import Target\n"
-                                       "normal = Target(lambda x: -0.5 * jnp.sum(x**2), jnp.zeros(2))\n")
-    command = [sys.executable, "-m", "partime_mcmc", "sample", "model.py:normal", "--kernel", "mala", "--num-samples", "64",
-               "--num-chains", "2", "--num-warmup", "20", "--store", "run", "--quiet"]
+    (tmp_path / "model.py").write_text(
+        "import jax.numpy as jnp\nfrom partime_mcmc import Target\n"
+        "normal = Target(lambda x: -0.5 * jnp.sum(x**2), jnp.zeros(2))\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "partime_mcmc",
+        "sample",
+        "model.py:normal",
+        "--kernel",
+        "mala",
+        "--num-samples",
+        "64",
+        "--num-chains",
+        "2",
+        "--num-warmup",
+        "20",
+        "--store",
+        "run",
+        "--quiet",
+    ]
     port, both = free_port(), []
     for host in range(2):
         words, options = launch(host)
         options = [*options, f"127.0.0.1:{port}"] if options else []
-        both.append(subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                     env={**environment(), **FAST, **words}, cwd=tmp_path))
+        both.append(
+            subprocess.Popen(
+                [*command, *options],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**environment(), **FAST, **words},
+                cwd=tmp_path,
+            )
+        )
     (said, errors), (nothing, more) = (host.communicate(timeout=600) for host in both)
     assert [host.returncode for host in both] == [0, 0], errors + more
     assert "on 2 cpu device(s)" in said
     # What remains is said by the library underneath, outside Python.
     assert all(line.startswith("[Gloo]") for line in nothing.splitlines()), nothing
     draws = open_draws(tmp_path / "run")
-    assert draws.finished and draws.posterior["x"].shape == (2, 64, 2) and draws.certificate.certified.all()
+    assert (
+        draws.finished
+        and draws.posterior["x"].shape == (2, 64, 2)
+        and draws.certificate.certified.all()
+    )
 
 
-@pytest.mark.parametrize("environment, together", [
-    ({}, False), ({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "1"}, False), ({"SLURM_STEP_NUM_TASKS": "1"}, False),
-    ({"SLURM_STEP_NUM_TASKS": "4"}, True), ({"OMPI_COMM_WORLD_SIZE": "2"}, True), ({"OMPI_COMM_WORLD_SIZE": "1"}, False)])
-def test_tasks_of_a_cluster_are_one_run_unless_asked_to_be_alone(environment, together, monkeypatch):
+@pytest.mark.parametrize(
+    "environment, together",
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "1"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
+    ],
+)
+def test_tasks_of_a_cluster_are_one_run_unless_asked_to_be_alone(
+    environment, together, monkeypatch
+):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert machines.started_together(environment) == together
     joined = []
-    monkeypatch.setattr(machines, "hosts", lambda *given: joined.append(given) or contextlib.nullcontext())
+    monkeypatch.setattr(
+        machines, "hosts", lambda *given: joined.append(given) or contextlib.nullcontext()
+    )
     for options in ([], ["--alone"]):
         parser = argparse.ArgumentParser()
         machines.add_machines(parser)
@@ -214,11 +301,17 @@ def test_two_ways_to_say_which_hosts_are_refused():
             raise AssertionError
 
 
-@pytest.mark.parametrize("given, error, said", [
-    (("10.0.0.1:1234",), ValueError, "wanted all three"), (("10.0.0.1", 2, 0), ValueError, "must be HOST:PORT"),
-    (("10.0.0.1:1234", 2, 2), ValueError, "host_id must be below"), (("10.0.0.1:1234", 0, 0), ValueError, "num_hosts must"),
-    (("10.0.0.1:1234", 2, True), ValueError, "host_id must be"),
-    (("10.0.0.1:1234", 2, 0), RuntimeError, "arrays exist already")])
+@pytest.mark.parametrize(
+    "given, error, said",
+    [
+        (("10.0.0.1:1234",), ValueError, "wanted all three"),
+        (("10.0.0.1", 2, 0), ValueError, "must be HOST:PORT"),
+        (("10.0.0.1:1234", 2, 2), ValueError, "host_id must be below"),
+        (("10.0.0.1:1234", 0, 0), ValueError, "num_hosts must"),
+        (("10.0.0.1:1234", 2, True), ValueError, "host_id must be"),
+        (("10.0.0.1:1234", 2, 0), RuntimeError, "arrays exist already"),
+    ],
+)
 def test_what_cannot_be_joined_is_refused(given, error, said):
     kept = jnp.ones(3)
     with pytest.raises(error, match=said):

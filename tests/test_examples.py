@@ -33,12 +33,16 @@ def run(name, *flags):
 
 
 def test_every_example_is_tested():
-    tests = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
+    tests = "".join(
+        path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py")
+    )
     assert [path.stem for path in EXAMPLES.glob("*.py") if f'"{path.stem}"' not in tests] == []
 
 
 def test_eight_schools_is_one_path(capsys):
-    parallel, stepwise, finding = run("eight_schools", "--num-samples", 64, "--num-chains", 2, "--num-warmup", 120)
+    parallel, stepwise, finding = run(
+        "eight_schools", "--num-samples", 64, "--num-chains", 2, "--num-warmup", 120
+    )
     printed = capsys.readouterr().out
     for draws in (parallel, stepwise):
         assert np.all(draws.certificate.certified)
@@ -54,11 +58,15 @@ def test_eight_schools_is_one_path(capsys):
 
 @pytest.mark.slow
 def test_logistic_regression_needs_at_most_20_iterations(capsys):
-    parallel, stepwise, finding = run("logistic_regression", "--num-samples", 256, "--num-chains", 2)
+    parallel, stepwise, finding = run(
+        "logistic_regression", "--num-samples", 256, "--num-chains", 2
+    )
     printed = capsys.readouterr().out
     assert parallel.report.fallbacks == ()
     assert 2 <= parallel.report.iterations.max() <= 20
-    assert parallel.report.jvps_per_sample == pytest.approx(parallel.report.evaluations_per_sample)  # one probe
+    assert parallel.report.jvps_per_sample == pytest.approx(
+        parallel.report.evaluations_per_sample
+    )  # one probe
     for draws in (parallel, stepwise):
         assert np.all(draws.certificate.certified)
         assert draws.report.dtype == "float32"
@@ -71,20 +79,43 @@ def test_logistic_regression_needs_at_most_20_iterations(capsys):
 
 @pytest.mark.slow
 def test_rosenbrock_overflows_whole_and_is_solved_in_stretches(capsys):
-    rows = {row["method"]: row for row in run(
-        "rosenbrock_hmc", "--num-samples", 512, "--max-iterations", 100,
-        "--only", "DEER", "quasi-DEER clipped", "quasi-DEER, stretches", "shooting")}
+    rows = {
+        row["method"]: row
+        for row in run(
+            "rosenbrock_hmc",
+            "--num-samples",
+            512,
+            "--max-iterations",
+            100,
+            "--only",
+            "DEER",
+            "quasi-DEER clipped",
+            "quasi-DEER, stretches",
+            "shooting",
+        )
+    }
     printed = capsys.readouterr().out
     assert len(rows) == 7 and all(name in printed for name in rows)
     whole = rows["DEER, whole chain"]
-    assert whole["status"] == "OUT_OF_ITERATIONS" and whole["residual"] > 1e3 and not whole["certified"]
+    assert (
+        whole["status"] == "OUT_OF_ITERATIONS"
+        and whole["residual"] > 1e3
+        and not whole["certified"]
+    )
     assert whole["exact"] >= 100  # as many exact steps as passes, even so
     assert rows["quasi-DEER clipped, whole"]["differs"] < 1e3  # clipped: no overflow
-    for name in ("DEER, stretches of 32", "quasi-DEER, stretches of 32", "DEER, sliding window of 32"):
+    for name in (
+        "DEER, stretches of 32",
+        "quasi-DEER, stretches of 32",
+        "DEER, sliding window of 32",
+    ):
         assert rows[name]["status"] == "CONVERGED", name
         assert rows[name]["certified"] and rows[name]["differs"] < 1e-6, name
         assert rows[name]["depth"] < 512, name
-    assert rows["shooting, 4 segments"]["certified"] and rows["shooting, 4 segments"]["evaluations"] < 5
+    assert (
+        rows["shooting, 4 segments"]["certified"]
+        and rows["shooting, 4 segments"]["evaluations"] < 5
+    )
     assert rows["sequential"]["evaluations"] == 1 and rows["sequential"]["rejected"] > 0
 
 
@@ -103,10 +134,25 @@ def test_a_gibbs_sampler_of_ones_own(capsys):
 
 @pytest.mark.slow
 def test_a_linearizer_of_ones_own():
-    rows = {row["method"]: row for row in run(
-        "own_linearizer", "--num-samples", 256, "--max-iterations", 60,
-        "--only", "ours", "exact", "identity")}
-    ours, diagonal, picard = rows["ours: 1 - step size, or 1"], rows["exact diagonal"], rows["identity (Picard)"]
+    rows = {
+        row["method"]: row
+        for row in run(
+            "own_linearizer",
+            "--num-samples",
+            256,
+            "--max-iterations",
+            60,
+            "--only",
+            "ours",
+            "exact",
+            "identity",
+        )
+    }
+    ours, diagonal, picard = (
+        rows["ours: 1 - step size, or 1"],
+        rows["exact diagonal"],
+        rows["identity (Picard)"],
+    )
     for name in ("ours: 1 - step size, or 1", "exact diagonal"):
         assert rows[name]["status"] == "CONVERGED" and rows[name]["certified"], name
         assert rows[name]["differs"] < 1e-10, name
@@ -117,8 +163,18 @@ def test_a_linearizer_of_ones_own():
 
 @pytest.mark.slow
 def test_some_chains_forget_and_some_do_not(tmp_path, capsys):
-    found = run("how_forgetful", "--kernels", "HMC, path π/2", "random walk", "--num-warmup", 120, "--num-pairs", 6,
-                "--out", tmp_path / "picture.png")
+    found = run(
+        "how_forgetful",
+        "--kernels",
+        "HMC, path π/2",
+        "random walk",
+        "--num-warmup",
+        120,
+        "--num-pairs",
+        6,
+        "--out",
+        tmp_path / "picture.png",
+    )
     quarter, walk = found["HMC, path π/2"], found["random walk"]
     assert np.all(quarter[0].met) and np.max(quarter[0].steps) < 200 and quarter[1].parallel
     assert not np.any(walk[0].met) and not walk[1].parallel
@@ -128,8 +184,22 @@ def test_some_chains_forget_and_some_do_not(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_same_law_with_a_shorter_memory(tmp_path, capsys):
-    found = run("dice", "--models", "eight_schools", "--kernels", "coalescing HMC", "random walk, plain", "--num-warmup", 120,
-                "--num-pairs", 8, "--num-steps", 200, "--out", tmp_path / "picture.png")
+    found = run(
+        "dice",
+        "--models",
+        "eight_schools",
+        "--kernels",
+        "coalescing HMC",
+        "random walk, plain",
+        "--num-warmup",
+        120,
+        "--num-pairs",
+        8,
+        "--num-steps",
+        200,
+        "--out",
+        tmp_path / "picture.png",
+    )
     met = found["eight_schools", "coalescing HMC"]
     assert np.all(met.met) and np.median(met.steps) <= 20
     assert not np.any(found["eight_schools", "random walk, plain"].met)
@@ -143,7 +213,9 @@ def test_one_line_of_a_numpyro_script_changes(capsys):
     assert printed.count("Number of divergences") == 2 and "CERTIFIED_PATH" in printed
     (mu, log_tau, _), (our_mu, our_log_tau, _) = found["NumPyro"], found["parallel in time"]
     # 1,600 draws a side; standard deviations are 3.3 and 1.2, ESS at least 400.
-    assert abs(mu - our_mu) < 5 * 3.3 * np.sqrt(2 / 400) and abs(log_tau - our_log_tau) < 5 * 1.2 * np.sqrt(2 / 400)
+    assert abs(mu - our_mu) < 5 * 3.3 * np.sqrt(2 / 400) and abs(
+        log_tau - our_log_tau
+    ) < 5 * 1.2 * np.sqrt(2 / 400)
     assert mcmc.report.parallel
 
 

@@ -17,8 +17,18 @@ from jax.flatten_util import ravel_pytree
 from kernel_catalogue import DIMENSION, KERNELS, logdensity_of, start_of
 
 from partime_mcmc.dynamics import rollout
-from partime_mcmc.kernels import (Carry, Kernel, Whitening, certify_with_records, from_blackjax, hmc, loop, mala, nuts,
-                                  random_walk)
+from partime_mcmc.kernels import (
+    Carry,
+    Kernel,
+    Whitening,
+    certify_with_records,
+    from_blackjax,
+    hmc,
+    loop,
+    mala,
+    nuts,
+    random_walk,
+)
 from partime_mcmc.kernels.drawn import Drawn
 from partime_mcmc.recipes import deer, jacobi
 from partime_mcmc.schedule import Stretches
@@ -31,6 +41,7 @@ every_kernel = pytest.mark.parametrize("row", KERNELS, ids=lambda row: row.name)
 
 def blackjax_loop(algorithm, position, init_key, keys):
     """A BlackJAX user's own loop: full states and infos of every step, nothing of this package."""
+
     def advance(state, key):
         state, info = algorithm.step(key, state)
         return state, (state, info)
@@ -50,11 +61,19 @@ def everything(row):
             states, infos = blackjax_loop(algorithm, position, init_key, jax.random.split(key, T))
             state = kernel.init(position, init_key)
             initial, tape = kernel.carry(state), kernel.tape(key, T, state)
-            solution = solve(kernel.dynamics(), initial, tape, solver=row.solver, schedule=Stretches(24))
+            solution = solve(
+                kernel.dynamics(), initial, tape, solver=row.solver, schedule=Stretches(24)
+            )
             certificate, records = certify_with_records(kernel, initial, solution.states, tape)
             return SimpleNamespace(
-                states=states, infos=infos, rolled=rollout(kernel.dynamics(), initial, tape), solution=solution,
-                certificate=certificate, records=records, tape=tape).__dict__
+                states=states,
+                infos=infos,
+                rolled=rollout(kernel.dynamics(), initial, tape),
+                solution=solution,
+                certificate=certificate,
+                records=records,
+                tape=tape,
+            ).__dict__
 
         found = program(start_of(jnp.float64), jax.random.key(5), jax.random.key(2))
         return SimpleNamespace(kernel=kernel, **found)
@@ -62,12 +81,18 @@ def everything(row):
 
 def flat(path):
     """A path of positions or states as `(T, D)`."""
-    return np.concatenate([np.asarray(leaf).reshape(T, -1) for leaf in jax.tree.leaves(path)], axis=1)
+    return np.concatenate(
+        [np.asarray(leaf).reshape(T, -1) for leaf in jax.tree.leaves(path)], axis=1
+    )
 
 
 def fields_of(carries):
     """A path of carries as a dict of what it holds."""
-    return {"position": carries.position, **carries.others} if isinstance(carries, Carry) else {"position": carries}
+    return (
+        {"position": carries.position, **carries.others}
+        if isinstance(carries, Carry)
+        else {"position": carries}
+    )
 
 
 @every_kernel
@@ -78,7 +103,9 @@ def test_paths_are_blackjaxs_own_loop(row):
         held = fields_of(path)
         assert set(held) == {"position", *row.others}
         for name, values in held.items():
-            np.testing.assert_allclose(flat(values), flat(getattr(found.states, name)), rtol=0, atol=1e-8, err_msg=name)
+            np.testing.assert_allclose(
+                flat(values), flat(getattr(found.states, name)), rtol=0, atol=1e-8, err_msg=name
+            )
 
 
 @every_kernel
@@ -92,32 +119,47 @@ def test_certificate_and_decisions_agree_with_blackjax(row):
         np.testing.assert_array_equal(certificate.accepted, accepted)
         np.testing.assert_array_equal(found.records.accepted, accepted)
         assert int(certificate.num_rejected) == (~accepted).sum()
-        assert not row.decides or 5 < (~accepted).sum() < T - 5, "the rejections this test is about did not occur"
+        assert not row.decides or 5 < (~accepted).sum() < T - 5, (
+            "the rejections this test is about did not occur"
+        )
     else:
         assert int(certificate.num_rejected) == -1 and not row.decides
     assert (int(certificate.num_ambiguous) == -1) == (not row.margins)
-    for name, source in (("acceptance_rate", "acceptance_rate"), ("diverging", "is_divergent"), ("energy", "energy"),
-                         ("num_steps", "num_integration_steps")):
+    for name, source in (
+        ("acceptance_rate", "acceptance_rate"),
+        ("diverging", "is_divergent"),
+        ("energy", "energy"),
+        ("num_steps", "num_integration_steps"),
+    ):
         said, wanted = getattr(found.records, name), getattr(infos, source, None)
         assert (said is None) == (wanted is None), name
         if wanted is not None:
-            np.testing.assert_allclose(said, np.broadcast_to(wanted, np.shape(said)), rtol=1e-8, atol=1e-8)
+            np.testing.assert_allclose(
+                said, np.broadcast_to(wanted, np.shape(said)), rtol=1e-8, atol=1e-8
+            )
     if hasattr(found.states, "logdensity"):
-        np.testing.assert_allclose(found.records.logdensity, found.states.logdensity, rtol=1e-8, atol=1e-8)
+        np.testing.assert_allclose(
+            found.records.logdensity, found.states.logdensity, rtol=1e-8, atol=1e-8
+        )
 
 
 @every_kernel
 def test_tape_holds_the_keys_and_the_discrete_leaves(row):
     found = everything(row)
     if not isinstance(found.kernel.algorithm, Drawn):
-        np.testing.assert_array_equal(jax.random.key_data(found.tape.dice),
-                                      jax.random.key_data(jax.random.split(jax.random.key(2), T)))
+        np.testing.assert_array_equal(
+            jax.random.key_data(found.tape.dice),
+            jax.random.key_data(jax.random.split(jax.random.key(2), T)),
+        )
     assert set(found.tape.discrete) == set(row.discrete)
     for name in row.discrete:  # before each step: the start's, then what every step left
         taped, left = found.tape.discrete[name], getattr(found.states, name)
         first, distinct = jnp.int32(0), 3
         if jnp.issubdtype(taped.dtype, jax.dtypes.prng_key):
-            taped, left, first, distinct = *map(jax.random.key_data, (taped, left, jax.random.key(5))), T
+            taped, left, first, distinct = (
+                *map(jax.random.key_data, (taped, left, jax.random.key(5))),
+                T,
+            )
         np.testing.assert_array_equal(taped[0], first)
         np.testing.assert_array_equal(taped[1:], left[:-1])
         assert len(np.unique(taped, axis=0)) == distinct
@@ -139,7 +181,10 @@ def test_float32_path_is_certified_and_stays_float32(row):
         solution, certificate = program(start_of(jnp.float32), jax.random.key(3))
         assert Status(int(solution.status)) is Status.CONVERGED and bool(certificate.certified)
         assert {leaf.dtype for leaf in jax.tree.leaves(solution.states)} == {jnp.dtype("float32")}
-        assert float(certificate.tolerance) == pytest.approx(1e-4) and certificate.residual.dtype == jnp.float32
+        assert (
+            float(certificate.tolerance) == pytest.approx(1e-4)
+            and certificate.residual.dtype == jnp.float32
+        )
 
 
 # --- the dice
@@ -148,8 +193,9 @@ def test_float32_path_is_certified_and_stays_float32(row):
 def test_split_keys_are_prefix_stable(precision):
     keys = jax.random.key_data(jax.random.split(jax.random.key(9), 1000))
     for num_steps in (1, 2, 17, 999):
-        np.testing.assert_array_equal(jax.random.key_data(jax.random.split(jax.random.key(9), num_steps)),
-                                      keys[:num_steps])
+        np.testing.assert_array_equal(
+            jax.random.key_data(jax.random.split(jax.random.key(9), num_steps)), keys[:num_steps]
+        )
 
 
 def test_a_longer_chain_begins_like_a_shorter_one(precision):
@@ -164,8 +210,10 @@ def test_a_longer_chain_begins_like_a_shorter_one(precision):
 def test_legacy_keys_give_the_same_chain():
     kernel = from_blackjax(blackjax.mala(logdensity_of(jnp.float32), 0.3))
     state = kernel.init(start_of(jnp.float32))
-    paths = [rollout(kernel.dynamics(), kernel.carry(state), kernel.tape(key, 6, state))
-             for key in (jax.random.key(3), jax.random.PRNGKey(3))]
+    paths = [
+        rollout(kernel.dynamics(), kernel.carry(state), kernel.tape(key, 6, state))
+        for key in (jax.random.key(3), jax.random.PRNGKey(3))
+    ]
     jax.tree.map(np.testing.assert_array_equal, *paths)
 
 
@@ -175,11 +223,18 @@ def test_legacy_keys_give_the_same_chain():
 def test_kernel_runs_in_blackjaxs_own_helper():
     """In whitened coordinates too, where states hold `z` and `kernel.position` speaks the user's positions."""
     with jax.enable_x64(True):
-        metric = Whitening.of_covariance(start_of(jnp.float64), jnp.ones(3), jnp.asarray(np.diag([1.0, 4.0, 0.25])))
+        metric = Whitening.of_covariance(
+            start_of(jnp.float64), jnp.ones(3), jnp.asarray(np.diag([1.0, 4.0, 0.25]))
+        )
         kernel = hmc(logdensity_of(jnp.float64), 0.7, metric, 2)
         key, state = jax.random.key(6), kernel.init(start_of(jnp.float64))
         _, history = run_inference_algorithm(
-            key, kernel, 20, initial_state=state, transform=lambda state, info: (state, info.is_accepted))
+            key,
+            kernel,
+            20,
+            initial_state=state,
+            transform=lambda state, info: (state, info.is_accepted),
+        )
         carries, infos = jax.jit(functools.partial(loop, kernel))(state, jax.random.split(key, 20))
         np.testing.assert_allclose(history[0].position, carries, rtol=1e-12)
         np.testing.assert_array_equal(history[1], infos.is_accepted)
@@ -196,6 +251,7 @@ class _Phase(NamedTuple):
 
 def test_own_algorithm_with_counter_and_extra_float():
     """Your own named tuple: the counter goes on the tape, the angle into the carry."""
+
     def step(key, state):
         angle = 0.7 * state.angle + jax.random.normal(key)
         position = 0.5 * state.position + jnp.sin(angle) * (1 + state.count % 3)
@@ -206,17 +262,25 @@ def test_own_algorithm_with_counter_and_extra_float():
 
     kernel = Kernel(SimpleNamespace(init=init, step=step))
     state, keys = kernel.init(jnp.ones(2)), jax.random.split(jax.random.key(0), 30)
-    _, (want, _) = jax.lax.scan(lambda s, k: (lambda new: (new[0], (new[0], ())))(step(k, s)), state, keys)
+    _, (want, _) = jax.lax.scan(
+        lambda s, k: (lambda new: (new[0], (new[0], ())))(step(k, s)), state, keys
+    )
     tape = kernel.tape(jax.random.key(0), 30, state)
     np.testing.assert_array_equal(tape.discrete["count"], np.arange(30))
     solution = solve(kernel.dynamics(), kernel.carry(state), tape, solver=deer())
-    np.testing.assert_allclose(solution.or_raise().states.position, want.position, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        solution.or_raise().states.position, want.position, rtol=1e-5, atol=1e-5
+    )
     np.testing.assert_allclose(solution.states.others["angle"], want.angle, rtol=1e-5, atol=1e-5)
 
 
 def test_algorithm_whose_state_is_the_position_itself():
-    kernel = from_blackjax(SimpleNamespace(init=lambda position: position,
-                                           step=lambda key, x: (0.5 * x + jax.random.normal(key, x.shape), ())))
+    kernel = from_blackjax(
+        SimpleNamespace(
+            init=lambda position: position,
+            step=lambda key, x: (0.5 * x + jax.random.normal(key, x.shape), ()),
+        )
+    )
     tape = kernel.tape(jax.random.key(0), 10, kernel.init(jnp.ones(2)))
     path = rollout(kernel.dynamics(), jnp.ones(2), tape)
     noise = np.asarray(jax.vmap(lambda key: jax.random.normal(key, (2,)))(tape.dice))
@@ -245,8 +309,12 @@ def test_whitening_enter_and_leave_are_inverse_and_white(shape):
             there = metric.leave(z)
             assert jax.tree.structure(there) == jax.tree.structure(example)
             np.testing.assert_allclose(metric.enter(there), z, rtol=1e-12, atol=1e-12)
-        root = np.stack([ravel_pytree(metric.leave(unit))[0] - np.arange(3.0) for unit in np.eye(3)], axis=1)
-        np.testing.assert_allclose(root @ root.T, covariance if shape == "dense" else np.diag(covariance), rtol=1e-12)
+        root = np.stack(
+            [ravel_pytree(metric.leave(unit))[0] - np.arange(3.0) for unit in np.eye(3)], axis=1
+        )
+        np.testing.assert_allclose(
+            root @ root.T, covariance if shape == "dense" else np.diag(covariance), rtol=1e-12
+        )
         np.testing.assert_allclose(metric.enter(metric.leave(jnp.zeros(3))), 0, atol=1e-12)
 
 
@@ -254,16 +322,26 @@ def test_low_rank_whitening_is_the_dense_one_of_its_covariance():
     with jax.enable_x64(True):
         rng = np.random.default_rng(4)
         directions, sigma = np.linalg.qr(rng.normal(size=(3, 2)))[0], np.array([0.5, 2.0, 1.0])
-        low = Whitening.of_low_rank(start_of(jnp.float64), jnp.arange(3.0), sigma, directions, [9.0, 0.1])
+        low = Whitening.of_low_rank(
+            start_of(jnp.float64), jnp.arange(3.0), sigma, directions, [9.0, 0.1]
+        )
         stretched = np.eye(3) + directions @ np.diag([8.0, -0.9]) @ directions.T
-        root = np.stack([ravel_pytree(low.leave(unit))[0] - np.arange(3.0) for unit in np.eye(3)], axis=1)
-        np.testing.assert_allclose(root @ root.T, np.diag(sigma) @ stretched @ np.diag(sigma), rtol=1e-12, atol=1e-14)
+        root = np.stack(
+            [ravel_pytree(low.leave(unit))[0] - np.arange(3.0) for unit in np.eye(3)], axis=1
+        )
+        np.testing.assert_allclose(
+            root @ root.T, np.diag(sigma) @ stretched @ np.diag(sigma), rtol=1e-12, atol=1e-14
+        )
         z = jnp.array([0.3, -2.0, 1.0])
         np.testing.assert_allclose(low.enter(low.leave(z)), z, rtol=1e-12)
         with pytest.raises(ValueError, match="directions: columns are orthonormal only to"):
-            Whitening.of_low_rank(start_of(jnp.float64), jnp.zeros(3), sigma, directions * 1.1, [9.0, 0.1])
+            Whitening.of_low_rank(
+                start_of(jnp.float64), jnp.zeros(3), sigma, directions * 1.1, [9.0, 0.1]
+            )
         with pytest.raises(ValueError, match="variances: smallest entry -1"):
-            Whitening.of_low_rank(start_of(jnp.float64), jnp.zeros(3), sigma, directions, [9.0, -1.0])
+            Whitening.of_low_rank(
+                start_of(jnp.float64), jnp.zeros(3), sigma, directions, [9.0, -1.0]
+            )
 
 
 @pytest.mark.parametrize("shape", ["dense", "diagonal"])
@@ -271,49 +349,76 @@ def test_whitened_hmc_is_blackjaxs_hmc_with_that_metric(shape):
     """BlackJAX draws p = L⁻ᵀ n with n normal; in whitened coordinates p_z = Lᵀ p = n: the very same path."""
     with jax.enable_x64(True):
         covariance, density = jnp.asarray(covariance_of(shape)), logdensity_of(jnp.float64)
-        whitened = hmc(density, 0.25, Whitening.of_covariance(start_of(jnp.float64), jnp.arange(3.0), covariance), 3)
+        whitened = hmc(
+            density,
+            0.25,
+            Whitening.of_covariance(start_of(jnp.float64), jnp.arange(3.0), covariance),
+            3,
+        )
         plain = hmc(density, 0.25, covariance, 3)
         keys, position = jax.random.split(jax.random.key(8), 60), start_of(jnp.float64)
 
         @functools.partial(jax.jit, compiler_options=QUICK)
         def run():
             paths = [loop(kernel, kernel.init(position), keys) for kernel in (whitened, plain)]
-            return [(jax.vmap(kernel.position)(path), info.is_accepted)
-                    for kernel, (path, info) in zip((whitened, plain), paths)]
+            return [
+                (jax.vmap(kernel.position)(path), info.is_accepted)
+                for kernel, (path, info) in zip((whitened, plain), paths)
+            ]
 
         (ours, our_decisions), (theirs, their_decisions) = run()
         np.testing.assert_array_equal(our_decisions, their_decisions)
         assert 3 < (~np.asarray(our_decisions)).sum() < 57
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-8), ours, theirs)
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-8), ours, theirs
+        )
 
 
 def test_builders_are_blackjaxs_algorithms():
     """Without a metric, `mala` and `random_walk` are BlackJAX's; in unit coordinates `nuts` is with unit mass."""
     with jax.enable_x64(True):
+
         def density(x):
             return -0.5 * jnp.sum(x**2) - 0.1 * jnp.sum(x**4)
 
-        keys, start, unit = jax.random.split(jax.random.key(1), 25), jnp.array([0.4, -1.0]), jnp.ones(2)
+        keys, start, unit = (
+            jax.random.split(jax.random.key(1), 25),
+            jnp.array([0.4, -1.0]),
+            jnp.ones(2),
+        )
         white = Whitening.of_covariance(start, jnp.zeros(2), unit)
-        pairs = [(mala(density, 0.4), blackjax.mala(density, 0.4)),
-                 (mala(density, 0.4, white), blackjax.mala(density, 0.4)),
-                 (nuts(density, 0.6, white, 3), blackjax.nuts(density, 0.6, unit, max_num_doublings=3)),
-                 (random_walk(density, 0.8), blackjax.additive_step_random_walk(
-                     density, blackjax.mcmc.random_walk.normal(0.8 * unit)))]
+        pairs = [
+            (mala(density, 0.4), blackjax.mala(density, 0.4)),
+            (mala(density, 0.4, white), blackjax.mala(density, 0.4)),
+            (nuts(density, 0.6, white, 3), blackjax.nuts(density, 0.6, unit, max_num_doublings=3)),
+            (
+                random_walk(density, 0.8),
+                blackjax.additive_step_random_walk(
+                    density, blackjax.mcmc.random_walk.normal(0.8 * unit)
+                ),
+            ),
+        ]
 
         @functools.partial(jax.jit, compiler_options=QUICK)
         def run():
-            return [(loop(kernel, kernel.init(start), keys)[0],
-                     blackjax_loop(algorithm, start, jax.random.key(0), keys)[0].position)
-                    for kernel, algorithm in pairs]
+            return [
+                (
+                    loop(kernel, kernel.init(start), keys)[0],
+                    blackjax_loop(algorithm, start, jax.random.key(0), keys)[0].position,
+                )
+                for kernel, algorithm in pairs
+            ]
 
         for ours, theirs in run():
             np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
             assert len(np.unique(np.asarray(ours)[:, 0])) > 5
 
 
-@pytest.mark.parametrize("num_steps, step_size", [(1, 0.4), (3, 0.25), (11, 0.15)],
-                         ids=["one step", "written out", "a loop"])
+@pytest.mark.parametrize(
+    "num_steps, step_size",
+    [(1, 0.4), (3, 0.25), (11, 0.15)],
+    ids=["one step", "written out", "a loop"],
+)
 def test_trajectories_without_the_densitys_value_are_blackjaxs(num_steps, step_size):
     with jax.enable_x64(True):
         density, mass = logdensity_of(jnp.float64), jnp.asarray(covariance_of("dense"))
@@ -327,7 +432,9 @@ def test_trajectories_without_the_densitys_value_are_blackjaxs(num_steps, step_s
             return (jax.vmap(ours.position)(path), info), (states.position, said)
 
         (path, info), (wanted, said) = run()
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9), path, wanted)
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9), path, wanted
+        )
         np.testing.assert_array_equal(info.is_accepted, said.is_accepted)
         np.testing.assert_allclose(info.energy, said.energy, rtol=1e-9)
         np.testing.assert_array_equal(info.num_integration_steps, num_steps)
@@ -336,6 +443,7 @@ def test_trajectories_without_the_densitys_value_are_blackjaxs(num_steps, step_s
 
 def test_the_densitys_value_is_not_computed_on_the_way():
     """The compiled step has log(1 + x²) of the density after the loop of the leapfrogs, BlackJAX's has it inside."""
+
     def density(x):
         return -jnp.sum(jnp.log1p(x**2))
 
@@ -349,11 +457,22 @@ def test_the_densitys_value_is_not_computed_on_the_way():
             elif " = " in line:
                 inside.append(line)
         looped = set(re.findall(r"body=%?([\w.\-]+)", "\n".join(sum(blocks.values(), []))))
-        while called := {name for block in looped for line in blocks[block]
-                         for name in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", line)} - looped:
+        while (
+            called := {
+                name
+                for block in looped
+                for line in blocks[block]
+                for name in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", line)
+            }
+            - looped
+        ):
             looped |= called
-        return [block in looped for block, lines in blocks.items() for line in lines
-                if " log-plus-one(" in line and 'log1p"' in line]
+        return [
+            block in looped
+            for block, lines in blocks.items()
+            for line in lines
+            if " log-plus-one(" in line and 'log1p"' in line
+        ]
 
     assert places(blackjax.hmc(density, 0.1, jnp.ones(7), 11)) == [True]
     assert places(hmc(density, 0.1, jnp.ones(7), 11)) == [False]
@@ -371,19 +490,33 @@ def test_hmc_takes_a_quarter_period_by_default():
     for leapfrogs in (1, 2, 3, 8, 20):
         step = 2 * np.sin(np.pi / (4 * leapfrogs))
         kernel = hmc(lambda x: -0.5 * jnp.sum(x**2), float(step), jnp.ones(1))
-        ends = [kernel.step(jax.random.key(0), kernel.init(jnp.array([start])))[1].proposal.position[0]
-                for start in (0.3, 1.7)]
+        ends = [
+            kernel.step(jax.random.key(0), kernel.init(jnp.array([start])))[1].proposal.position[0]
+            for start in (0.3, 1.7)
+        ]
         np.testing.assert_allclose(ends[0], ends[1], atol=1e-4)
 
 
 # --- what is refused, and how it is said
 
-BAD_STEPS = [0, 0.0, -0.1, float("nan"), float("inf"), -float("inf"), np.float32(0), jnp.float32(jnp.nan),
-             [0.1, 0.2], None]
+BAD_STEPS = [
+    0,
+    0.0,
+    -0.1,
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    np.float32(0),
+    jnp.float32(jnp.nan),
+    [0.1, 0.2],
+    None,
+]
 
 
 @pytest.mark.parametrize("step_size", BAD_STEPS, ids=str)
-@pytest.mark.parametrize("builder", [mala, hmc, nuts, random_walk], ids=lambda builder: builder.__name__)
+@pytest.mark.parametrize(
+    "builder", [mala, hmc, nuts, random_walk], ids=lambda builder: builder.__name__
+)
 def test_bad_step_size(builder, step_size):
     arguments = (jnp.ones(3),) if builder in (hmc, nuts) else ()
     with pytest.raises(ValueError, match=r"step_size: got .*, wanted one positive finite number"):
@@ -391,9 +524,13 @@ def test_bad_step_size(builder, step_size):
 
 
 BAD_METRICS = {
-    "scalar": (1.0, "shape"), "not square": (np.ones((3, 2)), "shape"), "three axes": (np.ones((3, 3, 3)), "shape"),
-    "zero variance": ([1.0, 0.0, 1.0], "smallest variance 0"), "negative variance": ([1.0, -2.0, 1.0], "variance -2"),
-    "NaN": ([1.0, np.nan, 1.0], "not finite"), "infinite": (np.diag([1.0, np.inf, 1.0]), "not finite"),
+    "scalar": (1.0, "shape"),
+    "not square": (np.ones((3, 2)), "shape"),
+    "three axes": (np.ones((3, 3, 3)), "shape"),
+    "zero variance": ([1.0, 0.0, 1.0], "smallest variance 0"),
+    "negative variance": ([1.0, -2.0, 1.0], "variance -2"),
+    "NaN": ([1.0, np.nan, 1.0], "not finite"),
+    "infinite": (np.diag([1.0, np.inf, 1.0]), "not finite"),
     "asymmetric": ([[1.0, 0.5, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], "not symmetric"),
     "indefinite": ([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 1.0]], "not positive definite"),
     "singular": (np.diag([1.0, 0.0, 1.0]), "not positive definite"),
@@ -440,8 +577,12 @@ def test_metric_of_another_kind(builder):
 @pytest.mark.parametrize("missing", ["init", "step"])
 def test_algorithm_without_a_function(missing):
     parts = {"init": lambda position: position, "step": lambda key, state: (state, ())}
-    with pytest.raises(TypeError, match=f"algorithm: got SimpleNamespace without a function `{missing}`"):
-        from_blackjax(SimpleNamespace(**{name: part for name, part in parts.items() if name != missing}))
+    with pytest.raises(
+        TypeError, match=f"algorithm: got SimpleNamespace without a function `{missing}`"
+    ):
+        from_blackjax(
+            SimpleNamespace(**{name: part for name, part in parts.items() if name != missing})
+        )
     with pytest.raises(TypeError, match="algorithm"):
         from_blackjax(None)
 

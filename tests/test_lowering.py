@@ -10,12 +10,30 @@ import pytest
 from jax import export
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
-from partime_mcmc import coalescing_hmc, deer, elk, hmc, mala, nuts, quasi_deer, quasi_elk, sequential, shooting, solve
+from partime_mcmc import (
+    coalescing_hmc,
+    deer,
+    elk,
+    hmc,
+    mala,
+    nuts,
+    quasi_deer,
+    quasi_elk,
+    sequential,
+    shooting,
+    solve,
+)
 from partime_mcmc.kernels import CoalescingDice, Whitening
 from partime_mcmc.scan import Dense, Diagonal, LocalTime, PallasScan
 
-GPU = AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,), abstract_device=AbstractDevice(
-    device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"))
+GPU = AbstractMesh(
+    (1,),
+    ("device",),
+    axis_types=(AxisType.Auto,),
+    abstract_device=AbstractDevice(
+        device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"
+    ),
+)
 TRITON = "__gpu$xla.gpu.triton"
 # A length of no other test: what JAX traces for a processor is of other shapes, and neither is taken for the other.
 T, D = 4099, 5
@@ -30,27 +48,43 @@ def on_a_gpu(monkeypatch):
 def lowered(function, *args) -> str:
     """The program for CUDA, as text."""
     with use_abstract_mesh(GPU):
-        made = export.export(jax.jit(function), platforms=["cuda"],
-                             disabled_checks=[export.DisabledSafetyCheck.custom_call(TRITON)])
+        made = export.export(
+            jax.jit(function),
+            platforms=["cuda"],
+            disabled_checks=[export.DisabledSafetyCheck.custom_call(TRITON)],
+        )
         return made(*args).mlir_module()
 
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("way", ["prefix", "suffix"])
-@pytest.mark.parametrize("kind, num_steps, width, dtype", [
-    (Diagonal, T, 8, "float32"), (Diagonal, T, 1, "bfloat16"), (Diagonal, T, 3, "float64"),
-    (Diagonal, T, 600, "float32"), (Dense, T, 4, "float32"), (Dense, T, 8, "bfloat16"), (Dense, T, 5, "float64")])
+@pytest.mark.parametrize(
+    "kind, num_steps, width, dtype",
+    [
+        (Diagonal, T, 8, "float32"),
+        (Diagonal, T, 1, "bfloat16"),
+        (Diagonal, T, 3, "float64"),
+        (Diagonal, T, 600, "float32"),
+        (Dense, T, 4, "float32"),
+        (Dense, T, 8, "bfloat16"),
+        (Dense, T, 5, "float64"),
+    ],
+)
 def test_the_kernels_of_the_scans(kind, num_steps, width, dtype, way, on_a_gpu):
     with jax.enable_x64(dtype == "float64"):
         shape = (num_steps, width) if kind is Diagonal else (num_steps, width, width)
-        maps = kind(jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((num_steps, width), dtype))
-        text = lowered(getattr(LocalTime(PallasScan()), way), maps, jax.ShapeDtypeStruct((width,), dtype))
+        maps = kind(
+            jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((num_steps, width), dtype)
+        )
+        text = lowered(
+            getattr(LocalTime(PallasScan()), way), maps, jax.ShapeDtypeStruct((width,), dtype)
+        )
     # Wide states take a single pass, others two.
     assert text.count(TRITON) == (1 if width >= PallasScan().wide else 2)
 
 
 def funnel(x):
-    return -0.5 * x[0]**2 - 0.5 * jnp.sum(x[1:]**2) * jnp.exp(-x[0]) - 0.5 * (D - 1) * x[0]
+    return -0.5 * x[0] ** 2 - 0.5 * jnp.sum(x[1:] ** 2) * jnp.exp(-x[0]) - 0.5 * (D - 1) * x[0]
 
 
 KERNELS = {
@@ -60,10 +94,18 @@ KERNELS = {
     "HMC, coalescing": lambda density, unit: coalescing_hmc(density, 0.3, unit, 4),
     "NUTS": lambda density, unit: nuts(density, 0.3, unit),
 }
-SOLVERS = {"shooting": shooting, "DEER": deer, "quasi-DEER": quasi_deer, "ELK": elk, "quasi-ELK": quasi_elk,
-           "sequential": sequential}
+SOLVERS = {
+    "shooting": shooting,
+    "DEER": deer,
+    "quasi-DEER": quasi_deer,
+    "ELK": elk,
+    "quasi-ELK": quasi_elk,
+    "sequential": sequential,
+}
 # Newton's solvers need a derivative of the step, which NUTS has not.
-PAIRS = [(kernel, "shooting") for kernel in KERNELS] + [("HMC", solver) for solver in SOLVERS if solver != "shooting"]
+PAIRS = [(kernel, "shooting") for kernel in KERNELS] + [
+    ("HMC", solver) for solver in SOLVERS if solver != "shooting"
+]
 
 
 @pytest.mark.parametrize("kernel, solver", PAIRS)

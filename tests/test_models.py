@@ -21,7 +21,12 @@ def precision(request):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_can_start(precision, name):
     built_in = MODELS[name]()
-    assert isinstance(built_in, BuiltIn) and built_in.name == name and built_in.source and built_in.description
+    assert (
+        isinstance(built_in, BuiltIn)
+        and built_in.name == name
+        and built_in.source
+        and built_in.description
+    )
     target = built_in.make_target(KEY)
     one, two = target.start(jax.random.key(1)), target.start(jax.random.key(2))
     check_start(target.logdensity, one)
@@ -33,7 +38,9 @@ def test_every_model_can_start(precision, name):
     batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), one, two)
     named, single = jax.jit(jax.vmap(target.constrain))(batch), target.constrain(one)
     for value in named:
-        np.testing.assert_allclose(named[value][0], single[value], rtol=20 * jnp.finfo(precision).eps)
+        np.testing.assert_allclose(
+            named[value][0], single[value], rtol=20 * jnp.finfo(precision).eps
+        )
 
 
 def test_eight_schools_density():
@@ -61,7 +68,12 @@ def test_survey_is_as_published():
     survey = logistic.load_survey()
     assert {name: values.shape for name, values in survey.items()} == dict.fromkeys(survey, (944,))
     np.testing.assert_allclose(
-        [survey["vote"].sum(), survey["age"].mean(), survey["income"].mean(), survey["logpopul"].mean()],
+        [
+            survey["vote"].sum(),
+            survey["age"].mean(),
+            survey["income"].mean(),
+            survey["logpopul"].mean(),
+        ],
         [393, 47.043432, 16.331568, 2.472307],
         rtol=1e-6,
     )
@@ -86,7 +98,9 @@ def test_logistic_density_and_hoisted_data():
         x, vote, _ = logistic.design()
         beta = np.linspace(-0.5, 0.5, 25)
         logits = x @ beta
-        expected = stats.norm(0, 2.5).logpdf(beta).sum() + (vote * logits - np.logaddexp(0, logits)).sum()
+        expected = (
+            stats.norm(0, 2.5).logpdf(beta).sum() + (vote * logits - np.logaddexp(0, logits)).sum()
+        )
         position = {"beta": jnp.asarray(beta)}
         np.testing.assert_allclose(target.logdensity(position), expected, rtol=1e-12)
         shapes = [np.shape(const) for const in jax.make_jaxpr(target.logdensity)(position).consts]

@@ -9,7 +9,12 @@ import pytest
 from numpyro.infer import init_to_median, init_to_value
 from numpyro.infer.util import initialize_model, potential_energy
 
-from partime_mcmc.diagnostics.checks import InvalidStart, check_deterministic, check_precision, check_start
+from partime_mcmc.diagnostics.checks import (
+    InvalidStart,
+    check_deterministic,
+    check_precision,
+    check_start,
+)
 from partime_mcmc.mcmc.numpyro import from_numpyro
 
 KEY = jax.random.key(0)
@@ -47,12 +52,18 @@ def test_density_starts_and_named_values(precision):
     assert {name: (leaf.shape, leaf.dtype) for name, leaf in start.items()} == {
         "beta": ((2,), precision), "scale": ((), precision)}  # fmt: skip
     eps = jnp.finfo(precision).eps
-    reference = potential_energy(regression, (jnp.asarray(rows()),), {"y": jnp.asarray(outcomes())}, start)
+    reference = potential_energy(
+        regression, (jnp.asarray(rows()),), {"y": jnp.asarray(outcomes())}, start
+    )
     np.testing.assert_allclose(target.logdensity(start), -reference, rtol=50 * eps)
     named = target.constrain(start)
-    assert set(named) == {"scale", "beta", "mean"} == set(target.names)  # latent and deterministic, not observed
+    assert (
+        set(named) == {"scale", "beta", "mean"} == set(target.names)
+    )  # latent and deterministic, not observed
     np.testing.assert_allclose(named["scale"], np.exp(start["scale"]), rtol=50 * eps)
-    np.testing.assert_allclose(named["mean"], rows() @ np.asarray(start["beta"]), rtol=50 * eps, atol=50 * eps)
+    np.testing.assert_allclose(
+        named["mean"], rows() @ np.asarray(start["beta"]), rtol=50 * eps, atol=50 * eps
+    )
     assert target.dims == {"beta": ("column",)}
     check_start(target.logdensity, start)
     check_deterministic(target.logdensity, start)
@@ -96,7 +107,9 @@ def test_numpy_data_are_used_in_either_precision():
         assert wide.dtype == jnp.float64 and target.start(KEY)["beta"].dtype == jnp.float64
         jax.jit(target.logdensity)(start)
     assert target.logdensity(start) == narrow and narrow.dtype == jnp.float32
-    assert jnp.asarray(x).dtype == jnp.asarray(y).dtype == jnp.float32  # the caller's arrays are left alone
+    assert (
+        jnp.asarray(x).dtype == jnp.asarray(y).dtype == jnp.float32
+    )  # the caller's arrays are left alone
 
 
 def test_models_may_index_and_branch_on_numpy_data():
@@ -124,7 +137,9 @@ def test_init_strategies():
     target = from_numpyro(regression, rows(), y=outcomes(), key=KEY, init_strategy=init_to_median)
     assert abs(float(target.start(KEY)["scale"])) < 2
     values = {"scale": 2.0, "beta": np.array([1.0, -1.0])}
-    target = from_numpyro(regression, rows(), y=outcomes(), key=KEY, init_strategy=init_to_value(values=values))
+    target = from_numpyro(
+        regression, rows(), y=outcomes(), key=KEY, init_strategy=init_to_value(values=values)
+    )
     np.testing.assert_allclose(target.start(KEY)["scale"], np.log(2.0), rtol=1e-6)
     np.testing.assert_array_equal(target.start(KEY)["beta"], [1.0, -1.0])
 
@@ -201,14 +216,24 @@ def exponential(y):
 
 
 def categorical(y):
-    numpyro.sample("y", dist.Categorical(probs=numpyro.sample("p", dist.Dirichlet(np.ones(3)))), obs=y)
+    numpyro.sample(
+        "y", dist.Categorical(probs=numpyro.sample("p", dist.Dirichlet(np.ones(3)))), obs=y
+    )
 
 
 @pytest.mark.parametrize(
     "model, data, words",
     [
-        (exponential, np.array([1.0, -2.0, 3.0]), r"site 'y': got 1 .*outside .*Exponential, the first -2.0 .*\(1,\)"),
-        (exponential, np.array([1.0, np.nan]), r"site 'y': got 1 NaN among its 2 observed values .*\(1,\)"),
+        (
+            exponential,
+            np.array([1.0, -2.0, 3.0]),
+            r"site 'y': got 1 .*outside .*Exponential, the first -2.0 .*\(1,\)",
+        ),
+        (
+            exponential,
+            np.array([1.0, np.nan]),
+            r"site 'y': got 1 NaN among its 2 observed values .*\(1,\)",
+        ),
         (categorical, np.array([0, 1, 3]), "site 'y': got 1 .*outside .*Categorical.* the first 3"),
     ],
 )
@@ -220,13 +245,17 @@ def test_observations_that_cannot_be(model, data, words):
 def test_data_with_nan_are_named():
     bad = rows()
     bad[2, 1] = np.nan
-    with pytest.raises(ValueError, match="argument 'x' has 1 NaN or infinite of 8 entries.*after site 'mean'"):
+    with pytest.raises(
+        ValueError, match="argument 'x' has 1 NaN or infinite of 8 entries.*after site 'mean'"
+    ):
         from_numpyro(regression, bad, y=outcomes(), key=KEY)
 
     def by_hand(y):
         numpyro.factor("likelihood", -jnp.sum((y - numpyro.sample("mean", dist.Normal())) ** 2))
 
-    with pytest.raises(InvalidStart, match="argument 'y' has 1 NaN.*site 'likelihood' has log probability nan"):
+    with pytest.raises(
+        InvalidStart, match="argument 'y' has 1 NaN.*site 'likelihood' has log probability nan"
+    ):
         from_numpyro(by_hand, np.array([1.0, np.nan]), key=KEY)
 
 

@@ -11,8 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from catalogue import (DYNAMICS, QUICK, SOLVERS, SolverRow, by_name, flat, langevin_problem, measured_residual, run,
-                       sequential_path, within)
+from catalogue import (
+    DYNAMICS,
+    QUICK,
+    SOLVERS,
+    SolverRow,
+    by_name,
+    flat,
+    langevin_problem,
+    measured_residual,
+    run,
+    sequential_path,
+    within,
+)
 
 from partime_mcmc.recipes import deer, jacobi, quasi_elk
 from partime_mcmc.scan import AssociativeScan, ChunkedScan, LocalTime
@@ -32,15 +43,25 @@ def covering():
                 yield row, dynamics, (17, 257)[(i + j) // 2 % 2], TYPES[(i // 2 + j) % 2]
     for j, dynamics in enumerate(DYNAMICS):
         for length in (0, 1, 2):
-            yield SOLVERS[(3 * j + length) % len(SOLVERS)], dynamics, length, TYPES[(j + length) % 2]
+            yield (
+                SOLVERS[(3 * j + length) % len(SOLVERS)],
+                dynamics,
+                length,
+                TYPES[(j + length) % 2],
+            )
 
 
 def pytest_generate_tests(metafunc):
     if "length" in metafunc.fixturenames:
         full = metafunc.config.getoption("full_catalogue")
         cases = itertools.product(SOLVERS, DYNAMICS, LENGTHS, TYPES) if full else covering()
-        metafunc.parametrize(("row", "dynamics", "length", "kind"), [
-            pytest.param(*case, id=f"{case[0].name}-{case[1].name}-{case[2]}-{case[3]}") for case in cases])
+        metafunc.parametrize(
+            ("row", "dynamics", "length", "kind"),
+            [
+                pytest.param(*case, id=f"{case[0].name}-{case[1].name}-{case[2]}-{case[3]}")
+                for case in cases
+            ],
+        )
 
 
 def assert_exact(problem, solution, num_steps):
@@ -52,8 +73,11 @@ def assert_exact(problem, solution, num_steps):
     # The library's bound is 256 ulp; two compilations of one step differ by a few more.
     assert within(measured_residual(problem, solution.states), states, DEFAULT_ULPS + 32).all()
     largest = np.abs(measured_residual(problem, solution.states)).max(initial=0.0)
-    np.testing.assert_allclose(solution.residual, largest, atol=32 * np.finfo(states.dtype).eps * (
-        1 + np.abs(states).max(initial=0.0)))
+    np.testing.assert_allclose(
+        solution.residual,
+        largest,
+        atol=32 * np.finfo(states.dtype).eps * (1 + np.abs(states).max(initial=0.0)),
+    )
 
 
 def assert_same_path(solution, wanted, num_steps, ulps=16 * DEFAULT_ULPS):
@@ -66,7 +90,9 @@ def test_equals_the_sequential_path(row, dynamics, length, kind):
     with jax.enable_x64(kind == "float64"):
         problem = dynamics.build(length, jnp.dtype(kind))
         # The theorem's bound on long paths, where Picard needs all of it; the default on short ones.
-        solution = run(row, problem, max_iterations=length if row.newton_like and length > 2 else None)
+        solution = run(
+            row, problem, max_iterations=length if row.newton_like and length > 2 else None
+        )
         wanted = sequential_path(problem)
         assert jax.tree.structure(solution.states) == jax.tree.structure(wanted)
         for got, state in zip(jax.tree.leaves(solution.states), jax.tree.leaves(problem.initial)):
@@ -83,8 +109,10 @@ def test_equals_the_sequential_path(row, dynamics, length, kind):
             assert int(solution.iterations) <= length * -(-length // row.schedule.window(length))
 
 
-@pytest.mark.parametrize("schedule, size", [(Stretches, 1), (Stretches, 7), (Stretches, 1000),
-                                            (Sliding, 1), (Sliding, 3), (Sliding, 39)])
+@pytest.mark.parametrize(
+    "schedule, size",
+    [(Stretches, 1), (Stretches, 7), (Stretches, 1000), (Sliding, 1), (Sliding, 3), (Sliding, 39)],
+)
 def test_windows_shorter_than_a_burst_of_rejections(schedule, size, double):
     problem = langevin_problem(40, double, step_size=1.3)
     wanted = sequential_path(problem)
@@ -99,8 +127,11 @@ def test_windows_shorter_than_a_burst_of_rejections(schedule, size, double):
         assert float(solution.stats.evaluations) <= 2.1
 
 
-@pytest.mark.parametrize("solver, scan", [(deer(), AssociativeScan()), (quasi_elk(), ChunkedScan(4))],
-                         ids=["deer, associative", "quasi-elk, chunked"])
+@pytest.mark.parametrize(
+    "solver, scan",
+    [(deer(), AssociativeScan()), (quasi_elk(), ChunkedScan(4))],
+    ids=["deer, associative", "quasi-elk, chunked"],
+)
 def test_another_scan_gives_the_same_path(solver, scan, double):
     problem = by_name(DYNAMICS, "accept or reject").build(17, double)
     solution = run(SolverRow("", solver, False, axis=LocalTime(scan)), problem)
@@ -114,7 +145,9 @@ def test_vmap_gives_each_path_its_own_answer(double):
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def batched(starts):
-        return jax.vmap(lambda start: solve(problem.dynamics, start, problem.drives, solver=deer()))(starts)
+        return jax.vmap(
+            lambda start: solve(problem.dynamics, start, problem.drives, solver=deer())
+        )(starts)
 
     solution = batched(starts)
     assert solution.status.shape == (3,) and solution.stats.residual_history.ndim == 2

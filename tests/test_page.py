@@ -24,7 +24,11 @@ class Reader(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.loads += [value for name, value in attrs if name.split(":")[-1] in ("src", "href", "action", "srcset")]
+        self.loads += [
+            value
+            for name, value in attrs
+            if name.split(":")[-1] in ("src", "href", "action", "srcset")
+        ]
         if tag not in ("meta", "link", "br", "img"):
             self.open.append(tag)
 
@@ -52,16 +56,29 @@ def test_a_page_stands_alone_and_escapes_what_it_shows(tmp_path):
     draws.constrained[NASTY] = draws.constrained.pop("mu")
     draws.constrained["theta"][0, 7, 0] = np.nan  # pictures must live with it
     report = compare(draws, other)
-    text = page.page(draws, title=NASTY, sequential=draws, comparison=report, distances=np.geomspace(1, 1e-12, 40)[None],
-                     passes=np.geomspace(1, 1e-12, 60).reshape(3, 20))
+    text = page.page(
+        draws,
+        title=NASTY,
+        sequential=draws,
+        comparison=report,
+        distances=np.geomspace(1, 1e-12, 40)[None],
+        passes=np.geomspace(1, 1e-12, 60).reshape(3, 20),
+    )
     seen = Reader(text)
     assert not seen.open and not seen.crossed
     # Links are to parts of the page itself, and there is neither script nor anything else that fetches.
     assert all(link.startswith(("#", "data:image/png;base64,")) for link in seen.loads)
     assert "url(http" not in text and "@import" not in text
-    assert not {"script", "link", "iframe", "img", "object"} & set(seen.tags) and seen.tags.count("svg") == 7
+    assert (
+        not {"script", "link", "iframe", "img", "object"} & set(seen.tags)
+        and seen.tags.count("svg") == 7
+    )
     assert NASTY not in text and NASTY in "".join(seen.text)
-    assert "prefers-color-scheme: dark" in text and "currentColor" in text and "default-src 'none'" in text
+    assert (
+        "prefers-color-scheme: dark" in text
+        and "currentColor" in text
+        and "default-src 'none'" in text
+    )
     # Inner names of different pictures do not meet.
     names = [part.split('"')[0] for part in text.split(' id="')[1:]]
     assert len(names) == len(set(names)) > 0
@@ -75,7 +92,11 @@ def test_what_failed_is_said(monkeypatch):
     draws.positions["mu"][2], draws.constrained["mu"][2] = 1.5, 1.5
     draws.constrained["theta"][0, 7, 0] = np.nan
     text = page.page(draws, title="bad")
-    assert "3 of 4 chains certified" in text and 'class="verdict bad"' in text and "<tr class=bad><th>mu" in text
+    assert (
+        "3 of 4 chains certified" in text
+        and 'class="verdict bad"' in text
+        and "<tr class=bad><th>mu" in text
+    )
     assert "undefined)" in text and "<th>theta[0]</th><td>-</td>" in text
     draws.certificate = None
     assert "no certificate" in page.page(draws, title="none")
@@ -84,7 +105,12 @@ def test_what_failed_is_said(monkeypatch):
 def test_without_matplotlib_there_is_a_page_without_pictures(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     text = page.page(run(), title="bare")
-    assert "<svg" not in text and "partime_mcmc[plots]" in text and "all but" not in text and "<h2>Posterior</h2>" in text
+    assert (
+        "<svg" not in text
+        and "partime_mcmc[plots]" in text
+        and "all but" not in text
+        and "<h2>Posterior</h2>" in text
+    )
     with pytest.raises(ImportError, match=r"partime_mcmc\[plots\]"):
         plots.residual_by_iteration(np.ones((1, 3)))
 
@@ -95,7 +121,9 @@ def test_residuals_by_step_show_peaks_and_what_is_not_finite():
     axis = run_plots.convergence(draws).axes[1]
     assert np.nanmax(axis.lines[2].get_ydata()) == 3e-10  # of chain 1, at step 5
     marks = [line for line in axis.lines if line.get_marker() == "x"]
-    assert [len(line.get_xdata()) for line in marks] == [0, 0, 1, 0] and marks[2].get_xdata()[0] == 334
+    assert [len(line.get_xdata()) for line in marks] == [0, 0, 1, 0] and marks[2].get_xdata()[
+        0
+    ] == 334
 
 
 def test_coalescence_counts_pairs_that_have_not_met_for_good():
@@ -109,7 +137,9 @@ def test_coalescence_counts_pairs_that_have_not_met_for_good():
 def test_the_certificate_has_a_row_per_chain():
     draws = run()
     rows = run_plots.certificate_rows(draws.certificate)
-    assert [row["chain"] for row in rows] == ["0", "1", "2", "3"] and rows[1]["largest residual"] == "3.0e-10"
+    assert [row["chain"] for row in rows] == ["0", "1", "2", "3"] and rows[1][
+        "largest residual"
+    ] == "3.0e-10"
     figure = run_plots.certificate_figure(draws)
     assert len(figure.axes) == 4 and figure.axes[3].tables
     assert canvas.svg(figure, "one").startswith("<svg ")

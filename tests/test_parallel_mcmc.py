@@ -59,7 +59,16 @@ def finished():
         warnings.simplefilter("error")
         mcmc = ParallelMCMC(sampler(), num_warmup=WARMUP, num_samples=SAMPLES, num_chains=CHAINS)
         mcmc.run(
-            KEY, X, y=Y, extra_fields=("potential_energy", "num_steps", "accept_prob", "z.noise", "adapt_state.step_size")
+            KEY,
+            X,
+            y=Y,
+            extra_fields=(
+                "potential_energy",
+                "num_steps",
+                "accept_prob",
+                "z.noise",
+                "adapt_state.step_size",
+            ),
         )
         return mcmc
 
@@ -67,7 +76,14 @@ def finished():
 def test_what_is_overridden_is_what_numpyro_has():
     """NumPyro's private method that moves chains, by its arguments, and the collection parameters that it reads."""
     theirs = inspect.signature(MCMC._single_chain_mcmc)
-    assert list(theirs.parameters) == ["self", "init", "args", "kwargs", "collect_fields", "remove_sites"]
+    assert list(theirs.parameters) == [
+        "self",
+        "init",
+        "args",
+        "kwargs",
+        "collect_fields",
+        "remove_sites",
+    ]
     assert theirs == inspect.signature(ParallelMCMC._single_chain_mcmc)
     assert list(inspect.signature(MCMC.run).parameters) == [
         name for name in inspect.signature(ParallelMCMC.run).parameters if name != "store"
@@ -95,9 +111,15 @@ def test_draws_fields_and_report():
         "adapt_state.step_size",
     }
     np.testing.assert_allclose(np.exp(fields["z.noise"]), grouped["noise"])
-    assert fields["potential_energy"].shape == (CHAINS, SAMPLES) and fields["diverging"].dtype == bool
+    assert (
+        fields["potential_energy"].shape == (CHAINS, SAMPLES) and fields["diverging"].dtype == bool
+    )
     report = mcmc.or_raise().report
-    assert report.level == Level.CERTIFIED_PATH and report.parallel and report.warmup.num_steps <= WARMUP
+    assert (
+        report.level == Level.CERTIFIED_PATH
+        and report.parallel
+        and report.warmup.num_steps <= WARMUP
+    )
     assert "CERTIFIED_PATH" in str(report) and "gradients in all" in str(report)
 
 
@@ -126,19 +148,34 @@ def test_numpyros_own_mcmc_walks_the_same_chains():
     """The sequential reference: the same kernel object, keys and states in NumPyro's `MCMC`."""
     mcmc = finished()
     theirs = MCMC(
-        sampler(), num_warmup=0, num_samples=SAMPLES, num_chains=CHAINS, chain_method="vectorized", progress_bar=False
+        sampler(),
+        num_warmup=0,
+        num_samples=SAMPLES,
+        num_chains=CHAINS,
+        chain_method="vectorized",
+        progress_bar=False,
     )
     ready = ParallelMCMC(sampler(), num_warmup=WARMUP, num_samples=SAMPLES, num_chains=CHAINS)
     ready.warmup(KEY, X, y=Y)
     theirs.post_warmup_state = ready.post_warmup_state
-    theirs.run(jax.random.split(KEY, CHAINS), X, y=Y, extra_fields=("accept_prob", "num_steps", "mean_accept_prob"))
-    np.testing.assert_allclose(theirs.get_samples()["slope"], mcmc.get_samples()["slope"], rtol=1e-8)
+    theirs.run(
+        jax.random.split(KEY, CHAINS),
+        X,
+        y=Y,
+        extra_fields=("accept_prob", "num_steps", "mean_accept_prob"),
+    )
+    np.testing.assert_allclose(
+        theirs.get_samples()["slope"], mcmc.get_samples()["slope"], rtol=1e-8
+    )
     np.testing.assert_allclose(
         theirs.get_extra_fields()["accept_prob"], mcmc.get_extra_fields()["accept_prob"], rtol=1e-6
     )
-    np.testing.assert_allclose(theirs.last_state.mean_accept_prob, mcmc.last_state.mean_accept_prob, rtol=1e-6)
+    np.testing.assert_allclose(
+        theirs.last_state.mean_accept_prob, mcmc.last_state.mean_accept_prob, rtol=1e-6
+    )
     np.testing.assert_array_equal(
-        theirs.last_state.adapt_state.discrete["phase"], mcmc.last_state.adapt_state.discrete["phase"]
+        theirs.last_state.adapt_state.discrete["phase"],
+        mcmc.last_state.adapt_state.discrete["phase"],
     )
 
 
@@ -161,23 +198,38 @@ def test_a_run_on_disk_is_the_run_in_memory(tmp_path):
     fields = ("potential_energy", "num_steps", "accept_prob")
 
     def run(kernel, **changes):
-        mcmc = ParallelMCMC(kernel, num_warmup=WARMUP, num_samples=SAMPLES, num_chains=CHAINS, progress_bar=False)
-        mcmc.run(KEY, X, **({"y": Y, "store": Store(tmp_path, chunk=SAMPLES // 2), "extra_fields": fields} | changes))
+        mcmc = ParallelMCMC(
+            kernel, num_warmup=WARMUP, num_samples=SAMPLES, num_chains=CHAINS, progress_bar=False
+        )
+        mcmc.run(
+            KEY,
+            X,
+            **(
+                {"y": Y, "store": Store(tmp_path, chunk=SAMPLES // 2), "extra_fields": fields}
+                | changes
+            ),
+        )
         return mcmc
 
     mcmc, whole = run(sampler()), finished()
     for name, values in whole.get_samples(group_by_chain=True).items():
         np.testing.assert_allclose(mcmc.get_samples(group_by_chain=True)[name], values, rtol=1e-9)
     for name in fields:
-        np.testing.assert_allclose(mcmc.get_extra_fields()[name], whole.get_extra_fields()[name], rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(
+            mcmc.get_extra_fields()[name], whole.get_extra_fields()[name], rtol=1e-6, atol=1e-9
+        )
     assert mcmc.report.level == Level.CERTIFIED_PATH and mcmc.draws.finished
     for name in ("i", "mean_accept_prob", "num_steps"):
-        np.testing.assert_allclose(getattr(mcmc.last_state, name), getattr(whole.last_state, name), rtol=1e-9)
+        np.testing.assert_allclose(
+            getattr(mcmc.last_state, name), getattr(whole.last_state, name), rtol=1e-9
+        )
     before = mcmc.get_samples()
     mcmc.draws.chunks[1].path.unlink()
     again = run(CoalescingHMC(line))
     jax.tree.map(np.testing.assert_array_equal, again.get_samples(), before)
-    jax.tree.map(np.testing.assert_array_equal, again.last_state.adapt_state, mcmc.last_state.adapt_state)
+    jax.tree.map(
+        np.testing.assert_array_equal, again.last_state.adapt_state, mcmc.last_state.adapt_state
+    )
     with pytest.raises(StoreMismatch, match="data: "):
         run(sampler(), y=Y + 1)
     with pytest.raises(ValueError, match="extra_fields: got 'z.noise' with a store"):
@@ -187,7 +239,12 @@ def test_a_run_on_disk_is_the_run_in_memory(tmp_path):
 @pytest.mark.slow
 def test_thinning_one_chain_and_left_out_sites():
     mcmc = ParallelMCMC(
-        sampler(), num_warmup=WARMUP, num_samples=SAMPLES, num_chains=CHAINS, thinning=3, chain_method="parallel"
+        sampler(),
+        num_warmup=WARMUP,
+        num_samples=SAMPLES,
+        num_chains=CHAINS,
+        thinning=3,
+        chain_method="parallel",
     )
     mcmc.run(KEY, X, y=Y, extra_fields=("~z.level",))
     kept = np.asarray(finished().get_samples(group_by_chain=True)["slope"])[:, SAMPLES % 3 + 2 :: 3]
@@ -195,7 +252,10 @@ def test_thinning_one_chain_and_left_out_sites():
     assert set(mcmc.get_samples()) == {"slope", "noise"} and kept.shape == (CHAINS, SAMPLES // 3)
     alone = ParallelMCMC(sampler(), num_warmup=WARMUP, num_samples=20, solver=sequential())
     alone.run(KEY, X, y=Y, init_params={"slope": jnp.zeros(()), "noise": jnp.zeros(())})
-    assert alone.get_samples(group_by_chain=True)["slope"].shape == (1, 20) and alone.last_state.i == 20
+    assert (
+        alone.get_samples(group_by_chain=True)["slope"].shape == (1, 20)
+        and alone.last_state.i == 20
+    )
     assert not alone.report.parallel and alone.report.level == Level.CERTIFIED_PATH
 
 
@@ -215,16 +275,25 @@ KERNELS = {
     "hmc": lambda: HMC(line, trajectory_length=1.4, target_accept_prob=0.9),
     "nuts": lambda: NUTS(line, dense_mass=False, max_tree_depth=(5, 6)),
     "mala": lambda: MALA(potential_fn=lambda z: 0.5 * jnp.sum((z - 3.0) ** 2)),
-    "blackjax": lambda: BlackJAXKernel(lambda logdensity, step_size: blackjax.barker(logdensity, step_size), line),
+    "blackjax": lambda: BlackJAXKernel(
+        lambda logdensity, step_size: blackjax.barker(logdensity, step_size), line
+    ),
 }
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_kernel_runs(name):
     kernel = KERNELS[name]()
-    mcmc = ParallelMCMC(kernel, num_warmup=120, num_samples=24, num_chains=2, solver=jacobi(), progress_bar=False)
+    mcmc = ParallelMCMC(
+        kernel, num_warmup=120, num_samples=24, num_chains=2, solver=jacobi(), progress_bar=False
+    )
     data = (X, Y) if kernel.model is not None else ()
-    mcmc.run(KEY, *data, init_params=None if data else jnp.zeros((2, 3)), extra_fields=("accept_prob", "num_steps"))
+    mcmc.run(
+        KEY,
+        *data,
+        init_params=None if data else jnp.zeros((2, 3)),
+        extra_fields=("accept_prob", "num_steps"),
+    )
     report = mcmc.or_raise().report
     assert report.level == Level.CERTIFIED_PATH and report.warmup.settings["step_size"] > 0
     assert np.ptp(mcmc.get_extra_fields()["accept_prob"]) > 0
@@ -274,7 +343,11 @@ def test_models_that_cannot_be_sampled(case):
 
 
 ARGUMENTS = {
-    "no samples": (lambda: ParallelMCMC(sampler(), num_warmup=40, num_samples=0), ValueError, "num_samples: got 0"),
+    "no samples": (
+        lambda: ParallelMCMC(sampler(), num_warmup=40, num_samples=0),
+        ValueError,
+        "num_samples: got 0",
+    ),
     "no chains": (
         lambda: ParallelMCMC(sampler(), num_warmup=40, num_samples=4, num_chains=0),
         ValueError,
@@ -285,24 +358,48 @@ ARGUMENTS = {
         TypeError,
         "sampler: got a numpyro",
     ),
-    "step size": (lambda: _run(CoalescingHMC(line, step_size=-0.1)), ValueError, "step_size: got -0.1"),
-    "metric": (lambda: CoalescingHMC(line, inverse_mass_matrix=-np.eye(2)), ValueError, "inverse_mass_matrix"),
-    "metric shape": (lambda: _run(CoalescingHMC(line, inverse_mass_matrix=np.eye(3))), ValueError, "inverse_mass_matrix"),
+    "step size": (
+        lambda: _run(CoalescingHMC(line, step_size=-0.1)),
+        ValueError,
+        "step_size: got -0.1",
+    ),
+    "metric": (
+        lambda: CoalescingHMC(line, inverse_mass_matrix=-np.eye(2)),
+        ValueError,
+        "inverse_mass_matrix",
+    ),
+    "metric shape": (
+        lambda: _run(CoalescingHMC(line, inverse_mass_matrix=np.eye(3))),
+        ValueError,
+        "inverse_mass_matrix",
+    ),
     "key": (lambda: _run(sampler(), key=3), TypeError, "rng_key: got 3"),
     "too many keys": (
         lambda: _run(sampler(), key=jax.random.split(KEY, 3), num_chains=2),
         ValueError,
         "got 3 keys for 2 chains",
     ),
-    "field": (lambda: finished().run(KEY, X, y=Y, extra_fields=("steps",)), ValueError, "extra_fields: got 'steps'"),
+    "field": (
+        lambda: finished().run(KEY, X, y=Y, extra_fields=("steps",)),
+        ValueError,
+        "extra_fields: got 'steps'",
+    ),
     "two models": (lambda: HMC(line, lambda z: 0.0), ValueError, "exactly one"),
     "starts": (
-        lambda: _run(sampler(), init_params={"slope": jnp.full(2, jnp.nan), "noise": jnp.zeros(2)}, num_chains=2),
+        lambda: _run(
+            sampler(),
+            init_params={"slope": jnp.full(2, jnp.nan), "noise": jnp.zeros(2)},
+            num_chains=2,
+        ),
         InvalidStart,
         "init_params",
     ),
     "integer starts": (
-        lambda: _run(sampler(), init_params={"slope": jnp.zeros(2, int), "noise": jnp.zeros(2, bool)}, num_chains=2),
+        lambda: _run(
+            sampler(),
+            init_params={"slope": jnp.zeros(2, int), "noise": jnp.zeros(2, bool)},
+            num_chains=2,
+        ),
         InvalidStart,
         "init_params",
     ),
@@ -328,7 +425,12 @@ def test_bad_arguments(case):
 
 def test_an_improper_posterior_is_suspected():
     with pytest.warns(UserWarning, match="improper|accepted less than"):
-        _run(CoalescingHMC(potential_fn=lambda z: 0.0 * jnp.sum(z)), init_params=jnp.ones(2), data=(), num_warmup=200)
+        _run(
+            CoalescingHMC(potential_fn=lambda z: 0.0 * jnp.sum(z)),
+            init_params=jnp.ones(2),
+            data=(),
+            num_warmup=200,
+        )
 
 
 def test_a_density_that_loses_its_digits_in_float32_is_found_out():

@@ -50,7 +50,9 @@ def fixed():
 
 def run(sampler=None, key=KEY, data=(Y,), num_chains=2, num_warmup=0, init_params=None, **options):
     sampler = fixed() if sampler is None else sampler
-    mcmc = ParallelMCMC(sampler, num_warmup=num_warmup, num_samples=SAMPLES, num_chains=num_chains, **options)
+    mcmc = ParallelMCMC(
+        sampler, num_warmup=num_warmup, num_samples=SAMPLES, num_chains=num_chains, **options
+    )
     mcmc.run(key, *data, init_params=init_params)
     return mcmc
 
@@ -81,7 +83,11 @@ def test_typed_and_legacy_keys_one_or_one_per_chain():
 
 KEYS = {
     "three typed": (jax.random.split(KEY, 3), ValueError, "got 3 keys for 2 chains"),
-    "three legacy": (jax.random.split(jax.random.PRNGKey(0), 3), ValueError, "got 3 keys for 2 chains"),
+    "three legacy": (
+        jax.random.split(jax.random.PRNGKey(0), 3),
+        ValueError,
+        "got 3 keys for 2 chains",
+    ),
     "a table": (jax.random.split(KEY, (2, 2)), ValueError, "got 2 x 2 keys for 2 chains"),
     "wrong width": (np.zeros((2, 3), np.uint32), ValueError, r"uint32 numbers of shape \(3,\)"),
     "integers": (np.zeros((2, 2), np.int32), TypeError, "int32"),
@@ -119,7 +125,10 @@ def test_what_was_pickled_knows_its_draws_and_can_run_again():
     copied = copy.deepcopy(mcmc)
     for one in (again, copied):
         jax.tree.map(np.testing.assert_array_equal, one.get_samples(), mcmc.get_samples())
-        assert str(one.report) == str(mcmc.report) == str(report) and one.warmed.settings == mcmc.warmed.settings
+        assert (
+            str(one.report) == str(mcmc.report) == str(report)
+            and one.warmed.settings == mcmc.warmed.settings
+        )
     assert 0 <= again.advice.meeting.fraction_met <= 1
     again.run(KEY, Y)
     jax.tree.map(np.testing.assert_array_equal, again.get_samples(), mcmc.get_samples())
@@ -159,9 +168,13 @@ ADAPTED = {
 
 @pytest.mark.parametrize("name", ADAPTED)
 def test_an_adaptation_comes_alone(name):
-    with pytest.raises(ValueError, match=f"adaptation: got a WindowAdaptation together with {name}, wanted"):
+    with pytest.raises(
+        ValueError, match=f"adaptation: got a WindowAdaptation together with {name}, wanted"
+    ):
         HMC(level, adaptation=WindowAdaptation(), **{name: ADAPTED[name]})
-    assert isinstance(HMC(level, adaptation=WindowAdaptation(), num_steps=3).adaptation, WindowAdaptation)
+    assert isinstance(
+        HMC(level, adaptation=WindowAdaptation(), num_steps=3).adaptation, WindowAdaptation
+    )
 
 
 BAD = {
@@ -173,8 +186,16 @@ BAD = {
     "step text": (lambda: MALA(level, step_size="small"), ValueError, "step_size: got 'small'"),
     "depth": (lambda: NUTS(level, max_tree_depth=0), ValueError, "max_tree_depth: got 0"),
     "every": (lambda: CoalescingHMC(level, every=0), ValueError, "every: got 0"),
-    "blocks": (lambda: HMC(level, inverse_mass_matrix={("mu",): np.eye(1)}), ValueError, "inverse_mass_matrix: got blocks"),
-    "site": (lambda: run(init_params={"nu": jnp.zeros(8)}, num_chains=8), ValueError, r"got sites \['nu'\], wanted"),
+    "blocks": (
+        lambda: HMC(level, inverse_mass_matrix={("mu",): np.eye(1)}),
+        ValueError,
+        "inverse_mass_matrix: got blocks",
+    ),
+    "site": (
+        lambda: run(init_params={"nu": jnp.zeros(8)}, num_chains=8),
+        ValueError,
+        r"got sites \['nu'\], wanted",
+    ),
     "few sites": (lambda: run(init_params={"mu": jnp.zeros(2)}), ValueError, r"got sites \['mu'\]"),
     "array": (lambda: run(init_params=jnp.zeros((2, 2))), ValueError, "init_params: got a "),
     "shape": (
@@ -188,9 +209,21 @@ BAD = {
         r"init_params\['sigma'\]: got shape \(\), wanted \(2, ...\)",
     ),
     "none": (lambda: run(init_params={}), ValueError, "init_params: got {}"),
-    "their other kernel": (lambda: run(BarkerMH(level)), TypeError, "sampler: got a numpyro.*BarkerMH"),
-    "a kernel's child": (lambda: run(type("Mine", (numpyro.infer.NUTS,), {})(level)), TypeError, "sampler: got a .*Mine"),
-    "kinetic": (lambda: run(numpyro.infer.NUTS(level, kinetic_fn=lambda m, r: 0.0)), ValueError, "sampler.kinetic_fn"),
+    "their other kernel": (
+        lambda: run(BarkerMH(level)),
+        TypeError,
+        "sampler: got a numpyro.*BarkerMH",
+    ),
+    "a kernel's child": (
+        lambda: run(type("Mine", (numpyro.infer.NUTS,), {})(level)),
+        TypeError,
+        "sampler: got a .*Mine",
+    ),
+    "kinetic": (
+        lambda: run(numpyro.infer.NUTS(level, kinetic_fn=lambda m, r: 0.0)),
+        ValueError,
+        "sampler.kinetic_fn",
+    ),
     "their blocks": (
         lambda: run(numpyro.infer.NUTS(level, inverse_mass_matrix={("mu",): np.eye(1)})),
         ValueError,
@@ -209,7 +242,12 @@ def test_bad_arguments(case):
 def test_arguments_of_numpyros_that_have_nothing_to_do():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        HMC(level, find_heuristic_step_size=False, regularize_mass_matrix=True, forward_mode_differentiation=False)
+        HMC(
+            level,
+            find_heuristic_step_size=False,
+            regularize_mass_matrix=True,
+            forward_mode_differentiation=False,
+        )
     with pytest.warns(UserWarning, match="find_heuristic_step_size: got True, which has no effect"):
         MALA(level, find_heuristic_step_size=True)
     with pytest.warns(UserWarning, match="regularize_mass_matrix: got False, which has no effect"):
@@ -226,10 +264,15 @@ def test_forward_mode_is_honoured():
         numpyro.factor("loop", -0.5 * moved**2)
 
     mcmc = ParallelMCMC(
-        HMC(loops, forward_mode_differentiation=True, num_steps=2), num_warmup=100, num_samples=400, num_chains=2
+        HMC(loops, forward_mode_differentiation=True, num_steps=2),
+        num_warmup=100,
+        num_samples=400,
+        num_chains=2,
     )
     mcmc.run(KEY)
-    assert abs(mcmc.get_samples()["mu"].mean() - 3.0 / 1.01) < 0.2 and mcmc.or_raise().report.parallel
+    assert (
+        abs(mcmc.get_samples()["mu"].mean() - 3.0 / 1.01) < 0.2 and mcmc.or_raise().report.parallel
+    )
     with pytest.raises(ValueError, match="[Rr]everse-mode"):
         ParallelMCMC(HMC(loops), num_warmup=20, num_samples=4).run(KEY)
 
@@ -239,10 +282,22 @@ def test_forward_mode_is_honoured():
 
 def test_numpyros_kernels_keep_their_arguments_where_we_look():
     """An argument is stored under its name with an underscore, as given."""
-    marker = {"target_accept_prob": 0.77, "step_size": 0.33, "dense_mass": True, "adapt_step_size": False,
-              "adapt_mass_matrix": False, "init_strategy": init_to_median, "model": level, "inverse_mass_matrix": np.eye(2),
-              "find_heuristic_step_size": True, "forward_mode_differentiation": True, "regularize_mass_matrix": False,
-              "num_steps": 7, "trajectory_length": 1.25, "max_tree_depth": 6}
+    marker = {
+        "target_accept_prob": 0.77,
+        "step_size": 0.33,
+        "dense_mass": True,
+        "adapt_step_size": False,
+        "adapt_mass_matrix": False,
+        "init_strategy": init_to_median,
+        "model": level,
+        "inverse_mass_matrix": np.eye(2),
+        "find_heuristic_step_size": True,
+        "forward_mode_differentiation": True,
+        "regularize_mass_matrix": False,
+        "num_steps": 7,
+        "trajectory_length": 1.25,
+        "max_tree_depth": 6,
+    }
     for theirs, own in _OWN.items():
         names = (*_CARRIED, *own, "kinetic_fn", "step_size", "adapt_step_size")
         assert set(names) <= set(inspect.signature(theirs.__init__).parameters)
@@ -256,13 +311,29 @@ def test_what_was_set_is_kept_and_what_was_not_is_left_open():
     plain = ours(numpyro.infer.HMC(level))
     assert isinstance(plain, HMC) and plain._fixed() == {} and plain.model is level
     assert plain.adaptation == HMC(level).adaptation
-    found = ours(numpyro.infer.NUTS(level, target_accept_prob=0.9, max_tree_depth=5, step_size=0.2, adapt_step_size=False,
-                                    init_strategy=init_to_median, inverse_mass_matrix=jnp.ones(2)))
+    found = ours(
+        numpyro.infer.NUTS(
+            level,
+            target_accept_prob=0.9,
+            max_tree_depth=5,
+            step_size=0.2,
+            adapt_step_size=False,
+            init_strategy=init_to_median,
+            inverse_mass_matrix=jnp.ones(2),
+        )
+    )
     assert isinstance(found, NUTS) and found._fixed() == {"step_size": 0.2, "max_num_doublings": 5}
     assert found.adaptation.target_acceptance == 0.9 and found._init_strategy is init_to_median
     np.testing.assert_array_equal(found.adaptation.guess, np.ones(2))
-    path = ours(numpyro.infer.HMC(level, num_steps=3, trajectory_length=1.5, adapt_step_size=False, step_size=0.5))
-    assert path._fixed() == {"step_size": 0.5, "num_integration_steps": 3} and path.adaptation.path_length == 1.5
+    path = ours(
+        numpyro.infer.HMC(
+            level, num_steps=3, trajectory_length=1.5, adapt_step_size=False, step_size=0.5
+        )
+    )
+    assert (
+        path._fixed() == {"step_size": 0.5, "num_integration_steps": 3}
+        and path.adaptation.path_length == 1.5
+    )
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -290,7 +361,13 @@ def test_a_script_of_numpyros_runs_with_the_class_changed(capsys):
         rng_key, rng_key_, predict_key = jax.random.split(jax.random.key(0), 3)
         kernel = numpyro.infer.NUTS(model)
         mcmc = MCMC(kernel, num_warmup=300, num_samples=400, num_chains=2)
-        mcmc.run(rng_key_, marriage=marriage, age=age, divorce=divorce, extra_fields=("potential_energy",))
+        mcmc.run(
+            rng_key_,
+            marriage=marriage,
+            age=age,
+            divorce=divorce,
+            extra_fields=("potential_energy",),
+        )
         mcmc.print_summary()
         samples = mcmc.get_samples()
         predictive = Predictive(model, samples)
@@ -298,12 +375,17 @@ def test_a_script_of_numpyros_runs_with_the_class_changed(capsys):
         energy = mcmc.get_extra_fields()["potential_energy"]
         return mcmc, samples, drawn, energy
 
-    (_, theirs_drawn, _, energy), (mine, samples, drawn, my_energy) = script(MCMC), script(ParallelMCMC)
+    (_, theirs_drawn, _, energy), (mine, samples, drawn, my_energy) = (
+        script(MCMC),
+        script(ParallelMCMC),
+    )
     assert capsys.readouterr().out.count("Number of divergences: 0") == 2
     assert drawn.shape == (800, 50) and my_energy.shape == energy.shape == (800,)
     assert set(samples) == set(theirs_drawn)
     for name in ("a", "bM", "bA", "sigma"):
-        assert abs(samples[name].mean() - theirs_drawn[name].mean()) < 0.35 * theirs_drawn[name].std()
+        assert (
+            abs(samples[name].mean() - theirs_drawn[name].mean()) < 0.35 * theirs_drawn[name].std()
+        )
         assert 0.75 < samples[name].std() / theirs_drawn[name].std() < 1.3
     try:
         from arviz_base import from_numpyro

@@ -57,7 +57,11 @@ def test_residuals_leave_out_padding_and_show_the_tolerance(runs):
     axis = plots.residual_by_iteration(runs[0]).axes[0]
     curves = [data(line) for line in axis.lines]
     assert len(curves) == 5 and axis.get_yscale() == "log"
-    assert np.isnan(curves[0][0]) and np.isnan(curves[0][12:]).all() and np.isfinite(curves[0][1:12]).all()
+    assert (
+        np.isnan(curves[0][0])
+        and np.isnan(curves[0][12:]).all()
+        and np.isfinite(curves[0][1:12]).all()
+    )
     assert curves[-1][0] == 1e-8
     assert axis.get_xlim()[1] < 17  # chain 3 took 15 of the 20 iterations there was room for
 
@@ -105,5 +109,7 @@ def test_importing_is_light_and_drawing_leaves_pyplot_alone():
         "p.residual_by_iteration(np.ones((1, 3)))\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True
+    )
     assert done.returncode == 0 and done.stderr == "", done.stderr

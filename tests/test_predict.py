@@ -49,8 +49,14 @@ def _exponent(step, num_directions=1):
     @jax.jit
     def run(params, initial, drives, key):
         dynamics = Dynamics(step, params)
-        return lyapunov(dynamics, initial, rollout(dynamics, initial, drives), drives, key=key,
-                        num_directions=num_directions)
+        return lyapunov(
+            dynamics,
+            initial,
+            rollout(dynamics, initial, drives),
+            drives,
+            key=key,
+            num_directions=num_directions,
+        )
 
     return run
 
@@ -61,7 +67,9 @@ def _exponent(step, num_directions=1):
 def test_exponent_of_a_linear_system(precision):
     rotation, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))
     matrix = jnp.asarray(rotation @ np.diag([0.9, -0.5, 0.2]) @ rotation.T, precision)
-    found = _exponent(_linear)(matrix, jnp.ones(3, precision), _normal(1, (2000, 3), precision), jax.random.key(0))
+    found = _exponent(_linear)(
+        matrix, jnp.ones(3, precision), _normal(1, (2000, 3), precision), jax.random.key(0)
+    )
     assert found.exponent.dtype == precision
     np.testing.assert_allclose(found.exponent, math.log(0.9), atol=1e-5)
     assert found.standard_error < 1e-5 and found.num_zero == 0 and found.num_nonfinite == 0
@@ -77,7 +85,9 @@ def test_exponent_of_the_logistic_map_and_its_error(double):
     errors = []
     for seed in range(12):
         start = jnp.asarray(np.random.default_rng(seed).uniform(0.1, 0.9), double)
-        found = _exponent(_logistic_map)(jnp.asarray(4.0, double), start, jnp.arange(4096), jax.random.key(seed))
+        found = _exponent(_logistic_map)(
+            jnp.asarray(4.0, double), start, jnp.arange(4096), jax.random.key(seed)
+        )
         assert 1e-4 < found.standard_error < 0.05
         errors.append(float((found.exponent - math.log(2)) / found.standard_error))
     # The batch means of this map are negatively correlated, which makes the error an upper bound here.
@@ -104,13 +114,17 @@ _step_names = {"contractive": (0.5, -1), "chaotic": (6.0, 1)}
 def test_sign_of_the_exponent_of_networks(kind):
     gain, sign = _step_names[kind]
     weights = gain / math.sqrt(16) * _normal(2, (16, 16))
-    found = _exponent(_network)(weights, _normal(3, (16,)), 0.1 * _normal(4, (1500, 16)), jax.random.key(0))
+    found = _exponent(_network)(
+        weights, _normal(3, (16,)), 0.1 * _normal(4, (1500, 16)), jax.random.key(0)
+    )
     assert np.sign(found.exponent) == sign
     assert abs(found.exponent) > 5 * found.standard_error > 0
 
 
 def test_exponent_of_a_piecewise_constant_map_is_minus_infinity():
-    found = _exponent(_piecewise_constant)(jnp.asarray(0.5), jnp.asarray(3.0), jnp.ones(200), jax.random.key(0))
+    found = _exponent(_piecewise_constant)(
+        jnp.asarray(0.5), jnp.asarray(3.0), jnp.ones(200), jax.random.key(0)
+    )
     assert found.exponent == -np.inf and np.isnan(found.standard_error) and found.num_zero > 0
 
 
@@ -125,11 +139,22 @@ def test_exponent_of_a_derivative_that_is_not_finite():
 def test_lyapunov_refuses_what_it_cannot_use():
     dynamics = Dynamics(_linear, jnp.eye(2))
     with pytest.raises(ValueError, match="num_directions"):
-        lyapunov(dynamics, jnp.zeros(2), jnp.zeros((5, 2)), jnp.zeros((5, 2)), key=jax.random.key(0), num_directions=0)
+        lyapunov(
+            dynamics,
+            jnp.zeros(2),
+            jnp.zeros((5, 2)),
+            jnp.zeros((5, 2)),
+            key=jax.random.key(0),
+            num_directions=0,
+        )
     with pytest.raises(ValueError, match="common length"):
-        lyapunov(dynamics, jnp.zeros(2), jnp.zeros((5, 2)), jnp.zeros((6, 2)), key=jax.random.key(0))
+        lyapunov(
+            dynamics, jnp.zeros(2), jnp.zeros((5, 2)), jnp.zeros((6, 2)), key=jax.random.key(0)
+        )
     with pytest.raises(ValueError, match="at least 2"):
-        lyapunov(dynamics, jnp.zeros(2), jnp.zeros((1, 2)), jnp.zeros((1, 2)), key=jax.random.key(0))
+        lyapunov(
+            dynamics, jnp.zeros(2), jnp.zeros((1, 2)), jnp.zeros((1, 2)), key=jax.random.key(0)
+        )
 
 
 # Meeting times
@@ -142,7 +167,10 @@ def test_meeting_times_against_brute_force(precision):
     drives = _normal(8, (5, 300, 4), precision)
     bound = 256 * float(jnp.finfo(precision).eps)
     found = meeting_times(dynamics, starts, others, drives, tolerance=Tolerance(bound, bound))
-    paths = [jax.jit(jax.vmap(lambda a, u: rollout(dynamics, a, u)))(begin, drives) for begin in (starts, others)]
+    paths = [
+        jax.jit(jax.vmap(lambda a, u: rollout(dynamics, a, u)))(begin, drives)
+        for begin in (starts, others)
+    ]
     a, b = (np.asarray(path) for path in paths)
     near = (np.abs(a - b) <= bound * (1 + np.abs(b))).all(axis=2)
     assert near.any(axis=1).all() and bool(found.met.all())
@@ -151,7 +179,9 @@ def test_meeting_times_against_brute_force(precision):
     gaps = distances(dynamics, starts, others, drives)
     assert gaps.shape == (5, 300)
     np.testing.assert_allclose(gaps, np.abs(a - b).max(axis=2), atol=1e-5)
-    np.testing.assert_allclose(found.distance, np.asarray(gaps)[np.arange(5), np.asarray(found.steps) - 1], atol=bound)
+    np.testing.assert_allclose(
+        found.distance, np.asarray(gaps)[np.arange(5), np.asarray(found.steps) - 1], atol=bound
+    )
 
 
 def test_shared_drives_and_drives_of_each_pair_agree():
@@ -167,7 +197,9 @@ def test_equal_starts_meet_at_once_and_nan_never():
     dynamics = Dynamics(_network, 0.3 * _normal(9, (4, 4)))
     starts = _normal(13, (3, 4))
     others = starts.at[1].add(1.0).at[2, 0].set(jnp.nan)
-    found = meeting_times(dynamics, starts, others, _normal(14, (200, 4)), tolerance=Tolerance(1e-6, 1e-6))
+    found = meeting_times(
+        dynamics, starts, others, _normal(14, (200, 4)), tolerance=Tolerance(1e-6, 1e-6)
+    )
     assert found.steps[0] == 0 and found.met.tolist() == [True, True, False]
     assert found.distance[0] == 0 and np.isnan(found.distance[2])
     # Nobody waits for a NaN: the loop ended when the second pair had met.
@@ -176,8 +208,14 @@ def test_equal_starts_meet_at_once_and_nan_never():
 
 def test_pairs_that_do_not_meet_say_how_far_apart_they_are():
     dynamics = Dynamics(_linear, jnp.eye(2))
-    found = meeting_times(dynamics, jnp.zeros((2, 2)), jnp.asarray([[1.0, 3.0], [0.0, 2.0]]), jnp.ones((50, 2)),
-                          max_steps=20, scale=jnp.asarray([1.0, 2.0]))
+    found = meeting_times(
+        dynamics,
+        jnp.zeros((2, 2)),
+        jnp.asarray([[1.0, 3.0], [0.0, 2.0]]),
+        jnp.ones((50, 2)),
+        max_steps=20,
+        scale=jnp.asarray([1.0, 2.0]),
+    )
     assert not found.met.any() and found.steps.tolist() == [20, 20]
     np.testing.assert_allclose(found.distance, [1.5, 1.0])
 
@@ -201,7 +239,9 @@ def test_meeting_times_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="pairs"):
         meeting_times(dynamics, jnp.zeros((0, 4)), jnp.zeros((0, 4)), jnp.zeros((10, 4)))
     with pytest.raises(ValueError, match="max_steps"):
-        meeting_times(dynamics, jnp.zeros((3, 4)), jnp.ones((3, 4)), jnp.zeros((10, 4)), max_steps=0)
+        meeting_times(
+            dynamics, jnp.zeros((3, 4)), jnp.ones((3, 4)), jnp.zeros((10, 4)), max_steps=0
+        )
 
 
 # Kernels
@@ -212,18 +252,26 @@ def _gaussian(x):
 
 
 def _rosenbrock(x):
-    return -((1 - x[0])**2 + 100 * (x[1] - x[0]**2)**2) / 20
+    return -((1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2) / 20
 
 
-_EFFECT, _ERROR = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0]), np.array(
-    [15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+_EFFECT, _ERROR = (
+    np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0]),
+    np.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0]),
+)
 
 
 def _eight_schools(x):
     mu, log_tau, theta = 3.3 * x[0] + 4.4, 1.1 * x[1] + 0.8, x[2:]
     tau = jnp.exp(log_tau)
     misfit = (jnp.asarray(_EFFECT, x.dtype) - mu - tau * theta) / jnp.asarray(_ERROR, x.dtype)
-    return -0.5 * (mu / 5)**2 - jnp.log1p((tau / 5)**2) + log_tau - 0.5 * jnp.sum(theta**2) - 0.5 * jnp.sum(misfit**2)
+    return (
+        -0.5 * (mu / 5) ** 2
+        - jnp.log1p((tau / 5) ** 2)
+        + log_tau
+        - 0.5 * jnp.sum(theta**2)
+        - 0.5 * jnp.sum(misfit**2)
+    )
 
 
 def _system(algorithm, dimension, num_steps):
@@ -243,7 +291,9 @@ def test_mala_on_a_gaussian_meets_and_a_random_walk_does_not():
     dynamics, _, tape = _system(blackjax.mala(_gaussian, 0.3), 5, 1000)
     found = meeting_times(dynamics, starts, others, tape)
     assert found.met.all() and found.steps.max() < 300
-    walk = blackjax.additive_step_random_walk(_gaussian, blackjax.mcmc.random_walk.normal(0.8 * jnp.ones(5)))
+    walk = blackjax.additive_step_random_walk(
+        _gaussian, blackjax.mcmc.random_walk.normal(0.8 * jnp.ones(5))
+    )
     dynamics, _, tape = _system(walk, 5, 1000)
     found = meeting_times(dynamics, starts, others, tape)
     assert not found.met.any() and (found.distance > 0.05).all()
@@ -258,16 +308,27 @@ def _starts(dimension, count=8):
 
 def test_forgetful_chains_are_solved_in_parallel_and_the_same_question_gets_the_same_answer():
     dynamics, initial, tape = _schools_hmc()
-    ask = functools.partial(advise, dynamics, initial, tape, starts=_starts(10), num_steps=16384, machine=CPU)
+    ask = functools.partial(
+        advise, dynamics, initial, tape, starts=_starts(10), num_steps=16384, machine=CPU
+    )
     advice = ask()
     assert advice.parallel and isinstance(advice.solver, Shooting) and advice.schedule == Whole()
-    assert advice.num_segments == advice.solver.num_segments == 2**round(math.log2(advice.num_segments))
+    assert (
+        advice.num_segments
+        == advice.solver.num_segments
+        == 2 ** round(math.log2(advice.num_segments))
+    )
     assert 16 <= advice.num_segments <= 512 and advice.speedup > 2
     assert 1 < advice.evaluations_per_step < 2.5
     assert advice.meeting.fraction_met == 1 and advice.meeting.median <= advice.meeting.worst
     text = str(advice)
-    for number in (f"{advice.num_segments}", f"{advice.speedup:.1f}", f"{advice.evaluations_per_step:.2f}",
-                   f"{advice.meeting.median:.0f} steps", "16 of 16"):
+    for number in (
+        f"{advice.num_segments}",
+        f"{advice.speedup:.1f}",
+        f"{advice.evaluations_per_step:.2f}",
+        f"{advice.meeting.median:.0f} steps",
+        "16 of 16",
+    ):
         assert number in text
     assert ask() == advice
     solution = jax.jit(lambda: solve(dynamics, initial, tape, solver=advice.solver))()
@@ -278,21 +339,40 @@ def test_forgetful_chains_are_solved_in_parallel_and_the_same_question_gets_the_
 
 def test_chains_and_segments_share_the_machine():
     dynamics, initial, tape = _schools_hmc()
-    few, many = (advise(dynamics, initial, tape, starts=_starts(10), num_steps=16384, num_chains=count, machine=CPU)
-                 for count in (1, 8))
+    few, many = (
+        advise(
+            dynamics,
+            initial,
+            tape,
+            starts=_starts(10),
+            num_steps=16384,
+            num_chains=count,
+            machine=CPU,
+        )
+        for count in (1, 8)
+    )
     assert many.num_segments < few.num_segments and many.speedup < few.speedup
-    crowd = advise(dynamics, initial, tape, starts=_starts(10), num_steps=16384, num_chains=1024, machine=CPU)
-    assert not crowd.parallel and "1024 chains" in crowd.reason and isinstance(crowd.solver, Rollout)
+    crowd = advise(
+        dynamics, initial, tape, starts=_starts(10), num_steps=16384, num_chains=1024, machine=CPU
+    )
+    assert (
+        not crowd.parallel and "1024 chains" in crowd.reason and isinstance(crowd.solver, Rollout)
+    )
     gpu = advise(dynamics, initial, tape, starts=_starts(10), num_steps=16384, machine=GPU)
     assert gpu.num_segments > few.num_segments
 
 
 def test_compute_bound_steps_gain_no_more_than_the_cores():
-    rows, votes = _normal(23, (944, 25)), jnp.asarray(np.random.default_rng(24).integers(0, 2, 944), jnp.float32)
+    rows, votes = (
+        _normal(23, (944, 25)),
+        jnp.asarray(np.random.default_rng(24).integers(0, 2, 944), jnp.float32),
+    )
 
     def logdensity(position):
         logits = rows @ (position / 15)
-        return jnp.sum(votes * logits - jax.nn.softplus(logits)) - 0.5 * jnp.sum((position / 40)**2)
+        return jnp.sum(votes * logits - jax.nn.softplus(logits)) - 0.5 * jnp.sum(
+            (position / 40) ** 2
+        )
 
     dynamics, initial, tape = _system(blackjax.hmc(logdensity, 0.4, jnp.ones(25), 4), 25, 4096)
     advice = advise(dynamics, initial, tape, starts=_starts(25, 2), num_steps=4096, machine=CPU)
@@ -303,8 +383,12 @@ def test_compute_bound_steps_gain_no_more_than_the_cores():
 @pytest.mark.parametrize("name", ["random walk", "long paths on Rosenbrock"])
 def test_chains_that_do_not_forget_stay_sequential_and_are_told_why(name):
     if name == "random walk":
-        algorithm, dimension = blackjax.additive_step_random_walk(
-            _gaussian, blackjax.mcmc.random_walk.normal(0.8 * jnp.ones(5))), 5
+        algorithm, dimension = (
+            blackjax.additive_step_random_walk(
+                _gaussian, blackjax.mcmc.random_walk.normal(0.8 * jnp.ones(5))
+            ),
+            5,
+        )
     else:
         algorithm, dimension = blackjax.hmc(_rosenbrock, 0.1, jnp.ones(2), 40), 2
     dynamics, initial, tape = _system(algorithm, dimension, 512)
@@ -318,14 +402,22 @@ def test_chains_that_do_not_forget_stay_sequential_and_are_told_why(name):
 
 def test_starts_that_are_not_finite_are_said():
     dynamics = Dynamics(_network, 0.3 * _normal(9, (4, 4)))
-    advice = advise(dynamics, jnp.full(4, jnp.nan), _normal(25, (600, 4)), starts=_starts(4), num_steps=600)
+    advice = advise(
+        dynamics, jnp.full(4, jnp.nan), _normal(25, (600, 4)), starts=_starts(4), num_steps=600
+    )
     assert not advice.parallel and "8 of 16 pairs left the finite numbers" in advice.reason
 
 
 def test_long_paths_are_cut_to_what_memory_holds(double):
     dynamics = Dynamics(_network, 0.3 * _normal(9, (4, 4), double))
-    advice = advise(dynamics, jnp.zeros(4), _normal(26, (2000, 4), double), starts=_starts(4), num_steps=10**9,
-                    machine=GPU)
+    advice = advise(
+        dynamics,
+        jnp.zeros(4),
+        _normal(26, (2000, 4), double),
+        starts=_starts(4),
+        num_steps=10**9,
+        machine=GPU,
+    )
     assert isinstance(advice.schedule, Stretches)
     assert GPU.max_bytes / 2 < 6 * advice.schedule.size * 4 * 8 <= GPU.max_bytes
     assert f"stretch of {advice.schedule.size:,} steps" in str(advice)
@@ -374,8 +466,10 @@ def test_lanes_with_loops_of_unknown_length_wait_for_the_longest():
     def halve(params, state, drive):
         return jax.lax.while_loop(lambda x: jnp.abs(x).max() > 1, lambda x: x / 2, state) + drive
 
-    costs = [step_cost(Dynamics(step), jnp.zeros(3), jax.ShapeDtypeStruct((3,), jnp.float32), 50, 1, CPU)
-             for step in (halve, lambda params, state, drive: state / 2 + drive)]
+    costs = [
+        step_cost(Dynamics(step), jnp.zeros(3), jax.ShapeDtypeStruct((3,), jnp.float32), 50, 1, CPU)
+        for step in (halve, lambda params, state, drive: state / 2 + drive)
+    ]
     assert [cost.waits for cost in costs] == [True, False]
     for lanes, longest in ((1, 1.0), (64, 1.6)):
         alone = dataclasses.replace(costs[0], waits=False).loop(CPU, lanes)
@@ -385,7 +479,9 @@ def test_lanes_with_loops_of_unknown_length_wait_for_the_longest():
 def test_kernels_of_a_compiled_loop_are_counted():
     def loop(vector):
         def step(carry, _):
-            carry = jax.lax.fori_loop(0, 5, lambda _, v: jnp.tanh(v) / jnp.sum(v, axis=1, keepdims=True), carry)
+            carry = jax.lax.fori_loop(
+                0, 5, lambda _, v: jnp.tanh(v) / jnp.sum(v, axis=1, keepdims=True), carry
+            )
             return carry, carry[0]
 
         return jax.lax.scan(step, vector, None, length=100)[1]
@@ -406,7 +502,14 @@ def test_a_solve_watched_pass_by_pass_is_the_solve(double):
     inputs = jax.random.normal(jax.random.key(0), (40, 3))
     for solver in (deer(), jacobi()):
         residuals = residuals_by_pass(network, jnp.zeros(3), inputs, solver=solver)
-        history = np.asarray(solve(network, jnp.zeros(3), inputs, solver=solver).stats.residual_history)
-        np.testing.assert_allclose(residuals.max(axis=1), history[np.isfinite(history)], rtol=1e-6, atol=1e-15)
+        history = np.asarray(
+            solve(network, jnp.zeros(3), inputs, solver=solver).stats.residual_history
+        )
+        np.testing.assert_allclose(
+            residuals.max(axis=1), history[np.isfinite(history)], rtol=1e-6, atol=1e-15
+        )
         # Row k is what k passes before left: its first k steps are exact.
-        assert all((row[:k] < 1e-14).all() for k, row in enumerate(residuals)) and residuals[0].max() > 0.1
+        assert (
+            all((row[:k] < 1e-14).all() for k, row in enumerate(residuals))
+            and residuals[0].max() > 0.1
+        )

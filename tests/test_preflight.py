@@ -17,7 +17,9 @@ from partime_mcmc.mcmc.chains import check_fits
 from partime_mcmc.mcmc.numpyro import parallel, stored
 
 # Modules whose names their functions hide.
-sampling, resume = (importlib.import_module(f"partime_mcmc.mcmc.{name}") for name in ("sample", "resume"))
+sampling, resume = (
+    importlib.import_module(f"partime_mcmc.mcmc.{name}") for name in ("sample", "resume")
+)
 LIMIT = 2**30
 
 
@@ -26,7 +28,12 @@ def too_early(monkeypatch):
     """A machine of a known size, on which nothing may begin, not even warm-up."""
     for module in (arguments, chains):
         monkeypatch.setattr(module, "default_max_bytes", lambda mesh=None: LIMIT)
-    for module, name in ((sampling, "make_ready"), (resume, "make_ready"), (parallel, "begin"), (stored, "begin")):
+    for module, name in (
+        (sampling, "make_ready"),
+        (resume, "make_ready"),
+        (parallel, "begin"),
+        (stored, "begin"),
+    ):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("the run had begun"))
     begin = time.process_time()
     yield
@@ -34,14 +41,24 @@ def too_early(monkeypatch):
 
 
 def target_of(dimension=3, constrain=None):
-    return Target(lambda x: -0.5 * jnp.sum(x**2), lambda key: jax.random.normal(key, (dimension,)), constrain)
+    return Target(
+        lambda x: -0.5 * jnp.sum(x**2), lambda key: jax.random.normal(key, (dimension,)), constrain
+    )
 
 
 def test_sample_refuses_at_once(tmp_path):
-    with pytest.raises(TooLarge, match="num_samples: got 500000000 steps.* keep the draws on disk with store="):
+    with pytest.raises(
+        TooLarge, match="num_samples: got 500000000 steps.* keep the draws on disk with store="
+    ):
         sample(jax.random.key(0), target_of(), hmc, num_samples=5 * 10**8)
     with pytest.raises(TooLarge, match="store.chunk: 100000000 steps of 4 chains"):
-        sample(jax.random.key(0), target_of(), hmc, num_samples=5 * 10**8, store=Store(tmp_path / "run", chunk=10**8))
+        sample(
+            jax.random.key(0),
+            target_of(),
+            hmc,
+            num_samples=5 * 10**8,
+            store=Store(tmp_path / "run", chunk=10**8),
+        )
 
 
 def test_numpyros_front_refuses_at_once(tmp_path):
@@ -49,7 +66,9 @@ def test_numpyros_front_refuses_at_once(tmp_path):
         numpyro.sample("x", dist.Normal(0, 1))
 
     mcmc = ParallelMCMC(HMC(model), num_warmup=1000, num_samples=5 * 10**8, num_chains=4)
-    with pytest.raises(TooLarge, match="num_samples: got 500000000 steps.* keep the draws on disk with store="):
+    with pytest.raises(
+        TooLarge, match="num_samples: got 500000000 steps.* keep the draws on disk with store="
+    ):
         mcmc.run(jax.random.key(0))
     with pytest.raises(TooLarge, match="store.chunk: 99991552 steps of 4 chains"):
         mcmc.run(jax.random.key(0), store=Store(tmp_path / "run", chunk=10**8))
@@ -68,7 +87,11 @@ def test_what_the_model_makes_of_a_position_counts():
         return {"curve": jnp.broadcast_to(x[0], (10_000,))}
 
     # 10,000 draws of 4 chains: 1.6 GB of curves.
-    assert fits(target_of()) and not fits(target_of(constrain=rich)) and fits(target_of(constrain=rich), num_samples=5_000)
+    assert (
+        fits(target_of())
+        and not fits(target_of(constrain=rich))
+        and fits(target_of(constrain=rich), num_samples=5_000)
+    )
 
 
 def test_what_steps_say_of_themselves_counts():

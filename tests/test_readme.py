@@ -10,8 +10,16 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
-@pytest.mark.parametrize("number, words", [(0, "CERTIFIED_PATH"), (1, "BITWISE|CERTIFIED PATH"), (2, "True"),
-                                           (3, "e-0"), (4, "'draw': 5000.*True")])
+@pytest.mark.parametrize(
+    "number, words",
+    [
+        (0, "CERTIFIED_PATH"),
+        (1, "BITWISE|CERTIFIED PATH"),
+        (2, "True"),
+        (3, "e-0"),
+        (4, "'draw': 5000.*True"),
+    ],
+)
 def test_example(number, words, capsys):
     exec(compile(BLOCKS[number], f"README example {number + 1}", "exec"), {})
     assert re.search(words, capsys.readouterr().out, re.DOTALL)
@@ -21,7 +29,9 @@ def test_there_are_five_examples():
     assert len(BLOCKS) == 5
 
 
-@pytest.mark.parametrize("name", ["shooting-cpu", "posteriors-cpu", "dice-meetings", "dice-shooting"])
+@pytest.mark.parametrize(
+    "name", ["shooting-cpu", "posteriors-cpu", "dice-meetings", "dice-shooting"]
+)
 def test_tables_are_the_benchmarks(name):
     table = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text(encoding="utf-8")
     assert table.strip() in TEXT

@@ -10,7 +10,19 @@ import numpy as np
 import pytest
 from kernel_catalogue import KERNELS, logdensity_of, start_of
 
-from partime_mcmc import Independent, Recorded, Stretches, Target, Tolerance, hmc, jacobi, mala, random_walk, sample, shooting
+from partime_mcmc import (
+    Independent,
+    Recorded,
+    Stretches,
+    Target,
+    Tolerance,
+    hmc,
+    jacobi,
+    mala,
+    random_walk,
+    sample,
+    shooting,
+)
 from partime_mcmc.kernels import Kernel, certify_recorded, certify_with_records, from_blackjax
 from partime_mcmc.recipes import sequential
 from partime_mcmc.solution import Status
@@ -19,8 +31,15 @@ from partime_mcmc.solvers.shooting import Shooting
 
 T = 120
 ROLLING = {"shooting": shooting(steps=12), "sequential": sequential()}
-COUNTS = ("num_rejected", "longest_rejection", "num_nonfinite_proposals", "num_ambiguous", "frozen", "certified",
-          "discrete_consistent")
+COUNTS = (
+    "num_rejected",
+    "longest_rejection",
+    "num_nonfinite_proposals",
+    "num_ambiguous",
+    "frozen",
+    "certified",
+    "discrete_consistent",
+)
 
 
 def recorded_and_independent(kernel, position, solver, num_steps=T, tolerance=Tolerance()):
@@ -40,33 +59,49 @@ def recorded_and_independent(kernel, position, solver, num_steps=T, tolerance=To
 
 # Every shape of state and of info; the others are among the slow tests.
 OFTEN = {"mala", "dynamic hmc", "ghmc", "nuts", "hmc cycle"}
-CASES = [pytest.param(row, name, id=f"{row.name}, {name}",
-                      marks=() if row.name in OFTEN and (name == "shooting" or row.name == "mala") else pytest.mark.slow)
-         for row in KERNELS for name in ROLLING]
+CASES = [
+    pytest.param(
+        row,
+        name,
+        id=f"{row.name}, {name}",
+        marks=()
+        if row.name in OFTEN and (name == "shooting" or row.name == "mala")
+        else pytest.mark.slow,
+    )
+    for row in KERNELS
+    for name in ROLLING
+]
 
 
 @pytest.mark.parametrize("row, name", CASES)
 def test_both_say_the_same(row, name, double):
     kernel = row.build(logdensity_of(double), 3, double)
-    found, (mine, said), (theirs, records), _ = recorded_and_independent(kernel, start_of(double), ROLLING[name])
+    found, (mine, said), (theirs, records), _ = recorded_and_independent(
+        kernel, start_of(double), ROLLING[name]
+    )
     assert found.verdict == Status.CONVERGED and bool(mine.certified)
     assert not bool(mine.independent) and bool(theirs.independent)
     for field in COUNTS:
         assert np.array_equal(getattr(mine, field), getattr(theirs, field)), field
     # Two programs evaluate the same step, so they differ by rounding.
     np.testing.assert_allclose(mine.residual, theirs.residual, atol=1e-11)
-    assert np.array_equal(mine.accepted, theirs.accepted) and np.array_equal(said.held, records.held)
+    assert np.array_equal(mine.accepted, theirs.accepted) and np.array_equal(
+        said.held, records.held
+    )
     if row.decides:
         assert int(mine.num_rejected) > 0
     for one, other in zip(jax.tree.leaves(said), jax.tree.leaves(records)):
-        np.testing.assert_allclose(np.asarray(one, float), np.asarray(other, float), rtol=1e-8, atol=1e-9)
+        np.testing.assert_allclose(
+            np.asarray(one, float), np.asarray(other, float), rtol=1e-8, atol=1e-9
+        )
 
 
 def test_gaps_at_joints_are_told(double):
     """With a tolerance that lets segments meet early, the residual is what an independent pass finds, and too large."""
     kernel = from_blackjax(KERNELS[0].algorithm(logdensity_of(double), 3, double))
     _, (mine, said), (theirs, records), _ = recorded_and_independent(
-        kernel, start_of(double), ROLLING["shooting"], tolerance=Tolerance(0.0, 1e-3))
+        kernel, start_of(double), ROLLING["shooting"], tolerance=Tolerance(0.0, 1e-3)
+    )
     # Where paths meet, what is told is of the step in the path, and not of the one that it replaced.
     np.testing.assert_allclose(said.acceptance_rate, records.acceptance_rate, atol=1e-12)
     assert 1e-6 < float(mine.max_residual) < 1e-2 and not bool(mine.certified)
@@ -78,7 +113,9 @@ def test_gaps_at_joints_are_told(double):
 def test_rejected_steps_stand_still_to_the_last_bit(steps, double):
     kernel = from_blackjax(KERNELS[0].algorithm(logdensity_of(double), 3, double))
     solver = Shooting(steps=steps, max_evaluations=1e3)
-    found, (mine, _), _, initial = recorded_and_independent(kernel, start_of(double), solver, tolerance=Tolerance(0.0, 1e-3))
+    found, (mine, _), _, initial = recorded_and_independent(
+        kernel, start_of(double), solver, tolerance=Tolerance(0.0, 1e-3)
+    )
     moved = np.zeros(T, bool)
     for first, path in zip(jax.tree.leaves(initial), jax.tree.leaves(found.states)):
         before = np.concatenate([np.asarray(first)[None], np.asarray(path)[:-1]])
@@ -109,17 +146,26 @@ def test_a_counter_that_follows_the_path_is_found(double):
 
     def step(key, state):
         step_key, accept_key = jax.random.split(key)
-        moved = jax.random.uniform(accept_key) < jnp.exp(-state.position[0]**2) + 0.2
-        position = jnp.where(moved, 0.5 * state.position + jax.random.normal(step_key, state.position.shape), state.position)
+        moved = jax.random.uniform(accept_key) < jnp.exp(-(state.position[0] ** 2)) + 0.2
+        position = jnp.where(
+            moved,
+            0.5 * state.position + jax.random.normal(step_key, state.position.shape),
+            state.position,
+        )
         return Counting(position, state.moves + moved.astype(jnp.int32)), Walked(moved)
 
     kernel = Kernel(SimpleNamespace(init=init, step=step))
-    _, (mine, _), (theirs, _), _ = recorded_and_independent(kernel, jnp.zeros(2), ROLLING["shooting"])
+    _, (mine, _), (theirs, _), _ = recorded_and_independent(
+        kernel, jnp.zeros(2), ROLLING["shooting"]
+    )
     assert not bool(mine.discrete_consistent) and not bool(theirs.discrete_consistent)
     assert not bool(mine.certified)
 
 
-TARGET = Target(lambda x: -0.5 * jnp.sum(x**2) - 0.1 * jnp.sum(x**4), initial=lambda key: jax.random.normal(key, (4,)))
+TARGET = Target(
+    lambda x: -0.5 * jnp.sum(x**2) - 0.1 * jnp.sum(x**4),
+    initial=lambda key: jax.random.normal(key, (4,)),
+)
 
 
 @functools.cache
@@ -130,19 +176,29 @@ def kernel_of(builder, **settings):
 
 def draws_of(kernel, **more):
     with jax.enable_x64(True):
-        return sample(jax.random.key(3), TARGET, kernel, num_samples=256, num_chains=2, progress=False, **more)
+        return sample(
+            jax.random.key(3), TARGET, kernel, num_samples=256, num_chains=2, progress=False, **more
+        )
 
 
 @pytest.mark.parametrize("stretch", [256, 64])
 def test_the_draws_do_not_depend_on_the_evidence(stretch):
     with jax.enable_x64(True):
         kernel = hmc(TARGET.logdensity, 0.7, jnp.ones(4), 2)
-    mine, theirs = (draws_of(kernel, solver=shooting(steps=16), schedule=Stretches(stretch), certificate=evidence)
-                    for evidence in (Recorded(), Independent()))
+    mine, theirs = (
+        draws_of(
+            kernel, solver=shooting(steps=16), schedule=Stretches(stretch), certificate=evidence
+        )
+        for evidence in (Recorded(), Independent())
+    )
     assert np.array_equal(mine.positions, theirs.positions)
     assert not mine.certificate.independent.any() and theirs.certificate.independent.all()
-    assert mine.certificate.certified.all() and (np.asarray(mine.certificate.num_rejected) > 0).all()
-    assert set(mine.info) == set(theirs.info) and np.array_equal(mine.info["accepted"], theirs.info["accepted"])
+    assert (
+        mine.certificate.certified.all() and (np.asarray(mine.certificate.num_rejected) > 0).all()
+    )
+    assert set(mine.info) == set(theirs.info) and np.array_equal(
+        mine.info["accepted"], theirs.info["accepted"]
+    )
     assert "recorded" in mine.certificate.evidence and "independent" in theirs.certificate.evidence
 
 

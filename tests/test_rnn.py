@@ -17,8 +17,20 @@ from trained import trained
 
 from partime_mcmc.linearize import Clipped
 from partime_mcmc.recipes import deer, elk, jacobi, sequential, shooting
-from partime_mcmc.rnn import (ClosedForm, elman, elman_diagonal, elman_params, gru, gru_diagonal, gru_params, lstm,
-                              lstm_pairs, lstm_params, unroll, unroll_with_status)
+from partime_mcmc.rnn import (
+    ClosedForm,
+    elman,
+    elman_diagonal,
+    elman_params,
+    gru,
+    gru_diagonal,
+    gru_params,
+    lstm,
+    lstm_pairs,
+    lstm_params,
+    unroll,
+    unroll_with_status,
+)
 from partime_mcmc.rnn.batches import batch_around
 from partime_mcmc.solution import Status, Tolerance
 from partime_mcmc.solvers import Newton, relay_plan
@@ -36,8 +48,11 @@ def batches_in_lanes(monkeypatch):
     monkeypatch.setattr(relay_plan, "_FILLS_A_CORE", float("inf"))
 
 
-CELLS = {"elman": (elman, elman_params, lambda h: h), "gru": (gru, gru_params, lambda h: h),
-         "lstm": (lstm, lstm_params, lambda h: (h, -h))}
+CELLS = {
+    "elman": (elman, elman_params, lambda h: h),
+    "gru": (gru, gru_params, lambda h: h),
+    "lstm": (lstm, lstm_params, lambda h: (h, -h)),
+}
 
 
 def problem(name, dtype, num_steps=NUM_STEPS):
@@ -50,6 +65,7 @@ def problem(name, dtype, num_steps=NUM_STEPS):
 
 def scan(cell, params, carry, inputs, mask=None, reverse=False):
     """The definition."""
+
     def advance(carry, xs):
         x, wanted = xs
         new, y = cell(params, carry, jnp.where(wanted, x, 0))
@@ -70,13 +86,25 @@ def assert_close(got, wanted, bound):
 
 def loss(run, *arguments):
     carry, ys = run(*arguments)
-    return sum(jnp.sum(jnp.cos(jnp.arange(leaf.size)) * leaf.ravel() + 0.1 * leaf.ravel()**2)
-               for leaf in jax.tree.leaves((carry, ys)))
+    return sum(
+        jnp.sum(jnp.cos(jnp.arange(leaf.size)) * leaf.ravel() + 0.1 * leaf.ravel() ** 2)
+        for leaf in jax.tree.leaves((carry, ys))
+    )
 
 
-@pytest.mark.parametrize("name, kind", [
-    ("gru", "float32"), ("gru", "float64"), ("lstm", "float64"), ("elman", "float32"),
-    *(pytest.param(*one, marks=pytest.mark.slow) for one in (("lstm", "float32"), ("elman", "float64")))])
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("gru", "float32"),
+        ("gru", "float64"),
+        ("lstm", "float64"),
+        ("elman", "float32"),
+        *(
+            pytest.param(*one, marks=pytest.mark.slow)
+            for one in (("lstm", "float32"), ("elman", "float64"))
+        ),
+    ],
+)
 def test_equals_scan_with_its_gradients(name, kind):
     with jax.enable_x64(kind == "float64"):
         check_against_scan(name, jnp.dtype(kind))
@@ -90,11 +118,18 @@ def check_against_scan(name, precision):
     @quick
     def both(*arguments):
         final, ys, status = unroll_with_status(cell, *arguments)
-        grads = jax.grad(functools.partial(loss, functools.partial(unroll, cell)), argnums=(0, 1, 2))(*arguments)
+        grads = jax.grad(
+            functools.partial(loss, functools.partial(unroll, cell)), argnums=(0, 1, 2)
+        )(*arguments)
         return (final, ys), status, grads
 
     definition = functools.partial(scan, cell)
-    wanted = quick(lambda *a: (definition(*a), jax.grad(functools.partial(loss, definition), argnums=(0, 1, 2))(*a)))
+    wanted = quick(
+        lambda *a: (
+            definition(*a),
+            jax.grad(functools.partial(loss, definition), argnums=(0, 1, 2))(*a),
+        )
+    )
     moved = trained(lambda params: wanted(params, *arguments[1:])[1][0], arguments[0], 0.01)
     for weights in (arguments[0], moved):
         got, status, grads = both(weights, *arguments[1:])
@@ -123,10 +158,19 @@ def test_closed_forms_are_parts_of_the_jacobian(name, double):
 
 def gradient_copies(num_steps, num_units):
     """Temporary memory of a compiled gradient, in copies of the path."""
-    shapes = jax.eval_shape(lambda: (gru_params(jax.random.key(0), INPUTS, num_units), jnp.zeros(num_units),
-                                     jnp.zeros((num_steps, INPUTS))))
-    run = quick(jax.grad(functools.partial(loss, functools.partial(unroll, gru)), argnums=(0, 1, 2)))
-    return run.lower(*shapes).compile().memory_analysis().temp_size_in_bytes / (num_steps * num_units * 4)
+    shapes = jax.eval_shape(
+        lambda: (
+            gru_params(jax.random.key(0), INPUTS, num_units),
+            jnp.zeros(num_units),
+            jnp.zeros((num_steps, INPUTS)),
+        )
+    )
+    run = quick(
+        jax.grad(functools.partial(loss, functools.partial(unroll, gru)), argnums=(0, 1, 2))
+    )
+    return run.lower(*shapes).compile().memory_analysis().temp_size_in_bytes / (
+        num_steps * num_units * 4
+    )
 
 
 def test_the_gradient_of_a_wide_network_keeps_states_and_no_jacobians(monkeypatch):
@@ -140,11 +184,26 @@ def solvers_for(name):
     closed = {"elman": (elman_diagonal, 1), "gru": (gru_diagonal, 1), "lstm": (lstm_pairs, 2)}[name]
     carry = problem(name, jnp.float32, 1)[2]
     newton = Newton(Clipped(ClosedForm(closed[0], carry, closed[1]), 1.0))
-    return {"deer": deer(), "closed form": newton, "shooting": shooting(4), "jacobi": jacobi(), "elk": elk()}
+    return {
+        "deer": deer(),
+        "closed form": newton,
+        "shooting": shooting(4),
+        "jacobi": jacobi(),
+        "elk": elk(),
+    }
 
 
-@pytest.mark.parametrize("name, solver", [("gru", "deer"), ("lstm", "closed form"), ("elman", "closed form"),
-                                          ("gru", "closed form"), ("gru", "shooting"), ("lstm", "elk")])
+@pytest.mark.parametrize(
+    "name, solver",
+    [
+        ("gru", "deer"),
+        ("lstm", "closed form"),
+        ("elman", "closed form"),
+        ("gru", "closed form"),
+        ("gru", "shooting"),
+        ("lstm", "elk"),
+    ],
+)
 def test_any_solver(name, solver, double):
     cell, *arguments = problem(name, double, SHORT)
     chosen = solvers_for(name)[solver]
@@ -162,10 +221,14 @@ def test_masked_steps_freeze_the_carry(reverse, double, batches_in_lanes):
     dirty = jnp.where(mask[..., None], inputs, jnp.nan)
 
     def run(params, carry, inputs):
-        return unroll_with_status(cell, params, carry, inputs, mask=mask, reverse=reverse, batch_axes=1)
+        return unroll_with_status(
+            cell, params, carry, inputs, mask=mask, reverse=reverse, batch_axes=1
+        )
 
     def wanted(params, carry, inputs):
-        return jax.vmap(functools.partial(scan, cell, params, reverse=reverse))(carry, inputs, mask=mask)
+        return jax.vmap(functools.partial(scan, cell, params, reverse=reverse))(
+            carry, inputs, mask=mask
+        )
 
     carries = jnp.stack([carry, -carry])
 
@@ -194,29 +257,48 @@ def test_batches_by_axis_and_by_vmap(double, batches_in_lanes):
         return jax.vmap(lambda carry, x: unroll(cell, params, carry, x))(carry, inputs)
 
     by_axis = functools.partial(unroll, cell, batch_axes=1)
-    grads = [quick(lambda *a, run=run: (run(*a), jax.grad(functools.partial(loss, run), argnums=(0, 1, 2))(*a)))(
-        params, carries, batch) for run in (by_axis, by_vmap)]
+    grads = [
+        quick(
+            lambda *a, run=run: (
+                run(*a),
+                jax.grad(functools.partial(loss, run), argnums=(0, 1, 2))(*a),
+            )
+        )(params, carries, batch)
+        for run in (by_axis, by_vmap)
+    ]
     assert_close(grads[0][0], wanted, 1e-10)
     assert_close(grads[1], grads[0], 1e-8)
 
 
 def test_second_derivatives(double):
     cell, params, carry, inputs = problem("gru", double)
-    tangents = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=double)).reshape(leaf.shape), params)
+    tangents = jax.tree.map(
+        lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=double)).reshape(leaf.shape), params
+    )
 
     def second(run):
         gradient = jax.grad(lambda params: loss(run, params, carry, inputs))
 
         def along(params):
-            return sum(jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (gradient(params), tangents))))
+            return sum(
+                jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (gradient(params), tangents)))
+            )
 
-        return quick(lambda params: (jax.jvp(gradient, (params,), (tangents,))[1], jax.grad(along)(params)))(params)
+        return quick(
+            lambda params: (jax.jvp(gradient, (params,), (tangents,))[1], jax.grad(along)(params))
+        )(params)
 
     got = second(functools.partial(unroll, cell))
     assert_close(got, second(functools.partial(scan, cell)), 1e-8)
     # Inside jax.checkpoint the path is solved again on the way back.
-    kept = quick(jax.grad(jax.checkpoint(lambda p: loss(functools.partial(unroll, cell), p, carry, inputs))))(params)
-    assert_close(kept, quick(jax.grad(lambda p: loss(functools.partial(scan, cell), p, carry, inputs)))(params), 1e-8)
+    kept = quick(
+        jax.grad(jax.checkpoint(lambda p: loss(functools.partial(unroll, cell), p, carry, inputs)))
+    )(params)
+    assert_close(
+        kept,
+        quick(jax.grad(lambda p: loss(functools.partial(scan, cell), p, carry, inputs)))(params),
+        1e-8,
+    )
 
 
 def rotation(params, carry, x):
@@ -231,41 +313,62 @@ def kinked(params, carry, x):
 
 
 def weights(scale, dtype):
-    return jnp.asarray(scale * np.linalg.qr(np.random.default_rng(5).normal(size=(UNITS, UNITS)))[0], dtype)
+    return jnp.asarray(
+        scale * np.linalg.qr(np.random.default_rng(5).normal(size=(UNITS, UNITS)))[0], dtype
+    )
 
 
 @pytest.mark.parametrize("solver", [None, deer(), jacobi()], ids=["none", "deer", "jacobi"])
 def test_what_does_not_forget_is_run_sequentially(solver, double):
-    inputs = jnp.asarray(0.1 * np.random.default_rng(6).normal(size=(SHORT if solver else NUM_STEPS, UNITS)))
+    inputs = jnp.asarray(
+        0.1 * np.random.default_rng(6).normal(size=(SHORT if solver else NUM_STEPS, UNITS))
+    )
     carry = jnp.full(UNITS, 0.1)
     bound = {} if solver is None else {"max_iterations": 10}
     final, ys, status = quick(lambda *a: unroll_with_status(rotation, *a, solver=solver, **bound))(
-        weights(1.5, double), carry, inputs)
+        weights(1.5, double), carry, inputs
+    )
     assert Status(int(status.status)) is Status.CONVERGED and not bool(status.parallel)
     assert Status(int(status.solver_status)) is not Status.CONVERGED
     if solver is None:
         assert float(status.evaluations) < 1.5  # the pilot's share
     # Chaos: another compilation of the same loop drifts away, so every step is compared with the image of the one before.
     previous = jnp.concatenate([carry[None], ys[:-1]])
-    assert_close(jax.vmap(lambda h, x: rotation(weights(1.5, double), h, x)[1])(previous, inputs), ys, 1e-12)
+    assert_close(
+        jax.vmap(lambda h, x: rotation(weights(1.5, double), h, x)[1])(previous, inputs), ys, 1e-12
+    )
     np.testing.assert_array_equal(final, ys[-1])
 
 
 def test_kinks(double):
     inputs = jnp.asarray(np.random.default_rng(7).normal(size=(NUM_STEPS, UNITS)))
     arguments = weights(0.7, double), jnp.zeros(UNITS), inputs
-    got = quick(lambda *a: (unroll_with_status(kinked, *a), jax.grad(functools.partial(
-        loss, functools.partial(unroll, kinked)))(*a)))(*arguments)
+    got = quick(
+        lambda *a: (
+            unroll_with_status(kinked, *a),
+            jax.grad(functools.partial(loss, functools.partial(unroll, kinked)))(*a),
+        )
+    )(*arguments)
     assert bool(got[0][2].parallel)
-    assert_close((got[0][:2], got[1]), quick(lambda *a: (scan(kinked, *a), jax.grad(functools.partial(
-        loss, functools.partial(scan, kinked)))(*a)))(*arguments), 1e-8)
+    assert_close(
+        (got[0][:2], got[1]),
+        quick(
+            lambda *a: (
+                scan(kinked, *a),
+                jax.grad(functools.partial(loss, functools.partial(scan, kinked)))(*a),
+            )
+        )(*arguments),
+        1e-8,
+    )
 
 
 @pytest.mark.parametrize("solver", [None, deer()], ids=["none", "deer"])
 def test_nan_inputs_are_reported_and_nothing_is_hidden(solver, double):
     cell, params, carry, inputs = problem("gru", double, SHORT if solver else NUM_STEPS)
     inputs = inputs.at[100].set(jnp.nan)
-    _, ys, status = quick(lambda *a: unroll_with_status(cell, *a, solver=solver))(params, carry, inputs)
+    _, ys, status = quick(lambda *a: unroll_with_status(cell, *a, solver=solver))(
+        params, carry, inputs
+    )
     assert Status(int(status.status)) is Status.NONFINITE and not bool(status.parallel)
     wanted = scan(cell, params, carry, inputs)[1]
     np.testing.assert_array_equal(np.isfinite(ys), np.isfinite(wanted))
@@ -275,12 +378,15 @@ def test_nan_inputs_are_reported_and_nothing_is_hidden(solver, double):
 @pytest.mark.parametrize("num_steps", [200, NUM_STEPS])
 def test_an_output_that_is_not_finite_shows_whichever_way_was_taken(num_steps, double):
     """The carry stays finite; the output of one step does not."""
+
     def cell(params, carry, x):
         new, _ = gru(params, carry, x)
         return new, jnp.where(x[0] == 100.0, jnp.nan, new)
 
     _, params, carry, inputs = problem("gru", double, num_steps)
-    statuses = [unroll_with_status(cell, params, carry, x)[2] for x in (inputs, inputs.at[50, 0].set(100.0))]
+    statuses = [
+        unroll_with_status(cell, params, carry, x)[2] for x in (inputs, inputs.at[50, 0].set(100.0))
+    ]
     assert [bool(one.parallel) for one in statuses] == [num_steps == NUM_STEPS] * 2
     assert [Status(int(one.status)) for one in statuses] == [Status.CONVERGED, Status.NONFINITE]
 
@@ -294,7 +400,9 @@ def test_numbers_too_coarse_to_be_judged_are_left_to_scan(kind):
     np.testing.assert_array_equal(ys, wanted[1])
     np.testing.assert_array_equal(final, wanted[0])
     # A solver that is given answers for itself: each step is right to a few units in the last place.
-    _, path, given = quick(functools.partial(unroll_with_status, cell, solver=shooting(4)))(params, carry, inputs[:SHORT])
+    _, path, given = quick(functools.partial(unroll_with_status, cell, solver=shooting(4)))(
+        params, carry, inputs[:SHORT]
+    )
     previous = jnp.concatenate([carry[None], path[:-1]])
     image = jax.vmap(lambda h, x: cell(params, h, x)[1])(previous, inputs[:SHORT])
     assert float(jnp.abs(image - path).astype(jnp.float32).max()) <= 8 * float(jnp.finfo(kind).eps)
@@ -320,8 +428,12 @@ def test_a_batch_by_vmap_is_one_loop_over_the_steps_on_a_cpu(mapped, through):
     cell, params, carry, inputs = problem("gru", jnp.float32)
     many = 3
     axes = {"networks": (0, None, None), "sequences": (None, 0, 0), "both": (0, 0, 0)}[mapped]
-    arguments = [tree if axis is None else jax.tree.map(lambda leaf: jnp.stack([leaf, 0.9 * leaf, 0.8 * leaf]), tree)
-                 for axis, tree in zip(axes, (params, carry, inputs))]
+    arguments = [
+        tree
+        if axis is None
+        else jax.tree.map(lambda leaf: jnp.stack([leaf, 0.9 * leaf, 0.8 * leaf]), tree)
+        for axis, tree in zip(axes, (params, carry, inputs))
+    ]
     one = functools.partial(unroll_with_status, cell)
     run = jax.vmap(one if through == "vmap" else jax.jit(one), in_axes=axes)
     traced = jax.make_jaxpr(run)(*arguments)
@@ -333,8 +445,12 @@ def test_a_batch_by_vmap_is_one_loop_over_the_steps_on_a_cpu(mapped, through):
     assert_close((final, ys), wanted, 1e-5)
     if mapped != "networks":
         return
-    grads = [quick(jax.grad(functools.partial(loss, jax.vmap(lambda *a, f=f: f(*a)[:2], in_axes=axes))))(*arguments)
-             for f in (one if through == "vmap" else jax.jit(one), functools.partial(scan, cell))]
+    grads = [
+        quick(jax.grad(functools.partial(loss, jax.vmap(lambda *a, f=f: f(*a)[:2], in_axes=axes))))(
+            *arguments
+        )
+        for f in (one if through == "vmap" else jax.jit(one), functools.partial(scan, cell))
+    ]
     assert_close(grads[0], grads[1], 1e-4)
 
 
@@ -358,24 +474,27 @@ def test_short_sequences(num_steps, double):
         assert_close(run(*arguments), scan(cell, *arguments), 1e-10)
 
 
-@pytest.mark.parametrize("error, words, change", [
-    (TypeError, r"returns a carry with shape \(4,\)", {"cell": lambda p, h, x: (h[:4], h)}),
-    (TypeError, "wanted a pair", {"cell": lambda p, h, x: h}),
-    (TypeError, "structure", {"cell": lambda p, h, x: ((h, h), h)}),
-    (TypeError, "int32", {"carry": jnp.zeros(UNITS, jnp.int32)}),
-    (ValueError, "no arrays", {"inputs": ()}),
-    (ValueError, "leading axes", {"inputs": (jnp.zeros(3), jnp.zeros(4))}),
-    (ValueError, "batch axes", {"batch_axes": 1}),
-    (ValueError, "batch_axes", {"batch_axes": -1}),
-    (TypeError, "solver: got 'deer', wanted a recipe", {"solver": "deer"}),
-    (TypeError, "solver: got the function deer, wanted a recipe", {"solver": deer}),
-    (TypeError, "tolerance: got 1e-06, wanted Tolerance", {"tolerance": 1e-6}),
-    (ValueError, "tolerance: relative must be finite", {"tolerance": Tolerance(-1.0)}),
-    (ValueError, "max_iterations: got 10 with solver=None", {"max_iterations": 10}),
-    (ValueError, "max_iterations must be an integer", {"max_iterations": 0, "solver": deer()}),
-    (TypeError, "bool", {"mask": jnp.ones(NUM_STEPS)}),
-    (ValueError, "mask: got shape", {"mask": jnp.ones(3, bool)}),
-])
+@pytest.mark.parametrize(
+    "error, words, change",
+    [
+        (TypeError, r"returns a carry with shape \(4,\)", {"cell": lambda p, h, x: (h[:4], h)}),
+        (TypeError, "wanted a pair", {"cell": lambda p, h, x: h}),
+        (TypeError, "structure", {"cell": lambda p, h, x: ((h, h), h)}),
+        (TypeError, "int32", {"carry": jnp.zeros(UNITS, jnp.int32)}),
+        (ValueError, "no arrays", {"inputs": ()}),
+        (ValueError, "leading axes", {"inputs": (jnp.zeros(3), jnp.zeros(4))}),
+        (ValueError, "batch axes", {"batch_axes": 1}),
+        (ValueError, "batch_axes", {"batch_axes": -1}),
+        (TypeError, "solver: got 'deer', wanted a recipe", {"solver": "deer"}),
+        (TypeError, "solver: got the function deer, wanted a recipe", {"solver": deer}),
+        (TypeError, "tolerance: got 1e-06, wanted Tolerance", {"tolerance": 1e-6}),
+        (ValueError, "tolerance: relative must be finite", {"tolerance": Tolerance(-1.0)}),
+        (ValueError, "max_iterations: got 10 with solver=None", {"max_iterations": 10}),
+        (ValueError, "max_iterations must be an integer", {"max_iterations": 0, "solver": deer()}),
+        (TypeError, "bool", {"mask": jnp.ones(NUM_STEPS)}),
+        (ValueError, "mask: got shape", {"mask": jnp.ones(3, bool)}),
+    ],
+)
 def test_what_is_refused(error, words, change):
     cell, params, carry, inputs = problem("gru", jnp.float32)
     given = {"cell": cell, "params": params, "carry": carry, "inputs": inputs} | change

@@ -9,7 +9,14 @@ import pytest
 from catalogue import QUICK
 from trained import trained
 
-from partime_mcmc.rnn import RNN, from_equinox, from_flax_linen, from_flax_nnx, unroll, unroll_with_status
+from partime_mcmc.rnn import (
+    RNN,
+    from_equinox,
+    from_flax_linen,
+    from_flax_nnx,
+    unroll,
+    unroll_with_status,
+)
 
 nnx = pytest.importorskip("flax.nnx")
 linen = pytest.importorskip("flax.linen")
@@ -46,8 +53,12 @@ def nnx_cell(kind):
     cell = getattr(nnx, kind)(INPUTS, UNITS, rngs=nnx.Rngs(0))
     function, params = from_flax_nnx(cell)
     graph, state = nnx.split(cell)
-    return function, params, cell.initialize_carry((INPUTS,), nnx.Rngs(0)), lambda p, c, x: nnx.merge(graph, nnx.merge_state(
-        state, p))(c, x)
+    return (
+        function,
+        params,
+        cell.initialize_carry((INPUTS,), nnx.Rngs(0)),
+        lambda p, c, x: nnx.merge(graph, nnx.merge_state(state, p))(c, x),
+    )
 
 
 def linen_cell(kind):
@@ -70,17 +81,28 @@ def equinox_cell(kind):
     return function, params, carry, own
 
 
-CELLS = {"nnx GRU": (nnx_cell, "GRUCell"), "nnx LSTM": (nnx_cell, "OptimizedLSTMCell"), "linen GRU": (linen_cell, "GRUCell"),
-         "linen LSTM": (linen_cell, "OptimizedLSTMCell"), "equinox GRU": (equinox_cell, "GRUCell"),
-         "equinox LSTM": (equinox_cell, "LSTMCell")}
+CELLS = {
+    "nnx GRU": (nnx_cell, "GRUCell"),
+    "nnx LSTM": (nnx_cell, "OptimizedLSTMCell"),
+    "linen GRU": (linen_cell, "GRUCell"),
+    "linen LSTM": (linen_cell, "OptimizedLSTMCell"),
+    "equinox GRU": (equinox_cell, "GRUCell"),
+    "equinox LSTM": (equinox_cell, "LSTMCell"),
+}
 
 
 # One type for each cell, and the other one in the slow tests.
 TYPES = dict(zip(CELLS, ("float32", "float64", "float64", "float32", "float64", "float64")))
 
 
-@pytest.mark.parametrize("name, kind", [pytest.param(name, kind, marks=[] if TYPES[name] == kind else pytest.mark.slow)
-                                        for name in CELLS for kind in ("float32", "float64")])
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        pytest.param(name, kind, marks=[] if TYPES[name] == kind else pytest.mark.slow)
+        for name in CELLS
+        for kind in ("float32", "float64")
+    ],
+)
 def test_cells_give_what_their_library_gives(name, kind):
     with jax.enable_x64(kind == "float64"):
         check_against_library(*CELLS[name], jnp.dtype(kind))
@@ -89,7 +111,9 @@ def test_cells_give_what_their_library_gives(name, kind):
 def check_against_library(make, kind, precision):
     """Random and trained weights; states as they are, gradients relative to the largest of them."""
     function, params, carry, own = make(kind)
-    params, carry, inputs = jax.tree.map(lambda leaf: jnp.asarray(leaf, precision), (params, carry, LONG))
+    params, carry, inputs = jax.tree.map(
+        lambda leaf: jnp.asarray(leaf, precision), (params, carry, LONG)
+    )
     states, gradients = (1e-5, 1e-4) if precision == jnp.float32 else (1e-10, 1e-8)
 
     def with_status(params):
@@ -106,8 +130,11 @@ def check_against_library(make, kind, precision):
         assert {leaf.dtype for leaf in jax.tree.leaves((grads, result))} == {precision}
         assert_close(result, wanted, states)
         largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(wanted_grads))
-        assert_close(jax.tree.map(lambda leaf: leaf / largest, grads),
-                     jax.tree.map(lambda leaf: leaf / largest, wanted_grads), gradients)
+        assert_close(
+            jax.tree.map(lambda leaf: leaf / largest, grads),
+            jax.tree.map(lambda leaf: leaf / largest, wanted_grads),
+            gradients,
+        )
 
 
 def test_equinox_cells_may_hold_integers_and_booleans():
@@ -126,8 +153,12 @@ def test_equinox_cells_may_hold_integers_and_booleans():
     carry, inputs = jnp.full(UNITS, 0.5), jnp.asarray(INPUT[0, :50])
     function, params = from_equinox(cell)
     _, ys = unroll(function, params, carry, inputs)
-    np.testing.assert_allclose(ys, scan(lambda _, h, x: (cell(x, h),) * 2, None, carry, inputs)[1], atol=1e-6)
-    grads = jax.grad(lambda params: unroll(function, params, carry, inputs)[1].sum(), allow_int=True)(params)
+    np.testing.assert_allclose(
+        ys, scan(lambda _, h, x: (cell(x, h),) * 2, None, carry, inputs)[1], atol=1e-6
+    )
+    grads = jax.grad(
+        lambda params: unroll(function, params, carry, inputs)[1].sum(), allow_int=True
+    )(params)
     assert np.abs(grads.weights).max() > 0 and from_equinox(cell)[0] == function
 
 
@@ -139,10 +170,15 @@ def test_equal_cells_are_one_cell():
     assert from_flax_linen(module, {})[0] == from_flax_linen(linen.GRUCell(features=UNITS), {})[0]
 
 
-@pytest.mark.parametrize("keywords, lengths", [
-    ({}, None), ({"time_major": True, "return_carry": True}, None),
-    ({"return_carry": True, "reverse": True, "keep_order": True}, [NUM_STEPS, 1000, 3000]),
-], ids=["plain", "time major", "lengths, backwards"])
+@pytest.mark.parametrize(
+    "keywords, lengths",
+    [
+        ({}, None),
+        ({"time_major": True, "return_carry": True}, None),
+        ({"return_carry": True, "reverse": True, "keep_order": True}, [NUM_STEPS, 1000, 3000]),
+    ],
+    ids=["plain", "time major", "lengths, backwards"],
+)
 def test_the_layer_takes_the_place_of_nnx_rnn(keywords, lengths):
     cell = nnx.OptimizedLSTMCell(INPUTS, UNITS, rngs=nnx.Rngs(0))
     inputs = jnp.asarray(np.moveaxis(INPUT, 0, 1) if keywords.get("time_major") else INPUT)

@@ -20,8 +20,10 @@ def pieces(n, sizes):
 def run(values, info=None, *, sizes=(1000, 1, 317), folds=None):
     running = Running.start(folds)
     for piece in pieces(next(iter(values.values())).shape[1], sizes):
-        running = running.update({name: array[:, piece] for name, array in values.items()},
-                                 {name: array[:, piece] for name, array in (info or {}).items()})
+        running = running.update(
+            {name: array[:, piece] for name, array in values.items()},
+            {name: array[:, piece] for name, array in (info or {}).items()},
+        )
     return running
 
 
@@ -33,23 +35,38 @@ def test_moments_are_those_of_all_draws():
     running = run(SKEWED)
     flat = np.concatenate([SKEWED["mu"][..., None], SKEWED["theta"]], axis=2)
     np.testing.assert_allclose(running.mean(), flat.mean(axis=1), rtol=1e-13)
-    np.testing.assert_allclose(running.covariance(), [np.cov(chain.T) for chain in flat], rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose([row["sd"] for row in running.summary()], flat.std(axis=(0, 1), ddof=1), rtol=1e-11)
-    assert running.labels == ["mu", "theta[0]", "theta[1]"] and (running.num_chains, running.num_draws) == (4, 20_000)
+    np.testing.assert_allclose(
+        running.covariance(), [np.cov(chain.T) for chain in flat], rtol=1e-9, atol=1e-12
+    )
+    np.testing.assert_allclose(
+        [row["sd"] for row in running.summary()], flat.std(axis=(0, 1), ddof=1), rtol=1e-11
+    )
+    assert running.labels == ["mu", "theta[0]", "theta[1]"] and (
+        running.num_chains,
+        running.num_draws,
+    ) == (4, 20_000)
 
 
 @pytest.mark.parametrize("law", ["normal", "cauchy", "uniform far away", "shrinking", "two modes"])
 def test_quantiles_keep_their_stated_accuracy(law):
     rng = np.random.default_rng(0)
-    x = {"normal": lambda: rng.normal(size=(2, 30_000)), "cauchy": lambda: rng.standard_cauchy((2, 30_000)),
-         "uniform far away": lambda: 1e6 + rng.uniform(size=(2, 30_000)),
-         # The first draws, from which bins are chosen, are unlike the rest.
-         "shrinking": lambda: rng.normal(size=(2, 30_000)) * np.geomspace(1e3, 1, 30_000),
-         "two modes": lambda: rng.normal(size=(2, 30_000)) + 20 * rng.integers(0, 2, (2, 30_000))}[law]()
+    x = {
+        "normal": lambda: rng.normal(size=(2, 30_000)),
+        "cauchy": lambda: rng.standard_cauchy((2, 30_000)),
+        "uniform far away": lambda: 1e6 + rng.uniform(size=(2, 30_000)),
+        # The first draws, from which bins are chosen, are unlike the rest.
+        "shrinking": lambda: rng.normal(size=(2, 30_000)) * np.geomspace(1e3, 1, 30_000),
+        "two modes": lambda: rng.normal(size=(2, 30_000)) + 20 * rng.integers(0, 2, (2, 30_000)),
+    }[law]()
     probabilities = np.array([0.0, 0.001, 0.05, 0.3, 0.5, 0.95, 0.999, 1.0])
     found, bound = (part[0] for part in run({"x": x}).quantiles(probabilities))
-    below, upto = ((x[..., None] < found).mean(axis=(0, 1)), (x[..., None] <= found).mean(axis=(0, 1)))
-    assert (below <= probabilities + bound + 1e-4).all() and (upto >= probabilities - bound - 1e-4).all()
+    below, upto = (
+        (x[..., None] < found).mean(axis=(0, 1)),
+        (x[..., None] <= found).mean(axis=(0, 1)),
+    )
+    assert (below <= probabilities + bound + 1e-4).all() and (
+        upto >= probabilities - bound - 1e-4
+    ).all()
     if law in ("normal", "cauchy", "uniform far away"):
         assert bound.max() < 0.012  # otherwise the bound would say little
         # What can be expected: within a bin the ranks are interpolated.
@@ -58,20 +75,33 @@ def test_quantiles_keep_their_stated_accuracy(law):
 
 def test_a_restored_run_goes_on_bit_for_bit():
     info = {"accepted": X[..., 0] > -1, "residual": np.abs(X[..., 1])}
-    fold = {"ours": Fold({"sum": np.zeros(4)}, lambda carry, values, _: {"sum": carry["sum"] + values["mu"].sum(axis=1)})}
+    fold = {
+        "ours": Fold(
+            {"sum": np.zeros(4)},
+            lambda carry, values, _: {"sum": carry["sum"] + values["mu"].sum(axis=1)},
+        )
+    }
     cuts = list(pieces(20_000, (4096,)))
     whole = run(SKEWED, info, sizes=(4096,), folds=fold)
     running = Running.from_arrays(Running.start(fold).to_arrays(), fold)
     for cut in cuts:
-        running = running.update({n: a[:, cut] for n, a in SKEWED.items()}, {n: a[:, cut] for n, a in info.items()})
-        running = Running.from_arrays({name: array.copy() for name, array in running.to_arrays().items()}, fold)
+        running = running.update(
+            {n: a[:, cut] for n, a in SKEWED.items()}, {n: a[:, cut] for n, a in info.items()}
+        )
+        running = Running.from_arrays(
+            {name: array.copy() for name, array in running.to_arrays().items()}, fold
+        )
     ours, theirs = running.to_arrays(), whole.to_arrays()
-    assert list(ours) == list(theirs) and all("/" not in name and array.dtype != object for name, array in ours.items())
+    assert list(ours) == list(theirs) and all(
+        "/" not in name and array.dtype != object for name, array in ours.items()
+    )
     for name in ours:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
     assert running.summary() == whole.summary() and running.totals() == whole.totals()
     np.testing.assert_allclose(running.carries["ours"]["sum"], SKEWED["mu"].sum(axis=1))
-    assert sum(array.nbytes for array in ours.values()) < 0.3 * sum(array.nbytes for array in SKEWED.values())
+    assert sum(array.nbytes for array in ours.values()) < 0.3 * sum(
+        array.nbytes for array in SKEWED.values()
+    )
 
 
 @pytest.mark.parametrize("memory", [-0.5, 0.0, 0.5, 0.95])
@@ -93,7 +123,11 @@ def test_a_displaced_chain_is_seen():
     x = X[..., 0].copy()
     x[2] += 1.0
     (row,) = run({"x": x}).summary()
-    assert row["r_hat"] > 1.05 and row["r_hat"] == pytest.approx(arviz.rhat(x), abs=0.02) and row["ess"] < 0.01 * x.size
+    assert (
+        row["r_hat"] > 1.05
+        and row["r_hat"] == pytest.approx(arviz.rhat(x), abs=0.02)
+        and row["ess"] < 0.01 * x.size
+    )
     assert np.isnan(run({"x": x[:1]}).summary()[0]["r_hat"])
 
 
@@ -104,11 +138,20 @@ def test_what_is_not_finite_is_not_hidden():
     running = run({"x": x}, {"residual": residual, "diverging": residual > 1})
     good, nan, infinite = running.summary()
     assert all(np.isfinite(value) for name, value in good.items() if name != "name")
-    assert all(np.isnan(nan[name]) for name in ("mean", "sd", "q05", "q50", "q95", "mcse_mean", "ess", "r_hat", "mcse_sd"))
-    assert not np.isfinite(infinite["mean"]) and np.isnan(infinite["sd"]) and np.isnan(infinite["ess"])
+    assert all(
+        np.isnan(nan[name])
+        for name in ("mean", "sd", "q05", "q50", "q95", "mcse_mean", "ess", "r_hat", "mcse_sd")
+    )
+    assert (
+        not np.isfinite(infinite["mean"]) and np.isnan(infinite["sd"]) and np.isnan(infinite["ess"])
+    )
     assert infinite["q50"] < 1
     totals = running.totals()
-    assert np.isnan(totals["max_residual"]) and totals["worst"] == (3, 5005) and totals["nonfinite"] == {"residual": 1}
+    assert (
+        np.isnan(totals["max_residual"])
+        and totals["worst"] == (3, 5005)
+        and totals["nonfinite"] == {"residual": 1}
+    )
     assert totals["divergences"] == 0
 
 
@@ -116,7 +159,12 @@ def test_frozen_chains_are_flagged_and_constants_are_not():
     x = np.stack([X[..., 0], np.ones(X.shape[:2])], axis=2)
     x[1, :, 0] = x[1, 0, 0]
     moving, constant = run({"x": x}).summary()
-    assert moving["frozen"] and not constant["frozen"] and np.isnan(constant["ess"]) and constant["sd"] == 0
+    assert (
+        moving["frozen"]
+        and not constant["frozen"]
+        and np.isnan(constant["ess"])
+        and constant["sd"] == 0
+    )
     assert constant["q05"] == constant["q95"] == 1 and constant["rank_error"] == 0
     assert run({"x": x}, {"accepted": np.zeros(X.shape[:2], bool)}).summary()[1]["frozen"]
 
@@ -128,12 +176,17 @@ def test_wrong_pieces_are_named():
     with pytest.raises(ValueError, match="info: got"):
         running.update(SKEWED, {})
     with pytest.raises(ValueError, match="3 chains, wanted 4"):
-        running.update({name: array[:3] for name, array in SKEWED.items()}, {"accepted": X[:3, :, 0] > 0})
+        running.update(
+            {name: array[:3] for name, array in SKEWED.items()}, {"accepted": X[:3, :, 0] > 0}
+        )
     with pytest.raises(ValueError, match="'accepted' has shape"):
         Running.start().update(SKEWED, {"accepted": np.zeros((4, 3))})
     with pytest.raises(ValueError, match="no draws yet"):
         Running.start().mean()
     with pytest.raises(ValueError, match="folds: got"):
         Running.from_arrays(Running.start({"a": Fold(0, max)}).to_arrays())
-    assert Running.start().summary() == [] and running.update({n: a[:, :0] for n, a in SKEWED.items()},
-                                                              {"accepted": np.zeros((4, 0))}) is running
+    assert (
+        Running.start().summary() == []
+        and running.update({n: a[:, :0] for n, a in SKEWED.items()}, {"accepted": np.zeros((4, 0))})
+        is running
+    )

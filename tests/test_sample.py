@@ -35,6 +35,7 @@ def in_float64():
 @functools.cache
 def target():
     """A dict position with a site called "position"; every chain has its own start."""
+
     def initial(key):
         return {"position": jax.random.normal(key, (2,)), "slope": jnp.asarray(0.3)}
 
@@ -48,7 +49,12 @@ def kernel():
 
 def run(key=None, **changes):
     """The run that most tests look at, or a variation of it."""
-    arguments = {"num_samples": T, "num_chains": CHAINS, "solver": jacobi(), "schedule": Stretches(32)} | changes
+    arguments = {
+        "num_samples": T,
+        "num_chains": CHAINS,
+        "solver": jacobi(),
+        "schedule": Stretches(32),
+    } | changes
     return sample(jax.random.key(0) if key is None else key, target(), kernel(), **arguments)
 
 
@@ -69,9 +75,13 @@ def by_hand():
         return state, (state.position, info)
 
     def chain(start_key, key):
-        return jax.lax.scan(advance, algorithm.init(target().initial(start_key)), jax.random.split(key, T))[1]
+        return jax.lax.scan(
+            advance, algorithm.init(target().initial(start_key)), jax.random.split(key, T)
+        )[1]
 
-    return jax.jit(jax.vmap(chain))(jax.random.split(start_key, CHAINS), jax.random.split(chains_key, CHAINS))
+    return jax.jit(jax.vmap(chain))(
+        jax.random.split(start_key, CHAINS), jax.random.split(chains_key, CHAINS)
+    )
 
 
 def assert_same_chains(draws, wanted, atol=1e-8):
@@ -96,8 +106,10 @@ def test_draws_are_blackjaxs_own_chains(base):
 
 def test_what_a_run_returns(base):
     assert base.report.status == (Status.CONVERGED,) * CHAINS and base.or_raise() is base
-    assert {name: leaf.shape for name, leaf in base.positions.items()} == {"position": (CHAINS, T, 2),
-                                                                          "slope": (CHAINS, T)}
+    assert {name: leaf.shape for name, leaf in base.positions.items()} == {
+        "position": (CHAINS, T, 2),
+        "slope": (CHAINS, T),
+    }
     assert set(base.constrained) == {"position", "slope"} and base.warmup is None
     assert {value.shape for value in base.info.values()} == {(CHAINS, T)}
     assert set(base.info) == {"accepted", "acceptance_rate", "logdensity", "residual"}
@@ -108,7 +120,11 @@ def test_what_a_run_returns(base):
     assert report.dtype == "float64" and report.fallbacks == () and not report.num_sequential.any()
     assert report.iterations.shape == (CHAINS,) and (report.iterations > 3).all()
     assert report.jvps_per_sample == 0 and 1 < report.evaluations_per_sample < 40
-    assert report.residual_history.shape[0] == CHAINS and report.seconds_compile > 0 and report.versions["jax"]
+    assert (
+        report.residual_history.shape[0] == CHAINS
+        and report.seconds_compile > 0
+        and report.versions["jax"]
+    )
     plan = base.plan
     assert plan["key"] == [0, 0] and plan["num_samples"] == T and plan["num_chains"] == CHAINS
     assert "ZeroJacobian" in plan["solver"] and "32" in plan["schedule"]
@@ -125,16 +141,25 @@ def test_same_seed_and_plan_same_bits_with_progress_and_a_legacy_key(base, capsy
     assert "all chains certified" in said.err
 
 
-@pytest.mark.parametrize(("solver", "schedule"), [
-    (None, Stretches(41)), (quasi_deer(damping=0.1), Stretches(45)), (sequential(), None), (jacobi(), Sliding(20))],
-    ids=["default", "quasi-deer", "sequential", "sliding"])
+@pytest.mark.parametrize(
+    ("solver", "schedule"),
+    [
+        (None, Stretches(41)),
+        (quasi_deer(damping=0.1), Stretches(45)),
+        (sequential(), None),
+        (jacobi(), Sliding(20)),
+    ],
+    ids=["default", "quasi-deer", "sequential", "sliding"],
+)
 def test_another_solver_and_schedule_give_the_same_chains(solver, schedule):
     draws = run(solver=solver, schedule=schedule)
     assert_same_chains(draws, by_hand()[0])
     assert draws.or_raise().report.fallbacks == ()
     rejected = ~np.asarray(draws.info["accepted"])[:, 1:]
     moved = (np.diff(np.asarray(draws.positions["position"]), axis=1) != 0).any(axis=-1)
-    assert rejected.any() and not (moved & rejected).any(), "rejected steps are exact to the last bit"
+    assert rejected.any() and not (moved & rejected).any(), (
+        "rejected steps are exact to the last bit"
+    )
 
 
 def test_a_solver_that_cannot_converge_falls_back_to_the_exact_chain_and_says_so():
@@ -147,17 +172,25 @@ def test_a_solver_that_cannot_converge_falls_back_to_the_exact_chain_and_says_so
     assert len(first) == CHAINS
     assert all("OUT_OF_ITERATIONS" in sentence and "sequentially" in sentence for sentence in first)
     assert any("steps are exact and kept" in sentence for sentence in report.fallbacks)
-    given_up = [number for number, said in enumerate(report.fallbacks) if said.startswith("from step 30 on all")]
+    given_up = [
+        number
+        for number, said in enumerate(report.fallbacks)
+        if said.startswith("from step 30 on all")
+    ]
     assert given_up == [len(report.fallbacks) - 1], "having given up, it must not try again"
 
 
 def test_one_chain_and_one_step():
     draws = run(num_chains=1, num_samples=1, schedule=Whole())
-    assert draws.positions["position"].shape == (1, 1, 2) and bool(draws.or_raise().certificate.certified[0])
+    assert draws.positions["position"].shape == (1, 1, 2) and bool(
+        draws.or_raise().certificate.certified[0]
+    )
     start_key, _, chains_key = jax.random.split(jax.random.key(0), 3)
     state = kernel().init(target().initial(jax.random.split(start_key, 1)[0]))
     state, _ = kernel().step(jax.random.split(jax.random.split(chains_key, 1)[0], 1)[0], state)
-    np.testing.assert_allclose(draws.positions["position"][0, 0], state.position["position"], atol=1e-12)
+    np.testing.assert_allclose(
+        draws.positions["position"][0, 0], state.position["position"], atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("schedule", [Stretches(8), Whole()], ids=["stretches", "whole"])
@@ -185,7 +218,9 @@ def _walk_into_nan(key, state):
 
 def test_one_bad_chain_leaves_the_others_bit_for_bit():
     """Chain 5 of eight meets NaN in its first stretch: it says so, and seven chains are as if it were well."""
-    walker = Kernel(SimpleNamespace(init=lambda position: _Walk(position), step=_walk_into_nan), noise_scale=1.0)
+    walker = Kernel(
+        SimpleNamespace(init=lambda position: _Walk(position), step=_walk_into_nan), noise_scale=1.0
+    )
     start_key = jax.random.split(jax.random.key(0), 3)[0]
     unlucky = jax.random.key_data(jax.random.split(start_key, 8)[5])
 
@@ -193,12 +228,23 @@ def test_one_bad_chain_leaves_the_others_bit_for_bit():
         is_it = jnp.all(jax.random.key_data(key) == unlucky)
         return jnp.zeros(3).at[0].set(jnp.where(is_it, far, 1.0))
 
-    found = {far: sample(jax.random.key(0), Target(lambda x: -0.5 * jnp.sum(x**2), functools.partial(initial, far)),
-                         walker, num_samples=60, num_chains=8, solver=jacobi(), schedule=Stretches(12))
-             for far in (1.0, 60.0)}
+    found = {
+        far: sample(
+            jax.random.key(0),
+            Target(lambda x: -0.5 * jnp.sum(x**2), functools.partial(initial, far)),
+            walker,
+            num_samples=60,
+            num_chains=8,
+            solver=jacobi(),
+            schedule=Stretches(12),
+        )
+        for far in (1.0, 60.0)
+    }
     good, bad = found[1.0], found[60.0]
     assert good.or_raise().report.fallbacks == ()
-    assert [status.name for status in bad.report.status] == ["CONVERGED"] * 5 + ["NONFINITE"] + ["CONVERGED"] * 2
+    assert [status.name for status in bad.report.status] == ["CONVERGED"] * 5 + ["NONFINITE"] + [
+        "CONVERGED"
+    ] * 2
     assert np.asarray(bad.certificate.certified).tolist() == [True] * 5 + [False] + [True] * 2
     with pytest.raises(SolveError, match="NONFINITE: chain 5"):
         bad.or_raise()
@@ -207,15 +253,25 @@ def test_one_bad_chain_leaves_the_others_bit_for_bit():
     residuals = [np.asarray(draws.certificate.residual)[well] for draws in (bad, good)]
     np.testing.assert_array_equal(*residuals)
     lost = np.isnan(np.asarray(bad.positions)[5]).any(axis=1)
-    assert 0 < lost.sum() and (np.diff(lost.astype(int)) >= 0).all(), "what is not finite is not made up"
+    assert 0 < lost.sum() and (np.diff(lost.astype(int)) >= 0).all(), (
+        "what is not finite is not made up"
+    )
     np.testing.assert_array_equal(bad.report.iterations[well], good.report.iterations[well])
     assert not bad.report.num_sequential[well].any(), "the well ones are still solved in parallel"
 
 
 def test_a_frozen_chain_says_so():
-    draws = sample(jax.random.key(0), target(), from_blackjax(blackjax.mala(target().logdensity, 1e6)), num_samples=20,
-                   num_chains=2, solver=jacobi())
-    assert draws.report.status == (Status.FROZEN,) * 2 and np.asarray(draws.certificate.frozen).all()
+    draws = sample(
+        jax.random.key(0),
+        target(),
+        from_blackjax(blackjax.mala(target().logdensity, 1e6)),
+        num_samples=20,
+        num_chains=2,
+        solver=jacobi(),
+    )
+    assert (
+        draws.report.status == (Status.FROZEN,) * 2 and np.asarray(draws.certificate.frozen).all()
+    )
     assert (np.ptp(np.asarray(draws.positions["position"]), axis=1) == 0).all()
     with pytest.raises(SolveError, match="FROZEN: chain 0: the chain never moves"):
         draws.or_raise()
@@ -232,34 +288,58 @@ def tuned():
         correlation = np.array([[1.0, 0.9, 0.0], [0.9, 1.0, 0.3], [0.0, 0.3, 1.0]])
         covariance = correlation * np.outer(spread, spread)
         precision, center = jnp.asarray(np.linalg.inv(covariance)), jnp.array([5.0, -3.0, 0.0])
-        badly_scaled = Target(lambda x: -0.5 * (x - center) @ precision @ (x - center),
-                              lambda key: center + jax.random.uniform(key, (3,), minval=-2.0, maxval=2.0) * spread)
-        draws = sample(jax.random.key(1), badly_scaled, mala, num_samples=24, num_chains=4, num_warmup=600,
-                       solver=jacobi())
+        badly_scaled = Target(
+            lambda x: -0.5 * (x - center) @ precision @ (x - center),
+            lambda key: center + jax.random.uniform(key, (3,), minval=-2.0, maxval=2.0) * spread,
+        )
+        draws = sample(
+            jax.random.key(1),
+            badly_scaled,
+            mala,
+            num_samples=24,
+            num_chains=4,
+            num_warmup=600,
+            solver=jacobi(),
+        )
         return SimpleNamespace(target=badly_scaled, draws=draws, covariance=covariance)
 
 
 def test_warm_up_whitens_and_tunes(tuned):
     warmup = tuned.draws.or_raise().warmup
     scale = np.asarray(warmup.whitening.scale)
-    root = np.linalg.solve(np.linalg.cholesky(tuned.covariance), scale)  # orthogonal, were the estimate perfect
+    root = np.linalg.solve(
+        np.linalg.cholesky(tuned.covariance), scale
+    )  # orthogonal, were the estimate perfect
     singular = np.linalg.svd(root, compute_uv=False)
     assert 0.6 < singular.min() and singular.max() < 1.6
     # In whitened coordinates MALA's step is of order 1, not of order 0.01² as in the position's own.
     assert 0.25 < warmup.settings["step_size"] <= 1.0
     assert warmup.target_acceptance - 1e-9 <= warmup.acceptance < 0.9
     rate = float(np.mean(tuned.draws.info["acceptance_rate"]))
-    assert abs(rate - warmup.acceptance) < 0.2  # 96 draws; sd of one is about 0.3, and draws are correlated
-    assert 64 <= warmup.num_steps <= 600 and warmup.num_gradients > 4 * warmup.num_steps and warmup.seconds > 0
-    assert warmup.depth < warmup.num_gradients / 8 and tuned.draws.plan["num_warmup"] == warmup.num_steps
+    assert (
+        abs(rate - warmup.acceptance) < 0.2
+    )  # 96 draws; sd of one is about 0.3, and draws are correlated
+    assert (
+        64 <= warmup.num_steps <= 600
+        and warmup.num_gradients > 4 * warmup.num_steps
+        and warmup.seconds > 0
+    )
+    assert (
+        warmup.depth < warmup.num_gradients / 8
+        and tuned.draws.plan["num_warmup"] == warmup.num_steps
+    )
 
 
 def test_warm_up_reused_goes_on_where_it_ended(tuned):
     warmup = tuned.draws.warmup
-    draws = sample(jax.random.key(1), tuned.target, warmup, num_samples=24, num_chains=4, solver=jacobi())
+    draws = sample(
+        jax.random.key(1), tuned.target, warmup, num_samples=24, num_chains=4, solver=jacobi()
+    )
     assert draws.warmup is warmup
     np.testing.assert_array_equal(draws.positions, tuned.draws.positions)
-    with pytest.raises(ValueError, match="num_chains: got 3, but the warm-up given as `kernel` has 4 chains"):
+    with pytest.raises(
+        ValueError, match="num_chains: got 3, but the warm-up given as `kernel` has 4 chains"
+    ):
         sample(jax.random.key(1), tuned.target, warmup, num_samples=24, num_chains=3)
     with pytest.raises(TypeError, match="target: got None, wanted a Target"):
         sample(jax.random.key(1), None, warmup, num_samples=24, num_chains=4)
@@ -268,16 +348,31 @@ def test_warm_up_reused_goes_on_where_it_ended(tuned):
 def test_eight_schools_from_end_to_end():
     """A NumPyro model in float64: starts that NumPyro finds, and draws in the model's own space."""
     schools = eight_schools(jax.random.key(1))
-    draws = sample(jax.random.key(0), schools, hmc(schools.logdensity, 0.3, jnp.ones(10), 5), num_samples=60,
-                   num_chains=4, solver=jacobi(), schedule=Stretches(30))
+    draws = sample(
+        jax.random.key(0),
+        schools,
+        hmc(schools.logdensity, 0.3, jnp.ones(10), 5),
+        num_samples=60,
+        num_chains=4,
+        solver=jacobi(),
+        schedule=Stretches(30),
+    )
     assert draws.or_raise().report.status == (Status.CONVERGED,) * 4
     assert {name: value.shape for name, value in draws.constrained.items()} == {
-        "mu": (4, 60), "tau": (4, 60), "theta_trans": (4, 60, 8), "theta": (4, 60, 8)}
+        "mu": (4, 60),
+        "tau": (4, 60),
+        "theta_trans": (4, 60, 8),
+        "theta": (4, 60, 8),
+    }
     assert draws.dims["theta"] == ("school",) and set(draws.names) == set(draws.constrained)
     mu, tau, shift = (np.asarray(draws.constrained[name]) for name in ("mu", "tau", "theta_trans"))
-    np.testing.assert_allclose(draws.constrained["theta"], mu[..., None] + tau[..., None] * shift, atol=1e-10)
+    np.testing.assert_allclose(
+        draws.constrained["theta"], mu[..., None] + tau[..., None] * shift, atol=1e-10
+    )
     np.testing.assert_allclose(np.exp(draws.positions["tau"]), tau, rtol=1e-12)
-    assert {"energy", "num_steps", "diverging"} <= set(draws.info) and (np.asarray(draws.info["num_steps"]) == 5).all()
+    assert {"energy", "num_steps", "diverging"} <= set(draws.info) and (
+        np.asarray(draws.info["num_steps"]) == 5
+    ).all()
     assert 0.5 < np.mean(draws.info["acceptance_rate"]) < 1 and np.ptp(mu, axis=1).min() > 3
 
 
@@ -297,10 +392,19 @@ def test_data_travel_as_arguments(no_large_constants):
     rows = jnp.asarray(np.random.default_rng(0).normal(size=(500, 2)))
     with pytest.raises(UserWarning, match="constants"):  # the alarm itself works
         jax.jit(lambda x: jnp.sum(jnp.tanh(rows @ x)))(jnp.zeros(2))
-    regression = Target(lambda x: -0.5 * jnp.sum(x**2) - jnp.sum(jnp.logaddexp(0.0, rows @ x)), jnp.zeros(2),
-                        constrain=lambda x: {"mean": jnp.tanh(rows @ x).mean()})
-    draws = sample(jax.random.key(0), regression, mala(regression.logdensity, 0.002), num_samples=12, num_chains=2,
-                   solver=jacobi())
+    regression = Target(
+        lambda x: -0.5 * jnp.sum(x**2) - jnp.sum(jnp.logaddexp(0.0, rows @ x)),
+        jnp.zeros(2),
+        constrain=lambda x: {"mean": jnp.tanh(rows @ x).mean()},
+    )
+    draws = sample(
+        jax.random.key(0),
+        regression,
+        mala(regression.logdensity, 0.002),
+        num_samples=12,
+        num_chains=2,
+        solver=jacobi(),
+    )
     assert draws.or_raise().constrained["mean"].shape == (2, 12)
 
 
@@ -336,7 +440,8 @@ def nothing_runs(monkeypatch):
 
 
 KEYS = {
-    "int": (0, TypeError, "key: got 0"), "float": (0.5, TypeError, "key: got 0.5"),
+    "int": (0, TypeError, "key: got 0"),
+    "float": (0.5, TypeError, "key: got 0.5"),
     "batch": ("batch", ValueError, r"key: got a batch of keys of shape \(3,\)"),
     "width": (np.zeros(4, np.uint32), ValueError, r"key: got uint32 numbers of shape \(4,\)"),
     "float array": (np.zeros(2), TypeError, "key: got an array of dtype float64"),
@@ -352,19 +457,48 @@ def test_bad_keys(case, nothing_runs):
 
 
 TARGETS = {
-    "density -inf": (lambda: Target(_nowhere, np.ones(2)), InvalidStart, "initial: got a start where .* is -inf"),
-    "density NaN": (lambda: Target(lambda x: jnp.log(-jnp.sum(x**2)), np.ones(2)), InvalidStart, "log density is nan"),
-    "NaN start": (lambda: Target(NORMAL.logdensity, np.array([0.0, np.nan])), InvalidStart, r"initial\[1\]: got nan"),
+    "density -inf": (
+        lambda: Target(_nowhere, np.ones(2)),
+        InvalidStart,
+        "initial: got a start where .* is -inf",
+    ),
+    "density NaN": (
+        lambda: Target(lambda x: jnp.log(-jnp.sum(x**2)), np.ones(2)),
+        InvalidStart,
+        "log density is nan",
+    ),
+    "NaN start": (
+        lambda: Target(NORMAL.logdensity, np.array([0.0, np.nan])),
+        InvalidStart,
+        r"initial\[1\]: got nan",
+    ),
     "NaN gradient": (lambda: Target(_trap, np.zeros(2)), InvalidStart, "double-where"),
-    "vector density": (lambda: Target(lambda x: -x**2, np.ones(2)), InvalidStart, r"got shape \(2,\).*\.sum\(\)"),
-    "density (1,)": (lambda: Target(lambda x: -jnp.sum(x**2)[None], np.ones(2)), InvalidStart, r"got shape \(1,\)"),
+    "vector density": (
+        lambda: Target(lambda x: -(x**2), np.ones(2)),
+        InvalidStart,
+        r"got shape \(2,\).*\.sum\(\)",
+    ),
+    "density (1,)": (
+        lambda: Target(lambda x: -jnp.sum(x**2)[None], np.ones(2)),
+        InvalidStart,
+        r"got shape \(1,\)",
+    ),
     "no entries": (lambda: Target(NORMAL.logdensity, np.ones(0)), InvalidStart, "dimension 0"),
     "bool start": (lambda: Target(NORMAL.logdensity, np.array([True])), InvalidStart, "bool"),
     "complex start": (lambda: Target(NORMAL.logdensity, np.array([1j])), InvalidStart, "complex"),
     "object start": (lambda: Target(NORMAL.logdensity, np.array([None])), InvalidStart, "object"),
-    "random density": (lambda: Target(_noisy, np.ones(2)), NonDeterministicTarget, "wanted one value for one position"),
-    "mixed types": (lambda: Target(lambda x: -x["a"]**2 - x["b"]**2, {"a": np.float32(1), "b": np.float64(1)}),
-                    InvalidStart, "mix of floating dtypes"),
+    "random density": (
+        lambda: Target(_noisy, np.ones(2)),
+        NonDeterministicTarget,
+        "wanted one value for one position",
+    ),
+    "mixed types": (
+        lambda: Target(
+            lambda x: -(x["a"] ** 2) - x["b"] ** 2, {"a": np.float32(1), "b": np.float64(1)}
+        ),
+        InvalidStart,
+        "mix of floating dtypes",
+    ),
     "no target": (lambda: NORMAL.logdensity, TypeError, "target: got the function"),
 }
 
@@ -379,8 +513,10 @@ def test_bad_targets_and_starts(case, nothing_runs):
 def test_one_bad_start_of_several_is_named(nothing_runs):
     keys = jax.random.split(jax.random.split(jax.random.key(0), 3)[0], 4)
     third = jax.random.key_data(keys[2])
-    starts = Target(NORMAL.logdensity,
-                    lambda key: jnp.where(jnp.all(jax.random.key_data(key) == third), jnp.inf, jnp.zeros(2)))
+    starts = Target(
+        NORMAL.logdensity,
+        lambda key: jnp.where(jnp.all(jax.random.key_data(key) == third), jnp.inf, jnp.zeros(2)),
+    )
     with pytest.raises(InvalidStart, match=r"chain 2, initial\[0\]: got inf"):
         sample(jax.random.key(0), starts, mala, num_samples=5)
 
@@ -388,15 +524,25 @@ def test_one_bad_start_of_several_is_named(nothing_runs):
 def test_integer_starts_become_floats_with_a_warning(nothing_runs):
     with pytest.warns(UserWarning, match="initial: got integers .* they become float64"):
         with pytest.raises(AssertionError, match="the run began"):
-            sample(jax.random.key(0), Target(NORMAL.logdensity, np.array([1, 2])), mala, num_samples=5)
+            sample(
+                jax.random.key(0), Target(NORMAL.logdensity, np.array([1, 2])), mala, num_samples=5
+            )
 
 
 ARGUMENTS = {
-    "num_samples negative": ({"num_samples": -1}, ValueError, "num_samples: got -1; wanted an int of at least 0"),
+    "num_samples negative": (
+        {"num_samples": -1},
+        ValueError,
+        "num_samples: got -1; wanted an int of at least 0",
+    ),
     "num_samples float": ({"num_samples": 4.0}, TypeError, "num_samples: got 4.0"),
     "num_samples bool": ({"num_samples": True}, TypeError, "num_samples: got the bool True"),
     "no chains": ({"num_chains": 0}, ValueError, "num_chains: got 0; wanted an int of at least 1"),
-    "num_warmup": ({"num_warmup": 3}, ValueError, "num_warmup: got 3; wanted an int of at least 20"),
+    "num_warmup": (
+        {"num_warmup": 3},
+        ValueError,
+        "num_warmup: got 3; wanted an int of at least 20",
+    ),
     "max_iterations": ({"max_iterations": 0}, ValueError, "max_iterations"),
     "solver": ({"solver": "deer"}, TypeError, "solver"),
     "schedule": ({"schedule": 5}, TypeError, "schedule"),
@@ -414,7 +560,11 @@ def test_bad_arguments(case, nothing_runs):
 
 KERNELS = {
     "number": (lambda: 5, TypeError, "kernel: got 5, wanted a Kernel"),
-    "BlackJAX's own": (lambda: blackjax.mala(NORMAL.logdensity, 0.1), TypeError, "kernel: got a SamplingAlgorithm, wanted a Kernel"),
+    "BlackJAX's own": (
+        lambda: blackjax.mala(NORMAL.logdensity, 0.1),
+        TypeError,
+        "kernel: got a SamplingAlgorithm, wanted a Kernel",
+    ),
     "step size": (lambda: mala(NORMAL.logdensity, -0.1), ValueError, "step_size: got -0.1"),
     "metric": (lambda: hmc(NORMAL.logdensity, 0.1, jnp.array([1.0, -1.0])), ValueError, "metric"),
 }
@@ -430,5 +580,15 @@ def test_bad_kernels(case, nothing_runs):
 def test_good_arguments_do_begin(nothing_runs):
     """So that every refusal above is about the argument it names."""
     with pytest.raises(AssertionError, match="the run began"):
-        sample(jax.random.key(0), NORMAL, mala, num_samples=5, num_chains=1, num_warmup=20, solver=jacobi(),
-               schedule=Whole(), max_iterations=1, progress=quiet)
+        sample(
+            jax.random.key(0),
+            NORMAL,
+            mala,
+            num_samples=5,
+            num_chains=1,
+            num_warmup=20,
+            solver=jacobi(),
+            schedule=Whole(),
+            max_iterations=1,
+            progress=quiet,
+        )

@@ -54,7 +54,7 @@ def _one(build):
         state = kernel.init(jnp.full(D, 3.0))
         tape = kernel.tape(keys[2], BURN_IN + STRIDE * KEPT, state)
         found = solve(kernel.dynamics(), kernel.carry(state), tape, solver=shooting(steps=36))
-        draws = jax.vmap(kernel.position)(found.states)[BURN_IN + STRIDE - 1::STRIDE]
+        draws = jax.vmap(kernel.position)(found.states)[BURN_IN + STRIDE - 1 :: STRIDE]
         return jnp.sum(draws < theta, axis=0), found.status
 
     return jax.jit(jax.vmap(one, in_axes=(0, None)))
@@ -62,16 +62,23 @@ def _one(build):
 
 def smallest_p(name, num_simulations, width=1.0):
     """The smallest p of χ² over coordinates."""
-    ranks, status = _one(KERNELS[name])(jax.random.split(jax.random.key(11), num_simulations), width)
+    ranks, status = _one(KERNELS[name])(
+        jax.random.split(jax.random.key(11), num_simulations), width
+    )
     solved = np.asarray(status) == Status.CONVERGED
     assert solved.mean() > 0.99
-    counts = [np.bincount(column * BINS // (KEPT + 1), minlength=BINS) for column in np.asarray(ranks)[solved].T]
+    counts = [
+        np.bincount(column * BINS // (KEPT + 1), minlength=BINS)
+        for column in np.asarray(ranks)[solved].T
+    ]
     return min(stats.chisquare(one).pvalue for one in counts)
 
 
 # NUTS takes some 25 s of one core, three times as long as any other, for trees that all lanes build to the deepest; its
 # conservation test is ordinary (`test_statistics`).
-@pytest.mark.parametrize("name", ["hmc", "coalescing hmc", "mala", pytest.param("nuts", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["hmc", "coalescing hmc", "mala", pytest.param("nuts", marks=pytest.mark.slow)]
+)
 def test_ranks_are_uniform(name):
     assert smallest_p(name, 1000) > 1e-4 / D
 

@@ -63,18 +63,29 @@ def as_matrix(maps):
         return np.asarray(maps.matrix, np.float64)
     if isinstance(maps, Diagonal):
         return np.asarray(maps.diagonal, np.float64)[..., None] * eye
-    return np.broadcast_to(eye if isinstance(maps, Identity) else 0 * eye, (*shift.shape, shift.shape[-1])).copy()
+    return np.broadcast_to(
+        eye if isinstance(maps, Identity) else 0 * eye, (*shift.shape, shift.shape[-1])
+    ).copy()
 
 
 def make_messages(kind, matrix, shift, other):
     """Messages from arrays: `A` any matrix, `C` and `J` covariances (halved, to stay well conditioned)."""
     if kind is DenseMessage:
+
         def square(m):
             return 0.25 * m @ np.swapaxes(m, -1, -2)
 
-        return DenseMessage(matrix, shift, square(other), 0.5 * shift[..., ::-1], square(np.swapaxes(matrix, -1, -2)))
+        return DenseMessage(
+            matrix,
+            shift,
+            square(other),
+            0.5 * shift[..., ::-1],
+            square(np.swapaxes(matrix, -1, -2)),
+        )
     diagonal, spread = matrix[..., 0], other[..., 0]
-    return DiagonalMessage(diagonal, shift, spread**2, 0.5 * shift[..., ::-1], diagonal[..., ::-1]**2)
+    return DiagonalMessage(
+        diagonal, shift, spread**2, 0.5 * shift[..., ::-1], diagonal[..., ::-1] ** 2
+    )
 
 
 def belief_of(kind, shift):
@@ -98,10 +109,17 @@ def assert_close(got, wanted, bound):
 
 
 @pytest.mark.parametrize("kind", MAPS)
-@given(matrices=arrays(np.float64, (3, D, D), elements=numbers), shifts=arrays(np.float64, (4, D), elements=numbers))
+@given(
+    matrices=arrays(np.float64, (3, D, D), elements=numbers),
+    shifts=arrays(np.float64, (4, D), elements=numbers),
+)
 def test_affine_maps_are_a_monoid_that_acts(precision, kind, matrices, shifts):
-    first, second, third = (cast(make_maps(kind, matrices[i], shifts[i]), precision) for i in range(3))
-    (left, right), (together, in_turn) = both_ways(first, second, third, jnp.asarray(shifts[3], precision))
+    first, second, third = (
+        cast(make_maps(kind, matrices[i], shifts[i]), precision) for i in range(3)
+    )
+    (left, right), (together, in_turn) = both_ways(
+        first, second, third, jnp.asarray(shifts[3], precision)
+    )
     # Entries are at most 2 and D = 3: products of three matrices and shifts are at most 2·6·6·6.
     bound = 8 * D * 500 * np.finfo(precision).eps
     assert type(left) is kind
@@ -110,7 +128,10 @@ def test_affine_maps_are_a_monoid_that_acts(precision, kind, matrices, shifts):
 
 
 @pytest.mark.parametrize("kind", MAPS)
-@given(matrix=arrays(np.float64, (D, D), elements=numbers), vectors=arrays(np.float64, (3, D), elements=numbers))
+@given(
+    matrix=arrays(np.float64, (D, D), elements=numbers),
+    vectors=arrays(np.float64, (3, D), elements=numbers),
+)
 def test_affine_maps_are_what_their_matrices_say(precision, kind, matrix, vectors):
     step = cast(make_maps(kind, matrix, vectors[0]), precision)
     x, y = jnp.asarray(vectors[1:], precision)
@@ -118,23 +139,32 @@ def test_affine_maps_are_what_their_matrices_say(precision, kind, matrix, vector
     bound = 8 * D * 14 * np.finfo(precision).eps
     np.testing.assert_allclose(step(x), A @ vectors[1] + vectors[0], rtol=0, atol=bound)
     np.testing.assert_allclose(step.linear(x), A @ vectors[1], rtol=0, atol=bound)
-    np.testing.assert_allclose(step.transpose()(y), A.T @ vectors[2] + vectors[0], rtol=0, atol=bound)
+    np.testing.assert_allclose(
+        step.transpose()(y), A.T @ vectors[2] + vectors[0], rtol=0, atol=bound
+    )
     np.testing.assert_array_equal(step.with_shift(y).shift, y)
     np.testing.assert_array_equal(as_matrix(step.with_shift(y)), A)
 
 
 @pytest.mark.parametrize("kind", MESSAGES)
-@given(matrices=arrays(np.float64, (3, 2, D, D), elements=numbers), shifts=arrays(np.float64, (4, D), elements=numbers))
+@given(
+    matrices=arrays(np.float64, (3, 2, D, D), elements=numbers),
+    shifts=arrays(np.float64, (4, D), elements=numbers),
+)
 def test_messages_are_a_monoid_that_acts(precision, kind, matrices, shifts):
-    first, second, third = (cast(make_messages(kind, matrices[i, 0], shifts[i], matrices[i, 1]), precision)
-                            for i in range(3))
+    first, second, third = (
+        cast(make_messages(kind, matrices[i, 0], shifts[i], matrices[i, 1]), precision)
+        for i in range(3)
+    )
     belief = cast(belief_of(kind, shifts[3]), precision)
     (left, right), (together, in_turn) = both_ways(first, second, third, belief)
     # I + C J has condition at most about (1 + 9·9)², entries grow like 6³, and each is one of a few dozen products.
     bound = 64 * D * 82**2 * 216 * np.finfo(precision).eps
     if precision == np.float32:
         # The worst case would allow anything in float32; what is measured stays below 1e-3 of the largest entry.
-        bound = 1e-3 * max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves((left, together, 1.0)))
+        bound = 1e-3 * max(
+            float(np.abs(leaf).max()) for leaf in jax.tree.leaves((left, together, 1.0))
+        )
     assert_close(left, right, bound)
     assert_close(together, in_turn, bound)
 
@@ -142,18 +172,25 @@ def test_messages_are_a_monoid_that_acts(precision, kind, matrices, shifts):
 def random_maps(kind, num_steps, dtype, seed=0):
     rng = np.random.default_rng(seed)
     # Spectral norm about 1: neither growth nor decay hides an error.
-    return cast(make_maps(kind, 0.6 * rng.normal(size=(num_steps, D, D)), rng.normal(size=(num_steps, D))), dtype)
+    return cast(
+        make_maps(kind, 0.6 * rng.normal(size=(num_steps, D, D)), rng.normal(size=(num_steps, D))),
+        dtype,
+    )
 
 
 @quick
 def all_scans(elements, start):
     prefixes = [LocalTime(scan).prefix(elements, start) for scan in SCANS]
-    return prefixes, [LocalTime(scan).suffix(elements, start) for scan in (*SCANS[:2], ChunkedScan(4))]
+    return prefixes, [
+        LocalTime(scan).suffix(elements, start) for scan in (*SCANS[:2], ChunkedScan(4))
+    ]
 
 
 # 0, 1, 2, a multiple of the chunk and no multiple of it.
-@pytest.mark.parametrize("num_steps, dtype", [(0, "float64"), (1, "float64"), (2, "float32"), (9, "float64"),
-                                              (11, "float32")])
+@pytest.mark.parametrize(
+    "num_steps, dtype",
+    [(0, "float64"), (1, "float64"), (2, "float32"), (9, "float64"), (11, "float32")],
+)
 @pytest.mark.parametrize("kind", MAPS)
 def test_every_scan_is_the_loop(kind, num_steps, dtype):
     with jax.enable_x64(dtype == "float64"):
@@ -169,7 +206,10 @@ def test_every_scan_is_the_loop(kind, num_steps, dtype):
         scale = 1 + np.abs(forwards).max(initial=0) + np.abs(backwards).max(initial=0)
         bound = 100 * D * np.finfo(dtype).eps * scale
         prefixes, suffixes = all_scans(maps, start)
-        for got, wanted in [*((prefix, forwards) for prefix in prefixes), *((suffix, backwards) for suffix in suffixes)]:
+        for got, wanted in [
+            *((prefix, forwards) for prefix in prefixes),
+            *((suffix, backwards) for suffix in suffixes),
+        ]:
             assert got.dtype == dtype and got.shape == (num_steps, D)
             np.testing.assert_allclose(got, wanted, rtol=0, atol=bound)
 
@@ -195,7 +235,10 @@ def test_the_default_is_chosen_by_platform_and_shape(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert default_scan(maps) == AssociativeScan()
     # One map: nothing to compose.
-    assert default_scan(jax.eval_shape(lambda: random_maps(Diagonal, 1, "float32"))) == SequentialScan()
+    assert (
+        default_scan(jax.eval_shape(lambda: random_maps(Diagonal, 1, "float32")))
+        == SequentialScan()
+    )
 
 
 def textbook_filter(matrices, shifts, damping, start):
@@ -221,10 +264,16 @@ def filters(steps, damping, start, message):
 def test_messages_are_the_textbook_filter(precision, maps, message):
     steps = random_maps(maps, 7, precision, seed=1)
     start = jnp.asarray([1.0, -1.0, 2.0], precision)
-    tolerance = 2000 * np.finfo(precision).eps  # seven steps of some thirty products, each amplified up to tenfold
+    tolerance = (
+        2000 * np.finfo(precision).eps
+    )  # seven steps of some thirty products, each amplified up to tenfold
     for damping in (1e-3, 1.0, 30.0):
-        means, covariances = textbook_filter(as_matrix(steps), np.asarray(steps.shift, np.float64), damping,
-                                             np.asarray(start, np.float64))
+        means, covariances = textbook_filter(
+            as_matrix(steps),
+            np.asarray(steps.shift, np.float64),
+            damping,
+            np.asarray(start, np.float64),
+        )
         wanted = covariances if maps is Dense else np.diagonal(covariances, axis1=1, axis2=2)
         for belief in filters(steps, jnp.asarray(damping, precision), start, message):
             spread = belief.covariance if maps is Dense else belief.variance
@@ -237,23 +286,30 @@ def damped_least_squares(matrices, residuals, damping):
     num_steps = len(residuals)
     system = np.eye(num_steps * D)
     for t in range(1, num_steps):
-        system[t * D:(t + 1) * D, (t - 1) * D:t * D] = -matrices[t]
+        system[t * D : (t + 1) * D, (t - 1) * D : t * D] = -matrices[t]
     rows = np.concatenate([system, np.sqrt(damping) * np.eye(num_steps * D)])
     right = np.concatenate([residuals.ravel(), np.zeros(num_steps * D)])
     return np.linalg.lstsq(rows, right, rcond=None)[0].reshape(num_steps, D)
 
 
-trust_regions = quick(lambda maps, damping: [trust_region_step(maps, damping, maps.shift[0], LocalTime(scan))
-                                             for scan in SCANS[:2]])
+trust_regions = quick(
+    lambda maps, damping: [
+        trust_region_step(maps, damping, maps.shift[0], LocalTime(scan)) for scan in SCANS[:2]
+    ]
+)
 
 
-@pytest.mark.parametrize("num_steps, dtype", [(1, "float64"), (2, "float32"), (7, "float64"), (7, "float32")])
+@pytest.mark.parametrize(
+    "num_steps, dtype", [(1, "float64"), (2, "float32"), (7, "float64"), (7, "float32")]
+)
 @pytest.mark.parametrize("kind", MAPS)
 def test_the_trust_region_step_is_damped_least_squares(kind, num_steps, dtype):
     with jax.enable_x64(dtype == "float64"):
         maps = random_maps(kind, num_steps, dtype, seed=2)
         for damping in (0.0, 1e-3, 1.0, 1e3):
-            wanted = damped_least_squares(as_matrix(maps), np.asarray(maps.shift, np.float64), damping)
+            wanted = damped_least_squares(
+                as_matrix(maps), np.asarray(maps.shift, np.float64), damping
+            )
             # Filter and smoother each lose what the textbook filter above loses.
             bound = 4000 * np.finfo(dtype).eps * np.abs(wanted).max()
             for got in trust_regions(maps, jnp.asarray(damping, dtype)):
@@ -262,9 +318,17 @@ def test_the_trust_region_step_is_damped_least_squares(kind, num_steps, dtype):
 
 def test_the_time_axis_on_small_numbers(precision):
     axis, states = LocalTime(), jnp.arange(6, dtype=precision).reshape(3, 2)
-    np.testing.assert_array_equal(axis.previous(-jnp.ones(2, precision), states), [[-1, -1], [0, 1], [2, 3]])
-    np.testing.assert_array_equal(axis.following(states, -jnp.ones(2, precision)), [[2, 3], [4, 5], [-1, -1]])
-    assert axis.previous(states[0], states[:0]).shape == axis.following(states[:0], states[0]).shape == (0, 2)
+    np.testing.assert_array_equal(
+        axis.previous(-jnp.ones(2, precision), states), [[-1, -1], [0, 1], [2, 3]]
+    )
+    np.testing.assert_array_equal(
+        axis.following(states, -jnp.ones(2, precision)), [[2, 3], [4, 5], [-1, -1]]
+    )
+    assert (
+        axis.previous(states[0], states[:0]).shape
+        == axis.following(states[:0], states[0]).shape
+        == (0, 2)
+    )
     assert float(axis.maximum(jnp.asarray([1.0, 3.0, 2.0], precision))) == 3
     assert np.isnan(axis.maximum(jnp.asarray([1.0, jnp.nan, 2.0], precision)))
     assert float(axis.maximum(jnp.zeros(0, precision))) == 0
@@ -276,6 +340,8 @@ def test_the_time_axis_on_small_numbers(precision):
 def test_the_sequential_and_the_parallel_scan_do_different_work(double):
     """The laws above would hold if every scan were the same loop: here they are told apart by their depth."""
     maps, start = random_maps(Dense, 64, double), jnp.ones(D, double)
-    loops = {type(scan): str(jax.make_jaxpr(scan)(maps, start)).count("scan[")
-             for scan in (SequentialScan(), AssociativeScan(), ChunkedScan(8))}
+    loops = {
+        type(scan): str(jax.make_jaxpr(scan)(maps, start)).count("scan[")
+        for scan in (SequentialScan(), AssociativeScan(), ChunkedScan(8))
+    }
     assert loops == {SequentialScan: 1, AssociativeScan: 0, ChunkedScan: 3}

@@ -17,9 +17,16 @@ from conftest import OPTIMISED
 def test_a_batched_product_followed_by_a_sum(precision, length, dimension):
     rng = np.random.default_rng(dimension)
     matrix, points = rng.normal(size=(dimension, dimension)), rng.normal(size=(length, dimension))
-    form = jax.jit(jax.vmap(lambda x: jnp.sum(jnp.dot(jnp.asarray(matrix, precision), x)**2)), compiler_options=OPTIMISED)
+    form = jax.jit(
+        jax.vmap(lambda x: jnp.sum(jnp.dot(jnp.asarray(matrix, precision), x) ** 2)),
+        compiler_options=OPTIMISED,
+    )
     got = np.asarray(form(jnp.asarray(points, precision)), np.float64)
-    wanted = ((points @ matrix.T)**2).sum(axis=1)
+    wanted = ((points @ matrix.T) ** 2).sum(axis=1)
     # Two dozen roundings, of terms that are at most what they sum to.
-    np.testing.assert_allclose(got, wanted, rtol=200 * np.finfo(precision).eps, atol=1e-5 if precision == "float32" else
-                               1e-13)
+    np.testing.assert_allclose(
+        got,
+        wanted,
+        rtol=200 * np.finfo(precision).eps,
+        atol=1e-5 if precision == "float32" else 1e-13,
+    )

@@ -8,9 +8,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from partime_mcmc import (Clipped, DenseJacobian, Dynamics, HutchinsonDiagonal, Sliding, Status, Stretches, Target,
-                          Tolerance, certify, deer, from_blackjax, loop, mala, random_walk, residual, rollout, sample,
-                          shooting, solve)
+from partime_mcmc import (
+    Clipped,
+    DenseJacobian,
+    Dynamics,
+    HutchinsonDiagonal,
+    Sliding,
+    Status,
+    Stretches,
+    Target,
+    Tolerance,
+    certify,
+    deer,
+    from_blackjax,
+    loop,
+    mala,
+    random_walk,
+    residual,
+    rollout,
+    sample,
+    shooting,
+    solve,
+)
 from partime_mcmc.solvers.ahead import split
 from partime_mcmc.solvers.lanes import widths
 from partime_mcmc.solvers.rollout import roll_on
@@ -36,7 +55,9 @@ def logistic_map():
 
 
 def mala_chain(num_steps, step_size=0.35, key=1):
-    kernel = from_blackjax(blackjax.mala(lambda x: -0.5 * jnp.sum(x**2) - 0.1 * jnp.sum(x**4), step_size))
+    kernel = from_blackjax(
+        blackjax.mala(lambda x: -0.5 * jnp.sum(x**2) - 0.1 * jnp.sum(x**4), step_size)
+    )
     state = kernel.init(jnp.ones(3))
     return kernel, state, kernel.tape(jax.random.key(key), num_steps, state)
 
@@ -47,7 +68,9 @@ DRIVES = jax.random.normal
 def test_one_segment_is_the_sequential_chain():
     dynamics, drives = tanh_network(), jax.random.normal(jax.random.key(1), (200, 3))
     found = solve(dynamics, jnp.zeros(3), drives, solver=shooting(1)).or_raise()
-    np.testing.assert_allclose(found.states, rollout(dynamics, jnp.zeros(3), drives), rtol=0, atol=1e-15)
+    np.testing.assert_allclose(
+        found.states, rollout(dynamics, jnp.zeros(3), drives), rtol=0, atol=1e-15
+    )
     assert float(found.stats.evaluations) == 1.0 and int(found.stats.depth) == 200
 
 
@@ -55,7 +78,9 @@ def test_one_step_with_the_jacobian_is_deer():
     """The starts of pass k are DEER's iterate k, so both need the same number of passes (one more here: the last roll)."""
     dynamics, drives = tanh_network(0.95), jax.random.normal(jax.random.key(1), (300, 3))
     newton = solve(dynamics, jnp.zeros(3), drives, solver=deer()).or_raise()
-    shot = solve(dynamics, jnp.zeros(3), drives, solver=shooting(steps=1, correction=DenseJacobian())).or_raise()
+    shot = solve(
+        dynamics, jnp.zeros(3), drives, solver=shooting(steps=1, correction=DenseJacobian())
+    ).or_raise()
     assert abs(int(shot.iterations) - int(newton.iterations)) <= 1 < int(newton.iterations)
     np.testing.assert_allclose(shot.states, newton.states, rtol=0, atol=1e-12)
     # Without the correction the same segments need many more passes: the agreement above is the correction's doing.
@@ -64,22 +89,37 @@ def test_one_step_with_the_jacobian_is_deer():
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 63, 64, 257])
-@pytest.mark.parametrize("solver", [shooting(), shooting(5), shooting(steps=7), shooting(1000),
-                                    shooting(steps=16, correction=Clipped(DenseJacobian()))], ids=str)
+@pytest.mark.parametrize(
+    "solver",
+    [
+        shooting(),
+        shooting(5),
+        shooting(steps=7),
+        shooting(1000),
+        shooting(steps=16, correction=Clipped(DenseJacobian())),
+    ],
+    ids=str,
+)
 def test_any_length_and_any_cut_give_the_path(solver, num_steps):
     dynamics, drives = tanh_network(), jax.random.normal(jax.random.key(1), (num_steps, 3))
     found = solve(dynamics, jnp.zeros(3), drives, solver=solver).or_raise()
     # An error within the tolerance at a meeting is carried on by a map that halves it every step.
-    np.testing.assert_allclose(found.states, rollout(dynamics, jnp.zeros(3), drives), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        found.states, rollout(dynamics, jnp.zeros(3), drives), rtol=0, atol=1e-12
+    )
     measured = float(jnp.max(residual(dynamics, jnp.zeros(3), found.states, drives)))
     assert measured <= float(found.residual) + 1e-15
 
 
 def test_tolerance_zero_leaves_no_gap_anywhere():
     dynamics, drives = tanh_network(), jax.random.normal(jax.random.key(1), (500, 3))
-    found = solve(dynamics, jnp.zeros(3), drives, solver=shooting(8), tolerance=Tolerance(0.0, 0.0)).or_raise()
+    found = solve(
+        dynamics, jnp.zeros(3), drives, solver=shooting(8), tolerance=Tolerance(0.0, 0.0)
+    ).or_raise()
     assert float(found.residual) == 0.0
-    loose = solve(dynamics, jnp.zeros(3), drives, solver=shooting(8), tolerance=Tolerance(0.0, 1e-3)).or_raise()
+    loose = solve(
+        dynamics, jnp.zeros(3), drives, solver=shooting(8), tolerance=Tolerance(0.0, 1e-3)
+    ).or_raise()
     assert 0.0 < float(loose.residual) <= 1e-3
     assert float(loose.stats.evaluations) < float(found.stats.evaluations)
     # The residual reported is the one that an independent evaluation finds.
@@ -103,15 +143,23 @@ def test_lanes_that_have_met_are_let_go():
     """Few segments forget slowly: their lanes go on in a narrower loop, and the others cost nothing more."""
     steps, count = 64, 64
     fading = jnp.full((count, steps), 0.1).at[5::16].set(0.55)
-    drives = jnp.concatenate([fading.reshape(-1, 1), jax.random.normal(jax.random.key(1), (steps * count, 2))], axis=1)
+    drives = jnp.concatenate(
+        [fading.reshape(-1, 1), jax.random.normal(jax.random.key(1), (steps * count, 2))], axis=1
+    )
     found = solve(Dynamics(_fading_step), jnp.zeros(2), drives, solver=shooting(count)).or_raise()
-    np.testing.assert_allclose(found.states, rollout(Dynamics(_fading_step), jnp.zeros(2), drives), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        found.states, rollout(Dynamics(_fading_step), jnp.zeros(2), drives), rtol=0, atol=1e-12
+    )
     depth, evaluations = int(found.stats.depth), float(found.stats.evaluations)
     assert depth > steps + 40, "13 digits at 0.55 a step"
     # 0.1 forgets them in some 14 steps of 64 lanes; the four slow ones go on in 16.
     assert 1 + 13 / 64 < evaluations < 1 + (18 + (depth - steps) / 4) / 64
     # Chains must not decide about one another's rounding, so several of them keep all their lanes.
-    assert widths(count, 1) == (64, 16) and widths(1024, 1) == (1024, 256, 64, 16) and widths(1024, 2) == (1024,)
+    assert (
+        widths(count, 1) == (64, 16)
+        and widths(1024, 1) == (1024, 256, 64, 16)
+        and widths(1024, 2) == (1024,)
+    )
 
 
 def test_dice_are_thrown_ahead_and_are_the_same():
@@ -128,7 +176,9 @@ def test_dice_are_thrown_ahead_and_are_the_same():
         return values, memo.advance(None, start, at(tape)), rest(None, start, at(values))
 
     values, wanted, got = both(state.position, tape)
-    assert sorted(leaf.shape for leaf in jax.tree.leaves(values)) == [(50,), (50, 3)], "noise and accept uniform"
+    assert sorted(leaf.shape for leaf in jax.tree.leaves(values)) == [(50,), (50, 3)], (
+        "noise and accept uniform"
+    )
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-13), got, wanted)
 
     def minibatch(data, state, key):
@@ -138,7 +188,9 @@ def test_dice_are_thrown_ahead_and_are_the_same():
     arguments = jnp.ones((1000, 3)), jnp.ones(3), jax.random.key(0)
     small = jax.eval_shape(split(minibatch, *arguments)[0], arguments[0], arguments[2])
     assert sum(leaf.size for leaf in jax.tree.leaves(small)) <= 3
-    kept, _ = split(lambda data, state, key: data[jax.random.randint(key, (200,), 0, 1000)] @ state, *arguments)
+    kept, _ = split(
+        lambda data, state, key: data[jax.random.randint(key, (200,), 0, 1000)] @ state, *arguments
+    )
     assert kept(arguments[0], arguments[2]) is arguments[2]
 
 
@@ -156,7 +208,9 @@ def test_paths_are_finished_from_where_they_stop_being_exact():
 
 def test_proposals_outside_the_support_are_rejected():
     def logdensity(x):
-        return jnp.select([jnp.abs(x[0]) >= 1, jnp.abs(x[1]) >= 1], [-jnp.inf, jnp.nan], -0.5 * jnp.sum(x**2))
+        return jnp.select(
+            [jnp.abs(x[0]) >= 1, jnp.abs(x[1]) >= 1], [-jnp.inf, jnp.nan], -0.5 * jnp.sum(x**2)
+        )
 
     kernel = from_blackjax(blackjax.mala(logdensity, 0.3))
     state = kernel.init(jnp.full(2, 0.5))
@@ -186,7 +240,9 @@ def test_chains_share_the_lanes_and_one_bad_chain_harms_no_other():
     starts = jnp.ones((8, 3))
 
     def run(starts, drives):
-        return jax.vmap(lambda start, drive: solve(dynamics, start, drive, solver=shooting(8)))(starts, drives)
+        return jax.vmap(lambda start, drive: solve(dynamics, start, drive, solver=shooting(8)))(
+            starts, drives
+        )
 
     good = jax.jit(run)(starts, drives)
     bad = jax.jit(run)(starts, drives.at[3, 200].set(jnp.nan))
@@ -200,7 +256,9 @@ def test_chains_share_the_lanes_and_one_bad_chain_harms_no_other():
 def test_every_chain_may_have_parameters_of_its_own():
     weights = jnp.stack([tanh_network(0.3).params, tanh_network(0.6).params])
     drives = jax.random.normal(jax.random.key(1), (200, 3))
-    found = jax.vmap(lambda w: solve(Dynamics(_tanh_step, w), jnp.zeros(3), drives, solver=shooting(4)))(weights)
+    found = jax.vmap(
+        lambda w: solve(Dynamics(_tanh_step, w), jnp.zeros(3), drives, solver=shooting(4))
+    )(weights)
     for one, states in zip(weights, found.states):
         wanted = rollout(Dynamics(_tanh_step, one), jnp.zeros(3), drives)
         np.testing.assert_allclose(states, wanted, rtol=0, atol=1e-12)
@@ -213,7 +271,9 @@ def test_derivatives_do_not_depend_on_the_solver():
         return jnp.sum(run(Dynamics(_tanh_step, weights)) ** 2)
 
     weights = tanh_network(0.7).params
-    got = jax.grad(loss)(weights, lambda d: solve(d, jnp.zeros(3), drives, solver=shooting(4)).states)
+    got = jax.grad(loss)(
+        weights, lambda d: solve(d, jnp.zeros(3), drives, solver=shooting(4)).states
+    )
     wanted = jax.grad(loss)(weights, lambda d: rollout(d, jnp.zeros(3), drives))
     np.testing.assert_allclose(got, wanted, rtol=1e-10, atol=1e-12)
 
@@ -222,7 +282,9 @@ def test_derivatives_do_not_depend_on_the_solver():
 def test_time_can_be_cut(schedule):
     dynamics, drives = tanh_network(), jax.random.normal(jax.random.key(1), (500, 3))
     found = solve(dynamics, jnp.zeros(3), drives, solver=shooting(4), schedule=schedule).or_raise()
-    np.testing.assert_allclose(found.states, rollout(dynamics, jnp.zeros(3), drives), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        found.states, rollout(dynamics, jnp.zeros(3), drives), rtol=0, atol=1e-12
+    )
 
 
 def test_chaos_is_given_up_and_the_exact_prefix_is_exact():
@@ -239,14 +301,18 @@ def test_chaos_is_given_up_and_the_exact_prefix_is_exact():
 
 def test_a_recurrence_that_overflows_is_not_finite_and_ends():
     for solver in (shooting(), shooting(steps=5), shooting(4, correction=DenseJacobian())):
-        found = solve(Dynamics(lambda _, x, u: 1e10 * x + u), jnp.ones(1), jnp.ones(100), solver=solver)
+        found = solve(
+            Dynamics(lambda _, x, u: 1e10 * x + u), jnp.ones(1), jnp.ones(100), solver=solver
+        )
         # 1e10 to the 31st is past the largest number of float64.
         assert int(found.status) == Status.NONFINITE and 29 <= int(found.num_exact) <= 31
 
 
 def test_a_guess_that_overflows_harms_no_finite_path():
     def step(_, x, t):
-        return jnp.where(t == 0, 0.0, jnp.where(jnp.abs(x) < 10, 0.5 * x + 1 + 0.1 * jnp.sin(t), x**3))
+        return jnp.where(
+            t == 0, 0.0, jnp.where(jnp.abs(x) < 10, 0.5 * x + 1 + 0.1 * jnp.sin(t), x**3)
+        )
 
     dynamics, start, drives = Dynamics(step), jnp.array([100.0]), jnp.arange(200)
     found = solve(dynamics, start, drives, solver=shooting(steps=20)).or_raise()
@@ -259,9 +325,13 @@ def test_corrections_make_slow_systems_converge():
     plain = solve(slow, jnp.zeros(3), drives, solver=shooting(64))
     assert int(plain.status) == Status.OUT_OF_ITERATIONS
     for correction in (DenseJacobian(), HutchinsonDiagonal(1)):
-        found = solve(slow, jnp.zeros(3), drives, solver=shooting(64, correction=correction)).or_raise()
+        found = solve(
+            slow, jnp.zeros(3), drives, solver=shooting(64, correction=correction)
+        ).or_raise()
         assert int(found.iterations) <= 3 and float(found.stats.jvps) > 0
-        np.testing.assert_allclose(found.states, rollout(slow, jnp.zeros(3), drives), rtol=0, atol=1e-9)
+        np.testing.assert_allclose(
+            found.states, rollout(slow, jnp.zeros(3), drives), rtol=0, atol=1e-9
+        )
 
 
 def _linear_step(matrix, state, drive):
@@ -284,11 +354,14 @@ def test_segments_shorter_than_a_burst_of_rejections():
     np.testing.assert_allclose(found.states, carries, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (dict(num_segments=0), "num_segments must be an integer of at least 1, got 0"),
-    (dict(num_segments=2, steps=3), "num_segments and steps: got both"),
-    (dict(steps=2.5), "steps must be an integer of at least 1, got 2.5"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (dict(num_segments=0), "num_segments must be an integer of at least 1, got 0"),
+        (dict(num_segments=2, steps=3), "num_segments and steps: got both"),
+        (dict(steps=2.5), "steps must be an integer of at least 1, got 2.5"),
+    ],
+)
 def test_bad_arguments(arguments, words):
     with pytest.raises(ValueError, match=words):
         shooting(**arguments)
@@ -296,7 +369,9 @@ def test_bad_arguments(arguments, words):
 
 def test_sampling_follows_the_advice_and_says_why_when_chains_do_not_forget():
     target = Target(lambda x: -0.5 * jnp.sum(x**2), lambda key: jax.random.normal(key, (4,)))
-    run = functools.partial(sample, jax.random.key(0), target, num_samples=2048, num_chains=4, progress=False)
+    run = functools.partial(
+        sample, jax.random.key(0), target, num_samples=2048, num_chains=4, progress=False
+    )
     forgetful = run(mala(target.logdensity, 0.5)).or_raise()
     assert forgetful.advice.parallel and "shooting" in forgetful.plan["solver"].lower()
     assert forgetful.report.evaluations_per_sample < 3

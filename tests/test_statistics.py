@@ -16,7 +16,16 @@ import pytest
 from scipy import stats
 
 from partime_mcmc.dynamics import rollout
-from partime_mcmc.kernels import CoalescingDice, Kernel, Whitening, coalescing_hmc, hmc, mala, nuts, random_walk
+from partime_mcmc.kernels import (
+    CoalescingDice,
+    Kernel,
+    Whitening,
+    coalescing_hmc,
+    hmc,
+    mala,
+    nuts,
+    random_walk,
+)
 from partime_mcmc.mcmc.sample import sample
 from partime_mcmc.mcmc.target import Target
 from partime_mcmc.models import banana
@@ -52,7 +61,9 @@ def assert_moments(values, truth, *, smallest_ess, detectable):
     assert ess.min() > smallest_ess, f"inconclusive: effective sample sizes {ess}"
     num_batches = 20 * values.shape[0]
     threshold = stats.t.ppf(1 - 1e-3 / (2 * len(z)), num_batches - 1)
-    assert 1.3 * threshold / np.sqrt(smallest_ess) <= detectable, "the power claimed in the test is not there"
+    assert 1.3 * threshold / np.sqrt(smallest_ess) <= detectable, (
+        "the power claimed in the test is not there"
+    )
     assert np.abs(z).max() < threshold, f"z-scores {z}, threshold {threshold:.2f}"
 
 
@@ -70,8 +81,15 @@ def test_moments_of_a_correlated_normal_by_whitened_mala():
     # The metric is off by a factor on purpose: draws must not depend on it.
     off = jnp.outer(*2 * [jnp.array([1.2, 1.0, 0.8])])
     kernel = mala(logdensity, 0.8, Whitening.of_covariance(mean, mean + 0.3, covariance * off))
-    draws = sample(jax.random.key(11), Target(logdensity, mean), kernel, num_samples=4000, num_chains=4,
-                   solver=quasi_deer(), schedule=Stretches(500)).or_raise()
+    draws = sample(
+        jax.random.key(11),
+        Target(logdensity, mean),
+        kernel,
+        num_samples=4000,
+        num_chains=4,
+        solver=quasi_deer(),
+        schedule=Stretches(500),
+    ).or_raise()
     assert draws.report.fallbacks == () and (np.asarray(draws.certificate.num_rejected) > 400).all()
     x = np.asarray(draws.positions)
     first, second = np.triu_indices(3)
@@ -87,21 +105,35 @@ def test_moments_of_the_banana_by_hmc():
     The step is short for the curvature of the far ends: with a longer one chains stick there, and a right kernel fails.
     """
     scale, num_chains, num_samples = jnp.array([banana.SCALE, 4.0]), 8, 1000
-    kernel = hmc(banana.logdensity, 0.1, Whitening.of_covariance(jnp.zeros(2), jnp.zeros(2), scale**2), 20)
+    kernel = hmc(
+        banana.logdensity, 0.1, Whitening.of_covariance(jnp.zeros(2), jnp.zeros(2), scale**2), 20
+    )
     # Exact starts: no burn-in to argue about.
     starts = banana.exact_draws(jax.random.key(5), num_chains)
-    raw = jax.random.key_data(jax.random.split(jax.random.split(jax.random.key(12), 3)[0], num_chains))
+    raw = jax.random.key_data(
+        jax.random.split(jax.random.split(jax.random.key(12), 3)[0], num_chains)
+    )
 
     def initial(key):
         return starts[jnp.argmax(jnp.all(raw == jax.random.key_data(key), axis=1))]
 
-    draws = sample(jax.random.key(12), Target(banana.logdensity, initial), kernel, num_samples=num_samples,
-                   num_chains=num_chains, schedule=Stretches(250)).or_raise()
-    assert draws.report.num_sequential.mean() < num_samples / 2, "most of it was solved in parallel time"
+    draws = sample(
+        jax.random.key(12),
+        Target(banana.logdensity, initial),
+        kernel,
+        num_samples=num_samples,
+        num_chains=num_chains,
+        schedule=Stretches(250),
+    ).or_raise()
+    assert draws.report.num_sequential.mean() < num_samples / 2, (
+        "most of it was solved in parallel time"
+    )
     assert (np.asarray(draws.certificate.num_rejected) > 2).all()
     x1, x2 = np.moveaxis(np.asarray(draws.positions), -1, 0)
     straight, bent = x1 / banana.SCALE, x2 - banana.CURVATURE * (x1**2 - banana.SCALE**2)
-    values = np.stack([straight, bent, straight**2, bent**2, straight * bent, straight**2 * bent], axis=-1)
+    values = np.stack(
+        [straight, bent, straight**2, bent**2, straight * bent, straight**2 * bent], axis=-1
+    )
     assert_moments(values, [0, 0, 1, 1, 0, 0], smallest_ess=1200, detectable=0.15)
 
 
@@ -121,7 +153,7 @@ def conjugate():
     rows, outcomes = jnp.asarray(rows), jnp.asarray(outcomes)
 
     def logdensity(x):
-        return -jnp.sum(x**2) / 8 - jnp.sum((outcomes - rows @ x)**2) / 2
+        return -jnp.sum(x**2) / 8 - jnp.sum((outcomes - rows @ x) ** 2) / 2
 
     return SimpleNamespace(logdensity=logdensity, mean=mean, covariance=covariance)
 
@@ -134,7 +166,9 @@ def _walk(build):
 
         def one(start, key):
             state = kernel.init(start)
-            path = rollout(kernel.dynamics(), kernel.carry(state), kernel.tape(key, NUM_STEPS, state))
+            path = rollout(
+                kernel.dynamics(), kernel.carry(state), kernel.tape(key, NUM_STEPS, state)
+            )
             return kernel.position(jax.tree.map(lambda leaf: leaf[-1], path))
 
         return jax.vmap(one)(starts, keys)
@@ -151,12 +185,20 @@ def distances(build, *numbers):
     """
     target, _ = conjugate(), (metric("dense"), metric("diagonal"))  # made here, not inside a trace
     root = np.linalg.cholesky(target.covariance)
-    starts = target.mean + jax.random.normal(jax.random.key(3), (NUM_STARTS, 3)) @ jnp.asarray(root.T)
-    ends = np.asarray(_walk(build)(numbers, starts, jax.random.split(jax.random.key(4), NUM_STARTS)))
+    starts = target.mean + jax.random.normal(jax.random.key(3), (NUM_STARTS, 3)) @ jnp.asarray(
+        root.T
+    )
+    ends = np.asarray(
+        _walk(build)(numbers, starts, jax.random.split(jax.random.key(4), NUM_STARTS))
+    )
     assert np.isfinite(ends).all() and (ends != np.asarray(starts)).any(axis=1).mean() > 0.9
     z = np.linalg.solve(root, (ends - target.mean).T).T
     across = z @ np.array([1.0, -1.0, 1.0]) / np.sqrt(3)
-    uniforms = [*stats.norm.cdf(z.T), stats.norm.cdf(across), stats.chi2.cdf(np.sum(z**2, axis=1), 3)]
+    uniforms = [
+        *stats.norm.cdf(z.T),
+        stats.norm.cdf(across),
+        stats.chi2.cdf(np.sum(z**2, axis=1), 3),
+    ]
     grid = np.arange(NUM_STARTS + 1) / NUM_STARTS
     return [max(np.max(np.sort(u) - grid[:-1]), np.max(grid[1:] - np.sort(u))) for u in uniforms]
 
@@ -178,11 +220,21 @@ CONSERVING = {
     "mala, diagonal": lambda: mala(conjugate().logdensity, 0.4, metric("diagonal")),
     "hmc": lambda: hmc(conjugate().logdensity, 0.9, metric("dense"), 2),
     "nuts": lambda: nuts(conjugate().logdensity, 0.7, metric("dense"), 4),
-    "mala, coalescing": lambda: mala(conjugate().logdensity, 0.7, metric("dense"), dice=CoalescingDice()),
-    "hmc, steered": lambda: hmc(conjugate().logdensity, 0.9, metric("diagonal"), 2, dice=CoalescingDice()),
-    "coalescing hmc": lambda: coalescing_hmc(conjugate().logdensity, 0.9, metric("dense"), 2, every=3),
-    "random walk, coalescing": lambda: random_walk(conjugate().logdensity, 1.2, metric("dense"), dice=CoalescingDice()),
-    "random walk, blocks": lambda: random_walk(conjugate().logdensity, 1.2, metric("dense"), dice=CoalescingDice(), block=2),
+    "mala, coalescing": lambda: mala(
+        conjugate().logdensity, 0.7, metric("dense"), dice=CoalescingDice()
+    ),
+    "hmc, steered": lambda: hmc(
+        conjugate().logdensity, 0.9, metric("diagonal"), 2, dice=CoalescingDice()
+    ),
+    "coalescing hmc": lambda: coalescing_hmc(
+        conjugate().logdensity, 0.9, metric("dense"), 2, every=3
+    ),
+    "random walk, coalescing": lambda: random_walk(
+        conjugate().logdensity, 1.2, metric("dense"), dice=CoalescingDice()
+    ),
+    "random walk, blocks": lambda: random_walk(
+        conjugate().logdensity, 1.2, metric("dense"), dice=CoalescingDice(), block=2
+    ),
 }
 
 
@@ -211,7 +263,7 @@ def langevin(gain, forward, backward):
         value, slope = jax.value_and_grad(logdensity)(x)
         y = x + step_size * slope + jnp.sqrt(2 * step_size) * noise
         new_value, new_slope = jax.value_and_grad(logdensity)(y)
-        back = jnp.sum((x - y - step_size * new_slope)**2) / (4 * step_size)
+        back = jnp.sum((x - y - step_size * new_slope) ** 2) / (4 * step_size)
         ratio = gain * (new_value - value) + forward * jnp.sum(noise**2) / 2 + backward * back
         return _Point(jnp.where(jnp.log(jax.random.uniform(accept_key)) < ratio, y, x)), ()
 
@@ -238,6 +290,7 @@ def test_hand_written_langevin_is_right_when_its_rule_is():
 
 def test_a_wrong_change_of_coordinates_is_caught():
     """Whitening that leaves by another affine map than the density was written for."""
+
     def wrong():
         good = mala(conjugate().logdensity, 0.7, metric("dense"))
         other = Whitening(jnp.zeros(3), metric("dense").center, metric("dense").scale * 1.1)

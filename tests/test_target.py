@@ -58,7 +58,14 @@ def test_mixed_precisions_are_an_error_in_float64():
 
 @pytest.mark.parametrize(
     "field, bad",
-    [("logdensity", 3.0), ("constrain", {"a": 1}), ("initial", None), ("names", "mu"), ("names", [1]), ("dims", ["a"])],
+    [
+        ("logdensity", 3.0),
+        ("constrain", {"a": 1}),
+        ("initial", None),
+        ("names", "mu"),
+        ("names", [1]),
+        ("dims", ["a"]),
+    ],
 )
 def test_fields_are_checked(field, bad):
     with pytest.raises(TypeError, match=f"^{field}: got .*; wanted"):
@@ -66,7 +73,9 @@ def test_fields_are_checked(field, bad):
 
 
 def test_a_target_is_frozen_and_hashable():
-    target = Target(logdensity, np.zeros(2), constrain=lambda x: {"x": x}, names=("x",), dims={"x": ("axis",)})
+    target = Target(
+        logdensity, np.zeros(2), constrain=lambda x: {"x": x}, names=("x",), dims={"x": ("axis",)}
+    )
     with pytest.raises(dataclasses.FrozenInstanceError):
         target.initial = np.ones(2)
     assert {target: 1}[target] == 1

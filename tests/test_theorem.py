@@ -24,7 +24,9 @@ NUM_STEPS, NUM_PASSES = 12, 6
 def one_pass(solver, axis):
     @jax.jit
     def program(dynamics, initial, drives, states, memory, key):
-        return solver.step(dynamics, initial, states, drives, memory, axis=axis, key=key, tolerance=Tolerance())
+        return solver.step(
+            dynamics, initial, states, drives, memory, axis=axis, key=key, tolerance=Tolerance()
+        )
 
     return program
 
@@ -52,7 +54,9 @@ def test_k_passes_make_k_states_exact(row, name):
         for states in guesses(0, initial.size, dtype):
             memory = row.solver.init(initial, states)
             for k in range(NUM_PASSES + 1):
-                proposal, memory = program(dynamics, initial, problem.drives, states, memory, jax.random.key(0))
+                proposal, memory = program(
+                    dynamics, initial, problem.drives, states, memory, jax.random.key(0)
+                )
                 # The residual of the path this pass was given, that is after k passes.
                 assert (np.asarray(proposal.judged)[:k] == np.asarray(states)[:k]).all()
                 assert (np.asarray(proposal.residual)[:k] == 0).all(), f"after {k} passes"
@@ -63,12 +67,18 @@ def test_k_passes_make_k_states_exact(row, name):
 
 def assert_by_hand(problem, states, initial, dtype):
     """The exact prefix obeys the recurrence under a program of its own, up to the rounding of one step."""
-    path = jax.tree.map(lambda leaf: np.asarray(states).reshape(NUM_STEPS, *leaf.shape), problem.initial)
+    path = jax.tree.map(
+        lambda leaf: np.asarray(states).reshape(NUM_STEPS, *leaf.shape), problem.initial
+    )
     residual = measured_residual(problem, path)[:NUM_PASSES]
-    assert (np.abs(residual) <= 32 * np.finfo(dtype).eps * (1 + np.abs(np.asarray(states)[:NUM_PASSES]))).all()
+    assert (
+        np.abs(residual) <= 32 * np.finfo(dtype).eps * (1 + np.abs(np.asarray(states)[:NUM_PASSES]))
+    ).all()
 
 
-@pytest.mark.parametrize("row", [by_name(SOLVERS, "deer"), by_name(SOLVERS, "picard")], ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    "row", [by_name(SOLVERS, "deer"), by_name(SOLVERS, "picard")], ids=lambda row: row.name
+)
 def test_as_many_passes_as_steps_always_suffice(row, double):
     problem = by_name(DYNAMICS, "accept or reject").build(NUM_STEPS, double)
     for guess in guesses(1, 3, double):
@@ -83,6 +93,6 @@ def test_the_exact_prefix_of_an_unfinished_solve_counts_at_least_its_passes(doub
         assert solution.status == Status.OUT_OF_ITERATIONS and int(solution.iterations) == passes
         assert int(solution.num_exact) >= passes
         residual = measured_residual(problem, solution.states)
-        assert (np.abs(residual[:int(solution.num_exact)]) <= 300 * np.finfo(double).eps).all()
+        assert (np.abs(residual[: int(solution.num_exact)]) <= 300 * np.finfo(double).eps).all()
         np.testing.assert_allclose(solution.residual, np.abs(residual).max(), rtol=1e-12)
         assert flat(solution.states, NUM_STEPS).shape == (NUM_STEPS, 1)

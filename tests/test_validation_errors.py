@@ -33,6 +33,7 @@ def refused(error, *words):
 @pytest.fixture(autouse=True)
 def nothing_compiles(monkeypatch):
     """The engine's loop is out of bounds: a refusal comes before it."""
+
     def reached(*args, **kwargs):
         raise AssertionError("the loop was reached")
 
@@ -40,14 +41,23 @@ def nothing_compiles(monkeypatch):
     monkeypatch.setattr(sys.modules["partime_mcmc.solve"], "_solve", reached)
 
 
-@pytest.mark.parametrize("initial, words", [
-    (np.arange(2), ["initial", "int", "floating point", "drives"]),
-    (3, ["initial", "int", "floating point"]),
-    (np.array([True, False]), ["initial", "bool", "floating point"]),
-    (np.ones(2, np.complex64), ["initial", "complex64", "floating point"]),
-    ({"a": np.ones(2, np.float32), "n": np.arange(2)}, ["initial", "n", "int", "floating point"]),
-    ({"a": np.ones(2, np.float32), "b": np.ones(2, np.float16)}, ["initial", "mixed", "float16", "one"]),
-])
+@pytest.mark.parametrize(
+    "initial, words",
+    [
+        (np.arange(2), ["initial", "int", "floating point", "drives"]),
+        (3, ["initial", "int", "floating point"]),
+        (np.array([True, False]), ["initial", "bool", "floating point"]),
+        (np.ones(2, np.complex64), ["initial", "complex64", "floating point"]),
+        (
+            {"a": np.ones(2, np.float32), "n": np.arange(2)},
+            ["initial", "n", "int", "floating point"],
+        ),
+        (
+            {"a": np.ones(2, np.float32), "b": np.ones(2, np.float16)},
+            ["initial", "mixed", "float16", "one"],
+        ),
+    ],
+)
 def test_initial_states_of_the_wrong_type(initial, words):
     with refused(TypeError, *words):
         solve(Dynamics(step), initial, DRIVES)
@@ -63,30 +73,44 @@ def test_mixed_precision():
         solve(Dynamics(step), {"a": np.ones(2, np.float32), "b": np.ones(2)}, DRIVES)
 
 
-@pytest.mark.parametrize("initial", [{}, np.ones(0, np.float32), {"a": np.ones((2, 0), np.float32)}])
+@pytest.mark.parametrize(
+    "initial", [{}, np.ones(0, np.float32), {"a": np.ones((2, 0), np.float32)}]
+)
 def test_states_without_elements(initial):
     with refused(ValueError, "initial", "no elements", "at least one"):
         solve(Dynamics(step), initial, DRIVES)
 
 
-@pytest.mark.parametrize("drives, words", [
-    (None, ["drives", "no arrays", "leading axis T"]),
-    ((), ["drives", "no arrays", "arange"]),
-    (np.float32(1.0), ["drives", "None", "leading axes", "one common length"]),
-    ((DRIVES, DRIVES[:3]), ["drives", "3", "5", "one common length"]),
-])
+@pytest.mark.parametrize(
+    "drives, words",
+    [
+        (None, ["drives", "no arrays", "leading axis T"]),
+        ((), ["drives", "no arrays", "arange"]),
+        (np.float32(1.0), ["drives", "None", "leading axes", "one common length"]),
+        ((DRIVES, DRIVES[:3]), ["drives", "3", "5", "one common length"]),
+    ],
+)
 def test_drives_without_a_common_length(drives, words):
     with refused(ValueError, *words):
         solve(Dynamics(step), START, drives)
 
 
-@pytest.mark.parametrize("bad_step, words", [
-    (lambda params, state, drive: state[:1], ["step returns", r"\(1,\)", r"\(2,\)", "initial"]),
-    (lambda params, state, drive: (state, state), ["step returns", "structure"]),
-    (lambda params, state, drive: None, ["step returns", "structure"]),
-    (lambda params, state, drive: state.astype(jnp.float16), ["step returns", "float16", "float32"]),
-    (lambda params, state, drive: jnp.round(state).astype(int), ["step returns", "int32", "float32"]),
-])
+@pytest.mark.parametrize(
+    "bad_step, words",
+    [
+        (lambda params, state, drive: state[:1], ["step returns", r"\(1,\)", r"\(2,\)", "initial"]),
+        (lambda params, state, drive: (state, state), ["step returns", "structure"]),
+        (lambda params, state, drive: None, ["step returns", "structure"]),
+        (
+            lambda params, state, drive: state.astype(jnp.float16),
+            ["step returns", "float16", "float32"],
+        ),
+        (
+            lambda params, state, drive: jnp.round(state).astype(int),
+            ["step returns", "int32", "float32"],
+        ),
+    ],
+)
 def test_steps_that_return_something_else(bad_step, words):
     with refused(TypeError, "dynamics", *words):
         solve(Dynamics(bad_step), START, DRIVES)
@@ -98,9 +122,13 @@ def test_max_iterations(number):
         solve(Dynamics(step), START, DRIVES, max_iterations=number)
 
 
-@pytest.mark.parametrize("guess", [np.ones((4, 2), np.float32), np.ones(2, np.float32), np.ones((5, 3), np.float32)])
+@pytest.mark.parametrize(
+    "guess", [np.ones((4, 2), np.float32), np.ones(2, np.float32), np.ones((5, 3), np.float32)]
+)
 def test_guesses_of_the_wrong_shape(guess):
-    with refused(ValueError, "guess", str(guess.shape).replace("(", r"\(").replace(")", r"\)"), r"\(5, 2\)"):
+    with refused(
+        ValueError, "guess", str(guess.shape).replace("(", r"\(").replace(")", r"\)"), r"\(5, 2\)"
+    ):
         solve(Dynamics(step), START, DRIVES, guess=guess)
 
 
@@ -132,8 +160,10 @@ def test_clip(recipe, clip):
         recipe(clip=clip)
 
 
-@pytest.mark.parametrize("make", [HutchinsonDiagonal, lambda n: quasi_deer(num_probes=n),
-                                  lambda n: quasi_elk(num_probes=n)])
+@pytest.mark.parametrize(
+    "make",
+    [HutchinsonDiagonal, lambda n: quasi_deer(num_probes=n), lambda n: quasi_elk(num_probes=n)],
+)
 @pytest.mark.parametrize("number", [0, -1, 1.5])
 def test_num_probes(make, number):
     with refused(ValueError, "num_probes", "at least 1", str(number)):
@@ -160,6 +190,7 @@ def test_tolerances_of_the_wrong_shape():
 
 def test_static_fields_that_are_no_fields():
     with refused(TypeError, "static", "speed", "size"):
+
         @pytree(static=("speed",))
         class Wrong:
             size: int
@@ -190,5 +221,13 @@ def test_maps_that_no_message_fits(monkeypatch):
 
 def test_good_arguments_reach_the_loop():
     with pytest.raises(AssertionError, match="the loop was reached"):
-        solve(Dynamics(step), START, DRIVES, solver=jacobi(), max_iterations=1, guess=np.zeros((5, 2), np.float32),
-              tolerance=Tolerance(1e-6, np.full(2, 1e-6)), schedule=Stretches(2))
+        solve(
+            Dynamics(step),
+            START,
+            DRIVES,
+            solver=jacobi(),
+            max_iterations=1,
+            guess=np.zeros((5, 2), np.float32),
+            tolerance=Tolerance(1e-6, np.full(2, 1e-6)),
+            schedule=Stretches(2),
+        )

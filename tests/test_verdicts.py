@@ -7,8 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from catalogue import (DYNAMICS, QUICK, SOLVERS, Problem, SolverRow, by_name, flat, measured_residual, run,
-                       sequential_path, within)
+from catalogue import (
+    DYNAMICS,
+    QUICK,
+    SOLVERS,
+    Problem,
+    SolverRow,
+    by_name,
+    flat,
+    measured_residual,
+    run,
+    sequential_path,
+    within,
+)
 
 from partime_mcmc.dynamics import Dynamics
 from partime_mcmc.recipes import deer, elk, jacobi
@@ -35,7 +46,9 @@ def assert_honest(problem, solution, num_steps, ulps=DEFAULT_ULPS + 32):
 
 def _map(params, state, drive):
     """One scalar map for all faults, so that one program per solver serves them all."""
-    image = params * drive["linear"] * state + drive["logistic"] * state * (1 - state) + drive["shift"]
+    image = (
+        params * drive["linear"] * state + drive["logistic"] * state * (1 - state) + drive["shift"]
+    )
     return jnp.where(drive["broken"], jnp.nan, image)
 
 
@@ -43,8 +56,10 @@ def scalar(num_steps, dtype, *, start=0.3, linear=0.0, logistic=0.0, shift=0.0, 
     """`x ← linear · x + logistic · x (1 − x) + shift`, NaN at the steps `broken`."""
     flags = np.zeros(num_steps, bool)
     flags[list(broken)] = True
-    drives = {name: jnp.asarray(np.broadcast_to(value, num_steps), dtype)
-              for name, value in (("linear", linear), ("logistic", logistic), ("shift", shift))}
+    drives = {
+        name: jnp.asarray(np.broadcast_to(value, num_steps), dtype)
+        for name, value in (("linear", linear), ("logistic", logistic), ("shift", shift))
+    }
     drives["broken"] = jnp.asarray(flags)
     return Problem(Dynamics(_map, jnp.ones((), dtype)), jnp.asarray(start, dtype), drives)
 
@@ -73,10 +88,17 @@ def test_nan_at_step_500_is_found_there(row):
         wanted = sequential_path(problem)[:exact]
         assert np.isfinite(wanted).all()
         exact = int(solution.num_exact)
-        assert within((solution.states[:exact] - wanted[:exact])[:, None], wanted[:exact, None], 2 * DEFAULT_ULPS).all()
+        assert within(
+            (solution.states[:exact] - wanted[:exact])[:, None],
+            wanted[:exact, None],
+            2 * DEFAULT_ULPS,
+        ).all()
     # The same program, unbroken, goes through: the verdicts above are not the solver's failure.
     if row.name != "picard":
-        assert verdict(run(row, scalar(NUM_STEPS, jnp.float32, linear=0.3, shift=NOISE))) is Status.CONVERGED
+        assert (
+            verdict(run(row, scalar(NUM_STEPS, jnp.float32, linear=0.3, shift=NOISE)))
+            is Status.CONVERGED
+        )
 
 
 @pytest.mark.parametrize("row", [DEER, JACOBI, SEQUENTIAL], ids=lambda row: row.name)
@@ -106,7 +128,9 @@ def test_growth_that_float64_can_hold(row, double):
     solution = run(row, problem)
     assert verdict(solution) is Status.CONVERGED
     assert_honest(problem, solution, NUM_STEPS)
-    np.testing.assert_allclose(solution.states, sequential_path(problem), rtol=1e-11)  # 2,000 roundings of 2e-16 each
+    np.testing.assert_allclose(
+        solution.states, sequential_path(problem), rtol=1e-11
+    )  # 2,000 roundings of 2e-16 each
 
 
 @every_solver
@@ -123,7 +147,10 @@ def test_chaos_is_never_called_converged_wrongly(row):
 
 @pytest.mark.parametrize("name", ["sequential", "deer, sliding", "elk", "picard"])
 def test_one_iteration_is_not_enough(name):
-    row, problem = by_name(SOLVERS, name), scalar(100, jnp.float32, linear=0.3, logistic=0.2, shift=0.1 * NOISE[:100])
+    row, problem = (
+        by_name(SOLVERS, name),
+        scalar(100, jnp.float32, linear=0.3, logistic=0.2, shift=0.1 * NOISE[:100]),
+    )
     solution = run(row, problem, max_iterations=1)
     assert_honest(problem, solution, 100)
     if row.name == "sequential":
@@ -145,7 +172,9 @@ def test_a_small_update_is_not_a_small_residual(double):
 
         def step(self, dynamics, initial, states, drives, state, **context):
             proposal, state = self.inner.step(dynamics, initial, states, drives, state, **context)
-            return dataclasses.replace(proposal, states=states + 1e-15 * (proposal.states - states)), state
+            return dataclasses.replace(
+                proposal, states=states + 1e-15 * (proposal.states - states)
+            ), state
 
         def jvps(self, dimension):
             return 0
@@ -156,12 +185,17 @@ def test_a_small_update_is_not_a_small_residual(double):
     assert_honest(problem, solution, 17)
 
 
-@pytest.mark.parametrize("row, dtype", [(DEER, "float32"), (JACOBI, "float64")], ids=["deer", "jacobi"])
+@pytest.mark.parametrize(
+    "row, dtype", [(DEER, "float32"), (JACOBI, "float64")], ids=["deer", "jacobi"]
+)
 def test_tolerance_zero_asks_for_every_bit(row, dtype):
     with jax.enable_x64(dtype == "float64"):
         problem = by_name(DYNAMICS, "tanh network").build(100, jnp.dtype(dtype))
         usual = DEFAULT_ULPS * float(jnp.finfo(dtype).eps)
-        exact, loose = (run(row, problem, tolerance=Tolerance(size, size), max_iterations=100) for size in (0.0, usual))
+        exact, loose = (
+            run(row, problem, tolerance=Tolerance(size, size), max_iterations=100)
+            for size in (0.0, usual)
+        )
         assert verdict(exact) is verdict(loose) is Status.CONVERGED
         assert float(exact.residual) == 0
         assert int(exact.iterations) > int(loose.iterations)
@@ -178,7 +212,9 @@ def test_a_tolerance_in_units_of_each_coordinate(double):
 def test_below_the_floor_is_never_called_converged():
     # A trust region with constant damping holds on to its last rounding errors and may loop among them.
     problem = by_name(DYNAMICS, "AR(1)").build(60, jnp.float32)
-    solution = run(by_name(SOLVERS, "quasi-elk, constant damping"), problem, tolerance=Tolerance(0.0, 0.0))
+    solution = run(
+        by_name(SOLVERS, "quasi-elk, constant damping"), problem, tolerance=Tolerance(0.0, 0.0)
+    )
     assert verdict(solution) in (Status.STALLED, Status.OUT_OF_ITERATIONS, Status.CONVERGED)
     assert (verdict(solution) is Status.CONVERGED) == (float(solution.residual) == 0)
     assert_honest(problem, solution, 60, ulps=8)
@@ -201,7 +237,9 @@ class TwoCycle:
 
 def test_a_cycle_stalls_long_before_the_iterations_run_out():
     problem = by_name(DYNAMICS, "tanh network").build(17, jnp.float32)
-    solution = run(SolverRow("two-cycle", TwoCycle(), newton_like=False), problem, max_iterations=150)
+    solution = run(
+        SolverRow("two-cycle", TwoCycle(), newton_like=False), problem, max_iterations=150
+    )
     assert verdict(solution) is Status.STALLED and int(solution.iterations) < 10
     assert_honest(problem, solution, 17)
 
@@ -212,10 +250,14 @@ def _root(params, state, drive):
     return jnp.where(back_to_zero, 0.0, params * jnp.sqrt(state**2) + noise)
 
 
-@pytest.mark.parametrize("row", [row for row in SOLVERS if row.schedule == Whole()][:6], ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    "row", [row for row in SOLVERS if row.schedule == Whole()][:6], ids=lambda row: row.name
+)
 def test_a_nan_jacobian_is_counted_and_poisons_nothing(row):
     noise = jnp.asarray(np.random.default_rng(0).normal(size=40), jnp.float32)
-    problem = Problem(Dynamics(_root, jnp.float32(0.5)), jnp.float32(1.0), (noise, jnp.arange(40) % 7 == 3))
+    problem = Problem(
+        Dynamics(_root, jnp.float32(0.5)), jnp.float32(1.0), (noise, jnp.arange(40) % 7 == 3)
+    )
     solution = run(row, problem)
     assert verdict(solution) is Status.CONVERGED
     assert_honest(problem, solution, 40)
@@ -236,13 +278,19 @@ def test_one_bad_path_leaves_the_others_as_they_were(solver):
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def batched(starts, flags):
-        return jax.vmap(lambda start, flag: solve(problem.dynamics, start, problem.drives | {"broken": flag},
-                                                         solver=solver))(starts, flags)
+        return jax.vmap(
+            lambda start, flag: solve(
+                problem.dynamics, start, problem.drives | {"broken": flag}, solver=solver
+            )
+        )(starts, flags)
 
     healthy = batched(starts, flags)
     others = np.arange(8) != 3
-    for sick in (batched(starts.at[3].set(jnp.nan), flags), batched(starts, flags.at[3, 20].set(True)),
-                 batched(starts.at[3].set(3e38), flags)):
+    for sick in (
+        batched(starts.at[3].set(jnp.nan), flags),
+        batched(starts, flags.at[3, 20].set(True)),
+        batched(starts.at[3].set(3e38), flags),
+    ):
         assert list(np.asarray(sick.status)) == [0, 0, 0, Status.NONFINITE, 0, 0, 0, 0]
         for got, wanted in zip(jax.tree.leaves(sick), jax.tree.leaves(healthy)):
             np.testing.assert_array_equal(np.asarray(got)[others], np.asarray(wanted)[others])
@@ -252,9 +300,15 @@ def test_or_raise_says_what_where_and_how_much():
     good = run(DEER, scalar(NUM_STEPS, jnp.float32, linear=0.3, shift=NOISE))
     assert good.or_raise() is good
     broken = run(DEER, scalar(NUM_STEPS, jnp.float32, linear=0.3, shift=NOISE, broken=[20]))
-    with pytest.raises(SolveError, match=r"NONFINITE: the path: .*residual nan, the first 20 steps are exact"):
+    with pytest.raises(
+        SolveError, match=r"NONFINITE: the path: .*residual nan, the first 20 steps are exact"
+    ):
         broken.or_raise()
-    short = run(by_name(SOLVERS, "picard"), scalar(100, jnp.float32, linear=0.3, logistic=0.5), max_iterations=1)
+    short = run(
+        by_name(SOLVERS, "picard"),
+        scalar(100, jnp.float32, linear=0.3, logistic=0.5),
+        max_iterations=1,
+    )
     with pytest.raises(SolveError, match=r"OUT_OF_ITERATIONS.*max_iterations.*1 iterations"):
         short.or_raise()
     both = jax.tree.map(lambda a, b: jnp.stack([a, b]), good, broken)
@@ -269,7 +323,9 @@ def test_every_status_has_a_message():
         assert len(status.message) > 20
 
 
-@pytest.mark.parametrize("row", [DEER, JACOBI, by_name(SOLVERS, "deer, sliding")], ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    "row", [DEER, JACOBI, by_name(SOLVERS, "deer, sliding")], ids=lambda row: row.name
+)
 def test_a_guess_with_nan_in_it_is_only_a_bad_guess(row):
     problem = by_name(DYNAMICS, "accept or reject").build(60, jnp.float32)
     wanted = sequential_path(problem)

@@ -59,13 +59,21 @@ def test_a_fisher_metric_needs_hardly_more_draws_than_dimensions():
 def test_metrics_by_shape():
     x, g = draws(64)
     diagonal = DiagonalMetric().fisher(x, g, 2 * np.diag(COVARIANCE))
-    np.testing.assert_allclose(diagonal, np.sqrt(np.diag(COVARIANCE) / np.diag(PRECISION)), rtol=0.3)
+    np.testing.assert_allclose(
+        diagonal, np.sqrt(np.diag(COVARIANCE) / np.diag(PRECISION)), rtol=0.3
+    )
     assert metric_for(10).__class__ is DenseMetric and metric_for(500).__class__ is LowRankMetric
     wide = np.diag(np.exp(np.linspace(-2, 2, 60)))
-    wide = wide + 30 * np.outer(*2 * [np.sqrt(np.diag(wide)) / np.sqrt(60)])  # one direction of 31 times the variance
+    wide = wide + 30 * np.outer(
+        *2 * [np.sqrt(np.diag(wide)) / np.sqrt(60)]
+    )  # one direction of 31 times the variance
     found = LowRankMetric().fisher(*draws(8, 1, wide), np.ones(60))
     low, high = width(found, wide)
-    assert high / low < 12 < width(DiagonalMetric().fisher(*draws(8, 1, wide), np.ones(60)), wide) @ [0, 1]
+    assert (
+        high / low
+        < 12
+        < width(DiagonalMetric().fisher(*draws(8, 1, wide), np.ones(60)), wide) @ [0, 1]
+    )
 
 
 def test_paths_are_the_cheapest_that_are_accepted():
@@ -77,20 +85,30 @@ def test_paths_are_the_cheapest_that_are_accepted():
     assert PathRule(0.8, length=3.0).choose(trial) == Path(0.5, 6, pytest.approx(0.8))
     assert PathRule(0.8, step_size=0.3).choose(trial)[:2] == (0.3, 5)
     assert boldest_step(trial, 1.0, 0.8).step_size == pytest.approx(0.85**5)
-    stuck = PathRule(0.8).choose(lambda step, steps: np.where(np.arange(C) == 0, 0.1, 1.0) * np.ones((STEPS, 1)))
-    assert stuck.acceptance == pytest.approx(0.8875), "one chain that is stuck is enough to go on trying"
+    stuck = PathRule(0.8).choose(
+        lambda step, steps: np.where(np.arange(C) == 0, 0.1, 1.0) * np.ones((STEPS, 1))
+    )
+    assert stuck.acceptance == pytest.approx(0.8875), (
+        "one chain that is stuck is enough to go on trying"
+    )
 
 
 def test_a_path_is_accepted_from_nearly_everywhere_or_very_often():
     """Fine in the mean, but from every twentieth state nothing is accepted: chains would stand still there."""
+
     def trial(step, steps, share=20):
         return np.where(np.arange(STEPS * C) % share == 0, 0.0, 1.0 - 0.01 * step).reshape(STEPS, C)
 
     # 0.95 of the states: 0.93 in the mean, more than half way from 0.8 to 1, so there is no more to ask for.
     assert PathRule(0.8).choose(trial).num_steps == 1
+
     # Of every eighth state, with small steps of all: the cheapest path from which chains leave.
     def neck(step, steps):
-        return np.where(np.arange(STEPS * C) % 8 == 3, 0.0 if steps < 6 else 0.3, 0.97).reshape(C, STEPS).T
+        return (
+            np.where(np.arange(STEPS * C) % 8 == 3, 0.0 if steps < 6 else 0.3, 0.97)
+            .reshape(C, STEPS)
+            .T
+        )
 
     found = PathRule(0.8).choose(neck)
     assert found.num_steps == 6 and found.acceptance == pytest.approx(0.875 * 0.97 + 0.125 * 0.3)
@@ -117,17 +135,27 @@ def test_windows_in_parallel_time_are_chains_of_the_same_law():
     parallel, one_by_one = walker(), walker()
     found = in_parallel_time(parallel, SEED, starts, root, path, 512)
     other = side_by_side(one_by_one, SEED, starts, root, path, 512)
-    assert parallel.num_steps == one_by_one.num_steps == 512 and parallel.depth < 0.75 * one_by_one.depth
+    assert (
+        parallel.num_steps == one_by_one.num_steps == 512
+        and parallel.depth < 0.75 * one_by_one.depth
+    )
     for window in (found, other):
         assert window.positions.shape == (512, C, D) and window.acceptance.shape == (512, C)
-        np.testing.assert_allclose(window.gradients, -window.positions @ PRECISION, rtol=1e-6, atol=1e-8)
+        np.testing.assert_allclose(
+            window.gradients, -window.positions @ PRECISION, rtol=1e-6, atol=1e-8
+        )
         z = window.positions @ np.linalg.inv(np.linalg.cholesky(COVARIANCE)).T
-        assert np.abs(z.mean(axis=(0, 1))).max() < 0.12 and np.abs(z.var(axis=(0, 1)) - 1).max() < 0.15
+        assert (
+            np.abs(z.mean(axis=(0, 1))).max() < 0.12 and np.abs(z.var(axis=(0, 1)) - 1).max() < 0.15
+        )
     assert abs(found.acceptance.mean() - other.acceptance.mean()) < 0.02
 
 
-@pytest.mark.parametrize("adaptation", [PooledAdaptation(run=in_parallel_time), WindowAdaptation()],
-                         ids=["pooled, parallel in time", "window adaptation"])
+@pytest.mark.parametrize(
+    "adaptation",
+    [PooledAdaptation(run=in_parallel_time), WindowAdaptation()],
+    ids=["pooled, parallel in time", "window adaptation"],
+)
 def test_whole_warm_ups(adaptation):
     starts = jax.random.uniform(jax.random.key(2), (C, D), minval=-2.0, maxval=2.0)
     warmup = warm_up(jax.random.key(3), normal, hmc, starts, 700, adaptation)
@@ -150,7 +178,9 @@ def test_a_window_is_one_chain_however_many_calls_it_takes(numbers, monkeypatch)
     assert window.positions.shape == (128, C, D) and books.num_steps == 128
     assert np.abs(path[-1] - path[0]).max() > 3 * leaps.max() > 0
     np.testing.assert_allclose(window.gradients, -window.positions @ PRECISION, rtol=1e-6)
-    np.testing.assert_allclose(window.logdensity, -0.5 * np.sum(window.positions @ PRECISION * window.positions, axis=-1))
+    np.testing.assert_allclose(
+        window.logdensity, -0.5 * np.sum(window.positions @ PRECISION * window.positions, axis=-1)
+    )
     # No two pieces of a window have the same dice.
     assert len(np.unique(np.diff(path, axis=0)[:, 0, 0])) > 0.8 * 128
     assert books.num_gradients == 128 * C * 3 + calls * C

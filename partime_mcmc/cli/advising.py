@@ -15,8 +15,11 @@ from partime_mcmc.mcmc.pilots import advice_for
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command to a parser's commands."""
-    command = commands.add_parser("advise", help="would it pay to sample a model in parallel time?",
-                                  description=__doc__.split(": ", 1)[1])
+    command = commands.add_parser(
+        "advise",
+        help="would it pay to sample a model in parallel time?",
+        description=__doc__.split(": ", 1)[1],
+    )
     add_model(command)
     command.add_argument("--quiet", action="store_true", help="no progress")
     command.set_defaults(run=_advise)
@@ -26,9 +29,15 @@ def add(commands: Any) -> argparse.ArgumentParser:
 def _advise(arguments: argparse.Namespace) -> int:
     with telling.plain_warnings():
         what = problem(arguments)
-        warmup, advice = advice_for(what.key, what.target, KERNELS[arguments.kernel], num_samples=arguments.num_samples,
-                                    num_chains=arguments.num_chains, num_warmup=arguments.num_warmup,
-                                    progress=not arguments.quiet)
+        warmup, advice = advice_for(
+            what.key,
+            what.target,
+            KERNELS[arguments.kernel],
+            num_samples=arguments.num_samples,
+            num_chains=arguments.num_chains,
+            num_warmup=arguments.num_warmup,
+            progress=not arguments.quiet,
+        )
     telling.line("warm-up", str(warmup))
     telling.line("advice", str(advice))
     if advice.parallel:

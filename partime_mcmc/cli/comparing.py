@@ -12,16 +12,28 @@ from partime_mcmc.cli.runs import open_run
 from partime_mcmc.diagnostics.compare import compare
 from partime_mcmc.diagnostics.report import Level, Report
 
-LEVELS = {"statistical": Level.STATISTICAL, "certified-path": Level.CERTIFIED_PATH, "bitwise": Level.BITWISE}
+LEVELS = {
+    "statistical": Level.STATISTICAL,
+    "certified-path": Level.CERTIFIED_PATH,
+    "bitwise": Level.BITWISE,
+}
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command to a parser's commands."""
-    command = commands.add_parser("compare", help="do two runs agree?", description=__doc__.split(": ", 1)[1])
-    command.add_argument("first", type=Path, metavar="A", help="a store or a NetCDF file, the parallel run")
+    command = commands.add_parser(
+        "compare", help="do two runs agree?", description=__doc__.split(": ", 1)[1]
+    )
+    command.add_argument(
+        "first", type=Path, metavar="A", help="a store or a NetCDF file, the parallel run"
+    )
     command.add_argument("second", type=Path, metavar="B", help="likewise, the sequential one")
-    command.add_argument("--at-least", choices=list(LEVELS), help="what counts as agreement; default: certified-path for "
-                         "runs with the same dice, statistical for others")
+    command.add_argument(
+        "--at-least",
+        choices=list(LEVELS),
+        help="what counts as agreement; default: certified-path for "
+        "runs with the same dice, statistical for others",
+    )
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_compare)
     return command

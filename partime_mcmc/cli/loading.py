@@ -36,14 +36,20 @@ def load_model(source: str) -> Any:
         return MODELS[source]()
     file, colon, name = source.rpartition(":")
     if not colon or not file.endswith(".py") or not name.isidentifier():
-        raise ValueError(f"model: got {source!r}, wanted FILE.py:MODEL, such as model.py:model, or a built-in model: "
-                         f"{', '.join(MODELS)}")
+        raise ValueError(
+            f"model: got {source!r}, wanted FILE.py:MODEL, such as model.py:model, or a built-in model: "
+            f"{', '.join(MODELS)}"
+        )
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"model: there is no file {file}")
     found = vars(_run_file(path))
     if name not in found:
-        own = [one for one in found if not one.startswith("_") and callable(found[one]) or isinstance(found[one], Target)]
+        own = [
+            one
+            for one in found
+            if not one.startswith("_") and callable(found[one]) or isinstance(found[one], Target)
+        ]
         raise ValueError(f"model: {file} has no {name!r}{_meant(name, own)}")
     return found[name]
 
@@ -59,7 +65,9 @@ def _run_file(path: Path) -> Any:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         sys.modules.pop(name, None)
-        raise ValueError(f"model: running {path} failed: {type(error).__name__}: {error}{_where(error, path)}") from error
+        raise ValueError(
+            f"model: running {path} failed: {type(error).__name__}: {error}{_where(error, path)}"
+        ) from error
     finally:
         sys.path.remove(folder)
     return module
@@ -97,7 +105,9 @@ def load_data(path: Path | None) -> dict[str, Any]:
     except Exception as error:  # zip, pickle, text and JSON all have errors of their own
         raise ValueError(f"--data: {path} cannot be read: {error}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"--data: {path} holds a {type(found).__name__}, wanted an object with a name for every value")
+        raise ValueError(
+            f"--data: {path} holds a {type(found).__name__}, wanted an object with a name for every value"
+        )
     return {name: _value(name, value) for name, value in found.items()}
 
 
@@ -129,8 +139,10 @@ def make_target(model: Any, data: Mapping[str, Any], key: Key) -> Target:
             raise ValueError(f"--data: {sorted(data)} given, but this model takes no data")
         return make(key) if make is not None else model
     if not callable(model):
-        raise TypeError(f"model: got a {type(model).__name__}, wanted a NumPyro model, a Target, or a function that "
-                        "returns one")
+        raise TypeError(
+            f"model: got a {type(model).__name__}, wanted a NumPyro model, a Target, or a function that "
+            "returns one"
+        )
     _check_arguments(model, data)
     returned, is_numpyro = called(model, data, key)
     if is_numpyro:
@@ -139,8 +151,10 @@ def make_target(model: Any, data: Mapping[str, Any], key: Key) -> Target:
         return returned
     if isinstance(returned, tuple) and len(returned) == 2 and callable(returned[0]):
         return Target(*returned)
-    raise ValueError(f"model: {getattr(model, '__name__', 'it')} samples nothing with NumPyro and returns a "
-                     f"{type(returned).__name__}, wanted a Target or a pair (logdensity, initial)")
+    raise ValueError(
+        f"model: {getattr(model, '__name__', 'it')} samples nothing with NumPyro and returns a "
+        f"{type(returned).__name__}, wanted a Target or a pair (logdensity, initial)"
+    )
 
 
 def _check_arguments(model: Any, data: Mapping[str, Any]) -> None:
@@ -149,17 +163,24 @@ def _check_arguments(model: Any, data: Mapping[str, Any]) -> None:
     except (TypeError, ValueError):  # a callable that does not say what it takes
         return
     kinds = inspect.Parameter
-    named = {name: one for name, one in signature.parameters.items()
-             if one.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)}
+    named = {
+        name: one
+        for name, one in signature.parameters.items()
+        if one.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
+    }
     title = f"{getattr(model, '__name__', 'model')}({', '.join(signature.parameters)})"
     held = f"it holds {', '.join(sorted(data))}" if data else "no data were given"
-    missing = [name for name, one in named.items() if one.default is kinds.empty and name not in data]
+    missing = [
+        name for name, one in named.items() if one.default is kinds.empty and name not in data
+    ]
     if missing:
         raise ValueError(f"--data: {title} needs {', '.join(map(repr, missing))}; {held}")
     takes_all = any(one.kind == kinds.VAR_KEYWORD for one in signature.parameters.values())
     unknown = [] if takes_all else [name for name in data if name not in named]
     if unknown:
-        raise ValueError(f"--data: {unknown[0]!r} is no argument of {title}{_meant(unknown[0], named)}")
+        raise ValueError(
+            f"--data: {unknown[0]!r} is no argument of {title}{_meant(unknown[0], named)}"
+        )
 
 
 def _meant(name: str, choices: Iterable[str]) -> str:

@@ -29,15 +29,31 @@ _TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 def add_machines(command: argparse.ArgumentParser) -> None:
     """Options for many devices and hosts."""
     group = command.add_argument_group(
-        "many devices", "Chains are cut into pieces of time, one per device. On several hosts run the same command on each; "
-        "the first one prints and writes.")
-    group.add_argument("--all-devices", action="store_true", help="spread the chains over all devices of this machine")
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="of host 0, reachable from all hosts")
+        "many devices",
+        "Chains are cut into pieces of time, one per device. On several hosts run the same command on each; "
+        "the first one prints and writes.",
+    )
+    group.add_argument(
+        "--all-devices",
+        action="store_true",
+        help="spread the chains over all devices of this machine",
+    )
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="of host 0, reachable from all hosts"
+    )
     group.add_argument("--num-hosts", type=int, metavar="N", help="how many processes")
     group.add_argument("--host-id", type=int, metavar="I", help="which of them this is, from 0")
-    group.add_argument("--cluster", action="store_true", help="hosts as Slurm, Open MPI, Kubernetes or a TPU pod started "
-                       "them; not needed for several tasks of srun or mpirun")
-    group.add_argument("--alone", action="store_true", help="this process by itself, though srun or mpirun started several")
+    group.add_argument(
+        "--cluster",
+        action="store_true",
+        help="hosts as Slurm, Open MPI, Kubernetes or a TPU pod started "
+        "them; not needed for several tasks of srun or mpirun",
+    )
+    group.add_argument(
+        "--alone",
+        action="store_true",
+        help="this process by itself, though srun or mpirun started several",
+    )
 
 
 def started_together(environment: Mapping[str, str]) -> bool:
@@ -46,7 +62,10 @@ def started_together(environment: Mapping[str, str]) -> bool:
     Args:
         environment: Of the process. `SLURM_NTASKS` alone says nothing: a batch script has it, too, and is one process.
     """
-    return any(environment.get(name, "1").isdigit() and int(environment.get(name, "1")) > 1 for name in _TASKS)
+    return any(
+        environment.get(name, "1").isdigit() and int(environment.get(name, "1")) > 1
+        for name in _TASKS
+    )
 
 
 @contextlib.contextmanager
@@ -59,8 +78,10 @@ def machines(arguments: argparse.Namespace) -> Iterator[Mesh | None]:
     given = arguments.coordinator, arguments.num_hosts, arguments.host_id
     by_hand = given != (None, None, None)
     if arguments.alone + arguments.cluster + by_hand > 1:
-        raise ValueError("--alone, --cluster, --coordinator with --num-hosts and --host-id: got more than one of these three, "
-                         "wanted at most one")
+        raise ValueError(
+            "--alone, --cluster, --coordinator with --num-hosts and --host-id: got more than one of these three, "
+            "wanted at most one"
+        )
     if not (arguments.cluster or by_hand) and (arguments.alone or not started_together(os.environ)):
         yield time_mesh() if arguments.all_devices else None
         return

@@ -17,7 +17,9 @@ from partime_mcmc.cli import advising, comparing, demo, sampling, summing
 from partime_mcmc.cli.codes import BAD_ARGUMENTS, CODES, INTERRUPTED
 from partime_mcmc.cli.telling import sentence
 
-_DESCRIPTION = "Markov chain Monte Carlo in parallel over time: the exact chain, with a certificate."
+_DESCRIPTION = (
+    "Markov chain Monte Carlo in parallel over time: the exact chain, with a certificate."
+)
 _EXAMPLES = """examples:
   python -m partime_mcmc demo
   python -m partime_mcmc sample model.py:model --data data.json --num-samples 10000 --store run --report run.html
@@ -49,7 +51,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has read enough
         sys.stderr.close()
         return BAD_ARGUMENTS
-    except Exception as error:  # a user's model may raise anything, and what it raises is what to tell
+    except (
+        Exception
+    ) as error:  # a user's model may raise anything, and what it raises is what to tell
         if arguments.traceback:
             raise
         print(f"partime_mcmc: {sentence(error)}", file=sys.stderr)
@@ -58,11 +62,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     codes = "\n".join(f"  {code:>3}  {meaning}" for code, meaning in CODES.items())
-    parser = argparse.ArgumentParser(prog="python -m partime_mcmc", description=_DESCRIPTION, epilog=_EXAMPLES + codes,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m partime_mcmc",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES + codes,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.set_defaults(run=None)
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
     for module in (demo, sampling, summing, comparing, advising):
         command = module.add(commands)
-        command.add_argument("--traceback", action="store_true", help="show where an error came from")
+        command.add_argument(
+            "--traceback", action="store_true", help="show where an error came from"
+        )
     return parser

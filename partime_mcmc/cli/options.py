@@ -19,14 +19,38 @@ from partime_mcmc.types import Key
 
 def add_model(command: argparse.ArgumentParser) -> None:
     """Options that say what to sample, and how."""
-    command.add_argument("model", metavar="FILE.py:MODEL", help="a NumPyro model, a Target, or a function that returns a "
-                         f"Target or (logdensity, initial); or a built-in model: {', '.join(MODELS)}")
-    command.add_argument("--data", type=Path, metavar="FILE", help=".npz or .json: the model's keyword arguments by name")
-    command.add_argument("--kernel", choices=sorted(KERNELS), default="coalescing_hmc", help="default: %(default)s")
-    command.add_argument("--num-samples", type=int, default=4096, metavar="N", help="draws per chain; default: %(default)s")
-    command.add_argument("--num-chains", type=int, default=4, metavar="C", help="default: %(default)s")
-    command.add_argument("--num-warmup", type=int, default=1000, metavar="W",
-                         help="warm-up steps per chain at most; default: %(default)s")
+    command.add_argument(
+        "model",
+        metavar="FILE.py:MODEL",
+        help="a NumPyro model, a Target, or a function that returns a "
+        f"Target or (logdensity, initial); or a built-in model: {', '.join(MODELS)}",
+    )
+    command.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help=".npz or .json: the model's keyword arguments by name",
+    )
+    command.add_argument(
+        "--kernel", choices=sorted(KERNELS), default="coalescing_hmc", help="default: %(default)s"
+    )
+    command.add_argument(
+        "--num-samples",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="draws per chain; default: %(default)s",
+    )
+    command.add_argument(
+        "--num-chains", type=int, default=4, metavar="C", help="default: %(default)s"
+    )
+    command.add_argument(
+        "--num-warmup",
+        type=int,
+        default=1000,
+        metavar="W",
+        help="warm-up steps per chain at most; default: %(default)s",
+    )
     command.add_argument("--seed", type=int, default=0, help="the dice; default: %(default)s")
     command.add_argument("--float64", action="store_true", help="sample in double precision")
 
@@ -73,7 +97,9 @@ def check_file(option: str, path: Path | None, suffix: str) -> None:
         ValueError: Naming the option.
     """
     if path is not None and (path.suffix != suffix or not path.parent.is_dir()):
-        raise ValueError(f"{option}: got {path}, wanted a file that ends in {suffix}, in a folder that exists")
+        raise ValueError(
+            f"{option}: got {path}, wanted a file that ends in {suffix}, in a folder that exists"
+        )
 
 
 def precision() -> Any:

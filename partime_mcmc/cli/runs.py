@@ -70,8 +70,18 @@ def open_run(path: Path) -> Run:
     draws = read_draws(path)
     num_chains, num_draws = next(iter(draws.constrained.values())).shape[:2]
     title = f"{path}: {num_chains} chains of {num_draws:,} draws"
-    return Run(title, summary_table(draws), {}, draws.certificate, draws.report, draws.plan, None, True, lambda: draws,
-               lambda: (draws, []))
+    return Run(
+        title,
+        summary_table(draws),
+        {},
+        draws.certificate,
+        draws.report,
+        draws.plan,
+        None,
+        True,
+        lambda: draws,
+        lambda: (draws, []),
+    )
 
 
 def of_store(stored: StoredDraws) -> Run:
@@ -82,8 +92,18 @@ def of_store(stored: StoredDraws) -> Run:
     """
     certificate, running = stored.certificate, stored.running
     rows = summary_table(_load(stored)) if running is None else running.summary()
-    return Run(str(stored), rows, {} if running is None else running.totals(), certificate, stored.report, stored.plan,
-               stored.names, stored.finished, lambda: _load(stored), lambda: _view(stored))
+    return Run(
+        str(stored),
+        rows,
+        {} if running is None else running.totals(),
+        certificate,
+        stored.report,
+        stored.plan,
+        stored.names,
+        stored.finished,
+        lambda: _load(stored),
+        lambda: _view(stored),
+    )
 
 
 def check_loading(name: str, num_bytes: int) -> None:
@@ -98,9 +118,11 @@ def check_loading(name: str, num_bytes: int) -> None:
     """
     limit = default_max_bytes()
     if _COPIES * num_bytes > limit:
-        raise ValueError(f"{name}: its kept draws are {num_bytes / 2**30:.3g} GiB, and comparing or writing them takes "
-                         f"{_COPIES} times as much; wanted at most {limit / 2**30:.3g} GiB: keep fewer with a larger "
-                         "thinning, or do without --compare and --out; `summary` needs no more memory than one chunk")
+        raise ValueError(
+            f"{name}: its kept draws are {num_bytes / 2**30:.3g} GiB, and comparing or writing them takes "
+            f"{_COPIES} times as much; wanted at most {limit / 2**30:.3g} GiB: keep fewer with a larger "
+            "thinning, or do without --compare and --out; `summary` needs no more memory than one chunk"
+        )
 
 
 def _load(stored: StoredDraws) -> Draws:
@@ -112,12 +134,26 @@ def _view(stored: StoredDraws) -> tuple[ReadDraws, list[str]]:
     stored.require_kept()
     kept = stored.posterior.sizes["draw"]
     step = max(1, -(-kept // _MOST_DRAWN))
-    posterior, stats = (group.isel(draw=slice(None, None, step)).load() for group in (stored.posterior, stored.sample_stats))
+    posterior, stats = (
+        group.isel(draw=slice(None, None, step)).load()
+        for group in (stored.posterior, stored.sample_stats)
+    )
     draws = draws_of(posterior, dict(stats.data_vars), {})
     certificate = dataclasses.replace(stored.certificate, residual=draws.info["residual"])
     settled = stored.settled
     every = step * stored.thinning
-    notes = [f"Tables and certificate are of all draws, pictures of every {every}th."] if every > 1 else []
+    notes = (
+        [f"Tables and certificate are of all draws, pictures of every {every}th."]
+        if every > 1
+        else []
+    )
     notes += [] if stored.finished else ["The run is not finished."]
-    return dataclasses.replace(draws, certificate=certificate, report=stored.report, plan=stored.plan, names=stored.names,
-                               warmup=settled.warmup or None, advice=settled.advice or None), notes
+    return dataclasses.replace(
+        draws,
+        certificate=certificate,
+        report=stored.report,
+        plan=stored.plan,
+        names=stored.names,
+        warmup=settled.warmup or None,
+        advice=settled.advice or None,
+    ), notes

@@ -17,11 +17,16 @@ from partime_mcmc.diagnostics.report import plain
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command to a parser's commands."""
-    command = commands.add_parser("summary", help="what a store or a file of draws holds",
-                                  description=__doc__.split(": ", 1)[1])
+    command = commands.add_parser(
+        "summary",
+        help="what a store or a file of draws holds",
+        description=__doc__.split(": ", 1)[1],
+    )
     command.add_argument("where", type=Path, metavar="RUN", help="a store, or a NetCDF file")
     command.add_argument("--json", action="store_true", help="print JSON")
-    command.add_argument("--report", type=Path, metavar="FILE.html", help="write a page with pictures and tables")
+    command.add_argument(
+        "--report", type=Path, metavar="FILE.html", help="write a page with pictures and tables"
+    )
     command.set_defaults(run=_summary)
     return command
 
@@ -30,13 +35,20 @@ def _summary(arguments: argparse.Namespace) -> int:
     check_file("--report", arguments.report, ".html")
     run = open_run(arguments.where)
     if arguments.json:
-        found = {"summary": run.rows, "certified": run.certified, "finished": run.finished, "plan": run.plan,
-                 "totals": run.totals}
+        found = {
+            "summary": run.rows,
+            "certified": run.certified,
+            "finished": run.finished,
+            "plan": run.plan,
+            "totals": run.totals,
+        }
         print(json.dumps(plain(found), indent=2, allow_nan=False))
     else:
         telling.stored(run)
     if arguments.report is not None:
         draws, notes = run.view()
-        text = page.page(draws, title=str(arguments.where), rows=run.rows, totals=run.totals, notes=notes)
+        text = page.page(
+            draws, title=str(arguments.where), rows=run.rows, totals=run.totals, notes=notes
+        )
         page.write(text, arguments.report)
     return CERTIFIED if run.certified else NOT_CERTIFIED

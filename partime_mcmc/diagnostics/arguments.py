@@ -49,15 +49,23 @@ def check_key(key: Any, name: str = "key") -> jax.Array:
         raise TypeError(f"{name}: got {key!r} of type {type(key).__name__}; {wanted}")
     if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
         if key.shape != ():
-            raise ValueError(f"{name}: got a batch of keys of shape {key.shape}; {wanted} (it is split inside)")
+            raise ValueError(
+                f"{name}: got a batch of keys of shape {key.shape}; {wanted} (it is split inside)"
+            )
         return key
     if key.dtype != jnp.uint32:
-        raise TypeError(f"{name}: got an array of dtype {key.dtype} and shape {key.shape}; {wanted}")
+        raise TypeError(
+            f"{name}: got an array of dtype {key.dtype} and shape {key.shape}; {wanted}"
+        )
     width = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
     if key.ndim > 1 and key.shape[-1:] == width:
-        raise ValueError(f"{name}: got a batch of legacy keys of shape {key.shape}; {wanted} (it is split inside)")
+        raise ValueError(
+            f"{name}: got a batch of legacy keys of shape {key.shape}; {wanted} (it is split inside)"
+        )
     if key.shape != width:
-        raise ValueError(f"{name}: got uint32 numbers of shape {key.shape}; {wanted}, or a legacy key of shape {width}")
+        raise ValueError(
+            f"{name}: got uint32 numbers of shape {key.shape}; {wanted}, or a legacy key of shape {width}"
+        )
     return jax.random.wrap_key_data(jnp.asarray(key))
 
 
@@ -74,7 +82,9 @@ def check_count(value: Any, name: str, minimum: int) -> int:
     try:
         count = operator.index(value)
     except TypeError as error:
-        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}; {wanted}") from error
+        raise TypeError(
+            f"{name}: got {value!r} of type {type(value).__name__}; {wanted}"
+        ) from error
     if count < minimum:
         raise ValueError(f"{name}: got {count}; {wanted}")
     return count
@@ -96,7 +106,9 @@ def check_dtypes(position: PyTree, name: str = "initial") -> PyTree:
         label = name + jax.tree_util.keystr(path)
         kind = getattr(leaf, "dtype", None) or np.asarray(leaf).dtype
         if not (jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)):
-            raise InvalidStart(f"{label}: got {leaf!r} of dtype {kind}; wanted real floating-point numbers")
+            raise InvalidStart(
+                f"{label}: got {leaf!r} of dtype {kind}; wanted real floating-point numbers"
+            )
         leaves.append(jnp.asarray(leaf))
         labels.append(label)
     strong = {}
@@ -105,16 +117,26 @@ def check_dtypes(position: PyTree, name: str = "initial") -> PyTree:
             strong.setdefault(jnp.dtype(leaf.dtype), []).append(label)
     if len(strong) > 1:
         found = "; ".join(f"{dtype} in {', '.join(where)}" for dtype, where in strong.items())
-        raise InvalidStart(f"{name}: got a mix of floating dtypes ({found}); wanted one dtype in every leaf")
+        raise InvalidStart(
+            f"{name}: got a mix of floating dtypes ({found}); wanted one dtype in every leaf"
+        )
     dtype = next(iter(strong), jnp.dtype(jnp.result_type(float)))
     for leaf, label in zip(leaves, labels, strict=True):
         if jnp.issubdtype(leaf.dtype, jnp.integer):
-            warnings.warn(f"{label}: got integers ({leaf.dtype}); they become {dtype}", stacklevel=2)
+            warnings.warn(
+                f"{label}: got integers ({leaf.dtype}); they become {dtype}", stacklevel=2
+            )
     return jax.tree.unflatten(tree, [jnp.asarray(leaf, dtype=dtype) for leaf in leaves])
 
 
 def check_bytes(
-    num_steps: int, dimension: int, itemsize: int, max_bytes: int, *, per_step: int, num_chains: int = 1,
+    num_steps: int,
+    dimension: int,
+    itemsize: int,
+    max_bytes: int,
+    *,
+    per_step: int,
+    num_chains: int = 1,
     more: int = 0,
 ) -> int:
     """Bytes at the peak of one solver iteration; arithmetic only, nothing is allocated.

@@ -24,7 +24,13 @@ from typing import Any
 import numpy as np
 
 from partime_mcmc.diagnostics import canvas
-from partime_mcmc.diagnostics.named import coordinates, frozen_chains, named_draws, partly_constant, stuck
+from partime_mcmc.diagnostics.named import (
+    coordinates,
+    frozen_chains,
+    named_draws,
+    partly_constant,
+    stuck,
+)
 from partime_mcmc.diagnostics.report import plain
 
 _TAILS = (0.05, 0.95)
@@ -52,7 +58,12 @@ def _statistic(name: str, x: np.ndarray, min_chains: int, **options: Any) -> flo
     x = np.asarray(x, dtype=np.float64)
     if x.ndim != 2:
         raise ValueError(f"x must have shape (num_chains, num_draws), got {x.shape}")
-    if x.shape[0] < min_chains or x.shape[1] < 4 or not np.isfinite(x).all() or (x == x[0, 0]).all():
+    if (
+        x.shape[0] < min_chains
+        or x.shape[1] < 4
+        or not np.isfinite(x).all()
+        or (x == x[0, 0]).all()
+    ):
         return float("nan")
     # A constant half of a chain divides 0 by 0 inside; the NaN that results is the answer.
     with np.errstate(all="ignore"):
@@ -120,7 +131,9 @@ def summary_table(draws: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def to_arviz(draws: Any, *, coords: Mapping[str, Any] | None = None, dims: Mapping[str, Any] | None = None) -> Any:
+def to_arviz(
+    draws: Any, *, coords: Mapping[str, Any] | None = None, dims: Mapping[str, Any] | None = None
+) -> Any:
     """Draws as ArviZ knows them: groups ``posterior`` and ``sample_stats``, plain NumPy inside.
 
     ``sample_stats`` holds what the kernel recorded, under ArviZ's names (``acceptance_rate``, ``diverging``,
@@ -166,17 +179,27 @@ def rank_plot(series: Mapping[str, np.ndarray]) -> Any:
     """
     canvas.figure(1, 1)
     # In a DataTree a slash would be a path.
-    converters, posterior = _arviz()[1], {canvas.label(name).replace("/", "\u2044"): x for name, x in series.items()}
+    converters, posterior = (
+        _arviz()[1],
+        {canvas.label(name).replace("/", "\u2044"): x for name, x in series.items()},
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # both generations remark on their own insides
         if hasattr(converters, "InferenceData"):
-            axes = converters.plot_rank(converters.from_dict(posterior=posterior), kind="vlines", figsize=(11, 3),
-                                        grid=(1, len(posterior)))
+            axes = converters.plot_rank(
+                converters.from_dict(posterior=posterior),
+                kind="vlines",
+                figsize=(11, 3),
+                grid=(1, len(posterior)),
+            )
             return canvas.taken(np.ravel(axes)[0].figure)
         import arviz_plots
 
-        drawn = arviz_plots.plot_rank(converters.from_dict({"posterior": posterior}), backend="matplotlib",
-                                      figure_kwargs={"figsize": (11, 3)})
+        drawn = arviz_plots.plot_rank(
+            converters.from_dict({"posterior": posterior}),
+            backend="matplotlib",
+            figure_kwargs={"figsize": (11, 3)},
+        )
         return canvas.taken(drawn.viz["figure"].item())
 
 
@@ -192,7 +215,9 @@ def tree_of(groups: Mapping[str, Any], attributes: Mapping[str, Any]) -> Any:
     """
     converters = _arviz()[1]
     if hasattr(converters, "InferenceData"):
-        return converters.InferenceData(attrs=dict(attributes), warn_on_custom_groups=False, **groups)
+        return converters.InferenceData(
+            attrs=dict(attributes), warn_on_custom_groups=False, **groups
+        )
     import xarray
 
     tree = xarray.DataTree.from_dict(dict(groups))
@@ -205,7 +230,11 @@ def _sample_stats(draws: Any) -> dict[str, np.ndarray]:
     for name in ("accepted", "residual"):
         stats[name] = getattr(certificate, name, None)
     stats.update(getattr(draws, "info", None) or {})
-    return {STAT_NAMES.get(name, name): np.asarray(values) for name, values in stats.items() if values is not None}
+    return {
+        STAT_NAMES.get(name, name): np.asarray(values)
+        for name, values in stats.items()
+        if values is not None
+    }
 
 
 def _attributes(draws: Any) -> dict[str, str | int | float]:
@@ -224,10 +253,14 @@ def _attributes(draws: Any) -> dict[str, str | int | float]:
         fields = {name: value for name, value in vars(certificate).items() if name not in per_draw}
         attributes["certificate"] = json.dumps(plain(fields))
         attributes["certified"] = int(np.all(np.asarray(certificate.certified)))
-        attributes["max_residual"] = float(np.max(np.asarray(certificate.max_residual), initial=0.0))
+        attributes["max_residual"] = float(
+            np.max(np.asarray(certificate.max_residual), initial=0.0)
+        )
     if report is not None:
         wanted = ("status", "iterations", "fallbacks", "dtype", "device", "versions")
-        attributes["run"] = json.dumps(plain({name: getattr(report, name, None) for name in wanted}))
+        attributes["run"] = json.dumps(
+            plain({name: getattr(report, name, None) for name in wanted})
+        )
         if getattr(report, "seconds_run", None) is not None:
             attributes["sampling_time"] = float(report.seconds_run)
     return attributes

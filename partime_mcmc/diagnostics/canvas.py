@@ -70,10 +70,16 @@ def svg(drawn: Any, salt: str) -> str:
 
     text = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
-        drawn.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        drawn.savefig(
+            text, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+        )
     found = text.getvalue()
-    found = found[found.index("<svg"):]
-    for colour, variable in ((INK, "currentColor"), ("#000000", "currentColor"), (GRID, "var(--grid)")):
+    found = found[found.index("<svg") :]
+    for colour, variable in (
+        (INK, "currentColor"),
+        ("#000000", "currentColor"),
+        (GRID, "var(--grid)"),
+    ):
         found = re.sub(rf"(fill|stroke): {colour}", rf"\1: {variable}", found)
     # Text without a colour of its own is black by SVG's rule.
     found = re.sub(r"<svg ", '<svg fill="currentColor" ', found, count=1)
@@ -102,7 +108,15 @@ def label(text: str) -> str:
 def level(axis: Any, height: float, text: str) -> None:
     """A dashed horizontal line with a word on it."""
     axis.axhline(height, color=LIMIT, linewidth=1.2, linestyle="--")
-    axis.text(0.01, height, text, color=LIMIT, fontsize=9, va="bottom", transform=axis.get_yaxis_transform())
+    axis.text(
+        0.01,
+        height,
+        text,
+        color=LIMIT,
+        fontsize=9,
+        va="bottom",
+        transform=axis.get_yaxis_transform(),
+    )
 
 
 def say(axis: Any, text: str) -> None:

@@ -34,8 +34,18 @@ from partime_mcmc.diagnostics.arguments import (
 from partime_mcmc.types import Array, PyTree
 
 __all__ = [
-    "InvalidStart", "NonDeterministicTarget", "PrecisionWarning", "TooLarge", "check_bytes", "check_count",
-    "check_deterministic", "check_dtypes", "check_key", "check_precision", "check_start", "check_starts",
+    "InvalidStart",
+    "NonDeterministicTarget",
+    "PrecisionWarning",
+    "TooLarge",
+    "check_bytes",
+    "check_count",
+    "check_deterministic",
+    "check_dtypes",
+    "check_key",
+    "check_precision",
+    "check_start",
+    "check_starts",
     "looks_improper",
 ]
 
@@ -135,7 +145,9 @@ def check_precision(logdensity: LogDensity, position: PyTree) -> float | None:
     try:
         with jax.enable_x64(True), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            wide = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), dtype=jnp.float64), position)
+            wide = jax.tree.map(
+                lambda leaf: jnp.asarray(np.asarray(leaf), dtype=jnp.float64), position
+            )
             value = _compiled(logdensity, wide)(wide)
     except Exception:  # whatever a model that insists on float32 raises: then nothing can be said
         return None
@@ -157,7 +169,9 @@ def check_precision(logdensity: LogDensity, position: PyTree) -> float | None:
 def _check_position(position: PyTree, name: str) -> None:
     paths, _ = jax.tree_util.tree_flatten_with_path(position)
     if sum(np.size(leaf) for _, leaf in paths) == 0:
-        raise InvalidStart(f"{name}: got a position without entries (dimension 0); wanted at least one parameter")
+        raise InvalidStart(
+            f"{name}: got a position without entries (dimension 0); wanted at least one parameter"
+        )
     for path, leaf in paths:
         dtype = getattr(leaf, "dtype", None) or np.asarray(leaf).dtype
         if not jnp.issubdtype(dtype, jnp.floating):
@@ -188,14 +202,20 @@ def _compiled_derivative(logdensity: LogDensity, position: PyTree, name: str) ->
     try:
         shape = jax.eval_shape(logdensity, position)
     except Exception as error:
-        error.add_note(f"logdensity failed at {name} = {jax.tree.map(jnp.shape, position)} (shapes)")
+        error.add_note(
+            f"logdensity failed at {name} = {jax.tree.map(jnp.shape, position)} (shapes)"
+        )
         raise
     wanted = "wanted one real number, shape ()"
     if not hasattr(shape, "dtype") or not jnp.issubdtype(shape.dtype, jnp.floating):
         raise InvalidStart(f"logdensity: got {shape} at {name}; {wanted}")
     if shape.shape != ():
-        raise InvalidStart(f"logdensity: got shape {shape.shape} at {name}; {wanted}: end it with `.sum()`")
-    dtypes = {jnp.dtype(leaf.dtype) for leaf in jax.tree.leaves(position)} | {jnp.dtype(shape.dtype)}
+        raise InvalidStart(
+            f"logdensity: got shape {shape.shape} at {name}; {wanted}: end it with `.sum()`"
+        )
+    dtypes = {jnp.dtype(leaf.dtype) for leaf in jax.tree.leaves(position)} | {
+        jnp.dtype(shape.dtype)
+    }
     if {jnp.dtype("float32"), jnp.dtype("float64")} <= dtypes:
         raise InvalidStart(
             f"logdensity: got {shape.dtype} at {name} of dtype {jax.tree.leaves(position)[0].dtype}; wanted one "
@@ -208,7 +228,9 @@ def _compiled_derivative(logdensity: LogDensity, position: PyTree, name: str) ->
     for derivative in (jax.value_and_grad(logdensity), forward):
         try:
             return _compiled(derivative, position)
-        except Exception:  # no reverse mode through while loops, no derivative at all through host callbacks
+        except (
+            Exception
+        ):  # no reverse mode through while loops, no derivative at all through host callbacks
             continue
     return _compiled(lambda position: (logdensity(position), ()), position)
 
@@ -243,12 +265,22 @@ def looks_improper(positions_first: PyTree, positions_last: PyTree, step_size: A
         `IMPROPER_STEP_SIZE`. It is a hint for a warning, not a proof: a very wide proper target can trip it (rescale
         it), and a slow drift, or a chain that rejects nearly everything on the way out, passes unseen.
     """
-    scale = max([1.0, *(float(np.max(np.abs(leaf), initial=0.0)) for leaf in jax.tree.leaves(positions_first))])
+    scale = max(
+        [
+            1.0,
+            *(
+                float(np.max(np.abs(leaf), initial=0.0))
+                for leaf in jax.tree.leaves(positions_first)
+            ),
+        ]
+    )
     for path, leaf in jax.tree_util.tree_flatten_with_path(positions_last)[0]:
         largest = float(np.max(np.abs(leaf), initial=0.0))
         if largest > IMPROPER_GROWTH * scale:
             where = jax.tree_util.keystr(path) or "the position"
-            return f"possibly improper: {where} grew to {largest:.1e} from starts within {scale:.1e}"
+            return (
+                f"possibly improper: {where} grew to {largest:.1e} from starts within {scale:.1e}"
+            )
     largest = float(np.max(step_size))
     if largest > IMPROPER_STEP_SIZE:
         return f"possibly improper: the step size grew to {largest:.1e}"

@@ -30,7 +30,14 @@ from typing import Any
 import numpy as np
 
 from partime_mcmc.diagnostics.distribution import Distribution, compare_distributions
-from partime_mcmc.diagnostics.paths import PATH_TOLERANCE, Side, compare_paths, equal_bits, plan_entry, same_dice
+from partime_mcmc.diagnostics.paths import (
+    PATH_TOLERANCE,
+    Side,
+    compare_paths,
+    equal_bits,
+    plan_entry,
+    same_dice,
+)
 from partime_mcmc.diagnostics.report import Level, PathComparison, Report
 
 
@@ -54,7 +61,9 @@ def compare(parallel: Any, sequential: Any, *, family_alpha: float = 1e-3) -> Re
     ours, theirs = Side.of(parallel, "parallel"), Side.of(sequential, "sequential")
     names = [name for name in ours.named if name in theirs.named]
     if not names:
-        raise ValueError(f"the runs share no coordinate: {list(ours.named)[:5]} and {list(theirs.named)[:5]}")
+        raise ValueError(
+            f"the runs share no coordinate: {list(ours.named)[:5]} and {list(theirs.named)[:5]}"
+        )
     faults = _faults(ours) + _faults(theirs)
     distribution, path = Distribution([], [], [], {}, [], None, float("nan")), None
     if not faults:
@@ -62,21 +71,30 @@ def compare(parallel: Any, sequential: Any, *, family_alpha: float = 1e-3) -> Re
         path = compare_paths(ours, theirs, distribution.table) if same_dice(ours, theirs) else None
     level, reasons = _judge(ours, theirs, faults, path, distribution)
     notes = distribution.notes + _notes(ours, theirs, names, path)
-    if level >= Level.CERTIFIED_PATH:  # equal states cannot fail a test, but what was recorded along with them can
+    if (
+        level >= Level.CERTIFIED_PATH
+    ):  # equal states cannot fail a test, but what was recorded along with them can
         notes += [f"although the paths agree: {failure}" for failure in distribution.failures]
     return _report(ours, theirs, level, reasons, notes, path, distribution)
 
 
 def _faults(side: Side) -> list[str]:
     faults = []
-    for what, chains in (("hold values that are not finite", side.nonfinite), ("never moved", side.frozen)):
+    for what, chains in (
+        ("hold values that are not finite", side.nonfinite),
+        ("never moved", side.frozen),
+    ):
         if chains.any():
             faults.append(f"{side.title}: chains {np.flatnonzero(chains).tolist()} {what}")
     return faults
 
 
 def _judge(
-    ours: Side, theirs: Side, faults: list[str], path: PathComparison | None, distribution: Distribution
+    ours: Side,
+    theirs: Side,
+    faults: list[str],
+    path: PathComparison | None,
+    distribution: Distribution,
 ) -> tuple[Level, list[str]]:
     """The level and why it is not a better one."""
     if faults:
@@ -85,9 +103,13 @@ def _judge(
     keys = plan_entry(ours, "key"), plan_entry(theirs, "key")
     if same is not None and same.all():
         if None not in keys and keys[0] != keys[1]:
-            return Level.FAIL, ["different keys gave the same path bit for bit: the keys were not used"]
+            return Level.FAIL, [
+                "different keys gave the same path bit for bit: the keys were not used"
+            ]
         if not _same_values(ours, theirs):
-            return Level.FAIL, ["the positions are equal bit for bit, but the values in the model's space are not"]
+            return Level.FAIL, [
+                "the positions are equal bit for bit, but the values in the model's space are not"
+            ]
         return Level.BITWISE, []
     reasons = _path_reasons(ours, path)
     certified = _uncertified(ours) == [] and path is not None and path.ok
@@ -128,7 +150,9 @@ def _path_reasons(ours: Side, path: PathComparison | None) -> list[str]:
     if sum(path.num_unmerged):
         reasons.append(f"in {sum(path.num_unmerged)} chains the paths are apart at the last step")
     if not path.paired_ok:
-        reasons.append(f"means differ by {path.mean_shift:.2g} MCSE and sds by {path.sd_shift:.2g}, allowed 0.1")
+        reasons.append(
+            f"means differ by {path.mean_shift:.2g} MCSE and sds by {path.sd_shift:.2g}, allowed 0.1"
+        )
     return reasons
 
 
@@ -136,7 +160,9 @@ def _notes(ours: Side, theirs: Side, names: list[str], path: PathComparison | No
     notes = []
     lonely = sorted(set(ours.named) ^ set(theirs.named))
     if lonely:
-        notes.append(f"{len(lonely)} coordinates are on one side only and were not compared: {', '.join(lonely[:5])}")
+        notes.append(
+            f"{len(lonely)} coordinates are on one side only and were not compared: {', '.join(lonely[:5])}"
+        )
     if path is not None and path.ok and sum(path.num_excursions):
         notes.append(
             f"{sum(path.num_excursions)} knife-edge decisions fell the other way by rounding; the paths met again after"
@@ -151,7 +177,9 @@ def _notes(ours: Side, theirs: Side, names: list[str], path: PathComparison | No
         count = _total(certificate, name)
         if count > 0:
             notes.append(f"{count} {text}")
-    return notes + [f"fallback: {entry}" for entry in _entries(getattr(ours.draws, "report", None), "fallbacks")]
+    return notes + [
+        f"fallback: {entry}" for entry in _entries(getattr(ours.draws, "report", None), "fallbacks")
+    ]
 
 
 def _total(certificate: Any, name: str) -> int:
@@ -176,13 +204,19 @@ def _verdict(level: Level, path: PathComparison | None, distribution: Distributi
     shift = distribution.min_detectable_shift
     power = f"a shift of {shift:.2g} sd would show" if np.isfinite(shift) else "at unknown power"
     excursions = sum(path.num_excursions) if path is not None else 0
-    same = f"is the sequential one, {excursions} re-merged excursions apart" if excursions else "is the sequential one"
+    same = (
+        f"is the sequential one, {excursions} re-merged excursions apart"
+        if excursions
+        else "is the sequential one"
+    )
     return {
         Level.BITWISE: "BITWISE: the parallel path is the sequential one, bit for bit.",
         Level.CERTIFIED_PATH: f"CERTIFIED PATH: the parallel path obeys the recurrence and {same}.",
         Level.STATISTICAL: f"STATISTICAL: the runs agree in distribution, not as paths ({power}).",
         Level.INCONCLUSIVE: "INCONCLUSIVE: too little to go by; this is not a pass.",
-        Level.FAIL: "FAIL: one of the runs is broken." if broken else "FAIL: the runs do not draw from the same law.",
+        Level.FAIL: "FAIL: one of the runs is broken."
+        if broken
+        else "FAIL: the runs do not draw from the same law.",
     }[level]
 
 
@@ -196,7 +230,9 @@ def _report(
     distribution: Distribution,
 ) -> Report:
     certificate, run = getattr(ours.draws, "certificate", None), getattr(ours.draws, "report", None)
-    residual, worst, margin = (_values(certificate, name) for name in ("max_residual", "worst_step", "min_margin"))
+    residual, worst, margin = (
+        _values(certificate, name) for name in ("max_residual", "worst_step", "min_margin")
+    )
     chain = int(np.argmax(np.nan_to_num(residual, nan=np.inf))) if residual.size else 0
     margin = margin[np.isfinite(margin)]
     return Report(
@@ -213,7 +249,9 @@ def _report(
         iterations=_values(run, "iterations").astype(int).tolist(),
         max_residual=float(residual[chain]) if residual.size else float("nan"),
         worst_step=(chain, int(worst[chain])) if worst.size > chain else None,
-        residual_tolerance=float(np.max(_values(certificate, "tolerance"))) if certificate else float("nan"),
+        residual_tolerance=float(np.max(_values(certificate, "tolerance")))
+        if certificate
+        else float("nan"),
         num_ambiguous=_total(certificate, "num_ambiguous"),
         min_margin=float(margin.min()) if margin.size else float("nan"),
         num_nonfinite_proposals=_total(certificate, "num_nonfinite_proposals"),

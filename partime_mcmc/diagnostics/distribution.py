@@ -44,18 +44,31 @@ def compare_distributions(ours: Side, theirs: Side, names: list[str], alpha: flo
     rows, failures, gates, notes = _rows(ours, theirs, names)
     run = _run_statistics(ours, theirs, names)
     scores = [(row["name"], quantity, z) for row in rows for quantity, z in row["z"].items()]
-    scores = [score for score in [*scores, *(("run", name, z) for name, z in run.items())] if not np.isnan(score[2])]
+    scores = [
+        score
+        for score in [*scores, *(("run", name, z) for name, z in run.items())]
+        if not np.isnan(score[2])
+    ]
     max_z = float(-special.ndtri(alpha / (2 * max(len(scores), 1))))
     worst = max(scores, key=lambda score: abs(score[2]), default=None)
-    beyond = sorted((score for score in scores if abs(score[2]) > max_z), key=lambda score: -abs(score[2]))
-    failures += [f"{name}, {quantity}: z = {z:.1f}, allowed {max_z:.2f}" for name, quantity, z in beyond]
+    beyond = sorted(
+        (score for score in scores if abs(score[2]) > max_z), key=lambda score: -abs(score[2])
+    )
+    failures += [
+        f"{name}, {quantity}: z = {z:.1f}, allowed {max_z:.2f}" for name, quantity, z in beyond
+    ]
     gates += _gates(ours, theirs, rows)
     joint_p = _joint_test(ours, theirs, rows, alpha)
     if joint_p < alpha:
-        failures.append(f"joint test (energy distance): p = {joint_p:.3g}, at least {alpha:g} wanted")
+        failures.append(
+            f"joint test (energy distance): p = {joint_p:.3g}, at least {alpha:g} wanted"
+        )
     for found, said in _row_verdicts(rows, alpha):
         (failures if found else gates).append(said)
-    least = [min((row[f"ess_bulk_{side.title}"] for row in rows), default=np.nan) for side in (ours, theirs)]
+    least = [
+        min((row[f"ess_bulk_{side.title}"] for row in rows), default=np.nan)
+        for side in (ours, theirs)
+    ]
     tests = {
         "family_alpha": alpha,
         "num_z": len(scores),
@@ -72,7 +85,9 @@ def compare_distributions(ours: Side, theirs: Side, names: list[str], alpha: flo
     return Distribution(failures, gates, notes, tests, rows, worst, shift)
 
 
-def _rows(ours: Side, theirs: Side, names: list[str]) -> tuple[list[dict[str, Any]], list[str], list[str], list[str]]:
+def _rows(
+    ours: Side, theirs: Side, names: list[str]
+) -> tuple[list[dict[str, Any]], list[str], list[str], list[str]]:
     """Table rows of the coordinates that vary, and what is wrong (failures, gates, notes) with those that do not."""
     rows, failures, gates, notes = [], [], [], []
     for name in names:
@@ -97,7 +112,12 @@ def _row_verdicts(rows: list[dict[str, Any]], alpha: float) -> list[tuple[bool, 
     reasons = []
     for row in rows:
         if row["ks_p"] < alpha / len(rows):
-            reasons.append((True, f"{row['name']}: Kolmogorov-Smirnov distance {row['ks']:.3f}, p = {row['ks_p']:.2g}"))
+            reasons.append(
+                (
+                    True,
+                    f"{row['name']}: Kolmogorov-Smirnov distance {row['ks']:.3f}, p = {row['ks_p']:.2g}",
+                )
+            )
         if row["r_hat"] > row["max_r_hat"]:
             # Chains of one side that disagree among themselves say nothing about the other side.
             own = max(row["r_hat_parallel"], row["r_hat_sequential"]) > row["max_r_hat"]
@@ -110,8 +130,13 @@ def _estimates(x: np.ndarray) -> dict[str, tuple[float, float]]:
     """Quantity -> (estimate, MCSE) for ``x`` (C, T)."""
     sd = x.std(ddof=1) if x.size > 1 else np.nan
     with np.errstate(all="ignore"):
-        found = {"mean": (x.mean(), arviz.mcse_mean(x)), "log sd": (np.log(sd), arviz.mcse_sd(x) / sd)}
-    found |= {name: (np.quantile(x, q), arviz.mcse_quantile(x, q)) for name, q in _QUANTILES.items()}
+        found = {
+            "mean": (x.mean(), arviz.mcse_mean(x)),
+            "log sd": (np.log(sd), arviz.mcse_sd(x) / sd),
+        }
+    found |= {
+        name: (np.quantile(x, q), arviz.mcse_quantile(x, q)) for name, q in _QUANTILES.items()
+    }
     return found | {"square": ((x**2).mean(), arviz.mcse_mean(x**2))}
 
 
@@ -132,8 +157,13 @@ def _row(name: str, a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
         row[f"mcse_sd_{side}"] = arviz.mcse_sd(x)
         row[f"ess_bulk_{side}"], row[f"ess_tail_{side}"] = arviz.ess_bulk(x), arviz.ess_tail(x)
         row[f"r_hat_{side}"] = arviz.rhat(x)
-    row["z"] = {quantity: _score(estimate, estimates[1][quantity]) for quantity, estimate in estimates[0].items()}
-    row["worst_z"] = float(np.max(np.abs([z for z in row["z"].values() if np.isfinite(z)]), initial=0.0))
+    row["z"] = {
+        quantity: _score(estimate, estimates[1][quantity])
+        for quantity, estimate in estimates[0].items()
+    }
+    row["worst_z"] = float(
+        np.max(np.abs([z for z in row["z"].values() if np.isfinite(z)]), initial=0.0)
+    )
     length = min(a.shape[1], b.shape[1])
     ess = row["ess_bulk_parallel"], row["ess_bulk_sequential"]
     row["r_hat"] = arviz.rhat(np.concatenate([a[:, :length], b[:, :length]]))
@@ -157,7 +187,9 @@ def _run_statistics(ours: Side, theirs: Side, names: list[str]) -> dict[str, flo
     energies = [side.info("energy") for side in sides]
     series["energy"] = energies
     if all(energy is not None for energy in energies):
-        series["squared energy change"] = [np.diff(energy.astype(np.float64), axis=1) ** 2 for energy in energies]
+        series["squared energy change"] = [
+            np.diff(energy.astype(np.float64), axis=1) ** 2 for energy in energies
+        ]
     states = [side.states for side in sides]
     if ours.on_positions != theirs.on_positions or states[0].shape[-1] != states[1].shape[-1]:
         states = [np.stack([side.named[name] for name in names], axis=-1) for side in sides]
@@ -166,12 +198,19 @@ def _run_statistics(ours: Side, theirs: Side, names: list[str]) -> dict[str, flo
     series["squared jump"] = [(np.diff(x / unit, axis=1) ** 2).sum(axis=-1) for x in states]
     scores = {}
     for name, pair in series.items():
-        if any(x is None or x.shape[1] == 0 or not np.isfinite(x.astype(np.float64)).all() for x in pair):
+        if any(
+            x is None or x.shape[1] == 0 or not np.isfinite(x.astype(np.float64)).all()
+            for x in pair
+        ):
             continue
         values = [np.asarray(x, np.float64) for x in pair]
-        scores[name] = _score(*((x.mean(), 0.0 if (x == x[0, 0]).all() else arviz.mcse_mean(x)) for x in values))
+        scores[name] = _score(
+            *((x.mean(), 0.0 if (x == x[0, 0]).all() else arviz.mcse_mean(x)) for x in values)
+        )
         if np.isnan(scores[name]) and values[0].flat[0] != values[1].flat[0]:
-            scores[name] = float("inf")  # constant on both sides (every proposal accepted, say), but not the same
+            scores[name] = float(
+                "inf"
+            )  # constant on both sides (every proposal accepted, say), but not the same
     return scores
 
 
@@ -215,5 +254,7 @@ def _joint_test(ours: Side, theirs: Side, rows: list[dict[str, Any]], alpha: flo
     num_permutations = int(np.clip(np.ceil(1 / alpha), 1_000, 100_000))
     for start in range(0, num_permutations, 1_000):
         shuffled = rng.permuted(np.tile(weights, (min(1_000, num_permutations - start), 1)), axis=1)
-        above += int((-((shuffled @ distance) * shuffled).sum(axis=1) >= observed * (1 - 1e-12)).sum())
+        above += int(
+            (-((shuffled @ distance) * shuffled).sum(axis=1) >= observed * (1 - 1e-12)).sum()
+        )
     return (1 + above) / (1 + num_permutations)

@@ -20,7 +20,10 @@ def named_positions(draws: Any) -> dict[str, np.ndarray]:
         name -> array (C, T, ...), plain NumPy; empty if there are no positions.
     """
     leaves = jax.tree_util.tree_flatten_with_path(getattr(draws, "positions", None))[0]
-    named = {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in leaves}
+    named = {
+        jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
+        for path, leaf in leaves
+    }
     return {name or "position": values for name, values in named.items()}
 
 
@@ -34,13 +37,17 @@ def named_draws(draws: Any) -> dict[str, np.ndarray]:
         ValueError: if ``draws`` holds neither, or an array that does not start with the same (C, T) as the others.
     """
     constrained = getattr(draws, "constrained", None) or {}
-    named = {name: np.asarray(values) for name, values in constrained.items()} or named_positions(draws)
+    named = {name: np.asarray(values) for name, values in constrained.items()} or named_positions(
+        draws
+    )
     if not named:
         raise ValueError("draws has neither constrained values nor positions")
     lead = next(iter(named.values())).shape[:2]
     for name, values in named.items():
         if values.ndim < 2 or values.shape[:2] != lead:
-            raise ValueError(f"draws: {name!r} has shape {values.shape}, wanted (num_chains, num_draws, ...) = {lead}")
+            raise ValueError(
+                f"draws: {name!r} has shape {values.shape}, wanted (num_chains, num_draws, ...) = {lead}"
+            )
     return named
 
 

@@ -22,9 +22,18 @@ from partime_mcmc.diagnostics.report import Report, cell, plain
 _MOST_ROWS, _MOST_SENTENCES, _SHOWN, _RANKED = 500, 20, 5, 4
 
 
-def page(draws: Any, *, title: str, rows: Sequence[Mapping[str, Any]] | None = None, sequential: Any = None,
-         totals: Mapping[str, Any] | None = None, comparison: Report | None = None, distances: np.ndarray | None = None,
-         passes: np.ndarray | None = None, notes: Sequence[str] = ()) -> str:
+def page(
+    draws: Any,
+    *,
+    title: str,
+    rows: Sequence[Mapping[str, Any]] | None = None,
+    sequential: Any = None,
+    totals: Mapping[str, Any] | None = None,
+    comparison: Report | None = None,
+    distances: np.ndarray | None = None,
+    passes: np.ndarray | None = None,
+    notes: Sequence[str] = (),
+) -> str:
     """The page.
 
     Args:
@@ -48,18 +57,26 @@ def page(draws: Any, *, title: str, rows: Sequence[Mapping[str, Any]] | None = N
     rows = summary_table(draws) if rows is None else list(rows)
     certificate = getattr(draws, "certificate", None)
     parts = [
-        f"<h1>{_text(title)}</h1>", _verdict(certificate, comparison), _sentences("", notes),
-        _facts(draws, rows, totals or {}), _section("Posterior", _table(rows[:_MOST_ROWS]) + _more(len(rows) - _MOST_ROWS)),
-        _pictures(draws, sequential, distances, passes)]
+        f"<h1>{_text(title)}</h1>",
+        _verdict(certificate, comparison),
+        _sentences("", notes),
+        _facts(draws, rows, totals or {}),
+        _section("Posterior", _table(rows[:_MOST_ROWS]) + _more(len(rows) - _MOST_ROWS)),
+        _pictures(draws, sequential, distances, passes),
+    ]
     if certificate is not None:
-        parts.append(_section("Certificate", _table(run_plots.certificate_rows(certificate)) + _note(certificate)))
+        parts.append(
+            _section(
+                "Certificate", _table(run_plots.certificate_rows(certificate)) + _note(certificate)
+            )
+        )
     if comparison is not None:
         parts.append(_section("Against the sequential chain", _comparison(comparison)))
     parts.append(_section("How it came about", _story(draws)))
     parts.append(_section("Plan and versions", _pairs_table({**_plan(draws), **_versions(draws)})))
     body = "\n".join(part for part in parts if part)
     head = f"<head>\n<title>{_text(title)}</title>\n{HEAD}</head>"
-    return f"<!doctype html>\n<html lang=\"en\">\n{head}\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    return f'<!doctype html>\n<html lang="en">\n{head}\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n'
 
 
 def write(text: str, path: str | os.PathLike) -> Path:
@@ -84,12 +101,18 @@ def write(text: str, path: str | os.PathLike) -> Path:
 def _note(certificate: Any) -> str:
     """How to read a certificate."""
     if np.all(getattr(certificate, "independent", True)):
-        evidence = "The kernel was evaluated once more along the whole path, independently of the solver."
+        evidence = (
+            "The kernel was evaluated once more along the whole path, independently of the solver."
+        )
     else:
-        evidence = ("Every step was recorded while the solver rolled it: what the kernel made of the state before it, and by "
-                    "how much paths differed where they were joined.")
-    return (f"<p class=\"note\">{evidence} A residual is how far a step is from what the kernel says, in units of the "
-            "proposal's noise where that is known. Ambiguous: accept decisions within rounding of their threshold.</p>")
+        evidence = (
+            "Every step was recorded while the solver rolled it: what the kernel made of the state before it, and by "
+            "how much paths differed where they were joined."
+        )
+    return (
+        f'<p class="note">{evidence} A residual is how far a step is from what the kernel says, in units of the '
+        "proposal's noise where that is known. Ambiguous: accept decisions within rounding of their threshold.</p>"
+    )
 
 
 def _text(value: Any) -> str:
@@ -102,37 +125,52 @@ def _section(title: str, inside: str) -> str:
 
 def _verdict(certificate: Any, comparison: Report | None) -> str:
     if certificate is None:
-        return "<p class=\"verdict unknown\">There is no certificate with these draws.</p>"
+        return '<p class="verdict unknown">There is no certificate with these draws.</p>'
     chains = np.atleast_1d(np.asarray(certificate.certified, bool))
     good = chains.all() and (comparison is None or comparison.ok)
     sign = "\u2713" if good else "\u2717"
     said = f"{int(chains.sum())} of {chains.size} chains certified"
     also = f". {comparison.verdict}" if comparison is not None else ""
-    return f"<p class=\"verdict {'good' if good else 'bad'}\"><span>{sign}</span> {_text(said + also)}</p>"
+    return f'<p class="verdict {"good" if good else "bad"}"><span>{sign}</span> {_text(said + also)}</p>'
 
 
 def _facts(draws: Any, rows: Sequence[Mapping[str, Any]], totals: Mapping[str, Any]) -> str:
     certificate = getattr(draws, "certificate", None)
     num_chains, num_draws = next(iter(named_draws(draws).values())).shape[:2]
     worst = [row["r_hat"] for row in rows if not np.isnan(row["r_hat"])]
-    sizes = [row[name] for row in rows for name in ("ess_bulk", "ess_tail", "ess") if not np.isnan(row.get(name, np.nan))]
+    sizes = [
+        row[name]
+        for row in rows
+        for name in ("ess_bulk", "ess_tail", "ess")
+        if not np.isnan(row.get(name, np.nan))
+    ]
     undefined = sum(bool(np.isnan(row["r_hat"])) for row in rows)
-    facts = {"chains \u00d7 draws": f"{num_chains} \u00d7 {totals.get('num_draws', num_draws):,}",
-             "worst R-hat": (f"{max(worst):.4f}" if worst else "-") + (f" ({undefined} undefined)" if undefined else ""),
-             "smallest ESS": f"{min(sizes):,.0f}" if sizes else "-"}
+    facts = {
+        "chains \u00d7 draws": f"{num_chains} \u00d7 {totals.get('num_draws', num_draws):,}",
+        "worst R-hat": (f"{max(worst):.4f}" if worst else "-")
+        + (f" ({undefined} undefined)" if undefined else ""),
+        "smallest ESS": f"{min(sizes):,.0f}" if sizes else "-",
+    }
     diverging = (getattr(draws, "info", None) or {}).get("diverging")
     if diverging is not None:
         facts["divergences"] = f"{totals.get('divergences', int(np.sum(np.asarray(diverging)))):,}"
     if certificate is not None:
         largest = float(np.max(np.asarray(certificate.max_residual)))
-        facts["largest residual"] = f"{largest:.1e} (allowed {float(np.max(np.asarray(certificate.tolerance))):.0e})"
+        facts["largest residual"] = (
+            f"{largest:.1e} (allowed {float(np.max(np.asarray(certificate.tolerance))):.0e})"
+        )
     report = getattr(draws, "report", None)
-    for name, title, form in (("evaluations_per_sample", "evaluations per draw", "{:.2f}"), ("depth", "depth", "{:,}"),
-                              ("seconds_run", "seconds, compiled", "{:.3g}")):
+    for name, title, form in (
+        ("evaluations_per_sample", "evaluations per draw", "{:.2f}"),
+        ("depth", "depth", "{:,}"),
+        ("seconds_run", "seconds, compiled", "{:.3g}"),
+    ):
         if getattr(report, name, None) is not None:
             facts[title] = form.format(getattr(report, name))
-    cards = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in facts.items())
-    return f"<dl class=\"facts\">{cards}</dl>"
+    cards = "".join(
+        f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in facts.items()
+    )
+    return f'<dl class="facts">{cards}</dl>'
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -147,27 +185,35 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = "".join(f"<td>{value}</td>" for value in rest)
         lines.append(f"<tr{' class=bad' if row.get('frozen') else ''}><th>{first}</th>{cells}</tr>")
     body = "\n".join(lines)
-    return f"<div class=\"wide\"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>"
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 
 def _more(count: int) -> str:
-    return f"<p class=\"note\">... and {count:,} more.</p>" if count > 0 else ""
+    return f'<p class="note">... and {count:,} more.</p>' if count > 0 else ""
 
 
 def _pairs_table(entries: Mapping[str, Any]) -> str:
-    lines = "".join(f"<tr><th>{_text(name)}</th><td class=\"text\">{_text(value)}</td></tr>"
-                    for name, value in entries.items())
-    return f"<div class=\"wide\"><table><tbody>{lines}</tbody></table></div>" if entries else ""
+    lines = "".join(
+        f'<tr><th>{_text(name)}</th><td class="text">{_text(value)}</td></tr>'
+        for name, value in entries.items()
+    )
+    return f'<div class="wide"><table><tbody>{lines}</tbody></table></div>' if entries else ""
 
 
 def _sentences(title: str, sentences: Sequence[Any]) -> str:
     if not sentences:
         return ""
     items = "".join(f"<li>{_text(one)}</li>" for one in list(sentences)[:_MOST_SENTENCES])
-    return (f"<h3>{_text(title)}</h3>" if title else "") + f"<ul>{items}</ul>" + _more(len(sentences) - _MOST_SENTENCES)
+    return (
+        (f"<h3>{_text(title)}</h3>" if title else "")
+        + f"<ul>{items}</ul>"
+        + _more(len(sentences) - _MOST_SENTENCES)
+    )
 
 
-def _pictures(draws: Any, sequential: Any, distances: np.ndarray | None, passes: np.ndarray | None) -> str:
+def _pictures(
+    draws: Any, sequential: Any, distances: np.ndarray | None, passes: np.ndarray | None
+) -> str:
     labels = plots.spread([label for label, _ in coordinates(named_draws(draws))], _SHOWN)
     shown = {label: x for label, x in coordinates(named_draws(draws)) if label in labels}
     ranked = {label: x for label, x in shown.items() if np.isfinite(x).all() and x.shape[1] > 1}
@@ -177,9 +223,19 @@ def _pictures(draws: Any, sequential: Any, distances: np.ndarray | None, passes:
         wanted.append(("Ranks, by ArviZ", lambda: rank_plot(ranked)))
     wanted.append(("Convergence of the solve", lambda: run_plots.convergence(draws)))
     if passes is not None:
-        wanted.append(("A stretch of such a chain, solved pass by pass", lambda: run_plots.residual_map(passes)))
+        wanted.append(
+            (
+                "A stretch of such a chain, solved pass by pass",
+                lambda: run_plots.residual_map(passes),
+            )
+        )
     if sequential is not None:
-        wanted.append(("The sequential chain upon the parallel one", lambda: plots.paths_overlay(draws, sequential)))
+        wanted.append(
+            (
+                "The sequential chain upon the parallel one",
+                lambda: plots.paths_overlay(draws, sequential),
+            )
+        )
     if distances is not None:
         wanted.append(("How chains forget", lambda: run_plots.coalescence(distances)))
     if getattr(draws, "info", None):
@@ -189,25 +245,33 @@ def _pictures(draws: Any, sequential: Any, distances: np.ndarray | None, passes:
         try:
             picture = canvas.svg(draw(), f"picture {number}")
         except canvas.NoPlots as error:
-            return _section("Pictures", f"<p class=\"note\">There are none here: {_text(error)}</p>")
-        found.append(f"<figure role=\"img\" aria-label=\"{_text(title)}\">\n{picture}\n</figure>")
+            return _section("Pictures", f'<p class="note">There are none here: {_text(error)}</p>')
+        found.append(f'<figure role="img" aria-label="{_text(title)}">\n{picture}\n</figure>')
         found[-1] = _section(title, found[-1])
     return "\n".join(found)
 
 
 def _comparison(report: Report) -> str:
-    return (f"<p>{_text(report.verdict)}</p>" + _sentences("Why not better", report.reasons)
-            + _sentences("Notes", report.notes)
-            + f"<details><summary>The whole comparison</summary><pre>{_text(report)}</pre></details>")
+    return (
+        f"<p>{_text(report.verdict)}</p>"
+        + _sentences("Why not better", report.reasons)
+        + _sentences("Notes", report.notes)
+        + f"<details><summary>The whole comparison</summary><pre>{_text(report)}</pre></details>"
+    )
 
 
 def _story(draws: Any) -> str:
-    found = "".join(f"<h3>{title}</h3><p>{_text(getattr(draws, name))}</p>" for name, title in
-                    (("advice", "Advice"), ("warmup", "Warm-up")) if getattr(draws, name, None) is not None)
+    found = "".join(
+        f"<h3>{title}</h3><p>{_text(getattr(draws, name))}</p>"
+        for name, title in (("advice", "Advice"), ("warmup", "Warm-up"))
+        if getattr(draws, name, None) is not None
+    )
     report = getattr(draws, "report", None)
     if getattr(report, "seconds_compile", None) is not None:
         found += f"<h3>Work</h3><p>{_text(report)}</p>"
-    return found + _sentences("Finished sequentially", list(getattr(report, "fallbacks", None) or []))
+    return found + _sentences(
+        "Finished sequentially", list(getattr(report, "fallbacks", None) or [])
+    )
 
 
 def _plan(draws: Any) -> dict[str, Any]:
@@ -216,5 +280,7 @@ def _plan(draws: Any) -> dict[str, Any]:
 
 def _versions(draws: Any) -> dict[str, Any]:
     report = getattr(draws, "report", None)
-    found = {name: getattr(report, name) for name in ("dtype", "device") if getattr(report, name, None)}
+    found = {
+        name: getattr(report, name) for name in ("dtype", "device") if getattr(report, name, None)
+    }
     return {**found, **(getattr(report, "versions", None) or {})}

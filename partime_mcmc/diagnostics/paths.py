@@ -21,7 +21,9 @@ from partime_mcmc.diagnostics import named as by_name
 from partime_mcmc.diagnostics.report import PathComparison
 
 PATH_TOLERANCE = 1e-3  # posterior sd: how far a certified path may be from the exact one
-FLIPS_PER_STEP = {np.dtype(np.float64): 1e-11}  # ten times the largest |difference of acceptance probabilities| seen
+FLIPS_PER_STEP = {
+    np.dtype(np.float64): 1e-11
+}  # ten times the largest |difference of acceptance probabilities| seen
 FLIPS_PER_STEP_ELSE = 5e-4  # the largest mean seen in healthy float32
 MAX_PAIRED_SHIFT = 0.1  # MCSE
 
@@ -58,12 +60,16 @@ class Side:
         named = dict(by_name.coordinates(by_name.named_draws(draws)))
         positions = by_name.named_positions(draws)
         arrays = positions or by_name.named_draws(draws)
-        leaves = [leaf.reshape(*leaf.shape[:2], int(np.prod(leaf.shape[2:]))) for leaf in arrays.values()]
+        leaves = [
+            leaf.reshape(*leaf.shape[:2], int(np.prod(leaf.shape[2:]))) for leaf in arrays.values()
+        ]
         if not named or not next(iter(named.values())).size:
             raise ValueError(f"{title} holds no draws")
         values = [*leaves, *(x[..., None] for x in named.values())]
         nonfinite = np.any([~np.isfinite(value).all(axis=(1, 2)) for value in values], axis=0)
-        return cls(draws, title, leaves, bool(positions), named, by_name.frozen_chains(draws), nonfinite)
+        return cls(
+            draws, title, leaves, bool(positions), named, by_name.frozen_chains(draws), nonfinite
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -100,7 +106,10 @@ def same_dice(ours: Side, theirs: Side) -> bool:
     for name in ("key", "num_samples", "num_chains"):
         if plan_entry(ours, name) is None or plan_entry(ours, name) != plan_entry(theirs, name):
             return False
-    both = [(plan_entry(ours, name), plan_entry(theirs, name)) for name in ("kernel", "dice", "thinning", "num_warmup")]
+    both = [
+        (plan_entry(ours, name), plan_entry(theirs, name))
+        for name in ("kernel", "dice", "thinning", "num_warmup")
+    ]
     return all(a == b for a, b in both if a is not None and b is not None)
 
 
@@ -111,7 +120,9 @@ def equal_bits(ours: Side, theirs: Side) -> np.ndarray | None:
     same = np.ones(ours.shape, bool)
     for a, b in zip(ours.leaves, theirs.leaves, strict=True):
         bits = f"u{a.dtype.itemsize}"  # as integers, so that 0.0 is not -0.0
-        same &= (np.ascontiguousarray(a).view(bits) == np.ascontiguousarray(b).view(bits)).all(axis=-1)
+        same &= (np.ascontiguousarray(a).view(bits) == np.ascontiguousarray(b).view(bits)).all(
+            axis=-1
+        )
     return same
 
 
@@ -125,7 +136,9 @@ def compare_paths(ours: Side, theirs: Side, table: list[dict[str, Any]]) -> Path
     """
     a, b, same = ours.states, theirs.states, equal_bits(ours, theirs)
     sd, size = b.std(axis=(0, 1)), np.abs(b).max(axis=(0, 1))
-    scale = np.where(sd > 0, sd, np.where(size > 0, size, 1.0))  # magnitudes where there are too few draws for an sd
+    scale = np.where(
+        sd > 0, sd, np.where(size > 0, size, 1.0)
+    )  # magnitudes where there are too few draws for an sd
     distance = (np.abs(a - b) / scale).max(axis=-1, initial=0.0)
     apart = distance > PATH_TOLERANCE
     starts = apart & ~np.pad(apart, ((0, 0), (1, 0)))[:, :-1]
@@ -160,10 +173,15 @@ def _shift(table: list[dict[str, Any]], what: str, error: str) -> float:
     """Largest difference of ``what`` in the sequential run's MCSE; infinite where that is unknown and they differ."""
     worst = 0.0
     for row in table:
-        difference, unit = abs(row[f"{what}_parallel"] - row[f"{what}_sequential"]), row[f"{error}_sequential"]
+        difference, unit = (
+            abs(row[f"{what}_parallel"] - row[f"{what}_sequential"]),
+            row[f"{error}_sequential"],
+        )
         if unit > 0:
             worst = max(worst, difference / unit)
-        elif difference > PATH_TOLERANCE**2 * row["sd_sequential"]:  # less than that is nothing, however short the run
+        elif (
+            difference > PATH_TOLERANCE**2 * row["sd_sequential"]
+        ):  # less than that is nothing, however short the run
             worst = np.inf
     return float(worst)
 

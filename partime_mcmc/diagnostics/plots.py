@@ -16,11 +16,23 @@ from partime_mcmc.diagnostics import canvas
 from partime_mcmc.diagnostics import named as by_name
 from partime_mcmc.diagnostics.canvas import NoPlots, save
 
-__all__ = ["NoPlots", "demo_figure", "paths_overlay", "residual_by_iteration", "save", "trace_overlay"]
+__all__ = [
+    "NoPlots",
+    "demo_figure",
+    "paths_overlay",
+    "residual_by_iteration",
+    "save",
+    "trace_overlay",
+]
 
 
 def trace_overlay(
-    parallel: Any, sequential: Any, names: Sequence[str] | None = None, *, chain: int = 0, num_draws: int = 300
+    parallel: Any,
+    sequential: Any,
+    names: Sequence[str] | None = None,
+    *,
+    chain: int = 0,
+    num_draws: int = 300,
 ) -> Any:
     """The first draws of one chain, the sequential run as a thin line upon the parallel one.
 
@@ -112,20 +124,31 @@ def _pairs(
     parallel: Any, sequential: Any, names: Sequence[str] | None, limit: int, chain: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Coordinates of both runs, (C, T) each, by label."""
-    ours, theirs = (dict(by_name.coordinates(by_name.named_draws(draws))) for draws in (parallel, sequential))
+    ours, theirs = (
+        dict(by_name.coordinates(by_name.named_draws(draws))) for draws in (parallel, sequential)
+    )
     both = [label for label in ours if label in theirs]
     if names is None:
         wanted = spread(both, limit)
     else:
-        wanted = [label for name in names for label in both if label == name or label.startswith(f"{name}[")]
-        missing = [name for name in names if not any(w == name or w.startswith(f"{name}[") for w in wanted)]
+        wanted = [
+            label
+            for name in names
+            for label in both
+            if label == name or label.startswith(f"{name}[")
+        ]
+        missing = [
+            name for name in names if not any(w == name or w.startswith(f"{name}[") for w in wanted)
+        ]
         if missing:
             raise ValueError(f"names: {missing} not in both runs, which share {both[:12]}")
     if not wanted:
         raise ValueError(f"the runs share no coordinate: {list(ours)[:5]} and {list(theirs)[:5]}")
     for label in wanted:
         if not 0 <= chain < min(len(ours[label]), len(theirs[label])):
-            raise ValueError(f"chain: got {chain}, and there are {len(ours[label])} and {len(theirs[label])} chains")
+            raise ValueError(
+                f"chain: got {chain}, and there are {len(ours[label])} and {len(theirs[label])} chains"
+            )
     return {label: (ours[label], theirs[label]) for label in wanted}
 
 
@@ -144,19 +167,35 @@ def _draw_traces(
 ) -> None:
     for axis, (label, (a, b)) in zip(axes, pairs.items(), strict=True):
         a, b = a[chain, :num_draws], b[chain, :num_draws]
-        axis.plot(np.arange(1, a.size + 1), a, color=canvas.PARALLEL, linewidth=3.2, alpha=0.75, label="parallel")
+        axis.plot(
+            np.arange(1, a.size + 1),
+            a,
+            color=canvas.PARALLEL,
+            linewidth=3.2,
+            alpha=0.75,
+            label="parallel",
+        )
         axis.plot(np.arange(1, b.size + 1), b, color=canvas.INK, linewidth=0.9, label="sequential")
         axis.set_ylabel(canvas.label(label), fontsize=10)
         axis.margins(x=0.005)
         canvas.tidy(axis)
     axes[0].set_title(f"First draws of chain {chain}", fontsize=11, loc="left")
-    axes[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9, borderaxespad=0.2)
+    axes[0].legend(
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        ncols=2,
+        frameon=False,
+        fontsize=9,
+        borderaxespad=0.2,
+    )
     axes[-1].set_xlabel("draw", fontsize=10)
 
 
 def _draw_distances(axis: Any, parallel: Any, sequential: Any) -> None:
     canvas.title(axis, "Distance of the two paths")
-    ours, theirs = (dict(by_name.coordinates(by_name.named_draws(draws))) for draws in (parallel, sequential))
+    ours, theirs = (
+        dict(by_name.coordinates(by_name.named_draws(draws))) for draws in (parallel, sequential)
+    )
     shapes = {x.shape for x in (*ours.values(), *theirs.values())}
     if len(shapes) != 1 or list(ours) != list(theirs):
         canvas.say(axis, "runs of different shapes:\nno steps to compare")
@@ -191,9 +230,17 @@ def draw_residuals(axis: Any, draws: Any) -> None:
     iterations = np.arange(1, history.shape[1] + 1)
     for chain, values in enumerate(history):
         shown = np.where(np.isfinite(values), np.maximum(values, canvas.FLOOR), np.nan)
-        thin = chain / max(1, len(history) - 1)  # later chains are drawn thinner, so that equal curves stay visible
+        thin = chain / max(
+            1, len(history) - 1
+        )  # later chains are drawn thinner, so that equal curves stay visible
         style = {"marker": "o", "markersize": 6.5 - 4 * thin, "linewidth": 3.2 - 2.2 * thin}
-        axis.plot(iterations, shown, color=canvas.CHAINS[chain % len(canvas.CHAINS)], label=f"chain {chain}", **style)
+        axis.plot(
+            iterations,
+            shown,
+            color=canvas.CHAINS[chain % len(canvas.CHAINS)],
+            label=f"chain {chain}",
+            **style,
+        )
     axis.set_yscale("log")
     tolerance = getattr(getattr(draws, "certificate", None), "tolerance", None)
     if tolerance is not None:

@@ -60,8 +60,14 @@ def read_draws(path: str | os.PathLike) -> ReadDraws:
     except FileNotFoundError:
         raise
     except Exception as error:  # HDF5, xarray and either ArviZ have errors of their own
-        raise ValueError(f"{path} holds no draws: {type(error).__name__}: {str(error).splitlines()[0]}") from error
-    return draws_of(posterior, dict(tree["sample_stats"].data_vars) if "sample_stats" in tree else {}, attributes)
+        raise ValueError(
+            f"{path} holds no draws: {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from error
+    return draws_of(
+        posterior,
+        dict(tree["sample_stats"].data_vars) if "sample_stats" in tree else {},
+        attributes,
+    )
 
 
 def draws_of(posterior: Any, sample_stats: dict[str, Any], attributes: dict[str, Any]) -> ReadDraws:
@@ -78,19 +84,30 @@ def draws_of(posterior: Any, sample_stats: dict[str, Any], attributes: dict[str,
         vars(certificate).setdefault("accepted", stats.get("accepted"))
         vars(certificate).setdefault("residual", stats.get("residual"))
     return ReadDraws(
-        {name: np.asarray(one.values) for name, one in posterior.data_vars.items()}, stats, certificate, run,
-        json.loads(attributes.get("plan", "{}")), {name: tuple(one.dims[2:]) for name, one in posterior.data_vars.items()})
+        {name: np.asarray(one.values) for name, one in posterior.data_vars.items()},
+        stats,
+        certificate,
+        run,
+        json.loads(attributes.get("plan", "{}")),
+        {name: tuple(one.dims[2:]) for name, one in posterior.data_vars.items()},
+    )
 
 
 def _object(attributes: dict[str, Any], name: str) -> Any:
     if name not in attributes:
         return None
-    return SimpleNamespace(**{field: _number(value) for field, value in json.loads(attributes[name]).items()})
+    return SimpleNamespace(
+        **{field: _number(value) for field, value in json.loads(attributes[name]).items()}
+    )
 
 
 def _number(value: Any) -> Any:
     """Arrays for lists of numbers, among which JSON writes NaN as text."""
     words = ("nan", "inf", "-inf")
-    if isinstance(value, list) and value and all(isinstance(one, (int, float)) or one in words for one in value):
+    if (
+        isinstance(value, list)
+        and value
+        and all(isinstance(one, (int, float)) or one in words for one in value)
+    ):
         return np.asarray([float(one) if one in words else one for one in value])
     return float(value) if value in words else value

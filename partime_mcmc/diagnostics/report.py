@@ -170,7 +170,11 @@ class Report:
             if len(entries) > MAX_REASONS:
                 lines.append(f"{label}s: {len(entries) - MAX_REASONS} more, in to_json()")
         lines += [f"{label}: {text}" for label, text in self._facts()]
-        wrapped = [piece for line in lines for piece in textwrap.wrap(line, WIDTH, subsequent_indent="    ")]
+        wrapped = [
+            piece
+            for line in lines
+            for piece in textwrap.wrap(line, WIDTH, subsequent_indent="    ")
+        ]
         return "\n".join([*wrapped, "", *self._table()])
 
     def _facts(self) -> list[tuple[str, str]]:
@@ -190,9 +194,16 @@ class Report:
                 )
             )
         if math.isfinite(self.residual_tolerance):
-            where = f" at chain {self.worst_step[0]}, step {self.worst_step[1]}" if self.worst_step else ""
+            where = (
+                f" at chain {self.worst_step[0]}, step {self.worst_step[1]}"
+                if self.worst_step
+                else ""
+            )
             facts.append(
-                ("certificate", f"residual {self.max_residual:.2g}{where}, allowed {self.residual_tolerance:.2g}")
+                (
+                    "certificate",
+                    f"residual {self.max_residual:.2g}{where}, allowed {self.residual_tolerance:.2g}",
+                )
             )
         if self.tests:
             tests = self.tests
@@ -223,9 +234,13 @@ class Report:
             "max |z|": "worst_z",
             "KS": "ks",
         }
-        lines = text_table([{title: row[key] for title, key in columns.items()} for row in rows[:MAX_ROWS]])
+        lines = text_table(
+            [{title: row[key] for title, key in columns.items()} for row in rows[:MAX_ROWS]]
+        )
         if len(rows) > MAX_ROWS:
-            lines.append(f"... and {len(rows) - MAX_ROWS} more with smaller |z|; to_json() has them all")
+            lines.append(
+                f"... and {len(rows) - MAX_ROWS} more with smaller |z|; to_json() has them all"
+            )
         return lines
 
 
@@ -244,7 +259,14 @@ def text_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
     for first, *rest in cells:
         first = first if len(first) <= widths[0] else first[: widths[0] - 1] + "…"
-        lines.append("  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))]))
+        lines.append(
+            "  ".join(
+                [
+                    first.ljust(widths[0]),
+                    *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True)),
+                ]
+            )
+        )
     return [line.rstrip() for line in lines]
 
 
@@ -273,7 +295,9 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, (str, bool)):
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {
+            field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):

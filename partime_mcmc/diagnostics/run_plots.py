@@ -52,12 +52,16 @@ def residual_map(residuals: np.ndarray) -> Any:
     """
     residuals = np.asarray(residuals, np.float64)
     if residuals.ndim != 2 or not residuals.size:
-        raise ValueError(f"residuals must have shape (num_passes, num_steps), got {residuals.shape}")
+        raise ValueError(
+            f"residuals must have shape (num_passes, num_steps), got {residuals.shape}"
+        )
     figure = canvas.figure(11, 1.8 + 0.06 * min(max(len(residuals), 10), 40))
     axis = figure.subplots()
     blocks = np.stack([canvas.envelope(one, 300)[1] for one in residuals])
     broken = ~np.isfinite(blocks)
-    shown = np.ma.masked_array(np.log10(np.maximum(np.where(broken, 0, blocks), canvas.FLOOR)), broken)
+    shown = np.ma.masked_array(
+        np.log10(np.maximum(np.where(broken, 0, blocks), canvas.FLOOR)), broken
+    )
     place = (0.5, residuals.shape[1] + 0.5, len(residuals) + 0.5, 0.5)
     axis.set_facecolor(canvas.LIMIT)
     image = axis.imshow(shown, aspect="auto", interpolation="nearest", extent=place, cmap="viridis")
@@ -90,7 +94,9 @@ def coalescence(distances: np.ndarray, tolerance: float = 1e-8) -> Any:
     apart, open_pairs = figure.subplots(1, 2)
     steps = np.arange(1, distances.shape[1] + 1)
     for one in distances:
-        apart.plot(steps, np.maximum(one, canvas.FLOOR), color=canvas.PARALLEL, linewidth=0.8, alpha=0.5)
+        apart.plot(
+            steps, np.maximum(one, canvas.FLOOR), color=canvas.PARALLEL, linewidth=0.8, alpha=0.5
+        )
     median = np.maximum(np.median(distances, axis=0), canvas.FLOOR)
     apart.plot(steps, median, color=canvas.INK, linewidth=1.8, label="median")
     apart.set_yscale("log")
@@ -98,8 +104,12 @@ def coalescence(distances: np.ndarray, tolerance: float = 1e-8) -> Any:
     canvas.title(apart, "Distance of pairs with the same dice")
     apart.set_ylabel("largest difference [sd]", fontsize=10)
     # A pair that was within tolerance once, and left again, has not met. NaN is never within.
-    later_apart = np.flip(np.logical_or.accumulate(np.flip(~(distances <= tolerance), axis=1), axis=1), axis=1)
-    open_pairs.step(steps, later_apart.mean(axis=0), where="post", color=canvas.PARALLEL, linewidth=2)
+    later_apart = np.flip(
+        np.logical_or.accumulate(np.flip(~(distances <= tolerance), axis=1), axis=1), axis=1
+    )
+    open_pairs.step(
+        steps, later_apart.mean(axis=0), where="post", color=canvas.PARALLEL, linewidth=2
+    )
     open_pairs.set_ylim(-0.03, 1.03)
     canvas.title(open_pairs, f"Pairs still apart by more than {tolerance:g} sd")
     open_pairs.set_ylabel("share of pairs", fontsize=10)
@@ -129,9 +139,21 @@ def traces(coordinates: Mapping[str, np.ndarray], num_draws: int = 1000) -> Any:
         spread = finite.size > 0 and np.ptp(finite) > 0
         bins = np.linspace(*np.quantile(finite, [0.001, 0.999]), 40) if spread else 10
         for values, colour in zip(x[:_SHOWN_CHAINS], canvas.colours(len(x)), strict=False):
-            trace.plot(np.arange(first, x.shape[1]) + 1, values[first:], color=colour, linewidth=0.6, alpha=0.8)
+            trace.plot(
+                np.arange(first, x.shape[1]) + 1,
+                values[first:],
+                color=colour,
+                linewidth=0.6,
+                alpha=0.8,
+            )
             if finite.size:
-                density.hist(values[np.isfinite(values)], bins=bins, histtype="step", color=colour, density=spread)
+                density.hist(
+                    values[np.isfinite(values)],
+                    bins=bins,
+                    histtype="step",
+                    color=colour,
+                    density=spread,
+                )
         trace.set_ylabel(canvas.label(name), fontsize=10)
         trace.margins(x=0.005)
         density.set_yticks([])
@@ -175,15 +197,28 @@ def certificate_figure(draws: Any) -> Any:
     if certificate is None:
         raise ValueError("draws: there is no certificate")
     figure = canvas.figure(11, 8)
-    grid = figure.add_gridspec(3, 2, height_ratios=[1, 1, 0.25 + 0.22 * min(len(certificate_rows(certificate)), 12)])
+    grid = figure.add_gridspec(
+        3, 2, height_ratios=[1, 1, 0.25 + 0.22 * min(len(certificate_rows(certificate)), 12)]
+    )
     _draw_residual_by_step(figure.add_subplot(grid[0, :]), draws)
-    _draw_along_time(figure.add_subplot(grid[1, 0]), draws, ("acceptance_rate", "accepted"), "Acceptance along time")
-    _draw_along_time(figure.add_subplot(grid[1, 1]), draws, ("logdensity", "energy"), "Log density along time")
+    _draw_along_time(
+        figure.add_subplot(grid[1, 0]),
+        draws,
+        ("acceptance_rate", "accepted"),
+        "Acceptance along time",
+    )
+    _draw_along_time(
+        figure.add_subplot(grid[1, 1]), draws, ("logdensity", "energy"), "Log density along time"
+    )
     table_axis = figure.add_subplot(grid[2, :])
     table_axis.set_axis_off()
     rows = certificate_rows(certificate)[:12]
-    table = table_axis.table([[str(value) for value in row.values()] for row in rows], colLabels=list(rows[0]), loc="center",
-                             cellLoc="right")
+    table = table_axis.table(
+        [[str(value) for value in row.values()] for row in rows],
+        colLabels=list(rows[0]),
+        loc="center",
+        cellLoc="right",
+    )
     table.auto_set_font_size(False)
     table.set_fontsize(8)
     return figure
@@ -191,14 +226,29 @@ def certificate_figure(draws: Any) -> Any:
 
 def certificate_rows(certificate: Any) -> list[dict[str, Any]]:
     """The certificate as a table, a row of printable values per chain."""
-    fields = {"certified": "certified", "largest residual": "max_residual", "at step": "worst_step", "allowed": "tolerance",
-              "rejected": "num_rejected", "in a row": "longest_rejection", "out of range": "num_nonfinite_proposals",
-              "ambiguous": "num_ambiguous", "smallest margin": "min_margin", "never moved": "frozen"}
-    columns = {title: np.atleast_1d(np.asarray(getattr(certificate, name))) for title, name in fields.items()
-               if getattr(certificate, name, None) is not None}
+    fields = {
+        "certified": "certified",
+        "largest residual": "max_residual",
+        "at step": "worst_step",
+        "allowed": "tolerance",
+        "rejected": "num_rejected",
+        "in a row": "longest_rejection",
+        "out of range": "num_nonfinite_proposals",
+        "ambiguous": "num_ambiguous",
+        "smallest margin": "min_margin",
+        "never moved": "frozen",
+    }
+    columns = {
+        title: np.atleast_1d(np.asarray(getattr(certificate, name)))
+        for title, name in fields.items()
+        if getattr(certificate, name, None) is not None
+    }
     count = max((len(column) for column in columns.values()), default=0)
-    return [{"chain": str(chain)} | {title: _shown(column[min(chain, len(column) - 1)]) for title, column in columns.items()}
-            for chain in range(count)]
+    return [
+        {"chain": str(chain)}
+        | {title: _shown(column[min(chain, len(column) - 1)]) for title, column in columns.items()}
+        for chain in range(count)
+    ]
 
 
 def _shown(value: Any) -> str:
@@ -217,11 +267,25 @@ def _draw_residual_by_step(axis: Any, draws: Any) -> None:
     if not residual.size:
         canvas.say(axis, "no residuals recorded")
         return
-    for values, colour in zip(residual[:_SHOWN_CHAINS], canvas.colours(len(residual)), strict=False):
+    for values, colour in zip(
+        residual[:_SHOWN_CHAINS], canvas.colours(len(residual)), strict=False
+    ):
         steps, peaks = canvas.envelope(values)
         good = np.isfinite(peaks)
-        axis.plot(steps, np.where(good, np.maximum(peaks, canvas.FLOOR), np.nan), color=colour, linewidth=0.9, alpha=0.85)
-        axis.plot(steps[~good], np.full((~good).sum(), 0.97), "x", color=colour, transform=axis.get_xaxis_transform())
+        axis.plot(
+            steps,
+            np.where(good, np.maximum(peaks, canvas.FLOOR), np.nan),
+            color=colour,
+            linewidth=0.9,
+            alpha=0.85,
+        )
+        axis.plot(
+            steps[~good],
+            np.full((~good).sum(), 0.97),
+            "x",
+            color=colour,
+            transform=axis.get_xaxis_transform(),
+        )
     axis.set_yscale("log")
     if getattr(certificate, "tolerance", None) is not None:
         canvas.level(axis, float(np.max(np.asarray(certificate.tolerance))), "allowed")
@@ -235,7 +299,10 @@ def _draw_residual_by_step(axis: Any, draws: Any) -> None:
 def _draw_along_time(axis: Any, draws: Any, names: Sequence[str], title: str) -> None:
     info = getattr(draws, "info", None) or {}
     found = next((name for name in names if info.get(name) is not None), None)
-    canvas.title(axis, title if found in (None, names[0]) else title.replace("Log density", found.capitalize()))
+    canvas.title(
+        axis,
+        title if found in (None, names[0]) else title.replace("Log density", found.capitalize()),
+    )
     if found is None:
         canvas.say(axis, "not recorded")
         return

@@ -6,4 +6,12 @@ from partime_mcmc.distributed.mesh import time_mesh
 from partime_mcmc.distributed.sharded_solve import sharded_chains, sharded_solve
 from partime_mcmc.distributed.sharded_time import ShardedTime, TimeOnMesh
 
-__all__ = ["ShardedTime", "TimeOnMesh", "hosts", "sharded_chains", "sharded_solve", "summed", "time_mesh"]
+__all__ = [
+    "ShardedTime",
+    "TimeOnMesh",
+    "hosts",
+    "sharded_chains",
+    "sharded_solve",
+    "summed",
+    "time_mesh",
+]

@@ -45,15 +45,26 @@ _LOST, _FAILED, _INTERRUPTED = 75, 1, 130
 _LAST_WORDS_SECONDS = 1
 _PREEMPTION = "jax_enable_preemption_service"
 # What collectives and the coordination service say when a host is gone.
-_GONE = re.compile(r"\bgloo\b|\bnccl\b|connection (reset|closed)|broken pipe|heartbeat|coordination service|unhealthy|"
-                   r"task .* died|DEADLINE_EXCEEDED|UNAVAILABLE", re.IGNORECASE)
+_GONE = re.compile(
+    r"\bgloo\b|\bnccl\b|connection (reset|closed)|broken pipe|heartbeat|coordination service|unhealthy|"
+    r"task .* died|DEADLINE_EXCEEDED|UNAVAILABLE",
+    re.IGNORECASE,
+)
 # Runs in a process of its own: waits until its host closes the pipe, in whatever way.
-_WITNESS = "import sys; sys.stdin.buffer.read() == b'done' or sys.stderr.write(sys.argv[1] + chr(10))"
+_WITNESS = (
+    "import sys; sys.stdin.buffer.read() == b'done' or sys.stderr.write(sys.argv[1] + chr(10))"
+)
 
 
 @contextlib.contextmanager
-def hosts(coordinator: str | None = None, num_hosts: int | None = None, host_id: int | None = None, *,
-          heartbeat_seconds: int = HEARTBEAT_SECONDS, start_seconds: int = 300) -> Iterator[None]:
+def hosts(
+    coordinator: str | None = None,
+    num_hosts: int | None = None,
+    host_id: int | None = None,
+    *,
+    heartbeat_seconds: int = HEARTBEAT_SECONDS,
+    start_seconds: int = 300,
+) -> Iterator[None]:
     """Join hosts into one run, for as long as the `with` block lasts.
 
     To be entered before any array is made. On the way out all hosts wait for each other; if the block fails the
@@ -75,13 +86,21 @@ def hosts(coordinator: str | None = None, num_hosts: int | None = None, host_id:
     _forget_imports()
     name = "this host" if host_id is None else f"host {host_id} of {num_hosts}"
     epitaph = _sentence(f"{name} was ended by a signal, or", heartbeat_seconds)
-    witness = subprocess.Popen([sys.executable, "-I", "-S", "-c", _WITNESS, epitaph], stdin=subprocess.PIPE,
-                               start_new_session=True)
+    witness = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _WITNESS, epitaph],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
     try:
         try:
             with _signals_left_alone():
-                jax.distributed.initialize(coordinator, num_hosts, host_id, heartbeat_timeout_seconds=heartbeat_seconds,
-                                           initialization_timeout=start_seconds)
+                jax.distributed.initialize(
+                    coordinator,
+                    num_hosts,
+                    host_id,
+                    heartbeat_timeout_seconds=heartbeat_seconds,
+                    initialization_timeout=start_seconds,
+                )
         except (ValueError, RuntimeError) as error:
             _dismiss(witness)
             raise _did_not_start(coordinator, start_seconds, error) from error
@@ -103,16 +122,29 @@ def hosts(coordinator: str | None = None, num_hosts: int | None = None, host_id:
 def _end(witness, name, maybe_first, heartbeat_seconds, error: BaseException) -> None:
     """End this process at once, with the reason."""
     if is_lost(error):
-        print(f"{_sentence(f'{name} ends', heartbeat_seconds)}\n(What was heard: {str(error).splitlines()[0][:200]})",
-              file=sys.stderr, flush=True)
+        print(
+            f"{_sentence(f'{name} ends', heartbeat_seconds)}\n(What was heard: {str(error).splitlines()[0][:200]})",
+            file=sys.stderr,
+            flush=True,
+        )
         code = _LOST
     else:
         interrupted = isinstance(error, KeyboardInterrupt)
         if not interrupted and not isinstance(error, SystemExit):
             traceback.print_exception(error)
         why = "it was interrupted" if interrupted else "of the error above"
-        print(f"partime_mcmc: {name} ends because {why}, and with it the run on all hosts.", file=sys.stderr, flush=True)
-        code = _INTERRUPTED if interrupted else error.code if isinstance(error, SystemExit) else _FAILED
+        print(
+            f"partime_mcmc: {name} ends because {why}, and with it the run on all hosts.",
+            file=sys.stderr,
+            flush=True,
+        )
+        code = (
+            _INTERRUPTED
+            if interrupted
+            else error.code
+            if isinstance(error, SystemExit)
+            else _FAILED
+        )
         if isinstance(code, str):
             print(code, file=sys.stderr)
         code = code if isinstance(code, int) else _FAILED
@@ -130,8 +162,10 @@ def is_lost(error: BaseException) -> bool:
 
 
 def _sentence(what: str, heartbeat_seconds: int) -> str:
-    return (f"partime_mcmc: {what} because another host was lost (or was silent for {heartbeat_seconds} s): what has been "
-            "stored is safe, resume from it with any number of hosts.")
+    return (
+        f"partime_mcmc: {what} because another host was lost (or was silent for {heartbeat_seconds} s): what has been "
+        "stored is safe, resume from it with any number of hosts."
+    )
 
 
 def _dismiss(witness) -> None:
@@ -145,8 +179,10 @@ def _dismiss(witness) -> None:
 def _check(coordinator, num_hosts, host_id, heartbeat_seconds) -> None:
     given = (coordinator is not None, num_hosts is not None, host_id is not None)
     if any(given) and not all(given):
-        raise ValueError(f"coordinator, num_hosts, host_id: got {coordinator!r}, {num_hosts!r} and {host_id!r}, wanted all "
-                         "three, or none of them where the cluster says it (Slurm, Open MPI, Kubernetes)")
+        raise ValueError(
+            f"coordinator, num_hosts, host_id: got {coordinator!r}, {num_hosts!r} and {host_id!r}, wanted all "
+            "three, or none of them where the cluster says it (Slurm, Open MPI, Kubernetes)"
+        )
     if all(given):
         for name, value, least in (("num_hosts", num_hosts, 1), ("host_id", host_id, 0)):
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
@@ -178,13 +214,19 @@ def _forget_imports() -> None:
     """
     made = [array.shape for array in jax.live_arrays() if array.shape]
     if made:
-        raise RuntimeError(f"hosts: {len(made)} arrays exist already (the first of shape {made[0]}); enter hosts(...) "
-                           "before any array or key is made")
+        raise RuntimeError(
+            f"hosts: {len(made)} arrays exist already (the first of shape {made[0]}); enter hosts(...) "
+            "before any array or key is made"
+        )
     jax.extend.backend.clear_backends()
 
 
 def _did_not_start(coordinator, start_seconds, error: Exception) -> Exception:
     if coordinator is None:
-        return ValueError(f"coordinator: none was given and no cluster was found ({error}); give coordinator='HOST:PORT', "
-                          "num_hosts and host_id")
-    return RuntimeError(f"hosts: not all hosts came together at {coordinator} within {start_seconds} s ({error})")
+        return ValueError(
+            f"coordinator: none was given and no cluster was found ({error}); give coordinator='HOST:PORT', "
+            "num_hosts and host_id"
+        )
+    return RuntimeError(
+        f"hosts: not all hosts came together at {coordinator} within {start_seconds} s ({error})"
+    )

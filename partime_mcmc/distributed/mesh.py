@@ -16,8 +16,13 @@ from jax.sharding import Mesh
 AXES = ("chains", "time", "data")
 
 
-def time_mesh(num_time: int | None = None, num_chains: int = 1, num_data: int = 1, *,
-              devices: Sequence[jax.Device] | None = None) -> Mesh:
+def time_mesh(
+    num_time: int | None = None,
+    num_chains: int = 1,
+    num_data: int = 1,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
     """A mesh over chains, time and data.
 
     Args:
@@ -34,12 +39,16 @@ def time_mesh(num_time: int | None = None, num_chains: int = 1, num_data: int = 
     """
     devices = np.asarray(jax.devices() if devices is None else devices)
     for name, count in (("num_time", num_time), ("num_chains", num_chains), ("num_data", num_data)):
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        if count is not None and (
+            isinstance(count, bool) or not isinstance(count, int) or count < 1
+        ):
             raise ValueError(f"{name} must be a positive integer, got {count!r}")
     others = num_chains * num_data
     num_time = devices.size // others if num_time is None else num_time
     needed = num_time * others
     if not needed or needed > devices.size or (needed < devices.size and devices.size % others):
-        raise ValueError(f"num_time, num_chains, num_data: got {num_time} x {num_chains} x {num_data}, wanted at most "
-                         f"{devices.size} devices, and num_chains x num_data to divide them")
+        raise ValueError(
+            f"num_time, num_chains, num_data: got {num_time} x {num_chains} x {num_data}, wanted at most "
+            f"{devices.size} devices, and num_chains x num_data to divide them"
+        )
     return Mesh(devices[:needed].reshape(num_chains, num_time, num_data), AXES)

@@ -39,9 +39,20 @@ from partime_mcmc.types import Array, Key, PyTree, pytree
 TIME, CHAINS = "time", "chains"
 
 
-def sharded_solve(dynamics: Dynamics, initial: PyTree, drives: PyTree, *, mesh: Mesh, solver: Solver = deer(),
-                  tolerance: Tolerance = Tolerance(), max_iterations: int | None = None, guess: PyTree | None = None,
-                  adjoint: Adjoint | None = None, key: Key | None = None, params_spec: PyTree | None = None) -> Solution:
+def sharded_solve(
+    dynamics: Dynamics,
+    initial: PyTree,
+    drives: PyTree,
+    *,
+    mesh: Mesh,
+    solver: Solver = deer(),
+    tolerance: Tolerance = Tolerance(),
+    max_iterations: int | None = None,
+    guess: PyTree | None = None,
+    adjoint: Adjoint | None = None,
+    key: Key | None = None,
+    params_spec: PyTree | None = None,
+) -> Solution:
     """Solve a recurrence for its whole path, time spread over the devices of a mesh axis `time`.
 
     Args:
@@ -70,17 +81,30 @@ def sharded_solve(dynamics: Dynamics, initial: PyTree, drives: PyTree, *, mesh: 
     """
     axis = time_axis(mesh)
     if isinstance(adjoint, ImplicitRelay):
-        raise TypeError("adjoint: got ImplicitRelay, wanted Implicit(): a relay does not go across devices")
+        raise TypeError(
+            "adjoint: got ImplicitRelay, wanted Implicit(): a relay does not go across devices"
+        )
     if params_spec is not None:
         _check_spec(params_spec, mesh)
         if adjoint is not None:
-            raise TypeError(f"adjoint: got {adjoint!r} with params_spec, wanted None: such a path has no derivatives")
+            raise TypeError(
+                f"adjoint: got {adjoint!r} with params_spec, wanted None: such a path has no derivatives"
+            )
     adjoint = Implicit() if adjoint is None else adjoint
     initial, drives = jax.tree.map(jnp.asarray, (initial, drives))
     check_state(initial)
     num_steps = count_steps(drives)
     if num_steps == 0:
-        return solve(dynamics, initial, drives, solver=solver, tolerance=tolerance, guess=guess, adjoint=adjoint, key=key)
+        return solve(
+            dynamics,
+            initial,
+            drives,
+            solver=solver,
+            tolerance=tolerance,
+            guess=guess,
+            adjoint=adjoint,
+            key=key,
+        )
     if params_spec is None:
         dynamics = check_step(dynamics, initial, drives)
     flat, start, unravel = ravel(dynamics, initial)
@@ -88,9 +112,16 @@ def sharded_solve(dynamics: Dynamics, initial: PyTree, drives: PyTree, *, mesh: 
     filled, solver = _filled_up(num_steps, solver, axis.num_parts)
     still, tape, path = _standing_still(flat, drives, path, num_steps, filled)
     spec = _Fixed.of(PartitionSpec() if params_spec is None else params_spec)
-    found = _solve_on(*lax.stop_gradient((still, start, tape, path)), solver, tolerance,
-                      jax.random.key(0) if key is None else key, mesh=mesh, axis=axis, spec=spec,
-                      max_iterations=max_iterations)
+    found = _solve_on(
+        *lax.stop_gradient((still, start, tape, path)),
+        solver,
+        tolerance,
+        jax.random.key(0) if key is None else key,
+        mesh=mesh,
+        axis=axis,
+        spec=spec,
+        max_iterations=max_iterations,
+    )
     if params_spec is None:
         states = adjoint(still, start, tape, found.states, TimeOnMesh(mesh, axis))
     else:
@@ -98,12 +129,25 @@ def sharded_solve(dynamics: Dynamics, initial: PyTree, drives: PyTree, *, mesh: 
     stats = {field.name: getattr(found.stats, field.name) for field in dataclasses.fields(Stats)}
     for name in ("evaluations", "jvps", "evaluations_by_part"):
         stats[name] = stats[name] * (filled / num_steps)
-    return Solution(jax.vmap(unravel)(states[:num_steps]), found.status, found.iterations, found.residual,
-                    jnp.minimum(found.num_exact, num_steps), Stats(**stats))
+    return Solution(
+        jax.vmap(unravel)(states[:num_steps]),
+        found.status,
+        found.iterations,
+        found.residual,
+        jnp.minimum(found.num_exact, num_steps),
+        Stats(**stats),
+    )
 
 
-def sharded_chains(dynamics: Dynamics, initial: PyTree, drives: PyTree, *, mesh: Mesh, guess: PyTree | None = None,
-                   **options: Any) -> Solution:
+def sharded_chains(
+    dynamics: Dynamics,
+    initial: PyTree,
+    drives: PyTree,
+    *,
+    mesh: Mesh,
+    guess: PyTree | None = None,
+    **options: Any,
+) -> Solution:
     """Several paths of one recurrence, chains along the mesh axis `chains` and time along `time`.
 
     Args:
@@ -122,12 +166,16 @@ def sharded_chains(dynamics: Dynamics, initial: PyTree, drives: PyTree, *, mesh:
     """
     num_chains = count_steps(initial)
     if CHAINS not in mesh.shape or num_chains % mesh.shape[CHAINS]:
-        raise ValueError(f"initial: {num_chains} chains on a mesh of {dict(mesh.shape)}, wanted a multiple of its axis "
-                         f"{CHAINS!r}")
+        raise ValueError(
+            f"initial: {num_chains} chains on a mesh of {dict(mesh.shape)}, wanted a multiple of its axis "
+            f"{CHAINS!r}"
+        )
     for name, given in (("drives", drives), ("guess", guess)):
         if any(jnp.shape(leaf)[:1] != (num_chains,) for leaf in jax.tree.leaves(given)):
-            raise ValueError(f"{name}: got leaves of shapes {[jnp.shape(leaf) for leaf in jax.tree.leaves(given)]}, wanted "
-                             f"leaves ({num_chains}, T, ...): one per chain of initial")
+            raise ValueError(
+                f"{name}: got leaves of shapes {[jnp.shape(leaf) for leaf in jax.tree.leaves(given)]}, wanted "
+                f"leaves ({num_chains}, T, ...): one per chain of initial"
+            )
 
     def one(first, tape, guess):
         return sharded_solve(dynamics, first, tape, mesh=mesh, guess=guess, **options)
@@ -142,7 +190,9 @@ def time_axis(mesh: Mesh) -> ShardedTime:
         ValueError: If it has none.
     """
     if not isinstance(mesh, Mesh) or TIME not in mesh.shape:
-        raise ValueError(f"mesh: got {mesh!r}, wanted a Mesh with an axis {TIME!r}, e.g. time_mesh()")
+        raise ValueError(
+            f"mesh: got {mesh!r}, wanted a Mesh with an axis {TIME!r}, e.g. time_mesh()"
+        )
     return ShardedTime(mesh.shape[TIME], TIME, tuple(mesh.axis_names))
 
 
@@ -151,10 +201,19 @@ def _check_spec(params_spec: PyTree, mesh: Mesh) -> None:
     wanted = [name for name in mesh.axis_names if name != TIME]
     for spec in jax.tree.leaves(params_spec, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)):
         if not isinstance(spec, PartitionSpec):
-            raise TypeError(f"params_spec: got {spec!r}, wanted PartitionSpecs, e.g. PartitionSpec('data')")
-        named = [name for part in spec if part is not None for name in (part if isinstance(part, tuple) else (part,))]
+            raise TypeError(
+                f"params_spec: got {spec!r}, wanted PartitionSpecs, e.g. PartitionSpec('data')"
+            )
+        named = [
+            name
+            for part in spec
+            if part is not None
+            for name in (part if isinstance(part, tuple) else (part,))
+        ]
         if not set(named) <= set(wanted):
-            raise ValueError(f"params_spec: got {spec} on a mesh of {dict(mesh.shape)}, wanted axes of {wanted}")
+            raise ValueError(
+                f"params_spec: got {spec} on a mesh of {dict(mesh.shape)}, wanted axes of {wanted}"
+            )
 
 
 @jax.custom_jvp
@@ -165,33 +224,60 @@ def _without_derivatives(states: Array, given: PyTree) -> Array:
 
 @_without_derivatives.defjvp
 def _no_derivatives(primals, tangents):
-    raise TypeError("params_spec: got a derivative to take of a path whose step uses parameters spread over devices, wanted "
-                    "none: it is not known here. Put jax.lax.stop_gradient around dynamics.params, initial and drives, or "
-                    "leave params_spec out")
+    raise TypeError(
+        "params_spec: got a derivative to take of a path whose step uses parameters spread over devices, wanted "
+        "none: it is not known here. Put jax.lax.stop_gradient around dynamics.params, initial and drives, or "
+        "leave params_spec out"
+    )
 
 
 @pytree()
 class AsFound:
     """No derivatives: the path as it was found, and where it was."""
 
-    def __call__(self, dynamics: Dynamics, initial: Array, drives: PyTree, states: Array, axis: Any) -> Array:
+    def __call__(
+        self, dynamics: Dynamics, initial: Array, drives: PyTree, states: Array, axis: Any
+    ) -> Array:
         return states
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "axis", "spec", "max_iterations"))
-def _solve_on(dynamics: Dynamics, start: Array, drives: PyTree, guess: Array | None, solver: Solver, tolerance: Tolerance,
-              key: Key, *, mesh: Mesh, axis: ShardedTime, spec: _Fixed, max_iterations: int | None) -> Solution:
+def _solve_on(
+    dynamics: Dynamics,
+    start: Array,
+    drives: PyTree,
+    guess: Array | None,
+    solver: Solver,
+    tolerance: Tolerance,
+    key: Key,
+    *,
+    mesh: Mesh,
+    axis: ShardedTime,
+    spec: _Fixed,
+    max_iterations: int | None,
+) -> Solution:
     def here(params, memo_params, start, drives, guess):
         memo = dynamics.memo and dataclasses.replace(dynamics.memo, params=memo_params)
-        return solve(dataclasses.replace(dynamics, params=params, memo=memo), start, drives, solver=solver,
-                     tolerance=tolerance, max_iterations=max_iterations, guess=guess, adjoint=AsFound(), axis=axis, key=key)
+        return solve(
+            dataclasses.replace(dynamics, params=params, memo=memo),
+            start,
+            drives,
+            solver=solver,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+            guess=guess,
+            adjoint=AsFound(),
+            axis=axis,
+            key=key,
+        )
 
     along, same = PartitionSpec(axis.name), PartitionSpec()
     out = Solution(along, *[same] * 4, Stats(*[same] * 7))
     memo_params = dynamics.memo and dynamics.memo.params
     given = (spec.value, (spec.value,) * 3 if memo_params else same, same, along, along)
     return jax.shard_map(here, mesh=mesh, in_specs=given, out_specs=out, check_vma=False)(
-        dynamics.params, memo_params, start, drives, guess)
+        dynamics.params, memo_params, start, drives, guess
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +289,9 @@ class _Fixed:
 
     @classmethod
     def of(cls, specs: PyTree) -> _Fixed:
-        leaves, structure = jax.tree.flatten(specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+        leaves, structure = jax.tree.flatten(
+            specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
+        )
         return cls(tuple(leaves), structure)
 
     @property
@@ -221,7 +309,9 @@ def _filled_up(num_steps: int, solver: Solver, num_parts: int) -> tuple[int, Sol
     return num_parts * unit * math.ceil(num_steps / (num_parts * unit)), solver
 
 
-def _standing_still(dynamics: Dynamics, drives: PyTree, guess: Array | None, num_steps: int, filled: int):
+def _standing_still(
+    dynamics: Dynamics, drives: PyTree, guess: Array | None, num_steps: int, filled: int
+):
     """The recurrence with steps that stand still at the end, so that there are `filled` of them."""
     if filled == num_steps:
         return dynamics, drives, guess
@@ -233,8 +323,11 @@ def _standing_still(dynamics: Dynamics, drives: PyTree, guess: Array | None, num
     if memo is not None:
         memo = Memo(_EnterFirst(memo.enter), _MoveOrStay(memo.advance), memo.leave, memo.params)
     moves = jnp.arange(filled) < num_steps
-    return (Dynamics(_MoveOrStay(dynamics.step), dynamics.params, memo), (moves, jax.tree.map(longer, drives)),
-            None if guess is None else longer(guess))
+    return (
+        Dynamics(_MoveOrStay(dynamics.step), dynamics.params, memo),
+        (moves, jax.tree.map(longer, drives)),
+        None if guess is None else longer(guess),
+    )
 
 
 class _MoveOrStay(Named):
@@ -242,7 +335,9 @@ class _MoveOrStay(Named):
 
     def __call__(self, params, state, drive):
         moves, drive = drive
-        return jax.tree.map(functools.partial(jnp.where, moves), self.parts[0](params, state, drive), state)
+        return jax.tree.map(
+            functools.partial(jnp.where, moves), self.parts[0](params, state, drive), state
+        )
 
 
 class _EnterFirst(Named):

@@ -53,7 +53,9 @@ class ShardedTime:
     def previous(self, initial: PyTree, states: PyTree) -> PyTree:
         before = self._shift(jax.tree.map(lambda leaf: leaf[-1], states), 1)
         first = _where(self._part() == 0, initial, before)
-        return jax.tree.map(lambda one, rest: jnp.concatenate([one[None], rest[:-1]]), first, states)
+        return jax.tree.map(
+            lambda one, rest: jnp.concatenate([one[None], rest[:-1]]), first, states
+        )
 
     def following(self, states: PyTree, final: PyTree) -> PyTree:
         after = self._shift(jax.tree.map(lambda leaf: leaf[0], states), -1)
@@ -64,13 +66,17 @@ class ShardedTime:
         return self._scanned(elements, start, lambda parts: parts, self._part())
 
     def suffix(self, elements: PyTree, end: PyTree) -> PyTree:
-        return _flipped(self._scanned(_flipped(elements), end, _flipped, self.num_parts - 1 - self._part()))
+        return _flipped(
+            self._scanned(_flipped(elements), end, _flipped, self.num_parts - 1 - self._part())
+        )
 
     def maximum(self, values: Array) -> Array:
         # NaN has a number of its own: what an all-reduce makes of it differs between backends.
         here = largest(values, axis=0)
         missing = jnp.isnan(here)
-        missing, top = lax.pmax(jnp.stack([missing.astype(here.dtype), jnp.where(missing, 0, here)]), self.name)
+        missing, top = lax.pmax(
+            jnp.stack([missing.astype(here.dtype), jnp.where(missing, 0, here)]), self.name
+        )
         return jnp.where(missing > 0, jnp.nan, top)
 
     def total(self, values: Array) -> Array:
@@ -79,7 +85,9 @@ class ShardedTime:
     def length_of_true(self, flags: Array) -> Array:
         num_steps = flags.shape[0]
         here = jnp.sum(jnp.cumprod(flags.astype(jnp.int32)))
-        first_false = jnp.where(here == num_steps, self.length(num_steps), self._part() * num_steps + here)
+        first_false = jnp.where(
+            here == num_steps, self.length(num_steps), self._part() * num_steps + here
+        )
         return lax.pmin(first_false, self.name)
 
     def length(self, num_steps: int) -> int:
@@ -89,7 +97,9 @@ class ShardedTime:
         return self._part() * num_steps + jnp.arange(num_steps)
 
     def in_turn(self, roll: Callable[[PyTree], PyTree], initial: PyTree) -> PyTree:
-        path = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(roll, initial))
+        path = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(roll, initial)
+        )
 
         def turn(part, carry):
             first, path = carry
@@ -105,13 +115,20 @@ class ShardedTime:
     def anyone(self, flag: Array) -> Array:
         return lax.pmax(flag.astype(jnp.int32), self.everybody) > 0
 
-    def repeat(self, unfinished: Callable[[PyTree], Array], advance: Callable[[PyTree], PyTree], begin: PyTree) -> PyTree:
+    def repeat(
+        self,
+        unfinished: Callable[[PyTree], Array],
+        advance: Callable[[PyTree], PyTree],
+        begin: PyTree,
+    ) -> PyTree:
         def onwards(carry):
             state, _ = carry
             state = _where(unfinished(state), advance(state), state)
             return state, self.anyone(unfinished(state))
 
-        return lax.while_loop(lambda carry: carry[1], onwards, (begin, self.anyone(unfinished(begin))))[0]
+        return lax.while_loop(
+            lambda carry: carry[1], onwards, (begin, self.anyone(unfinished(begin)))
+        )[0]
 
     def last(self, states: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: lax.all_gather(leaf[-1], self.name)[-1], states)
@@ -121,7 +138,9 @@ class ShardedTime:
         scan = self.scan or default_scan(elements)
         parts = jax.tree.map(lambda leaf: lax.all_gather(leaf, self.name), composition(elements))
         ends = scan(arranged(parts), start)
-        starts = jax.tree.map(lambda one, rest: jnp.concatenate([one[None], rest[:-1]]), start, ends)
+        starts = jax.tree.map(
+            lambda one, rest: jnp.concatenate([one[None], rest[:-1]]), start, ends
+        )
         return scan(elements, jax.tree.map(lambda leaf: leaf[place], starts))
 
     def _part(self) -> Array:
@@ -129,7 +148,11 @@ class ShardedTime:
 
     def _shift(self, tree: PyTree, by: int) -> PyTree:
         """What the neighbour holds; zeros where there is no neighbour."""
-        pairs = [(source, source + by) for source in range(self.num_parts) if 0 <= source + by < self.num_parts]
+        pairs = [
+            (source, source + by)
+            for source in range(self.num_parts)
+            if 0 <= source + by < self.num_parts
+        ]
         return jax.tree.map(lambda leaf: lax.ppermute(leaf, self.name, pairs), tree)
 
 
@@ -162,7 +185,9 @@ class TimeOnMesh:
         return PartitionSpec(self.axis.name)
 
     def _on_parts(self, function, given):
-        return jax.shard_map(function, mesh=self.mesh, in_specs=given, out_specs=self._spread, check_vma=False)
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=given, out_specs=self._spread, check_vma=False
+        )
 
 
 _WHOLE = PartitionSpec()

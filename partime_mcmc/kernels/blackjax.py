@@ -34,8 +34,12 @@ from partime_mcmc.types import Array, PyTree
 QUARTER_PERIOD = math.pi / 2
 
 
-def from_blackjax(algorithm: blackjax.SamplingAlgorithm, *, noise_scale: Array | float | None = None,
-                  name: str = "blackjax") -> Kernel:
+def from_blackjax(
+    algorithm: blackjax.SamplingAlgorithm,
+    *,
+    noise_scale: Array | float | None = None,
+    name: str = "blackjax",
+) -> Kernel:
     """A BlackJAX sampling algorithm as a kernel.
 
     Works for algorithms whose step is a pure function: MALA, HMC, multinomial and dynamic HMC, NUTS, GHMC, MCLMC, Barker,
@@ -53,15 +57,22 @@ def from_blackjax(algorithm: blackjax.SamplingAlgorithm, *, noise_scale: Array |
     """
     for method in ("init", "step"):
         if not callable(getattr(algorithm, method, None)):
-            raise TypeError(f"algorithm: got {type(algorithm).__name__} without a function `{method}`, wanted a BlackJAX "
-                            "SamplingAlgorithm such as blackjax.mala(logdensity, step_size)")
+            raise TypeError(
+                f"algorithm: got {type(algorithm).__name__} without a function `{method}`, wanted a BlackJAX "
+                "SamplingAlgorithm such as blackjax.mala(logdensity, step_size)"
+            )
     if noise_scale is not None:
         check_scale(noise_scale, "noise_scale")
     return Kernel(algorithm, noise_scale=noise_scale, name=name)
 
 
-def mala(logdensity: Callable[[PyTree], Array], step_size: float, metric: Whitening | None = None, *,
-         dice: Dice = PlainDice()) -> Kernel:
+def mala(
+    logdensity: Callable[[PyTree], Array],
+    step_size: float,
+    metric: Whitening | None = None,
+    *,
+    dice: Dice = PlainDice(),
+) -> Kernel:
     """The Metropolis-adjusted Langevin algorithm (Besag 1994; Roberts & Tweedie 1996).
 
     Args:
@@ -81,8 +92,14 @@ def mala(logdensity: Callable[[PyTree], Array], step_size: float, metric: Whiten
     return _whitened(lambda density: build(density, step_size), logdensity, metric, noise, "mala")
 
 
-def hmc(logdensity: Callable[[PyTree], Array], step_size: float, metric: Whitening | Array,
-        num_integration_steps: int | None = None, *, dice: Dice = PlainDice()) -> Kernel:
+def hmc(
+    logdensity: Callable[[PyTree], Array],
+    step_size: float,
+    metric: Whitening | Array,
+    num_integration_steps: int | None = None,
+    *,
+    dice: Dice = PlainDice(),
+) -> Kernel:
     """Hamiltonian Monte Carlo (Duane et al. 1987; Neal 2011).
 
     Args:
@@ -104,10 +121,21 @@ def hmc(logdensity: Callable[[PyTree], Array], step_size: float, metric: Whiteni
     _check_positive_integer(num_integration_steps, "num_integration_steps")
     if isinstance(dice, CoalescingDice):
         _check_whitening(metric, "a Whitening for hmc with CoalescingDice()")
-        return _whitened(lambda density: steered_hmc(density, step_size, num_integration_steps), logdensity, metric, None,
-                         "hmc")
-    return _with_metric(lambda density, inverse_mass: _plain_hmc(density, step_size, inverse_mass, num_integration_steps),
-                        logdensity, metric, "hmc")
+        return _whitened(
+            lambda density: steered_hmc(density, step_size, num_integration_steps),
+            logdensity,
+            metric,
+            None,
+            "hmc",
+        )
+    return _with_metric(
+        lambda density, inverse_mass: _plain_hmc(
+            density, step_size, inverse_mass, num_integration_steps
+        ),
+        logdensity,
+        metric,
+        "hmc",
+    )
 
 
 def _plain_hmc(density, step_size, inverse_mass, num_steps) -> blackjax.SamplingAlgorithm:
@@ -121,9 +149,15 @@ def _plain_hmc(density, step_size, inverse_mass, num_steps) -> blackjax.Sampling
     return blackjax.SamplingAlgorithm(algorithm.init, step)
 
 
-def coalescing_hmc(logdensity: Callable[[PyTree], Array], step_size: float, metric: Whitening,
-                   num_integration_steps: int | None = None, *, mala_step_size: float | None = None,
-                   every: int = 4) -> Kernel:
+def coalescing_hmc(
+    logdensity: Callable[[PyTree], Array],
+    step_size: float,
+    metric: Whitening,
+    num_integration_steps: int | None = None,
+    *,
+    mala_step_size: float | None = None,
+    every: int = 4,
+) -> Kernel:
     """Quarter-period HMC with a coalescing MALA step after every `every`-th trajectory, in whitened coordinates.
 
     The trajectories bring nearly independent draws, the MALA step lands chains with the same dice on the same floats: the
@@ -150,12 +184,21 @@ def coalescing_hmc(logdensity: Callable[[PyTree], Array], step_size: float, metr
     _check_positive_integer(num_integration_steps, "num_integration_steps")
     _check_positive_integer(every, "every")
     _check_whitening(metric, "a Whitening for coalescing_hmc")
-    return _whitened(lambda density: hmc_cycle(density, step_size, num_integration_steps, mala_step_size, every), logdensity,
-                     metric, None, "coalescing_hmc")
+    return _whitened(
+        lambda density: hmc_cycle(density, step_size, num_integration_steps, mala_step_size, every),
+        logdensity,
+        metric,
+        None,
+        "coalescing_hmc",
+    )
 
 
-def nuts(logdensity: Callable[[PyTree], Array], step_size: float, metric: Whitening | Array,
-         max_num_doublings: int = 10) -> Kernel:
+def nuts(
+    logdensity: Callable[[PyTree], Array],
+    step_size: float,
+    metric: Whitening | Array,
+    max_num_doublings: int = 10,
+) -> Kernel:
     """The No-U-Turn sampler (Hoffman & Gelman 2014; Betancourt 2017).
 
     Args:
@@ -169,12 +212,24 @@ def nuts(logdensity: Callable[[PyTree], Array], step_size: float, metric: Whiten
     """
     check_step_size(step_size)
     _check_positive_integer(max_num_doublings, "max_num_doublings")
-    return _with_metric(lambda density, inverse_mass: blackjax.nuts(
-        density, step_size, inverse_mass, max_num_doublings=max_num_doublings), logdensity, metric, "nuts")
+    return _with_metric(
+        lambda density, inverse_mass: blackjax.nuts(
+            density, step_size, inverse_mass, max_num_doublings=max_num_doublings
+        ),
+        logdensity,
+        metric,
+        "nuts",
+    )
 
 
-def random_walk(logdensity: Callable[[PyTree], Array], step_size: float, metric: Whitening | None = None, *,
-                dice: Dice = PlainDice(), block: int | None = None) -> Kernel:
+def random_walk(
+    logdensity: Callable[[PyTree], Array],
+    step_size: float,
+    metric: Whitening | None = None,
+    *,
+    dice: Dice = PlainDice(),
+    block: int | None = None,
+) -> Kernel:
     """Random-walk Metropolis with Gaussian increments of standard deviation `step_size` in each coordinate.
 
     With plain dice chains never forget their starts: expect to be told to stay sequential. With coalescing dice they do, up to
@@ -196,10 +251,17 @@ def random_walk(logdensity: Callable[[PyTree], Array], step_size: float, metric:
     if block is not None:
         _check_positive_integer(block, "block")
     if isinstance(dice, CoalescingDice):
-        return _whitened(lambda density: coalescing_random_walk(density, step_size, block), logdensity, metric,
-                         jnp.asarray(step_size), "random_walk")
+        return _whitened(
+            lambda density: coalescing_random_walk(density, step_size, block),
+            logdensity,
+            metric,
+            jnp.asarray(step_size),
+            "random_walk",
+        )
     if block is not None:
-        raise ValueError(f"block: got {block} with {dice!r}, wanted None: blocks are moved with CoalescingDice() only")
+        raise ValueError(
+            f"block: got {block} with {dice!r}, wanted None: blocks are moved with CoalescingDice() only"
+        )
 
     def build(density):
         return blackjax.additive_step_random_walk(density, _gaussian_step(step_size))
@@ -242,24 +304,40 @@ def _gaussian_step(step_size):
 
 def _check_whitening(metric, wanted: str) -> None:
     if not isinstance(metric, Whitening):
-        raise TypeError(f"metric: got {type(metric).__name__}, wanted {wanted}; use "
-                        "Whitening.of_covariance(position, center, covariance)")
+        raise TypeError(
+            f"metric: got {type(metric).__name__}, wanted {wanted}; use "
+            "Whitening.of_covariance(position, center, covariance)"
+        )
 
 
-def _whitened(build: Callable, logdensity: Callable, metric: Whitening | None, noise: Array, name: str) -> Kernel:
+def _whitened(
+    build: Callable, logdensity: Callable, metric: Whitening | None, noise: Array, name: str
+) -> Kernel:
     if metric is None:
         return Kernel(build(logdensity), noise_scale=noise, name=name)
     _check_whitening(metric, "a Whitening or None")
-    return Kernel(build(lambda z: logdensity(metric.leave(z))), metric.enter, metric.leave, noise, name)
+    return Kernel(
+        build(lambda z: logdensity(metric.leave(z))), metric.enter, metric.leave, noise, name
+    )
 
 
-def _with_metric(build: Callable, logdensity: Callable, metric: Whitening | Array, name: str) -> Kernel:
+def _with_metric(
+    build: Callable, logdensity: Callable, metric: Whitening | Array, name: str
+) -> Kernel:
     if isinstance(metric, Whitening):
         ones = jnp.ones_like(metric.center)
-        return Kernel(build(lambda z: logdensity(metric.leave(z)), ones), metric.enter, metric.leave, None, name)
+        return Kernel(
+            build(lambda z: logdensity(metric.leave(z)), ones),
+            metric.enter,
+            metric.leave,
+            None,
+            name,
+        )
     metric = jnp.asarray(metric)
     if metric.ndim not in (1, 2):
-        raise ValueError(f"metric: shape {metric.shape}, wanted an inverse mass matrix of shape (D,) or (D, D)")
+        raise ValueError(
+            f"metric: shape {metric.shape}, wanted an inverse mass matrix of shape (D,) or (D, D)"
+        )
     checked_root(metric, metric.shape[0], "metric")
     algorithm = build(logdensity, metric)
 

@@ -96,7 +96,11 @@ def evidence_in_words(independent: Array | bool) -> str:
     """
     independent = np.asarray(independent)
     some = "" if independent.all() or not independent.any() else "partly "
-    return f"{some}by an independent pass" if independent.any() else "recorded while the chains were rolled"
+    return (
+        f"{some}by an independent pass"
+        if independent.any()
+        else "recorded while the chains were rolled"
+    )
 
 
 def check_scale(scale: Array | float, name: str) -> Array | float:
@@ -107,15 +111,20 @@ def check_scale(scale: Array | float, name: str) -> Array | float:
     """
     if not isinstance(scale, jax.core.Tracer):
         values = np.asarray(scale)
-        if not np.issubdtype(values.dtype, np.floating) and not np.issubdtype(values.dtype, np.integer) or not (
-                np.isfinite(values).all() and (values > 0).all()):
+        if (
+            not np.issubdtype(values.dtype, np.floating)
+            and not np.issubdtype(values.dtype, np.integer)
+            or not (np.isfinite(values).all() and (values > 0).all())
+        ):
             raise ValueError(f"{name}: got {scale!r}, wanted positive finite numbers")
     return scale
 
 
 def before_steps(initial: PyTree, states: PyTree) -> PyTree:
     """The state before each step of a path, leaves with leading axis `T`."""
-    return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b[:-1]])[: b.shape[0]], initial, states)
+    return jax.tree.map(
+        lambda a, b: jnp.concatenate([a[None], b[:-1]])[: b.shape[0]], initial, states
+    )
 
 
 def flat_steps(carries: PyTree) -> Array:
@@ -123,8 +132,16 @@ def flat_steps(carries: PyTree) -> Array:
     return jax.vmap(lambda carry: ravel_pytree(carry)[0])(carries)
 
 
-def judged(values: PyTree, consistent: Array, records: Records, uniform: Array | None, initial: PyTree, states: PyTree,
-           unit: Array | float | None, independent: bool = True) -> tuple[Certificate, Records]:
+def judged(
+    values: PyTree,
+    consistent: Array,
+    records: Records,
+    uniform: Array | None,
+    initial: PyTree,
+    states: PyTree,
+    unit: Array | float | None,
+    independent: bool = True,
+) -> tuple[Certificate, Records]:
     """The certificate of one path, given what its kernel makes of each state.
 
     Args:
@@ -141,30 +158,56 @@ def judged(values: PyTree, consistent: Array, records: Records, uniform: Array |
     path, expected, previous = flatten(states), flatten(values), flatten(before)
     num_steps, dtype = path.shape[0], path.dtype
     if num_steps == 0:
-        path, expected, previous = (jnp.zeros((0, ravel_pytree(initial)[0].size), dtype) for _ in range(3))
+        path, expected, previous = (
+            jnp.zeros((0, ravel_pytree(initial)[0].size), dtype) for _ in range(3)
+        )
     unit = _spread(path) if unit is None else jnp.asarray(unit, dtype)
     # A unit that is not positive and finite would let anything pass.
     usable = (unit > 0) & jnp.isfinite(unit)
     residual = largest(jnp.where(usable, jnp.abs(expected - path) / unit, jnp.nan), axis=1)
     finite = jnp.isfinite(path).all()
     tolerance = jnp.asarray(_TOLERANCE.get(dtype, 1e-4), dtype)
-    positions = [carry.position if isinstance(carry, Carry) else carry for carry in (states, before)]
-    moved = (flatten(positions[0]) != flatten(positions[1])).any(axis=1) if num_steps else jnp.zeros(0, bool)
-    accepted = jnp.ones(num_steps, bool) if records.accepted is None else jnp.broadcast_to(
-        records.accepted, (num_steps,))
+    positions = [
+        carry.position if isinstance(carry, Carry) else carry for carry in (states, before)
+    ]
+    moved = (
+        (flatten(positions[0]) != flatten(positions[1])).any(axis=1)
+        if num_steps
+        else jnp.zeros(0, bool)
+    )
+    accepted = (
+        jnp.ones(num_steps, bool)
+        if records.accepted is None
+        else jnp.broadcast_to(records.accepted, (num_steps,))
+    )
     held = ~moved | ~accepted
     num_ambiguous, min_margin = _margins(uniform, records, dtype)
-    worst = jnp.argmax(jnp.where(jnp.isnan(residual), jnp.inf, residual)) if num_steps else jnp.zeros((), jnp.int32)
+    worst = (
+        jnp.argmax(jnp.where(jnp.isnan(residual), jnp.inf, residual))
+        if num_steps
+        else jnp.zeros((), jnp.int32)
+    )
     certificate = Certificate(
         certified=finite & jnp.all(residual <= tolerance) & consistent,
-        max_residual=largest(residual), worst_step=worst, tolerance=tolerance,
-        num_steps=jnp.asarray(num_steps), finite=finite, frozen=(num_steps >= FEWEST_TO_FREEZE) & held.all(),
+        max_residual=largest(residual),
+        worst_step=worst,
+        tolerance=tolerance,
+        num_steps=jnp.asarray(num_steps),
+        finite=finite,
+        frozen=(num_steps >= FEWEST_TO_FREEZE) & held.all(),
         num_rejected=jnp.asarray(-1) if records.accepted is None else jnp.sum(~accepted),
         longest_rejection=_longest_run(held),
-        num_nonfinite_proposals=jnp.sum(records.nonfinite), num_ambiguous=num_ambiguous, min_margin=min_margin,
-        min_lattice_margin=jnp.asarray(jnp.nan, dtype) if records.lattice_margin is None else jnp.min(
-            records.lattice_margin, initial=jnp.inf),
-        discrete_consistent=consistent, independent=jnp.asarray(independent), accepted=accepted, residual=residual)
+        num_nonfinite_proposals=jnp.sum(records.nonfinite),
+        num_ambiguous=num_ambiguous,
+        min_margin=min_margin,
+        min_lattice_margin=jnp.asarray(jnp.nan, dtype)
+        if records.lattice_margin is None
+        else jnp.min(records.lattice_margin, initial=jnp.inf),
+        discrete_consistent=consistent,
+        independent=jnp.asarray(independent),
+        accepted=accepted,
+        residual=residual,
+    )
     return certificate, dataclasses.replace(records, held=(expected == previous).all(axis=1))
 
 
@@ -194,15 +237,21 @@ def _margins(uniform, records, dtype):
     unknown = jnp.asarray(-1), jnp.asarray(jnp.nan, dtype)
     threshold = _AMBIGUOUS.get(dtype, 2e-3)
     if records.decision_margin is not None:
-        return jnp.sum(records.decision_margin < threshold), jnp.min(records.decision_margin, initial=jnp.inf)
+        return jnp.sum(records.decision_margin < threshold), jnp.min(
+            records.decision_margin, initial=jnp.inf
+        )
     if uniform is None or records.accepted is None:
         return unknown
     margin = jnp.abs(records.acceptance_rate - uniform)
     # Only if this uniform explains every decision is it the kernel's own.
-    explains = jnp.all((uniform < records.acceptance_rate) == records.accepted) & jnp.any(~records.accepted)
+    explains = jnp.all((uniform < records.acceptance_rate) == records.accepted) & jnp.any(
+        ~records.accepted
+    )
     ambiguous = jnp.sum(margin < threshold)
-    return (jnp.where(explains, ambiguous, -1),
-            jnp.where(explains, jnp.min(margin, initial=jnp.inf), jnp.nan).astype(dtype))
+    return (
+        jnp.where(explains, ambiguous, -1),
+        jnp.where(explains, jnp.min(margin, initial=jnp.inf), jnp.nan).astype(dtype),
+    )
 
 
 def _longest_run(flags: Array) -> Array:

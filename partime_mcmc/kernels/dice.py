@@ -83,8 +83,10 @@ def draw_layers(key: Key, size: int, dtype: Any) -> tuple[Layers, Array]:
     # One call in all: starting the generator costs more than a number, and compiling it more than a model.
     half = (size + 1) // 2
     uniforms = jax.random.uniform(key, (2 * (half + size) + 1,), dtype)
-    heights, offsets = uniforms[2 * half:2 * half + size], uniforms[2 * half + size:-1]
-    radius = jnp.sqrt(_squares(uniforms[:half], uniforms[half:2 * half])[:size] - 2 * jnp.log(1 - heights))
+    heights, offsets = uniforms[2 * half : 2 * half + size], uniforms[2 * half + size : -1]
+    radius = jnp.sqrt(
+        _squares(uniforms[:half], uniforms[half : 2 * half])[:size] - 2 * jnp.log(1 - heights)
+    )
     return Layers(jnp.maximum(radius, _SMALLEST_RADIUS), offsets), uniforms[-1]
 
 

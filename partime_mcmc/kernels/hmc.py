@@ -25,7 +25,15 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.kernels.dice import Layers, draw_layers, multishift, normal_of
-from partime_mcmc.kernels.drawn import Drawn, DrawnState, decide, flat_of, initial_state, select, when_anyone
+from partime_mcmc.kernels.drawn import (
+    Drawn,
+    DrawnState,
+    decide,
+    flat_of,
+    initial_state,
+    select,
+    when_anyone,
+)
 from partime_mcmc.kernels.mala import LangevinDice, draw_langevin, langevin_step
 from partime_mcmc.types import Array, PyTree
 
@@ -98,7 +106,9 @@ def leapfrog_row(step_size: Array | float, num_steps: int) -> tuple[Array, Array
         ValueError: If a concrete step size is 2 or more, where the leapfrog of a standard normal is unstable.
     """
     if not isinstance(step_size, jax.core.Tracer) and not 0 < step_size < 2:
-        raise ValueError(f"step_size: got {float(step_size)!r}, wanted one below 2, the leapfrog's limit of stability")
+        raise ValueError(
+            f"step_size: got {float(step_size)!r}, wanted one below 2, the leapfrog's limit of stability"
+        )
     angle = 2 * num_steps * jnp.arcsin(jnp.asarray(step_size) / 2)
     return jnp.cos(angle), jnp.sin(angle) / jnp.sqrt(1 - jnp.asarray(step_size) ** 2 / 4)
 
@@ -131,8 +141,13 @@ def steered_hmc(logdensity: Callable[[PyTree], Array], step_size: float, num_ste
     return Drawn(init, draw, apply)
 
 
-def hmc_cycle(logdensity: Callable[[PyTree], Array], step_size: float, num_steps: int, langevin_step_size: float,
-              every: int) -> Drawn:
+def hmc_cycle(
+    logdensity: Callable[[PyTree], Array],
+    step_size: float,
+    num_steps: int,
+    langevin_step_size: float,
+    every: int,
+) -> Drawn:
     """HMC with plain momenta, and a coalescing Langevin step after every `every`-th trajectory.
 
     Args:
@@ -168,9 +183,13 @@ def hmc_cycle(logdensity: Callable[[PyTree], Array], step_size: float, num_steps
         def spread(leaf):
             # Not by indices: the compiler would then make each of them `every` times.
             copies = jnp.broadcast_to(leaf[:, None], (count, every, *leaf.shape[1:]))
-            return lax.dynamic_slice_in_dim(copies.reshape(-1, *leaf.shape[1:]), state.phase, num_steps)
+            return lax.dynamic_slice_in_dim(
+                copies.reshape(-1, *leaf.shape[1:]), state.phase, num_steps
+            )
 
-        return CycleDice(*jax.vmap(momentum, in_axes=(0, None))(keys, flat), jax.tree.map(spread, layers))
+        return CycleDice(
+            *jax.vmap(momentum, in_axes=(0, None))(keys, flat), jax.tree.map(spread, layers)
+        )
 
     def apply(dice, state):
         phase = (state.phase + 1) % every
@@ -180,9 +199,11 @@ def hmc_cycle(logdensity: Callable[[PyTree], Array], step_size: float, num_steps
             inner, info = value
             inner, said = langevin_step(evaluate, langevin_step_size, dice.langevin, inner)
             return inner, info._replace(
-                is_accepted=info.is_accepted | said.is_accepted, lattice_margin=said.lattice_margin,
+                is_accepted=info.is_accepted | said.is_accepted,
+                lattice_margin=said.lattice_margin,
                 decision_margin=jnp.minimum(info.decision_margin, said.decision_margin),
-                langevin_acceptance_rate=said.acceptance_rate)
+                langevin_acceptance_rate=said.acceptance_rate,
+            )
 
         inner, info = when_anyone(phase == 0, langevin, (inner, info))
         return CycleState(*inner, phase), info
@@ -212,7 +233,9 @@ def leapfrogs(num_steps: int) -> Callable:
 
             def advance(_, path):
                 position, momentum, gradient = path
-                new = one(integrators.IntegratorState(position, momentum, unknown, gradient), step_size)
+                new = one(
+                    integrators.IntegratorState(position, momentum, unknown, gradient), step_size
+                )
                 return new.position, new.momentum, new.logdensity_grad
 
             path = state.position, state.momentum, state.logdensity_grad
@@ -222,7 +245,9 @@ def leapfrogs(num_steps: int) -> Callable:
             else:
                 path = lax.fori_loop(0, num_steps - 1, advance, path)
             position, momentum, gradient = path
-            return one(integrators.IntegratorState(position, momentum, unknown, gradient), step_size)
+            return one(
+                integrators.IntegratorState(position, momentum, unknown, gradient), step_size
+            )
 
         return steps
 
@@ -236,13 +261,27 @@ def _trajectory(logdensity, step_size, num_steps):
     def propose(state, momentum, uniform):
         flat, unravel = ravel_pytree(state.position)
         energy = kinetic(jnp.ones_like(flat)).kinetic_energy
-        generate = hmc.hmc_proposal(leapfrogs(num_steps)(logdensity, energy), energy, step_size, 1, sample_proposal=_decided)
-        start = integrators.IntegratorState(state.position, unravel(momentum), state.logdensity, state.logdensity_grad)
+        generate = hmc.hmc_proposal(
+            leapfrogs(num_steps)(logdensity, energy), energy, step_size, 1, sample_proposal=_decided
+        )
+        start = integrators.IntegratorState(
+            state.position, unravel(momentum), state.logdensity, state.logdensity_grad
+        )
         end, said, margin = generate(uniform, start)
         nothing = jnp.full((), jnp.inf, flat.dtype)
-        info = HamiltonianInfo(said.acceptance_rate, said.is_accepted, said.is_divergent, said.energy, num_steps, margin,
-                               nothing, jnp.full((), jnp.nan, flat.dtype),
-                               DrawnState(said.proposal.position, said.proposal.logdensity, said.proposal.logdensity_grad))
+        info = HamiltonianInfo(
+            said.acceptance_rate,
+            said.is_accepted,
+            said.is_divergent,
+            said.energy,
+            num_steps,
+            margin,
+            nothing,
+            jnp.full((), jnp.nan, flat.dtype),
+            DrawnState(
+                said.proposal.position, said.proposal.logdensity, said.proposal.logdensity_grad
+            ),
+        )
         return DrawnState(end.position, end.logdensity, end.logdensity_grad), info
 
     return propose

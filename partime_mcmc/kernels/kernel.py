@@ -97,21 +97,32 @@ class Kernel:
         fields = _fields(state)
         if fields is None:
             return state
-        others = {name: value for name, value in fields.items()
-                  if name not in (*_DERIVED, "position") and not _is_discrete(value)}
+        others = {
+            name: value
+            for name, value in fields.items()
+            if name not in (*_DERIVED, "position") and not _is_discrete(value)
+        }
         return Carry(fields["position"], others) if others else fields["position"]
 
     def discrete(self, state: PyTree) -> dict:
         """The fields of a state that are not floating point."""
         fields = _fields(state) or {}
-        return {name: value for name, value in fields.items() if name not in _DERIVED and _is_discrete(value)}
+        return {
+            name: value
+            for name, value in fields.items()
+            if name not in _DERIVED and _is_discrete(value)
+        }
 
     def state(self, carry: PyTree, discrete: PyTree) -> PyTree:
         """The full state of a carry: log density and gradient are evaluated here."""
         carry = carry if isinstance(carry, Carry) else Carry(carry, {})
         state = self._init(carry.position, None)
         # The position is put back because `init` may have changed its type.
-        return state if _fields(state) is None else state._replace(position=carry.position, **carry.others, **discrete)
+        return (
+            state
+            if _fields(state) is None
+            else state._replace(position=carry.position, **carry.others, **discrete)
+        )
 
     def position(self, carry: PyTree) -> PyTree:
         """The user's position of one carry."""
@@ -125,16 +136,25 @@ class Kernel:
 
     def act(self, dice: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
         """One transition with the dice of a tape, `(new_state, info)`."""
-        return (self.algorithm.apply if isinstance(self.algorithm, Drawn) else self.algorithm.step)(dice, state)
+        return (self.algorithm.apply if isinstance(self.algorithm, Drawn) else self.algorithm.step)(
+            dice, state
+        )
 
     def dynamics(self) -> Dynamics:
         """The kernel as a recurrence on carries, driven by a `Tape`; with the kernel's own memory for sequential use."""
-        memo = Memo(_Method(self, "_enter_memo"), _Method(self, "_advance_memo"), _Method(self, "_leave_memo"))
+        memo = Memo(
+            _Method(self, "_enter_memo"),
+            _Method(self, "_advance_memo"),
+            _Method(self, "_leave_memo"),
+        )
         return Dynamics(_Method(self, "_step_carry"), None, memo)
 
     def recording(self) -> Dynamics:
         """As `dynamics`, and every step notes what the kernel says of it: see `certify_recorded`."""
-        memo = Memo(*(_Method(self, f"_{name}_noting") for name in ("enter", "advance", "leave")), note=noted)
+        memo = Memo(
+            *(_Method(self, f"_{name}_noting") for name in ("enter", "advance", "leave")),
+            note=noted,
+        )
         return dataclasses.replace(self.dynamics(), memo=memo)
 
     def said(self, carry: PyTree, drive: Tape) -> Said:
@@ -166,8 +186,10 @@ class Kernel:
             return Tape(dice, start), start
         if isinstance(self.algorithm, Drawn):
             counted = self.algorithm.count(start, num_steps + 1)
-            return (Tape(dice, jax.tree.map(lambda leaf: leaf[:num_steps], counted)),
-                    jax.tree.map(lambda leaf: leaf[num_steps], counted))
+            return (
+                Tape(dice, jax.tree.map(lambda leaf: leaf[:num_steps], counted)),
+                jax.tree.map(lambda leaf: leaf[num_steps], counted),
+            )
 
         def advance(discrete, key):
             # Positions stand still here: discrete leaves may not depend on them, which `certify` verifies.
@@ -197,7 +219,9 @@ class Kernel:
     def _say(self, state, drive):
         new, info = self.act(drive.dice, state)
         pairs = zip(jax.tree.leaves(self.discrete(state)), jax.tree.leaves(drive.discrete))
-        consistent = functools.reduce(jnp.logical_and, [jnp.all(raw(a) == raw(b)) for a, b in pairs], jnp.ones((), bool))
+        consistent = functools.reduce(
+            jnp.logical_and, [jnp.all(raw(a) == raw(b)) for a, b in pairs], jnp.ones((), bool)
+        )
         records = dataclasses.replace(record(new, info), held=None)
         return new, Said(records, decision_uniform(drive.dice, info), consistent)
 
@@ -235,9 +259,13 @@ class _Method:
     def __call__(self, params, *args):
         del params
         if self.name in _BEGINNINGS and not isinstance(args[1], Tape):
-            raise TypeError(f"drives: got a {type(args[1]).__name__}, wanted a Tape: kernel.tape(key, num_steps, state)")
+            raise TypeError(
+                f"drives: got a {type(args[1]).__name__}, wanted a Tape: kernel.tape(key, num_steps, state)"
+            )
         if self.name in _BEGINNINGS and hasattr(args[0], "logdensity"):
-            raise TypeError(f"initial: got a {type(args[0]).__name__}, wanted its carry: kernel.carry(state)")
+            raise TypeError(
+                f"initial: got a {type(args[0]).__name__}, wanted its carry: kernel.carry(state)"
+            )
         return getattr(self.kernel, self.name)(*args)
 
     def _identity(self):
@@ -281,8 +309,12 @@ def raw(leaf: Array) -> Array:
 
 def _is_discrete(value: PyTree) -> bool:
     leaves = jax.tree.leaves(value)
-    return bool(leaves) and not any(jnp.issubdtype(jnp.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype,
-                                                   jnp.floating) for leaf in leaves)
+    return bool(leaves) and not any(
+        jnp.issubdtype(
+            jnp.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype, jnp.floating
+        )
+        for leaf in leaves
+    )
 
 
 def _takes_key(init: Callable) -> bool:

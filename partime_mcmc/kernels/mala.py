@@ -17,7 +17,15 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.kernels.dice import Layers, draw_layers, multishift
-from partime_mcmc.kernels.drawn import Drawn, DrawnInfo, DrawnState, decide, flat_of, initial_state, select
+from partime_mcmc.kernels.drawn import (
+    Drawn,
+    DrawnInfo,
+    DrawnState,
+    decide,
+    flat_of,
+    initial_state,
+    select,
+)
 from partime_mcmc.types import Array, Key, PyTree
 
 
@@ -56,7 +64,9 @@ def draw_langevin(key: Key, flat: Array) -> LangevinDice:
     return LangevinDice(*draw_layers(key, flat.size, flat.dtype))
 
 
-def langevin_step(init: Callable, step_size: float, dice: LangevinDice, state: DrawnState) -> tuple[DrawnState, DrawnInfo]:
+def langevin_step(
+    init: Callable, step_size: float, dice: LangevinDice, state: DrawnState
+) -> tuple[DrawnState, DrawnInfo]:
     """One MALA step.
 
     Args:
@@ -70,10 +80,16 @@ def langevin_step(init: Callable, step_size: float, dice: LangevinDice, state: D
     """
     flat, unravel = ravel_pytree(state.position)
     center = flat + step_size * flat_of(state.logdensity_grad)
-    proposed, lattice_margin = multishift(center, jnp.sqrt(2 * jnp.asarray(step_size, flat.dtype)), dice.layers)
+    proposed, lattice_margin = multishift(
+        center, jnp.sqrt(2 * jnp.asarray(step_size, flat.dtype)), dice.layers
+    )
     proposal = init(unravel(proposed))
     back = flat - proposed - step_size * flat_of(proposal.logdensity_grad)
     forth = proposed - center
-    log_ratio = proposal.logdensity - state.logdensity + (forth @ forth - back @ back) / (4 * step_size)
+    log_ratio = (
+        proposal.logdensity - state.logdensity + (forth @ forth - back @ back) / (4 * step_size)
+    )
     rate, accepted, margin = decide(log_ratio, dice.uniform)
-    return select(accepted, proposal, state), DrawnInfo(rate, accepted, margin, lattice_margin, proposal)
+    return select(accepted, proposal, state), DrawnInfo(
+        rate, accepted, margin, lattice_margin, proposal
+    )

@@ -24,7 +24,12 @@ class Observe:
     def __call__(self, params, carry, drive):
         del params
         new, state, info = self.kernel.transition(carry, drive)
-        return new, self.kernel.discrete(state), record(state, info), decision_uniform(drive.dice, info)
+        return (
+            new,
+            self.kernel.discrete(state),
+            record(state, info),
+            decision_uniform(drive.dice, info),
+        )
 
     def __eq__(self, other):
         mine, yours = self.kernel.algorithm, getattr(other, "kernel", self.kernel).algorithm
@@ -46,8 +51,12 @@ def in_pieces(function, *args, piece=None):
     num_pieces = 4 * -(-num_steps // (4 * piece))
     # The last rows are filled up with the last step.
     index = jnp.minimum(jnp.arange(num_pieces * piece), num_steps - 1).reshape(piece, num_pieces).T
-    found = jax.lax.map(lambda some: jax.vmap(function)(*some), jax.tree.map(lambda leaf: leaf[index], args))
-    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1).reshape(-1, *leaf.shape[2:])[:num_steps], found)
+    found = jax.lax.map(
+        lambda some: jax.vmap(function)(*some), jax.tree.map(lambda leaf: leaf[index], args)
+    )
+    return jax.tree.map(
+        lambda leaf: jnp.swapaxes(leaf, 0, 1).reshape(-1, *leaf.shape[2:])[:num_steps], found
+    )
 
 
 def look_again(function, seen, before, drives, again):

@@ -43,7 +43,9 @@ class WalkDice(NamedTuple):
     first: Array
 
 
-def coalescing_random_walk(logdensity: Callable[[PyTree], Array], scale: float, block: int | None) -> Drawn:
+def coalescing_random_walk(
+    logdensity: Callable[[PyTree], Array], scale: float, block: int | None
+) -> Drawn:
     """Random-walk Metropolis with coalescing dice as a sampling algorithm.
 
     Args:
@@ -60,16 +62,24 @@ def coalescing_random_walk(logdensity: Callable[[PyTree], Array], scale: float, 
         flat = flat_of(state.position)
         layers_key, block_key = jax.random.split(key)
         layers, uniform = draw_layers(layers_key, flat.size, flat.dtype)
-        first = jnp.zeros((), jnp.int32) if block is None else jax.random.randint(block_key, (), 0, flat.size)
+        first = (
+            jnp.zeros((), jnp.int32)
+            if block is None
+            else jax.random.randint(block_key, (), 0, flat.size)
+        )
         return WalkDice(layers, uniform, first)
 
     def apply(dice, state):
         flat, unravel = ravel_pytree(state.position)
         proposed, lattice_margin = multishift(flat, jnp.asarray(scale, flat.dtype), dice.layers)
         if block is not None:
-            proposed = jnp.where((jnp.arange(flat.size) - dice.first) % flat.size < block, proposed, flat)
+            proposed = jnp.where(
+                (jnp.arange(flat.size) - dice.first) % flat.size < block, proposed, flat
+            )
         proposal = init(unravel(proposed))
         rate, accepted, margin = decide(proposal.logdensity - state.logdensity, dice.uniform)
-        return select(accepted, proposal, state), DrawnInfo(rate, accepted, margin, lattice_margin, proposal)
+        return select(accepted, proposal, state), DrawnInfo(
+            rate, accepted, margin, lattice_margin, proposal
+        )
 
     return Drawn(init, draw, apply)

@@ -46,8 +46,9 @@ class Independent:
 Evidence = Recorded | Independent
 
 
-def certify_recorded(kernel: Kernel, initial: PyTree, states: PyTree, drives: Tape, notes: Array,
-                     defects: Array) -> tuple[Certificate, Records]:
+def certify_recorded(
+    kernel: Kernel, initial: PyTree, states: PyTree, drives: Tape, notes: Array, defects: Array
+) -> tuple[Certificate, Records]:
     """The certificate of a path that was recorded.
 
     Args:
@@ -65,5 +66,13 @@ def certify_recorded(kernel: Kernel, initial: PyTree, states: PyTree, drives: Ta
     said = unpacked(notes, jax.eval_shape(kernel.said, initial, drive))
     _, unravel = ravel_pytree(initial)
     values = jax.tree.map(jnp.add, states, jax.vmap(unravel)(defects))
-    return judged(values, said.consistent.all(), said.records, said.uniform, initial, states, kernel.noise_scale,
-                  independent=False)
+    return judged(
+        values,
+        said.consistent.all(),
+        said.records,
+        said.uniform,
+        initial,
+        states,
+        kernel.noise_scale,
+        independent=False,
+    )

@@ -46,21 +46,38 @@ class Records:
 
 def record(state: Any, info: Any) -> Records:
     """What a BlackJAX-like info and the new state say of one step; `held` is filled in by whoever compares states."""
+
     def of(name, source=info):
         value = getattr(source, name, None)
         return None if value is None else jnp.asarray(value)
 
     energy, rate, proposal = of("energy"), of("acceptance_rate"), getattr(info, "proposal", None)
-    judged = [value for value in (energy, rate, of("logdensity", proposal), of("logdensity", state)) if value is not None]
-    nonfinite = functools.reduce(jnp.logical_or, [~jnp.isfinite(value) for value in judged], jnp.zeros((), bool))
+    judged = [
+        value
+        for value in (energy, rate, of("logdensity", proposal), of("logdensity", state))
+        if value is not None
+    ]
+    nonfinite = functools.reduce(
+        jnp.logical_or, [~jnp.isfinite(value) for value in judged], jnp.zeros((), bool)
+    )
     if energy is None and rate is not None:
         # MALA does not show its proposal, and a random walk shows the state that it returned; BlackJAX turns a proposal
         # that is not finite into probability exactly 0. A proposal that is shown has been looked at above.
         position = getattr(state, "position", state)
         hidden = _equal(getattr(proposal, "position", position), position)
         nonfinite = nonfinite | ((rate == 0) & hidden)
-    return Records(of("is_accepted"), rate, of("is_divergent"), energy, of("num_integration_steps"),
-                   of("logdensity", state), nonfinite, jnp.zeros((), bool), of("decision_margin"), of("lattice_margin"))
+    return Records(
+        of("is_accepted"),
+        rate,
+        of("is_divergent"),
+        energy,
+        of("num_integration_steps"),
+        of("logdensity", state),
+        nonfinite,
+        jnp.zeros((), bool),
+        of("decision_margin"),
+        of("lattice_margin"),
+    )
 
 
 @pytree()
@@ -90,7 +107,10 @@ def unpacked(notes: Array, example: Said) -> Said:
         example: One of them; only structure and types matter.
     """
     leaves, structure = jax.tree.flatten(example)
-    back = [notes[..., k] != 0 if leaf.dtype == bool else notes[..., k].astype(leaf.dtype) for k, leaf in enumerate(leaves)]
+    back = [
+        notes[..., k] != 0 if leaf.dtype == bool else notes[..., k].astype(leaf.dtype)
+        for k, leaf in enumerate(leaves)
+    ]
     return jax.tree.unflatten(structure, back)
 
 
@@ -99,18 +119,28 @@ _SAID = ("accepted", "acceptance_rate", "diverging", "energy", "num_steps", "log
 
 def said_by(records: Records, shape: tuple[int, ...]) -> dict[str, Array]:
     """What a user wants to know of each step, by name, as far as the kernel says it, every value of `shape`."""
-    return {name: jnp.broadcast_to(getattr(records, name), shape) for name in _SAID if getattr(records, name) is not None}
+    return {
+        name: jnp.broadcast_to(getattr(records, name), shape)
+        for name in _SAID
+        if getattr(records, name) is not None
+    }
 
 
 def _equal(one, other):
     """Whether two positions are the same numbers."""
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other))
-    return functools.reduce(jnp.logical_and, [jnp.all(a == b) for a, b in pairs], jnp.ones((), bool))
+    return functools.reduce(
+        jnp.logical_and, [jnp.all(a == b) for a, b in pairs], jnp.ones((), bool)
+    )
 
 
 def decision_uniform(dice: PyTree, info: Any) -> Array | None:
     """The uniform behind an accept decision, if it is drawn as BlackJAX's MALA and HMC do; checked against decisions."""
     rate = getattr(info, "acceptance_rate", None)
-    if rate is None or getattr(info, "is_accepted", None) is None or hasattr(info, "decision_margin"):
+    if (
+        rate is None
+        or getattr(info, "is_accepted", None) is None
+        or hasattr(info, "decision_margin")
+    ):
         return None
     return jax.random.uniform(jax.random.split(dice)[1], jnp.shape(rate), jnp.result_type(rate))

@@ -64,11 +64,17 @@ class Whitening:
         flat, _ = ravel_pytree(example)
         center, covariance = np.asarray(center, flat.dtype), np.asarray(covariance, flat.dtype)
         if center.shape != flat.shape:
-            raise ValueError(f"center: shape {center.shape}, wanted {flat.shape} as the position has {flat.size} numbers")
-        return cls(example, *jax.device_put((center, checked_root(covariance, flat.size, "covariance"))))
+            raise ValueError(
+                f"center: shape {center.shape}, wanted {flat.shape} as the position has {flat.size} numbers"
+            )
+        return cls(
+            example, *jax.device_put((center, checked_root(covariance, flat.size, "covariance")))
+        )
 
     @classmethod
-    def of_low_rank(cls, example: PyTree, center: Array, sigma: Array, directions: Array, variances: Array) -> Whitening:
+    def of_low_rank(
+        cls, example: PyTree, center: Array, sigma: Array, directions: Array, variances: Array
+    ) -> Whitening:
         """Whitening by the covariance `diag(σ) (I + U (diag(v) − I) Uᵀ) diag(σ)`.
 
         Args:
@@ -82,17 +88,28 @@ class Whitening:
             ValueError: If shapes do not fit, σ or v are not positive, or the columns of U are not orthonormal.
         """
         flat, _ = ravel_pytree(example)
-        center, sigma, directions, variances = (jnp.asarray(value, flat.dtype)
-                                                for value in (center, sigma, directions, variances))
+        center, sigma, directions, variances = (
+            jnp.asarray(value, flat.dtype) for value in (center, sigma, directions, variances)
+        )
         rank = variances.size
-        for name, value, shape in (("center", center, flat.shape), ("sigma", sigma, flat.shape),
-                                   ("directions", directions, (flat.size, rank)), ("variances", variances, (rank,))):
+        for name, value, shape in (
+            ("center", center, flat.shape),
+            ("sigma", sigma, flat.shape),
+            ("directions", directions, (flat.size, rank)),
+            ("variances", variances, (rank,)),
+        ):
             if value.shape != shape:
-                raise ValueError(f"{name}: shape {value.shape}, wanted {shape} for a position of {flat.size} numbers")
+                raise ValueError(
+                    f"{name}: shape {value.shape}, wanted {shape} for a position of {flat.size} numbers"
+                )
         for name, value in (("sigma", sigma), ("variances", variances)):
             if not bool((jnp.isfinite(value) & (value > 0)).all()):
-                raise ValueError(f"{name}: smallest entry {float(value.min()):.3g}, wanted positive finite numbers")
-        error = float(jnp.abs(directions.T @ directions - jnp.eye(rank, dtype=flat.dtype)).max(initial=0))
+                raise ValueError(
+                    f"{name}: smallest entry {float(value.min()):.3g}, wanted positive finite numbers"
+                )
+        error = float(
+            jnp.abs(directions.T @ directions - jnp.eye(rank, dtype=flat.dtype)).max(initial=0)
+        )
         if not error < 1e-3:
             raise ValueError(f"directions: columns are orthonormal only to {error:.3g}")
         return cls(example, center, LowRank(sigma, directions, jnp.sqrt(variances)))
@@ -123,20 +140,28 @@ def checked_root(covariance: np.ndarray, dimension: int, name: str) -> np.ndarra
             matrix is not symmetric and positive definite.
     """
     if covariance.shape not in ((dimension,), (dimension, dimension)):
-        raise ValueError(f"{name}: shape {covariance.shape}, wanted ({dimension},) or ({dimension}, {dimension}) for a "
-                         f"position of {dimension} numbers")
+        raise ValueError(
+            f"{name}: shape {covariance.shape}, wanted ({dimension},) or ({dimension}, {dimension}) for a "
+            f"position of {dimension} numbers"
+        )
     covariance = np.asarray(covariance)
     if not np.isfinite(covariance).all():
         raise ValueError(f"{name}: has entries that are not finite")
     if covariance.ndim == 1:
         if not (covariance > 0).all():
-            raise ValueError(f"{name}: smallest variance {float(covariance.min()):.3g}, wanted positive ones")
+            raise ValueError(
+                f"{name}: smallest variance {float(covariance.min()):.3g}, wanted positive ones"
+            )
         return np.sqrt(covariance)
     asymmetry = float(np.abs(covariance - covariance.T).max())
     if asymmetry > 1e-3 * float(np.abs(covariance).max()):
-        raise ValueError(f"{name}: not symmetric (entries differ by up to {asymmetry:.3g} from their mirror images)")
+        raise ValueError(
+            f"{name}: not symmetric (entries differ by up to {asymmetry:.3g} from their mirror images)"
+        )
     try:
         return np.linalg.cholesky(covariance)
     except np.linalg.LinAlgError:
         smallest = float(np.linalg.eigvalsh(covariance).min())
-        raise ValueError(f"{name}: not positive definite (smallest eigenvalue {smallest:.3g})") from None
+        raise ValueError(
+            f"{name}: not positive definite (smallest eigenvalue {smallest:.3g})"
+        ) from None

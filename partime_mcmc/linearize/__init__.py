@@ -6,5 +6,13 @@ from partime_mcmc.linearize.diagonal import DiagonalJacobian, HutchinsonDiagonal
 from partime_mcmc.linearize.fixed import IdentityJacobian, ZeroJacobian
 from partime_mcmc.linearize.modify import Clipped, Damped
 
-__all__ = ["Clipped", "Damped", "DenseJacobian", "DiagonalJacobian", "HutchinsonDiagonal", "IdentityJacobian",
-           "Linearizer", "ZeroJacobian"]
+__all__ = [
+    "Clipped",
+    "Damped",
+    "DenseJacobian",
+    "DiagonalJacobian",
+    "HutchinsonDiagonal",
+    "IdentityJacobian",
+    "Linearizer",
+    "ZeroJacobian",
+]

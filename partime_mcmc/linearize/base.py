@@ -24,7 +24,9 @@ from partime_mcmc.types import Array, Key, PyTree
 class Linearizer(Protocol):
     """What stands in for the Jacobian."""
 
-    def __call__(self, dynamics: Dynamics, previous: Array, drives: PyTree, key: Key) -> tuple[Array, AffineMap]:
+    def __call__(
+        self, dynamics: Dynamics, previous: Array, drives: PyTree, key: Key
+    ) -> tuple[Array, AffineMap]:
         """Linearise every step.
 
         Args:

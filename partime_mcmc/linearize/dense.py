@@ -22,7 +22,9 @@ from partime_mcmc.types import Array, Key, PyTree, pytree
 class DenseJacobian:
     """`A_t` is the Jacobian, shape `(D, D)` per step."""
 
-    def __call__(self, dynamics: Dynamics, previous: Array, drives: PyTree, key: Key) -> tuple[Array, Dense]:
+    def __call__(
+        self, dynamics: Dynamics, previous: Array, drives: PyTree, key: Key
+    ) -> tuple[Array, Dense]:
         del key
         values, matrices = jax.vmap(lambda x, drive: jacobian(dynamics, x, drive))(previous, drives)
         return values, Dense(matrices, no_shift(values))

@@ -24,7 +24,9 @@ from partime_mcmc.types import Array, Key, PyTree, pytree
 class DiagonalJacobian:
     """`A_t` is the exact diagonal of the Jacobian."""
 
-    def __call__(self, dynamics: Dynamics, previous: Array, drives: PyTree, key: Key) -> tuple[Array, Diagonal]:
+    def __call__(
+        self, dynamics: Dynamics, previous: Array, drives: PyTree, key: Key
+    ) -> tuple[Array, Diagonal]:
         del key
 
         def one(x, drive):
@@ -52,9 +54,13 @@ class HutchinsonDiagonal:
 
     def __post_init__(self):
         if not isinstance(self.num_probes, int) or self.num_probes < 1:
-            raise ValueError(f"num_probes must be an integer of at least 1, got {self.num_probes!r}")
+            raise ValueError(
+                f"num_probes must be an integer of at least 1, got {self.num_probes!r}"
+            )
 
-    def __call__(self, dynamics: Dynamics, previous: Array, drives: PyTree, key: Key) -> tuple[Array, Diagonal]:
+    def __call__(
+        self, dynamics: Dynamics, previous: Array, drives: PyTree, key: Key
+    ) -> tuple[Array, Diagonal]:
         num_steps, dimension = previous.shape
         signs = jax.random.rademacher(key, (num_steps, self.num_probes, dimension), previous.dtype)
 

@@ -21,7 +21,9 @@ from partime_mcmc.types import Array, Key, PyTree, pytree
 class IdentityJacobian:
     """`A_t` is the identity."""
 
-    def __call__(self, dynamics: Dynamics, previous: Array, drives: PyTree, key: Key) -> tuple[Array, Identity]:
+    def __call__(
+        self, dynamics: Dynamics, previous: Array, drives: PyTree, key: Key
+    ) -> tuple[Array, Identity]:
         del key
         values = jax.vmap(dynamics)(previous, drives)
         return values, Identity(no_shift(values))
@@ -39,7 +41,9 @@ class IdentityJacobian:
 class ZeroJacobian:
     """`A_t` is zero."""
 
-    def __call__(self, dynamics: Dynamics, previous: Array, drives: PyTree, key: Key) -> tuple[Array, Zero]:
+    def __call__(
+        self, dynamics: Dynamics, previous: Array, drives: PyTree, key: Key
+    ) -> tuple[Array, Zero]:
         del key
         values = jax.vmap(dynamics)(previous, drives)
         return values, Zero(no_shift(values))

@@ -29,7 +29,9 @@ class Damped:
     inner: Linearizer
     damping: float = 0.1
 
-    def __call__(self, dynamics: Dynamics, previous: Array, drives: PyTree, key: Key) -> tuple[Array, AffineMap]:
+    def __call__(
+        self, dynamics: Dynamics, previous: Array, drives: PyTree, key: Key
+    ) -> tuple[Array, AffineMap]:
         values, maps = self.inner(dynamics, previous, drives, key)
         keep = jnp.asarray(1.0 - self.damping, values.dtype)
         return values, jax.vmap(lambda step: scaled(step, keep))(maps)
@@ -48,7 +50,9 @@ class Clipped:
     inner: Linearizer
     bound: float = 1.0
 
-    def __call__(self, dynamics: Dynamics, previous: Array, drives: PyTree, key: Key) -> tuple[Array, AffineMap]:
+    def __call__(
+        self, dynamics: Dynamics, previous: Array, drives: PyTree, key: Key
+    ) -> tuple[Array, AffineMap]:
         values, maps = self.inner(dynamics, previous, drives, key)
         bound = jnp.asarray(self.bound, values.dtype)
         return values, jax.vmap(lambda step: bounded(step, bound))(maps)
@@ -97,7 +101,9 @@ def bounded(step: AffineMap, bound: Array) -> AffineMap:
     Raises:
         TypeError: If this class of maps is not known.
     """
-    raise TypeError(f"bounded: no rule for {type(step).__name__}; register one with bounded.register")
+    raise TypeError(
+        f"bounded: no rule for {type(step).__name__}; register one with bounded.register"
+    )
 
 
 @bounded.register
@@ -114,7 +120,10 @@ def _(step: Diagonal, bound: Array) -> Diagonal:
 
 @bounded.register
 def _(step: Identity, bound: Array) -> Diagonal:
-    return Diagonal(jnp.broadcast_to(jnp.minimum(1.0, bound), step.shift.shape).astype(step.shift.dtype), step.shift)
+    return Diagonal(
+        jnp.broadcast_to(jnp.minimum(1.0, bound), step.shift.shape).astype(step.shift.dtype),
+        step.shift,
+    )
 
 
 @bounded.register

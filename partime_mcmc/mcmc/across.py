@@ -66,7 +66,9 @@ class Cut:
 
     def run(self, function, given, found):
         """A function of what each device holds, as a function of whole arrays."""
-        return jax.shard_map(function, mesh=self.mesh, in_specs=given, out_specs=found, check_vma=False)
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=given, out_specs=found, check_vma=False
+        )
 
 
 class Throw(Named):
@@ -87,7 +89,9 @@ class Throw(Named):
                     return tape, counters
                 every = kernel.algorithm.count(counters, cut.length + 1)
                 mine = jax.tree.map(lambda leaf: leaf[places], every)
-                return dataclasses.replace(tape, discrete=mine), jax.tree.map(lambda leaf: leaf[-1], every)
+                return dataclasses.replace(tape, discrete=mine), jax.tree.map(
+                    lambda leaf: leaf[-1], every
+                )
 
             return jax.vmap(one)(words, carries, counters)
 
@@ -103,9 +107,18 @@ class Solve(Named):
 
         def here(numbers, carries, tape):
             dynamics = family.kernel(numbers).dynamics()
-            return jax.vmap(lambda first, drives: solve(
-                dynamics, first, drives, solver=solver, tolerance=tolerance, max_iterations=max_iterations,
-                adjoint=AsFound(), axis=cut.axis))(carries, tape)
+            return jax.vmap(
+                lambda first, drives: solve(
+                    dynamics,
+                    first,
+                    drives,
+                    solver=solver,
+                    tolerance=tolerance,
+                    max_iterations=max_iterations,
+                    adjoint=AsFound(),
+                    axis=cut.axis,
+                )
+            )(carries, tape)
 
         found = Solution(cut.along, *[CHAINS] * 4, Stats(*[CHAINS] * 7))
         return cut.run(here, (SAME, CHAINS, cut.along), found)(numbers, carries, tape)
@@ -126,7 +139,10 @@ class Finish(Named):
                 return _swapped(roll_on(dynamics, first, states, tape, exact))
 
             states = _swapped(axis.in_turn(roll, carries))
-            finite = [jnp.isfinite(leaf).reshape(*leaf.shape[:2], -1).all(axis=2) for leaf in jax.tree.leaves(states)]
+            finite = [
+                jnp.isfinite(leaf).reshape(*leaf.shape[:2], -1).all(axis=2)
+                for leaf in jax.tree.leaves(states)
+            ]
             return states, jax.vmap(axis.length_of_true)(functools.reduce(jnp.logical_and, finite))
 
         given = (SAME, CHAINS, cut.along, cut.along, CHAINS)
@@ -151,7 +167,9 @@ class Judge(Named):
 
         steps, parts = cut.along, cut.along
         found = (steps, parts, steps, steps, steps, CHAINS, parts)
-        return cut.run(here, (SAME, CHAINS, cut.along, cut.along), found)(numbers, carries, states, tape)
+        return cut.run(here, (SAME, CHAINS, cut.along, cut.along), found)(
+            numbers, carries, states, tape
+        )
 
 
 def _judged(kernel, axis: TimeAxis, carry: PyTree, states: PyTree, tape: PyTree):
@@ -162,7 +180,9 @@ def _judged(kernel, axis: TimeAxis, carry: PyTree, states: PyTree, tape: PyTree)
     unit = kernel.noise_scale if kernel.noise_scale is not None else _spread(flat, axis)
     certificate, records = certify_with_records(kernel, first, states, tape, scale=unit)
     position = lambda one: one.position if isinstance(one, Carry) else one  # noqa: E731
-    moved = (flatten(position(states)) != flatten(position(before))).any(axis=1) & certificate.accepted
+    moved = (flatten(position(states)) != flatten(position(before))).any(
+        axis=1
+    ) & certificate.accepted
     # Where its kernel stands still the path takes the last state that moved, which may be on another device: a scan of maps
     # x -> x and x -> state, exact because every product is with 0 or 1.
     held = records.held[:, None]
@@ -172,8 +192,11 @@ def _judged(kernel, axis: TimeAxis, carry: PyTree, states: PyTree, tape: PyTree)
     still = jax.vmap(unravel)(still)
     runs = jnp.stack([_leading(~moved), _leading(~moved[::-1])])
     of_steps = {"accepted": certificate.accepted, "residual": certificate.residual}
-    of_part = {field.name: getattr(certificate, field.name) for field in dataclasses.fields(certificate)
-               if field.name not in of_steps}
+    of_part = {
+        field.name: getattr(certificate, field.name)
+        for field in dataclasses.fields(certificate)
+        if field.name not in of_steps
+    }
     of_part = jax.tree.map(lambda leaf: leaf[None], {**of_part, "runs": runs})
     positions, end = jax.vmap(kernel.position)(still), axis.last(still)
     return of_steps, of_part, said_by(records, flat.shape[:1]), still, positions, end, same[None]
@@ -191,5 +214,5 @@ def _spread(flat: Array, axis: TimeAxis) -> Array:
     """Standard deviation of each coordinate over the whole stretch; 1 where it does not move."""
     count = axis.length(flat.shape[0])
     center = axis.total(flat) / count
-    spread = jnp.sqrt(axis.total((flat - center)**2) / count)
+    spread = jnp.sqrt(axis.total((flat - center) ** 2) / count)
     return jnp.where(jnp.isfinite(spread) & (spread > 0), spread, 1)

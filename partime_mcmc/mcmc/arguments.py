@@ -30,7 +30,9 @@ _SAID = 9
 _WRITTEN_BYTES = 2**31
 
 
-def check_strategies(target: Any, kernel: Any, solver: Any, schedule: Any, tolerance: Any, max_iterations: Any) -> None:
+def check_strategies(
+    target: Any, kernel: Any, solver: Any, schedule: Any, tolerance: Any, max_iterations: Any
+) -> None:
     """Refuse arguments of the wrong kind.
 
     Raises:
@@ -38,23 +40,47 @@ def check_strategies(target: Any, kernel: Any, solver: Any, schedule: Any, toler
         ValueError: If `max_iterations` is not a positive integer.
     """
     if not isinstance(target, Target):
-        raise TypeError(f"target: got {kind(target)}, wanted a Target, e.g. from_numpyro(model, ..., key=key) or "
-                        "Target(logdensity, initial)")
+        raise TypeError(
+            f"target: got {kind(target)}, wanted a Target, e.g. from_numpyro(model, ..., key=key) or "
+            "Target(logdensity, initial)"
+        )
     if not callable(kernel) and not isinstance(kernel, (Kernel, Warmup)):
-        raise TypeError(f"kernel: got {kind(kernel)}, wanted a Kernel (from_blackjax(...)), a builder such as hmc, or the "
-                        "warm-up of another run")
+        raise TypeError(
+            f"kernel: got {kind(kernel)}, wanted a Kernel (from_blackjax(...)), a builder such as hmc, or the "
+            "warm-up of another run"
+        )
     if solver is not None:
-        check_has(solver, "solver", ("init", "step", "map_size"), "a recipe such as shooting() or quasi_deer(), or None")
+        check_has(
+            solver,
+            "solver",
+            ("init", "step", "map_size"),
+            "a recipe such as shooting() or quasi_deer(), or None",
+        )
     if schedule is not None:
-        check_has(schedule, "schedule", ("window", "advance"), "Whole(), Stretches(size), Sliding(size), or None")
+        check_has(
+            schedule,
+            "schedule",
+            ("window", "advance"),
+            "Whole(), Stretches(size), Sliding(size), or None",
+        )
     if tolerance is not None and not isinstance(tolerance, Tolerance):
-        raise TypeError(f"tolerance: got {kind(tolerance)}, wanted Tolerance(relative, absolute) or None")
+        raise TypeError(
+            f"tolerance: got {kind(tolerance)}, wanted Tolerance(relative, absolute) or None"
+        )
     if max_iterations is not None:
         check_count(max_iterations, "max_iterations", 1)
 
 
-def check_memory(solver: Solver, stretch: int, num_samples: int, num_chains: int, dimension: int, itemsize: int,
-                 max_bytes: int | None, more: int = 0) -> None:
+def check_memory(
+    solver: Solver,
+    stretch: int,
+    num_samples: int,
+    num_chains: int,
+    dimension: int,
+    itemsize: int,
+    max_bytes: int | None,
+    more: int = 0,
+) -> None:
     """Refuse a run that cannot fit, before allocating.
 
     Args:
@@ -71,18 +97,38 @@ def check_memory(solver: Solver, stretch: int, num_samples: int, num_chains: int
         TooLarge: Naming the setting to change.
     """
     limit = default_max_bytes() if max_bytes is None else check_count(max_bytes, "max_bytes", 1)
-    check_bytes(min(stretch, num_samples), dimension, itemsize, limit, per_step=solver.map_size(dimension),
-                num_chains=num_chains)
+    check_bytes(
+        min(stretch, num_samples),
+        dimension,
+        itemsize,
+        limit,
+        per_step=solver.map_size(dimension),
+        num_chains=num_chains,
+    )
     try:
-        check_bytes(num_samples, dimension, itemsize, limit, per_step=0, num_chains=num_chains, more=more)
+        check_bytes(
+            num_samples, dimension, itemsize, limit, per_step=0, num_chains=num_chains, more=more
+        )
     except TooLarge as error:
         # However it is cut, what is returned would not fit.
-        raise TooLarge(f"{str(error).split(': solve in stretches')[0]}: keep the draws on disk with store= (and "
-                       "thinning=), or raise max_bytes") from error
+        raise TooLarge(
+            f"{str(error).split(': solve in stretches')[0]}: keep the draws on disk with store= (and "
+            "thinning=), or raise max_bytes"
+        ) from error
 
 
-def chunk_steps(solver: Solver, schedule: Schedule | None, num_samples: int, num_chains: int, dimension: int, itemsize: int,
-                max_bytes: int | None, wanted: int | None, more: int = 0, mesh: Mesh | None = None) -> int:
+def chunk_steps(
+    solver: Solver,
+    schedule: Schedule | None,
+    num_samples: int,
+    num_chains: int,
+    dimension: int,
+    itemsize: int,
+    max_bytes: int | None,
+    wanted: int | None,
+    more: int = 0,
+    mesh: Mesh | None = None,
+) -> int:
     """Steps of one chunk of a stored run: what fits, is worth its overhead, and divides the run evenly where it can.
 
     Args:
@@ -102,7 +148,14 @@ def chunk_steps(solver: Solver, schedule: Schedule | None, num_samples: int, num
     """
     limit = default_max_bytes(mesh) if max_bytes is None else check_count(max_bytes, "max_bytes", 1)
     rows, parts = (1, 1) if mesh is None else (mesh.shape["chains"], mesh.shape["time"])
-    one = check_bytes(1, dimension, itemsize, 2**63, per_step=solver.map_size(dimension), num_chains=num_chains // rows)
+    one = check_bytes(
+        1,
+        dimension,
+        itemsize,
+        2**63,
+        per_step=solver.map_size(dimension),
+        num_chains=num_chains // rows,
+    )
     one += num_chains // rows * more
     unit = schedule.size if isinstance(schedule, Stretches) else 1
     # A chunk wants as much again for its dice and for what is said of its draws.
@@ -114,9 +167,11 @@ def chunk_steps(solver: Solver, schedule: Schedule | None, num_samples: int, num
     if (steps or unit) > fits:
         name = "store.chunk" if wanted is not None else "schedule" if unit > 1 else "num_chains"
         instead = f"at most {fits} steps" if fits else "fewer chains"
-        raise TooLarge(f"{name}: {steps or unit} steps of {num_chains} chains at once take about "
-                       f"{2 * one * (steps or unit):.3g} bytes; wanted at most max_bytes={limit}: take {instead}, or raise "
-                       "max_bytes")
+        raise TooLarge(
+            f"{name}: {steps or unit} steps of {num_chains} chains at once take about "
+            f"{2 * one * (steps or unit):.3g} bytes; wanted at most max_bytes={limit}: take {instead}, or raise "
+            "max_bytes"
+        )
     if steps is None:
         steps = min(parts * _CHUNK, fits, parts * (_CHUNK_BYTES // one))
         if mesh is not None:
@@ -140,8 +195,14 @@ def bytes_beside(target: Target, example: PyTree, evidence: Evidence) -> int:
     """
     leaves = jax.tree.leaves(example)
     numbers = _SAID + (sum(leaf.size for leaf in leaves) if isinstance(evidence, Recorded) else 0)
-    values = [] if target.constrain is None else jax.tree.leaves(jax.eval_shape(target.constrain, example))
-    return numbers * leaves[0].dtype.itemsize + sum(leaf.size * leaf.dtype.itemsize for leaf in values)
+    values = (
+        []
+        if target.constrain is None
+        else jax.tree.leaves(jax.eval_shape(target.constrain, example))
+    )
+    return numbers * leaves[0].dtype.itemsize + sum(
+        leaf.size * leaf.dtype.itemsize for leaf in values
+    )
 
 
 def default_max_bytes(mesh: Mesh | None = None) -> int:
@@ -164,5 +225,7 @@ def chosen_progress(progress: Progress | bool) -> Progress:
         return progress_line if progress and sys.stderr.isatty() else quiet
     if progress is None:
         return quiet
-    check_has(progress, "progress", ("stage", "note", "warn"), "True, False, quiet or progress_line")
+    check_has(
+        progress, "progress", ("stage", "note", "warn"), "True, False, quiet or progress_line"
+    )
     return progress

@@ -29,8 +29,9 @@ _ENOUGH_BATCHES = 8
 _LONG_ENOUGH = 16.0
 
 
-def merge(n_1: int, mean_1: np.ndarray, m_1: np.ndarray, n_2: int, mean_2: np.ndarray, m_2: np.ndarray
-          ) -> tuple[np.ndarray, np.ndarray]:
+def merge(
+    n_1: int, mean_1: np.ndarray, m_1: np.ndarray, n_2: int, mean_2: np.ndarray, m_2: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Mean and sum of squared deviations of two samples of `n_1` and `n_2` draws together; shapes as given."""
     if not n_2:
         return mean_1, m_1
@@ -56,7 +57,9 @@ def comoments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mean, found = x.mean(axis=2), np.zeros((x.shape[1], x.shape[0], x.shape[0]))
     for chain in range(x.shape[1]):
         for start in range(0, x.shape[2], BLOCK):
-            block = np.ascontiguousarray((x[:, chain, start:start + BLOCK] - mean[:, chain, None]).T)
+            block = np.ascontiguousarray(
+                (x[:, chain, start : start + BLOCK] - mean[:, chain, None]).T
+            )
             # Not BLAS, whose threads get in the way of a run that computes beside us, and whose bits depend on their number.
             found[chain] += np.einsum("ni,nj->ij", block, block)
     return mean, found
@@ -101,38 +104,66 @@ class Batches:
             batches = batches.paired()
         fill = min(n, batches.size - batches.num_open) if batches.num_open else 0
         mean, m = batches.means[..., -1], batches.deviations[..., -1]
-        mean, m = merge(batches.num_open, mean, m, fill, *moments(x[..., :fill])) if fill else (mean, m)
-        means, deviations, num_open = [batches.means[..., :-1]], [batches.deviations[..., :-1]], batches.num_open + fill
+        mean, m = (
+            merge(batches.num_open, mean, m, fill, *moments(x[..., :fill])) if fill else (mean, m)
+        )
+        means, deviations, num_open = (
+            [batches.means[..., :-1]],
+            [batches.deviations[..., :-1]],
+            batches.num_open + fill,
+        )
         if num_open == batches.size:
             means, deviations, num_open = [*means, mean[..., None]], [*deviations, m[..., None]], 0
             mean, m = np.zeros_like(mean), np.zeros_like(m)
         full, rest = divmod(n - fill, batches.size)
         if full:
-            found = moments(x[..., fill:n - rest].reshape(*x.shape[:2], full, batches.size))
+            found = moments(x[..., fill : n - rest].reshape(*x.shape[:2], full, batches.size))
             means, deviations = [*means, found[0]], [*deviations, found[1]]
         if rest:  # only after a batch was closed
-            (mean, m), num_open = moments(x[..., n - rest:]), rest
-        return Batches(batches.size, np.concatenate([*means, mean[..., None]], axis=2),
-                       np.concatenate([*deviations, m[..., None]], axis=2), num_open)
+            (mean, m), num_open = moments(x[..., n - rest :]), rest
+        return Batches(
+            batches.size,
+            np.concatenate([*means, mean[..., None]], axis=2),
+            np.concatenate([*deviations, m[..., None]], axis=2),
+            num_open,
+        )
 
     def paired(self) -> Batches:
         """Twice the size; of an odd number the last batch goes to the one being filled."""
         even = self.num_full // 2 * 2
-        pairs = (self.size, self.means[..., 0:even:2], self.deviations[..., 0:even:2],
-                 self.size, self.means[..., 1:even:2], self.deviations[..., 1:even:2])
+        pairs = (
+            self.size,
+            self.means[..., 0:even:2],
+            self.deviations[..., 0:even:2],
+            self.size,
+            self.means[..., 1:even:2],
+            self.deviations[..., 1:even:2],
+        )
         mean, m = self.means[..., -1], self.deviations[..., -1]
         num_open = self.num_open
         if even < self.num_full:
-            mean, m = merge(self.size, self.means[..., even], self.deviations[..., even], num_open, mean, m)
+            mean, m = merge(
+                self.size, self.means[..., even], self.deviations[..., even], num_open, mean, m
+            )
             num_open += self.size
         means, deviations = merge(*pairs)
-        return Batches(2 * self.size, np.concatenate([means, mean[..., None]], axis=2),
-                       np.concatenate([deviations, m[..., None]], axis=2), num_open)
+        return Batches(
+            2 * self.size,
+            np.concatenate([means, mean[..., None]], axis=2),
+            np.concatenate([deviations, m[..., None]], axis=2),
+            num_open,
+        )
 
     def per_chain(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and sum of squared deviations of every chain, shapes `(D, C)`."""
         full = _together(self.size, self.means[..., :-1], self.deviations[..., :-1])
-        return merge(self.size * self.num_full, *full, self.num_open, self.means[..., -1], self.deviations[..., -1])
+        return merge(
+            self.size * self.num_full,
+            *full,
+            self.num_open,
+            self.means[..., -1],
+            self.deviations[..., -1],
+        )
 
     def pooled(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and sum of squared deviations of all draws of all chains, shapes `(D,)`."""
@@ -149,8 +180,10 @@ class Batches:
         if self.means.shape[1] < 2 or n < 2:
             return np.full(self.means.shape[0], np.nan)
         stop = self.num_full
-        parts = [_together(self.size, self.means[..., cut], self.deviations[..., cut])
-                 for cut in (slice(0, half), slice(stop - half, stop))]
+        parts = [
+            _together(self.size, self.means[..., cut], self.deviations[..., cut])
+            for cut in (slice(0, half), slice(stop - half, stop))
+        ]
         means, deviations = (np.concatenate([part[i] for part in parts], axis=1) for i in (0, 1))
         with np.errstate(all="ignore"):
             within = deviations.mean(axis=1) / (n - 1)
@@ -163,8 +196,10 @@ class Batches:
         _, m = self.pooled()
         with np.errstate(all="ignore"):
             variance = m / (num_draws - 1)
-            found = np.minimum(num_draws * variance / self._long_run(self.means[..., :-1], variance),
-                               num_draws * np.log10(num_draws))
+            found = np.minimum(
+                num_draws * variance / self._long_run(self.means[..., :-1], variance),
+                num_draws * np.log10(num_draws),
+            )
         return np.where(np.isfinite(found) & (variance > 0), found, np.nan)
 
     def mcse_mean(self) -> np.ndarray:
@@ -183,38 +218,57 @@ class Batches:
         mean, m = self.pooled()
         with np.errstate(all="ignore"):
             variance = m / (num_draws - 1)
-            squares = self.deviations[..., :-1] / self.size + np.square(self.means[..., :-1] - mean[:, None, None])
+            squares = self.deviations[..., :-1] / self.size + np.square(
+                self.means[..., :-1] - mean[:, None, None]
+            )
             found = np.sqrt(self._long_run(squares, 2 * variance**2) / num_draws / (4 * variance))
         return np.where(np.isfinite(found) & (variance > 0), found, np.nan)
 
     def _long_run(self, means: np.ndarray, variance: np.ndarray) -> np.ndarray:
         """σ², shape `(D,)`, of batch means `(D, C, b)` of something with this variance, by batches that are long enough
         for it."""
-        found, size, settled = np.full(means.shape[0], np.nan), self.size, np.zeros(means.shape[0], bool)
+        found, size, settled = (
+            np.full(means.shape[0], np.nan),
+            self.size,
+            np.zeros(means.shape[0], bool),
+        )
         while means.shape[1] * means.shape[2] > 1:
             per_batch = means - means.mean(axis=(1, 2), keepdims=True)
-            now = size * np.square(per_batch).sum(axis=(1, 2)) / (means.shape[1] * means.shape[2] - 1)
+            now = (
+                size * np.square(per_batch).sum(axis=(1, 2)) / (means.shape[1] * means.shape[2] - 1)
+            )
             found = np.where(settled, found, now)
             settled |= size >= _LONG_ENOUGH * np.maximum(1.0, now / variance)
             if settled.all() or means.shape[2] < 2 * _ENOUGH_BATCHES:
                 break
             even = means.shape[2] // 2 * 2
-            means, size = 0.5 * (means[..., -even::2] + means[..., means.shape[2] - even + 1::2]), 2 * size
+            means, size = (
+                0.5 * (means[..., -even::2] + means[..., means.shape[2] - even + 1 :: 2]),
+                2 * size,
+            )
         return found
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """What `from_arrays` takes."""
-        return {"size": np.asarray(self.size), "means": self.means, "deviations": self.deviations,
-                "num_open": np.asarray(self.num_open)}
+        return {
+            "size": np.asarray(self.size),
+            "means": self.means,
+            "deviations": self.deviations,
+            "num_open": np.asarray(self.num_open),
+        }
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Batches:
         """The batches that gave these arrays."""
-        means, deviations = (np.asarray(arrays[name], np.float64) for name in ("means", "deviations"))
+        means, deviations = (
+            np.asarray(arrays[name], np.float64) for name in ("means", "deviations")
+        )
         return cls(int(arrays["size"]), means, deviations, int(arrays["num_open"]))
 
 
-def _together(size: int, means: np.ndarray, deviations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _together(
+    size: int, means: np.ndarray, deviations: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Mean and sum of squared deviations of samples of one size, along the last axis."""
     if not means.shape[-1] or not size:
         return np.zeros(means.shape[:-1]), np.zeros(means.shape[:-1])

@@ -60,8 +60,14 @@ class Books:
         """Jacobian-vector products of the step per draw so far."""
         return float(self.jvps.mean() / max(self.num_steps, 1))
 
-    def enter(self, found: Solution, start: int, stop: int, rolled: bool,
-              finish: Callable[[PyTree, jax.Array], tuple[PyTree, jax.Array]]) -> PyTree:
+    def enter(
+        self,
+        found: Solution,
+        start: int,
+        stop: int,
+        rolled: bool,
+        finish: Callable[[PyTree, jax.Array], tuple[PyTree, jax.Array]],
+    ) -> PyTree:
         """Book one stretch; chains that did not converge go on sequentially from where they are exact.
 
         Args:
@@ -85,12 +91,16 @@ class Books:
             self.num_sequential += stop - start
         states, rolled_exact = found.states, found.num_exact
         if bad.any() and not rolled:
-            verdicts, states, rolled_exact = self._fall_back(found, verdicts, bad, start, stop, finish)
+            verdicts, states, rolled_exact = self._fall_back(
+                found, verdicts, bad, start, stop, finish
+            )
         if not rolled:
             self.failed_running = self.failed_running + 1 if bad.all() else 0
             if self.hopeless and self.first + stop < self.total:
-                self.fallbacks.append(f"from step {self.first + stop} on all chains ran sequentially: none converged in "
-                                      f"{_GIVE_UP_AFTER} stretches running")
+                self.fallbacks.append(
+                    f"from step {self.first + stop} on all chains ran sequentially: none converged in "
+                    f"{_GIVE_UP_AFTER} stretches running"
+                )
         for chain, verdict in enumerate(verdicts):
             if verdict != Status.CONVERGED and self.status[chain] == Status.CONVERGED:
                 self.status[chain] = verdict
@@ -99,25 +109,38 @@ class Books:
         if lost.any():
             exact = np.where(lost, np.asarray(rolled_exact), stop - start)
             keep = jnp.asarray(np.arange(stop - start) < exact[:, None])
-            states = jax.tree.map(lambda leaf: jnp.where(
-                keep.reshape(*keep.shape, *(1,) * (leaf.ndim - 2)), leaf, jnp.nan), states)
-        self.worst = max(self.worst, float(np.nanmax(np.where(bad, 0, np.asarray(found.residual)), initial=0.0)))
+            states = jax.tree.map(
+                lambda leaf: jnp.where(
+                    keep.reshape(*keep.shape, *(1,) * (leaf.ndim - 2)), leaf, jnp.nan
+                ),
+                states,
+            )
+        self.worst = max(
+            self.worst, float(np.nanmax(np.where(bad, 0, np.asarray(found.residual)), initial=0.0))
+        )
         return states
 
     def _fall_back(self, found, verdicts, bad, start, stop, finish):
         steps = stop - start
         exact = np.where(bad, np.asarray(found.num_exact), steps)
         for chain in np.flatnonzero(bad):
-            kept = f"the first {exact[chain]} steps are exact and kept, the rest was" if exact[chain] else "all of it was"
+            kept = (
+                f"the first {exact[chain]} steps are exact and kept, the rest was"
+                if exact[chain]
+                else "all of it was"
+            )
             self.fallbacks.append(
                 f"chain {chain}, steps {self.first + start} to {self.first + stop}: {verdicts[chain].name} after "
-                f"{int(np.asarray(found.iterations)[chain])} iterations; {kept} finished sequentially")
+                f"{int(np.asarray(found.iterations)[chain])} iterations; {kept} finished sequentially"
+            )
         self.num_sequential += steps - exact
         self.evaluations += steps - exact
         self.depth += steps - exact
         states, finite = finish(found.states, jnp.asarray(exact, jnp.int32))
-        verdicts = [verdict if not bad[chain] else Status.CONVERGED if count == steps else Status.NONFINITE
-                    for chain, (verdict, count) in enumerate(zip(verdicts, np.asarray(finite)))]
+        verdicts = [
+            verdict if not bad[chain] else Status.CONVERGED if count == steps else Status.NONFINITE
+            for chain, (verdict, count) in enumerate(zip(verdicts, np.asarray(finite)))
+        ]
         return verdicts, states, np.asarray(finite)
 
     def _count(self, found: Solution, steps: int) -> None:
@@ -135,7 +158,9 @@ class Books:
                 than counted.
         """
         self.num_steps, self.interrupted = done, True
-        self.status = [Status.INTERRUPTED if one == Status.CONVERGED else one for one in self.status]
+        self.status = [
+            Status.INTERRUPTED if one == Status.CONVERGED else one for one in self.status
+        ]
 
     def shown(self) -> dict[str, Any]:
         """What a progress line shows."""

@@ -39,11 +39,25 @@ SHORT = 1024
 _CORE_LANES = 64
 
 
-def draw_chains(target: Target, kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, *, warmup: Warmup | None,
-                solver: Solver | None = None, schedule: Schedule | None = None, tolerance: Tolerance | None = None,
-                max_iterations: int | None = None, choose: Choice | None = None, plan: dict[str, Any] | None = None,
-                end: End | None = None, mesh: Mesh | None = None, certificate: Evidence = Recorded(),
-                progress: Progress = quiet) -> Draws:
+def draw_chains(
+    target: Target,
+    kernel: Kernel,
+    positions: PyTree,
+    keys: Key,
+    num_samples: int,
+    *,
+    warmup: Warmup | None,
+    solver: Solver | None = None,
+    schedule: Schedule | None = None,
+    tolerance: Tolerance | None = None,
+    max_iterations: int | None = None,
+    choose: Choice | None = None,
+    plan: dict[str, Any] | None = None,
+    end: End | None = None,
+    mesh: Mesh | None = None,
+    certificate: Evidence = Recorded(),
+    progress: Progress = quiet,
+) -> Draws:
     """Chains of a tuned kernel, certified.
 
     Args:
@@ -68,16 +82,36 @@ def draw_chains(target: Target, kernel: Kernel, positions: PyTree, keys: Key, nu
     dtype = jax.tree.leaves(positions)[0].dtype
     tolerance = default_tolerance(kernel, dtype) if tolerance is None else tolerance
     course = Course(
-        target, kernel, keys, num_samples, tolerance, max_iterations,
-        choose or given_choice(solver, schedule, num_chains, num_samples, mesh), warmup, plan or {}, mesh,
-        certificate)
+        target,
+        kernel,
+        keys,
+        num_samples,
+        tolerance,
+        max_iterations,
+        choose or given_choice(solver, schedule, num_chains, num_samples, mesh),
+        warmup,
+        plan or {},
+        mesh,
+        certificate,
+    )
     with progress.stage("sampling", num_samples) as advance:
-        pieces = list(stream(course, positions, max(num_samples, 1), Tell(advance, num_chains), end))
+        pieces = list(
+            stream(course, positions, max(num_samples, 1), Tell(advance, num_chains), end)
+        )
     return join_draws(pieces)
 
 
-def check_fits(target: Target, num_samples: int, num_chains: int, *, solver: Solver | None, schedule: Schedule | None,
-               certificate: Evidence, mesh: Mesh | None = None, max_bytes: int | None = None) -> None:
+def check_fits(
+    target: Target,
+    num_samples: int,
+    num_chains: int,
+    *,
+    solver: Solver | None,
+    schedule: Schedule | None,
+    certificate: Evidence,
+    mesh: Mesh | None = None,
+    max_bytes: int | None = None,
+) -> None:
     """Refuse draws that memory cannot hold, from shapes alone: before warm-up, and before anything is allocated.
 
     Args:
@@ -97,13 +131,25 @@ def check_fits(target: Target, num_samples: int, num_chains: int, *, solver: Sol
     leaves = jax.tree.leaves(example)
     rows, parts = (1, 1) if mesh is None else (mesh.shape[name] for name in ("chains", "time"))
     more = bytes_beside(target, example, certificate if mesh is None else Independent())
-    check_memory(solver or sequential(), getattr(schedule or Stretches(DEFAULT_STRETCH), "size", num_samples),
-                 -(-num_samples // parts), num_chains // rows, sum(leaf.size for leaf in leaves), leaves[0].dtype.itemsize,
-                 default_max_bytes(mesh) if max_bytes is None else max_bytes, more)
+    check_memory(
+        solver or sequential(),
+        getattr(schedule or Stretches(DEFAULT_STRETCH), "size", num_samples),
+        -(-num_samples // parts),
+        num_chains // rows,
+        sum(leaf.size for leaf in leaves),
+        leaves[0].dtype.itemsize,
+        default_max_bytes(mesh) if max_bytes is None else max_bytes,
+        more,
+    )
 
 
-def given_choice(solver: Solver | None, schedule: Schedule | None, num_chains: int, num_samples: int,
-                 mesh: Mesh | None = None) -> Choice:
+def given_choice(
+    solver: Solver | None,
+    schedule: Schedule | None,
+    num_chains: int,
+    num_samples: int,
+    mesh: Mesh | None = None,
+) -> Choice:
     """Solver and schedule as given, with the default for what is not: for each device of a mesh, and each group of chains on
     the cores of one, what one device gets."""
     rows, parts = (1, 1) if mesh is None else (mesh.shape["chains"], mesh.shape["time"])
@@ -111,7 +157,11 @@ def given_choice(solver: Solver | None, schedule: Schedule | None, num_chains: i
 
     def choose(dynamics, initial, tape, groups):
         del dynamics, initial, tape
-        fixed = default_solver(num_chains // (rows * groups), -(-num_samples // parts), groups) if solver is None else solver
+        fixed = (
+            default_solver(num_chains // (rows * groups), -(-num_samples // parts), groups)
+            if solver is None
+            else solver
+        )
         return fixed, stretches, None
 
     return choose
@@ -144,9 +194,16 @@ def _advice(kernel, pool, dynamics, initial, tape, groups) -> Advice:
     starts = jax.vmap(lambda position: kernel.carry(kernel.init(position)))(pool)
     one = functools.partial(jax.tree.map, lambda leaf: leaf[0])
     tolerance = default_tolerance(kernel, jax.tree.leaves(initial)[0].dtype)
-    return advise(dynamics, one(initial), one(tape), starts=starts, num_steps=num_samples,
-                  num_chains=num_chains, tolerance=tolerance,
-                  machine=default_machine(jax.default_backend()).shared(groups))
+    return advise(
+        dynamics,
+        one(initial),
+        one(tape),
+        starts=starts,
+        num_steps=num_samples,
+        num_chains=num_chains,
+        tolerance=tolerance,
+        machine=default_machine(jax.default_backend()).shared(groups),
+    )
 
 
 def pilot_advice(kernel: Kernel, pool: PyTree, keys: Key, num_samples: int) -> Advice:
@@ -169,7 +226,9 @@ def pool_starts(pool: PyTree, num_chains: int) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[np.arange(num_chains) % count], pool)
 
 
-def default_solver(num_chains: int = 1, num_samples: int = DEFAULT_STRETCH, groups: int = 1) -> Solver:
+def default_solver(
+    num_chains: int = 1, num_samples: int = DEFAULT_STRETCH, groups: int = 1
+) -> Solver:
     """Shooting, the lanes of the device shared by all chains: near one evaluation per draw where chains forget.
 
     Segments are a multiple of four steps long, so that kernels with a counter are at the same point of it in all lanes.
@@ -189,6 +248,8 @@ def default_tolerance(kernel: Kernel, dtype: Any) -> Tolerance:
 
     What is left to the certificate's bound is for conditioning: an error of one step reaches the next ones.
     """
-    unit = np.minimum(1.0, np.min(np.asarray(1.0 if kernel.noise_scale is None else kernel.noise_scale)))
+    unit = np.minimum(
+        1.0, np.min(np.asarray(1.0 if kernel.noise_scale is None else kernel.noise_scale))
+    )
     size = 1e-11 if jnp.dtype(dtype) == jnp.float64 else 1e-5
     return Tolerance(relative=0.25 * size, absolute=np.asarray(size * unit, dtype))

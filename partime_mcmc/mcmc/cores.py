@@ -53,15 +53,41 @@ def num_groups(num_chains: int, dynamics: Dynamics) -> int:
     if jax.default_backend() != "cpu" or num_chains == 1 or any(map(_calls_library, parts)):
         return 1
     cores = num_cores()
-    divisors = [count for count in range(1, min(num_chains, _MOST_PER_CORE * cores) + 1) if num_chains % count == 0]
+    divisors = [
+        count
+        for count in range(1, min(num_chains, _MOST_PER_CORE * cores) + 1)
+        if num_chains % count == 0
+    ]
     return min(divisors, key=lambda count: math.ceil(count / cores) * num_chains / count, default=1)
 
 
 # Operations that become calls of a library on a CPU: by these chains are cut or not. What may run side by side is read from
 # the compiled program.
-_LIBRARY = {"cholesky", "cholesky_update", "triangular_solve", "lu", "lu_pivots_to_permutation", "eig", "eigh", "svd", "qr",
-            "geqrf", "geqp3", "householder_product", "schur", "hessenberg", "tridiagonal", "tridiagonal_solve", "fft",
-            "conv_general_dilated", "ffi_call", "pure_callback", "io_callback", "debug_callback", "debug_print"}
+_LIBRARY = {
+    "cholesky",
+    "cholesky_update",
+    "triangular_solve",
+    "lu",
+    "lu_pivots_to_permutation",
+    "eig",
+    "eigh",
+    "svd",
+    "qr",
+    "geqrf",
+    "geqp3",
+    "householder_product",
+    "schur",
+    "hessenberg",
+    "tridiagonal",
+    "tridiagonal_solve",
+    "fft",
+    "conv_general_dilated",
+    "ffi_call",
+    "pure_callback",
+    "io_callback",
+    "debug_callback",
+    "debug_print",
+}
 _LIBRARY_COMPILED = re.compile(r"\b(custom-call|fft|convolution)\(")
 
 
@@ -79,7 +105,7 @@ def _overlaps(program: jax.stages.Compiled) -> bool:
 def first_group(num_chains: int, dynamics: Dynamics, tree: PyTree) -> tuple[int, PyTree]:
     """The number of groups, and of leaves `(C, ...)` what belongs to the first of them; arguments as for `num_groups`."""
     count = num_groups(num_chains, dynamics)
-    return count, jax.tree.map(lambda leaf: leaf[:num_chains // count], tree)
+    return count, jax.tree.map(lambda leaf: leaf[: num_chains // count], tree)
 
 
 def cut(tree: PyTree, count: int) -> list[PyTree]:
@@ -96,7 +122,7 @@ def joined(groups: list[PyTree]) -> PyTree:
 def _cut(tree, count):
     def part(leaf, number):
         size = leaf.shape[0] // count
-        return leaf[number * size:(number + 1) * size]
+        return leaf[number * size : (number + 1) * size]
 
     return [jax.tree.map(functools.partial(part, number=number), tree) for number in range(count)]
 
@@ -106,7 +132,9 @@ def _joined(groups):
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *groups)
 
 
-def run_groups(function: Callable, shared: tuple, groups: list[tuple], *, clock: Clock, what: str = "run") -> list[PyTree]:
+def run_groups(
+    function: Callable, shared: tuple, groups: list[tuple], *, clock: Clock, what: str = "run"
+) -> list[PyTree]:
     """`function(*shared, *group)` for every group, side by side.
 
     Args:
@@ -120,8 +148,10 @@ def run_groups(function: Callable, shared: tuple, groups: list[tuple], *, clock:
         The results, ready, in order. An error in one group is raised once all that have begun have ended.
     """
     # Threads do not inherit settings such as the width of numbers, so nothing may be left for them to convert.
-    shared, groups = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(np.asarray(leaf)),
-                                  (shared, groups))
+    shared, groups = jax.tree.map(
+        lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(np.asarray(leaf)),
+        (shared, groups),
+    )
     program = compiled(function, *shared, *groups[0], clock=clock)
 
     def run(group):
@@ -132,14 +162,17 @@ def run_groups(function: Callable, shared: tuple, groups: list[tuple], *, clock:
             return [run(group) for group in groups]
         with concurrent.futures.ThreadPoolExecutor(min(len(groups), num_cores())) as threads:
             try:
-                return [future.result() for future in [threads.submit(run, group) for group in groups]]
+                return [
+                    future.result() for future in [threads.submit(run, group) for group in groups]
+                ]
             except BaseException:
                 threads.shutdown(cancel_futures=True)
                 raise
 
 
-def run_explicit_groups(function: Callable, params: PyTree, groups: list[tuple], *, clock: Clock,
-                        what: str = "run") -> list[PyTree]:
+def run_explicit_groups(
+    function: Callable, params: PyTree, groups: list[tuple], *, clock: Clock, what: str = "run"
+) -> list[PyTree]:
     """`function(params, *group)` as `run_groups`, for functions that capture arrays: these become arguments."""
     with clock.measure("compile"):
         function, params = explicit(function, params, *groups[0])

@@ -53,8 +53,10 @@ def fixed_dice(kernel: Kernel | Builder | Warmup, dice: Dice) -> Builder:
     """
     check_dice(dice)
     if isinstance(kernel, (Kernel, Warmup)) or not takes_dice(kernel):
-        raise TypeError(f"dice: got {dice!r} with {kind(kernel)}, wanted a builder that takes dice (mala, hmc, random_walk): the dice "
-                        "of other kernels are fixed")
+        raise TypeError(
+            f"dice: got {dice!r} with {kind(kernel)}, wanted a builder that takes dice (mala, hmc, random_walk): the dice "
+            "of other kernels are fixed"
+        )
     return with_dice(kernel, dice)
 
 
@@ -72,12 +74,16 @@ def sooner(warmup: Warmup, tolerance: Tolerance, key: Key) -> Warmup:
     plain = warmup.kernel
     if not isinstance(plain, Tuned) or not takes_dice(plain.family.builder):
         return warmup
-    family = dataclasses.replace(plain.family, builder=with_dice(plain.family.builder, CoalescingDice()), counts=())
+    family = dataclasses.replace(
+        plain.family, builder=with_dice(plain.family.builder, CoalescingDice()), counts=()
+    )
     other = tuned_kernel(family, plain.numbers.data, warmup.whitening, warmup.settings)
     medians = [_median_meeting(kernel, warmup, tolerance, key) for kernel in (plain, other)]
     said = ["never" if np.isinf(median) else f"after {median:.0f} steps" for median in medians]
     if medians[1] < medians[0]:
-        note = f"Coalescing dice: pilot pairs met {said[1]} in the median, with plain dice {said[0]}."
+        note = (
+            f"Coalescing dice: pilot pairs met {said[1]} in the median, with plain dice {said[0]}."
+        )
         return dataclasses.replace(warmup, kernel=other, notes=(*warmup.notes, note))
     note = f"Plain dice: pilot pairs met {said[0]} in the median, with coalescing dice {said[1]}."
     return dataclasses.replace(warmup, notes=(*warmup.notes, note))
@@ -94,7 +100,12 @@ def _median_meeting(kernel: Kernel, warmup: Warmup, tolerance: Tolerance, key: K
     """Steps until pairs of the warm-up's draws meet, in the median; infinity if most do not."""
     keys, count = jax.random.split(key, _NUM_PAIRS), jax.tree.leaves(warmup.pool)[0].shape[0]
     first = np.arange(_NUM_PAIRS) % count
-    pairs = [jax.tree.map(lambda leaf: leaf[index % count], warmup.pool) for index in (first, first + count // 2)]
-    (dynamics, starts, tapes, _), (_, others, _, _) = (throw(kernel, positions, keys, _HORIZON) for positions in pairs)
+    pairs = [
+        jax.tree.map(lambda leaf: leaf[index % count], warmup.pool)
+        for index in (first, first + count // 2)
+    ]
+    (dynamics, starts, tapes, _), (_, others, _, _) = (
+        throw(kernel, positions, keys, _HORIZON) for positions in pairs
+    )
     found = meeting_times(dynamics, starts, others, tapes, tolerance=tolerance)
     return float(np.median(np.where(np.asarray(found.met), np.asarray(found.steps), np.inf)))

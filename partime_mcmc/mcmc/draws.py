@@ -63,9 +63,11 @@ class RunReport:
 
     def __str__(self) -> str:
         verdicts = ", ".join(sorted({status.name for status in self.status}))
-        return (f"{verdicts}; {self.seconds_run:.3f} s ({self.seconds_compile:.1f} s compilation apart), "
-                f"{self.evaluations_per_sample:.2f} evaluations and {self.jvps_per_sample:.2f} JVPs per draw, depth "
-                f"{self.depth}, {int(self.iterations.max())} iterations over all stretches, {len(self.fallbacks)} fallbacks")
+        return (
+            f"{verdicts}; {self.seconds_run:.3f} s ({self.seconds_compile:.1f} s compilation apart), "
+            f"{self.evaluations_per_sample:.2f} evaluations and {self.jvps_per_sample:.2f} JVPs per draw, depth "
+            f"{self.depth}, {int(self.iterations.max())} iterations over all stretches, {len(self.fallbacks)} fallbacks"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,5 +135,6 @@ class Draws:
                     f"NOT CERTIFIED: chain {chain}: the largest residual is "
                     f"{float(np.asarray(self.certificate.max_residual)[chain]):.3g} noise units at step "
                     f"{int(np.asarray(self.certificate.worst_step)[chain])}, wanted at most "
-                    f"{float(np.asarray(self.certificate.tolerance)[chain]):.1g}; use float64 or a smaller tolerance")
+                    f"{float(np.asarray(self.certificate.tolerance)[chain]):.1g}; use float64 or a smaller tolerance"
+                )
         return self

@@ -74,7 +74,9 @@ class Tuned(Kernel):
     def dynamics(self) -> Dynamics:
         """As `Kernel.dynamics`, with the numbers as parameters."""
         part = functools.partial(_Part, self.family)
-        memo = Memo(part("_enter_memo"), part("_advance_memo"), part("_leave_memo"), (self.numbers,) * 3)
+        memo = Memo(
+            part("_enter_memo"), part("_advance_memo"), part("_leave_memo"), (self.numbers,) * 3
+        )
         return Dynamics(part("_step_carry"), self.numbers, memo)
 
     def recording(self) -> Dynamics:
@@ -83,7 +85,9 @@ class Tuned(Kernel):
         return dataclasses.replace(self.dynamics(), memo=Memo(*parts, (self.numbers,) * 3, noted))
 
 
-def tuned_kernel(family: Family, data: PyTree, whitening: Whitening, settings: dict[str, Any]) -> Tuned:
+def tuned_kernel(
+    family: Family, data: PyTree, whitening: Whitening, settings: dict[str, Any]
+) -> Tuned:
     """The kernel of a family with the settings that warm-up chose.
 
     Args:
@@ -92,9 +96,13 @@ def tuned_kernel(family: Family, data: PyTree, whitening: Whitening, settings: d
         whitening: The coordinates.
         settings: By the builder's argument names; integers fix the program, other numbers do not.
     """
-    counts = tuple(sorted((name, value) for name, value in settings.items() if isinstance(value, int)))
+    counts = tuple(
+        sorted((name, value) for name, value in settings.items() if isinstance(value, int))
+    )
     sizes = {
-        name: jnp.asarray(value, whitening.center.dtype) for name, value in settings.items() if not isinstance(value, int)
+        name: jnp.asarray(value, whitening.center.dtype)
+        for name, value in settings.items()
+        if not isinstance(value, int)
     }
     family = dataclasses.replace(family, counts=counts)
     numbers = Numbers(data, whitening, sizes)
@@ -130,7 +138,9 @@ class _Alone(Named):
     def __init__(self, kernel: Kernel):
         unit = None if kernel.noise_scale is None else np.asarray(kernel.noise_scale)
         told = None if unit is None else (unit.dtype.str, unit.shape, unit.tobytes())
-        super().__init__(kernel.algorithm.init, kernel.algorithm.step, kernel.enter, kernel.leave, told)
+        super().__init__(
+            kernel.algorithm.init, kernel.algorithm.step, kernel.enter, kernel.leave, told
+        )
         self._kernel = kernel
 
     def kernel(self, numbers: None) -> Kernel:

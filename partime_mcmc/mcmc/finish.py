@@ -29,7 +29,9 @@ from partime_mcmc.solution import Status
 from partime_mcmc.types import PyTree
 
 
-def finish(target: Target, kernel: Kernel, chains: Chains, warmup: Warmup | None, plan: dict[str, Any]) -> Draws:
+def finish(
+    target: Target, kernel: Kernel, chains: Chains, warmup: Warmup | None, plan: dict[str, Any]
+) -> Draws:
     """Certify and describe chains.
 
     Args:
@@ -46,19 +48,39 @@ def finish(target: Target, kernel: Kernel, chains: Chains, warmup: Warmup | None
         judge = _Judge(family)
     else:
         judge, paths = _Read(family), [*paths, chains.notes, chains.defects]
-    found = joined(run_explicit_groups(judge, numbers, list(zip(*paths)), clock=clock, what="certify"))
+    found = joined(
+        run_explicit_groups(judge, numbers, list(zip(*paths)), clock=clock, what="certify")
+    )
     certificate, records, last, positions = found
     constrained = constrained_values(target, positions, clock)
     shape = certificate.residual.shape
     info = said_by(records, shape) | {"residual": certificate.residual}
-    report = run_report(chains.books, certificate, clock, jax.tree.leaves(chains.carries)[0].dtype, device())
-    return Draws(positions, constrained, info, certificate, report, plan, warmup,
-                 dict(target.dims) if target.dims else None, tuple(target.names) if target.names else None,
-                 chains.advice, _end(chains, last))
+    report = run_report(
+        chains.books, certificate, clock, jax.tree.leaves(chains.carries)[0].dtype, device()
+    )
+    return Draws(
+        positions,
+        constrained,
+        info,
+        certificate,
+        report,
+        plan,
+        warmup,
+        dict(target.dims) if target.dims else None,
+        tuple(target.names) if target.names else None,
+        chains.advice,
+        _end(chains, last),
+    )
 
 
-def run_report(books: Books, certificate: Certificate, clock: Clock, dtype: Any, where: str,
-               by_part: tuple[float, ...] = ()) -> RunReport:
+def run_report(
+    books: Books,
+    certificate: Certificate,
+    clock: Clock,
+    dtype: Any,
+    where: str,
+    by_part: tuple[float, ...] = (),
+) -> RunReport:
     """How a run went.
 
     Args:
@@ -70,12 +92,33 @@ def run_report(books: Books, certificate: Certificate, clock: Clock, dtype: Any,
         by_part: Evaluations per draw of each device, where there are several.
     """
     # A path that is not certified is not known to stand still: its own verdict comes first.
-    frozen, seconds = np.asarray(certificate.frozen) & np.asarray(certificate.certified), clock.seconds
-    status = tuple(Status.FROZEN if frozen[c] and one == Status.CONVERGED else one for c, one in enumerate(books.status))
+    frozen, seconds = (
+        np.asarray(certificate.frozen) & np.asarray(certificate.certified),
+        clock.seconds,
+    )
+    status = tuple(
+        Status.FROZEN if frozen[c] and one == Status.CONVERGED else one
+        for c, one in enumerate(books.status)
+    )
     return RunReport(
-        status, books.iterations, books.evaluations_per_sample, books.jvps_per_sample, int(books.depth.max()),
-        tuple(books.fallbacks), books.num_sequential, books.history, seconds["advise"], seconds["compile"],
-        seconds["run"], seconds["certify"], str(dtype), where, versions(), by_part, books.interrupted)
+        status,
+        books.iterations,
+        books.evaluations_per_sample,
+        books.jvps_per_sample,
+        int(books.depth.max()),
+        tuple(books.fallbacks),
+        books.num_sequential,
+        books.history,
+        seconds["advise"],
+        seconds["compile"],
+        seconds["run"],
+        seconds["certify"],
+        str(dtype),
+        where,
+        versions(),
+        by_part,
+        books.interrupted,
+    )
 
 
 def _end(chains: Chains, last: PyTree) -> End:
@@ -84,7 +127,9 @@ def _end(chains: Chains, last: PyTree) -> End:
 
 
 def _last(carries: PyTree, initial: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf, first: leaf[:, -1] if leaf.shape[1] else first, carries, initial)
+    return jax.tree.map(
+        lambda leaf, first: leaf[:, -1] if leaf.shape[1] else first, carries, initial
+    )
 
 
 class _Judge(Named):
@@ -94,7 +139,12 @@ class _Judge(Named):
     def __call__(self, numbers, initial, carries, tape):
         kernel = self.parts[0].kernel(numbers)
         certificate, records, still = certify_held(kernel, initial, carries, tape)
-        return certificate, records, _last(still, initial), jax.vmap(jax.vmap(kernel.position))(still)
+        return (
+            certificate,
+            records,
+            _last(still, initial),
+            jax.vmap(jax.vmap(kernel.position))(still),
+        )
 
 
 class _Read(Named):
@@ -102,8 +152,15 @@ class _Read(Named):
 
     def __call__(self, numbers, initial, carries, tape, notes, defects):
         kernel = self.parts[0].kernel(numbers)
-        certificate, records = jax.vmap(functools.partial(certify_recorded, kernel))(initial, carries, tape, notes, defects)
-        return certificate, records, _last(carries, initial), jax.vmap(jax.vmap(kernel.position))(carries)
+        certificate, records = jax.vmap(functools.partial(certify_recorded, kernel))(
+            initial, carries, tape, notes, defects
+        )
+        return (
+            certificate,
+            records,
+            _last(carries, initial),
+            jax.vmap(jax.vmap(kernel.position))(carries),
+        )
 
 
 class _Constrain(Named):
@@ -117,7 +174,9 @@ class _Constrain(Named):
 def constrained_values(target: Target, positions: PyTree, clock: Clock) -> dict:
     """Named values in the model's space of positions `(C, T, ...)`."""
     if target.constrain is not None:
-        return dict(run_explicit(_Constrain(target.constrain), None, positions, clock=clock, what="certify"))
+        return dict(
+            run_explicit(_Constrain(target.constrain), None, positions, clock=clock, what="certify")
+        )
     if isinstance(positions, dict):
         return dict(positions)
     leaves = jax.tree_util.tree_leaves_with_path(positions)

@@ -46,7 +46,7 @@ def say(data: bytes, host: int = 0) -> bytes:
     if not size:
         return b""
     mine = np.zeros(size, np.uint8)
-    mine[:min(size, len(data))] = np.frombuffer(data[:size], np.uint8)
+    mine[: min(size, len(data))] = np.frombuffer(data[:size], np.uint8)
     return np.asarray(multihost_utils.broadcast_one_to_all(mine, source), np.uint8).tobytes()
 
 
@@ -54,13 +54,16 @@ def say_end(end: End, first: int, last: int) -> tuple[End, int, int]:
     """Where the chains stand, at which step the store began and at which the run ends, as the first host knows it."""
     # A limit of 0 steps at once stands for none.
     counts = np.array([end.num_steps, end.failed_running, end.stretch or 0, first, last], np.int32)
-    carries, discrete, counts = multihost_utils.broadcast_one_to_all((end.carries, end.discrete, counts))
+    carries, discrete, counts = multihost_utils.broadcast_one_to_all(
+        (end.carries, end.discrete, counts)
+    )
     steps, failed, stretch, first, last = (int(count) for count in counts)
     return End(carries, discrete, steps, failed, stretch or None), first, last
 
 
-def take_up(data: bytes, target: Target, given: Kernel | Builder | Warmup, example: PyTree,
-            path: Any) -> tuple[Start, Kernel, End]:
+def take_up(
+    data: bytes, target: Target, given: Kernel | Builder | Warmup, example: PyTree, path: Any
+) -> tuple[Start, Kernel, End]:
     """The start of a stored run, its kernel, and where its chains begin.
 
     Args:
@@ -76,21 +79,49 @@ def take_up(data: bytes, target: Target, given: Kernel | Builder | Warmup, examp
     start = Start.read(data)
     kernel = start.kernel(target, given, example)
     end = start.end(kernel, example)
-    require_same(start.settled.program, program_of(recurrence(kernel, None, start.keys(), end, Clock()), kernel), str(path))
+    require_same(
+        start.settled.program,
+        program_of(recurrence(kernel, None, start.keys(), end, Clock()), kernel),
+        str(path),
+    )
     return start, kernel, end
 
 
-def course_of(start: Start, target: Target, kernel: Kernel, num_samples: int, max_iterations: int | None, key: list[int],
-              mesh: Mesh | None) -> Course:
+def course_of(
+    start: Start,
+    target: Target,
+    kernel: Kernel,
+    num_samples: int,
+    max_iterations: int | None,
+    key: list[int],
+    mesh: Mesh | None,
+) -> Course:
     """What is to be run, as the start has it; arguments as for `take_up` and `follow`."""
     settled = start.settled
-    return Course(target, kernel, start.keys(), num_samples, settled.tolerance, max_iterations,
-                  lambda *_: (settled.solver, settled.schedule, None), None, {"key": key}, mesh, settled.certificate,
-                  groups=settled.groups)
+    return Course(
+        target,
+        kernel,
+        start.keys(),
+        num_samples,
+        settled.tolerance,
+        max_iterations,
+        lambda *_: (settled.solver, settled.schedule, None),
+        None,
+        {"key": key},
+        mesh,
+        settled.certificate,
+        groups=settled.groups,
+    )
 
 
-def follow(store: Any, run: dict[str, Any], target: Target, given: Kernel | Builder | Warmup, max_iterations: int | None,
-           mesh: Mesh) -> None:
+def follow(
+    store: Any,
+    run: dict[str, Any],
+    target: Target,
+    given: Kernel | Builder | Warmup,
+    max_iterations: int | None,
+    mesh: Mesh,
+) -> None:
     """Work on a stored run with the first host until it is done.
 
     Args:
@@ -108,7 +139,9 @@ def follow(store: Any, run: dict[str, Any], target: Target, given: Kernel | Buil
         start, kernel, end = take_up(data, target, given, example_of(target), store.path)
         end, first, last = say_end(end, 0, 0)
         shelf = Shelf(Folder(store.path), store.format, store.folds, run, start.settled, first)
-        course = course_of(start, target, kernel, run["num_samples"], max_iterations, run["key"], mesh)
+        course = course_of(
+            start, target, kernel, run["num_samples"], max_iterations, run["key"], mesh
+        )
         writers.follow(shelf, course, end, last)
     meet()
 

@@ -54,14 +54,19 @@ class Histogram:
         centre, sd = np.zeros(x.shape[0]), np.ones(x.shape[0])
         known = ~np.isnan(finite).all(axis=1)
         if known.any():
-            centre[known], sd[known] = np.nanmean(finite[known], axis=1), np.nanstd(finite[known], axis=1)
+            centre[known], sd[known] = (
+                np.nanmean(finite[known], axis=1),
+                np.nanstd(finite[known], axis=1),
+            )
         return cls.about(centre, sd)
 
     @classmethod
     def about(cls, centre: np.ndarray, sd: np.ndarray) -> Histogram:
         """An empty histogram with bins that suit draws of this mean and standard deviation, each `(D,)`."""
         # Draws that are all one value, up to rounding, say nothing of a scale.
-        sd = np.where(np.isfinite(sd) & (sd > 1e-12 * np.abs(centre)), sd, np.maximum(np.abs(centre), 1.0))
+        sd = np.where(
+            np.isfinite(sd) & (sd > 1e-12 * np.abs(centre)), sd, np.maximum(np.abs(centre), 1.0)
+        )
         octave = np.clip(np.frexp(sd)[1] - 1, _FINEST, _COARSEST).astype(np.int64)
         return cls(centre, octave, _HALF, np.zeros((len(centre), 0), np.int64))
 
@@ -70,27 +75,38 @@ class Histogram:
         apart."""
         if not x.size:
             return self
-        pieces = [np.bincount(self._bins(row, coordinate), minlength=2 * _HALF) for coordinate, row in enumerate(x)]
+        pieces = [
+            np.bincount(self._bins(row, coordinate), minlength=2 * _HALF)
+            for coordinate, row in enumerate(x)
+        ]
         used = np.flatnonzero(sum((piece > 0).astype(np.int64) for piece in pieces))
         first, stop = int(used[0]), int(used[-1]) + 1
         if self.counts.shape[1]:
             first, stop = min(first, self.first), max(stop, self.first + self.counts.shape[1])
         counts = np.stack([piece[first:stop] for piece in pieces])
-        counts[:, self.first - first:self.first - first + self.counts.shape[1]] += self.counts
+        counts[:, self.first - first : self.first - first + self.counts.shape[1]] += self.counts
         return Histogram(self.centre, self.octave, first, counts)
 
     def together(self, first: int, counts: np.ndarray) -> Histogram:
         """The histogram with the draws of another one about the same centres, which has `first` and `counts`."""
         if not counts.shape[1] or not self.counts.shape[1]:
-            return self if not counts.shape[1] else dataclasses.replace(self, first=first, counts=counts)
+            return (
+                self
+                if not counts.shape[1]
+                else dataclasses.replace(self, first=first, counts=counts)
+            )
         low = min(first, self.first)
-        found = np.zeros((len(counts), max(first + counts.shape[1], self.first + self.counts.shape[1]) - low), np.int64)
+        found = np.zeros(
+            (len(counts), max(first + counts.shape[1], self.first + self.counts.shape[1]) - low),
+            np.int64,
+        )
         for start, some in ((self.first, self.counts), (first, counts)):
-            found[:, start - low:start - low + some.shape[1]] += some
+            found[:, start - low : start - low + some.shape[1]] += some
         return dataclasses.replace(self, first=low, counts=found)
 
-    def quantiles(self, probabilities: np.ndarray, smallest: np.ndarray, largest: np.ndarray
-                  ) -> tuple[np.ndarray, np.ndarray]:
+    def quantiles(
+        self, probabilities: np.ndarray, smallest: np.ndarray, largest: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Quantiles and what their ranks may be wrong by.
 
         Args:
@@ -113,24 +129,40 @@ class Histogram:
             before = np.concatenate([[0], np.cumsum(counts)])
             bins = np.clip(np.searchsorted(before, rank, side="right") - 1, 0, counts.size - 1)
             lower, upper = self._edges(j, bins + self.first)
-            lower, upper = np.clip(lower, smallest[j], largest[j]), np.clip(upper, smallest[j], largest[j])
+            lower, upper = (
+                np.clip(lower, smallest[j], largest[j]),
+                np.clip(upper, smallest[j], largest[j]),
+            )
             inside = (rank - before[bins] + 0.5) / np.maximum(counts[bins], 1)
             with np.errstate(invalid="ignore"):
                 middle = lower + np.minimum(inside, 1.0) * (upper - lower)
-            middle = np.where(rank <= 0, smallest[j], np.where(rank >= total - 1, largest[j], middle))
-            values[j] = np.where(np.isfinite(middle), middle, np.where(np.isfinite(lower), upper, lower))
+            middle = np.where(
+                rank <= 0, smallest[j], np.where(rank >= total - 1, largest[j], middle)
+            )
+            values[j] = np.where(
+                np.isfinite(middle), middle, np.where(np.isfinite(lower), upper, lower)
+            )
             errors[j] = np.where(lower == upper, 0.0, counts[bins] / total)
         return values, errors
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """What `from_arrays` takes."""
-        return {"centre": self.centre, "octave": self.octave, "first": np.asarray(self.first), "counts": self.counts}
+        return {
+            "centre": self.centre,
+            "octave": self.octave,
+            "first": np.asarray(self.first),
+            "counts": self.counts,
+        }
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Histogram:
         """The histogram that gave these arrays."""
-        return cls(np.asarray(arrays["centre"], np.float64), np.asarray(arrays["octave"], np.int64), int(arrays["first"]),
-                   np.asarray(arrays["counts"], np.int64))
+        return cls(
+            np.asarray(arrays["centre"], np.float64),
+            np.asarray(arrays["octave"], np.int64),
+            int(arrays["first"]),
+            np.asarray(arrays["counts"], np.int64),
+        )
 
     def _bins(self, x: np.ndarray, coordinate: int) -> np.ndarray:
         with np.errstate(over="ignore", invalid="ignore"):
@@ -151,7 +183,11 @@ class Histogram:
         """Ends of bins, the outermost ones infinite, those at the centre touching it."""
         right = bins >= _HALF
         i = np.where(right, bins - _HALF, _HALF - 1 - bins)
-        near, far = (((i + step + self._lowest(coordinate)) << _SHIFT).view(np.float64) for step in (0, 1))
+        near, far = (
+            ((i + step + self._lowest(coordinate)) << _SHIFT).view(np.float64) for step in (0, 1)
+        )
         near, far = np.where(i == 0, 0.0, near), np.where(i == _HALF - 1, np.inf, far)
         centre = self.centre[coordinate]
-        return np.where(right, centre + near, centre - far), np.where(right, centre + far, centre - near)
+        return np.where(right, centre + near, centre - far), np.where(
+            right, centre + far, centre - near
+        )

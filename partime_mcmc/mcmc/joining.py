@@ -31,7 +31,9 @@ def join_certificates(first: Certificate, then: Certificate) -> Certificate:
         then: Of the later one.
     """
     a, b = (jax.tree.map(np.asarray, one) for one in (first, then))
-    worse = ~(b.max_residual <= a.max_residual) & ~np.isnan(a.max_residual)  # NaN is worse than any number
+    worse = ~(b.max_residual <= a.max_residual) & ~np.isnan(
+        a.max_residual
+    )  # NaN is worse than any number
     steps = a.num_steps + b.num_steps
     still = (a.longest_rejection == a.num_steps) & (b.longest_rejection == b.num_steps)
 
@@ -41,16 +43,26 @@ def join_certificates(first: Certificate, then: Certificate) -> Certificate:
         return np.where((one < 0) | (other < 0), -1, one.astype(np.int64) + other)
 
     return Certificate(
-        certified=a.certified & b.certified, max_residual=np.where(worse, b.max_residual, a.max_residual),
-        worst_step=np.where(worse, a.num_steps + b.worst_step, a.worst_step), tolerance=np.maximum(a.tolerance, b.tolerance),
-        num_steps=steps, finite=a.finite & b.finite, frozen=still & (steps >= FEWEST_TO_FREEZE),
-        num_rejected=total("num_rejected"), longest_rejection=np.where(still, steps, np.maximum(
-            a.longest_rejection, b.longest_rejection)),
-        num_nonfinite_proposals=total("num_nonfinite_proposals"), num_ambiguous=_close_calls(a, b, total("num_ambiguous")),
+        certified=a.certified & b.certified,
+        max_residual=np.where(worse, b.max_residual, a.max_residual),
+        worst_step=np.where(worse, a.num_steps + b.worst_step, a.worst_step),
+        tolerance=np.maximum(a.tolerance, b.tolerance),
+        num_steps=steps,
+        finite=a.finite & b.finite,
+        frozen=still & (steps >= FEWEST_TO_FREEZE),
+        num_rejected=total("num_rejected"),
+        longest_rejection=np.where(
+            still, steps, np.maximum(a.longest_rejection, b.longest_rejection)
+        ),
+        num_nonfinite_proposals=total("num_nonfinite_proposals"),
+        num_ambiguous=_close_calls(a, b, total("num_ambiguous")),
         min_margin=np.fmin(a.min_margin, b.min_margin),
         min_lattice_margin=np.fmin(a.min_lattice_margin, b.min_lattice_margin),
-        discrete_consistent=a.discrete_consistent & b.discrete_consistent, independent=a.independent & b.independent,
-        accepted=np.concatenate([a.accepted, b.accepted], axis=1), residual=np.concatenate([a.residual, b.residual], axis=1))
+        discrete_consistent=a.discrete_consistent & b.discrete_consistent,
+        independent=a.independent & b.independent,
+        accepted=np.concatenate([a.accepted, b.accepted], axis=1),
+        residual=np.concatenate([a.residual, b.residual], axis=1),
+    )
 
 
 def _close_calls(a: Certificate, b: Certificate, both: np.ndarray) -> np.ndarray:
@@ -62,12 +74,18 @@ def _close_calls(a: Certificate, b: Certificate, both: np.ndarray) -> np.ndarray
 def without_steps(certificate: Certificate) -> Certificate:
     """The certificate on the host without what it says of each step: `accepted` and `residual` have shape `(C, 0)`."""
     certificate = jax.tree.map(np.asarray, certificate)
-    return dataclasses.replace(certificate, accepted=certificate.accepted[:, :0], residual=certificate.residual[:, :0],
-                               num_steps=certificate.num_steps.astype(np.int64),
-                               worst_step=certificate.worst_step.astype(np.int64))
+    return dataclasses.replace(
+        certificate,
+        accepted=certificate.accepted[:, :0],
+        residual=certificate.residual[:, :0],
+        num_steps=certificate.num_steps.astype(np.int64),
+        worst_step=certificate.worst_step.astype(np.int64),
+    )
 
 
-def join_reports(first: RunReport, then: RunReport, steps: tuple[int, int], certificate: Certificate) -> RunReport:
+def join_reports(
+    first: RunReport, then: RunReport, steps: tuple[int, int], certificate: Certificate
+) -> RunReport:
     """The report of two consecutive stretches.
 
     Args:
@@ -78,19 +96,47 @@ def join_reports(first: RunReport, then: RunReport, steps: tuple[int, int], cert
     """
     share, frozen = steps[1] / max(sum(steps), 1), certificate.frozen & certificate.certified
     # Whether a chain stands still throughout is for the certificate of both to say.
-    moving = [[Status.CONVERGED if one == Status.FROZEN else one for one in report.status] for report in (first, then)]
-    status = tuple(Status.FROZEN if still and s == Status.CONVERGED else s for still, s in zip(
-        frozen, [b if a == Status.CONVERGED else a for a, b in zip(*moving)]))
+    moving = [
+        [Status.CONVERGED if one == Status.FROZEN else one for one in report.status]
+        for report in (first, then)
+    ]
+    status = tuple(
+        Status.FROZEN if still and s == Status.CONVERGED else s
+        for still, s in zip(frozen, [b if a == Status.CONVERGED else a for a, b in zip(*moving)])
+    )
     said = (*first.fallbacks, *then.fallbacks)
     if len(said) > _MOST_SENTENCES:
-        said = (*said[:_MOST_SENTENCES - 1], "... and more: num_sequential counts all steps that were finished sequentially")
-    summed = {name: getattr(first, name) + getattr(then, name) for name in (
-        "iterations", "depth", "num_sequential", "seconds_advise", "seconds_compile", "seconds_run", "seconds_certify")}
-    parts = tuple(_between(a, b, share) for a, b in zip(first.evaluations_by_part, then.evaluations_by_part))
+        said = (
+            *said[: _MOST_SENTENCES - 1],
+            "... and more: num_sequential counts all steps that were finished sequentially",
+        )
+    summed = {
+        name: getattr(first, name) + getattr(then, name)
+        for name in (
+            "iterations",
+            "depth",
+            "num_sequential",
+            "seconds_advise",
+            "seconds_compile",
+            "seconds_run",
+            "seconds_certify",
+        )
+    }
+    parts = tuple(
+        _between(a, b, share) for a, b in zip(first.evaluations_by_part, then.evaluations_by_part)
+    )
     return dataclasses.replace(
-        first, status=status, fallbacks=said, evaluations_by_part=parts, interrupted=then.interrupted,
-        evaluations_per_sample=_between(first.evaluations_per_sample, then.evaluations_per_sample, share),
-        jvps_per_sample=_between(first.jvps_per_sample, then.jvps_per_sample, share), **summed)
+        first,
+        status=status,
+        fallbacks=said,
+        evaluations_by_part=parts,
+        interrupted=then.interrupted,
+        evaluations_per_sample=_between(
+            first.evaluations_per_sample, then.evaluations_per_sample, share
+        ),
+        jvps_per_sample=_between(first.jvps_per_sample, then.jvps_per_sample, share),
+        **summed,
+    )
 
 
 def join_draws(pieces: list[Draws]) -> Draws:
@@ -110,10 +156,15 @@ def join_draws(pieces: list[Draws]) -> Draws:
         return np.concatenate([np.asarray(leaf) for leaf in leaves], axis=1)
 
     return dataclasses.replace(
-        pieces[0], positions=jax.tree.map(joined, *[piece.positions for piece in pieces]),
+        pieces[0],
+        positions=jax.tree.map(joined, *[piece.positions for piece in pieces]),
         constrained=jax.tree.map(joined, *[piece.constrained for piece in pieces]),
-        info=jax.tree.map(joined, *[piece.info for piece in pieces]), certificate=certificate, report=report,
-        plan=pieces[0].plan | {"num_samples": sum(map(_length, pieces))}, end=pieces[-1].end)
+        info=jax.tree.map(joined, *[piece.info for piece in pieces]),
+        certificate=certificate,
+        report=report,
+        plan=pieces[0].plan | {"num_samples": sum(map(_length, pieces))},
+        end=pieces[-1].end,
+    )
 
 
 def combined(steps: dict, parts: dict, num_samples: int) -> Certificate:
@@ -130,21 +181,31 @@ def combined(steps: dict, parts: dict, num_samples: int) -> Certificate:
     # The part with the first of the largest, and how many steps there are before it.
     where = np.arange(len(ranked)), ranked.argmax(axis=1)
     before = np.cumsum(parts["num_steps"], axis=1) - parts["num_steps"]
-    total = lambda name: np.where((parts[name] < 0).all(axis=1), -1, np.maximum(parts[name], 0).sum(axis=1))  # noqa: E731
+    total = lambda name: np.where(
+        (parts[name] < 0).all(axis=1), -1, np.maximum(parts[name], 0).sum(axis=1)
+    )  # noqa: E731
     smallest = {}
     for name in ("min_margin", "min_lattice_margin"):
         known = np.where(np.isnan(parts[name]), np.inf, parts[name]).min(axis=1)
         smallest[name] = np.where(np.isnan(parts[name]).all(axis=1), np.nan, known).astype(dtype)
     longest = _longest_rejection(parts)
     return Certificate(
-        certified=parts["certified"].all(axis=1), max_residual=largest[where],
-        worst_step=(before + parts["worst_step"])[where], tolerance=parts["tolerance"][:, 0],
-        num_steps=np.full(len(ranked), num_samples), finite=parts["finite"].all(axis=1),
-        frozen=(longest == num_samples) & (num_samples >= FEWEST_TO_FREEZE), num_rejected=total("num_rejected"),
-        longest_rejection=longest, num_nonfinite_proposals=parts["num_nonfinite_proposals"].sum(axis=1),
+        certified=parts["certified"].all(axis=1),
+        max_residual=largest[where],
+        worst_step=(before + parts["worst_step"])[where],
+        tolerance=parts["tolerance"][:, 0],
+        num_steps=np.full(len(ranked), num_samples),
+        finite=parts["finite"].all(axis=1),
+        frozen=(longest == num_samples) & (num_samples >= FEWEST_TO_FREEZE),
+        num_rejected=total("num_rejected"),
+        longest_rejection=longest,
+        num_nonfinite_proposals=parts["num_nonfinite_proposals"].sum(axis=1),
         num_ambiguous=total("num_ambiguous"),
-        **smallest, discrete_consistent=parts["discrete_consistent"].all(axis=1),
-        independent=parts["independent"].all(axis=1), **steps)
+        **smallest,
+        discrete_consistent=parts["discrete_consistent"].all(axis=1),
+        independent=parts["independent"].all(axis=1),
+        **steps,
+    )
 
 
 def _longest_rejection(parts: dict) -> np.ndarray:

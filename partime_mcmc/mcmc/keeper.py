@@ -52,8 +52,14 @@ class Shelf:
         """Which of some steps of the store are kept."""
         return kept_steps(start, stop, self.run["thinning"], self.run["num_samples"])
 
-    def groups(self, chains: np.ndarray, kept: np.ndarray, at: np.ndarray, constrained: Mapping[str, np.ndarray],
-               info: Mapping[str, np.ndarray]) -> Groups:
+    def groups(
+        self,
+        chains: np.ndarray,
+        kept: np.ndarray,
+        at: np.ndarray,
+        constrained: Mapping[str, np.ndarray],
+        info: Mapping[str, np.ndarray],
+    ) -> Groups:
         """Kept draws as groups of variables.
 
         Args:
@@ -70,18 +76,38 @@ class Shelf:
             at = slice(int(at[0]), int(at[-1]) + 1, int(at[1] - at[0]))
         coordinates = {"chain": Variable(("chain",), chains), "draw": Variable(("draw",), kept)}
         dims = self.run["dims"] or {}
-        values = {name: _variable(name, value[:, at], dims.get(name, ())) for name, value in constrained.items()}
-        stats = {STAT_NAMES.get(name, name): _variable(name, value[:, at], ()) for name, value in info.items()}
+        values = {
+            name: _variable(name, value[:, at], dims.get(name, ()))
+            for name, value in constrained.items()
+        }
+        stats = {
+            STAT_NAMES.get(name, name): _variable(name, value[:, at], ())
+            for name, value in info.items()
+        }
         return {"posterior": coordinates | values, "sample_stats": coordinates | stats}
 
     def attributes(self, index: int, start: int, stop: int) -> dict[str, str | int | float]:
         """What a file of chunk `index`, which has the steps from `start` to `stop`, says of itself and the run."""
         run = self.run
-        return {"inference_library": "partime_mcmc", "inference_library_version": run["versions"]["partime_mcmc"],
-                "chunk": index, "first_step": start, "last_step": stop - 1, "thinning": run["thinning"],
-                "model": run["model"], "data": run["data"], "kernel": run["kernel"], "key": json.dumps(run["key"]),
-                "num_samples": run["num_samples"], "dtype": run["dtype"], "versions": json.dumps(run["versions"]),
-                **{name: _as_text(getattr(self.settled, name)) for name in ("solver", "schedule", "tolerance", "settings")}}
+        return {
+            "inference_library": "partime_mcmc",
+            "inference_library_version": run["versions"]["partime_mcmc"],
+            "chunk": index,
+            "first_step": start,
+            "last_step": stop - 1,
+            "thinning": run["thinning"],
+            "model": run["model"],
+            "data": run["data"],
+            "kernel": run["kernel"],
+            "key": json.dumps(run["key"]),
+            "num_samples": run["num_samples"],
+            "dtype": run["dtype"],
+            "versions": json.dumps(run["versions"]),
+            **{
+                name: _as_text(getattr(self.settled, name))
+                for name in ("solver", "schedule", "tolerance", "settings")
+            },
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +127,9 @@ class Standing:
     running: Running
 
     @classmethod
-    def after(cls, chunks: list[Chunk], folds: Mapping[str, Fold] | None) -> tuple[Standing, dict[str, np.ndarray]]:
+    def after(
+        cls, chunks: list[Chunk], folds: Mapping[str, Fold] | None
+    ) -> tuple[Standing, dict[str, np.ndarray]]:
         """What the last of some chunks says, and its arrays; before the first chunk there are none."""
         if not chunks:
             return cls(0, 0, None, Running.start(folds)), {}
@@ -127,7 +155,9 @@ class Desk:
 
     def do(self, function: Callable[..., Any], *args: Any) -> None:
         """Have something done, after what was asked for before."""
-        self._pending.append(self._thread.submit(_as_here, bool(jax.config.jax_enable_x64), function, args))
+        self._pending.append(
+            self._thread.submit(_as_here, bool(jax.config.jax_enable_x64), function, args)
+        )
 
     def wait(self, safe: Callable[[], int]) -> list[Any]:
         """Wait until all is done.
@@ -146,8 +176,10 @@ class Desk:
             self._pending = []
             return found
         except OSError as error:
-            said = (f"{error.strerror or error}. {safe():,} draws per chain are safe in {self._folder.path}: make room, and "
-                    "resume(path, target, kernel) goes on from there")
+            said = (
+                f"{error.strerror or error}. {safe():,} draws per chain are safe in {self._folder.path}: make room, and "
+                "resume(path, target, kernel) goes on from there"
+            )
             raise StoreError(error.errno, said) from error
 
     def close(self) -> None:
@@ -193,12 +225,17 @@ class Keeper:
         constrained = {name: np.asarray(value) for name, value in draws.constrained.items()}
         info = {name: np.asarray(value) for name, value in draws.info.items()}
         certificate, (shelf, before) = draws.certificate, (self._shelf, self._standing)
-        info = {"accepted": np.asarray(certificate.accepted), "residual": np.asarray(certificate.residual)} | info
+        info = {
+            "accepted": np.asarray(certificate.accepted),
+            "residual": np.asarray(certificate.residual),
+        } | info
         totals = Totals.of(draws).after(before.totals)
         running = before.running.update(constrained, info)
         stop = draws.end.num_steps - shelf.first
         kept = shelf.kept(before.step, stop)
-        groups = shelf.groups(np.arange(shelf.run["num_chains"]), kept, kept - before.step, constrained, info)
+        groups = shelf.groups(
+            np.arange(shelf.run["num_chains"]), kept, kept - before.step, constrained, info
+        )
         groups["state"] = state_group(draws.end, totals, running)
         data = shelf.format.pack(groups, shelf.attributes(before.index, before.step, stop))
         shelf.folder.write_chunk(before.index, stop, shelf.format.suffix, data)
@@ -218,7 +255,11 @@ _LONGEST = 30_000
 def _as_text(value: Any) -> str:
     """A strategy or settings as JSON, for whoever reads one chunk alone; the run itself goes on from its start."""
     text = codec.to_json(value, "settled")
-    return text if len(text) <= _LONGEST else json.dumps(f"{len(text)} characters, in the store's start")
+    return (
+        text
+        if len(text) <= _LONGEST
+        else json.dumps(f"{len(text)} characters, in the store's start")
+    )
 
 
 def _variable(name: str, values: np.ndarray, dims: Any) -> Variable:

@@ -70,7 +70,9 @@ class DiagonalMetric:
 
     def covariance(self, x: np.ndarray, g: np.ndarray, previous: np.ndarray) -> np.ndarray:
         weight = _weight(x.shape[0] * x.shape[1])
-        return weight * x.reshape(-1, x.shape[-1]).var(axis=0) + (1 - weight) * _as_variances(previous)
+        return weight * x.reshape(-1, x.shape[-1]).var(axis=0) + (1 - weight) * _as_variances(
+            previous
+        )
 
 
 class LowRankMetric:
@@ -87,10 +89,14 @@ class LowRankMetric:
         self.max_rank = max_rank
 
     def fisher(self, x: np.ndarray, g: np.ndarray, previous: np.ndarray) -> np.ndarray:
-        variances = DiagonalMetric().fisher(x, g, np.diag(previous) if previous.ndim == 2 else previous)
+        variances = DiagonalMetric().fisher(
+            x, g, np.diag(previous) if previous.ndim == 2 else previous
+        )
         unit = np.sqrt(variances)
         x, g = _deviations(x) / unit, _deviations(g) * unit
-        basis = np.concatenate([np.linalg.svd(part, full_matrices=False)[2][: self.max_rank] for part in (x, g)])
+        basis = np.concatenate(
+            [np.linalg.svd(part, full_matrices=False)[2][: self.max_rank] for part in (x, g)]
+        )
         basis = np.linalg.qr(basis.T)[0]
         eye, weight = np.eye(basis.shape[1]), _weight(len(x))
         spread = weight * _second_moment(x @ basis) + (1 - weight) * eye
@@ -153,7 +159,9 @@ def _units(x: np.ndarray, g: np.ndarray, previous: np.ndarray) -> np.ndarray:
     """Units in which draws and gradients are equally wide, the diagonal Fisher metric; the old ones where nothing moved."""
     wide, steep = x.std(axis=0), g.std(axis=0)
     moved = (wide > 0) & (steep > 0) & np.isfinite(wide) & np.isfinite(steep)
-    return np.where(moved, np.sqrt(wide / np.where(moved, steep, 1)), np.sqrt(np.diag(_as_matrix(previous))))
+    return np.where(
+        moved, np.sqrt(wide / np.where(moved, steep, 1)), np.sqrt(np.diag(_as_matrix(previous)))
+    )
 
 
 def _weight(num_draws: int) -> float:

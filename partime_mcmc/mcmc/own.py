@@ -92,15 +92,23 @@ class Share:
     def info(self) -> dict[str, np.ndarray]:
         """What is known of each step of this host's, by name, one after the other."""
         names = self.tiles[0].info if self.tiles else ()
-        return {name: np.concatenate([tile.info[name].ravel() for tile in self.tiles]) for name in names}
+        return {
+            name: np.concatenate([tile.info[name].ravel() for tile in self.tiles]) for name in names
+        }
 
 
 @dataclasses.dataclass(frozen=True)
 class Own:
     """A `Collect`: on every host the blocks of its own devices."""
 
-    def __call__(self, tree: tuple, finite: np.ndarray, mesh: Mesh, spec: PartitionSpec,
-                 run: Callable[..., PyTree]) -> Portion:
+    def __call__(
+        self,
+        tree: tuple,
+        finite: np.ndarray,
+        mesh: Mesh,
+        spec: PartitionSpec,
+        run: Callable[..., PyTree],
+    ) -> Portion:
         steps, parts, said, positions = tree
         leaves, structure = jax.tree.flatten((steps, said, positions))
         here = [{shard.device: shard.data for shard in leaf.addressable_shards} for leaf in leaves]
@@ -108,12 +116,16 @@ class Own:
         for device, chains, times in _owners(mesh, spec, leaves[0].shape):
             places.append(Place(device.process_index, chains, times))
             if device.process_index == jax.process_index():
-                block = jax.tree.unflatten(structure, [np.asarray(by_device[device]) for by_device in here])
+                block = jax.tree.unflatten(
+                    structure, [np.asarray(by_device[device]) for by_device in here]
+                )
                 blocks.append(without_lost(block, finite[slice(*chains)] - times[0]))
         return Portion(fetch(parts), places, blocks)
 
 
-def _owners(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]) -> list[tuple[Any, tuple[int, int], tuple[int, int]]]:
+def _owners(
+    mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]
+) -> list[tuple[Any, tuple[int, int], tuple[int, int]]]:
     """Devices, chains and steps: every chain at every step once."""
     where, found = NamedSharding(mesh, spec).devices_indices_map(shape), {}
     for device in mesh.devices.flat:
@@ -122,26 +134,50 @@ def _owners(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]) -> list[tup
     return [(device, *place) for place, device in found.items()]
 
 
-def share_across(spread: Spread, target: Target, num_samples: int, *, end: End, total: int, warmup: Warmup | None,
-                 plan: dict[str, Any], advance: Callable[..., None]) -> Share:
+def share_across(
+    spread: Spread,
+    target: Target,
+    num_samples: int,
+    *,
+    end: End,
+    total: int,
+    warmup: Warmup | None,
+    plan: dict[str, Any],
+    advance: Callable[..., None],
+) -> Share:
     """As `draw_across`, on a host that keeps its own draws; arguments as there."""
     run = Run.of(spread, num_samples, end, total, advance)
-    portions, before = [piece.draws for piece in run.pieces], np.cumsum([0, *(piece.length for piece in run.pieces)])
+    portions, before = (
+        [piece.draws for piece in run.pieces],
+        np.cumsum([0, *(piece.length for piece in run.pieces)]),
+    )
     places, blocks = [], []
     for first, portion in zip(before.tolist(), portions):
-        moved = [place._replace(steps=(first + place.steps[0], first + place.steps[1])) for place in portion.places]
+        moved = [
+            place._replace(steps=(first + place.steps[0], first + place.steps[1]))
+            for place in portion.places
+        ]
         mine = [place for place in moved if place.host == jax.process_index()]
         places, blocks = places + moved, blocks + list(zip(mine, portion.blocks))
-    parts = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *[portion.parts for portion in portions])
+    parts = jax.tree.map(
+        lambda *leaves: np.concatenate(leaves, axis=1), *[portion.parts for portion in portions]
+    )
     nothing = np.zeros((len(parts["certified"]), 0))
-    steps = {"accepted": nothing.astype(bool), "residual": nothing.astype(parts["max_residual"].dtype)}
+    steps = {
+        "accepted": nothing.astype(bool),
+        "residual": nothing.astype(parts["max_residual"].dtype),
+    }
     certificate = combined(steps, parts, run.done)
     dtype = jax.tree.leaves(end.carries)[0].dtype
     tiles = tuple(_tile(target, run.clock, chains, some) for chains, some in _side_by_side(blocks))
-    return Share(tiles, tuple(places), run.done, certificate, run.report(certificate, dtype), run.end())
+    return Share(
+        tiles, tuple(places), run.done, certificate, run.report(certificate, dtype), run.end()
+    )
 
 
-def _side_by_side(blocks: list[tuple[Place, tuple]]) -> list[tuple[list[tuple[int, int]], list[list]]]:
+def _side_by_side(
+    blocks: list[tuple[Place, tuple]],
+) -> list[tuple[list[tuple[int, int]], list[list]]]:
     """Blocks as rows of equal steps: runs of chains, and for each of them its blocks in the order of time."""
     rows: dict[tuple[int, int], list] = {}
     for place, block in blocks:
@@ -150,7 +186,9 @@ def _side_by_side(blocks: list[tuple[Place, tuple]]) -> list[tuple[list[tuple[in
     for chains, row in sorted(rows.items(), key=lambda item: item[0]):
         row.sort(key=lambda one: one[0])
         tiles.setdefault(tuple(steps for steps, _ in row), []).append((chains, row))
-    return [([chains for chains, _ in found], [row for _, row in found]) for found in tiles.values()]
+    return [
+        ([chains for chains, _ in found], [row for _, row in found]) for found in tiles.values()
+    ]
 
 
 def _tile(target: Target, clock: Clock, chains: list[tuple[int, int]], rows: list[list]) -> Tile:
@@ -158,6 +196,11 @@ def _tile(target: Target, clock: Clock, chains: list[tuple[int, int]], rows: lis
         return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=axis), *trees)
 
     known, said, positions = joined(0, [joined(1, [block for _, block in row]) for row in rows])
-    numbers = [np.concatenate([np.arange(*run) for run in runs]) for runs in (chains, [steps for steps, _ in rows[0]])]
+    numbers = [
+        np.concatenate([np.arange(*run) for run in runs])
+        for runs in (chains, [steps for steps, _ in rows[0]])
+    ]
     constrained = constrained_values(target, positions, clock)
-    return Tile(*numbers, {name: np.asarray(value) for name, value in constrained.items()}, known | said)
+    return Tile(
+        *numbers, {name: np.asarray(value) for name, value in constrained.items()}, known | said
+    )

@@ -48,14 +48,20 @@ class PartKeeper:
         # What all hosts know is of the chunk that is being written; `_written` is of the first host, after the last one.
         self._index, self._step, self._open = standing.index, standing.step, None
         self._safe = standing.step
-        self._bins, self._carries, self._written = standing.running.histogram, dict(standing.running.carries), standing
+        self._bins, self._carries, self._written = (
+            standing.running.histogram,
+            dict(standing.running.carries),
+            standing,
+        )
 
     def keep(self, share: Share) -> None:
         """Write parts of a chunk, once the one before is written; all hosts together."""
         self._settle()
         if self._bins is None:
             mine = {str(k): spread_of(tile.constrained) for k, tile in enumerate(share.tiles)}
-            self._bins = bins_for([one for said in gather(pack_arrays(mine)) for one in unpack_arrays(said).values()])
+            self._bins = bins_for(
+                [one for said in gather(pack_arrays(mine)) for one in unpack_arrays(said).values()]
+            )
         self._open = share
         self._desk.do(self._write, share, self._index, self._step)
 
@@ -72,7 +78,9 @@ class PartKeeper:
             self._desk.close()
 
     def _wait(self) -> list[Any]:
-        return self._desk.wait(lambda: self._written.step if jax.process_index() == 0 else self._safe)
+        return self._desk.wait(
+            lambda: self._written.step if jax.process_index() == 0 else self._safe
+        )
 
     def _settle(self) -> None:
         """Have the chunk count whose parts are being written."""
@@ -97,24 +105,42 @@ class PartKeeper:
             groups = shelf.groups(tile.chains, kept[which], at, tile.constrained, tile.info)
             if groups:
                 host = jax.process_index()
-                data = shelf.format.pack(groups, shelf.attributes(index, step, stop) | {"host": host})
+                data = shelf.format.pack(
+                    groups, shelf.attributes(index, step, stop) | {"host": host}
+                )
                 written = shelf.folder.write_part(index, host, number, shelf.format.suffix, data)
                 parts.append(Part(*written, tile.chains, which).to_plain())
-            sums = Sums.of(tile.constrained, tile.info, tile.chains, steps, batch_size(stop), self._bins)
+            sums = Sums.of(
+                tile.constrained, tile.info, tile.chains, steps, batch_size(stop), self._bins
+            )
             said |= {f"{number:02d}.{name}": array for name, array in sums.to_arrays().items()}
         return pack_arrays(said | {"parts": np.frombuffer(json.dumps(parts).encode(), np.uint8)})
 
-    def _commit(self, share: Share, said: list[bytes], index: int, carries: dict[str, PyTree]) -> None:
+    def _commit(
+        self, share: Share, said: list[bytes], index: int, carries: dict[str, PyTree]
+    ) -> None:
         """Write the chunk file."""
         shelf, before = self._shelf, self._written
         parts, sums = _heard(said)
         num_chains, stop = shelf.run["num_chains"], before.step + share.num_steps
         running = put_together(before.running, sums, num_chains, stop, self._bins, carries)
-        acceptance, divergences = (_summed(sums, name, num_chains) for name in (
-            "acceptance_rate" if "acceptance_rate" in sums[0].names else "accepted", "diverging"))
-        totals = Totals(share.num_steps, without_steps(share.certificate), share.report, acceptance,
-                        divergences.astype(int)).after(before.totals)
-        groups = {"state": state_group(share.end, totals, running) | {"parts": parts_variable(parts)}}
+        acceptance, divergences = (
+            _summed(sums, name, num_chains)
+            for name in (
+                "acceptance_rate" if "acceptance_rate" in sums[0].names else "accepted",
+                "diverging",
+            )
+        )
+        totals = Totals(
+            share.num_steps,
+            without_steps(share.certificate),
+            share.report,
+            acceptance,
+            divergences.astype(int),
+        ).after(before.totals)
+        groups = {
+            "state": state_group(share.end, totals, running) | {"parts": parts_variable(parts)}
+        }
         data = shelf.format.pack(groups, shelf.attributes(index, before.step, stop))
         shelf.folder.write_chunk(index, stop, shelf.format.suffix, data)
         self._written = Standing(index + 1, stop, totals, running)
@@ -125,13 +151,20 @@ class PartKeeper:
         for host, start, stop in turns(share.places) if folds else ():
             if host == jax.process_index():
                 # Of chains that lie together every host has one tile.
-                tile, = share.tiles
+                (tile,) = share.tiles
                 mine = slice(*np.searchsorted(tile.steps, [start, stop]))
-                values, info = ({name: one[:, mine] for name, one in of.items()} for of in (tile.constrained, tile.info))
-                carries = {name: jax.tree.map(np.array, fold.update(carries[name], values, info))
-                           for name, fold in folds.items()}
+                values, info = (
+                    {name: one[:, mine] for name, one in of.items()}
+                    for of in (tile.constrained, tile.info)
+                )
+                carries = {
+                    name: jax.tree.map(np.array, fold.update(carries[name], values, info))
+                    for name, fold in folds.items()
+                }
             leaves, structure = jax.tree.flatten(carries)
-            heard = unpack_arrays(say(pack_arrays({str(k): np.asarray(leaf) for k, leaf in enumerate(leaves)}), host))
+            heard = unpack_arrays(
+                say(pack_arrays({str(k): np.asarray(leaf) for k, leaf in enumerate(leaves)}), host)
+            )
             carries = jax.tree.unflatten(structure, [heard[str(k)] for k in range(len(leaves))])
         return carries
 
@@ -154,8 +187,15 @@ def _heard(said: list[bytes]) -> tuple[list[dict], list[Sums]]:
         parts += json.loads(arrays.pop("parts").tobytes())
         for number in sorted({name.split(".")[0] for name in arrays}):
             prefix = f"{number}."
-            sums.append(Sums.from_arrays({name.removeprefix(prefix): array for name, array in arrays.items()
-                                          if name.startswith(prefix)}))
+            sums.append(
+                Sums.from_arrays(
+                    {
+                        name.removeprefix(prefix): array
+                        for name, array in arrays.items()
+                        if name.startswith(prefix)
+                    }
+                )
+            )
     return parts, sums
 
 
@@ -173,4 +213,6 @@ def tell_standing(standing: Standing) -> Standing:
     words = {"place": np.array([standing.index, standing.step])}
     heard = unpack_arrays(say(pack_arrays(standing.running.to_arrays() | words)))
     index, step = heard.pop("place").tolist()
-    return Standing(index, step, standing.totals, Running.from_arrays(heard, standing.running.folds))
+    return Standing(
+        index, step, standing.totals, Running.from_arrays(heard, standing.running.folds)
+    )

@@ -74,13 +74,20 @@ class PathRule:
             mean = float(rates.mean())
             if mean > best.acceptance:
                 best = Path(step, steps, mean)
-            if mean >= self.target and rates.mean(axis=0).min() >= min(_EVERY_CHAIN, self.target) and self._leaves(rates):
+            if (
+                mean >= self.target
+                and rates.mean(axis=0).min() >= min(_EVERY_CHAIN, self.target)
+                and self._leaves(rates)
+            ):
                 return Path(step, steps, mean)
         return best
 
     def _leaves(self, rates: np.ndarray) -> bool:
         """Whether chains leave nearly all states soon; in a funnel's neck none does: half the rejections must then do."""
-        return np.quantile(rates, _SHARE_OF_STATES) >= min(_LEAST_RATE, self.target) or rates.mean() >= (1 + self.target) / 2
+        return (
+            np.quantile(rates, _SHARE_OF_STATES) >= min(_LEAST_RATE, self.target)
+            or rates.mean() >= (1 + self.target) / 2
+        )
 
     def _step_for(self, steps: int) -> float:
         return 2 * math.sin(math.pi / (4 * steps)) if self.length is None else self.length / steps
@@ -91,7 +98,9 @@ class PathRule:
         return max(1, round(math.pi / (4 * math.asin(min(step, math.sqrt(2)) / 2))))
 
 
-def boldest_step(trial: Trial, bold: float, target: float, steps_for: Callable[[float], int] = lambda step: 1) -> Path:
+def boldest_step(
+    trial: Trial, bold: float, target: float, steps_for: Callable[[float], int] = lambda step: 1
+) -> Path:
     """The largest step size from `bold` downwards whose trials are accepted often enough.
 
     Args:

@@ -30,8 +30,17 @@ from partime_mcmc.types import Key
 # Longer runs are cut into chunks, which are solved one after another.
 _LONGEST = 65_536
 
-def advice_for(key: Key, target: Target, kernel: Builder, *, num_samples: int, num_chains: int = 4, num_warmup: int = 1000,
-               progress: Progress | bool = True) -> tuple[Warmup, Advice]:
+
+def advice_for(
+    key: Key,
+    target: Target,
+    kernel: Builder,
+    *,
+    num_samples: int,
+    num_chains: int = 4,
+    num_warmup: int = 1000,
+    progress: Progress | bool = True,
+) -> tuple[Warmup, Advice]:
     """What `sample` would be advised to do, without sampling.
 
     Args:
@@ -51,13 +60,22 @@ def advice_for(key: Key, target: Target, kernel: Builder, *, num_samples: int, n
     """
     key, progress = check_key(key), chosen_progress(progress)
     check_strategies(target, kernel, None, None, None, None)
-    num_samples, num_chains = check_count(num_samples, "num_samples", 1), check_count(num_chains, "num_chains", 1)
+    num_samples, num_chains = (
+        check_count(num_samples, "num_samples", 1),
+        check_count(num_chains, "num_chains", 1),
+    )
     start_key, warmup_key, chains_key = jax.random.split(key, 3)
-    tuned, warmup, _ = prepare(start_key, warmup_key, target, kernel, num_chains, num_warmup, PooledAdaptation(), progress)
-    return warmup, pilot_advice(tuned, warmup.pool, jax.random.split(chains_key, num_chains), min(num_samples, _LONGEST))
+    tuned, warmup, _ = prepare(
+        start_key, warmup_key, target, kernel, num_chains, num_warmup, PooledAdaptation(), progress
+    )
+    return warmup, pilot_advice(
+        tuned, warmup.pool, jax.random.split(chains_key, num_chains), min(num_samples, _LONGEST)
+    )
 
 
-def coupled_distances(warmup: Warmup | None, key: Key, *, num_pairs: int = 16, num_steps: int = 400) -> np.ndarray | None:
+def coupled_distances(
+    warmup: Warmup | None, key: Key, *, num_pairs: int = 16, num_steps: int = 400
+) -> np.ndarray | None:
     """How far apart pairs of chains with the same dice are, step by step.
 
     Args:
@@ -75,15 +93,26 @@ def coupled_distances(warmup: Warmup | None, key: Key, *, num_pairs: int = 16, n
         return None
     first = np.arange(num_pairs) % count
     second = (first + 1 + np.arange(num_pairs) // count) % count
-    one, other = (jax.tree.map(lambda leaf, index=index: leaf[index], warmup.pool) for index in (first, second))
+    one, other = (
+        jax.tree.map(lambda leaf, index=index: leaf[index], warmup.pool)
+        for index in (first, second)
+    )
     keys = jax.random.split(key, num_pairs)
-    (dynamics, starts, tape, _), (_, others, _, _) = (throw(warmup.kernel, start, keys, num_steps) for start in (one, other))
-    pool = jax.vmap(lambda position: ravel_pytree(warmup.kernel.carry(warmup.kernel.init(position)))[0])(warmup.pool)
+    (dynamics, starts, tape, _), (_, others, _, _) = (
+        throw(warmup.kernel, start, keys, num_steps) for start in (one, other)
+    )
+    pool = jax.vmap(
+        lambda position: ravel_pytree(warmup.kernel.carry(warmup.kernel.init(position)))[0]
+    )(warmup.pool)
     scale = jnp.std(pool, axis=0)
-    return np.asarray(distances(dynamics, starts, others, tape, scale=jnp.where(scale > 0, scale, 1)))
+    return np.asarray(
+        distances(dynamics, starts, others, tape, scale=jnp.where(scale > 0, scale, 1))
+    )
 
 
-def solve_by_pass(warmup: Warmup | None, key: Key, solver: Solver, *, num_steps: int = 512) -> np.ndarray | None:
+def solve_by_pass(
+    warmup: Warmup | None, key: Key, solver: Solver, *, num_steps: int = 512
+) -> np.ndarray | None:
     """How a solver finds a stretch of a chain: residuals by pass and step.
 
     Args:

@@ -87,9 +87,15 @@ class PooledAdaptation:
         rule = metric_for(walker.dimension) if self.metric is None else self.metric
         guess = self.guess
         if guess is None:
-            guess = np.eye(walker.dimension) if isinstance(rule, DenseMetric) else np.ones(walker.dimension)
+            guess = (
+                np.eye(walker.dimension)
+                if isinstance(rule, DenseMetric)
+                else np.ones(walker.dimension)
+            )
         seed = Seed.of(key)
-        pool = search(walker, seed.child(0), starts, guess, rule, max(STEPS, num_steps // 2), advance)
+        pool = search(
+            walker, seed.child(0), starts, guess, rule, max(STEPS, num_steps // 2), advance
+        )
         return pool, self._windows(
             walker, seed.child(1), pool, rule, num_steps - walker.num_steps, path_rule, advance
         )
@@ -124,7 +130,9 @@ class PooledAdaptation:
             if size <= left:
                 sizes.append(size)
                 left -= size
-        return windows(walker, seed, pool, rule, path_rule, sizes, self.run or default_window(), advance)
+        return windows(
+            walker, seed, pool, rule, path_rule, sizes, self.run or default_window(), advance
+        )
 
 
 def search(
@@ -148,13 +156,21 @@ def search(
         advance: Told the number of steps done.
     """
     num_chains, dimension = starts.shape
-    lengths = seed.generator.integers(1, _LONGEST_SEARCHED + 1, (_MAX_SEARCH // STEPS, STEPS, num_chains))
+    lengths = seed.generator.integers(
+        1, _LONGEST_SEARCHED + 1, (_MAX_SEARCH // STEPS, STEPS, num_chains)
+    )
     root, steps = root_of(metric), np.full(num_chains, _FIRST_STEP)
     pool = Pool(starts, metric, starts.mean(axis=0), None, 0, [])
     before = -np.inf
     for batch in range(max(1, min(max_steps, _MAX_SEARCH) // STEPS)):
         found = walker.walk(
-            seed.child(batch), pool.positions, root, steps, lengths[batch], gain=_GAIN, target=_SEARCH_TARGET
+            seed.child(batch),
+            pool.positions,
+            root,
+            steps,
+            lengths[batch],
+            gain=_GAIN,
+            target=_SEARCH_TARGET,
         )
         advance(STEPS)
         pool.positions, pool.draws = found.positions[-1], found
@@ -171,7 +187,9 @@ def search(
             # The old step was near the limit of stability in its worst direction: so shall the new one be.
             steps = np.clip(steps * _largest_ratio(old, root), 1e-6, 1.0)
     else:
-        pool.notes.append(f"the search ended after {max_steps} steps with the log density still rising")
+        pool.notes.append(
+            f"the search ended after {max_steps} steps with the log density still rising"
+        )
     rescue(pool, seed.child(_MAX_SEARCH))
     learn(pool, rule.fisher)
     return pool
@@ -206,7 +224,10 @@ def learn(pool: Pool, estimate: Callable) -> None:
     if learned is None:
         pool.notes.append("draws or gradients were not finite: the metric before was kept")
     else:
-        pool.metric, pool.center = learned, pool.draws.positions.reshape(-1, pool.positions.shape[1]).mean(axis=0)
+        pool.metric, pool.center = (
+            learned,
+            pool.draws.positions.reshape(-1, pool.positions.shape[1]).mean(axis=0),
+        )
 
 
 def rescue(pool: Pool, seed: Seed) -> None:
@@ -232,7 +253,10 @@ def _lost(draws: Walked) -> np.ndarray:
     """Chains whose mean log density lies far below the median of the better half, shape `(C,)`; never all."""
     level = draws.logdensity.mean(axis=0)
     better = np.sort(level)[len(level) // 2 :]
-    return ~(level >= np.median(better) - 20 - 5 * draws.positions.shape[-1]) & np.isfinite(better).any()
+    return (
+        ~(level >= np.median(better) - 20 - 5 * draws.positions.shape[-1])
+        & np.isfinite(better).any()
+    )
 
 
 def _only(draws: Walked, chains: np.ndarray) -> Walked:

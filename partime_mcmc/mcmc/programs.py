@@ -65,9 +65,21 @@ def compiled(function: Callable, *args: PyTree, clock: Clock) -> jax.stages.Comp
         clock: Where the seconds of compilation are booked.
     """
     leaves, structure = jax.tree.flatten(args)
-    shapes = tuple((jnp.shape(leaf), jnp.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype,
-                    getattr(leaf, "weak_type", True)) for leaf in leaves)
-    entry = (function, structure, shapes, jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision)
+    shapes = tuple(
+        (
+            jnp.shape(leaf),
+            jnp.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype,
+            getattr(leaf, "weak_type", True),
+        )
+        for leaf in leaves
+    )
+    entry = (
+        function,
+        structure,
+        shapes,
+        jax.config.jax_enable_x64,
+        jax.config.jax_default_matmul_precision,
+    )
     with _LOCK:
         program = _PROGRAMS.get(entry)
         if program is not None:
@@ -99,7 +111,9 @@ def run_program(function: Callable, *args: PyTree, clock: Clock, what: str = "ru
         return jax.block_until_ready(program(*args))
 
 
-def run_explicit(function: Callable, params: PyTree, *args: PyTree, clock: Clock, what: str = "run") -> PyTree:
+def run_explicit(
+    function: Callable, params: PyTree, *args: PyTree, clock: Clock, what: str = "run"
+) -> PyTree:
     """`function(params, *args)` as `run_program`, for functions that capture arrays: these become arguments."""
     with clock.measure("compile"):
         function, params = explicit(function, params, *args)

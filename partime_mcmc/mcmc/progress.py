@@ -50,9 +50,16 @@ class _Line(_Quiet):
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int) -> Iterator[Callable[..., None]]:
-        with tqdm(total=total, desc=f"{name:>16}", unit="step", file=sys.stderr, dynamic_ncols=True, leave=True,
-                  bar_format="{desc} {percentage:3.0f}%|{bar:16}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
-                  ) as bar:
+        with tqdm(
+            total=total,
+            desc=f"{name:>16}",
+            unit="step",
+            file=sys.stderr,
+            dynamic_ncols=True,
+            leave=True,
+            bar_format="{desc} {percentage:3.0f}%|{bar:16}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+        ) as bar:
+
             def advance(steps: int, **shown) -> None:
                 if shown:
                     bar.set_postfix(shown, refresh=False)

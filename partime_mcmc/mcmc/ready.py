@@ -7,7 +7,12 @@ from typing import NamedTuple
 
 import jax
 
-from partime_mcmc.diagnostics.checks import check_deterministic, check_precision, check_starts, looks_improper
+from partime_mcmc.diagnostics.checks import (
+    check_deterministic,
+    check_precision,
+    check_starts,
+    looks_improper,
+)
 from partime_mcmc.kernels import Evidence, Kernel, Recorded
 from partime_mcmc.kernels.dice import Dice
 from partime_mcmc.mcmc.chains import SHORT, advised, default_tolerance
@@ -71,7 +76,9 @@ class Ready(NamedTuple):
 def _starts(request: Request, positions: PyTree) -> PyTree:
     """Starts for pilot pairs, where no warm-up has draws for them: those of the chains, or more from where they come from."""
     if callable(request.target.initial) and request.num_chains < _PILOTS:
-        return request.target.starts(jax.random.split(jax.random.fold_in(request.key, _PILOTS), _PILOTS))
+        return request.target.starts(
+            jax.random.split(jax.random.fold_in(request.key, _PILOTS), _PILOTS)
+        )
     return positions
 
 
@@ -84,12 +91,24 @@ def make_ready(request: Request, progress: Progress) -> Ready:
     """
     kernel, dice, num_chains = request.kernel, request.dice, request.num_chains
     start_key, warmup_key, chains_key = jax.random.split(request.key, 3)
-    open_dice = (dice is None and request.solver is None and request.num_samples >= SHORT
-                 and not isinstance(kernel, (Kernel, Warmup)))
+    open_dice = (
+        dice is None
+        and request.solver is None
+        and request.num_samples >= SHORT
+        and not isinstance(kernel, (Kernel, Warmup))
+    )
     kernel = kernel if dice is None else fixed_dice(kernel, dice)
     adaptation = PooledAdaptation() if request.adaptation is None else request.adaptation
-    kernel, warmup, positions = prepare(start_key, warmup_key, request.target, kernel, num_chains, request.num_warmup,
-                                        adaptation, progress)
+    kernel, warmup, positions = prepare(
+        start_key,
+        warmup_key,
+        request.target,
+        kernel,
+        num_chains,
+        request.num_warmup,
+        adaptation,
+        progress,
+    )
     if open_dice:
         dtype = jax.tree.leaves(positions)[0].dtype
         warmup = sooner(warmup, default_tolerance(kernel, dtype), jax.random.fold_in(warmup_key, 1))
@@ -98,8 +117,16 @@ def make_ready(request: Request, progress: Progress) -> Ready:
     return Ready(kernel, warmup, positions, jax.random.split(chains_key, num_chains))
 
 
-def prepare(start_key: Key, warmup_key: Key, target: Target, kernel: Kernel | Builder | Warmup, num_chains: int,
-            num_warmup: int, adaptation: Adaptation, progress: Progress) -> tuple[Kernel, Warmup | None, PyTree]:
+def prepare(
+    start_key: Key,
+    warmup_key: Key,
+    target: Target,
+    kernel: Kernel | Builder | Warmup,
+    num_chains: int,
+    num_warmup: int,
+    adaptation: Adaptation,
+    progress: Progress,
+) -> tuple[Kernel, Warmup | None, PyTree]:
     """A tuned kernel, the warm-up behind it, and one position per chain, leaves `(C, ...)`.
 
     Args:
@@ -115,9 +142,13 @@ def prepare(start_key: Key, warmup_key: Key, target: Target, kernel: Kernel | Bu
     if isinstance(kernel, Warmup):
         have = jax.tree.leaves(kernel.positions)[0].shape[0]
         if have != num_chains:
-            raise ValueError(f"num_chains: got {num_chains}, but the warm-up given as `kernel` has {have} chains")
+            raise ValueError(
+                f"num_chains: got {num_chains}, but the warm-up given as `kernel` has {have} chains"
+            )
         return kernel.kernel, kernel, kernel.positions
-    num_starts = num_chains if isinstance(kernel, Kernel) else max(num_chains, adaptation.num_chains)
+    num_starts = (
+        num_chains if isinstance(kernel, Kernel) else max(num_chains, adaptation.num_chains)
+    )
     positions = target.starts(jax.random.split(start_key, num_starts))
     first = jax.tree.map(lambda leaf: leaf[0], positions)
     check_starts(target.logdensity, positions)
@@ -126,10 +157,14 @@ def prepare(start_key: Key, warmup_key: Key, target: Target, kernel: Kernel | Bu
     if isinstance(kernel, Kernel):
         return kernel, None, positions
     with progress.stage("warm-up", num_warmup) as advance:
-        warmup = warm_up(warmup_key, target.logdensity, kernel, positions, num_warmup, adaptation, advance)
+        warmup = warm_up(
+            warmup_key, target.logdensity, kernel, positions, num_warmup, adaptation, advance
+        )
     suspicion = looks_improper(positions, warmup.positions, warmup.settings.get("step_size", 1.0))
     if suspicion:
         progress.warn(suspicion)
-    warmup = dataclasses.replace(warmup, positions=jax.tree.map(lambda leaf: leaf[:num_chains], warmup.positions))
+    warmup = dataclasses.replace(
+        warmup, positions=jax.tree.map(lambda leaf: leaf[:num_chains], warmup.positions)
+    )
     progress.note(str(warmup))
     return warmup.kernel, warmup, warmup.positions

@@ -59,8 +59,13 @@ _STRATEGIES = ("adaptation", "dice", "solver", "schedule", "tolerance", "certifi
 _COUNTS = ("num_samples", "num_chains", "num_warmup", "max_iterations", "thinning")
 
 
-def sample_stored(store: Store, request: Request, progress: Progress, mesh: Mesh | None = None,
-                  known: Mapping[str, Any] | None = None) -> StoredDraws:
+def sample_stored(
+    store: Store,
+    request: Request,
+    progress: Progress,
+    mesh: Mesh | None = None,
+    known: Mapping[str, Any] | None = None,
+) -> StoredDraws:
     """A run on disk, begun or gone on with.
 
     Args:
@@ -77,26 +82,52 @@ def sample_stored(store: Store, request: Request, progress: Progress, mesh: Mesh
         StoreMismatch, StoreError: As `sample`.
     """
     if not 1 <= request.num_samples <= MAX_STEPS:
-        raise ValueError(f"num_samples: got {request.num_samples} with a store, wanted 1 to {MAX_STEPS}: a key has dice for "
-                         "so many steps")
+        raise ValueError(
+            f"num_samples: got {request.num_samples} with a store, wanted 1 to {MAX_STEPS}: a key has dice for "
+            "so many steps"
+        )
     if request.thinning > request.num_samples:
-        raise ValueError(f"thinning: got {request.thinning} with num_samples={request.num_samples}, wanted at most as many: "
-                         "no draw would be kept")
-    run = {"front": "sample", **described(store, request.target, request.kernel), "key": key_words(request.key),
-           "key_impl": str(jax.random.key_impl(request.key)), **{name: getattr(request, name) for name in _COUNTS},
-           "max_bytes": None if request.max_bytes is None else check_count(request.max_bytes, "max_bytes", 1),
-           **{name: codec.encode(getattr(request, name), name) for name in _STRATEGIES},
-           **(known or {})}
+        raise ValueError(
+            f"thinning: got {request.thinning} with num_samples={request.num_samples}, wanted at most as many: "
+            "no draw would be kept"
+        )
+    run = {
+        "front": "sample",
+        **described(store, request.target, request.kernel),
+        "key": key_words(request.key),
+        "key_impl": str(jax.random.key_impl(request.key)),
+        **{name: getattr(request, name) for name in _COUNTS},
+        "max_bytes": None
+        if request.max_bytes is None
+        else check_count(request.max_bytes, "max_bytes", 1),
+        **{name: codec.encode(getattr(request, name), name) for name in _STRATEGIES},
+        **(known or {}),
+    }
     if mesh is not None and jax.process_index():
         follow(store, run, request.target, request.kernel, request.max_iterations, mesh)
         return open_draws(store.path, folds=store.folds)
-    return run_stored(store, run, request.target, request.kernel, request.max_iterations,
-                      lambda example: _make_start(store, request, progress, mesh), progress, mesh)
+    return run_stored(
+        store,
+        run,
+        request.target,
+        request.kernel,
+        request.max_iterations,
+        lambda example: _make_start(store, request, progress, mesh),
+        progress,
+        mesh,
+    )
 
 
-def resume(path: str | os.PathLike, target: Target, kernel: Kernel | Builder | Warmup, *,
-           folds: Mapping[str, Fold] | None = None, mesh: Mesh | None = None, writers: Writers = EveryHost(),
-           progress: Progress | bool = True) -> StoredDraws:
+def resume(
+    path: str | os.PathLike,
+    target: Target,
+    kernel: Kernel | Builder | Warmup,
+    *,
+    folds: Mapping[str, Fold] | None = None,
+    mesh: Mesh | None = None,
+    writers: Writers = EveryHost(),
+    progress: Progress | bool = True,
+) -> StoredDraws:
     """Go on with a stored run, to its end.
 
     A run that was killed during warm-up warms up again, with the stored key. A finished run is returned as it is.
@@ -126,7 +157,9 @@ def resume(path: str | os.PathLike, target: Target, kernel: Kernel | Builder | W
     check_strategies(target, kernel, None, None, None, None)
     run = read_run(path)
     if run["front"] != "sample":
-        raise StoreMismatch(f"store: {path} was begun by {run['front']}: go on with it there, with the same arguments")
+        raise StoreMismatch(
+            f"store: {path} was begun by {run['front']}: go on with it there, with the same arguments"
+        )
     strategies = {name: codec.decode(run[name]) for name in _STRATEGIES}
     key = jax.random.wrap_key_data(np.asarray(run["key"], np.uint32), impl=run["key_impl"])
     counts = {name: run[name] for name in _COUNTS}
@@ -158,12 +191,21 @@ def described(store: Store, target: Target, kernel: Any) -> dict[str, Any]:
     values = {} if target.constrain is None else dict(jax.eval_shape(target.constrain, example))
     for name in ("chain", "draw"):
         if name in (values or example if isinstance(example, dict) else values):
-            raise ValueError(f"target: a value is named {name!r}, which names an axis of every value in a store: rename it")
-    return {"format_version": FORMAT_VERSION, "format": type(store.format).__name__, "chunk": store.chunk,
-            **fingerprint_of(target, example), **environment(example), "kernel": name_of(kernel),
-            "tuned": tuned_digest(kernel), "folds": sorted(store.folds or {}),
-            "names": list(target.names) if target.names else None,
-            "dims": {name: list(dims) for name, dims in target.dims.items()} if target.dims else None}
+            raise ValueError(
+                f"target: a value is named {name!r}, which names an axis of every value in a store: rename it"
+            )
+    return {
+        "format_version": FORMAT_VERSION,
+        "format": type(store.format).__name__,
+        "chunk": store.chunk,
+        **fingerprint_of(target, example),
+        **environment(example),
+        "kernel": name_of(kernel),
+        "tuned": tuned_digest(kernel),
+        "folds": sorted(store.folds or {}),
+        "names": list(target.names) if target.names else None,
+        "dims": {name: list(dims) for name, dims in target.dims.items()} if target.dims else None,
+    }
 
 
 def as_store(store: Store | str | os.PathLike) -> Store:
@@ -192,12 +234,21 @@ def _make_start(store: Store, request: Request, progress: Progress, mesh: Mesh |
     ready = make_ready(request, progress)
     choose = ready.choice(request)
     if mesh is not None:
-        choose = given_choice(request.solver, request.schedule, request.num_chains, request.num_samples, mesh)
+        choose = given_choice(
+            request.solver, request.schedule, request.num_chains, request.num_samples, mesh
+        )
     return start_of(store, ready, request, choose, progress, mesh=mesh)
 
 
-def start_of(store: Store, ready: Ready, request: Request, choose: Any, progress: Progress, end: Any = None,
-             mesh: Mesh | None = None) -> bytes:
+def start_of(
+    store: Store,
+    ready: Ready,
+    request: Request,
+    choose: Any,
+    progress: Progress,
+    end: Any = None,
+    mesh: Mesh | None = None,
+) -> bytes:
     """What a run that is ready needs to go on: solver and schedule are chosen here.
 
     Args:
@@ -226,14 +277,24 @@ def start_of(store: Store, ready: Ready, request: Request, choose: Any, progress
     solver, schedule, advice = choose(lambda: dynamics, *chains, groups)
     if advice is not None:
         progress.note(str(advice))
-    settled = settled_for(kernel, ready.warmup, solver=solver, schedule=schedule, tolerance=tolerance, chunk=chunk,
-                          program=program_of(dynamics, kernel), advice=str(advice or ""), certificate=request.certificate,
-                          groups=groups)
+    settled = settled_for(
+        kernel,
+        ready.warmup,
+        solver=solver,
+        schedule=schedule,
+        tolerance=tolerance,
+        chunk=chunk,
+        program=program_of(dynamics, kernel),
+        advice=str(advice or ""),
+        certificate=request.certificate,
+        groups=groups,
+    )
     return pack_start(settled, kernel, keys, end)
 
 
-def chunk_of(store: Store, request: Request, example: PyTree, open_choice: bool,
-             mesh: Mesh | None) -> tuple[Schedule | None, int]:
+def chunk_of(
+    store: Store, request: Request, example: PyTree, open_choice: bool, mesh: Mesh | None
+) -> tuple[Schedule | None, int]:
     """The schedule, None while it is open, and steps per chunk.
 
     Raises:
@@ -241,7 +302,18 @@ def chunk_of(store: Store, request: Request, example: PyTree, open_choice: bool,
     """
     schedule = request.schedule or (None if open_choice else Stretches(DEFAULT_STRETCH))
     leaves = jax.tree.leaves(example)
-    chunk = chunk_steps(request.solver or sequential(), schedule, request.num_samples, request.num_chains,
-                        sum(leaf.size for leaf in leaves), leaves[0].dtype.itemsize, request.max_bytes, store.chunk,
-                        bytes_beside(request.target, example, request.certificate if mesh is None else Independent()), mesh)
+    chunk = chunk_steps(
+        request.solver or sequential(),
+        schedule,
+        request.num_samples,
+        request.num_chains,
+        sum(leaf.size for leaf in leaves),
+        leaves[0].dtype.itemsize,
+        request.max_bytes,
+        store.chunk,
+        bytes_beside(
+            request.target, example, request.certificate if mesh is None else Independent()
+        ),
+        mesh,
+    )
     return schedule, chunk

@@ -91,8 +91,12 @@ class Running:
         folds = dict(folds or {})
         for name, fold in folds.items():
             if not isinstance(fold, Fold):
-                raise TypeError(f"folds: {name!r} is a {type(fold).__name__}, wanted a Fold(initial, update)")
-        return cls(folds=folds, carries={name: _on_host(fold.initial) for name, fold in folds.items()})
+                raise TypeError(
+                    f"folds: {name!r} is a {type(fold).__name__}, wanted a Fold(initial, update)"
+                )
+        return cls(
+            folds=folds, carries={name: _on_host(fold.initial) for name, fold in folds.items()}
+        )
 
     @property
     def num_draws(self) -> int:
@@ -107,10 +111,15 @@ class Running:
     @property
     def labels(self) -> list[str]:
         """Names of coordinates, such as `theta[3]`."""
-        return [f"{name}[{', '.join(map(str, index))}]" if index else name
-                for name, shape in self.layout for index in np.ndindex(shape)]
+        return [
+            f"{name}[{', '.join(map(str, index))}]" if index else name
+            for name, shape in self.layout
+            for index in np.ndindex(shape)
+        ]
 
-    def update(self, values: Mapping[str, np.ndarray], info: Mapping[str, np.ndarray] | None = None) -> Running:
+    def update(
+        self, values: Mapping[str, np.ndarray], info: Mapping[str, np.ndarray] | None = None
+    ) -> Running:
         """The statistics with more draws.
 
         Args:
@@ -120,32 +129,58 @@ class Running:
         Raises:
             ValueError: If names, chains or shapes differ from those before, or from each other.
         """
-        values, info = ({name: np.asarray(array) for name, array in given.items()} for given in (values, info or {}))
+        values, info = (
+            {name: np.asarray(array) for name, array in given.items()}
+            for given in (values, info or {})
+        )
         x, layout = flat_values(values)
         for name, array in info.items():
             if array.shape != x.shape[1:]:
-                raise ValueError(f"info: {name!r} has shape {array.shape}, wanted (num_chains, num_draws) = {x.shape[1:]}")
+                raise ValueError(
+                    f"info: {name!r} has shape {array.shape}, wanted (num_chains, num_draws) = {x.shape[1:]}"
+                )
         if self.batches is not None:
             self._check(layout, x.shape[1], info)
         if not x.shape[2]:
             return self
         with np.errstate(all="ignore"):
             together = x.reshape(x.shape[0], -1)
-            histogram = (Histogram.around(together) if self.histogram is None else self.histogram).add(together)
+            histogram = (
+                Histogram.around(together) if self.histogram is None else self.histogram
+            ).add(together)
             extremes = np.stack([x.min(axis=2), x.max(axis=2)])
             if self.extremes is not None:
-                extremes = np.stack([np.minimum(self.extremes[0], extremes[0]), np.maximum(self.extremes[1], extremes[1])])
+                extremes = np.stack(
+                    [
+                        np.minimum(self.extremes[0], extremes[0]),
+                        np.maximum(self.extremes[1], extremes[1]),
+                    ]
+                )
             batches = (self.batches or Batches.empty(*x.shape[:2])).add(x)
             totals = {name: Total.of(array, self.num_draws) for name, array in info.items()}
-            totals = {name: self.info[name].then(total) if self.info else total for name, total in totals.items()}
+            totals = {
+                name: self.info[name].then(total) if self.info else total
+                for name, total in totals.items()
+            }
             return dataclasses.replace(
-                self, layout=layout, batches=batches, histogram=histogram, extremes=extremes, comoments=self._comoments(x),
-                info=totals, carries={name: _on_host(fold.update(self.carries[name], values, info))
-                                      for name, fold in self.folds.items()})
+                self,
+                layout=layout,
+                batches=batches,
+                histogram=histogram,
+                extremes=extremes,
+                comoments=self._comoments(x),
+                info=totals,
+                carries={
+                    name: _on_host(fold.update(self.carries[name], values, info))
+                    for name, fold in self.folds.items()
+                },
+            )
 
     def _check(self, layout, num_chains: int, info: Mapping[str, np.ndarray]) -> None:
         if layout != self.layout:
-            raise ValueError(f"values: got {dict(layout)}, wanted the names and shapes of before, {dict(self.layout)}")
+            raise ValueError(
+                f"values: got {dict(layout)}, wanted the names and shapes of before, {dict(self.layout)}"
+            )
         if num_chains != self.num_chains:
             raise ValueError(f"values: got {num_chains} chains, wanted {self.num_chains} as before")
         if set(info) != set(self.info):
@@ -158,7 +193,11 @@ class Running:
         if self.comoments is None:
             return here
         delta, n, before = (mean - self.batches.per_chain()[0]).T, x.shape[2], self.num_draws
-        return self.comoments + here + delta[:, :, None] * delta[:, None, :] * (n * before / (n + before))
+        return (
+            self.comoments
+            + here
+            + delta[:, :, None] * delta[:, None, :] * (n * before / (n + before))
+        )
 
     def mean(self) -> np.ndarray:
         """Mean of every chain, shape `(C, D)`."""
@@ -182,7 +221,9 @@ class Running:
             Both of shape `(D, Q)`; NaN for coordinates with a NaN among their draws.
         """
         self._begun()
-        return self.histogram.quantiles(probabilities, self.extremes[0].min(axis=1), self.extremes[1].max(axis=1))
+        return self.histogram.quantiles(
+            probabilities, self.extremes[0].min(axis=1), self.extremes[1].max(axis=1)
+        )
 
     def summary(self) -> list[dict[str, Any]]:
         """A row per coordinate, as `summary_table` gives them for draws that are kept.
@@ -198,18 +239,35 @@ class Running:
             mean, m = self.batches.pooled()
             sd = np.sqrt(m / np.float64(self.num_draws * self.num_chains - 1))
         quantiles, errors = self.quantiles(list(_QUANTILES.values()))
-        columns = {"mean": mean, "sd": sd, **dict(zip(_QUANTILES, quantiles.T)), "mcse_mean": self.batches.mcse_mean(),
-                   "mcse_sd": self.batches.mcse_sd(), "ess": self.batches.effective(), "r_hat": self.batches.rhat(),
-                   "rank_error": errors.max(axis=1)}
+        columns = {
+            "mean": mean,
+            "sd": sd,
+            **dict(zip(_QUANTILES, quantiles.T)),
+            "mcse_mean": self.batches.mcse_mean(),
+            "mcse_sd": self.batches.mcse_sd(),
+            "ess": self.batches.effective(),
+            "r_hat": self.batches.rhat(),
+            "rank_error": errors.max(axis=1),
+        }
         frozen = self._frozen()
-        return [{"name": label, **{name: float(column[j]) for name, column in columns.items()}, "frozen": bool(frozen[j])}
-                for j, label in enumerate(self.labels)]
+        return [
+            {
+                "name": label,
+                **{name: float(column[j]) for name, column in columns.items()},
+                "frozen": bool(frozen[j]),
+            }
+            for j, label in enumerate(self.labels)
+        ]
 
     def _frozen(self) -> np.ndarray:
         """Coordinates that stand still in a chain, unless it is a constant of the model, `(D,)`."""
         stuck = (self.extremes[0] == self.extremes[1]) & (self.num_draws >= _FEW)
         constant = self.extremes[0].min(axis=1) == self.extremes[1].max(axis=1)
-        never = self.info["accepted"].sum == 0 if "accepted" in self.info else np.zeros(self.num_chains, bool)
+        never = (
+            self.info["accepted"].sum == 0
+            if "accepted" in self.info
+            else np.zeros(self.num_chains, bool)
+        )
         return (stuck & (~constant[:, None] | never)).any(axis=1)
 
     def totals(self) -> dict[str, Any]:
@@ -220,7 +278,11 @@ class Running:
             `acceptance_rate` (mean), `max_residual`, `worst` (chain and step of it), `nonfinite` (by name of what was
             not finite, if anything).
         """
-        return {"num_chains": self.num_chains, "num_draws": self.num_draws, **summed(self.info, self.num_draws)}
+        return {
+            "num_chains": self.num_chains,
+            "num_draws": self.num_draws,
+            **summed(self.info, self.num_draws),
+        }
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Plain arrays from which `from_arrays` restores this, names without slashes; functions of your own are not
@@ -232,14 +294,20 @@ class Running:
         if self.batches is None:
             return arrays
         for part in ("batches", "histogram"):
-            arrays |= {f"{part}_{name}": array for name, array in getattr(self, part).to_arrays().items()}
+            arrays |= {
+                f"{part}_{name}": array for name, array in getattr(self, part).to_arrays().items()
+            }
         arrays["extremes"] = self.extremes
         if self.comoments is not None:
             arrays["comoments"] = self.comoments
-        return arrays | {f"info_{i}": total.to_array() for i, total in enumerate(self.info.values())}
+        return arrays | {
+            f"info_{i}": total.to_array() for i, total in enumerate(self.info.values())
+        }
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray], folds: Mapping[str, Fold] | None = None) -> Running:
+    def from_arrays(
+        cls, arrays: Mapping[str, np.ndarray], folds: Mapping[str, Fold] | None = None
+    ) -> Running:
         """The statistics that gave these arrays.
 
         Args:
@@ -249,24 +317,40 @@ class Running:
         Raises:
             ValueError: If the names of `folds`, or the number of arrays in a carry, are not those of before.
         """
-        arrays, start = {name: np.asarray(array) for name, array in arrays.items()}, cls.start(folds)
+        arrays, start = (
+            {name: np.asarray(array) for name, array in arrays.items()},
+            cls.start(folds),
+        )
         header = json.loads(arrays["header"].tobytes())
         if set(header["folds"]) != set(start.folds):
-            raise ValueError(f"folds: got {sorted(start.folds)}, wanted those of before, {sorted(header['folds'])}")
+            raise ValueError(
+                f"folds: got {sorted(start.folds)}, wanted those of before, {sorted(header['folds'])}"
+            )
         carries = {}
         for i, name in enumerate(header["folds"]):
             leaves, structure = jax.tree.flatten(start.carries[name])
             if sum(key.startswith(f"fold_{i}_") for key in arrays) != len(leaves):
-                raise ValueError(f"folds: {name!r} has {len(leaves)} arrays in its carry, another number before")
-            carries[name] = jax.tree.unflatten(structure, [arrays[f"fold_{i}_{j}"] for j in range(len(leaves))])
+                raise ValueError(
+                    f"folds: {name!r} has {len(leaves)} arrays in its carry, another number before"
+                )
+            carries[name] = jax.tree.unflatten(
+                structure, [arrays[f"fold_{i}_{j}"] for j in range(len(leaves))]
+            )
         folds = {name: start.folds[name] for name in header["folds"]}
         if "extremes" not in arrays:
             return cls(folds=folds, carries=carries)
         layout = tuple((name, tuple(shape)) for name, shape in header["layout"])
         histogram = Histogram.from_arrays(_part(arrays, "histogram_"))
-        return cls(layout, Batches.from_arrays(_part(arrays, "batches_")), histogram,
-                   arrays["extremes"], arrays.get("comoments"),
-                   {name: Total.from_array(arrays[f"info_{i}"]) for i, name in enumerate(header["info"])}, folds, carries)
+        return cls(
+            layout,
+            Batches.from_arrays(_part(arrays, "batches_")),
+            histogram,
+            arrays["extremes"],
+            arrays.get("comoments"),
+            {name: Total.from_array(arrays[f"info_{i}"]) for i, name in enumerate(header["info"])},
+            folds,
+            carries,
+        )
 
     def _begun(self) -> Batches:
         if self.batches is None:
@@ -275,19 +359,32 @@ class Running:
 
 
 def _part(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): array
+        for name, array in arrays.items()
+        if name.startswith(prefix)
+    }
 
 
 def flat_values(values: Mapping[str, np.ndarray]) -> tuple[np.ndarray, tuple]:
     """All coordinates as one float64 array `(D, C, n)`, and the layout."""
     leads = {array.shape[:2] for array in values.values()}
-    if len(leads) != 1 or min(array.ndim for array in values.values()) < 2 or not next(iter(leads))[0]:
+    if (
+        len(leads) != 1
+        or min(array.ndim for array in values.values()) < 2
+        or not next(iter(leads))[0]
+    ):
         shapes = {name: array.shape for name, array in values.items()}
-        raise ValueError(f"values: got shapes {shapes}, wanted arrays of one (num_chains, num_draws, ...)")
+        raise ValueError(
+            f"values: got shapes {shapes}, wanted arrays of one (num_chains, num_draws, ...)"
+        )
     if any(np.iscomplexobj(array) for array in values.values()):
         raise ValueError("values: got complex arrays, wanted real ones")
     lead = leads.pop()
-    flat = [np.moveaxis(array.reshape(*lead, math.prod(array.shape[2:])), 2, 0) for array in values.values()]
+    flat = [
+        np.moveaxis(array.reshape(*lead, math.prod(array.shape[2:])), 2, 0)
+        for array in values.values()
+    ]
     x = np.empty((sum(array.shape[0] for array in flat), *lead))
     for start in range(0, lead[1], BLOCK):
         steps = (..., slice(start, start + BLOCK))

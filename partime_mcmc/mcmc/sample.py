@@ -44,12 +44,27 @@ __all__ = ["default_tolerance", "sample"]
 _HARDLY = 0.98
 
 
-def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_samples: int, num_chains: int = 4,
-           num_warmup: int = 1000, adaptation: Adaptation | None = None, dice: Dice | None = None,
-           solver: Solver | None = None, schedule: Schedule | None = None,
-           tolerance: Tolerance | None = None, max_iterations: int | None = None, max_bytes: int | None = None,
-           store: Store | str | os.PathLike | None = None, thinning: int = 1, mesh: Mesh | None = None,
-           certificate: Evidence = Recorded(), progress: Progress | bool = True) -> Draws | StoredDraws:
+def sample(
+    key: Key,
+    target: Target,
+    kernel: Kernel | Builder | Warmup,
+    *,
+    num_samples: int,
+    num_chains: int = 4,
+    num_warmup: int = 1000,
+    adaptation: Adaptation | None = None,
+    dice: Dice | None = None,
+    solver: Solver | None = None,
+    schedule: Schedule | None = None,
+    tolerance: Tolerance | None = None,
+    max_iterations: int | None = None,
+    max_bytes: int | None = None,
+    store: Store | str | os.PathLike | None = None,
+    thinning: int = 1,
+    mesh: Mesh | None = None,
+    certificate: Evidence = Recorded(),
+    progress: Progress | bool = True,
+) -> Draws | StoredDraws:
     """Sample a target with exact chains, parallel over time.
 
     Args:
@@ -97,20 +112,45 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
         ValueError: If an argument has a value that cannot work, or a start has no finite density or gradient.
     """
     if isinstance(key, jax.core.Tracer):
-        raise TypeError("key: got a traced value; call sample outside jit and vmap (it compiles what it needs itself)")
+        raise TypeError(
+            "key: got a traced value; call sample outside jit and vmap (it compiles what it needs itself)"
+        )
     # Of several hosts the first one speaks for all.
-    key, progress = check_key(key), chosen_progress(progress if mesh is None or jax.process_index() == 0 else False)
+    key, progress = (
+        check_key(key),
+        chosen_progress(progress if mesh is None or jax.process_index() == 0 else False),
+    )
     check_strategies(target, kernel, solver, schedule, tolerance, max_iterations)
-    num_samples, num_chains = check_count(num_samples, "num_samples", 0), check_count(num_chains, "num_chains", 1)
+    num_samples, num_chains = (
+        check_count(num_samples, "num_samples", 0),
+        check_count(num_chains, "num_chains", 1),
+    )
     check_has(certificate, "certificate", ("dynamics",), "Recorded() or Independent()")
     check_count(num_warmup, "num_warmup", 20 if not isinstance(kernel, (Kernel, Warmup)) else 0)
     if check_count(thinning, "thinning", 1) > 1 and store is None:
-        raise ValueError(f"thinning: got {thinning} without a store; draws in memory are all kept: slice them, or give "
-                         "store=")
+        raise ValueError(
+            f"thinning: got {thinning} without a store; draws in memory are all kept: slice them, or give "
+            "store="
+        )
     if mesh is not None:
         check_mesh(mesh, num_chains, schedule)
-    request = Request(key, target, kernel, num_samples, num_chains, num_warmup, adaptation, dice, solver, schedule,
-                      tolerance, max_iterations, max_bytes, thinning, certificate)
+    request = Request(
+        key,
+        target,
+        kernel,
+        num_samples,
+        num_chains,
+        num_warmup,
+        adaptation,
+        dice,
+        solver,
+        schedule,
+        tolerance,
+        max_iterations,
+        max_bytes,
+        thinning,
+        certificate,
+    )
     store = None if store is None else as_store(store)
     if mesh is not None:
         check_same(request, mesh, store)
@@ -130,14 +170,35 @@ def sample(key: Key, target: Target, kernel: Kernel | Builder | Warmup, *, num_s
 
 def _in_memory(request: Request, mesh: Mesh | None, progress: Progress) -> Draws:
     solver, schedule, num_samples = request.solver, request.schedule, request.num_samples
-    check_fits(request.target, num_samples, request.num_chains, solver=solver, schedule=schedule,
-               certificate=request.certificate, mesh=mesh, max_bytes=request.max_bytes)
+    check_fits(
+        request.target,
+        num_samples,
+        request.num_chains,
+        solver=solver,
+        schedule=schedule,
+        certificate=request.certificate,
+        mesh=mesh,
+        max_bytes=request.max_bytes,
+    )
     kernel, warmup, positions, keys = ready = make_ready(request, progress)
     plan = {"num_warmup": warmup.num_steps if warmup else 0, "key": key_words(request.key)}
-    return draw_chains(request.target, kernel, positions, keys, num_samples, warmup=warmup, solver=solver, schedule=schedule,
-                       tolerance=request.tolerance, max_iterations=request.max_iterations, plan=plan, progress=progress,
-                       choose=ready.choice(request) if mesh is None else None, mesh=mesh if num_samples else None,
-                       certificate=request.certificate)
+    return draw_chains(
+        request.target,
+        kernel,
+        positions,
+        keys,
+        num_samples,
+        warmup=warmup,
+        solver=solver,
+        schedule=schedule,
+        tolerance=request.tolerance,
+        max_iterations=request.max_iterations,
+        plan=plan,
+        progress=progress,
+        choose=ready.choice(request) if mesh is None else None,
+        mesh=mesh if num_samples else None,
+        certificate=request.certificate,
+    )
 
 
 def _hardly_moves(draws: Draws) -> str | None:
@@ -146,15 +207,23 @@ def _hardly_moves(draws: Draws) -> str | None:
     few = (rejected >= 0) & (rejected > _HARDLY * steps)
     if steps < 50 or not few.any():
         return None
-    return (f"chains {np.flatnonzero(few).tolist()} accepted less than 2% of their proposals "
-            f"({int(np.asarray(draws.certificate.num_nonfinite_proposals)[few].sum())} of which were out of range): the "
-            "draws are exact and say little; look for an improper posterior, a bad start or a step size that is too large")
+    return (
+        f"chains {np.flatnonzero(few).tolist()} accepted less than 2% of their proposals "
+        f"({int(np.asarray(draws.certificate.num_nonfinite_proposals)[few].sum())} of which were out of range): the "
+        "draws are exact and say little; look for an improper posterior, a bad start or a step size that is too large"
+    )
 
 
 def _sentence(draws: Draws) -> str:
     report, certified = draws.report, np.asarray(draws.certificate.certified)
-    what = "all chains certified" if certified.all() else f"{int(certified.sum())} of {certified.size} chains certified"
+    what = (
+        "all chains certified"
+        if certified.all()
+        else f"{int(certified.sum())} of {certified.size} chains certified"
+    )
     if report.interrupted:
         what = f"interrupted after {draws.plan['num_samples']:,} draws per chain; {what}"
-    return (f"{what}: largest residual {float(np.max(np.asarray(draws.certificate.max_residual))):.1e} noise units, "
-            f"{report.evaluations_per_sample:.1f} evaluations per draw, {len(report.fallbacks)} sequential fallbacks")
+    return (
+        f"{what}: largest residual {float(np.max(np.asarray(draws.certificate.max_residual))):.1e} noise units, "
+        f"{report.evaluations_per_sample:.1f} evaluations per draw, {len(report.fallbacks)} sequential fallbacks"
+    )

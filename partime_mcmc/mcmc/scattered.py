@@ -62,8 +62,15 @@ class Sums:
     totals: np.ndarray
 
     @classmethod
-    def of(cls, values: Mapping[str, np.ndarray], info: Mapping[str, np.ndarray], chains: np.ndarray, steps: np.ndarray,
-           size: int, bins: Histogram) -> Sums:
+    def of(
+        cls,
+        values: Mapping[str, np.ndarray],
+        info: Mapping[str, np.ndarray],
+        chains: np.ndarray,
+        steps: np.ndarray,
+        size: int,
+        bins: Histogram,
+    ) -> Sums:
         """Of some draws.
 
         Args:
@@ -77,18 +84,32 @@ class Sums:
         x, layout = flat_values(values)
         numbers, starts, counts = np.unique(steps // size, return_index=True, return_counts=True)
         with np.errstate(all="ignore"):
-            pairs = [moments(x[..., start:start + count]) for start, count in zip(starts, counts)]
+            pairs = [moments(x[..., start : start + count]) for start, count in zip(starts, counts)]
             empty = dataclasses.replace(bins, counts=np.zeros((len(x), 0), np.int64))
             found = empty.add(x.reshape(x.shape[0], -1))
             totals = []
             for one in info.values():
                 total = Total.of(np.asarray(one), 0)
-                totals.append(dataclasses.replace(total, where_largest=steps[total.where_largest]).to_array())
+                totals.append(
+                    dataclasses.replace(total, where_largest=steps[total.where_largest]).to_array()
+                )
             means, deviations = (np.stack(of, axis=2) for of in zip(*pairs))
             squares = comoments(x)[1] if x.shape[0] <= MAX_COVARIANCE else np.zeros(0)
             extremes = np.stack([x.min(axis=2), x.max(axis=2)])
-            return cls(layout, tuple(info), chains, numbers, counts, means, deviations, np.asarray(found.first),
-                       found.counts, extremes, squares, np.stack(totals))
+            return cls(
+                layout,
+                tuple(info),
+                chains,
+                numbers,
+                counts,
+                means,
+                deviations,
+                np.asarray(found.first),
+                found.counts,
+                extremes,
+                squares,
+                np.stack(totals),
+            )
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Plain arrays from which `from_arrays` restores this."""
@@ -121,7 +142,9 @@ def spread_of(values: Mapping[str, np.ndarray]) -> np.ndarray:
     count = finite.sum(axis=1)
     with np.errstate(all="ignore"):
         mean = np.where(finite, x, 0).sum(axis=1) / np.maximum(count, 1)
-        return np.stack([count, mean, np.square(np.where(finite, x - mean[:, None], 0)).sum(axis=1)])
+        return np.stack(
+            [count, mean, np.square(np.where(finite, x - mean[:, None], 0)).sum(axis=1)]
+        )
 
 
 def bins_for(spreads: list[np.ndarray]) -> Histogram:
@@ -130,11 +153,19 @@ def bins_for(spreads: list[np.ndarray]) -> Histogram:
     for more in spreads[1:]:
         (mean, m), count = _merged(count, mean, m, *more), count + more[0]
     known = count > 0
-    return Histogram.about(np.where(known, mean, 0), np.where(known, np.sqrt(m / np.maximum(count, 1)), 1))
+    return Histogram.about(
+        np.where(known, mean, 0), np.where(known, np.sqrt(m / np.maximum(count, 1)), 1)
+    )
 
 
-def put_together(running: Running, sums: list[Sums], num_chains: int, num_draws: int, bins: Histogram,
-                 carries: Mapping[str, Any]) -> Running:
+def put_together(
+    running: Running,
+    sums: list[Sums],
+    num_chains: int,
+    num_draws: int,
+    bins: Histogram,
+    carries: Mapping[str, Any],
+) -> Running:
     """The statistics with the draws of a chunk.
 
     Args:
@@ -153,38 +184,61 @@ def put_together(running: Running, sums: list[Sums], num_chains: int, num_draws:
     with np.errstate(all="ignore"):
         batches = _batches(running.batches, sums, lead, num_draws)
         histogram = bins if running.histogram is None else running.histogram
-        smallest, largest = (running.extremes if running.extremes is not None else
-                             np.stack([np.full(lead, np.inf), np.full(lead, -np.inf)])).copy()
+        smallest, largest = (
+            running.extremes
+            if running.extremes is not None
+            else np.stack([np.full(lead, np.inf), np.full(lead, -np.inf)])
+        ).copy()
         totals = {name: running.info.get(name, Total.nothing(num_chains)) for name in one.names}
         for some in sums:
             histogram = histogram.together(int(some.first), some.bins)
             smallest[:, some.chains] = np.minimum(smallest[:, some.chains], some.extremes[0])
             largest[:, some.chains] = np.maximum(largest[:, some.chains], some.extremes[1])
             for name, array in zip(some.names, some.totals):
-                totals[name] = totals[name].beside(Total.from_array(array).of_some(some.chains, num_chains))
+                totals[name] = totals[name].beside(
+                    Total.from_array(array).of_some(some.chains, num_chains)
+                )
         squares = _comoments(running, sums, lead) if one.comoments.size else None
-    return dataclasses.replace(running, layout=one.layout, batches=batches, histogram=histogram,
-                               extremes=np.stack([smallest, largest]), comoments=squares, info=totals, carries=dict(carries))
+    return dataclasses.replace(
+        running,
+        layout=one.layout,
+        batches=batches,
+        histogram=histogram,
+        extremes=np.stack([smallest, largest]),
+        comoments=squares,
+        info=totals,
+        carries=dict(carries),
+    )
 
 
-def _batches(batches: Batches | None, sums: list[Sums], lead: tuple[int, int], num_draws: int) -> Batches:
+def _batches(
+    batches: Batches | None, sums: list[Sums], lead: tuple[int, int], num_draws: int
+) -> Batches:
     size = batch_size(num_draws)
     full, num_open = divmod(num_draws, size)
-    count, mean, m = np.zeros((lead[1], full + 1)), np.zeros((*lead, full + 1)), np.zeros((*lead, full + 1))
+    count, mean, m = (
+        np.zeros((lead[1], full + 1)),
+        np.zeros((*lead, full + 1)),
+        np.zeros((*lead, full + 1)),
+    )
     if batches is not None:
         while batches.size < size:
             batches = batches.paired()
         before = batches.num_full + 1
         mean[..., :before], m[..., :before] = batches.means, batches.deviations
-        count[:, :before - 1], count[:, before - 1] = size, batches.num_open
+        count[:, : before - 1], count[:, before - 1] = size, batches.num_open
     for some in sums:
         at = np.ix_(some.chains, some.batches)
         where = np.ix_(np.arange(lead[0]), some.chains, some.batches)
-        mean[where], m[where] = _merged(count[at], mean[where], m[where], some.counts, some.means, some.deviations)
+        mean[where], m[where] = _merged(
+            count[at], mean[where], m[where], some.counts, some.means, some.deviations
+        )
         count[at] += some.counts
     if (count[:, :full] != size).any() or (count[:, full] != num_open).any():
-        raise ValueError(f"sums: got {count.sum(axis=1).astype(int).tolist()} draws of the chains, wanted {num_draws} of "
-                         "each, every step once")
+        raise ValueError(
+            f"sums: got {count.sum(axis=1).astype(int).tolist()} draws of the chains, wanted {num_draws} of "
+            "each, every step once"
+        )
     return Batches(size, mean, m, num_open)
 
 

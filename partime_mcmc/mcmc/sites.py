@@ -8,8 +8,12 @@ import numpy as np
 
 def reported(sites: dict) -> tuple[str, ...]:
     """Names of the latent and deterministic sites of a trace, in its order."""
-    latent = {name for name, site in sites.items() if site["type"] == "sample" and not site["is_observed"]}
-    return tuple(name for name, site in sites.items() if name in latent or site["type"] == "deterministic")
+    latent = {
+        name for name, site in sites.items() if site["type"] == "sample" and not site["is_observed"]
+    }
+    return tuple(
+        name for name, site in sites.items() if name in latent or site["type"] == "deterministic"
+    )
 
 
 def plate_dims(sites: dict, names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:

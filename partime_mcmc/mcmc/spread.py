@@ -98,31 +98,63 @@ class Spread:
         """
         kernel, mesh, keys = self.kernel, self.mesh, self.keys
         if end.discrete and not (isinstance(kernel.algorithm, Drawn) and kernel.algorithm.count):
-            raise ValueError(f"kernel: {kernel.name} has counters that follow from stepping only, so no device can begin in "
-                             "the middle; wanted one whose dice tell them, or no mesh")
+            raise ValueError(
+                f"kernel: {kernel.name} has counters that follow from stepping only, so no device can begin in "
+                "the middle; wanted one whose dice tell them, or no mesh"
+            )
         family, numbers = family_of(kernel)
-        kind, known = str(jax.random.key_impl(keys)), None if splits_by_counting(keys) else books.total
+        kind, known = (
+            str(jax.random.key_impl(keys)),
+            None if splits_by_counting(keys) else books.total,
+        )
         given = numbers, np.asarray(jax.random.key_data(keys)), end.carries, end.discrete
         numbers, words, carries, counters = agreed(given)
-        numbers, (words, carries, counters) = place(mesh, SAME, numbers), place(mesh, CHAINS, (words, carries, counters))
+        numbers, (words, carries, counters) = (
+            place(mesh, SAME, numbers),
+            place(mesh, CHAINS, (words, carries, counters)),
+        )
         whole = Cut(mesh, time_axis(mesh), 1, PartitionSpec("chains", "time"))
         run, done = functools.partial(run_program, clock=clock), 0
         for cut, recipe in cuts(num_samples, whole, self.solver, self.schedule):
             first = place(mesh, SAME, np.uint32(end.num_steps + done))
-            tape, counters = run(Throw(family, cut, kind, known), numbers, words, carries, counters, first)
-            states, finite, work = _solved(run, family, cut, recipe, self.tolerance, self.max_iterations, books, numbers,
-                                           carries, tape, done)
+            tape, counters = run(
+                Throw(family, cut, kind, known), numbers, words, carries, counters, first
+            )
+            states, finite, work = _solved(
+                run,
+                family,
+                cut,
+                recipe,
+                self.tolerance,
+                self.max_iterations,
+                books,
+                numbers,
+                carries,
+                tape,
+                done,
+            )
             judge = functools.partial(run, Judge(family, cut), numbers, carries, what="certify")
             *judged, still, places, after, same = judge(states, tape)
             if not fetch(same).all():
                 *judged, _, _, _, _ = judge(still, tape)
-            kept = self.collect((*judged, places), finite, mesh, cut.along, functools.partial(run, what="certify"))
+            kept = self.collect(
+                (*judged, places), finite, mesh, cut.along, functools.partial(run, what="certify")
+            )
             carries, done = after, done + cut.length
             yield Piece(cut.length, kept, work, carries, counters)
 
 
-def draw_across(spread: Spread, target: Target, num_samples: int, *, end: End, total: int, warmup: Warmup | None,
-                plan: dict[str, Any], advance: Callable[..., None]) -> Draws:
+def draw_across(
+    spread: Spread,
+    target: Target,
+    num_samples: int,
+    *,
+    end: End,
+    total: int,
+    warmup: Warmup | None,
+    plan: dict[str, Any],
+    advance: Callable[..., None],
+) -> Draws:
     """Chains of a tuned kernel over a mesh, certified, on a host that keeps them.
 
     Args:
@@ -146,9 +178,19 @@ def draw_across(spread: Spread, target: Target, num_samples: int, *, end: End, t
     steps, parts, said, places = joined([piece.draws for piece in run.pieces])
     certificate = combined(steps, parts, run.done)
     report = run.report(certificate, jax.tree.leaves(places)[0].dtype)
-    return Draws(places, constrained_values(target, places, run.clock), {**said, "residual": steps["residual"]}, certificate,
-                 report, {**plan, "num_samples": run.done, "mesh": dict(spread.mesh.shape)}, warmup,
-                 dict(target.dims) if target.dims else None, tuple(target.names) if target.names else None, None, run.end())
+    return Draws(
+        places,
+        constrained_values(target, places, run.clock),
+        {**said, "residual": steps["residual"]},
+        certificate,
+        report,
+        {**plan, "num_samples": run.done, "mesh": dict(spread.mesh.shape)},
+        warmup,
+        dict(target.dims) if target.dims else None,
+        tuple(target.names) if target.names else None,
+        None,
+        run.end(),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +212,9 @@ class Run:
     clock: Clock
 
     @classmethod
-    def of(cls, spread: Spread, num_samples: int, end: End, total: int, advance: Callable[..., None]) -> Run:
+    def of(
+        cls, spread: Spread, num_samples: int, end: End, total: int, advance: Callable[..., None]
+    ) -> Run:
         """Make them; arguments as for `draw_across`."""
         clock, pieces = Clock(), []
         books = Books(spread.keys.shape[0], end.num_steps, total, end.failed_running)
@@ -196,11 +240,20 @@ class Run:
     def report(self, certificate: Certificate, dtype: Any) -> RunReport:
         """How it went."""
         mesh = self.spread.mesh
-        shared = [piece.work.mean(axis=0) for piece in self.pieces if piece.work.shape[1] == mesh.shape["time"]]
+        shared = [
+            piece.work.mean(axis=0)
+            for piece in self.pieces
+            if piece.work.shape[1] == mesh.shape["time"]
+        ]
         device = mesh.devices.flat[0]
-        return run_report(self.books, certificate, self.clock, dtype,
-                          f"{mesh.size} x {device.platform}: {device.device_kind}",
-                          tuple(np.sum(shared, axis=0) / self.done) if shared else ())
+        return run_report(
+            self.books,
+            certificate,
+            self.clock,
+            dtype,
+            f"{mesh.size} x {device.platform}: {device.device_kind}",
+            tuple(np.sum(shared, axis=0) / self.done) if shared else (),
+        )
 
 
 def follow_across(spread: Spread, num_samples: int, *, end: End, total: int) -> End:
@@ -212,10 +265,14 @@ def follow_across(spread: Spread, num_samples: int, *, end: End, total: int) -> 
 
 
 def _end_of(piece: Piece, begin: End, done: int, books: Books) -> End:
-    return End(fetch(piece.carries), fetch(piece.counters), begin.num_steps + done, books.failed_running)
+    return End(
+        fetch(piece.carries), fetch(piece.counters), begin.num_steps + done, books.failed_running
+    )
 
 
-def cuts(num_samples: int, whole: Cut, solver: Solver, schedule: Schedule) -> list[tuple[Cut, Solver]]:
+def cuts(
+    num_samples: int, whole: Cut, solver: Solver, schedule: Schedule
+) -> list[tuple[Cut, Solver]]:
     """The stretches of a run and what solves each.
 
     Args:
@@ -229,7 +286,11 @@ def cuts(num_samples: int, whole: Cut, solver: Solver, schedule: Schedule) -> li
     parts, found = whole.axis.length(1), []
 
     def fitting(steps):
-        return dataclasses.replace(solver, num_segments=None, steps=steps) if isinstance(solver, Shooting) else solver
+        return (
+            dataclasses.replace(solver, num_segments=None, steps=steps)
+            if isinstance(solver, Shooting)
+            else solver
+        )
 
     def shared(steps, unit):
         """Stretches of `steps` per device, in segments of at most `unit`."""
@@ -238,7 +299,11 @@ def cuts(num_samples: int, whole: Cut, solver: Solver, schedule: Schedule) -> li
         return dataclasses.replace(whole, steps=steps), fitting(steps // segments)
 
     here = min(size, num_samples) // parts
-    unit = solver.segment_steps(here * parts, parts) if isinstance(solver, Shooting) and here else max(here, 1)
+    unit = (
+        solver.segment_steps(here * parts, parts)
+        if isinstance(solver, Shooting) and here
+        else max(here, 1)
+    )
     while here and num_samples - sum(cut.length for cut, _ in found) >= here * parts:
         found.append(shared(here if here < unit else here // unit * unit, unit))
     rest = num_samples - sum(cut.length for cut, _ in found)
@@ -251,7 +316,9 @@ def cuts(num_samples: int, whole: Cut, solver: Solver, schedule: Schedule) -> li
     return found
 
 
-def _solved(run, family, cut, solver, tolerance, max_iterations, books, numbers, carries, tape, done):
+def _solved(
+    run, family, cut, solver, tolerance, max_iterations, books, numbers, carries, tape, done
+):
     """The paths of one stretch, how many of their steps are finite, and the evaluations of each device."""
     rolled = books.hopeless
     if rolled:
@@ -260,7 +327,14 @@ def _solved(run, family, cut, solver, tolerance, max_iterations, books, numbers,
     kept, seen = [found.states, None], fetch(dataclasses.replace(found, states=()))
 
     def finish(_, num_exact):
-        kept[:] = run(Finish(family, cut), numbers, carries, tape, found.states, place(cut.mesh, CHAINS, num_exact))
+        kept[:] = run(
+            Finish(family, cut),
+            numbers,
+            carries,
+            tape,
+            found.states,
+            place(cut.mesh, CHAINS, num_exact),
+        )
         return (), fetch(kept[1])
 
     books.enter(seen, done, done + cut.length, rolled, finish)

@@ -59,9 +59,16 @@ class Store:
     writers: Writers = EveryHost()
 
 
-def run_stored(store: Store, run: dict[str, Any], target: Target, given: Kernel | Builder | Warmup,
-               max_iterations: int | None, make_start: Callable[[PyTree], bytes], progress: Progress,
-               mesh: Mesh | None = None) -> StoredDraws:
+def run_stored(
+    store: Store,
+    run: dict[str, Any],
+    target: Target,
+    given: Kernel | Builder | Warmup,
+    max_iterations: int | None,
+    make_start: Callable[[PyTree], bytes],
+    progress: Progress,
+    mesh: Mesh | None = None,
+) -> StoredDraws:
     """Begin a stored run or go on with it.
 
     Args:
@@ -88,7 +95,11 @@ def run_stored(store: Store, run: dict[str, Any], target: Target, given: Kernel 
         if folder.holds_run:
             # Names are for readers only, and starts have done their part once warm-up is over.
             free = ("names", "dims", "max_bytes", *(["initial"] if begun else []))
-            asked = {name: value for name, value in json.loads(json.dumps(run)).items() if name not in free}
+            asked = {
+                name: value
+                for name, value in json.loads(json.dumps(run)).items()
+                if name not in free
+            }
             require_same(folder.read_run(), asked, str(store.path))
         if not begun:
             # Until chunks are chosen the latest limit of memory counts.
@@ -111,7 +122,9 @@ def run_stored(store: Store, run: dict[str, Any], target: Target, given: Kernel 
                 say(data)
                 end, first, last = say_end(end, first, last)
             shelf = Shelf(folder, store.format, store.folds, run, start.settled, first)
-            course = course_of(start, target, kernel, run["num_samples"], max_iterations, run["key"], mesh)
+            course = course_of(
+                start, target, kernel, run["num_samples"], max_iterations, run["key"], mesh
+            )
             _sample_on(writers, shelf, standing, course, end, last, progress)
         elif mesh is not None:
             say(b"")
@@ -120,8 +133,15 @@ def run_stored(store: Store, run: dict[str, Any], target: Target, given: Kernel 
     return open_draws(store.path, folds=store.folds)
 
 
-def _sample_on(writers: Writers, shelf: Shelf, standing: Standing, course: Course, end: End, last: int,
-               progress: Progress) -> None:
+def _sample_on(
+    writers: Writers,
+    shelf: Shelf,
+    standing: Standing,
+    course: Course,
+    end: End,
+    last: int,
+    progress: Progress,
+) -> None:
     with progress.stage("sampling", course.num_samples) as advance:
         tell = Tell(advance, course.keys.shape[0])
         tell.skip(end.num_steps - shelf.first)

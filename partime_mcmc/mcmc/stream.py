@@ -78,11 +78,26 @@ class Course:
 
     def spread(self, solver: Solver, schedule: Schedule) -> Spread:
         """What is run over the mesh."""
-        return Spread(self.kernel, self.keys, self.mesh, solver, schedule, self.tolerance, self.max_iterations, self.collect)
+        return Spread(
+            self.kernel,
+            self.keys,
+            self.mesh,
+            solver,
+            schedule,
+            self.tolerance,
+            self.max_iterations,
+            self.collect,
+        )
 
 
-def stream(course: Course, positions: PyTree, chunk: int, tell: Tell, end: End | None = None,
-           last: int | None = None) -> Iterator[Draws]:
+def stream(
+    course: Course,
+    positions: PyTree,
+    chunk: int,
+    tell: Tell,
+    end: End | None = None,
+    last: int | None = None,
+) -> Iterator[Draws]:
     """The draws of a run, chunk by chunk; at least one chunk, which may be empty.
 
     Args:
@@ -111,9 +126,15 @@ def stream(course: Course, positions: PyTree, chunk: int, tell: Tell, end: End |
             return
 
 
-def _chunk(course: Course, positions: PyTree, end: End | None, chunk: int, last: int, tell: Tell) -> tuple[Draws, tuple]:
+def _chunk(
+    course: Course, positions: PyTree, end: End | None, chunk: int, last: int, tell: Tell
+) -> tuple[Draws, tuple]:
     """The next chunk, in as many steps at once as the device can hold, and what was chosen for it."""
-    first, stretch, notes = 0 if end is None else end.num_steps, None if end is None else end.stretch, ()
+    first, stretch, notes = (
+        0 if end is None else end.num_steps,
+        None if end is None else end.stretch,
+        (),
+    )
     while True:
         steps = min(chunk, last - first, stretch or chunk)
         try:
@@ -126,20 +147,41 @@ def _chunk(course: Course, positions: PyTree, end: End | None, chunk: int, last:
         # Outside the handler, so that what the failed attempt held is let go.
         tell.undo()
         stretch = steps // 2
-        notes = (*notes, f"steps {first} to {first + steps}: the device ran out of memory; from there on at most {stretch} "
-                         "steps at once")
+        notes = (
+            *notes,
+            f"steps {first} to {first + steps}: the device ran out of memory; from there on at most {stretch} "
+            "steps at once",
+        )
 
 
 def _attempt(course, positions, end, steps, stretch, last, tell, notes):
     if course.mesh is not None:
         return _across(course, positions, end, steps, stretch, last, tell, notes)
     chains = run_chains(
-        course.kernel, positions, course.keys, steps, choose=course.choose, tolerance=course.tolerance,
-        max_iterations=course.max_iterations, advance=tell, evidence=course.evidence, end=end, total=last, stretch=stretch,
-        groups=course.groups, clock=Clock())
-    plan = {"kernel": course.kernel.name, "dice": dice_of(course.kernel), "solver": repr(chains.solver),
-            "schedule": repr(chains.schedule), "num_samples": jax.tree.leaves(chains.carries)[0].shape[1],
-            "num_chains": course.keys.shape[0], **course.plan}
+        course.kernel,
+        positions,
+        course.keys,
+        steps,
+        choose=course.choose,
+        tolerance=course.tolerance,
+        max_iterations=course.max_iterations,
+        advance=tell,
+        evidence=course.evidence,
+        end=end,
+        total=last,
+        stretch=stretch,
+        groups=course.groups,
+        clock=Clock(),
+    )
+    plan = {
+        "kernel": course.kernel.name,
+        "dice": dice_of(course.kernel),
+        "solver": repr(chains.solver),
+        "schedule": repr(chains.schedule),
+        "num_samples": jax.tree.leaves(chains.carries)[0].shape[1],
+        "num_chains": course.keys.shape[0],
+        **course.plan,
+    }
     try:
         draws = finish(course.target, course.kernel, chains, course.warmup, plan)
     except KeyboardInterrupt:
@@ -148,7 +190,9 @@ def _attempt(course, positions, end, steps, stretch, last, tell, notes):
             raise
         draws = finish(course.target, course.kernel, chains, course.warmup, plan)
     report = dataclasses.replace(draws.report, fallbacks=(*notes, *draws.report.fallbacks))
-    draws = dataclasses.replace(draws, end=dataclasses.replace(draws.end, stretch=stretch), report=report)
+    draws = dataclasses.replace(
+        draws, end=dataclasses.replace(draws.end, stretch=stretch), report=report
+    )
     return draws, (chains.solver, chains.schedule, chains.advice)
 
 
@@ -157,12 +201,28 @@ def _across(course, positions, end, steps, stretch, last, tell, notes):
     dynamics, initial, tape, _ = throw(course.kernel, None, course.keys, 1, end)
     chosen = course.choose(lambda: dynamics, initial, tape, 1)
     solver, schedule, _ = chosen
-    plan = {"kernel": course.kernel.name, "dice": dice_of(course.kernel), "solver": repr(solver), "schedule": repr(schedule),
-            "num_chains": course.keys.shape[0], **course.plan}
-    draws = course.across(course.spread(solver, schedule), course.target, steps, end=end, total=last, warmup=course.warmup,
-                          plan=plan, advance=tell)
+    plan = {
+        "kernel": course.kernel.name,
+        "dice": dice_of(course.kernel),
+        "solver": repr(solver),
+        "schedule": repr(schedule),
+        "num_chains": course.keys.shape[0],
+        **course.plan,
+    }
+    draws = course.across(
+        course.spread(solver, schedule),
+        course.target,
+        steps,
+        end=end,
+        total=last,
+        warmup=course.warmup,
+        plan=plan,
+        advance=tell,
+    )
     report = dataclasses.replace(draws.report, fallbacks=(*notes, *draws.report.fallbacks))
-    return dataclasses.replace(draws, end=dataclasses.replace(draws.end, stretch=stretch), report=report), chosen
+    return dataclasses.replace(
+        draws, end=dataclasses.replace(draws.end, stretch=stretch), report=report
+    ), chosen
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -204,7 +264,9 @@ class Tell:
     def certified(self, draws: Draws) -> None:
         """Take in what a certified chunk says of its steps."""
         self._chunk = 0
-        accepted = draws.info.get("acceptance_rate", draws.info.get("accepted", draws.certificate.accepted))
+        accepted = draws.info.get(
+            "acceptance_rate", draws.info.get("accepted", draws.certificate.accepted)
+        )
         accepted = np.asarray(accepted, float)
         self._accepted, self._draws = self._accepted + accepted.sum(), self._draws + accepted.size
         self._shown["accept"] = f"{self._accepted / max(self._draws, 1):.2f}"

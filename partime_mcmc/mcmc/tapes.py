@@ -31,8 +31,14 @@ _INIT_STREAM = 2**31 - 3
 MAX_STEPS = 2**31 - 4
 
 
-def throw(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, end: End | None = None,
-          clock: Clock | None = None) -> tuple[Dynamics, PyTree, Tape, dict]:
+def throw(
+    kernel: Kernel,
+    positions: PyTree,
+    keys: Key,
+    num_samples: int,
+    end: End | None = None,
+    clock: Clock | None = None,
+) -> tuple[Dynamics, PyTree, Tape, dict]:
     """The recurrence of a stretch of time and its dice.
 
     Args:
@@ -47,12 +53,19 @@ def throw(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, end: E
         Dynamics, starting carries `(C, ...)`, tapes `(C, T, ...)`, and the discrete leaves after the last step `(C, ...)`.
     """
     clock = Clock() if clock is None else clock
-    (initial, tape, discrete), = throw_dice(kernel, positions, keys, num_samples, end, clock)
+    ((initial, tape, discrete),) = throw_dice(kernel, positions, keys, num_samples, end, clock)
     return recurrence_of(kernel, initial, tape, clock), initial, tape, discrete
 
 
-def throw_dice(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, end: End | None, clock: Clock,
-               count: int = 1) -> list[tuple[PyTree, Tape, dict]]:
+def throw_dice(
+    kernel: Kernel,
+    positions: PyTree,
+    keys: Key,
+    num_samples: int,
+    end: End | None,
+    clock: Clock,
+    count: int = 1,
+) -> list[tuple[PyTree, Tape, dict]]:
     """As `throw`, without the recurrence, for each of `count` groups of chains."""
     family, numbers = family_of(kernel)
     first = 0 if end is None else end.num_steps
@@ -62,8 +75,14 @@ def throw_dice(kernel: Kernel, positions: PyTree, keys: Key, num_samples: int, e
     return run_explicit_groups(program, numbers, groups, clock=clock)
 
 
-def recurrence(kernel: Kernel, positions: PyTree, keys: Key, end: End | None, clock: Clock,
-               evidence: Evidence = Independent()) -> Dynamics:
+def recurrence(
+    kernel: Kernel,
+    positions: PyTree,
+    keys: Key,
+    end: End | None,
+    clock: Clock,
+    evidence: Evidence = Independent(),
+) -> Dynamics:
     """The recurrence of `throw` alone; nothing is computed.
 
     Args:
@@ -77,11 +96,15 @@ def recurrence(kernel: Kernel, positions: PyTree, keys: Key, end: End | None, cl
     family, numbers = family_of(kernel)
     chains = (positions, None) if end is None else (None, (end.carries, end.discrete))
     with clock.measure("compile"):
-        initial, tape, _ = explicit(_Throw(family, 1, 0), numbers, *chains, keys, np.uint32(0))[0].result
+        initial, tape, _ = explicit(_Throw(family, 1, 0), numbers, *chains, keys, np.uint32(0))[
+            0
+        ].result
     return recurrence_of(kernel, initial, tape, clock, evidence)
 
 
-def recurrence_of(kernel: Kernel, initial: PyTree, tape: Tape, clock: Clock, evidence: Evidence = Independent()) -> Dynamics:
+def recurrence_of(
+    kernel: Kernel, initial: PyTree, tape: Tape, clock: Clock, evidence: Evidence = Independent()
+) -> Dynamics:
     """The recurrence of a kernel, without captured arrays.
 
     Args:
@@ -112,7 +135,9 @@ def begin(kernel: Kernel, positions: PyTree, keys: Key, clock: Clock) -> End:
 
 def splits_by_counting(keys: Key) -> bool:
     """Whether the keys that `split` gives are those that `fold_in` gives."""
-    return _splits_by_counting(str(jax.random.key_impl(keys)), bool(jax.config.jax_threefry_partitionable))
+    return _splits_by_counting(
+        str(jax.random.key_impl(keys)), bool(jax.config.jax_threefry_partitionable)
+    )
 
 
 @functools.cache
@@ -134,7 +159,9 @@ class _Throw(Named):
         def one(position, at, key):
             state = _initial(kernel, position, key) if at is None else kernel.state(*at)
             places = first + jnp.arange(num_samples, dtype=jnp.uint32)
-            tape, after = kernel.stretch_of(step_keys(key, places, None if known is None else known + num_samples), state)
+            tape, after = kernel.stretch_of(
+                step_keys(key, places, None if known is None else known + num_samples), state
+            )
             return kernel.carry(state) if at is None else at[0], tape, after
 
         return jax.vmap(one)(positions, at, keys)

@@ -48,17 +48,27 @@ class Target:
 
     def __post_init__(self):
         if not callable(self.logdensity):
-            raise TypeError(f"logdensity: got {_described(self.logdensity)}; wanted a function of a position")
+            raise TypeError(
+                f"logdensity: got {_described(self.logdensity)}; wanted a function of a position"
+            )
         if self.constrain is not None and not callable(self.constrain):
-            raise TypeError(f"constrain: got {_described(self.constrain)}; wanted a function of a position, or None")
+            raise TypeError(
+                f"constrain: got {_described(self.constrain)}; wanted a function of a position, or None"
+            )
         if self.initial is None:
-            raise TypeError("initial: got None; wanted a position, or a function of a key that draws one")
+            raise TypeError(
+                "initial: got None; wanted a position, or a function of a key that draws one"
+            )
         if self.names is not None and (
             isinstance(self.names, str) or not all(isinstance(name, str) for name in self.names)
         ):
-            raise TypeError(f"names: got {_described(self.names)}; wanted a sequence of strings, or None")
+            raise TypeError(
+                f"names: got {_described(self.names)}; wanted a sequence of strings, or None"
+            )
         if self.dims is not None and not isinstance(self.dims, Mapping):
-            raise TypeError(f"dims: got {_described(self.dims)}; wanted a mapping from value names to axis names")
+            raise TypeError(
+                f"dims: got {_described(self.dims)}; wanted a mapping from value names to axis names"
+            )
 
     def start(self, key: Key) -> PyTree:
         """One start, as JAX arrays of one floating dtype.
@@ -93,7 +103,9 @@ class Target:
                 return check_dtypes(run_explicit(_Starts(self.initial), None, keys, clock=Clock()))
             except InvalidStart:
                 raise
-            except Exception:  # whatever a function for single keys raises on a batch: then one after another
+            except (
+                Exception
+            ):  # whatever a function for single keys raises on a batch: then one after another
                 pass
         starts = [self.start(key) for key in keys]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)

@@ -36,19 +36,30 @@ class Total:
         """The totals of `values`, shape `(C, n)` with n >= 1, the first of which is step number `first`."""
         values = values.astype(np.float64)
         where = values.argmax(axis=1)
-        return cls(values.sum(axis=1), values.min(axis=1), values.max(axis=1), first + where,
-                   (~np.isfinite(values)).sum(axis=1))
+        return cls(
+            values.sum(axis=1),
+            values.min(axis=1),
+            values.max(axis=1),
+            first + where,
+            (~np.isfinite(values)).sum(axis=1),
+        )
 
     def then(self, later: Total) -> Total:
         """The totals of both."""
         # Not "later is larger": a NaN is kept from when it first comes.
         moved = ~np.isnan(self.largest) & ~(later.largest <= self.largest)
         largest = np.where(moved, later.largest, self.largest)
-        return Total(self.sum + later.sum, np.minimum(self.smallest, later.smallest), largest,
-                     np.where(moved, later.where_largest, self.where_largest), self.nonfinite + later.nonfinite)
+        return Total(
+            self.sum + later.sum,
+            np.minimum(self.smallest, later.smallest),
+            largest,
+            np.where(moved, later.where_largest, self.where_largest),
+            self.nonfinite + later.nonfinite,
+        )
 
     def beside(self, other: Total) -> Total:
         """The totals of both, whichever comes first in time; what has no draws has the sum 0 and the step -1."""
+
         def better(a, b):
             """Whether b has the first NaN, or the larger value, or the same one earlier."""
             sooner = b.where_largest < a.where_largest
@@ -61,8 +72,13 @@ class Total:
         pick = lambda a, b: np.where(none[0], b, np.where(none[1], a, np.minimum(a, b)))  # noqa: E731
         largest = np.where(second, other.largest, self.largest)
         where = np.where(second, other.where_largest, self.where_largest)
-        return Total(self.sum + other.sum, pick(self.smallest, other.smallest), largest, where,
-                     self.nonfinite + other.nonfinite)
+        return Total(
+            self.sum + other.sum,
+            pick(self.smallest, other.smallest),
+            largest,
+            where,
+            self.nonfinite + other.nonfinite,
+        )
 
     @classmethod
     def nothing(cls, num_chains: int) -> Total:
@@ -74,14 +90,18 @@ class Total:
         """The totals of these chains as some of more chains, of which there are no draws."""
         fields = {}
         for field in dataclasses.fields(self):
-            full = getattr(Total.nothing(num_chains), field.name).astype(getattr(self, field.name).dtype)
+            full = getattr(Total.nothing(num_chains), field.name).astype(
+                getattr(self, field.name).dtype
+            )
             full[chains] = getattr(self, field.name)
             fields[field.name] = full
         return Total(**fields)
 
     def to_array(self) -> np.ndarray:
         """All of it, shape `(5, C)`: counts and steps are exact in float64 up to 2**53."""
-        return np.stack([getattr(self, field.name) for field in dataclasses.fields(self)]).astype(np.float64)
+        return np.stack([getattr(self, field.name) for field in dataclasses.fields(self)]).astype(
+            np.float64
+        )
 
     @classmethod
     def from_array(cls, array: np.ndarray) -> Total:
@@ -105,10 +125,17 @@ def summed(info: Mapping[str, Total], num_draws: int) -> dict[str, Any]:
         if count in info:
             found[name] = int(info[count].sum.sum())
     if "acceptance_rate" in info:
-        found["acceptance_rate"] = float(info["acceptance_rate"].sum.sum() / (num_draws * len(info["acceptance_rate"].sum)))
+        found["acceptance_rate"] = float(
+            info["acceptance_rate"].sum.sum() / (num_draws * len(info["acceptance_rate"].sum))
+        )
     if "residual" in info:
         residual = info["residual"]
         chain = int(np.argmax(residual.largest))
-        found |= {"max_residual": float(residual.largest[chain]), "worst": (chain, int(residual.where_largest[chain]))}
-    found["nonfinite"] = {name: int(total.nonfinite.sum()) for name, total in info.items() if total.nonfinite.any()}
+        found |= {
+            "max_residual": float(residual.largest[chain]),
+            "worst": (chain, int(residual.where_largest[chain])),
+        }
+    found["nonfinite"] = {
+        name: int(total.nonfinite.sum()) for name, total in info.items() if total.nonfinite.any()
+    }
     return found

@@ -61,8 +61,21 @@ def _walking():
     return jax.jit(_walk, static_argnums=(0, 1), compiler_options=compiler_options())
 
 
-def _walk(density: Callable, longest: int, params: PyTree, example: PyTree, root: Array, starts: Array, fresh: Array,
-          step_sizes: Array, lengths: Array, gain: Array, target: Array, words: Array, num_pieces: Array):
+def _walk(
+    density: Callable,
+    longest: int,
+    params: PyTree,
+    example: PyTree,
+    root: Array,
+    starts: Array,
+    fresh: Array,
+    step_sizes: Array,
+    lengths: Array,
+    gain: Array,
+    target: Array,
+    words: Array,
+    num_pieces: Array,
+):
     unravel = ravel_pytree(example)[1]
     evaluate = jax.vmap(jax.value_and_grad(lambda x: density(params, unravel(x))))
     num_chains, dimension = starts.shape[1:]
@@ -89,14 +102,19 @@ def _walk(density: Callable, longest: int, params: PyTree, example: PyTree, root
             new_value, new_gradient = evaluate(new)
             ended = (new, new_value, new_gradient, half + 0.5 * step * pulled(new_gradient))
             going = index < length
-            return tuple(jnp.where(going.reshape(-1, *(1,) * (a.ndim - 1)), a, b) for a, b in zip(ended, moving))
+            return tuple(
+                jnp.where(going.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
+                for a, b in zip(ended, moving)
+            )
 
         *end, last = lax.fori_loop(0, jnp.max(length), leap, (*state, momentum))
         fall = energy(state[1], momentum) - energy(end[1], last)
         usable = jnp.isfinite(fall) & jnp.isfinite(end[2]).all(axis=1)
         rate = jnp.where(usable, jnp.exp(jnp.minimum(fall, 0)), 0)
         accepted = uniform < rate
-        state = tuple(jnp.where(accepted.reshape(-1, *(1,) * (a.ndim - 1)), a, b) for a, b in zip(end, state))
+        state = tuple(
+            jnp.where(accepted.reshape(-1, *(1,) * (a.ndim - 1)), a, b) for a, b in zip(end, state)
+        )
         log_steps = log_steps + gain * (rate - target)
         return (state, log_steps), (*state, rate)
 
@@ -107,14 +125,18 @@ def _walk(density: Callable, longest: int, params: PyTree, example: PyTree, root
         uniforms = jax.random.uniform(key, (STEPS, num_chains, dimension + 1), starts.dtype)
         drives = starts, lengths, uniforms[..., 0], normal_of(uniforms[..., 1:])
         carry, found = lax.scan(transition, carry, drives)
-        write = functools.partial(lax.dynamic_update_slice_in_dim, start_index=number * STEPS, axis=0)
+        write = functools.partial(
+            lax.dynamic_update_slice_in_dim, start_index=number * STEPS, axis=0
+        )
         return carry, jax.tree.map(write, buffers, found)
 
     first = (starts[0], *evaluate(starts[0]))
     shapes = (*first, jnp.zeros_like(first[1]))
     buffers = jax.tree.map(lambda leaf: jnp.zeros((longest, *leaf.shape), leaf.dtype), shapes)
     # The number of pieces is no part of the program: one serves searching, trials, and windows of all sizes.
-    (_, log_steps), (x, value, gradient, rate) = lax.fori_loop(0, num_pieces, piece, ((first, jnp.log(step_sizes)), buffers))
+    (_, log_steps), (x, value, gradient, rate) = lax.fori_loop(
+        0, num_pieces, piece, ((first, jnp.log(step_sizes)), buffers)
+    )
     return x, gradient, value, rate, jnp.exp(log_steps)
 
 
@@ -129,13 +151,28 @@ class Walker:
     """
 
     def __init__(self, density: Callable, params: PyTree, example: PyTree, num_chains: int):
-        self.density, self.params, self.example, self.num_chains = density, params, example, num_chains
+        self.density, self.params, self.example, self.num_chains = (
+            density,
+            params,
+            example,
+            num_chains,
+        )
         flat = ravel_pytree(example)[0]
         self.dimension, self.dtype = flat.size, flat.dtype
         self.num_gradients = self.depth = self.num_steps = 0
 
-    def walk(self, seed: Seed, starts: np.ndarray, root: np.ndarray, step_sizes: np.ndarray, lengths: np.ndarray, *,
-             size: int = STEPS, gain: float = 0.0, target: float = 0.8) -> Walked:
+    def walk(
+        self,
+        seed: Seed,
+        starts: np.ndarray,
+        root: np.ndarray,
+        step_sizes: np.ndarray,
+        lengths: np.ndarray,
+        *,
+        size: int = STEPS,
+        gain: float = 0.0,
+        target: float = 0.8,
+    ) -> Walked:
         """S transitions of every chain.
 
         Args:
@@ -151,15 +188,31 @@ class Walker:
         """
         fresh = starts.ndim == 3
         lengths = np.broadcast_to(np.asarray(lengths, np.int32), (STEPS, self.num_chains))
-        starts = np.broadcast_to(np.asarray(starts, self.dtype), (STEPS, self.num_chains, self.dimension))
+        starts = np.broadcast_to(
+            np.asarray(starts, self.dtype), (STEPS, self.num_chains, self.dimension)
+        )
         step_sizes = np.broadcast_to(np.asarray(step_sizes, self.dtype), (self.num_chains,))
         longest = longest_walk(self.num_chains * self.dimension)
         if size > longest:
             raise ValueError(f"size: got {size}, wanted at most {longest} transitions a call")
-        found = _walking()(self.density, longest, self.params, self.example, np.asarray(root, self.dtype), starts, fresh,
-                           step_sizes, lengths, np.asarray(gain, self.dtype), np.asarray(target, self.dtype), seed.words,
-                           np.int32(size // STEPS))
-        self.num_gradients += size // STEPS * int(lengths.sum()) + self.num_chains * (STEPS + 1 if fresh else 1)
+        found = _walking()(
+            self.density,
+            longest,
+            self.params,
+            self.example,
+            np.asarray(root, self.dtype),
+            starts,
+            fresh,
+            step_sizes,
+            lengths,
+            np.asarray(gain, self.dtype),
+            np.asarray(target, self.dtype),
+            seed.words,
+            np.int32(size // STEPS),
+        )
+        self.num_gradients += size // STEPS * int(lengths.sum()) + self.num_chains * (
+            STEPS + 1 if fresh else 1
+        )
         self.depth += size // STEPS * int(lengths.max(axis=1).sum())
         self.num_steps += 0 if fresh else size
         *paths, step_sizes = (np.asarray(part) for part in found)

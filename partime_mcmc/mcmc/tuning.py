@@ -23,7 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.kernels import CoalescingDice, Whitening, coalescing_hmc, hmc, mala, nuts, random_walk
+from partime_mcmc.kernels import (
+    CoalescingDice,
+    Whitening,
+    coalescing_hmc,
+    hmc,
+    mala,
+    nuts,
+    random_walk,
+)
 from partime_mcmc.mcmc.family import Builder, Family, Numbers
 from partime_mcmc.mcmc.path import Path, PathRule, boldest_step
 from partime_mcmc.mcmc.programs import compiler_options
@@ -80,7 +88,9 @@ def path_rule_of(builder: Builder, target: float, length: float | None) -> PathR
     return PathRule(target, fixed.get("step_size"), fixed.get("num_integration_steps"), length)
 
 
-def choose(builder: Builder, path: Path, trial: Trial, own: Callable[[dict], np.ndarray], target: float) -> Choice:
+def choose(
+    builder: Builder, path: Path, trial: Trial, own: Callable[[dict], np.ndarray], target: float
+) -> Choice:
     """Settings for a builder.
 
     Args:
@@ -92,7 +102,10 @@ def choose(builder: Builder, path: Path, trial: Trial, own: Callable[[dict], np.
     """
     base, fixed = unwrapped(builder)
     if base in (hmc, coalescing_hmc):
-        settings, rate = {"step_size": path.step_size, "num_integration_steps": path.num_steps}, path.acceptance
+        settings, rate = (
+            {"step_size": path.step_size, "num_integration_steps": path.num_steps},
+            path.acceptance,
+        )
         if base is coalescing_hmc and "mala_step_size" not in fixed:
             bold = min(_LANDING_LIMIT, _LANDING_RATIO * path.step_size)
             settings["mala_step_size"] = boldest_step(trial, bold, _LANDING).step_size ** 2 / 2
@@ -105,12 +118,18 @@ def choose(builder: Builder, path: Path, trial: Trial, own: Callable[[dict], np.
         found = boldest_step(trial, _LANDING_LIMIT, target, PathRule()._steps_for)
         settings, rate = {"step_size": found.step_size}, found.acceptance
     else:
-        found = boldest_step(lambda step, _: own({"step_size": step}), 1.6 if base is random_walk else 1.0, target)
+        found = boldest_step(
+            lambda step, _: own({"step_size": step}), 1.6 if base is random_walk else 1.0, target
+        )
         settings, rate = {"step_size": found.step_size}, found.acceptance
-    return Choice({name: value for name, value in settings.items() if name not in fixed}, rate, target)
+    return Choice(
+        {name: value for name, value in settings.items() if name not in fixed}, rate, target
+    )
 
 
-def own_trials(family: Family, data, whitening: Whitening, draws: np.ndarray, key: Key) -> Callable[[dict], np.ndarray]:
+def own_trials(
+    family: Family, data, whitening: Whitening, draws: np.ndarray, key: Key
+) -> Callable[[dict], np.ndarray]:
     """One step of the family's own kernel from each of 16 states of every chain; compiled once."""
     num_draws, num_chains, dimension = draws.shape
     states = draws[np.linspace(0, num_draws - 1, STEPS).astype(int)].reshape(-1, dimension)
@@ -127,8 +146,12 @@ def own_trials(family: Family, data, whitening: Whitening, draws: np.ndarray, ke
         return jnp.where(jnp.isfinite(rates), rates, 0)
 
     def trial(settings: dict) -> np.ndarray:
-        sizes = {name: jnp.asarray(value, whitening.center.dtype) for name, value in settings.items()}
-        found = accept(Numbers(data, whitening, sizes), jnp.asarray(states, whitening.center.dtype), key)
+        sizes = {
+            name: jnp.asarray(value, whitening.center.dtype) for name, value in settings.items()
+        }
+        found = accept(
+            Numbers(data, whitening, sizes), jnp.asarray(states, whitening.center.dtype), key
+        )
         return np.asarray(found).reshape(STEPS, num_chains)
 
     return trial

@@ -141,7 +141,9 @@ def warm_up(
     density, data = density_of(logdensity, example)
     flat = _rows_of(starts)
     walker = Walker(density, data, example, len(flat))
-    target = target_of(builder) if adaptation.target_acceptance is None else adaptation.target_acceptance
+    target = (
+        target_of(builder) if adaptation.target_acceptance is None else adaptation.target_acceptance
+    )
     adapt_key, tune_key = jax.random.split(key)
     path_rule = path_rule_of(builder, target, adaptation.path_length)
     pool, path = adaptation(walker, adapt_key, flat, num_warmup, path_rule, advance)
@@ -154,7 +156,9 @@ def warm_up(
         if choice.acceptance >= target
         else [
             *pool.notes,
-            (f"No step size reached the target acceptance {target:.2f}; the best reached {choice.acceptance:.2f}."),
+            (
+                f"No step size reached the target acceptance {target:.2f}; the best reached {choice.acceptance:.2f}."
+            ),
         ]
     )
     some = _spread(draws)
@@ -187,13 +191,17 @@ def _positions_of(rows: np.ndarray, example: PyTree) -> PyTree:
     leaves, structure = jax.tree.flatten(example)
     cuts = np.cumsum([np.size(leaf) for leaf in leaves])[:-1]
     parts = zip(np.split(rows, cuts, axis=1), leaves)
-    return jax.device_put(jax.tree.unflatten(structure, [part.reshape(-1, *np.shape(leaf)) for part, leaf in parts]))
+    return jax.device_put(
+        jax.tree.unflatten(structure, [part.reshape(-1, *np.shape(leaf)) for part, leaf in parts])
+    )
 
 
 def _spread(draws: np.ndarray) -> np.ndarray:
     """Some of the draws `(S, C, D)` as `(K, D)`, neighbours from different chains: pilots pair neighbours, which must lie apart."""
     count = min(_NUM_POOL, draws.shape[0] * draws.shape[1])
-    return draws[np.linspace(0, draws.shape[0] - 1, count).astype(int), np.arange(count) % draws.shape[1]]
+    return draws[
+        np.linspace(0, draws.shape[0] - 1, count).astype(int), np.arange(count) % draws.shape[1]
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +243,9 @@ class WindowAdaptation:
         )
 
 
-def _adapt(walker: Walker, starts: np.ndarray, key: Key, num_steps: int) -> tuple[np.ndarray, np.ndarray, int]:
+def _adapt(
+    walker: Walker, starts: np.ndarray, key: Key, num_steps: int
+) -> tuple[np.ndarray, np.ndarray, int]:
     """BlackJAX's window adaptation in every chain: last positions, the chains' mean metric, gradients spent."""
     unravel = ravel_pytree(walker.example)[1]
 
@@ -250,4 +260,8 @@ def _adapt(walker: Walker, starts: np.ndarray, key: Key, num_steps: int) -> tupl
         return jax.vmap(lambda key, start: adaptation.run(key, start, num_steps))(keys, starts)
 
     (state, tuned), steps = run(walker.params, starts, jax.random.split(key, len(starts)))
-    return np.asarray(state.position), np.asarray(tuned["inverse_mass_matrix"], float).mean(axis=0), int(steps.sum())
+    return (
+        np.asarray(state.position),
+        np.asarray(tuned["inverse_mass_matrix"], float).mean(axis=0),
+        int(steps.sum()),
+    )

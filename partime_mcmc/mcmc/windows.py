@@ -36,7 +36,9 @@ _PIECE, _SEGMENT = 128, 32
 _TOLERANCE = 1e-6
 
 
-def side_by_side(walker: Walker, seed: Seed, positions: np.ndarray, root: np.ndarray, path: Path, size: int) -> Walked:
+def side_by_side(
+    walker: Walker, seed: Seed, positions: np.ndarray, root: np.ndarray, path: Path, size: int
+) -> Walked:
     """A window with all chains side by side, in as few calls as memory lets it be.
 
     Args:
@@ -49,14 +51,24 @@ def side_by_side(walker: Walker, seed: Seed, positions: np.ndarray, root: np.nda
     """
     pieces, longest, size = [], longest_walk(positions.size), max(1, size // STEPS) * STEPS
     for start in range(0, size, longest):
-        found = walker.walk(seed.child(start), positions, root, path.step_size, path.num_steps,
-                            size=min(longest, size - start))
+        found = walker.walk(
+            seed.child(start),
+            positions,
+            root,
+            path.step_size,
+            path.num_steps,
+            size=min(longest, size - start),
+        )
         pieces.append(found)
         positions = found.positions[-1]
-    return Walked(*(np.concatenate(parts) for parts in list(zip(*pieces))[:4]), pieces[-1].step_sizes)
+    return Walked(
+        *(np.concatenate(parts) for parts in list(zip(*pieces))[:4]), pieces[-1].step_sizes
+    )
 
 
-def in_parallel_time(walker: Walker, seed: Seed, positions: np.ndarray, root: np.ndarray, path: Path, size: int) -> Walked:
+def in_parallel_time(
+    walker: Walker, seed: Seed, positions: np.ndarray, root: np.ndarray, path: Path, size: int
+) -> Walked:
     """A window solved in parallel time, 128 steps a piece; short ones, and pieces that do not forget, side by side.
 
     Args and result as for `side_by_side`.
@@ -64,34 +76,53 @@ def in_parallel_time(walker: Walker, seed: Seed, positions: np.ndarray, root: np
     if size < _PIECE:
         return side_by_side(walker, seed, positions, root, path, size)
     dtype, pieces = walker.dtype, []
-    numbers = (walker.params, walker.example, jnp.asarray(root, dtype), jnp.asarray(path.step_size, dtype),
-               jnp.asarray(path.num_steps, jnp.int32))
+    numbers = (
+        walker.params,
+        walker.example,
+        jnp.asarray(root, dtype),
+        jnp.asarray(path.step_size, dtype),
+        jnp.asarray(path.num_steps, jnp.int32),
+    )
     for number in range(size // _PIECE):
         one = seed.child(number)
         found, depth, status, evaluations = run_program(
-            _Piece(walker.density), numbers, jnp.asarray(positions, dtype), one.key, clock=Clock())
+            _Piece(walker.density), numbers, jnp.asarray(positions, dtype), one.key, clock=Clock()
+        )
         if (np.asarray(status) != Status.CONVERGED).any():
             pieces.append(side_by_side(walker, one, positions, root, path, _PIECE))
         else:
-            pieces.append(Walked(*(np.asarray(part) for part in found), np.full(len(positions), path.step_size)))
+            pieces.append(
+                Walked(
+                    *(np.asarray(part) for part in found), np.full(len(positions), path.step_size)
+                )
+            )
             walker.num_steps += _PIECE
             walker.depth += int(np.max(depth)) * path.num_steps
             walker.num_gradients += int(np.sum(evaluations) * _PIECE * path.num_steps)
         positions = pieces[-1].positions[-1]
-    return Walked(*(np.concatenate(parts) for parts in list(zip(*pieces))[:4]), pieces[-1].step_sizes)
+    return Walked(
+        *(np.concatenate(parts) for parts in list(zip(*pieces))[:4]), pieces[-1].step_sizes
+    )
 
 
 class _Piece(Named):
     """All chains over one piece: positions, gradients, log densities and acceptance, then depth, status and work."""
 
     def __call__(self, numbers, positions, key):
-        density, = self.parts
+        (density,) = self.parts
         num_chains, dimension = positions.shape
         drives = jax.random.uniform(key, (num_chains, _PIECE, dimension + 1), positions.dtype)
         parts = [_Hamiltonian(density, name) for name in ("enter", "advance", "leave")]
         dynamics = Dynamics(_Hamiltonian(density, "step"), numbers, Memo(*parts, (numbers,) * 3))
-        found = jax.vmap(lambda first, drive: solve(dynamics, first, drive, solver=shooting(steps=_SEGMENT),
-                                                    tolerance=Tolerance(_TOLERANCE, _TOLERANCE)))(positions, drives)
+        found = jax.vmap(
+            lambda first, drive: solve(
+                dynamics,
+                first,
+                drive,
+                solver=shooting(steps=_SEGMENT),
+                tolerance=Tolerance(_TOLERANCE, _TOLERANCE),
+            )
+        )(positions, drives)
         before = jnp.concatenate([positions[:, None], found.states[:, :-1]], axis=1)
         move = jax.vmap(jax.vmap(functools.partial(_move, density, numbers)))
         evaluate = jax.vmap(jax.vmap(functools.partial(_evaluate, density, numbers)))
@@ -129,8 +160,12 @@ def _move(density, numbers, state, uniforms):
     def leap(_, moving):
         x, _, gradient, p = moving
         half = p + 0.5 * step * (root * gradient if root.ndim == 1 else root.T @ gradient)
-        ended = _evaluate(density, numbers, x + step * (root * half if root.ndim == 1 else root @ half))
-        return *ended, half + 0.5 * step * (root * ended[2] if root.ndim == 1 else root.T @ ended[2])
+        ended = _evaluate(
+            density, numbers, x + step * (root * half if root.ndim == 1 else root @ half)
+        )
+        return *ended, half + 0.5 * step * (
+            root * ended[2] if root.ndim == 1 else root.T @ ended[2]
+        )
 
     *end, last = lax.fori_loop(0, num_steps, leap, (*state, momentum))
     fall = 0.5 * jnp.sum(momentum**2) - state[1] - 0.5 * jnp.sum(last**2) + end[1]

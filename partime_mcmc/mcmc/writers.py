@@ -52,7 +52,9 @@ class Writers(Protocol):
         """Refuse a `Store` that cannot be written so; all hosts together, once the first has made the folder."""
         ...
 
-    def sample(self, shelf: Shelf, standing: Standing, course: Course, end: End, last: int, tell: Tell) -> None:
+    def sample(
+        self, shelf: Shelf, standing: Standing, course: Course, end: End, last: int, tell: Tell
+    ) -> None:
         """What the first host does.
 
         Args:
@@ -81,7 +83,9 @@ class FirstHost:
     def check(self, store: Any, mesh: Mesh | None) -> None:
         """As `Writers.check`: nothing is asked for."""
 
-    def sample(self, shelf: Shelf, standing: Standing, course: Course, end: End, last: int, tell: Tell) -> None:
+    def sample(
+        self, shelf: Shelf, standing: Standing, course: Course, end: End, last: int, tell: Tell
+    ) -> None:
         """As `Writers.sample`."""
         course = dataclasses.replace(course, collect=ToFirst())
         with Keeper(shelf, standing) as keeper:
@@ -94,7 +98,9 @@ class FirstHost:
     def follow(self, shelf: Shelf, course: Course, end: End, last: int) -> None:
         """As `Writers.follow`."""
         settled = shelf.settled
-        spread = dataclasses.replace(course, collect=ToFirst()).spread(settled.solver, settled.schedule)
+        spread = dataclasses.replace(course, collect=ToFirst()).spread(
+            settled.solver, settled.schedule
+        )
         while end.num_steps < last:
             # As `stream` cuts it on the first host.
             steps = min(settled.chunk, last - end.num_steps, end.stretch or last)
@@ -127,15 +133,19 @@ class EveryHost:
         columns = np.moveaxis(mesh.devices, mesh.axis_names.index("time"), 0)
         apart = any(len({device.process_index for device in column.flat}) > 1 for column in columns)
         if store.folds and apart:
-            raise ValueError(f"store.folds: got {sorted(store.folds)} with writers=EveryHost() and chains spread over "
-                             "hosts, wanted writers=FirstHost(), or a mesh with all chains of a time on one host: a fold "
-                             "sees all chains together")
+            raise ValueError(
+                f"store.folds: got {sorted(store.folds)} with writers=EveryHost() and chains spread over "
+                "hosts, wanted writers=FirstHost(), or a mesh with all chains of a time on one host: a fold "
+                "sees all chains together"
+            )
         host, token = jax.process_index(), say(secrets.token_hex(8).encode()).decode()
         signs = [Path(store.path) / f".shared-{token}-{one}" for one in range(jax.process_count())]
         try:
             trouble = _write_sign(signs[0]) if host == 0 else ""
             _refuse(gather(trouble.encode()), store.path)
-            trouble = (self._unseen(store.path, signs[:1]) or _write_sign(signs[host])) if host else ""
+            trouble = (
+                (self._unseen(store.path, signs[:1]) or _write_sign(signs[host])) if host else ""
+            )
             _refuse(gather(trouble.encode()), store.path)
             trouble = "" if host else self._unseen(store.path, signs[1:])
             _refuse(gather(trouble.encode()), store.path)
@@ -161,17 +171,28 @@ class EveryHost:
                 return f"does not see there within {self.seconds:g} s what host {missing[0].rsplit('-', 1)[1]} wrote"
             time.sleep(_PAUSE_SECONDS)
 
-    def sample(self, shelf: Shelf, standing: Standing, course: Course, end: End, last: int, tell: Tell) -> None:
+    def sample(
+        self, shelf: Shelf, standing: Standing, course: Course, end: End, last: int, tell: Tell
+    ) -> None:
         """As `Writers.sample`."""
         _share(shelf, tell_standing(standing), course, end, last, tell)
 
     def follow(self, shelf: Shelf, course: Course, end: End, last: int) -> None:
         """As `Writers.follow`."""
         standing = tell_standing(Standing(0, 0, None, Running.start(shelf.folds)))
-        _share(shelf, standing, course, end, last, Tell(lambda steps, **shown: None, course.keys.shape[0]))
+        _share(
+            shelf,
+            standing,
+            course,
+            end,
+            last,
+            Tell(lambda steps, **shown: None, course.keys.shape[0]),
+        )
 
 
-def _share(shelf: Shelf, standing: Standing, course: Course, end: End, last: int, tell: Tell) -> None:
+def _share(
+    shelf: Shelf, standing: Standing, course: Course, end: End, last: int, tell: Tell
+) -> None:
     course = dataclasses.replace(course, collect=Own(), across=share_across)
     with PartKeeper(shelf, standing) as keeper:
         for share in stream(course, None, shelf.settled.chunk, tell, end, last):
@@ -191,5 +212,7 @@ def _write_sign(path: Path) -> str:
 def _refuse(said: list[bytes], path: Any) -> None:
     troubles = [f"host {host} {words.decode()}" for host, words in enumerate(said) if words]
     if troubles:
-        raise StoreError(f"store.path: got {path} with writers=EveryHost(), wanted a folder on a file system that all of "
-                         f"{len(said)} hosts share and may write to: {'; '.join(troubles)}")
+        raise StoreError(
+            f"store.path: got {path} with writers=EveryHost(), wanted a folder on a file system that all of "
+            f"{len(said)} hosts share and may write to: {'; '.join(troubles)}"
+        )

@@ -27,7 +27,9 @@ PRIOR_SCALE = 2.5
 
 def load_survey() -> dict[str, np.ndarray]:
     """The survey's columns by name, float64, shape (944,) each, `logpopul` among them."""
-    text = (resources.files("partime_mcmc.models") / "data" / "anes96.csv").read_text(encoding="utf-8")
+    text = (resources.files("partime_mcmc.models") / "data" / "anes96.csv").read_text(
+        encoding="utf-8"
+    )
     rows = list(csv.DictReader(line for line in text.splitlines() if not line.startswith("#")))
     survey = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
     return {**survey, "logpopul": np.log(survey["popul"] + 0.1)}

@@ -10,5 +10,17 @@ from partime_mcmc.predict.coalescence import MeetingTimes, distances, meeting_ti
 from partime_mcmc.predict.lyapunov import Lyapunov, lyapunov
 from partime_mcmc.predict.machine import CPU, GPU, Machine
 
-__all__ = ["CPU", "GPU", "Advice", "Lyapunov", "Machine", "Meeting", "MeetingTimes", "advise", "calibrate", "distances",
-           "lyapunov", "meeting_times"]
+__all__ = [
+    "CPU",
+    "GPU",
+    "Advice",
+    "Lyapunov",
+    "Machine",
+    "Meeting",
+    "MeetingTimes",
+    "advise",
+    "calibrate",
+    "distances",
+    "lyapunov",
+    "meeting_times",
+]

@@ -87,13 +87,24 @@ class Advice:
             return f"Run sequentially. {self.reason}"
         whole = isinstance(self.schedule, Whole)
         per = "chain" if whole else f"stretch of {self.schedule.size:,} steps"
-        return (f"Solve in parallel over time with {self.num_segments:,} segments per {per}: "
-                f"about {self.speedup:.1f} times as fast as the sequential loop, with {self.evaluations_per_step:.2f} "
-                f"evaluations per step and {self.depth:,} of them one after another. {self.reason}")
+        return (
+            f"Solve in parallel over time with {self.num_segments:,} segments per {per}: "
+            f"about {self.speedup:.1f} times as fast as the sequential loop, with {self.evaluations_per_step:.2f} "
+            f"evaluations per step and {self.depth:,} of them one after another. {self.reason}"
+        )
 
 
-def advise(dynamics: Dynamics, initial: PyTree, drives: PyTree, *, starts: PyTree, num_steps: int,
-           num_chains: int = 1, machine: Machine | None = None, tolerance: Tolerance = Tolerance()) -> Advice:
+def advise(
+    dynamics: Dynamics,
+    initial: PyTree,
+    drives: PyTree,
+    *,
+    starts: PyTree,
+    num_steps: int,
+    num_chains: int = 1,
+    machine: Machine | None = None,
+    tolerance: Tolerance = Tolerance(),
+) -> Advice:
     """How to run `num_chains` chains of `num_steps` steps.
 
     Args:
@@ -119,8 +130,13 @@ def advise(dynamics: Dynamics, initial: PyTree, drives: PyTree, *, starts: PyTre
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     machine = default_machine(jax.default_backend()) if machine is None else machine
-    initial, drives, starts = (jax.tree.map(jnp.asarray, tree) for tree in (initial, drives, starts))
-    if not jax.tree.leaves(drives) or min(leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(drives)) < 1:
+    initial, drives, starts = (
+        jax.tree.map(jnp.asarray, tree) for tree in (initial, drives, starts)
+    )
+    if (
+        not jax.tree.leaves(drives)
+        or min(leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(drives)) < 1
+    ):
         raise ValueError("drives: wanted at least one leaf, with a leading axis T' of at least 1")
     drive = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), drives)
     flat, start, _ = ravel(without_captures(dynamics, initial, drive), initial)
@@ -128,26 +144,48 @@ def advise(dynamics: Dynamics, initial: PyTree, drives: PyTree, *, starts: PyTre
     found, looked = _pilots(flat, start, pool, drives, num_steps, tolerance)
     met = np.asarray(found.met)
     steps = np.asarray(found.steps)
-    meeting = Meeting(float(np.median(steps)), float(np.quantile(steps, 0.9)), int(steps.max()), float(met.mean()))
+    meeting = Meeting(
+        float(np.median(steps)), float(np.quantile(steps, 0.9)), int(steps.max()), float(met.mean())
+    )
     if meeting.fraction_met < _ENOUGH_MET:
         return _stay(num_steps, meeting, _unforgetting(found, looked))
     cost = step_cost(flat, start, drive, min(num_steps, _MAX_PILOT), num_chains, machine)
     schedule, size = _schedule(num_steps, num_chains, start.size * start.dtype.itemsize, machine)
     plan = _best(cost, machine, size, num_chains, steps, met)
-    forgets = (f"Pairs of chains with the same dice became one after {meeting.median:.0f} steps in the median and "
-               f"{meeting.worst:,} at worst ({met.sum()} of {met.size} pairs)")
+    forgets = (
+        f"Pairs of chains with the same dice became one after {meeting.median:.0f} steps in the median and "
+        f"{meeting.worst:,} at worst ({met.sum()} of {met.size} pairs)"
+    )
     if plan is None or plan.speedup < _WORTH_IT:
-        what = ("these chains are too short for what they need to forget" if plan is None else
-                f"the best plan, {plan.num_segments:,} segments per chain, is expected to be only {plan.speedup:.2f} "
-                f"times as fast as the loop on {machine.name}")
-        with_chains = f", which {num_chains} chains side by side already fill" if plan and num_chains > 1 else ""
+        what = (
+            "these chains are too short for what they need to forget"
+            if plan is None
+            else f"the best plan, {plan.num_segments:,} segments per chain, is expected to be only {plan.speedup:.2f} "
+            f"times as fast as the loop on {machine.name}"
+        )
+        with_chains = (
+            f", which {num_chains} chains side by side already fill"
+            if plan and num_chains > 1
+            else ""
+        )
         return _stay(num_steps, meeting, f"{forgets}, but {what}{with_chains}.")
     stretches = math.ceil(num_steps / size)
     chains = f"{num_chains} chain{'s' if num_chains > 1 else ''}"
-    reason = (f"{forgets}; the slowest of {plan.num_segments * num_chains:,} segments should need about "
-              f"{plan.meeting:.0f}. Estimated for {chains} on {machine.name}.")
-    return Advice(shooting(num_segments=plan.num_segments), schedule, plan.num_segments, plan.evaluations,
-                  stretches * plan.depth, plan.speedup, meeting, reason, True)
+    reason = (
+        f"{forgets}; the slowest of {plan.num_segments * num_chains:,} segments should need about "
+        f"{plan.meeting:.0f}. Estimated for {chains} on {machine.name}."
+    )
+    return Advice(
+        shooting(num_segments=plan.num_segments),
+        schedule,
+        plan.num_segments,
+        plan.evaluations,
+        stretches * plan.depth,
+        plan.speedup,
+        meeting,
+        reason,
+        True,
+    )
 
 
 class _Plan(NamedTuple):
@@ -158,18 +196,27 @@ class _Plan(NamedTuple):
     evaluations: float
 
 
-def _best(cost: StepCost, machine: Machine, num_steps: int, num_chains: int, steps, met) -> _Plan | None:
+def _best(
+    cost: StepCost, machine: Machine, num_steps: int, num_chains: int, steps, met
+) -> _Plan | None:
     """The plan with the least expected time, or one with fewer segments that is nearly as good; None if none fits."""
     best, segments = None, 2
     loop = num_steps * cost.loop(machine, num_chains)
-    while segments <= num_steps // 2 and segments * num_chains <= max(machine.max_lanes, 2 * num_chains):
+    while segments <= num_steps // 2 and segments * num_chains <= max(
+        machine.max_lanes, 2 * num_chains
+    ):
         lanes = segments * num_chains
         meeting, roll = slowest(steps, met, lanes), math.ceil(num_steps / segments)
         again = _rerun(steps, met, meeting, widths(lanes, num_chains))
-        seconds = cost.batched(machine, num_chains * num_steps) + roll * cost.rolled(machine, lanes) + sum(
-            count * cost.rolled(machine, width) for width, count in again)
+        seconds = (
+            cost.batched(machine, num_chains * num_steps)
+            + roll * cost.rolled(machine, lanes)
+            + sum(count * cost.rolled(machine, width) for width, count in again)
+        )
         if best is None or loop / seconds > _BETTER * best.speedup:
-            evaluations = (roll * lanes + sum(width * count for width, count in again)) / (num_chains * num_steps)
+            evaluations = (roll * lanes + sum(width * count for width, count in again)) / (
+                num_chains * num_steps
+            )
             best = _Plan(segments, loop / seconds, meeting, math.ceil(roll + meeting), evaluations)
         segments *= 2
     return best
@@ -200,9 +247,13 @@ def _pilots(dynamics, start, pool, drives, num_steps, tolerance) -> tuple[Meetin
     index = begin[:, None] + np.arange(looked)
     scale = jnp.std(pool, axis=0)
     found = meeting_times(
-        dynamics, jnp.where(from_initial, start, pool[second]), pool[first],
-        jax.tree.map(lambda leaf: leaf[index], drives), tolerance=tolerance,
-        scale=jnp.where(jnp.isfinite(scale) & (scale > 0), scale, 1))
+        dynamics,
+        jnp.where(from_initial, start, pool[second]),
+        pool[first],
+        jax.tree.map(lambda leaf: leaf[index], drives),
+        tolerance=tolerance,
+        scale=jnp.where(jnp.isfinite(scale) & (scale > 0), scale, 1),
+    )
     return found, looked
 
 
@@ -211,17 +262,25 @@ def _flat_starts(starts, initial, flat):
     leaves = jax.tree.leaves(starts)
     counts = {leaf.shape[0] if leaf.ndim else 0 for leaf in leaves}
     if len(counts) != 1 or min(counts) < 2:
-        raise ValueError(f"starts: leading axes {sorted(counts)}, wanted one common number of states K of at least 2")
+        raise ValueError(
+            f"starts: leading axes {sorted(counts)}, wanted one common number of states K of at least 2"
+        )
     if len(leaves) == 1 and leaves[0].shape[1:] == flat.shape:
         return leaves[0].astype(flat.dtype)
     shapes = jax.tree.map(lambda leaf: leaf.shape[1:], starts)
-    if jax.tree.structure(starts) != jax.tree.structure(initial) or shapes != jax.tree.map(jnp.shape, initial):
-        raise ValueError(f"starts: shapes {jax.tree.map(jnp.shape, starts)}, wanted those of initial, "
-                         f"{jax.tree.map(jnp.shape, initial)}, behind a leading axis K, or flat ones (K, {flat.size})")
+    if jax.tree.structure(starts) != jax.tree.structure(initial) or shapes != jax.tree.map(
+        jnp.shape, initial
+    ):
+        raise ValueError(
+            f"starts: shapes {jax.tree.map(jnp.shape, starts)}, wanted those of initial, "
+            f"{jax.tree.map(jnp.shape, initial)}, behind a leading axis K, or flat ones (K, {flat.size})"
+        )
     return jax.vmap(lambda state: ravel_pytree(state)[0])(starts).astype(flat.dtype)
 
 
-def _schedule(num_steps: int, num_chains: int, bytes_per_state: int, machine: Machine) -> tuple[Schedule, int]:
+def _schedule(
+    num_steps: int, num_chains: int, bytes_per_state: int, machine: Machine
+) -> tuple[Schedule, int]:
     """All of time if the path and its copies fit, else the longest stretches that do, a power of two."""
     # Shooting holds the path three times over, its residual, and about twice as much in dice.
     fitting = machine.max_bytes / (6 * num_chains * bytes_per_state)
@@ -236,11 +295,17 @@ def _unforgetting(found: MeetingTimes, looked: int) -> str:
     apart, broken = ~met & np.isfinite(distance), ~met & ~np.isfinite(distance)
     said = []
     if apart.any():
-        said.append(f"after {looked:,} steps with the same dice {apart.sum()} of {met.size} pairs of chains were still "
-                    f"apart, {np.median(distance[apart]):.2g} standard deviations in the median")
+        said.append(
+            f"after {looked:,} steps with the same dice {apart.sum()} of {met.size} pairs of chains were still "
+            f"apart, {np.median(distance[apart]):.2g} standard deviations in the median"
+        )
     if broken.any():
         said.append(f"{broken.sum()} of {met.size} pairs left the finite numbers")
-    why = "these chains do not forget where they started" if apart.any() else "nothing can be said about forgetting"
+    why = (
+        "these chains do not forget where they started"
+        if apart.any()
+        else "nothing can be said about forgetting"
+    )
     text = " and ".join(said)
     return f"{text[0].upper()}{text[1:]}: {why}, and a solver parallel over time would not end before the loop does."
 

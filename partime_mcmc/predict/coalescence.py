@@ -46,9 +46,16 @@ class MeetingTimes:
     distance: Array
 
 
-def meeting_times(dynamics: Dynamics, starts: PyTree, others: PyTree, drives: PyTree, *,
-                  tolerance: Tolerance = Tolerance(), max_steps: int | None = None,
-                  scale: Array | float = 1.0) -> MeetingTimes:
+def meeting_times(
+    dynamics: Dynamics,
+    starts: PyTree,
+    others: PyTree,
+    drives: PyTree,
+    *,
+    tolerance: Tolerance = Tolerance(),
+    max_steps: int | None = None,
+    scale: Array | float = 1.0,
+) -> MeetingTimes:
     """When pairs of paths with the same drives meet.
 
     Args:
@@ -71,13 +78,29 @@ def meeting_times(dynamics: Dynamics, starts: PyTree, others: PyTree, drives: Py
     num_steps = jax.tree.leaves(tape)[0].shape[0]
     if max_steps is not None:
         if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
-            raise ValueError(f"max_steps must be an integer of at least 1 or None, got {max_steps!r}")
+            raise ValueError(
+                f"max_steps must be an integer of at least 1 or None, got {max_steps!r}"
+            )
         num_steps = min(num_steps, max_steps)
-    return _meet(flat, pairs, tape, tolerance, jnp.asarray(num_steps), jnp.asarray(scale, pairs.dtype), shared=shared)
+    return _meet(
+        flat,
+        pairs,
+        tape,
+        tolerance,
+        jnp.asarray(num_steps),
+        jnp.asarray(scale, pairs.dtype),
+        shared=shared,
+    )
 
 
-def distances(dynamics: Dynamics, starts: PyTree, others: PyTree, drives: PyTree, *,
-              scale: Array | float = 1.0) -> Array:
+def distances(
+    dynamics: Dynamics,
+    starts: PyTree,
+    others: PyTree,
+    drives: PyTree,
+    *,
+    scale: Array | float = 1.0,
+) -> Array:
     """How far apart pairs of paths with the same drives are, step by step.
 
     Args:
@@ -126,7 +149,9 @@ def _tail(steps, met) -> tuple[float, float]:
     steps = np.asarray(steps, float)
     median = float(np.median(steps))
     above = steps > median
-    return median, float((steps[above] - median).sum()) / max(int((above & np.asarray(met)).sum()), 1)
+    return median, float((steps[above] - median).sum()) / max(
+        int((above & np.asarray(met)).sum()), 1
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("shared",))
@@ -136,7 +161,9 @@ def _meet(dynamics, pairs, tape, tolerance, num_steps, scale, *, shared) -> Meet
 
     def look(step, states, carried):
         steps, met, gap = carried
-        near = (jnp.abs(states[:, 0] - states[:, 1]) <= absolute + relative * jnp.abs(states[:, 1])).all(axis=1)
+        near = (
+            jnp.abs(states[:, 0] - states[:, 1]) <= absolute + relative * jnp.abs(states[:, 1])
+        ).all(axis=1)
         # A pair keeps the step and the distance of its meeting.
         return (jnp.where(met, steps, step), met | near, jnp.where(met, gap, _apart(states, scale)))
 
@@ -153,7 +180,9 @@ def _meet(dynamics, pairs, tape, tolerance, num_steps, scale, *, shared) -> Meet
     zero = jnp.zeros((), jnp.int32)
     begin = jnp.zeros(count, jnp.int32), jnp.zeros(count, bool), jnp.zeros(count, pairs.dtype)
     first = jax.tree.map(lambda leaf: leaf[0], tape)
-    end = lax.while_loop(waiting, one_step, (zero, enter(pairs, first), pairs, look(zero, pairs, begin)))
+    end = lax.while_loop(
+        waiting, one_step, (zero, enter(pairs, first), pairs, look(zero, pairs, begin))
+    )
     return MeetingTimes(*end[3])
 
 
@@ -195,15 +224,22 @@ def _prepared(dynamics, starts, others, drives):
     """Flat dynamics, starts as `(K, 2, D)`, drives with time in front, and whether all pairs share them."""
     starts, others, drives = (jax.tree.map(jnp.asarray, tree) for tree in (starts, others, drives))
     if jax.tree.structure(starts) != jax.tree.structure(others) or any(
-            a.shape != b.shape for a, b in zip(jax.tree.leaves(starts), jax.tree.leaves(others))):
-        raise ValueError(f"others: {jax.tree.map(jnp.shape, others)}, wanted the shapes of starts, "
-                         f"{jax.tree.map(jnp.shape, starts)}")
+        a.shape != b.shape for a, b in zip(jax.tree.leaves(starts), jax.tree.leaves(others))
+    ):
+        raise ValueError(
+            f"others: {jax.tree.map(jnp.shape, others)}, wanted the shapes of starts, "
+            f"{jax.tree.map(jnp.shape, starts)}"
+        )
     counts = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(starts)}
     if len(counts) != 1 or 0 in counts:
-        raise ValueError(f"starts: leading axes {sorted(counts)}, wanted one common number of pairs K of at least 1")
+        raise ValueError(
+            f"starts: leading axes {sorted(counts)}, wanted one common number of pairs K of at least 1"
+        )
     first = jax.tree.map(lambda leaf: leaf[0], starts)
     shared = _are_shared(dynamics, first, drives, counts.pop())
-    drive = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1 if shared else 2:], leaf.dtype), drives)
+    drive = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1 if shared else 2 :], leaf.dtype), drives
+    )
     flat, _, _ = ravel(without_captures(dynamics, first, drive), first)
     flatten = jax.vmap(lambda state: ravel_pytree(state)[0])
     tape = drives if shared else jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), drives)
@@ -223,12 +259,16 @@ def _are_shared(dynamics, state, drives, num_pairs: int) -> bool:
             continue
         if not shared and next(iter(heads))[0] != num_pairs:
             continue
-        drive = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[axes:], leaf.dtype), drives)
+        drive = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape[axes:], leaf.dtype), drives
+        )
         try:
             result = jax.eval_shape(dynamics.step, dynamics.params, state, drive)
         except (TypeError, ValueError):
             continue
         if jax.tree.map(jnp.shape, result) == jax.tree.map(jnp.shape, state):
             return shared
-    raise ValueError(f"drives: shapes {[leaf.shape for leaf in leaves]}, wanted leaves (K, T, ...) with K = "
-                     f"{num_pairs} and T ≥ 1, or (T, ...), that the step accepts")
+    raise ValueError(
+        f"drives: shapes {[leaf.shape for leaf in leaves]}, wanted leaves (K, T, ...) with K = "
+        f"{num_pairs} and T ≥ 1, or (T, ...), that the step accepts"
+    )

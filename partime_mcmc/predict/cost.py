@@ -34,13 +34,60 @@ UNKNOWN_TRIPS = 4
 # Work per output element, in units of one operation of a vectorised loop; a product's multiply-adds come cheaper, and
 # counter-based random numbers are far dearer.
 _PRODUCT = 0.5
-_FREE = {"reshape", "broadcast_in_dim", "squeeze", "convert_element_type", "stop_gradient", "copy", "iota",
-         "random_wrap", "random_unwrap", "transpose", "bitcast_convert_type", "slice"}
-_HEAVY = {"exp": 8, "exp2": 8, "log": 8, "log1p": 10, "expm1": 10, "tanh": 10, "logistic": 10, "erf": 10, "erf_inv": 20,
-          "sin": 15, "cos": 15, "tan": 20, "pow": 20, "div": 3, "sqrt": 3, "rsqrt": 3, "lgamma": 40, "digamma": 40,
-          "random_bits": 300, "random_split": 300, "random_fold_in": 300, "random_seed": 300, "threefry2x32": 300}
-_REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin",
-               "cumsum", "cumprod", "cumlogsumexp", "cummax", "sort"}
+_FREE = {
+    "reshape",
+    "broadcast_in_dim",
+    "squeeze",
+    "convert_element_type",
+    "stop_gradient",
+    "copy",
+    "iota",
+    "random_wrap",
+    "random_unwrap",
+    "transpose",
+    "bitcast_convert_type",
+    "slice",
+}
+_HEAVY = {
+    "exp": 8,
+    "exp2": 8,
+    "log": 8,
+    "log1p": 10,
+    "expm1": 10,
+    "tanh": 10,
+    "logistic": 10,
+    "erf": 10,
+    "erf_inv": 20,
+    "sin": 15,
+    "cos": 15,
+    "tan": 20,
+    "pow": 20,
+    "div": 3,
+    "sqrt": 3,
+    "rsqrt": 3,
+    "lgamma": 40,
+    "digamma": 40,
+    "random_bits": 300,
+    "random_split": 300,
+    "random_fold_in": 300,
+    "random_seed": 300,
+    "threefry2x32": 300,
+}
+_REDUCTIONS = {
+    "reduce_sum",
+    "reduce_max",
+    "reduce_min",
+    "reduce_prod",
+    "reduce_and",
+    "reduce_or",
+    "argmax",
+    "argmin",
+    "cumsum",
+    "cumprod",
+    "cumlogsumexp",
+    "cummax",
+    "sort",
+}
 
 
 def lane_work(function: Callable, *args: PyTree) -> float:
@@ -55,7 +102,9 @@ def _work(jaxpr) -> float:
         if name == "scan":
             total += params["length"] * _work(params["jaxpr"].jaxpr)
         elif name == "while":
-            total += UNKNOWN_TRIPS * (_work(params["body_jaxpr"].jaxpr) + _work(params["cond_jaxpr"].jaxpr))
+            total += UNKNOWN_TRIPS * (
+                _work(params["body_jaxpr"].jaxpr) + _work(params["cond_jaxpr"].jaxpr)
+            )
         elif name == "cond":
             # Under vmap every branch is taken.
             total += sum(_work(branch.jaxpr) for branch in params["branches"])
@@ -64,7 +113,9 @@ def _work(jaxpr) -> float:
         elif name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
             shape = equation.invars[0].aval.shape
-            total += _PRODUCT * _size(equation.outvars) * math.prod(shape[axis] for axis in contracted)
+            total += (
+                _PRODUCT * _size(equation.outvars) * math.prod(shape[axis] for axis in contracted)
+            )
         elif name in ("cholesky", "triangular_solve", "lu", "eigh", "qr", "svd"):
             shape = equation.invars[0].aval.shape
             total += _size(equation.invars) * shape[-1] / 3
@@ -87,13 +138,24 @@ def kernels_per_step(text: str, num_steps: int, inlined: float = 1.0) -> float:
         inlined: What a kernel counts inside a loop that the compiler has made one kernel of.
     """
     computations = _computations(text)
-    entry = next((name for name, lines in computations.items() if lines and lines[0] == "ENTRY"), None)
+    entry = next(
+        (name for name, lines in computations.items() if lines and lines[0] == "ENTRY"), None
+    )
     return 0.0 if entry is None else _kernels(computations, entry, inlined, ()) / num_steps
 
 
 _NAME = re.compile(r"^(ENTRY\s+)?%?([\w.\-]+)\s*\(")
 _OPCODE = re.compile(r"\s([a-z][a-z0-9\-]*)\(")
-_NO_KERNEL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "after-all", "partition-id"}
+_NO_KERNEL = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "iota",
+    "after-all",
+    "partition-id",
+}
 
 
 def _computations(text: str) -> dict[str, list[str]]:
@@ -101,7 +163,11 @@ def _computations(text: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     lines = None
     for line in text.splitlines():
-        if line[:1] not in ("", " ", "}") and line.rstrip().endswith("{") and (head := _NAME.match(line)):
+        if (
+            line[:1] not in ("", " ", "}")
+            and line.rstrip().endswith("{")
+            and (head := _NAME.match(line))
+        ):
             lines = found.setdefault(head.group(2), ["ENTRY"] if head.group(1) else [])
         elif lines is not None and " = " in line:
             lines.append(line)
@@ -112,7 +178,10 @@ def _kernels(computations, name, inlined, path) -> float:
     """Kernels started by one run of a computation; `path` are its callers."""
     if name in path:
         return 0.0
-    total, inner = 0.0, functools.partial(_kernels, computations, inlined=inlined, path=(*path, name))
+    total, inner = (
+        0.0,
+        functools.partial(_kernels, computations, inlined=inlined, path=(*path, name)),
+    )
     for line in computations.get(name, ()):
         # Comments inside long shapes would hide the opcode.
         opcode = _OPCODE.search(" " + re.sub(r"/\*.*?\*/", "", line.split(" = ", 1)[-1]))
@@ -122,9 +191,13 @@ def _kernels(computations, name, inlined, path) -> float:
         if opcode == "while":
             trips = re.search(r'known_trip_count"?:\{"n":"(\d+)"', line)
             parts = re.findall(r"(?:body|condition)=%?([\w.\-]+)", line)
-            total += (int(trips.group(1)) if trips else UNKNOWN_TRIPS) * sum(inner(part) for part in parts)
+            total += (int(trips.group(1)) if trips else UNKNOWN_TRIPS) * sum(
+                inner(part) for part in parts
+            )
         elif opcode == "conditional":
-            parts = re.findall(r"%([\w.\-]+)", re.sub(r"^.*?(?:branch_computations|true_computation)", "", line))
+            parts = re.findall(
+                r"%([\w.\-]+)", re.sub(r"^.*?(?:branch_computations|true_computation)", "", line)
+            )
             total += sum(inner(part) for part in parts if part in computations)
         elif opcode == "call":
             share = inlined if "xla_cpu_small_call" in line else 1.0
@@ -159,7 +232,9 @@ class StepCost:
     def loop(self, machine: Machine, lanes: int) -> float:
         """Seconds per step of the vmapped sequential loop."""
         kernels = self.kernels if lanes < _FEW_LANES else self.kernels_wide
-        return self._longest(lanes) * machine.seconds(kernels, self.work + 2 * self.dimension, lanes)
+        return self._longest(lanes) * machine.seconds(
+            kernels, self.work + 2 * self.dimension, lanes
+        )
 
     def batched(self, machine: Machine, steps: int) -> float:
         """Seconds for what so many steps compute from their drives alone, in one batch."""
@@ -168,11 +243,15 @@ class StepCost:
     def rolled(self, machine: Machine, lanes: int) -> float:
         """Seconds per step of shooting's loop."""
         per_lane, per_number = _SHOOTING_WORK
-        kernels = max(self.kernels_wide - machine.random_kernels * self.num_random, 0.05 * self.kernels_wide)
+        kernels = max(
+            self.kernels_wide - machine.random_kernels * self.num_random, 0.05 * self.kernels_wide
+        )
         # Small kernels inside loops of unknown length stay small: the compiler makes calls of them at any width.
         wide = 1.0 if self.waits else machine.wide
         own = machine.seconds(wide * kernels, self.work - self.ahead, lanes) * self._longest(lanes)
-        return own + machine.seconds(_SHOOTING_KERNELS, per_lane + per_number * self.dimension, lanes)
+        return own + machine.seconds(
+            _SHOOTING_KERNELS, per_lane + per_number * self.dimension, lanes
+        )
 
     def _longest(self, lanes: int) -> float:
         """The longest of the lanes' inner loops, relative to one of them."""
@@ -189,8 +268,14 @@ _SHOOTING_WORK = 100, 60
 _WAITING = 0.1
 
 
-def step_cost(dynamics: Dynamics, initial: PyTree, drives: PyTree, num_steps: int, num_chains: int,
-              machine: Machine) -> StepCost:
+def step_cost(
+    dynamics: Dynamics,
+    initial: PyTree,
+    drives: PyTree,
+    num_steps: int,
+    num_chains: int,
+    machine: Machine,
+) -> StepCost:
     """Compile the sequential loop of `num_chains` chains and read its cost; nothing is run.
 
     Args:
@@ -211,13 +296,25 @@ def step_cost(dynamics: Dynamics, initial: PyTree, drives: PyTree, num_steps: in
     memo = memo_of(dynamics)
     memory = jax.eval_shape(memo.enter, memo.params[0], initial, drives)
     step = jax.make_jaxpr(memo.advance)(memo.params[1], memory, drives).jaxpr
-    first = jax.make_jaxpr(split(memo.advance, memo.params[1], memory, drives)[0])(memo.params[1], drives).jaxpr
+    first = jax.make_jaxpr(split(memo.advance, memo.params[1], memory, drives)[0])(
+        memo.params[1], drives
+    ).jaxpr
     # The unit of work is single precision: wider numbers fill vectors and memory sooner.
     width = max(1.0, initial.dtype.itemsize / 4)
-    num_random = sum(equation.primitive.name.startswith(("random_", "threefry")) and
-                     equation.primitive.name not in _FREE for equation in first.eqns)
-    return StepCost(kernels_per_step(text, num_steps, machine.inlined), kernels_per_step(text, num_steps),
-                    _work(step) * width, _work(first) * width, num_random, initial.shape[0], "while" in primitives_of(step))
+    num_random = sum(
+        equation.primitive.name.startswith(("random_", "threefry"))
+        and equation.primitive.name not in _FREE
+        for equation in first.eqns
+    )
+    return StepCost(
+        kernels_per_step(text, num_steps, machine.inlined),
+        kernels_per_step(text, num_steps),
+        _work(step) * width,
+        _work(first) * width,
+        num_random,
+        initial.shape[0],
+        "while" in primitives_of(step),
+    )
 
 
 @jax.jit

@@ -49,8 +49,15 @@ class Lyapunov:
     num_nonfinite: Array
 
 
-def lyapunov(dynamics: Dynamics, initial: PyTree, states: PyTree, drives: PyTree, *, key: Key,
-             num_directions: int = 1) -> Lyapunov:
+def lyapunov(
+    dynamics: Dynamics,
+    initial: PyTree,
+    states: PyTree,
+    drives: PyTree,
+    *,
+    key: Key,
+    num_directions: int = 1,
+) -> Lyapunov:
     """The largest Lyapunov exponent along a path, all segments of it side by side.
 
     Args:
@@ -69,12 +76,20 @@ def lyapunov(dynamics: Dynamics, initial: PyTree, states: PyTree, drives: PyTree
     Raises:
         ValueError: If the path has fewer than 2 steps, lengths differ, or `num_directions` is not a positive integer.
     """
-    if isinstance(num_directions, bool) or not isinstance(num_directions, int) or num_directions < 1:
+    if (
+        isinstance(num_directions, bool)
+        or not isinstance(num_directions, int)
+        or num_directions < 1
+    ):
         raise ValueError(f"num_directions must be an integer of at least 1, got {num_directions!r}")
-    initial, states, drives = (jax.tree.map(jnp.asarray, tree) for tree in (initial, states, drives))
+    initial, states, drives = (
+        jax.tree.map(jnp.asarray, tree) for tree in (initial, states, drives)
+    )
     lengths = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves((states, drives))}
     if len(lengths) != 1 or None in lengths:
-        raise ValueError(f"states and drives: leading axes {sorted(map(str, lengths))}, wanted one common length T")
+        raise ValueError(
+            f"states and drives: leading axes {sorted(map(str, lengths))}, wanted one common length T"
+        )
     num_steps = lengths.pop()
     if num_steps < 2:
         raise ValueError(f"states: a path of {num_steps} steps, wanted at least 2")
@@ -87,7 +102,9 @@ def lyapunov(dynamics: Dynamics, initial: PyTree, states: PyTree, drives: PyTree
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6, 7))
-def _lyapunov(dynamics, initial, path, drives, key, num_directions, spin_up, num_segments) -> Lyapunov:
+def _lyapunov(
+    dynamics, initial, path, drives, key, num_directions, spin_up, num_segments
+) -> Lyapunov:
     num_steps, dimension = path.shape
     length = (num_steps - spin_up) // num_segments
     # Steps that do not fill a segment are left out at the front, where they would be spin-up anyhow.
@@ -103,14 +120,18 @@ def _lyapunov(dynamics, initial, path, drives, key, num_directions, spin_up, num
     def advance(tangents, inputs):
         return _normalised(jax.vmap(push)(*inputs, tangents))
 
-    tangents, _ = _normalised(jax.random.normal(key, (num_segments, num_directions, dimension), path.dtype))
+    tangents, _ = _normalised(
+        jax.random.normal(key, (num_segments, num_directions, dimension), path.dtype)
+    )
     last, growth = lax.scan(advance, tangents, (previous, drives))
     means = growth[spin_up:].mean(axis=0)
     nonfinite = ~jnp.isfinite(last).all(axis=(1, 2))
     zero = ~nonfinite & (last == 0).all(axis=(1, 2))
     exponent = jnp.where(nonfinite.any(), jnp.nan, means.mean())
     error = jnp.nan if num_segments < 2 else means.std(ddof=1) / jnp.sqrt(num_segments)
-    return Lyapunov(exponent, jnp.where(jnp.isfinite(exponent), error, jnp.nan), zero.sum(), nonfinite.sum())
+    return Lyapunov(
+        exponent, jnp.where(jnp.isfinite(exponent), error, jnp.nan), zero.sum(), nonfinite.sum()
+    )
 
 
 def _normalised(tangents):

@@ -51,12 +51,16 @@ class Machine:
             return self
         name = f"{self.name}, of which {groups} such groups of chains have a share each"
         cores = max(1, self.num_cores // groups)
-        return dataclasses.replace(self, name=name, num_cores=cores, max_bytes=self.max_bytes / groups)
+        return dataclasses.replace(
+            self, name=name, num_cores=cores, max_bytes=self.max_bytes / groups
+        )
 
     def seconds(self, kernels: float, work: float, lanes: int) -> float:
         """c(L): one step of `lanes` lanes with so many kernels, and so much work per lane."""
         total = work * lanes
-        shares = min(self.num_cores, lanes / _LANES_PER_CORE, total / (self.grain * max(kernels, 1.0)))
+        shares = min(
+            self.num_cores, lanes / _LANES_PER_CORE, total / (self.grain * max(kernels, 1.0))
+        )
         threads = 1 + self.efficiency * (max(shares, 1.0) - 1)
         return self.seconds_per_kernel * kernels + self.seconds_per_work * total / threads
 

@@ -21,8 +21,15 @@ from partime_mcmc.solvers import Solver
 from partime_mcmc.types import PyTree
 
 
-def residuals_by_pass(dynamics: Dynamics, initial: PyTree, drives: PyTree, *, solver: Solver,
-                      tolerance: Tolerance = Tolerance(), max_passes: int = 100) -> np.ndarray:
+def residuals_by_pass(
+    dynamics: Dynamics,
+    initial: PyTree,
+    drives: PyTree,
+    *,
+    solver: Solver,
+    tolerance: Tolerance = Tolerance(),
+    max_passes: int = 100,
+) -> np.ndarray:
     """Solve a recurrence and keep the residuals of all passes.
 
     Args:
@@ -47,7 +54,9 @@ def residuals_by_pass(dynamics: Dynamics, initial: PyTree, drives: PyTree, *, so
     memory, key, found = solver.init(start, states), jax.random.key(0), []
     step = jax.jit(functools.partial(_step, solver))
     while len(found) < max_passes:
-        states, residual, exact, gave_up, memory = step(flat, start, states, drives, memory, key, tolerance)
+        states, residual, exact, gave_up, memory = step(
+            flat, start, states, drives, memory, key, tolerance
+        )
         found.append(np.asarray(residual))
         if exact or gave_up:
             break
@@ -55,9 +64,18 @@ def residuals_by_pass(dynamics: Dynamics, initial: PyTree, drives: PyTree, *, so
 
 
 def _step(solver, dynamics, initial, states, drives, memory, key, tolerance):
-    proposal, memory = solver.step(dynamics, initial, states, drives, memory, axis=LocalTime(), key=key, tolerance=tolerance)
+    proposal, memory = solver.step(
+        dynamics, initial, states, drives, memory, axis=LocalTime(), key=key, tolerance=tolerance
+    )
     size = jnp.abs(proposal.residual)
     # A maximum may drop a NaN: ask for it apart.
-    residual = jnp.where(jnp.isfinite(size).all(axis=1), jnp.max(jnp.where(jnp.isfinite(size), size, 0), axis=1), jnp.nan)
-    exact = jnp.all(tolerance.ratio(proposal.residual, proposal.judged) <= 1) & jnp.isfinite(residual).all()
+    residual = jnp.where(
+        jnp.isfinite(size).all(axis=1),
+        jnp.max(jnp.where(jnp.isfinite(size), size, 0), axis=1),
+        jnp.nan,
+    )
+    exact = (
+        jnp.all(tolerance.ratio(proposal.residual, proposal.judged) <= 1)
+        & jnp.isfinite(residual).all()
+    )
     return proposal.states, residual, exact, jnp.asarray(proposal.gave_up), memory

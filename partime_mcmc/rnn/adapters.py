@@ -114,25 +114,52 @@ def _rnn_class():
     class ParallelRNN(nnx.RNN):
         """`flax.nnx.RNN` by `unroll`."""
 
-        def __call__(self, inputs, *, initial_carry=None, seq_lengths=None, return_carry=None, time_major=None,
-                     reverse=None, keep_order=None, rngs=None):
+        def __call__(
+            self,
+            inputs,
+            *,
+            initial_carry=None,
+            seq_lengths=None,
+            return_carry=None,
+            time_major=None,
+            reverse=None,
+            keep_order=None,
+            rngs=None,
+        ):
             given = functools.partial(_given, self)
             time_major, reverse = given("time_major", time_major), given("reverse", reverse)
-            keep_order, return_carry = given("keep_order", keep_order), given("return_carry", return_carry)
+            keep_order, return_carry = (
+                given("keep_order", keep_order),
+                given("return_carry", return_carry),
+            )
             if time_major:
                 inputs = jnp.moveaxis(inputs, 0, -1 - self.cell.num_feature_axes)
             split = inputs.ndim - self.cell.num_feature_axes
-            batch, features = inputs.shape[:split - 1], inputs.shape[split:]
+            batch, features = inputs.shape[: split - 1], inputs.shape[split:]
             if initial_carry is None:
-                rngs = self.rngs if rngs is None else rngs.carry.fork() if isinstance(rngs, nnx.Rngs) else rngs
+                rngs = (
+                    self.rngs
+                    if rngs is None
+                    else rngs.carry.fork()
+                    if isinstance(rngs, nnx.Rngs)
+                    else rngs
+                )
                 initial_carry = self.cell.initialize_carry((*batch, *features), rngs)
             if reverse:
                 inputs = _flipped(inputs, seq_lengths, len(batch))
             cell, params = from_flax_nnx(self.cell)
-            final, (carries, ys) = unroll(_EveryCarry(cell), params, initial_carry, inputs, solver=self.solver,
-                                          batch_axes=len(batch))
+            final, (carries, ys) = unroll(
+                _EveryCarry(cell),
+                params,
+                initial_carry,
+                inputs,
+                solver=self.solver,
+                batch_axes=len(batch),
+            )
             if seq_lengths is not None and return_carry:
-                final = jax.tree.map(lambda leaf: _at(leaf, jnp.asarray(seq_lengths) - 1, len(batch)), carries)
+                final = jax.tree.map(
+                    lambda leaf: _at(leaf, jnp.asarray(seq_lengths) - 1, len(batch)), carries
+                )
             if reverse and keep_order:
                 ys = jax.tree.map(lambda leaf: _flipped(leaf, seq_lengths, len(batch)), ys)
             if time_major:
@@ -170,4 +197,6 @@ def _flipped(leaf, lengths, num_batch_axes):
     if lengths is None:
         return jnp.flip(leaf, num_batch_axes)
     index = (jnp.asarray(lengths)[..., None] - 1 - steps) % num_steps
-    return jnp.take_along_axis(leaf, index.reshape(*index.shape, *(1,) * (leaf.ndim - num_batch_axes - 1)), num_batch_axes)
+    return jnp.take_along_axis(
+        leaf, index.reshape(*index.shape, *(1,) * (leaf.ndim - num_batch_axes - 1)), num_batch_axes
+    )

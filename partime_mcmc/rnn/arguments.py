@@ -15,7 +15,9 @@ from partime_mcmc.solve import check_iterations
 from partime_mcmc.types import Array, PyTree
 
 
-def check_inputs(carry: PyTree, inputs: PyTree, batch_axes: int) -> tuple[tuple[int, ...], int, PyTree, PyTree]:
+def check_inputs(
+    carry: PyTree, inputs: PyTree, batch_axes: int
+) -> tuple[tuple[int, ...], int, PyTree, PyTree]:
     """The batch's shape, T, and the shapes and types of one sequence's carry and of one step's inputs.
 
     Raises:
@@ -26,21 +28,31 @@ def check_inputs(carry: PyTree, inputs: PyTree, batch_axes: int) -> tuple[tuple[
         raise ValueError(f"batch_axes must be an integer of at least 0, got {batch_axes!r}")
     leaves = jax.tree.leaves(inputs)
     if not leaves:
-        raise ValueError("inputs: no arrays, wanted at least one leaf with leading axis T (use jnp.arange(T) if the cell "
-                         "ignores its input)")
+        raise ValueError(
+            "inputs: no arrays, wanted at least one leaf with leading axis T (use jnp.arange(T) if the cell "
+            "ignores its input)"
+        )
     check_state(carry)
-    heads = {leaf.shape[:batch_axes + 1] for leaf in leaves}
+    heads = {leaf.shape[: batch_axes + 1] for leaf in leaves}
     short = min(map(len, heads)) <= batch_axes
     if len(heads) > 1 or short:
-        raise ValueError(f"inputs: leading axes {sorted(heads)}, wanted one common "
-                         f"{'(batch..., T)' if batch_axes else '(T,)'} with batch_axes={batch_axes}")
+        raise ValueError(
+            f"inputs: leading axes {sorted(heads)}, wanted one common "
+            f"{'(batch..., T)' if batch_axes else '(T,)'} with batch_axes={batch_axes}"
+        )
     *batch, num_steps = heads.pop()
     for path, leaf in jax.tree_util.tree_leaves_with_path(carry):
         if leaf.shape[:batch_axes] != tuple(batch):
-            raise ValueError(f"carry: {jax.tree_util.keystr(path) or 'the array'} has shape {leaf.shape}, wanted the batch "
-                             f"axes {tuple(batch)} of `inputs` in front")
-    one, x = (jax.tree.map(lambda leaf, drop=drop: jax.ShapeDtypeStruct(leaf.shape[drop:], leaf.dtype), tree)
-              for tree, drop in ((carry, batch_axes), (inputs, batch_axes + 1)))
+            raise ValueError(
+                f"carry: {jax.tree_util.keystr(path) or 'the array'} has shape {leaf.shape}, wanted the batch "
+                f"axes {tuple(batch)} of `inputs` in front"
+            )
+    one, x = (
+        jax.tree.map(
+            lambda leaf, drop=drop: jax.ShapeDtypeStruct(leaf.shape[drop:], leaf.dtype), tree
+        )
+        for tree, drop in ((carry, batch_axes), (inputs, batch_axes + 1))
+    )
     return tuple(batch), num_steps, one, x
 
 
@@ -57,7 +69,9 @@ def check_mask(mask: Array | None, shape: tuple[int, ...]) -> Array | None:
     if mask.dtype != np.bool_:
         raise TypeError(f"mask: got type {mask.dtype}, wanted bool (True where the step counts)")
     if mask.shape != shape:
-        raise ValueError(f"mask: got shape {mask.shape}, wanted {shape}, the leading axes of `inputs`")
+        raise ValueError(
+            f"mask: got shape {mask.shape}, wanted {shape}, the leading axes of `inputs`"
+        )
     return mask
 
 
@@ -70,14 +84,23 @@ def check_solver(solver: Any, tolerance: Any, max_iterations: Any, carry: PyTree
             positive integer.
     """
     if solver is not None:
-        check_has(solver, "solver", ("init", "step", "map_size"), "a recipe such as shooting() or quasi_deer(), or None")
+        check_has(
+            solver,
+            "solver",
+            ("init", "step", "map_size"),
+            "a recipe such as shooting() or quasi_deer(), or None",
+        )
     elif max_iterations is not None:
-        raise ValueError(f"max_iterations: got {max_iterations!r} with solver=None, which makes no passes; give a solver, "
-                         "or leave it out")
+        raise ValueError(
+            f"max_iterations: got {max_iterations!r} with solver=None, which makes no passes; give a solver, "
+            "or leave it out"
+        )
     check_iterations(max_iterations)
     if tolerance is not None:
         if not isinstance(tolerance, Tolerance):
-            raise TypeError(f"tolerance: got {kind(tolerance)}, wanted Tolerance(relative, absolute) or None")
+            raise TypeError(
+                f"tolerance: got {kind(tolerance)}, wanted Tolerance(relative, absolute) or None"
+            )
         tolerance.check(sum(leaf.size for leaf in jax.tree.leaves(carry)))
 
 
@@ -92,8 +115,14 @@ def check_carry(cell: Callable, params: PyTree, carry: PyTree, x: PyTree) -> Non
         raise TypeError(f"cell: returns {jax.tree.structure(result)}, wanted a pair (carry, y)")
     got, wanted = jax.tree.structure(result[0]), jax.tree.structure(carry)
     if got != wanted:
-        raise TypeError(f"cell: returns a carry of structure {got}, wanted that of `carry`, {wanted}")
-    for (path, new), old in zip(jax.tree_util.tree_leaves_with_path(result[0]), jax.tree.leaves(carry)):
+        raise TypeError(
+            f"cell: returns a carry of structure {got}, wanted that of `carry`, {wanted}"
+        )
+    for (path, new), old in zip(
+        jax.tree_util.tree_leaves_with_path(result[0]), jax.tree.leaves(carry)
+    ):
         if new.shape != old.shape or new.dtype != old.dtype:
-            raise TypeError(f"cell: returns {jax.tree_util.keystr(path) or 'a carry'} with shape {new.shape} and type "
-                            f"{new.dtype}, wanted {old.shape} and {old.dtype} as in `carry`")
+            raise TypeError(
+                f"cell: returns {jax.tree_util.keystr(path) or 'a carry'} with shape {new.shape} and type "
+                f"{new.dtype}, wanted {old.shape} and {old.dtype} as in `carry`"
+            )

@@ -71,14 +71,20 @@ class ClosedForm:
     carry: PyTree
     numbers_per_state: int = 1
 
-    def __call__(self, dynamics: Dynamics, previous: Array, drives: PyTree, key: Key) -> tuple[Array, AffineMap]:
+    def __call__(
+        self, dynamics: Dynamics, previous: Array, drives: PyTree, key: Key
+    ) -> tuple[Array, AffineMap]:
         values = jax.vmap(dynamics)(previous, drives)
-        _, (_, params) = dynamics.params  # what the step captures, what the cell captures, the cell's own
+        _, (_, params) = (
+            dynamics.params
+        )  # what the step captures, what the cell captures, the cell's own
         _, _, unravel = ravel(Dynamics(None), self.carry)
         x, counts = drives if isinstance(drives, Packed) else (drives, None)
         maps = jax.vmap(lambda state, x: self.linear_part(params, unravel(state), x))(previous, x)
         if counts is not None:
-            maps = jax.vmap(lambda step, counted: scaled(step, counted.astype(values.dtype)))(maps, counts)
+            maps = jax.vmap(lambda step, counted: scaled(step, counted.astype(values.dtype)))(
+                maps, counts
+            )
         return values, maps.with_shift(no_shift(values))
 
     def jvps(self, dimension: int) -> int:

@@ -33,7 +33,9 @@ def elman_params(key: Key, num_inputs: int, num_units: int, dtype=jnp.float32) -
 def gru_params(key: Key, num_inputs: int, num_units: int, dtype=jnp.float32) -> dict[str, Array]:
     """Random weights of a GRU: `input` `(I, 3 D)`, `hidden` `(D, 3 D)`, `bias` `(3 D,)` in the order r, z, n, and
     `candidate_bias` `(D,)`, the c above."""
-    return _params(key, num_inputs, num_units, 3, dtype) | {"candidate_bias": jnp.zeros(num_units, dtype)}
+    return _params(key, num_inputs, num_units, 3, dtype) | {
+        "candidate_bias": jnp.zeros(num_units, dtype)
+    }
 
 
 def lstm_params(key: Key, num_inputs: int, num_units: int, dtype=jnp.float32) -> dict[str, Array]:
@@ -43,10 +45,16 @@ def lstm_params(key: Key, num_inputs: int, num_units: int, dtype=jnp.float32) ->
 
 def _params(key, num_inputs, num_units, num_gates, dtype):
     """Uniform on ±1/√D, as PyTorch has it."""
-    shapes = {"input": (num_inputs, num_gates * num_units), "hidden": (num_units, num_gates * num_units),
-              "bias": (num_gates * num_units,)}
+    shapes = {
+        "input": (num_inputs, num_gates * num_units),
+        "hidden": (num_units, num_gates * num_units),
+        "bias": (num_gates * num_units,),
+    }
     keys, bound = jax.random.split(key, 3), num_units**-0.5
-    return {name: jax.random.uniform(one, shape, dtype, -bound, bound) for one, (name, shape) in zip(keys, shapes.items())}
+    return {
+        name: jax.random.uniform(one, shape, dtype, -bound, bound)
+        for one, (name, shape) in zip(keys, shapes.items())
+    }
 
 
 def elman(params: PyTree, carry: Array, x: Array) -> tuple[Array, Array]:
@@ -104,9 +112,14 @@ def lstm_pairs(params: PyTree, carry: tuple[Array, Array], x: Array) -> Pairs:
     through = o * (1 - squashed**2)
     c_by_h = c * f * (1 - f) * u_f + g * i * (1 - i) * u_i + i * (1 - g**2) * u_g
     h_by_h = o * (1 - o) * u_o * squashed + through * c_by_h
-    return Pairs(jnp.stack([jnp.stack([f, c_by_h]), jnp.stack([through * f, h_by_h])]), jnp.zeros(2 * h.size, h.dtype))
+    return Pairs(
+        jnp.stack([jnp.stack([f, c_by_h]), jnp.stack([through * f, h_by_h])]),
+        jnp.zeros(2 * h.size, h.dtype),
+    )
 
 
 def _lstm_gates(params, carry, x):
-    i, f, g, o = jnp.split(x @ params["input"] + params["bias"] + carry[1] @ params["hidden"], 4, axis=-1)
+    i, f, g, o = jnp.split(
+        x @ params["input"] + params["bias"] + carry[1] @ params["hidden"], 4, axis=-1
+    )
     return jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)

@@ -26,6 +26,7 @@ from partime_mcmc.types import Array, PyTree, pytree
 
 def without_masked(inputs: PyTree, mask: Array | None) -> PyTree:
     """Inputs `(T, ...)` with 0 where `mask` `(T,)` is False; floating-point leaves only."""
+
     def clean(leaf):
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             return leaf
@@ -38,8 +39,12 @@ def silence(outputs: PyTree, mask: Array | None) -> PyTree:
     """Outputs `(T, ...)` with 0 where `mask` `(T,)` is False."""
     if mask is None:
         return outputs
-    return jax.tree.map(lambda leaf: jnp.where(mask.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, jnp.zeros((), leaf.dtype)),
-                        outputs)
+    return jax.tree.map(
+        lambda leaf: jnp.where(
+            mask.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, jnp.zeros((), leaf.dtype)
+        ),
+        outputs,
+    )
 
 
 class Packed(NamedTuple):

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from partime_mcmc.types import PyTree
 
 
-def read_outputs(cell: Callable, params: PyTree, carry: PyTree, states: PyTree, inputs: PyTree) -> PyTree:
+def read_outputs(
+    cell: Callable, params: PyTree, carry: PyTree, states: PyTree, inputs: PyTree
+) -> PyTree:
     """`y_1..y_T`.
 
     Args:
@@ -31,5 +33,7 @@ def read_outputs(cell: Callable, params: PyTree, carry: PyTree, states: PyTree, 
     outputs = jax.tree.structure(shape[1])
     if None not in sources:
         return jax.tree.unflatten(outputs, [path[index] for index in sources])
-    previous = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest[:-1]]), carry, states)
+    previous = jax.tree.map(
+        lambda first, rest: jnp.concatenate([first[None], rest[:-1]]), carry, states
+    )
     return jax.vmap(lambda state, x: cell(params, state, x)[1])(previous, inputs)

@@ -72,4 +72,6 @@ def plan_for(cell: Callable, params: PyTree, carry: PyTree, x: PyTree) -> RelayP
 
 def _fits_registers(carry: PyTree) -> bool:
     """Whether every leaf of a carry is so wide that `lax.scan` alone is best."""
-    return all(jnp.size(leaf) * leaf.dtype.itemsize in _IN_REGISTERS for leaf in jax.tree.leaves(carry))
+    return all(
+        jnp.size(leaf) * leaf.dtype.itemsize in _IN_REGISTERS for leaf in jax.tree.leaves(carry)
+    )

@@ -69,9 +69,19 @@ class UnrollStatus:
     evaluations: Array
 
 
-def unroll(cell: Callable, params: PyTree, carry: PyTree, inputs: PyTree, *, solver: Solver | None = None,
-           reverse: bool = False, mask: Array | None = None, batch_axes: int = 0, tolerance: Tolerance | None = None,
-           max_iterations: int | None = None) -> tuple[PyTree, PyTree]:
+def unroll(
+    cell: Callable,
+    params: PyTree,
+    carry: PyTree,
+    inputs: PyTree,
+    *,
+    solver: Solver | None = None,
+    reverse: bool = False,
+    mask: Array | None = None,
+    batch_axes: int = 0,
+    tolerance: Tolerance | None = None,
+    max_iterations: int | None = None,
+) -> tuple[PyTree, PyTree]:
     """Run a recurrent cell over a sequence, as `jax.lax.scan` does.
 
     Args:
@@ -101,14 +111,33 @@ def unroll(cell: Callable, params: PyTree, carry: PyTree, inputs: PyTree, *, sol
         ValueError: If the shapes of `carry`, `inputs`, `mask` or `tolerance` do not fit, or `max_iterations` is given
             without a solver or is not a positive integer.
     """
-    return unroll_with_status(cell, params, carry, inputs, solver=solver, reverse=reverse, mask=mask,
-                              batch_axes=batch_axes, tolerance=tolerance, max_iterations=max_iterations)[:2]
+    return unroll_with_status(
+        cell,
+        params,
+        carry,
+        inputs,
+        solver=solver,
+        reverse=reverse,
+        mask=mask,
+        batch_axes=batch_axes,
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+    )[:2]
 
 
-def unroll_with_status(cell: Callable, params: PyTree, carry: PyTree, inputs: PyTree, *, solver: Solver | None = None,
-                       reverse: bool = False, mask: Array | None = None, batch_axes: int = 0,
-                       tolerance: Tolerance | None = None, max_iterations: int | None = None,
-                       ) -> tuple[PyTree, PyTree, UnrollStatus]:
+def unroll_with_status(
+    cell: Callable,
+    params: PyTree,
+    carry: PyTree,
+    inputs: PyTree,
+    *,
+    solver: Solver | None = None,
+    reverse: bool = False,
+    mask: Array | None = None,
+    batch_axes: int = 0,
+    tolerance: Tolerance | None = None,
+    max_iterations: int | None = None,
+) -> tuple[PyTree, PyTree, UnrollStatus]:
     """`unroll`, and how its path was found; arguments and failures as there."""
     params, carry, inputs = jax.tree.map(jnp.asarray, (params, carry, inputs))
     batch, num_steps, one, x = check_inputs(carry, inputs, batch_axes)
@@ -119,25 +148,47 @@ def unroll_with_status(cell: Callable, params: PyTree, carry: PyTree, inputs: Py
     check_solver(solver, tolerance, max_iterations, one)
     tolerance = network_tolerance(jax.tree.leaves(one)[0].dtype) if tolerance is None else tolerance
     around = batch_around((params, carry, inputs, mask))
-    return _program(cell, params, carry, inputs, mask, solver, tolerance, reverse=bool(reverse), batch=batch, around=around,
-                    max_iterations=max_iterations)
+    return _program(
+        cell,
+        params,
+        carry,
+        inputs,
+        mask,
+        solver,
+        tolerance,
+        reverse=bool(reverse),
+        batch=batch,
+        around=around,
+        max_iterations=max_iterations,
+    )
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("reverse", "batch", "around", "max_iterations"))
-def _program(cell, params, carry, inputs, mask, solver, tolerance, *, reverse, batch, around, max_iterations):
-    run = functools.partial(_one_sequence, cell, solver, tolerance, reverse, around * math.prod(batch), max_iterations)
+@functools.partial(
+    jax.jit, static_argnums=0, static_argnames=("reverse", "batch", "around", "max_iterations")
+)
+def _program(
+    cell, params, carry, inputs, mask, solver, tolerance, *, reverse, batch, around, max_iterations
+):
+    run = functools.partial(
+        _one_sequence, cell, solver, tolerance, reverse, around * math.prod(batch), max_iterations
+    )
     for _ in batch:
         run = jax.vmap(run, in_axes=(None, 0, 0, 0))
     return run(params, carry, inputs, mask)
 
 
-def _one_sequence(cell, solver, tolerance, reverse, num_chains, max_iterations, params, carry, inputs, mask):
+def _one_sequence(
+    cell, solver, tolerance, reverse, num_chains, max_iterations, params, carry, inputs, mask
+):
     num_steps = jax.tree.leaves(inputs)[0].shape[0]
     x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), inputs)
     plan = plan_for(cell, params, carry, x)
     inputs = without_masked(inputs, mask)
-    if num_steps == 0 or solver is None and (
-            is_coarse(carry) or plan.segments(num_chains, num_steps, jax.default_backend()) == 1):
+    if (
+        num_steps == 0
+        or solver is None
+        and (is_coarse(carry) or plan.segments(num_chains, num_steps, jax.default_backend()) == 1)
+    ):
         return _by_scan(cell, params, carry, inputs, mask, reverse)
     if reverse:
         inputs, mask = jax.tree.map(lambda leaf: jnp.flip(leaf, 0), (inputs, mask))
@@ -154,40 +205,82 @@ def _one_sequence(cell, solver, tolerance, reverse, num_chains, max_iterations, 
 
 def _by_scan(cell, params, carry, inputs, mask, reverse):
     """`lax.scan` itself, with its own derivatives."""
+
     def advance(carry, xs):
         x, wanted = xs
         new, y = cell(params, carry, x)
-        return (new, y) if mask is None else (jax.tree.map(lambda a, b: jnp.where(wanted, a, b), new, carry), y)
+        return (
+            (new, y)
+            if mask is None
+            else (jax.tree.map(lambda a, b: jnp.where(wanted, a, b), new, carry), y)
+        )
 
     final, ys = lax.scan(advance, carry, (inputs, mask), reverse=reverse)
     ys = silence(ys, mask)
     zero = jnp.zeros((), jnp.int32)
-    return final, ys, UnrollStatus(_verdict(final, ys), jnp.asarray(False), zero, zero, jnp.float32(0), jnp.float32(1))
+    return (
+        final,
+        ys,
+        UnrollStatus(
+            _verdict(final, ys), jnp.asarray(False), zero, zero, jnp.float32(0), jnp.float32(1)
+        ),
+    )
 
 
 def _verdict(final, ys):
     """The status of what is returned, the same whichever way it was found."""
-    sizes = [largest(jnp.abs(leaf)) for leaf in jax.tree.leaves((final, ys))
-             if leaf.size and jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    sizes = [
+        largest(jnp.abs(leaf))
+        for leaf in jax.tree.leaves((final, ys))
+        if leaf.size and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    ]
     finite = jnp.stack([jnp.isfinite(size) for size in sizes]).all() if sizes else jnp.asarray(True)
     return jnp.where(finite, int(Status.CONVERGED), int(Status.NONFINITE)).astype(jnp.int32)
 
 
-def _solved(dynamics: Dynamics, initial: Array, drives: PyTree, solver: Solver | None, plan: RelayPlan,
-            tolerance: Tolerance, max_iterations: int | None) -> tuple[Array, UnrollStatus]:
+def _solved(
+    dynamics: Dynamics,
+    initial: Array,
+    drives: PyTree,
+    solver: Solver | None,
+    plan: RelayPlan,
+    tolerance: Tolerance,
+    max_iterations: int | None,
+) -> tuple[Array, UnrollStatus]:
     """The path `(T, D)` with its derivatives, and how it was found; what is returned is judged later."""
     fixed, first, tape = lax.stop_gradient((dynamics, initial, drives))
     if solver is None:
-        path, report = relay(fixed.step, fixed.params, first, tape, tolerance.parts(first.dtype), plan)
-        mine = jnp.where(report.parallel, int(Status.CONVERGED), int(Status.OUT_OF_ITERATIONS)).astype(jnp.int32)
-        found = UnrollStatus(mine, report.parallel, mine, jnp.int32(1), report.gap, report.evaluations)
+        path, report = relay(
+            fixed.step, fixed.params, first, tape, tolerance.parts(first.dtype), plan
+        )
+        mine = jnp.where(
+            report.parallel, int(Status.CONVERGED), int(Status.OUT_OF_ITERATIONS)
+        ).astype(jnp.int32)
+        found = UnrollStatus(
+            mine, report.parallel, mine, jnp.int32(1), report.gap, report.evaluations
+        )
     else:
-        solution = solve(fixed, first, tape, solver=solver, tolerance=tolerance, max_iterations=max_iterations,
-                         adjoint=_Detached())
+        solution = solve(
+            fixed,
+            first,
+            tape,
+            solver=solver,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+            adjoint=_Detached(),
+        )
         converged = solution.status == Status.CONVERGED
-        path, converged = one_after_another(fixed.step, fixed.params, first, tape, solution.states, converged)
-        found = UnrollStatus(solution.status, converged, solution.status, solution.iterations, solution.residual,
-                             solution.stats.evaluations + ~converged)
+        path, converged = one_after_another(
+            fixed.step, fixed.params, first, tape, solution.states, converged
+        )
+        found = UnrollStatus(
+            solution.status,
+            converged,
+            solution.status,
+            solution.iterations,
+            solution.residual,
+            solution.stats.evaluations + ~converged,
+        )
     # In coarse numbers a meeting proves nothing: their derivatives go one step after another.
     plan = RelayPlan(1) if is_coarse(initial) else plan
     adjoint: Adjoint = Implicit() if initial.size <= _NARROW else ImplicitRelay(plan)

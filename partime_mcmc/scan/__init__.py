@@ -3,11 +3,31 @@
 from partime_mcmc.scan.affine import AffineMap, Dense, Diagonal, Identity, Zero
 from partime_mcmc.scan.gaussian import DenseBelief, DenseMessage, DiagonalBelief, DiagonalMessage
 from partime_mcmc.scan.pallas import PallasScan
-from partime_mcmc.scan.prefix import AssociativeScan, ChunkedScan, Scan, SequentialScan, default_scan
+from partime_mcmc.scan.prefix import (
+    AssociativeScan,
+    ChunkedScan,
+    Scan,
+    SequentialScan,
+    default_scan,
+)
 from partime_mcmc.scan.time_axis import LocalTime, TimeAxis
 
 __all__ = [
-    "AffineMap", "AssociativeScan", "ChunkedScan", "Dense", "DenseBelief", "DenseMessage", "Diagonal",
-    "DiagonalBelief", "DiagonalMessage", "Identity", "LocalTime", "PallasScan", "Scan", "SequentialScan", "TimeAxis", "Zero",
+    "AffineMap",
+    "AssociativeScan",
+    "ChunkedScan",
+    "Dense",
+    "DenseBelief",
+    "DenseMessage",
+    "Diagonal",
+    "DiagonalBelief",
+    "DiagonalMessage",
+    "Identity",
+    "LocalTime",
+    "PallasScan",
+    "Scan",
+    "SequentialScan",
+    "TimeAxis",
+    "Zero",
     "default_scan",
 ]

@@ -47,16 +47,25 @@ class DenseMessage:
         keep = 1.0 / (1.0 + damping)
         pull = damping * keep
         A = step.matrix
-        return cls(keep * A, keep * step.shift, keep * jnp.eye(A.shape[-1], dtype=A.dtype),
-                   -pull * (A.T @ step.shift), pull * (A.T @ A))
+        return cls(
+            keep * A,
+            keep * step.shift,
+            keep * jnp.eye(A.shape[-1], dtype=A.dtype),
+            -pull * (A.T @ step.shift),
+            pull * (A.T @ A),
+        )
 
     def __call__(self, belief: DenseBelief) -> DenseBelief:
         """The belief after this step, given the belief before it."""
         P = belief.covariance
-        gain = _solve(jnp.eye(P.shape[-1], dtype=P.dtype) + P @ self.J, jnp.concatenate(
-            [(belief.mean + P @ self.eta)[:, None], P], axis=1))
+        gain = _solve(
+            jnp.eye(P.shape[-1], dtype=P.dtype) + P @ self.J,
+            jnp.concatenate([(belief.mean + P @ self.eta)[:, None], P], axis=1),
+        )
         mean, covariance = gain[:, 0], gain[:, 1:]
-        return DenseBelief(self.A @ mean + self.b, _symmetric(self.A @ covariance @ self.A.T + self.C))
+        return DenseBelief(
+            self.A @ mean + self.b, _symmetric(self.A @ covariance @ self.A.T + self.C)
+        )
 
     def after(self, earlier: DenseMessage) -> DenseMessage:
         """`self ∘ earlier`."""
@@ -111,13 +120,21 @@ class DiagonalMessage:
         keep = 1.0 / (1.0 + damping)
         pull = damping * keep
         a = step.diagonal
-        return cls(keep * a, keep * step.shift, keep * jnp.ones_like(a), -pull * a * step.shift, pull * a * a)
+        return cls(
+            keep * a,
+            keep * step.shift,
+            keep * jnp.ones_like(a),
+            -pull * a * step.shift,
+            pull * a * a,
+        )
 
     def __call__(self, belief: DiagonalBelief) -> DiagonalBelief:
         """The belief after this step, given the belief before it."""
         shrink = 1.0 / (1.0 + belief.variance * self.J)
         mean = shrink * (belief.mean + belief.variance * self.eta)
-        return DiagonalBelief(self.A * mean + self.b, self.A * self.A * shrink * belief.variance + self.C)
+        return DiagonalBelief(
+            self.A * mean + self.b, self.A * self.A * shrink * belief.variance + self.C
+        )
 
     def after(self, earlier: DiagonalMessage) -> DiagonalMessage:
         """`self ∘ earlier`."""

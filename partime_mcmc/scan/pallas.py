@@ -72,34 +72,50 @@ class PallasScan:
     def _scanned(self, elements, start, direction: int):
         other = SequentialScan() if length(elements) == 0 else AssociativeScan()
         if not takes(elements) or length(elements) == 0:
-            return other(elements, start) if direction == _FORWARD else other.suffix(elements, start)
+            return (
+                other(elements, start) if direction == _FORWARD else other.suffix(elements, start)
+            )
         if jax.default_backend() == "cpu" and not self.interpret:
-            raise ValueError("PallasScan is for GPUs and the platform is cpu: take SequentialScan(), or interpret=True "
-                             "for a test")
+            raise ValueError(
+                "PallasScan is for GPUs and the platform is cpu: take SequentialScan(), or interpret=True "
+                "for a test"
+            )
         kind, (num_steps, width) = type(elements), elements.shift.shape
         size = num_steps if kind is Diagonal and width >= self.wide else min(self.size, num_steps)
         # Columns and chunks of a tile.
         lanes = min(_power_of_two(width), _TILE)
-        rows = 1 if size == num_steps else max(1, _TILE // (lanes if kind is Diagonal else lanes**2))
+        rows = (
+            1 if size == num_steps else max(1, _TILE // (lanes if kind is Diagonal else lanes**2))
+        )
         num_chunks = -(-num_steps // size)
         num_chunks = -(-num_chunks // rows) * rows
         # The padding comes last in the order of the scan, so that nothing real passes through it.
         missing = num_chunks * size - num_steps
         before, after = (0, missing) if direction == _FORWARD else (missing, 0)
         columns = -(-width // lanes) * lanes
-        linear, shift = (_padded(leaf, (before, after), columns).reshape(num_chunks, size, *(leaf.ndim - 1) * (columns,))
-                         for leaf in (_linear(elements), elements.shift))
+        linear, shift = (
+            _padded(leaf, (before, after), columns).reshape(
+                num_chunks, size, *(leaf.ndim - 1) * (columns,)
+            )
+            for leaf in (_linear(elements), elements.shift)
+        )
         first = _padded(widened(start)[None], (0, 0), columns)
-        run = functools.partial(_call, kind=kind, tile=(rows, lanes), direction=direction, interpret=self.interpret)
+        run = functools.partial(
+            _call, kind=kind, tile=(rows, lanes), direction=direction, interpret=self.interpret
+        )
         if num_chunks > 1:
             first = _starts(kind(*run(_compose_kernel, (linear, shift), None)), first[0], direction)
         path = run(_apply_kernel, (linear, shift), first).reshape(num_chunks * size, columns)
-        return path[before: before + num_steps, :width]
+        return path[before : before + num_steps, :width]
 
 
 def takes(elements: PyTree) -> bool:
     """Whether there are kernels for these maps."""
-    return isinstance(elements, Diagonal) or isinstance(elements, Dense) and elements.shift.shape[-1] <= _WIDEST_DENSE
+    return (
+        isinstance(elements, Diagonal)
+        or isinstance(elements, Dense)
+        and elements.shift.shape[-1] <= _WIDEST_DENSE
+    )
 
 
 def _starts(totals: PyTree, first: Array, direction: int) -> Array:
@@ -109,8 +125,16 @@ def _starts(totals: PyTree, first: Array, direction: int) -> Array:
     return jnp.concatenate([AssociativeScan().suffix(totals, first)[1:], first[None]])
 
 
-def _call(kernel, maps: tuple[Array, Array], starts: Array | None, *, kind, tile: tuple[int, int], direction: int,
-          interpret: bool):
+def _call(
+    kernel,
+    maps: tuple[Array, Array],
+    starts: Array | None,
+    *,
+    kind,
+    tile: tuple[int, int],
+    direction: int,
+    interpret: bool,
+):
     """A kernel over all tiles of maps `(N, n, D[, D])`, `(N, n, D)`.
 
     Without starts the maps of chunks, `(N, D[, D])` and `(N, D)`; with starts `(N, D)` the path, `(N, n, D)`.
@@ -133,9 +157,18 @@ def _call(kernel, maps: tuple[Array, Array], starts: Array | None, *, kind, tile
     else:
         arrays, ins, outs = (*maps, starts), [linear, path, state], path
         shapes = jax.ShapeDtypeStruct((num_chunks, size, columns), dtype)
-    body = functools.partial(kernel, kind=kind, place=functools.partial(_place, size, direction), size=size)
-    return pl.pallas_call(body, grid=(num_chunks // rows, columns // lanes), in_specs=ins, out_specs=outs, out_shape=shapes,
-                          interpret=interpret, compiler_params=triton.CompilerParams(num_warps=4))(*arrays)
+    body = functools.partial(
+        kernel, kind=kind, place=functools.partial(_place, size, direction), size=size
+    )
+    return pl.pallas_call(
+        body,
+        grid=(num_chunks // rows, columns // lanes),
+        in_specs=ins,
+        out_specs=outs,
+        out_shape=shapes,
+        interpret=interpret,
+        compiler_params=triton.CompilerParams(num_warps=4),
+    )(*arrays)
 
 
 def _place(size: int, direction: int, k: Array) -> Array:
@@ -156,7 +189,9 @@ def _apply_kernel(linear_ref, shift_ref, start_ref, path_ref, *, kind, place, si
     _loop(size, advance, start_ref[...])
 
 
-def _compose_kernel(linear_ref, shift_ref, total_linear_ref, total_shift_ref, *, kind, place, size: int) -> None:
+def _compose_kernel(
+    linear_ref, shift_ref, total_linear_ref, total_shift_ref, *, kind, place, size: int
+) -> None:
     """The composition of the maps of a tile."""
     act, multiply = _ACTIONS[kind], _PRODUCTS[kind]
 

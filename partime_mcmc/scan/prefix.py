@@ -66,7 +66,9 @@ class AssociativeScan:
     def __call__(self, elements: PyTree, start: PyTree) -> PyTree:
         if length(elements) == 0:
             return SequentialScan()(elements, start)
-        composed = lax.associative_scan(jax.vmap(lambda earlier, later: later.after(earlier)), widened(elements))
+        composed = lax.associative_scan(
+            jax.vmap(lambda earlier, later: later.after(earlier)), widened(elements)
+        )
         return as_type_of(start, jax.vmap(lambda element: element(widened(start)))(composed))
 
     def suffix(self, elements: PyTree, end: PyTree) -> PyTree:
@@ -93,11 +95,15 @@ class ChunkedScan:
         if num_chunks < 2:
             return SequentialScan()(elements, start)
         whole = num_chunks * self.size
-        chunks = jax.tree.map(lambda leaf: leaf[:whole].reshape(num_chunks, self.size, *leaf.shape[1:]), elements)
+        chunks = jax.tree.map(
+            lambda leaf: leaf[:whole].reshape(num_chunks, self.size, *leaf.shape[1:]), elements
+        )
         # Joints stay in the wide type; only the path itself is rounded.
         wide = widened(start)
         ends = SequentialScan()(jax.vmap(_compose)(chunks), wide)
-        starts = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest[:-1]]), wide, ends)
+        starts = jax.tree.map(
+            lambda first, rest: jnp.concatenate([first[None], rest[:-1]]), wide, ends
+        )
         inner = jax.vmap(lambda chunk, first: _roll(chunk, first, start))(chunks, starts)
         values = jax.tree.map(lambda leaf: leaf.reshape(whole, *leaf.shape[2:]), inner)
         if whole == num_steps:
@@ -140,7 +146,11 @@ def wide_type(dtype: jnp.dtype) -> jnp.dtype:
 
 def as_type_of(like: PyTree, tree: PyTree) -> PyTree:
     """Leaves of `tree` rounded to the types of those of `like`, where `widened` would have made these wide."""
-    return jax.tree.map(lambda leaf, one: leaf.astype(one.dtype) if wide_type(one.dtype) != one.dtype else leaf, tree, like)
+    return jax.tree.map(
+        lambda leaf, one: leaf.astype(one.dtype) if wide_type(one.dtype) != one.dtype else leaf,
+        tree,
+        like,
+    )
 
 
 def _roll(elements: PyTree, start: PyTree, like: PyTree, reverse: bool = False) -> PyTree:
@@ -152,7 +162,9 @@ def _roll(elements: PyTree, start: PyTree, like: PyTree, reverse: bool = False) 
 
     # Widened before and rounded after the loop, at the price of wide copies: inside it, XLA for CPUs rewrites a whole path
     # of two-byte floats at every step (seen: 100 times as slow at T = 1,000, D = 64).
-    return as_type_of(like, lax.scan(advance, widened(start), widened(elements), reverse=reverse)[1])
+    return as_type_of(
+        like, lax.scan(advance, widened(start), widened(elements), reverse=reverse)[1]
+    )
 
 
 def _turned(scan: Scan, elements: PyTree, end: PyTree) -> PyTree:
@@ -178,7 +190,9 @@ def composition(elements: PyTree) -> PyTree:
         paired = length(elements) // 2 * 2
         earlier, later = (jax.tree.map(lambda leaf: leaf[k:paired:2], elements) for k in (0, 1))
         pairs = jax.vmap(lambda one, other: other.after(one))(earlier, later)
-        elements = jax.tree.map(lambda leaf, rest: jnp.concatenate([leaf, rest[paired:]]), pairs, elements)
+        elements = jax.tree.map(
+            lambda leaf, rest: jnp.concatenate([leaf, rest[paired:]]), pairs, elements
+        )
     return jax.tree.map(lambda leaf: leaf[0], elements)
 
 

@@ -79,7 +79,12 @@ class TimeAxis(Protocol):
         """Whether a scalar flag is set on any device that takes part, those with other chains included."""
         ...
 
-    def repeat(self, unfinished: Callable[[PyTree], Array], advance: Callable[[PyTree], PyTree], begin: PyTree) -> PyTree:
+    def repeat(
+        self,
+        unfinished: Callable[[PyTree], Array],
+        advance: Callable[[PyTree], PyTree],
+        begin: PyTree,
+    ) -> PyTree:
         """`lax.while_loop` for bodies that ask this axis something."""
         ...
 
@@ -95,11 +100,18 @@ class LocalTime:
     scan: Scan | None = None
 
     def previous(self, initial: PyTree, states: PyTree) -> PyTree:
-        return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest[:-1]])[: rest.shape[0]],
-                            initial, states)
+        return jax.tree.map(
+            lambda first, rest: jnp.concatenate([first[None], rest[:-1]])[: rest.shape[0]],
+            initial,
+            states,
+        )
 
     def following(self, states: PyTree, final: PyTree) -> PyTree:
-        return jax.tree.map(lambda rest, last: jnp.concatenate([rest[1:], last[None]])[: rest.shape[0]], states, final)
+        return jax.tree.map(
+            lambda rest, last: jnp.concatenate([rest[1:], last[None]])[: rest.shape[0]],
+            states,
+            final,
+        )
 
     def prefix(self, elements: PyTree, start: PyTree) -> PyTree:
         return (self.scan or default_scan(elements))(elements, start)
@@ -134,5 +146,10 @@ class LocalTime:
     def anyone(self, flag: Array) -> Array:
         return flag
 
-    def repeat(self, unfinished: Callable[[PyTree], Array], advance: Callable[[PyTree], PyTree], begin: PyTree) -> PyTree:
+    def repeat(
+        self,
+        unfinished: Callable[[PyTree], Array],
+        advance: Callable[[PyTree], PyTree],
+        begin: PyTree,
+    ) -> PyTree:
         return lax.while_loop(unfinished, advance, begin)

@@ -7,5 +7,14 @@ from partime_mcmc.solvers.newton import Newton
 from partime_mcmc.solvers.rollout import Rollout
 from partime_mcmc.solvers.shooting import Shooting
 
-__all__ = ["ConstantDamping", "DampingPolicy", "Kalman", "Newton", "Proposal", "RelaxingDamping", "Rollout", "Shooting",
-           "Solver"]
+__all__ = [
+    "ConstantDamping",
+    "DampingPolicy",
+    "Kalman",
+    "Newton",
+    "Proposal",
+    "RelaxingDamping",
+    "Rollout",
+    "Shooting",
+    "Solver",
+]

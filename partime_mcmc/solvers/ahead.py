@@ -26,11 +26,25 @@ from partime_mcmc.types import PyTree
 # Numbers of 4 bytes that may be kept per step: so many times the memory of a step, and so many in any case.
 _STATES, _IN_ANY_CASE = 4, 16
 # Without any of these there is nothing worth doing ahead.
-_DEAR = {"random_bits", "random_split", "random_fold_in", "threefry2x32", "dot_general", "erf_inv", "exp", "log", "scan",
-         "while", "cholesky", "triangular_solve"}
+_DEAR = {
+    "random_bits",
+    "random_split",
+    "random_fold_in",
+    "threefry2x32",
+    "dot_general",
+    "erf_inv",
+    "exp",
+    "log",
+    "scan",
+    "while",
+    "cholesky",
+    "triangular_solve",
+}
 
 
-def split(function: Callable, params: PyTree, memory: PyTree, drive: PyTree) -> tuple[Callable, Callable]:
+def split(
+    function: Callable, params: PyTree, memory: PyTree, drive: PyTree
+) -> tuple[Callable, Callable]:
     """Cut a step in what needs its drive alone and what needs its memory too.
 
     Args:
@@ -44,10 +58,12 @@ def split(function: Callable, params: PyTree, memory: PyTree, drive: PyTree) -> 
         would gain nothing `a` is the drive itself.
     """
     closed, result = jax.make_jaxpr(function, return_shape=True)(params, memory, drive)
-    flat = lambda *args: evaluate(closed.jaxpr, closed.consts, *jax.tree.leaves(args), opens=lambda inner: True)  # noqa: E731
+    flat = lambda *args: evaluate(
+        closed.jaxpr, closed.consts, *jax.tree.leaves(args), opens=lambda inner: True
+    )  # noqa: E731
     closed = jax.make_jaxpr(flat)(params, memory, drive)
     sizes = [len(jax.tree.leaves(part)) for part in (params, memory, drive)]
-    inputs = [closed.jaxpr.invars[sum(sizes[:k]):sum(sizes[:k + 1])] for k in range(3)]
+    inputs = [closed.jaxpr.invars[sum(sizes[:k]) : sum(sizes[: k + 1])] for k in range(3)]
     early, late, kept = _cut(closed.jaxpr, *inputs)
     allowed = max(_STATES * _bytes(inputs[1]), 4 * _IN_ANY_CASE)
     if closed.consts or not _dear(early) or _bytes(kept) > allowed + _bytes(inputs[2]):
@@ -60,7 +76,9 @@ def split(function: Callable, params: PyTree, memory: PyTree, drive: PyTree) -> 
         return jax.core.eval_jaxpr(first, [], *jax.tree.leaves((params, drive)))
 
     def rest(params, memory, values):
-        return jax.tree.unflatten(structure, jax.core.eval_jaxpr(second, [], *jax.tree.leaves((params, memory)), *values))
+        return jax.tree.unflatten(
+            structure, jax.core.eval_jaxpr(second, [], *jax.tree.leaves((params, memory)), *values)
+        )
 
     return ahead, rest
 
@@ -82,7 +100,11 @@ def _cut(jaxpr, params, memory, drive):
             early.append(equation)
             late.append(equation)
     wanted = [atom for equation in late for atom in equation.invars] + list(jaxpr.outvars)
-    used = (atom for atom in wanted if not isinstance(atom, jax.extend.core.Literal) and atom in needs_drive)
+    used = (
+        atom
+        for atom in wanted
+        if not isinstance(atom, jax.extend.core.Literal) and atom in needs_drive
+    )
     return early, late, list(dict.fromkeys(used))
 
 
@@ -93,6 +115,10 @@ def _dear(equations) -> bool:
 def _bytes(variables) -> int:
     def one(aval):
         # Typed keys have no itemsize of their own.
-        return aval.size * (8 if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key) else np.dtype(aval.dtype).itemsize)
+        return aval.size * (
+            8
+            if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key)
+            else np.dtype(aval.dtype).itemsize
+        )
 
     return sum(one(variable.aval) for variable in variables)

@@ -59,8 +59,18 @@ class Solver(Protocol):
         """What the solver remembers between passes, at the start."""
         ...
 
-    def step(self, dynamics: Dynamics, initial: Array, states: Array, drives: PyTree, state: PyTree, *,
-             axis: TimeAxis, key: Key, tolerance: Tolerance) -> tuple[Proposal, PyTree]:
+    def step(
+        self,
+        dynamics: Dynamics,
+        initial: Array,
+        states: Array,
+        drives: PyTree,
+        state: PyTree,
+        *,
+        axis: TimeAxis,
+        key: Key,
+        tolerance: Tolerance,
+    ) -> tuple[Proposal, PyTree]:
         """One pass.
 
         Args:
@@ -101,7 +111,9 @@ def replace_nonfinite_jacobians(maps: AffineMap) -> tuple[AffineMap, Array]:
     linear = [leaf for leaf in jax.tree.leaves(maps.with_shift(None))]
     if not linear:
         return maps, jnp.zeros((), jnp.int32)
-    good = jnp.stack([jnp.isfinite(leaf).reshape(leaf.shape[0], -1).all(axis=1) for leaf in linear]).all(axis=0)
+    good = jnp.stack(
+        [jnp.isfinite(leaf).reshape(leaf.shape[0], -1).all(axis=1) for leaf in linear]
+    ).all(axis=0)
 
     def keep(leaf):
         return jnp.where(good.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, 0)

@@ -78,8 +78,15 @@ class RelaxingDamping:
         fresh = first < 0
         first = jnp.where(fresh, jnp.where(merit > 0, merit, 1), first)
         progress = merit < before
-        factor = jnp.where(fresh, factor, factor * jnp.where(progress, self.shrink, self.grow).astype(factor.dtype))
+        factor = jnp.where(
+            fresh, factor, factor * jnp.where(progress, self.shrink, self.grow).astype(factor.dtype)
+        )
         # Bounded, because near the rounding floor the residual stops falling for a reason no damping can mend.
         factor = jnp.clip(factor, 1e-4, 1e4)
         damping = jnp.minimum(self.initial * factor * jnp.minimum(merit / first, 1e6), ceiling)
-        return damping.astype(factor.dtype), (first, merit, factor, (self.cooling * ceiling).astype(factor.dtype))
+        return damping.astype(factor.dtype), (
+            first,
+            merit,
+            factor,
+            (self.cooling * ceiling).astype(factor.dtype),
+        )

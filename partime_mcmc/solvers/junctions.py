@@ -49,12 +49,16 @@ class Joints(NamedTuple):
 
     def next(self, values: Array) -> Array:
         """The values `(B C, D)` of each segment's successor, 0 where there is none."""
-        return self.by_lane(self.axis.following(self.by_segment(values), jnp.zeros_like(self.initial)))
+        return self.by_lane(
+            self.axis.following(self.by_segment(values), jnp.zeros_like(self.initial))
+        )
 
     def is_last(self, num_lanes: int) -> Array:
         """Which lanes are the last segment of their chain."""
         count = num_lanes // self.initial.shape[0]
-        return jnp.tile(self.axis.index(count) == self.axis.length(count) - 1, self.initial.shape[0])
+        return jnp.tile(
+            self.axis.index(count) == self.axis.length(count) - 1, self.initial.shape[0]
+        )
 
     def by_segment(self, values: Array) -> Array:
         """`(B C, ...)` as `(C, B, ...)`."""
@@ -65,7 +69,9 @@ class Joints(NamedTuple):
         return jnp.moveaxis(values, 0, 1).reshape(-1, *values.shape[2:])
 
 
-def corrector(enter, advance, leave, params, correction, key, drives, joints: Joints) -> Callable[[Array, Array], Array]:
+def corrector(
+    enter, advance, leave, params, correction, key, drives, joints: Joints
+) -> Callable[[Array, Array], Array]:
     """The rule for new starts.
 
     Args:
@@ -101,7 +107,9 @@ def corrector(enter, advance, leave, params, correction, key, drives, joints: Jo
         nothing = jnp.zeros_like(joints.initial)
         # The chains' axis is the second one.
         changes = jax.vmap(joints.axis.prefix, in_axes=(1, 0), out_axes=1)(maps, nothing)
-        moved = jax.vmap(jax.vmap(lambda step, delta: step.linear(delta)))(maps, joints.axis.previous(nothing, changes))
+        moved = jax.vmap(jax.vmap(lambda step, delta: step.linear(delta)))(
+            maps, joints.axis.previous(nothing, changes)
+        )
         corrected = ends + joints.by_lane(joints.axis.previous(nothing, moved))
         first = jnp.tile(joints.axis.index(moved.shape[0]) == 0, joints.initial.shape[0])[:, None]
         return jnp.where(first | ~jnp.isfinite(corrected), ends, corrected)

@@ -24,7 +24,12 @@ from partime_mcmc.scan.affine import Dense, Diagonal, Identity, Zero
 from partime_mcmc.scan.gaussian import DenseMessage, DiagonalMessage
 from partime_mcmc.scan.time_axis import TimeAxis
 from partime_mcmc.solution import Tolerance
-from partime_mcmc.solvers.base import Proposal, defect, replace_nonfinite_jacobians, replace_nonfinite_updates
+from partime_mcmc.solvers.base import (
+    Proposal,
+    defect,
+    replace_nonfinite_jacobians,
+    replace_nonfinite_updates,
+)
 from partime_mcmc.solvers.damping import DampingPolicy, RelaxingDamping
 from partime_mcmc.types import Array, Key, PyTree, pytree
 
@@ -40,8 +45,18 @@ class Kalman:
         del states
         return self.damping.init(initial)
 
-    def step(self, dynamics: Dynamics, initial: Array, states: Array, drives: PyTree, state: PyTree, *,
-             axis: TimeAxis, key: Key, tolerance: Tolerance) -> tuple[Proposal, PyTree]:
+    def step(
+        self,
+        dynamics: Dynamics,
+        initial: Array,
+        states: Array,
+        drives: PyTree,
+        state: PyTree,
+        *,
+        axis: TimeAxis,
+        key: Key,
+        tolerance: Tolerance,
+    ) -> tuple[Proposal, PyTree]:
         values, maps = self.linearizer(dynamics, axis.previous(initial, states), drives, key)
         residual = defect(values, states)
         maps, num_jacobians = replace_nonfinite_jacobians(maps)
@@ -51,8 +66,16 @@ class Kalman:
         correction = trust_region_step(maps.with_shift(right), damping, initial, axis)
         updated, num_updates = replace_nonfinite_updates(states + correction, values, states)
         num_steps = jnp.asarray(states.shape[0], jnp.float32)
-        return Proposal(updated, states, residual, num_jacobians, num_updates, jnp.ones((), jnp.int32), num_steps,
-                        num_steps * self.linearizer.jvps(initial.shape[0])), state
+        return Proposal(
+            updated,
+            states,
+            residual,
+            num_jacobians,
+            num_updates,
+            jnp.ones((), jnp.int32),
+            num_steps,
+            num_steps * self.linearizer.jvps(initial.shape[0]),
+        ), state
 
     def map_size(self, dimension: int) -> int:
         # A message holds three matrices where an affine map holds one.
@@ -85,7 +108,9 @@ def trust_region_step(maps: PyTree, damping: Array, like: Array, axis: TimeAxis)
 @functools.singledispatch
 def _as_gaussian(maps):
     """The maps as dense or diagonal ones, and the Kalman message that fits them."""
-    raise TypeError(f"linearizer: no Kalman message fits {type(maps).__name__} maps; wanted Dense or Diagonal")
+    raise TypeError(
+        f"linearizer: no Kalman message fits {type(maps).__name__} maps; wanted Dense or Diagonal"
+    )
 
 
 @_as_gaussian.register

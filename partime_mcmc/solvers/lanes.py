@@ -82,7 +82,9 @@ def widths(num_lanes: int, num_chains: int) -> tuple[int, ...]:
     return tuple(found)
 
 
-def roll_until_met(segments: Segments, lanes: Lanes, starts: Array, is_first: Array, levels: tuple[int, ...]) -> Lanes:
+def roll_until_met(
+    segments: Segments, lanes: Lanes, starts: Array, is_first: Array, levels: tuple[int, ...]
+) -> Lanes:
     """Roll the open lanes until each has met its stored path or a segment has ended.
 
     Args:
@@ -105,7 +107,9 @@ def roll_until_met(segments: Segments, lanes: Lanes, starts: Array, is_first: Ar
             return (lanes.step < steps) & (lanes.open.sum() > enough)
 
         level = functools.partial(_level, segments, starts, is_first, width, enough)
-        lanes = lax.while_loop(wanted, level, lanes)  # at most once: a level ends where its condition does
+        lanes = lax.while_loop(
+            wanted, level, lanes
+        )  # at most once: a level ends where its condition does
     return lanes._replace(gap=jnp.where(lanes.open[:, None], 0, lanes.gap))
 
 
@@ -114,10 +118,16 @@ def _level(segments: Segments, starts, is_first, width, enough, lanes: Lanes) ->
     (steps, num_lanes, width_of_row), dimension = lanes.path.shape, starts.shape[1]
     is_state = jnp.arange(width_of_row) < dimension
     full, begin = width == num_lanes, lanes.step
-    chosen = jnp.arange(num_lanes) if full else jnp.nonzero(lanes.open, size=width, fill_value=num_lanes)[0]
+    chosen = (
+        jnp.arange(num_lanes)
+        if full
+        else jnp.nonzero(lanes.open, size=width, fill_value=num_lanes)[0]
+    )
     take = (lambda leaf: leaf) if full else (lambda leaf: leaf.at[chosen].get(mode="clip"))
     row = functools.partial(lax.dynamic_index_in_dim, index=begin, axis=1, keepdims=False)
-    before = lax.dynamic_index_in_dim(lanes.path, jnp.maximum(begin - 1, 0), keepdims=False)[:, :dimension]
+    before = lax.dynamic_index_in_dim(lanes.path, jnp.maximum(begin - 1, 0), keepdims=False)[
+        :, :dimension
+    ]
     state = take(jnp.where(begin == 0, starts, before))
     memory = segments.enter(state, jax.tree.map(lambda leaf: take(row(leaf)), segments.drives))
     bound = tuple(take(part) for part in segments.bound)
@@ -129,7 +139,9 @@ def _level(segments: Segments, starts, is_first, width, enough, lanes: Lanes) ->
     def advance(carry):
         step, memory, last, rolled, met, where, gap = carry
         at_step = functools.partial(lax.dynamic_index_in_dim, index=step, keepdims=False)
-        memory, row = segments.roll(memory, jax.tree.map(lambda leaf: take(at_step(leaf)), segments.values))
+        memory, row = segments.roll(
+            memory, jax.tree.map(lambda leaf: take(at_step(leaf)), segments.values)
+        )
         stored_row = take(at_step(lanes.path))
         new, stored = row[:, :dimension], stored_row[:, :dimension]
         meets = ~met & same(new, stored, bound).all(axis=1) & ~is_first
@@ -148,16 +160,26 @@ def _level(segments: Segments, starts, is_first, width, enough, lanes: Lanes) ->
     rolled = jnp.zeros((steps, width, width_of_row), lanes.path.dtype)
     last = state if width_of_row > dimension else None
     end, _, _, rolled, met, where, gap = lax.while_loop(
-        going, advance, (begin, memory, last, rolled, met, take(lanes.where), take(lanes.gap)))
+        going, advance, (begin, memory, last, rolled, met, take(lanes.where), take(lanes.gap))
+    )
     if full:
-        path = lax.fori_loop(begin, end, lambda step, path: lax.dynamic_update_index_in_dim(
-            path, lax.dynamic_index_in_dim(rolled, step, keepdims=False), step, 0), lanes.path)
+        path = lax.fori_loop(
+            begin,
+            end,
+            lambda step, path: lax.dynamic_update_index_in_dim(
+                path, lax.dynamic_index_in_dim(rolled, step, keepdims=False), step, 0
+            ),
+            lanes.path,
+        )
         still = ~met
     else:
         stop = jnp.where(chosen == num_lanes, 0, jnp.where(met, where + 1, end))
         path = _written_back(lanes.path, rolled, chosen, begin, stop)
         still = jnp.zeros_like(lanes.open).at[chosen].set(~met, mode="drop")
-        where, gap = (old.at[chosen].set(new, mode="drop") for old, new in ((lanes.where, where), (lanes.gap, gap)))
+        where, gap = (
+            old.at[chosen].set(new, mode="drop")
+            for old, new in ((lanes.where, where), (lanes.gap, gap))
+        )
     done = end - begin + segments.costs_entry
     return Lanes(path, end, still, where, gap, lanes.evaluations + width * done, lanes.depth + done)
 
@@ -170,7 +192,9 @@ def _written_back(path, rolled, chosen, begin, stop):
         new = lax.dynamic_slice_in_dim(rolled, lane, 1, axis=1)
         old = lax.dynamic_slice_in_dim(path, chosen[lane], 1, axis=1)
         fresh = (index >= begin) & (index < stop[lane])
-        return lax.dynamic_update_slice_in_dim(path, jnp.where(fresh, new, old), chosen[lane], axis=1)
+        return lax.dynamic_update_slice_in_dim(
+            path, jnp.where(fresh, new, old), chosen[lane], axis=1
+        )
 
     return lax.fori_loop(0, rolled.shape[1], write, path)
 

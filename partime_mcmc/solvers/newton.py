@@ -22,7 +22,12 @@ from partime_mcmc.dynamics import Dynamics
 from partime_mcmc.linearize.base import Linearizer
 from partime_mcmc.scan.time_axis import TimeAxis
 from partime_mcmc.solution import Tolerance
-from partime_mcmc.solvers.base import Proposal, defect, replace_nonfinite_jacobians, replace_nonfinite_updates
+from partime_mcmc.solvers.base import (
+    Proposal,
+    defect,
+    replace_nonfinite_jacobians,
+    replace_nonfinite_updates,
+)
 from partime_mcmc.types import Array, Key, PyTree, pytree
 
 
@@ -36,8 +41,18 @@ class Newton:
         del initial, states
         return ()
 
-    def step(self, dynamics: Dynamics, initial: Array, states: Array, drives: PyTree, state: PyTree, *,
-             axis: TimeAxis, key: Key, tolerance: Tolerance) -> tuple[Proposal, PyTree]:
+    def step(
+        self,
+        dynamics: Dynamics,
+        initial: Array,
+        states: Array,
+        drives: PyTree,
+        state: PyTree,
+        *,
+        axis: TimeAxis,
+        key: Key,
+        tolerance: Tolerance,
+    ) -> tuple[Proposal, PyTree]:
         previous = axis.previous(initial, states)
         values, maps = self.linearizer(dynamics, previous, drives, key)
         residual = defect(values, states)
@@ -46,11 +61,21 @@ class Newton:
         right = jnp.where(jnp.isfinite(residual), residual, 0)
         nothing = jnp.zeros_like(initial)
         corrections = axis.prefix(maps.with_shift(right), nothing)
-        updated = values + jax.vmap(lambda step, delta: step.linear(delta))(maps, axis.previous(nothing, corrections))
+        updated = values + jax.vmap(lambda step, delta: step.linear(delta))(
+            maps, axis.previous(nothing, corrections)
+        )
         updated, num_updates = replace_nonfinite_updates(updated, values, states)
         num_steps = jnp.asarray(states.shape[0], jnp.float32)
-        return Proposal(updated, states, residual, num_jacobians, num_updates, jnp.ones((), jnp.int32), num_steps,
-                        num_steps * self.linearizer.jvps(initial.shape[0])), state
+        return Proposal(
+            updated,
+            states,
+            residual,
+            num_jacobians,
+            num_updates,
+            jnp.ones((), jnp.int32),
+            num_steps,
+            num_steps * self.linearizer.jvps(initial.shape[0]),
+        ), state
 
     def map_size(self, dimension: int) -> int:
         return self.linearizer.map_size(dimension)

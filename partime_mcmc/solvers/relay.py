@@ -48,8 +48,16 @@ class RelayReport:
     evaluations: Array
 
 
-def relay(step: Callable, params: PyTree, initial: Array, drives: PyTree, bound: tuple[Array, Array], plan: RelayPlan,
-          *, direction: int = 1) -> tuple[Array, RelayReport]:
+def relay(
+    step: Callable,
+    params: PyTree,
+    initial: Array,
+    drives: PyTree,
+    bound: tuple[Array, Array],
+    plan: RelayPlan,
+    *,
+    direction: int = 1,
+) -> tuple[Array, RelayReport]:
     """The path of a recurrence, not differentiable; under `vmap` all chains with the same parameters share one set of lanes.
 
     Args:
@@ -65,13 +73,17 @@ def relay(step: Callable, params: PyTree, initial: Array, drives: PyTree, bound:
         The states after each step, shape `(T, D)`, at the steps' places in time; and what happened.
     """
     absolute, relative = (jnp.asarray(part, initial.dtype) for part in bound)
-    chains = jax.tree.map(lambda leaf: leaf[None], (initial, drives, jnp.broadcast_to(absolute, initial.shape), relative))
+    chains = jax.tree.map(
+        lambda leaf: leaf[None],
+        (initial, drives, jnp.broadcast_to(absolute, initial.shape), relative),
+    )
     path, report = _runner(step, plan, direction)(params, *chains)
     return path[0], jax.tree.map(lambda leaf: leaf[0], report)
 
 
-def one_after_another(step: Callable, params: PyTree, initial: Array, drives: PyTree, states: Array,
-                      right: Array) -> tuple[Array, Array]:
+def one_after_another(
+    step: Callable, params: PyTree, initial: Array, drives: PyTree, states: Array, right: Array
+) -> tuple[Array, Array]:
     """`states` where they are `right`, else the path by one step after another; not differentiable.
 
     Args:
@@ -95,7 +107,9 @@ def _fallback(step):
         advance = functools.partial(jax.vmap(step, in_axes=(None, 0, 0)), params)
         num_steps = states.shape[1]
         begin = jnp.where(right.all(), num_steps, 0)
-        return _roll(advance, initial, drives, states, 1, begin, num_steps)[1], jnp.full_like(right, right.all())
+        return _roll(advance, initial, drives, states, 1, begin, num_steps)[1], jnp.full_like(
+            right, right.all()
+        )
 
     return _with_lanes(run)
 
@@ -103,7 +117,10 @@ def _fallback(step):
 @functools.lru_cache(maxsize=256)
 def _runner(step, plan: RelayPlan, direction: int):
     """`(params, initial (B, D), drives (B, T, ...), absolute (B, D), relative (B,))`."""
-    return _with_lanes(functools.partial(_run, step, plan, direction), functools.partial(_run, step, _ONE_LANE, direction))
+    return _with_lanes(
+        functools.partial(_run, step, plan, direction),
+        functools.partial(_run, step, _ONE_LANE, direction),
+    )
 
 
 # One step after another, whatever the device.
@@ -127,12 +144,21 @@ def _with_lanes(function, plain=None):
                 found = jax.vmap(plain, in_axes=axes, axis_size=axis_size)(params, *chains)
                 return found, jax.tree.map(lambda _: True, found)
             # Every chain has parameters of its own: one after another, each in its own lanes.
-            spread = jax.tree.map(lambda leaf, flag: leaf if flag else jnp.broadcast_to(leaf, (axis_size, *leaf.shape)),
-                                  (params, *chains), tuple(in_batched))
+            spread = jax.tree.map(
+                lambda leaf, flag: (
+                    leaf if flag else jnp.broadcast_to(leaf, (axis_size, *leaf.shape))
+                ),
+                (params, *chains),
+                tuple(in_batched),
+            )
             found = lax.map(lambda one: run(*one), spread)
         else:
-            merged = jax.tree.map(lambda leaf, flag: _merge(leaf, flag, axis_size), chains, tuple(in_batched[1:]))
-            found = jax.tree.map(lambda leaf: leaf.reshape(axis_size, -1, *leaf.shape[1:]), run(params, *merged))
+            merged = jax.tree.map(
+                lambda leaf, flag: _merge(leaf, flag, axis_size), chains, tuple(in_batched[1:])
+            )
+            found = jax.tree.map(
+                lambda leaf: leaf.reshape(axis_size, -1, *leaf.shape[1:]), run(params, *merged)
+            )
         return found, jax.tree.map(lambda _: True, found)
 
     return run
@@ -153,28 +179,50 @@ def _run(step, plan, direction, params, initial, drives, absolute, relative):
     if segments == 1:
         path = _roll(advance, initial, drives, path, direction, 0, num_steps)[1]
         each = functools.partial(jnp.broadcast_to, shape=(num_chains,))
-        return path, RelayReport(each(False), each(zero), each(zero), each(jnp.zeros((), path.dtype)), each(jnp.float32(1)))
+        return path, RelayReport(
+            each(False),
+            each(zero),
+            each(zero),
+            each(jnp.zeros((), path.dtype)),
+            each(jnp.float32(1)),
+        )
     length = num_steps // segments
     body = segments * length
     cut = functools.partial(_to_segments, segments=segments, length=length, direction=direction)
     bound = jnp.repeat(absolute, segments, axis=0), jnp.repeat(relative, segments)[:, None]
     patience = min(length, max(SHORTEST, length // 2))
     tape = jax.tree.map(cut, drives)
-    forgets, looked = _pilot(advance, initial, tape, bound, min(length, num_steps // PILOT_SHARE - PILOT_RUN), direction,
-                             segments)
+    forgets, looked = _pilot(
+        advance,
+        initial,
+        tape,
+        bound,
+        min(length, num_steps // PILOT_SHARE - PILOT_RUN),
+        direction,
+        segments,
+    )
     lanes = jnp.repeat(initial, segments, axis=0)
-    ends, rolled = _roll(advance, lanes, tape, cut(path), direction, 0, jnp.where(forgets, length, 0))
+    ends, rolled = _roll(
+        advance, lanes, tape, cut(path), direction, 0, jnp.where(forgets, length, 0)
+    )
     starts = _hand_over(initial, ends, direction)
-    rolled, met, mended, gap = _mend(advance, starts, tape, rolled, bound, patience, direction, forgets)
+    rolled, met, mended, gap = _mend(
+        advance, starts, tape, rolled, bound, patience, direction, forgets
+    )
     rolled = rolled.reshape(num_chains, body, -1)
     if body < num_steps:
         rest = path[:, body:]
         rolled = jnp.concatenate([rolled, rest] if direction > 0 else [rest, rolled], axis=1)
     last = ends.reshape(num_chains, segments, -1)[:, -1 if direction > 0 else 0]
     first = jnp.where(met, body, 0)
-    _, path = _roll(advance, jnp.where(met, last, initial), drives, rolled, direction, first, num_steps)
-    work = (2.0 * min(PILOTS, segments) * (PILOT_RUN + looked) + num_chains * segments * (
-        jnp.where(forgets, length, 0) + mended) + num_chains * (num_steps - first)) / (num_chains * num_steps)
+    _, path = _roll(
+        advance, jnp.where(met, last, initial), drives, rolled, direction, first, num_steps
+    )
+    work = (
+        2.0 * min(PILOTS, segments) * (PILOT_RUN + looked)
+        + num_chains * segments * (jnp.where(forgets, length, 0) + mended)
+        + num_chains * (num_steps - first)
+    ) / (num_chains * num_steps)
     report = RelayReport(met, looked, mended, jnp.where(met, gap, 0), work.astype(jnp.float32))
     return path, jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num_chains,)), report)
 
@@ -183,7 +231,7 @@ def _to_segments(leaf, segments, length, direction):
     """`(B, T, ...)` as `(B C, n, ...)`, without the rest that the last steps in `direction` are."""
     body = segments * length
     if body < leaf.shape[1]:
-        leaf = leaf[:, :body] if direction > 0 else leaf[:, leaf.shape[1] - body:]
+        leaf = leaf[:, :body] if direction > 0 else leaf[:, leaf.shape[1] - body :]
     return leaf.reshape(leaf.shape[0] * segments, length, *leaf.shape[2:])
 
 
@@ -230,7 +278,10 @@ def _pilot(advance, initial, tape, bound, patience, direction, segments):
     lanes, length = jax.tree.leaves(tape)[0].shape[:2]
     count = min(PILOTS, lanes)
     chosen = jnp.arange(count) * lanes // count
-    few, limit = jax.tree.map(lambda leaf: leaf[chosen], tape), tuple(part[chosen] for part in bound)
+    few, limit = (
+        jax.tree.map(lambda leaf: leaf[chosen], tape),
+        tuple(part[chosen] for part in bound),
+    )
     starts = initial[chosen // segments]
 
     def roll(step, states):
@@ -247,8 +298,11 @@ def _pilot(advance, initial, tape, bound, patience, direction, segments):
         step, states = carry
         return step + 1, advance(states, _row(pairs, _place(step, length, direction)))
 
-    step, states = lax.while_loop(apart, onwards, (jnp.zeros((), jnp.int32), jnp.concatenate(
-        [starts, jnp.roll(typical, 1, axis=0)])))
+    step, states = lax.while_loop(
+        apart,
+        onwards,
+        (jnp.zeros((), jnp.int32), jnp.concatenate([starts, jnp.roll(typical, 1, axis=0)])),
+    )
     return _same(states[:count], states[count:], limit).all(), step
 
 
@@ -272,12 +326,20 @@ def _mend(advance, starts, tape, path, bound, patience, direction, wanted):
         met = _same(states, stored, bound).all()
         gap = jnp.max(jnp.where(jnp.isfinite(stored), jnp.abs(states - stored), 0))
         # Read from one buffer and write to another: a loop that does both on one would copy all of it in every step.
-        return step + 1, states, met, gap, lax.dynamic_update_index_in_dim(
-            head, states, _place(step, patience, direction), 1)
+        return (
+            step + 1,
+            states,
+            met,
+            gap,
+            lax.dynamic_update_index_in_dim(head, states, _place(step, patience, direction), 1),
+        )
 
     head = jnp.zeros((path.shape[0], patience, path.shape[2]), path.dtype)
-    step, _, met, gap, head = lax.while_loop(unfinished, onwards, (
-        jnp.zeros((), jnp.int32), starts, jnp.asarray(False), jnp.zeros((), path.dtype), head))
+    step, _, met, gap, head = lax.while_loop(
+        unfinished,
+        onwards,
+        (jnp.zeros((), jnp.int32), starts, jnp.asarray(False), jnp.zeros((), path.dtype), head),
+    )
     # At the meeting the stored state stays, because what follows was computed from it.
     begin = 0 if direction > 0 else length - patience
     order = _place(jnp.arange(patience), patience, direction)

@@ -32,7 +32,12 @@ class RelayPlan:
             num_steps: T.
             backend: The platform, as `jax.default_backend()` says it.
         """
-        if num_steps < (_LEAST_ON_CPU if backend == "cpu" else _LEAST) or backend == "cpu" and num_chains > 1 and num_chains * self.work > _FILLS_A_CORE:
+        if (
+            num_steps < (_LEAST_ON_CPU if backend == "cpu" else _LEAST)
+            or backend == "cpu"
+            and num_chains > 1
+            and num_chains * self.work > _FILLS_A_CORE
+        ):
             return 1
         most = min(max(self.lanes // num_chains, 1), num_steps // SHORTEST)
         return _divisor(num_steps, most) if most >= 2 else 1

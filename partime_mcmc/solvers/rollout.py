@@ -30,27 +30,51 @@ class Rollout:
         del initial, states
         return ()
 
-    def step(self, dynamics: Dynamics, initial: Array, states: Array, drives: PyTree, state: PyTree, *,
-             axis: TimeAxis, key: Key, tolerance: Tolerance) -> tuple[Proposal, PyTree]:
+    def step(
+        self,
+        dynamics: Dynamics,
+        initial: Array,
+        states: Array,
+        drives: PyTree,
+        state: PyTree,
+        *,
+        axis: TimeAxis,
+        key: Key,
+        tolerance: Tolerance,
+    ) -> tuple[Proposal, PyTree]:
         del key
         if dynamics.memo and dynamics.memo.note:
             path, notes = rollout_with_notes(dynamics, initial, drives)
         else:
-            path, notes = axis.in_turn(lambda first: rollout(dynamics, first, drives), initial), None
+            path, notes = (
+                axis.in_turn(lambda first: rollout(dynamics, first, drives), initial),
+                None,
+            )
         finite = jnp.isfinite(path)
         residual = jnp.where(finite, 0, jnp.nan).astype(path.dtype)
         path = jnp.where(finite, path, states)
         none = jnp.zeros((), jnp.int32)
         num_steps = states.shape[0]
-        return Proposal(path, path, residual, none, none, jnp.asarray(axis.length(num_steps), jnp.int32),
-                        jnp.asarray(num_steps, jnp.float32), jnp.zeros((), jnp.float32), notes=notes), state
+        return Proposal(
+            path,
+            path,
+            residual,
+            none,
+            none,
+            jnp.asarray(axis.length(num_steps), jnp.int32),
+            jnp.asarray(num_steps, jnp.float32),
+            jnp.zeros((), jnp.float32),
+            notes=notes,
+        ), state
 
     def map_size(self, dimension: int) -> int:
         del dimension
         return 0
 
 
-def roll_on(dynamics: Dynamics, initial: PyTree, states: PyTree, drives: PyTree, num_exact: Array) -> PyTree:
+def roll_on(
+    dynamics: Dynamics, initial: PyTree, states: PyTree, drives: PyTree, num_exact: Array
+) -> PyTree:
     """Finish paths one step after another from where they stop being exact.
 
     Args:
@@ -68,30 +92,48 @@ def roll_on(dynamics: Dynamics, initial: PyTree, states: PyTree, drives: PyTree,
     every = jnp.arange(num_paths)
 
     def select(flags, new, old):
-        return jax.tree.map(lambda a, b: jnp.where(flags.reshape(-1, *(1,) * (a.ndim - 1)), a, b), new, old)
+        return jax.tree.map(
+            lambda a, b: jnp.where(flags.reshape(-1, *(1,) * (a.ndim - 1)), a, b), new, old
+        )
 
     last = jax.tree.map(lambda leaf: leaf[every, jnp.maximum(num_exact - 1, 0)], states)
-    following = jax.tree.map(lambda leaf: leaf[every, jnp.minimum(num_exact, num_steps - 1)], drives)
-    memory = jax.vmap(memo.enter, in_axes=(None, 0, 0))(memo.params[0], select(num_exact == 0, initial, last), following)
+    following = jax.tree.map(
+        lambda leaf: leaf[every, jnp.minimum(num_exact, num_steps - 1)], drives
+    )
+    memory = jax.vmap(memo.enter, in_axes=(None, 0, 0))(
+        memo.params[0], select(num_exact == 0, initial, last), following
+    )
 
     def one_step(step, carry):
         memory, rolled = carry
         at_step = lambda leaf: lax.dynamic_index_in_dim(leaf, step, axis=1, keepdims=False)  # noqa: E731
-        new = jax.vmap(memo.advance, in_axes=(None, 0, 0))(memo.params[1], memory, jax.tree.map(at_step, drives))
+        new = jax.vmap(memo.advance, in_axes=(None, 0, 0))(
+            memo.params[1], memory, jax.tree.map(at_step, drives)
+        )
         memory = select(step >= num_exact, new, memory)
         state = jax.vmap(memo.leave, in_axes=(None, 0))(memo.params[2], memory)
         state = select(step >= num_exact, state, jax.tree.map(at_step, states))
-        return memory, jax.tree.map(lambda leaf, row: lax.dynamic_update_index_in_dim(leaf, row, step, 1), rolled, state)
+        return memory, jax.tree.map(
+            lambda leaf, row: lax.dynamic_update_index_in_dim(leaf, row, step, 1), rolled, state
+        )
 
     begin = num_exact.min()
-    _, rolled = lax.fori_loop(begin, num_steps, one_step, (memory, jax.tree.map(jnp.zeros_like, states)))
+    _, rolled = lax.fori_loop(
+        begin, num_steps, one_step, (memory, jax.tree.map(jnp.zeros_like, states))
+    )
     seen = jnp.arange(num_steps) < begin
-    return jax.tree.map(lambda old, new: jnp.where(seen.reshape(-1, *(1,) * (old.ndim - 2)), old, new), states, rolled)
+    return jax.tree.map(
+        lambda old, new: jnp.where(seen.reshape(-1, *(1,) * (old.ndim - 2)), old, new),
+        states,
+        rolled,
+    )
 
 
 def memo_of(dynamics: Dynamics) -> Memo:
     """The dynamics' memory; where steps share nothing, the state itself in the shape of one."""
-    return dynamics.memo or Memo(enter_as_is, dynamics.step, _leave_as_is, (None, dynamics.params, None))
+    return dynamics.memo or Memo(
+        enter_as_is, dynamics.step, _leave_as_is, (None, dynamics.params, None)
+    )
 
 
 def enter_as_is(params: PyTree, state: PyTree, drive: PyTree) -> PyTree:

@@ -80,37 +80,64 @@ class Shooting:
 
     def __post_init__(self):
         if self.num_segments is not None and self.steps is not None:
-            raise ValueError(f"num_segments and steps: got both ({self.num_segments} and {self.steps}), wanted one")
+            raise ValueError(
+                f"num_segments and steps: got both ({self.num_segments} and {self.steps}), wanted one"
+            )
         if self.max_evaluations is not None and not self.max_evaluations >= 1:
-            raise ValueError(f"max_evaluations must be at least 1 or None, got {self.max_evaluations!r}")
+            raise ValueError(
+                f"max_evaluations must be at least 1 or None, got {self.max_evaluations!r}"
+            )
         for name in ("num_segments", "steps"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int) or value < 1
+            ):
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
     def init(self, initial: Array, states: Array) -> PyTree:
         del initial, states
         return ()
 
-    def step(self, dynamics: Dynamics, initial: Array, states: Array, drives: PyTree, state: PyTree, *,
-             axis: TimeAxis, key: Key, tolerance: Tolerance) -> tuple[Proposal, PyTree]:
+    def step(
+        self,
+        dynamics: Dynamics,
+        initial: Array,
+        states: Array,
+        drives: PyTree,
+        state: PyTree,
+        *,
+        axis: TimeAxis,
+        key: Key,
+        tolerance: Tolerance,
+    ) -> tuple[Proposal, PyTree]:
         num_devices = axis.length(1)
         steps = self.segment_steps(axis.length(states.shape[0]), num_devices)
         if num_devices > 1 and states.shape[0] % steps:
-            raise ValueError(f"steps: segments of {steps} steps do not fill the {states.shape[0]} steps of each device; take "
-                             "a divisor, or distributed.sharded_solve, which fills up time")
+            raise ValueError(
+                f"steps: segments of {steps} steps do not fill the {states.shape[0]} steps of each device; take "
+                "a divisor, or distributed.sharded_solve, which fills up time"
+            )
         absolute, relative = tolerance.parts(states.dtype)
         absolute = jnp.broadcast_to(absolute, initial.shape)
         memo = memo_of(dynamics)
         budget = 4 + 256 / steps if self.max_evaluations is None else self.max_evaluations
-        budget = math.ceil(budget * steps), math.inf if self.max_evaluations is not None else max(2 * steps, _TRIAL)
+        budget = (
+            math.ceil(budget * steps),
+            math.inf if self.max_evaluations is not None else max(2 * steps, _TRIAL),
+        )
         shoot = _shoot_for(memo.enter, memo.advance, memo.leave, memo.note, steps, budget, axis)
         shared = jax.tree.map(jnp.asarray, (memo.params, self.correction)), key
-        batched = jax.tree.map(lambda leaf: leaf[None], (initial, states, drives, absolute, relative))
+        batched = jax.tree.map(
+            lambda leaf: leaf[None], (initial, states, drives, absolute, relative)
+        )
         found = shoot(shared, *batched)
-        path, notes, residual, evaluations, jvps, depth, gave_up, num_passes = jax.tree.map(lambda leaf: leaf[0], found)
+        path, notes, residual, evaluations, jvps, depth, gave_up, num_passes = jax.tree.map(
+            lambda leaf: leaf[0], found
+        )
         none, notes = jnp.zeros((), jnp.int32), notes if memo.note else None
-        return Proposal(path, path, residual, none, none, depth, evaluations, jvps, gave_up, num_passes, notes), state
+        return Proposal(
+            path, path, residual, none, none, depth, evaluations, jvps, gave_up, num_passes, notes
+        ), state
 
     def map_size(self, dimension: int) -> int:
         return self.correction.map_size(dimension)
@@ -135,18 +162,44 @@ def _shoot_for(enter, advance, leave, note, steps: int, budget: tuple[int, float
 
     @jax.custom_batching.custom_vmap
     def shoot(shared, initial, guess, drives, absolute, relative):
-        return _shoot(enter, advance, leave, note, steps, budget, axis, shared, initial, guess, drives, absolute, relative)
+        return _shoot(
+            enter,
+            advance,
+            leave,
+            note,
+            steps,
+            budget,
+            axis,
+            shared,
+            initial,
+            guess,
+            drives,
+            absolute,
+            relative,
+        )
 
     @shoot.def_vmap
     def _(axis_size, in_batched, shared, *chains):
         if any(jax.tree.leaves(in_batched[0])):
             # Every chain has parameters of its own: one after another.
-            spread = [jax.tree.map(lambda leaf, is_in: leaf if is_in else jnp.broadcast_to(
-                leaf, (axis_size, *leaf.shape)), value, flags) for value, flags in zip((shared, *chains), in_batched)]
+            spread = [
+                jax.tree.map(
+                    lambda leaf, is_in: (
+                        leaf if is_in else jnp.broadcast_to(leaf, (axis_size, *leaf.shape))
+                    ),
+                    value,
+                    flags,
+                )
+                for value, flags in zip((shared, *chains), in_batched)
+            ]
             return lax.map(lambda one: shoot(*one), tuple(spread)), (True,) * 8
-        merged = jax.tree.map(lambda leaf, is_in: _merge(leaf, is_in, axis_size), chains, tuple(in_batched[1:]))
+        merged = jax.tree.map(
+            lambda leaf, is_in: _merge(leaf, is_in, axis_size), chains, tuple(in_batched[1:])
+        )
         found = shoot(shared, *merged)
-        split = jax.tree.map(lambda leaf: leaf.reshape(axis_size, leaf.shape[0] // axis_size, *leaf.shape[1:]), found)
+        split = jax.tree.map(
+            lambda leaf: leaf.reshape(axis_size, leaf.shape[0] // axis_size, *leaf.shape[1:]), found
+        )
         return split, (True,) * 8
 
     return shoot
@@ -157,7 +210,21 @@ def _merge(leaf, is_batched, axis_size):
     return leaf.reshape(axis_size * leaf.shape[1], *leaf.shape[2:])
 
 
-def _shoot(enter, advance, leave, note, steps, budget, axis, shared, initial, guess, drives, absolute, relative):
+def _shoot(
+    enter,
+    advance,
+    leave,
+    note,
+    steps,
+    budget,
+    axis,
+    shared,
+    initial,
+    guess,
+    drives,
+    absolute,
+    relative,
+):
     """All passes over B chains; lanes are chains × segments that are here.
 
     Returns:
@@ -177,7 +244,9 @@ def _shoot(enter, advance, leave, note, steps, budget, axis, shared, initial, gu
     plain = isinstance(correction, ZeroJacobian)
     # A corrected start differs from its predecessor's end by what the meeting leaves over: that must still close the joint.
     meeting = bound if plain else tuple(0.25 * part for part in bound)
-    segments, num_notes = _segments(enter, advance, leave, note, params, initial[0], drives, meeting)
+    segments, num_notes = _segments(
+        enter, advance, leave, note, params, initial[0], drives, meeting
+    )
     levels = widths(num_lanes, num_chains)
     is_closed = functools.partial(_closed, joints, bound, num_notes)
     goes_on = functools.partial(_goes_on, axis, budget, num_segments, num_lanes)
@@ -195,21 +264,45 @@ def _shoot(enter, advance, leave, note, steps, budget, axis, shared, initial, gu
         return passes + 1, new, correct(new, ends), lanes._replace(depth=depth), ends, going
 
     zero = jnp.zeros((), jnp.int32)
-    nothing = Lanes(jnp.zeros((steps, num_lanes, dimension + num_notes), guess.dtype), zero, jnp.ones(num_lanes, bool),
-                    jnp.zeros(num_lanes, jnp.int32), jnp.zeros((num_lanes, dimension), guess.dtype),
-                    jnp.zeros((), jnp.float32), zero)
+    nothing = Lanes(
+        jnp.zeros((steps, num_lanes, dimension + num_notes), guess.dtype),
+        zero,
+        jnp.ones(num_lanes, bool),
+        jnp.zeros(num_lanes, jnp.int32),
+        jnp.zeros((num_lanes, dimension), guess.dtype),
+        jnp.zeros((), jnp.float32),
+        zero,
+    )
     passes, starts, _, lanes, ends, _ = lax.while_loop(
-        lambda carry: carry[-1], one_pass, (zero, guessed, guessed, nothing, guessed, jnp.ones((), bool)))
-    judged = *_judged(lanes._replace(path=lanes.path[..., :dimension]), starts, ends, joints), lanes.path[..., dimension:]
-    everything, residual, notes = (values.transpose(1, 0, 2).reshape(num_chains, num_segments * steps, values.shape[2])[
-        :, :num_steps] for values in judged)
+        lambda carry: carry[-1],
+        one_pass,
+        (zero, guessed, guessed, nothing, guessed, jnp.ones((), bool)),
+    )
+    judged = (
+        *_judged(lanes._replace(path=lanes.path[..., :dimension]), starts, ends, joints),
+        lanes.path[..., dimension:],
+    )
+    everything, residual, notes = (
+        values.transpose(1, 0, 2).reshape(num_chains, num_segments * steps, values.shape[2])[
+            :, :num_steps
+        ]
+        for values in judged
+    )
     unmet = (~is_closed(lanes, starts, ends)).reshape(num_chains, num_segments)
     each = functools.partial(jnp.broadcast_to, shape=(num_chains,))
     corrections = passes * (not plain) * steps
     evaluations = lanes.evaluations / num_chains + (corrections * num_segments).astype(jnp.float32)
     jvps = (corrections * num_segments * correction.jvps(dimension)).astype(jnp.float32)
-    return (jnp.where(jnp.isfinite(everything), everything, initial[:, None]), notes, residual, each(evaluations),
-            each(jvps), each(lanes.depth + corrections), axis.total(unmet.T) > 0, each(passes))
+    return (
+        jnp.where(jnp.isfinite(everything), everything, initial[:, None]),
+        notes,
+        residual,
+        each(evaluations),
+        each(jvps),
+        each(lanes.depth + corrections),
+        axis.total(unmet.T) > 0,
+        each(passes),
+    )
 
 
 def _closed(joints, bound, num_notes, lanes, starts, ends):
@@ -219,16 +312,22 @@ def _closed(joints, bound, num_notes, lanes, starts, ends):
         return closed
     last = lanes.path[-1, :, :dimension]
     before = lanes.path[-2, :, :dimension] if lanes.path.shape[0] > 1 else starts
-    return closed & (joints.from_before((last != before).any(axis=1)) | (ends == starts).all(axis=1))
+    return closed & (
+        joints.from_before((last != before).any(axis=1)) | (ends == starts).all(axis=1)
+    )
 
 
 def _goes_on(axis, budget, num_segments, num_lanes, passes, unmet, depth):
     """Whether another pass is worth it; the same answer on all devices."""
     still, (max_depth, trial) = axis.total(unmet.sum()[None]), budget
-    patient = (depth < max_depth) | ((2 * still <= axis.length(num_lanes)) & (depth < 4 * max_depth))
+    patient = (depth < max_depth) | (
+        (2 * still <= axis.length(num_lanes)) & (depth < 4 * max_depth)
+    )
     patient &= (depth < trial) | (20 * still <= 19 * axis.length(num_lanes))
     # After as many passes as segments all are exact whatever happened, so this also bounds passes that do nothing.
-    return axis.anyone((still > 0) & patient & (passes <= max(axis.length(num_segments), max_depth)))
+    return axis.anyone(
+        (still > 0) & patient & (passes <= max(axis.length(num_segments), max_depth))
+    )
 
 
 def _segments(enter, advance, leave, note, params, state, drives, bound) -> tuple[Segments, int]:
@@ -249,7 +348,9 @@ def _segments(enter, advance, leave, note, params, state, drives, bound) -> tupl
 
     enter_all = functools.partial(jax.vmap(enter, in_axes=(None, 0, 0)), params[0])
     num_notes = jax.eval_shape(note, memory).size if note else 0
-    return Segments(enter_all, roll, drives, values, bound, int(enter is not enter_as_is)), num_notes
+    return Segments(
+        enter_all, roll, drives, values, bound, int(enter is not enter_as_is)
+    ), num_notes
 
 
 def _judged(lanes, starts, wanted, joints):

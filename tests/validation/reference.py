@@ -50,7 +50,9 @@ def folder():
     path = pathlib.Path(named)
     missing = [name for name in NAMES if not (path / f"{name}.json").is_file()]
     if missing or not (path / "models.py").is_file():
-        raise FileNotFoundError(f"{VARIABLE}={named}: wanted models.py and {missing or 'all posteriors'} there")
+        raise FileNotFoundError(
+            f"{VARIABLE}={named}: wanted models.py and {missing or 'all posteriors'} there"
+        )
     return path
 
 
@@ -106,7 +108,9 @@ class Verdict:
 def sampled(kernel, name):
     """Four chains of a kernel with default settings on a posterior: the finished run, and its verdict."""
     posterior = load(name)
-    mcmc = ParallelMCMC(KERNELS[kernel](posterior.model), num_warmup=1000, num_samples=SAMPLES[kernel], num_chains=4)
+    mcmc = ParallelMCMC(
+        KERNELS[kernel](posterior.model), num_warmup=1000, num_samples=SAMPLES[kernel], num_chains=4
+    )
     mcmc.run(jax.random.key(2), **posterior.data)
     draws = posterior.flat(mcmc.get_samples(group_by_chain=True), posterior.reference)
     return mcmc, judge(draws, posterior.reference)
@@ -129,10 +133,20 @@ def judge(draws, reference):
         sd = x.std(ddof=1)
         pairs = {
             "mean": (x.mean(), arviz.mcse_mean(x), ref["mean"], ref["mcse_mean"]),
-            "log sd": (np.log(sd), arviz.mcse_sd(x) / sd, np.log(ref["sd"]), ref["mcse_sd"] / ref["sd"]),
+            "log sd": (
+                np.log(sd),
+                arviz.mcse_sd(x) / sd,
+                np.log(ref["sd"]),
+                ref["mcse_sd"] / ref["sd"],
+            ),
         }
         for quantity, q in _QUANTILES.items():
-            pairs[quantity] = (np.quantile(x, q), arviz.mcse_quantile(x, q), ref[quantity], ref[f"mcse_{quantity}"])
+            pairs[quantity] = (
+                np.quantile(x, q),
+                arviz.mcse_quantile(x, q),
+                ref[quantity],
+                ref[f"mcse_{quantity}"],
+            )
         for quantity, (ours, error, wanted, other) in pairs.items():
             scores[name, quantity] = float((ours - wanted) / np.hypot(error, other))
     bound = float(-special.ndtri(ALPHA / (2 * max(len(scores), 1))))

@@ -49,9 +49,9 @@ def test_a_flipped_decision_is_caught():
     assert bool(right.certified) and 10 < int(right.num_rejected) < STEPS
     taken = int(np.flatnonzero(np.asarray(right.accepted))[20])
     flipped = path.at[taken:].set(
-        rollout(kernel.dynamics(), path[taken - 1], jax.tree.map(lambda leaf: leaf[taken + 1 :], tape))[
-            jnp.minimum(jnp.arange(STEPS - taken), STEPS - taken - 2)
-        ]
+        rollout(
+            kernel.dynamics(), path[taken - 1], jax.tree.map(lambda leaf: leaf[taken + 1 :], tape)
+        )[jnp.minimum(jnp.arange(STEPS - taken), STEPS - taken - 2)]
     )
     flipped = flipped.at[taken].set(path[taken - 1])
     found = certify(kernel, start, flipped, tape)
@@ -98,7 +98,9 @@ def test_a_frozen_chain_is_caught():
             "mcse_q95": 0.02,
         }
     }
-    assert reference.judge({"x": np.asarray(mcmc.get_samples(group_by_chain=True))[..., 0]}, stored).gates
+    assert reference.judge(
+        {"x": np.asarray(mcmc.get_samples(group_by_chain=True))[..., 0]}, stored
+    ).gates
 
 
 def langevin(correction):
@@ -112,7 +114,9 @@ def langevin(correction):
         x, noise = state.position, jax.random.normal(noise_key, state.position.shape)
         y = x - STEP * x + jnp.sqrt(2 * STEP) * noise
         ratio = (
-            density(y) - density(x) + correction * (jnp.sum(noise**2) / 2 - jnp.sum((x - y + STEP * y) ** 2) / (4 * STEP))
+            density(y)
+            - density(x)
+            + correction * (jnp.sum(noise**2) / 2 - jnp.sum((x - y + STEP * y) ** 2) / (4 * STEP))
         )
         new = jnp.where(jnp.log(jax.random.uniform(accept_key)) < ratio, y, x)
         return init(new), SimpleNamespace()

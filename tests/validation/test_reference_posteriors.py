@@ -20,7 +20,12 @@ PER_COMMIT = {
     "MALA": reference.NAMES[8:9],
 }
 MATRIX = [
-    pytest.param(kernel, name, marks=() if name in PER_COMMIT[kernel] else pytest.mark.slow, id=f"{kernel}-{name}")
+    pytest.param(
+        kernel,
+        name,
+        marks=() if name in PER_COMMIT[kernel] else pytest.mark.slow,
+        id=f"{kernel}-{name}",
+    )
     for kernel in reference.KERNELS
     for name in reference.NAMES
 ]
@@ -59,10 +64,21 @@ def test_a_shifted_reference_is_found():
     """The power claimed is there: draws off by what a verdict calls detectable do fail."""
     stored = reference.load("sblri-blr").reference
     rng = np.random.default_rng(0)
-    draws = {name: one["mean"] + one["sd"] * rng.normal(size=(4, 1000)) for name, one in stored.items()}
+    draws = {
+        name: one["mean"] + one["sd"] * rng.normal(size=(4, 1000)) for name, one in stored.items()
+    }
     fine = reference.judge(draws, stored)
     assert not fine.gates and not {key for key in fine.failures if key[1] == "mean"}
     shifted = {name: x + fine.detectable * stored[name]["sd"] for name, x in draws.items()}
-    assert len({name for name, quantity in reference.judge(shifted, stored).failures if quantity == "mean"}) >= 5
+    assert (
+        len(
+            {
+                name
+                for name, quantity in reference.judge(shifted, stored).failures
+                if quantity == "mean"
+            }
+        )
+        >= 5
+    )
     stuck = {name: np.where(np.arange(4)[:, None] == 1, x[:, :1], x) for name, x in draws.items()}
     assert reference.judge(stuck, stored).gates

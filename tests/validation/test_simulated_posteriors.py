@@ -26,7 +26,9 @@ NUM_REFERENCE, NUM_SAMPLES = 2500, 2000
 def garch(y):
     mu = numpyro.sample("mu", dist.Normal(0, 1))
     omega = numpyro.sample("omega", dist.HalfNormal(1))
-    share = numpyro.sample("share", dist.Dirichlet(jnp.ones(3)))  # of alpha, beta, and what is left to 1
+    share = numpyro.sample(
+        "share", dist.Dirichlet(jnp.ones(3))
+    )  # of alpha, beta, and what is left to 1
 
     def advance(variance, value):
         new = omega + share[0] * (value - mu) ** 2 + share[1] * variance
@@ -40,7 +42,9 @@ def autoregression(y):
     intercept = numpyro.sample("intercept", dist.Normal(0, 2))
     phi = numpyro.sample("phi", dist.Normal(0, 1).expand([2]).to_event(1))
     sigma = numpyro.sample("sigma", dist.HalfCauchy(2))
-    numpyro.sample("y", dist.Normal(intercept + phi[0] * y[1:-1] + phi[1] * y[:-2], sigma), obs=y[2:])
+    numpyro.sample(
+        "y", dist.Normal(intercept + phi[0] * y[1:-1] + phi[1] * y[:-2], sigma), obs=y[2:]
+    )
 
 
 def logistic(x, y):
@@ -74,8 +78,10 @@ def logistic_data():
 
 CASES = {
     "garch": (garch, garch_data),
-    "autoregression": (autoregression, lambda: series(
-        200, lambda rng, v: 0.5 + 0.6 * v[-1] - 0.2 * v[-2] + rng.normal())),
+    "autoregression": (
+        autoregression,
+        lambda: series(200, lambda rng, v: 0.5 + 0.6 * v[-1] - 0.2 * v[-2] + rng.normal()),
+    ),
     "logistic": (logistic, logistic_data),
 }
 
@@ -84,10 +90,18 @@ def described(draws):
     """What `reference.judge` wants to know of draws that it takes for the truth, with their own errors."""
     found = {}
     for name, x in draws.items():
-        found[name] = {"mean": x.mean(), "mcse_mean": arviz.mcse_mean(x), "sd": x.std(ddof=1), "mcse_sd": arviz.mcse_sd(x),
-                       "ess_bulk": arviz.ess_bulk(x)}
+        found[name] = {
+            "mean": x.mean(),
+            "mcse_mean": arviz.mcse_mean(x),
+            "sd": x.std(ddof=1),
+            "mcse_sd": arviz.mcse_sd(x),
+            "ess_bulk": arviz.ess_bulk(x),
+        }
         for quantity, q in (("q05", 0.05), ("q50", 0.5), ("q95", 0.95)):
-            found[name] |= {quantity: np.quantile(x, q), f"mcse_{quantity}": arviz.mcse_quantile(x, q)}
+            found[name] |= {
+                quantity: np.quantile(x, q),
+                f"mcse_{quantity}": arviz.mcse_quantile(x, q),
+            }
     return found
 
 
@@ -102,12 +116,20 @@ def in_float64():
 def test_agrees_with_numpyros_nuts(name, capsys):
     model, make = CASES[name]
     data = {key: jnp.asarray(value) for key, value in make().items()}
-    theirs = MCMC(NUTS(model, dense_mass=True), num_warmup=1000, num_samples=NUM_REFERENCE, num_chains=4,
-                  chain_method="sequential", progress_bar=False)
+    theirs = MCMC(
+        NUTS(model, dense_mass=True),
+        num_warmup=1000,
+        num_samples=NUM_REFERENCE,
+        num_chains=4,
+        chain_method="sequential",
+        progress_bar=False,
+    )
     theirs.run(jax.random.key(5), **data)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ours = ParallelMCMC(CoalescingHMC(model), num_warmup=1000, num_samples=NUM_SAMPLES, num_chains=4)
+        ours = ParallelMCMC(
+            CoalescingHMC(model), num_warmup=1000, num_samples=NUM_SAMPLES, num_chains=4
+        )
         ours.run(jax.random.key(6), **data)
     report, draws = ours.or_raise().report, dict(coordinates(ours.get_samples(group_by_chain=True)))
     wanted = described(dict(coordinates(theirs.get_samples(group_by_chain=True))))

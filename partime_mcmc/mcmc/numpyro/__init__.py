@@ -5,5 +5,14 @@ from partime_mcmc.mcmc.numpyro.kernels import HMC, MALA, NUTS, BlackJAXKernel, C
 from partime_mcmc.mcmc.numpyro.parallel import ParallelMCMC, ParallelReport
 from partime_mcmc.mcmc.numpyro.target import from_numpyro
 
-__all__ = ["BlackJAXKernel", "CoalescingHMC", "HMC", "MALA", "NUTS", "ParallelKernel", "ParallelMCMC", "ParallelReport",
-           "from_numpyro"]
+__all__ = [
+    "BlackJAXKernel",
+    "CoalescingHMC",
+    "HMC",
+    "MALA",
+    "NUTS",
+    "ParallelKernel",
+    "ParallelMCMC",
+    "ParallelReport",
+    "from_numpyro",
+]

@@ -32,7 +32,9 @@ def check_keys(rng_key: Any, num_chains: int) -> Any:
         ValueError: For another number of keys.
     """
     if isinstance(rng_key, jax.core.Tracer):
-        raise TypeError("rng_key: got a traced value; call run outside jit and vmap (it compiles what it needs itself)")
+        raise TypeError(
+            "rng_key: got a traced value; call run outside jit and vmap (it compiles what it needs itself)"
+        )
     is_array = hasattr(rng_key, "dtype") and hasattr(rng_key, "ndim")
     # A legacy key is two numbers: shape (2,) is one of these, or two typed keys.
     own_axes = 0 if is_array and is_typed(rng_key) else 1
@@ -57,7 +59,9 @@ def check_leading(init_params: PyTree, num_chains: int) -> None:
         return
     leaves = jax.tree_util.tree_leaves_with_path(init_params)
     if not leaves:
-        raise ValueError(f"init_params: got {init_params!r}, wanted starts with leaves ({num_chains}, ...), or None")
+        raise ValueError(
+            f"init_params: got {init_params!r}, wanted starts with leaves ({num_chains}, ...), or None"
+        )
     for path, leaf in leaves:
         if jnp.shape(leaf)[:1] != (num_chains,):
             where = jax.tree_util.keystr(path)
@@ -78,7 +82,9 @@ def check_sites(given: PyTree, shapes: dict[str, jax.ShapeDtypeStruct]) -> None:
     """
     if not isinstance(given, dict) or set(given) != set(shapes):
         got = f"sites {sorted(given)}" if isinstance(given, dict) else f"a {type(given).__name__}"
-        raise ValueError(f"init_params: got {got}, wanted an unconstrained value for each of {sorted(shapes)}")
+        raise ValueError(
+            f"init_params: got {got}, wanted an unconstrained value for each of {sorted(shapes)}"
+        )
     have = jax.tree.leaves(given)[0].shape[:1]
     for name, leaf in given.items():
         wanted = (*have, *shapes[name].shape)
@@ -113,7 +119,9 @@ def checked_metric(inverse_mass_matrix: Any) -> np.ndarray:
     """
     wanted = "wanted positive variances (D,) or a symmetric positive definite matrix (D, D)"
     if isinstance(inverse_mass_matrix, dict):
-        raise ValueError(f"inverse_mass_matrix: got blocks by site {sorted(inverse_mass_matrix)}, {wanted}")
+        raise ValueError(
+            f"inverse_mass_matrix: got blocks by site {sorted(inverse_mass_matrix)}, {wanted}"
+        )
     metric = np.asarray(inverse_mass_matrix, float)
     if metric.ndim not in (1, 2) or (metric.ndim == 2 and metric.shape[0] != metric.shape[1]):
         raise ValueError(f"inverse_mass_matrix: shape {metric.shape}, {wanted}")
@@ -146,8 +154,18 @@ def warn_without_effect(find_heuristic_step_size: bool, regularize_mass_matrix: 
         UserWarning: For one that is not at NumPyro's default.
     """
     for name, value, default, why in (
-        ("find_heuristic_step_size", find_heuristic_step_size, False, "step sizes are found by trials in any case"),
-        ("regularize_mass_matrix", regularize_mass_matrix, True, "metrics are always shrunk towards the one before"),
+        (
+            "find_heuristic_step_size",
+            find_heuristic_step_size,
+            False,
+            "step sizes are found by trials in any case",
+        ),
+        (
+            "regularize_mass_matrix",
+            regularize_mass_matrix,
+            True,
+            "metrics are always shrunk towards the one before",
+        ),
     ):
         if value is not default:
             warnings.warn(f"{name}: got {value!r}, which has no effect here: {why}", stacklevel=4)

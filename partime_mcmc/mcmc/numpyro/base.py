@@ -22,7 +22,13 @@ from numpyro.infer.mcmc import MCMCKernel
 from partime_mcmc.kernels import Kernel, Tape, Whitening
 from partime_mcmc.mcmc.family import Numbers, Tuned
 from partime_mcmc.mcmc.metric import DiagonalMetric, FrozenMetric
-from partime_mcmc.mcmc.numpyro.arguments import check_alone, check_positive, checked_metric, is_typed, warn_without_effect
+from partime_mcmc.mcmc.numpyro.arguments import (
+    check_alone,
+    check_positive,
+    checked_metric,
+    is_typed,
+    warn_without_effect,
+)
 from partime_mcmc.mcmc.numpyro.target import Posterior, forward_only
 from partime_mcmc.mcmc.pooled import PooledAdaptation
 from partime_mcmc.mcmc.progress import quiet
@@ -99,7 +105,9 @@ class ParallelKernel(MCMCKernel):
         if (model is None) == (potential_fn is None):
             raise ValueError("model and potential_fn: wanted exactly one of them")
         if target_accept_prob is not None and not 0 < target_accept_prob < 1:
-            raise ValueError(f"target_accept_prob: got {target_accept_prob!r}, wanted a number between 0 and 1")
+            raise ValueError(
+                f"target_accept_prob: got {target_accept_prob!r}, wanted a number between 0 and 1"
+            )
         if step_size is None and not adapt_step_size:
             raise ValueError("step_size: got None with adapt_step_size=False, wanted a number")
         check_alone(
@@ -119,7 +127,10 @@ class ParallelKernel(MCMCKernel):
             rule = FrozenMetric()
         guess = None if inverse_mass_matrix is None else checked_metric(inverse_mass_matrix)
         self.adaptation = adaptation or PooledAdaptation(
-            target_acceptance=target_accept_prob, path_length=self._path_length(), metric=rule, guess=guess
+            target_acceptance=target_accept_prob,
+            path_length=self._path_length(),
+            metric=rule,
+            guess=guess,
         )
         self._family, self._data, self._sample_fn = None, None, None
         self._builder = None
@@ -156,11 +167,11 @@ class ParallelKernel(MCMCKernel):
 
     def get_diagnostics_str(self, state: HMCState) -> str:
         """One line for a progress bar."""
-        return (
-            f"{state.num_steps} steps of size {state.adapt_state.step_size:.2e}. acc. prob={state.mean_accept_prob:.2f}"
-        )
+        return f"{state.num_steps} steps of size {state.adapt_state.step_size:.2e}. acc. prob={state.mean_accept_prob:.2f}"
 
-    def target(self, model_args: tuple, model_kwargs: dict | None, key: Key, init_params: PyTree = None) -> Target:
+    def target(
+        self, model_args: tuple, model_kwargs: dict | None, key: Key, init_params: PyTree = None
+    ) -> Target:
         """What is sampled, with NumPyro's starts.
 
         Raises:
@@ -172,7 +183,9 @@ class ParallelKernel(MCMCKernel):
                     "init_params: got None, wanted starts: a potential_fn does not say what its positions look like"
                 )
             minus = _Minus(self._potential_fn)
-            return Target(forward_only(minus) if self._forward_mode_differentiation else minus, init_params)
+            return Target(
+                forward_only(minus) if self._forward_mode_differentiation else minus, init_params
+            )
         self._posterior = Posterior(
             self._model,
             tuple(model_args),
@@ -183,7 +196,9 @@ class ParallelKernel(MCMCKernel):
         )
         return self._posterior.target
 
-    def postprocess_fn(self, model_args: tuple, model_kwargs: dict | None) -> Callable[[PyTree], PyTree]:
+    def postprocess_fn(
+        self, model_args: tuple, model_kwargs: dict | None
+    ) -> Callable[[PyTree], PyTree]:
         """From one unconstrained draw to named values in the model's space."""
         if self._model is None or self._posterior is None:
             return lambda position: position
@@ -191,12 +206,22 @@ class ParallelKernel(MCMCKernel):
 
     def __getstate__(self) -> dict[str, Any]:
         """As NumPyro's kernels: without what is compiled or traced, which the next run makes again."""
-        return self.__dict__ | {"_posterior": None, "_family": None, "_data": None, "_sample_fn": None}
+        return self.__dict__ | {
+            "_posterior": None,
+            "_family": None,
+            "_data": None,
+            "_sample_fn": None,
+        }
 
     # --- one step at a time, in NumPyro's own MCMC
 
     def init(
-        self, rng_key: Key, num_warmup: int, init_params: PyTree, model_args: tuple, model_kwargs: dict | None
+        self,
+        rng_key: Key,
+        num_warmup: int,
+        init_params: PyTree,
+        model_args: tuple,
+        model_kwargs: dict | None,
     ) -> HMCState:
         """A warmed-up state per key, for NumPyro's own `MCMC`.
 
@@ -209,7 +234,10 @@ class ParallelKernel(MCMCKernel):
             raise TypeError(
                 "chain_method: got one that traces `init`; wanted 'vectorized' or 'sequential', or ParallelMCMC"
             )
-        keys, single = keys_of(rng_key), jnp.shape(jax.random.key_data(rng_key) if is_typed(rng_key) else rng_key)
+        keys, single = (
+            keys_of(rng_key),
+            jnp.shape(jax.random.key_data(rng_key) if is_typed(rng_key) else rng_key),
+        )
         is_single = len(single) == 1
         if is_single and init_params is not None:
             init_params = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], init_params)
@@ -234,14 +262,18 @@ class ParallelKernel(MCMCKernel):
         full = kernel.state(state.r, state.adapt_state.discrete)
         dice = jax.tree.map(lambda leaf: leaf[0], kernel.tape_of(key[None], full).dice)
         carry, full, info = kernel.transition(state.r, Tape(dice, state.adapt_state.discrete))
-        said = {name: jnp.asarray(value, getattr(state, name).dtype) for name, value in info_fields(full, info).items()}
+        said = {
+            name: jnp.asarray(value, getattr(state, name).dtype)
+            for name, value in info_fields(full, info).items()
+        }
         count = state.i + 1
         return state._replace(
             i=count,
             z=kernel.position(carry),
             r=carry,
             **said,
-            mean_accept_prob=state.mean_accept_prob + (said["accept_prob"] - state.mean_accept_prob) / count,
+            mean_accept_prob=state.mean_accept_prob
+            + (said["accept_prob"] - state.mean_accept_prob) / count,
             adapt_state=state.adapt_state._replace(discrete=kernel.discrete(full)),
         )
 

@@ -50,17 +50,31 @@ def collect(
     fields = {}
     for name in names:
         if name == "z":
-            value = draws.constrained if postprocess is None else jax.vmap(jax.vmap(postprocess))(draws.positions)
-            if not isinstance(draws.positions, dict) and postprocess is None and set(value) == {"x"}:
+            value = (
+                draws.constrained
+                if postprocess is None
+                else jax.vmap(jax.vmap(postprocess))(draws.positions)
+            )
+            if (
+                not isinstance(draws.positions, dict)
+                and postprocess is None
+                and set(value) == {"x"}
+            ):
                 value = draws.positions
             if removed:
                 value = {site: one for site, one in value.items() if site not in removed}
-        elif name.startswith("z.") and isinstance(draws.positions, dict) and name[2:] in draws.positions:
+        elif (
+            name.startswith("z.")
+            and isinstance(draws.positions, dict)
+            and name[2:] in draws.positions
+        ):
             value = draws.positions[name[2:]]
         elif name in everything:
             value = everything[name]
         else:
-            raise ValueError(f"extra_fields: got {name!r}; wanted some of {sorted(everything)}, or z.<site>")
+            raise ValueError(
+                f"extra_fields: got {name!r}; wanted some of {sorted(everything)}, or z.<site>"
+            )
         fields[name] = value if kept is None else jax.tree.map(lambda leaf: leaf[:, kept], value)
     return jax.device_put(fields), _last(draws, state, everything)
 
@@ -68,7 +82,9 @@ def collect(
 def nothing(state: HMCState, num_chains: int) -> tuple[dict[str, PyTree], HMCState]:
     """No draws, as NumPyro wants them, empty arrays, and the state, without its axis of chains if there is one chain."""
     shape = (0,) if num_chains == 1 else (0, num_chains)
-    none = {"z": jax.tree.map(lambda leaf: jnp.zeros((*shape, *leaf.shape[1:]), leaf.dtype), state.z)}
+    none = {
+        "z": jax.tree.map(lambda leaf: jnp.zeros((*shape, *leaf.shape[1:]), leaf.dtype), state.z)
+    }
     return none, jax.tree.map(lambda leaf: leaf[0], state) if num_chains == 1 else state
 
 
@@ -91,7 +107,9 @@ def far_apart(starts: PyTree, positions: PyTree) -> PyTree:
     count = min(_NUM_POOL, num_chains * num_steps)
     # Neighbours are paired, so that they come from different chains, and from different times of one.
     chains, steps = np.arange(count) % num_chains, np.linspace(num_steps - 1, 0, count).astype(int)
-    return jax.tree.map(lambda first, leaf: jnp.concatenate([first, leaf[chains, steps]]), starts, positions)
+    return jax.tree.map(
+        lambda first, leaf: jnp.concatenate([first, leaf[chains, steps]]), starts, positions
+    )
 
 
 def _kept(draws: Draws, thinning: int) -> np.ndarray | None:
@@ -140,7 +158,15 @@ def _last(draws: Draws, state: HMCState, everything: dict[str, Any]) -> HMCState
         return state
     own = {
         name: everything[name][:, -1].astype(getattr(state, name).dtype)
-        for name in ("i", "potential_energy", "energy", "num_steps", "accept_prob", "mean_accept_prob", "diverging")
+        for name in (
+            "i",
+            "potential_energy",
+            "energy",
+            "num_steps",
+            "accept_prob",
+            "mean_accept_prob",
+            "diverging",
+        )
     }
     z = jax.tree.map(lambda leaf: np.asarray(leaf)[:, -1], draws.positions)
     return state._replace(

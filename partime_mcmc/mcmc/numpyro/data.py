@@ -39,7 +39,10 @@ class Data:
             structure == self.structure
             and jax.config.jax_enable_x64 == self.in_float64
             and all(one is other for one, other in zip(leaves, self.leaves))
-            and all(copy is None or _equal(copy, np.asarray(leaf)) for copy, leaf in zip(self.copies, leaves))
+            and all(
+                copy is None or _equal(copy, np.asarray(leaf))
+                for copy, leaf in zip(self.copies, leaves)
+            )
         )
 
 
@@ -50,4 +53,6 @@ def _can_change(leaf: Any) -> bool:
 
 def _equal(one: np.ndarray, other: np.ndarray) -> bool:
     # Bit for bit: NaN equals itself, and any type of entries will do.
-    return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+    return (
+        one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+    )

@@ -39,7 +39,10 @@ class HMC(ParallelKernel):
         return self._trajectory_length
 
     def _fixed(self) -> dict[str, Any]:
-        return {**super()._fixed(), **({} if self._num_steps is None else {"num_integration_steps": self._num_steps})}
+        return {
+            **super()._fixed(),
+            **({} if self._num_steps is None else {"num_integration_steps": self._num_steps}),
+        }
 
 
 class CoalescingHMC(HMC):
@@ -54,7 +57,12 @@ class CoalescingHMC(HMC):
     builder = staticmethod(coalescing_hmc)
 
     def __init__(
-        self, model: Callable | None = None, potential_fn: Callable | None = None, *, every: int = 4, **options: Any
+        self,
+        model: Callable | None = None,
+        potential_fn: Callable | None = None,
+        *,
+        every: int = 4,
+        **options: Any,
     ):
         self._every = check_count(every, "every", 1)
         super().__init__(model, potential_fn, **options)
@@ -92,7 +100,10 @@ class NUTS(ParallelKernel):
         super().__init__(model, potential_fn, **options)
 
     def _fixed(self) -> dict[str, Any]:
-        return {**super()._fixed(), **({} if self._max_tree_depth == 10 else {"max_num_doublings": self._max_tree_depth})}
+        return {
+            **super()._fixed(),
+            **({} if self._max_tree_depth == 10 else {"max_num_doublings": self._max_tree_depth}),
+        }
 
 
 class BlackJAXKernel(ParallelKernel):
@@ -105,10 +116,16 @@ class BlackJAXKernel(ParallelKernel):
     """
 
     def __init__(
-        self, build: Callable, model: Callable | None = None, potential_fn: Callable | None = None, **options: Any
+        self,
+        build: Callable,
+        model: Callable | None = None,
+        potential_fn: Callable | None = None,
+        **options: Any,
     ):
         if not callable(build):
-            raise TypeError(f"build: got {build!r}, wanted a function (logdensity, step_size) -> SamplingAlgorithm")
+            raise TypeError(
+                f"build: got {build!r}, wanted a function (logdensity, step_size) -> SamplingAlgorithm"
+            )
         self.builder = _Whitened(build)
         super().__init__(model, potential_fn, **options)
 

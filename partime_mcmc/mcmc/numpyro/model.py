@@ -34,15 +34,22 @@ class WithData:
     def nonfinite_arguments(self) -> list[str]:
         """What is NaN or infinite among the data, by the model's own parameter names."""
         try:
-            arguments = dict(inspect.signature(self.model).bind(*self.args, **self.kwargs).arguments)
+            arguments = dict(
+                inspect.signature(self.model).bind(*self.args, **self.kwargs).arguments
+            )
         except (TypeError, ValueError):  # no such signature: the model itself says so when it runs
-            arguments = {**{f"args[{index}]": value for index, value in enumerate(self.args)}, **self.kwargs}
+            arguments = {
+                **{f"args[{index}]": value for index, value in enumerate(self.args)},
+                **self.kwargs,
+            }
         found = []
         for path, leaf in jax.tree_util.tree_flatten_with_path(arguments)[0]:
             if isinstance(leaf, np.ndarray | jax.Array) and np.issubdtype(leaf.dtype, np.floating):
                 if count := int(np.sum(~np.isfinite(np.asarray(leaf)))):
                     where = f"{path[0].key!r}{jax.tree_util.keystr(path[1:])}"
-                    found.append(f"argument {where} has {count} NaN or infinite of {leaf.size} entries")
+                    found.append(
+                        f"argument {where} has {count} NaN or infinite of {leaf.size} entries"
+                    )
         return found
 
 
@@ -80,11 +87,15 @@ def traced(run: WithData, key: Key, strategy: Callable) -> dict:
     except Exception as error:
         twice = sorted({name for name in recorder.names if recorder.names.count(name) > 1})
         if isinstance(error, AssertionError) and twice:
-            raise ValueError(f"site {twice[0]!r}: got two sites of this name; wanted unique names") from error
+            raise ValueError(
+                f"site {twice[0]!r}: got two sites of this name; wanted unique names"
+            ) from error
         last = f"after site {recorder.names[-1]!r}" if recorder.names else "before its first site"
         if isinstance(error, ValueError) and (causes := run.nonfinite_arguments()):
             # NumPyro checks the parameters of distributions, but names neither the site nor the data
-            raise ValueError(f"{'; '.join(causes)}; wanted finite data. The model failed {last}: {error}") from error
+            raise ValueError(
+                f"{'; '.join(causes)}; wanted finite data. The model failed {last}: {error}"
+            ) from error
         error.add_note(f"The NumPyro model failed {last}.")
         raise
 
@@ -98,7 +109,11 @@ def diagnosis(run: WithData, key: Key, strategy: Callable) -> str:
             if not np.isfinite(values).all():
                 worst = values[~np.isfinite(values)].ravel()[0]
                 causes.append(f"site {name!r} has log probability {worst} at a random start")
-    return " Seen: " + "; ".join(causes) + "." if causes else " Try another init_strategy, or tighter priors."
+    return (
+        " Seen: " + "; ".join(causes) + "."
+        if causes
+        else " Try another init_strategy, or tighter priors."
+    )
 
 
 def called(model: Callable, data: dict[str, Any], key: Key) -> tuple[Any, bool]:

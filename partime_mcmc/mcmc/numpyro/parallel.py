@@ -134,10 +134,14 @@ class ParallelMCMC(ReadsStore):
         rng_key = check_keys(rng_key, self.num_chains)
         check_leading(init_params, self.num_chains)
         if isinstance(extra_fields, str):
-            raise TypeError(f"extra_fields: got the string {extra_fields!r}; wanted a tuple of field names")
+            raise TypeError(
+                f"extra_fields: got the string {extra_fields!r}; wanted a tuple of field names"
+            )
         self._store = None if store is None else as_store(store)
         try:
-            super().run(rng_key, *args, extra_fields=tuple(extra_fields), init_params=init_params, **kwargs)
+            super().run(
+                rng_key, *args, extra_fields=tuple(extra_fields), init_params=init_params, **kwargs
+            )
         finally:
             self._store = None
 
@@ -150,7 +154,13 @@ class ParallelMCMC(ReadsStore):
         """
         draws = self._need_draws()
         needed = self.solver is None and draws.report.fallbacks
-        return ParallelReport(draws.report, draws.certificate, draws.warmup, draws.plan, self._advise() if needed else None)
+        return ParallelReport(
+            draws.report,
+            draws.certificate,
+            draws.warmup,
+            draws.plan,
+            self._advise() if needed else None,
+        )
 
     @property
     def advice(self) -> Advice:
@@ -201,7 +211,12 @@ class ParallelMCMC(ReadsStore):
 
     def __getstate__(self) -> dict[str, Any]:
         """As NumPyro's, without what is compiled or traced: the next run, or `advice`, makes it again."""
-        dropped = {"_known": None, "_asked": None, "_warmed": without_kernel(self._warmed), "_warmed_on": None}
+        dropped = {
+            "_known": None,
+            "_asked": None,
+            "_warmed": without_kernel(self._warmed),
+            "_warmed_on": None,
+        }
         draws = self._draws
         if isinstance(draws, Draws):
             draws = dataclasses.replace(draws, warmup=without_kernel(draws.warmup))
@@ -217,11 +232,21 @@ class ParallelMCMC(ReadsStore):
         params = self._collection_params
         num_steps = params["upper"] - params["lower"]
         if state is not None:
-            state = with_chains(state._replace(rng_key=keys if self.num_chains > 1 else keys[0]), self.num_chains)
+            state = with_chains(
+                state._replace(rng_key=keys if self.num_chains > 1 else keys[0]), self.num_chains
+            )
         if self._store is not None:
-            return self._on_disk(target, keys, state, init_params, num_steps, collect_fields, remove_sites)
-        check_fits(target, num_steps, self.num_chains, solver=self.solver, schedule=self.schedule,
-                   certificate=self.certificate)
+            return self._on_disk(
+                target, keys, state, init_params, num_steps, collect_fields, remove_sites
+            )
+        check_fits(
+            target,
+            num_steps,
+            self.num_chains,
+            solver=self.solver,
+            schedule=self.schedule,
+            certificate=self.certificate,
+        )
         warmup = None
         if state is None:
             ready = begin(self.sampler, target, keys, self.num_warmup, init_params, progress)
@@ -256,8 +281,15 @@ class ParallelMCMC(ReadsStore):
         )
         self._draws, self._shelf = draws, None
         known = self._warmed if self._warmed_on is target else None
-        self._ask_later(kernel, far_apart(state.z, draws.positions) if known is None else known.pool, keys, num_steps)
-        fields, last = collect(draws, kernel, state, self.postprocess_fn, collect_fields, remove_sites, self.thinning)
+        self._ask_later(
+            kernel,
+            far_apart(state.z, draws.positions) if known is None else known.pool,
+            keys,
+            num_steps,
+        )
+        fields, last = collect(
+            draws, kernel, state, self.postprocess_fn, collect_fields, remove_sites, self.thinning
+        )
         if self.num_chains == 1:
             return jax.tree.map(lambda leaf: leaf[0], (fields, last))
         return _swapped(fields), last
@@ -266,7 +298,15 @@ class ParallelMCMC(ReadsStore):
         """Sample to a store; NumPyro's own memory of the draws stays empty."""
         check_fields(names)
         self._draws, state, kernel, pool = run_on_disk(
-            self._store, self.sampler, target, keys, state, init_params, num_steps, self, chosen_progress(self.progress_bar)
+            self._store,
+            self.sampler,
+            target,
+            keys,
+            state,
+            init_params,
+            num_steps,
+            self,
+            chosen_progress(self.progress_bar),
         )
         self.sampler.adopt(kernel)
         self._ask_later(kernel, pool, keys, num_steps)
@@ -275,7 +315,9 @@ class ParallelMCMC(ReadsStore):
 
     def _ask_later(self, kernel, pool, keys, num_steps):
         self._pool = pool
-        self._asked = functools.cache(functools.partial(pilot_advice, kernel, pool, keys, num_steps))
+        self._asked = functools.cache(
+            functools.partial(pilot_advice, kernel, pool, keys, num_steps)
+        )
 
     def _target(self, args, kwargs, keys, init_params) -> Target:
         """The target of these data; the same object for the same data, so that nothing is traced or compiled twice."""

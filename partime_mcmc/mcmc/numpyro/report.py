@@ -35,7 +35,10 @@ class ParallelReport:
     @property
     def level(self) -> Level:
         """CERTIFIED_PATH if every chain is the chain of its kernel and moves, otherwise FAIL."""
-        good = np.asarray(self.certificate.certified).all() and not np.asarray(self.certificate.frozen).any()
+        good = (
+            np.asarray(self.certificate.certified).all()
+            and not np.asarray(self.certificate.frozen).any()
+        )
         return Level.CERTIFIED_PATH if good else Level.FAIL
 
     @property
@@ -57,8 +60,10 @@ class ParallelReport:
 
     def __str__(self) -> str:
         residual = float(np.max(np.asarray(self.certificate.max_residual)))
-        lines = [f"{self.level.name}: largest residual {residual:.1e} noise units, {self.certificate.evidence}; {self.run}",
-                 *self.run.fallbacks]
+        lines = [
+            f"{self.level.name}: largest residual {residual:.1e} noise units, {self.certificate.evidence}; {self.run}",
+            *self.run.fallbacks,
+        ]
         if self.advice is not None:
             lines.append(f"Advice: {self.advice}")
         return "\n".join([*lines, *([str(self.warmup)] if self.warmup else [])])
@@ -77,4 +82,8 @@ class KernelName:
 
 def without_kernel(warmup: Warmup | None) -> Warmup | None:
     """A warm-up that can be pickled: of its kernel only the name stays."""
-    return None if warmup is None else dataclasses.replace(warmup, kernel=KernelName(warmup.kernel.name))
+    return (
+        None
+        if warmup is None
+        else dataclasses.replace(warmup, kernel=KernelName(warmup.kernel.name))
+    )

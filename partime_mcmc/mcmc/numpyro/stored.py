@@ -32,13 +32,27 @@ from partime_mcmc.mcmc.stored_run import Store, run_stored
 from partime_mcmc.mcmc.target import Target
 from partime_mcmc.types import Key, PyTree
 
-_FIELDS = {"diverging": "diverging", "energy": "energy", "num_steps": "n_steps", "accept_prob": "acceptance_rate",
-           "residual": "residual", "accepted": "accepted"}
+_FIELDS = {
+    "diverging": "diverging",
+    "energy": "energy",
+    "num_steps": "n_steps",
+    "accept_prob": "acceptance_rate",
+    "residual": "residual",
+    "accepted": "accepted",
+}
 
 
-def run_on_disk(store: Store, sampler: ParallelKernel, target: Target, keys: Key, state: HMCState | None,
-                init_params: PyTree, num_samples: int, settings: Any,
-                progress: Progress) -> tuple[StoredDraws, HMCState, Kernel, PyTree]:
+def run_on_disk(
+    store: Store,
+    sampler: ParallelKernel,
+    target: Target,
+    keys: Key,
+    state: HMCState | None,
+    init_params: PyTree,
+    num_samples: int,
+    settings: Any,
+    progress: Progress,
+) -> tuple[StoredDraws, HMCState, Kernel, PyTree]:
     """Begin or go on with a run of NumPyro's on disk.
 
     Args:
@@ -59,17 +73,45 @@ def run_on_disk(store: Store, sampler: ParallelKernel, target: Target, keys: Key
     builder, num_warmup, thinning = sampler.tuned_builder(), settings.num_warmup, settings.thinning
     solver, schedule = settings.solver, settings.schedule
     if settings.postprocess_fn is not None:
-        raise ValueError("postprocess_fn: got a function with a store, wanted None: a store holds the model's own values")
-    run = {"front": "ParallelMCMC.run", **described(store, target, builder), "key": key_words(keys),
-           "key_impl": str(jax.random.key_impl(keys)), "num_samples": num_samples, "num_chains": keys.shape[0],
-           "num_warmup": num_warmup, "thinning": thinning, "max_iterations": None, "solver": codec.encode(solver, "solver"),
-           "schedule": codec.encode(schedule, "schedule"), "adaptation": codec.encode(sampler.adaptation, "adaptation"),
-           "init_params": _digest(init_params), "post_warmup_state": _digest(state),
-           "certificate": codec.encode(settings.certificate, "certificate")}
+        raise ValueError(
+            "postprocess_fn: got a function with a store, wanted None: a store holds the model's own values"
+        )
+    run = {
+        "front": "ParallelMCMC.run",
+        **described(store, target, builder),
+        "key": key_words(keys),
+        "key_impl": str(jax.random.key_impl(keys)),
+        "num_samples": num_samples,
+        "num_chains": keys.shape[0],
+        "num_warmup": num_warmup,
+        "thinning": thinning,
+        "max_iterations": None,
+        "solver": codec.encode(solver, "solver"),
+        "schedule": codec.encode(schedule, "schedule"),
+        "adaptation": codec.encode(sampler.adaptation, "adaptation"),
+        "init_params": _digest(init_params),
+        "post_warmup_state": _digest(state),
+        "certificate": codec.encode(settings.certificate, "certificate"),
+    }
 
     def make_start(example: PyTree) -> bytes:
-        request = Request(None, target, builder, num_samples, keys.shape[0], num_warmup, None, None, solver, schedule, None,
-                          None, None, thinning, settings.certificate)
+        request = Request(
+            None,
+            target,
+            builder,
+            num_samples,
+            keys.shape[0],
+            num_warmup,
+            None,
+            None,
+            solver,
+            schedule,
+            None,
+            None,
+            None,
+            thinning,
+            settings.certificate,
+        )
         # Before warm-up: what cannot fit is refused at once.
         chunk_of(store, request, example, False, None)
         warmup, first = None, state
@@ -91,7 +133,9 @@ def run_on_disk(store: Store, sampler: ParallelKernel, target: Target, keys: Key
     return draws, last, kernel, pool
 
 
-def _state_after(draws: StoredDraws, kernel: Kernel, target: Target, keys: Key, end: End) -> HMCState:
+def _state_after(
+    draws: StoredDraws, kernel: Kernel, target: Target, keys: Key, end: End
+) -> HMCState:
     """NumPyro's state where the chains stand."""
     positions = jax.vmap(kernel.position)(end.carries)
     density, data = density_of(target.logdensity, jax.tree.map(lambda leaf: leaf[0], positions))
@@ -104,13 +148,23 @@ def _state_after(draws: StoredDraws, kernel: Kernel, target: Target, keys: Key, 
     if draws.finished and draws.posterior.sizes.get("draw"):
         # The last draw of a finished run is always kept.
         last = draws.sample_stats.isel(draw=-1)
-        said |= {name: last[theirs].values for name, theirs in _FIELDS.items() if theirs in last and hasattr(state, name)}
+        said |= {
+            name: last[theirs].values
+            for name, theirs in _FIELDS.items()
+            if theirs in last and hasattr(state, name)
+        }
     said = {name: jnp.asarray(value, getattr(state, name).dtype) for name, value in said.items()}
-    return state._replace(i=jnp.asarray(index), r=end.carries, **said,
-                          adapt_state=state.adapt_state._replace(discrete=end.discrete))
+    return state._replace(
+        i=jnp.asarray(index),
+        r=end.carries,
+        **said,
+        adapt_state=state.adapt_state._replace(discrete=end.discrete),
+    )
 
 
-def read_fields(draws: StoredDraws, names: tuple[str, ...], removed: tuple[str, ...], is_dict: bool) -> dict[str, Any]:
+def read_fields(
+    draws: StoredDraws, names: tuple[str, ...], removed: tuple[str, ...], is_dict: bool
+) -> dict[str, Any]:
     """Collected fields of the kept draws, in memory, leaves `(C, T', ...)`.
 
     Args:
@@ -123,10 +177,18 @@ def read_fields(draws: StoredDraws, names: tuple[str, ...], removed: tuple[str, 
         ValueError: For a field that a store does not have.
     """
     found, stats = {}, draws.sample_stats
-    potential = -jnp.asarray(stats["lp"].values) if "lp" in stats else jnp.full(stats["residual"].shape, jnp.nan)
+    potential = (
+        -jnp.asarray(stats["lp"].values)
+        if "lp" in stats
+        else jnp.full(stats["residual"].shape, jnp.nan)
+    )
     for name in names:
         if name == "z":
-            sites = {site: jnp.asarray(one.values) for site, one in draws.posterior.data_vars.items() if site not in removed}
+            sites = {
+                site: jnp.asarray(one.values)
+                for site, one in draws.posterior.data_vars.items()
+                if site not in removed
+            }
             found[name] = sites if is_dict or set(sites) != {"x"} else sites["x"]
         elif name == "potential_energy":
             found[name] = potential
@@ -134,8 +196,11 @@ def read_fields(draws: StoredDraws, names: tuple[str, ...], removed: tuple[str, 
             found[name] = jnp.asarray(stats[_FIELDS[name]].values)
         else:
             # As in memory: what the kernel does not say.
-            found[name] = {"diverging": jnp.zeros(potential.shape, bool), "energy": potential,
-                           "num_steps": jnp.ones(potential.shape, jnp.int32)}.get(name, jnp.ones(potential.shape))
+            found[name] = {
+                "diverging": jnp.zeros(potential.shape, bool),
+                "energy": potential,
+                "num_steps": jnp.ones(potential.shape, jnp.int32),
+            }.get(name, jnp.ones(potential.shape))
     return found
 
 
@@ -158,7 +223,11 @@ class ReadsStore(MCMC):
 
     def get_samples(self, group_by_chain: bool = False) -> Any:
         """As NumPyro's."""
-        return super().get_samples(group_by_chain) if self._shelf is None else self._read(group_by_chain)["z"]
+        return (
+            super().get_samples(group_by_chain)
+            if self._shelf is None
+            else self._read(group_by_chain)["z"]
+        )
 
     def get_extra_fields(self, group_by_chain: bool = False) -> dict[str, Any]:
         """As NumPyro's."""
@@ -178,9 +247,19 @@ class ReadsStore(MCMC):
     def _read(self, group_by_chain: bool) -> dict[str, Any]:
         draws, names, removed = self._shelf
         fields = read_fields(draws, names, removed, isinstance(self.last_state.z, dict))
-        return fields if group_by_chain else jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), fields)
+        return (
+            fields
+            if group_by_chain
+            else jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), fields)
+        )
 
 
 def _digest(tree: PyTree) -> str | None:
-    return None if tree is None else digest_arrays(jnp.asarray(leaf) if not hasattr(leaf, "dtype") else leaf
-                                                   for leaf in jax.tree.leaves(tree))
+    return (
+        None
+        if tree is None
+        else digest_arrays(
+            jnp.asarray(leaf) if not hasattr(leaf, "dtype") else leaf
+            for leaf in jax.tree.leaves(tree)
+        )
+    )

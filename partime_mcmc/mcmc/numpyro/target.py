@@ -32,7 +32,9 @@ from partime_mcmc.mcmc.target import Target
 from partime_mcmc.types import Array, Key, PyTree
 
 
-def from_numpyro(model: Callable, *args: Any, key: Key, init_strategy: Callable | None = None, **kwargs: Any) -> Target:
+def from_numpyro(
+    model: Callable, *args: Any, key: Key, init_strategy: Callable | None = None, **kwargs: Any
+) -> Target:
     """The posterior of a NumPyro model, ready to sample.
 
     Args:
@@ -91,10 +93,14 @@ class Posterior:
         forward_mode_differentiation: bool = False,
     ):
         if not callable(model):
-            raise TypeError(f"model: got {model!r} of type {type(model).__name__}; wanted a NumPyro model (a function)")
+            raise TypeError(
+                f"model: got {model!r} of type {type(model).__name__}; wanted a NumPyro model (a function)"
+            )
         self.strategy = init_to_uniform if init_strategy is None else init_strategy
         if not callable(self.strategy):
-            raise TypeError(f"init_strategy: got {self.strategy!r}; wanted a NumPyro initialisation strategy, or None")
+            raise TypeError(
+                f"init_strategy: got {self.strategy!r}; wanted a NumPyro initialisation strategy, or None"
+            )
         self.key, self.forward_mode_differentiation = check_key(key), forward_mode_differentiation
         self.run = WithData(model, args, kwargs)
         sites = traced(self.run, self.key, self.strategy)
@@ -102,7 +108,8 @@ class Posterior:
         fixed = {name: site["value"] for name, site in sites.items() if site["type"] == "param"}
         if fixed:
             warnings.warn(
-                f"numpyro.param sites {sorted(fixed)} are not sampled: they stay at their initial values", stacklevel=3
+                f"numpyro.param sites {sorted(fixed)} are not sampled: they stay at their initial values",
+                stacklevel=3,
             )
             self.run = WithData(substitute(model, data=fixed), args, kwargs)
         _check_observed_sites(self.run, self.key, sites)
@@ -112,7 +119,11 @@ class Posterior:
         # Keys that a model draws for itself are part of the density: one key, once and for all.
         draws = any(site["type"] == "prng_key" for site in sites.values())
         prepared = seed(self.run, self.key) if draws else self.run
-        latent = [name for name, site in sites.items() if site["type"] == "sample" and not site["is_observed"]]
+        latent = [
+            name
+            for name, site in sites.items()
+            if site["type"] == "sample" and not site["is_observed"]
+        ]
         names = reported(sites)
 
         def logdensity(position: PyTree) -> Array:
@@ -131,14 +142,19 @@ class Posterior:
 
     def _search(self, key: Key) -> tuple[PyTree, Array]:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # NumPyro's remarks on the model were made once, when it was traced
+            warnings.simplefilter(
+                "ignore"
+            )  # NumPyro's remarks on the model were made once, when it was traced
             found = initialize_model(
                 key,
                 self.run,
                 init_strategy=self.strategy,
                 forward_mode_differentiation=self.forward_mode_differentiation,
             ).param_info
-        parts = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((found.potential_energy, found.z_grad))]
+        parts = [
+            jnp.isfinite(leaf).all()
+            for leaf in jax.tree.leaves((found.potential_energy, found.z_grad))
+        ]
         return found.z, jnp.stack(parts).all()
 
     def check_found(self, good: Array) -> None:
@@ -178,11 +194,17 @@ def forward_only(logdensity: Callable[[PyTree], Array]) -> Callable[[PyTree], Ar
 
 
 def _check_latent_sites(sites: dict) -> None:
-    latent = {name: site["fn"] for name, site in sites.items() if site["type"] == "sample" and not site["is_observed"]}
+    latent = {
+        name: site["fn"]
+        for name, site in sites.items()
+        if site["type"] == "sample" and not site["is_observed"]
+    }
     for name, site in sites.items():
         if site["type"] == "plate" and site["args"][0] != len(site["value"]):
             size, subsample = site["args"][0], len(site["value"])
-            raise ValueError(f"plate {name!r}: got a subsample of {subsample} out of {size}; wanted all of the data")
+            raise ValueError(
+                f"plate {name!r}: got a subsample of {subsample} out of {size}; wanted all of the data"
+            )
     for name, distribution in latent.items():
         kind = type(_base(distribution)).__name__
         if distribution.support.is_discrete:
@@ -196,7 +218,9 @@ def _check_latent_sites(sites: dict) -> None:
                 "with numpyro.deterministic instead"
             )
     if not latent:
-        raise ValueError(f"model: got no latent sites (its sites: {sorted(sites) or 'none'}); wanted at least one")
+        raise ValueError(
+            f"model: got no latent sites (its sites: {sorted(sites) or 'none'}); wanted at least one"
+        )
 
 
 def _check_observed_sites(run: WithData, key: Key, sites: dict) -> None:
@@ -206,7 +230,11 @@ def _check_observed_sites(run: WithData, key: Key, sites: dict) -> None:
         distribution, value = site["fn"], np.asarray(site["value"])
         if isinstance(distribution, dist.MaskedDistribution | dist.Unit) or value.dtype == object:
             continue
-        missing = np.isnan(value) if np.issubdtype(value.dtype, np.floating) else np.zeros(value.shape, bool)
+        missing = (
+            np.isnan(value)
+            if np.issubdtype(value.dtype, np.floating)
+            else np.zeros(value.shape, bool)
+        )
         if missing.any():
             raise ValueError(
                 f"site {name!r}: got {missing.sum()} NaN among its {value.size} observed values (the first at index "
@@ -231,8 +259,12 @@ def _fixed_supports(run: WithData, key: Key) -> list[str]:
     names = []
     for name, site in first.items():
         if site["type"] == "sample" and site["is_observed"] and name in second:
-            parts = [jax.tree.leaves((one["value"], one["fn"].support)) for one in (site, second[name])]
-            if len(parts[0]) == len(parts[1]) and all(np.array_equal(a, b, equal_nan=True) for a, b in zip(*parts)):
+            parts = [
+                jax.tree.leaves((one["value"], one["fn"].support)) for one in (site, second[name])
+            ]
+            if len(parts[0]) == len(parts[1]) and all(
+                np.array_equal(a, b, equal_nan=True) for a, b in zip(*parts)
+            ):
                 names.append(name)
     return names
 
@@ -241,7 +273,8 @@ def _shapes(sites: dict, latent: list[str]) -> dict:
     """Shapes and types of unconstrained latent values, computed without running anything."""
     return {
         name: jax.eval_shape(
-            lambda value, name=name: biject_to(sites[name]["fn"].support).inv(value), sites[name]["value"]
+            lambda value, name=name: biject_to(sites[name]["fn"].support).inv(value),
+            sites[name]["value"],
         )
         for name in latent
     }
@@ -258,7 +291,9 @@ def _check_traceable(potential: Callable, position: dict) -> None:
         try:
             # vmap, not jit: under jit the values that are not traced would be staged too, and every site look guilty
             fixed = {other: np.ones(one.shape, one.dtype) for other, one in position.items()}
-            jax.vmap(lambda x, name=name: potential({**fixed, name: x}))(np.ones((1, *value.shape), value.dtype))
+            jax.vmap(lambda x, name=name: potential({**fixed, name: x}))(
+                np.ones((1, *value.shape), value.dtype)
+            )
         except jax.errors.JAXTypeError:
             culprits.append(name)
     raise ValueError(
@@ -268,7 +303,9 @@ def _check_traceable(potential: Callable, position: dict) -> None:
 
 
 def _base(distribution: dist.Distribution) -> dist.Distribution:
-    while isinstance(distribution, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+    while isinstance(
+        distribution, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution
+    ):
         distribution = distribution.base_dist
     return distribution
 

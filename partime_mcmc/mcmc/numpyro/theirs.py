@@ -21,8 +21,18 @@ from partime_mcmc.mcmc.numpyro.kernels import HMC, NUTS
 
 _OURS = {TheirHMC: HMC, TheirNUTS: NUTS}
 # NumPyro keeps every argument under its name with an underscore; a test holds it to that.
-_CARRIED = ("model", "potential_fn", "inverse_mass_matrix", "dense_mass", "target_accept_prob", "init_strategy",
-            "adapt_mass_matrix", "find_heuristic_step_size", "forward_mode_differentiation", "regularize_mass_matrix")
+_CARRIED = (
+    "model",
+    "potential_fn",
+    "inverse_mass_matrix",
+    "dense_mass",
+    "target_accept_prob",
+    "init_strategy",
+    "adapt_mass_matrix",
+    "find_heuristic_step_size",
+    "forward_mode_differentiation",
+    "regularize_mass_matrix",
+)
 _OWN = {TheirHMC: ("num_steps", "trajectory_length"), TheirNUTS: ("max_tree_depth",)}
 
 
@@ -50,7 +60,11 @@ def ours(sampler: MCMCKernel) -> ParallelKernel:
         )
     parameters = inspect.signature(kind.__init__).parameters
     said = {name: _stored(sampler, name) for name in (*_CARRIED, *_OWN[kind])}
-    options = {name: value for name, value in said.items() if not _is_default(value, parameters[name].default)}
+    options = {
+        name: value
+        for name, value in said.items()
+        if not _is_default(value, parameters[name].default)
+    }
     if not _stored(sampler, "adapt_step_size"):
         options |= {"step_size": _stored(sampler, "step_size"), "adapt_step_size": False}
     return _OURS[kind](**options)

@@ -13,7 +13,12 @@ from jax.flatten_util import ravel_pytree
 from numpyro.infer.hmc import HMCState
 
 from partime_mcmc.closures import Named
-from partime_mcmc.diagnostics.checks import check_dtypes, check_precision, check_starts, looks_improper
+from partime_mcmc.diagnostics.checks import (
+    check_dtypes,
+    check_precision,
+    check_starts,
+    looks_improper,
+)
 from partime_mcmc.kernels import Whitening
 from partime_mcmc.mcmc.family import Family, Tuned, density_of, tuned_kernel
 from partime_mcmc.mcmc.numpyro.arguments import check_sites, is_typed
@@ -47,7 +52,12 @@ class Beginning:
 
 
 def begin(
-    sampler: ParallelKernel, target: Target, keys: Key, num_warmup: int, init_params: PyTree, progress: Progress
+    sampler: ParallelKernel,
+    target: Target,
+    keys: Key,
+    num_warmup: int,
+    init_params: PyTree,
+    progress: Progress,
 ) -> Beginning:
     """Starts, checks and warm-up.
 
@@ -64,18 +74,27 @@ def begin(
     """
     num_chains = keys.shape[0]
     wanted = max(num_chains, sampler.adaptation.num_chains) if num_warmup else num_chains
-    starts = _starts(sampler, target, jax.random.fold_in(keys[0], _START_STREAM), wanted, init_params)
+    starts = _starts(
+        sampler, target, jax.random.fold_in(keys[0], _START_STREAM), wanted, init_params
+    )
     # On the host: every small operation on arrays of a device is a program of its own.
     first = jax.tree.map(lambda leaf: np.asarray(leaf)[0], starts)
     density, data = density_of(target.logdensity, first)
     try:
         value, good = run_program(_Evaluate(density), data, starts, clock=Clock())
     except TypeError:
-        check_starts(target.logdensity, starts, "init_params")  # says what is wrong with a density that has no gradient
+        check_starts(
+            target.logdensity, starts, "init_params"
+        )  # says what is wrong with a density that has no gradient
         raise
-    dimension, guess = sum(map(np.size, jax.tree.leaves(first))), getattr(sampler.adaptation, "guess", None)
+    dimension, guess = (
+        sum(map(np.size, jax.tree.leaves(first))),
+        getattr(sampler.adaptation, "guess", None),
+    )
     if guess is not None and guess.shape[0] != dimension:
-        raise ValueError(f"inverse_mass_matrix: shape {guess.shape}, wanted ({dimension},) or ({dimension}, {dimension})")
+        raise ValueError(
+            f"inverse_mass_matrix: shape {guess.shape}, wanted ({dimension},) or ({dimension}, {dimension})"
+        )
     fixed = jnp.nan if sampler._step_size is None else sampler._step_size
     if not np.asarray(good).all():
         if init_params is None and sampler._posterior is not None:
@@ -83,7 +102,9 @@ def begin(
         check_starts(target.logdensity, starts, "init_params")
     check_precision(target.logdensity, first)
     if not num_warmup:
-        return Beginning(_untuned(sampler, density, data, first), starts, np.asarray(value), None, fixed)
+        return Beginning(
+            _untuned(sampler, density, data, first), starts, np.asarray(value), None, fixed
+        )
     num_steps = max(num_warmup, _LEAST_WARMUP)
     with progress.stage("warm-up", num_steps) as advance:
         warmup = warm_up(
@@ -102,8 +123,12 @@ def begin(
     if suspicion:
         progress.warn(suspicion)
     progress.note(str(warmup))
-    positions = jax.device_put(jax.tree.map(lambda leaf: np.asarray(leaf)[:num_chains], warmup.positions))
-    warmup = dataclasses.replace(warmup, positions=positions, logdensity=warmup.logdensity[:num_chains])
+    positions = jax.device_put(
+        jax.tree.map(lambda leaf: np.asarray(leaf)[:num_chains], warmup.positions)
+    )
+    warmup = dataclasses.replace(
+        warmup, positions=positions, logdensity=warmup.logdensity[:num_chains]
+    )
     return Beginning(warmup.kernel, positions, warmup.logdensity, warmup, fixed)
 
 
@@ -111,7 +136,9 @@ def state_of(ready: Beginning, keys: Key) -> HMCState:
     """The state of every chain before its first step, leaves `(C, ...)`."""
     kernel, num_chains = ready.kernel, keys.shape[0]
     whitening, counts = kernel.numbers.whitening, dict(kernel.family.counts)
-    carries, discrete = run_program(_Enter(kernel.family), kernel.numbers, ready.positions, clock=Clock())
+    carries, discrete = run_program(
+        _Enter(kernel.family), kernel.numbers, ready.positions, clock=Clock()
+    )
     dtype = whitening.center.dtype
 
     def each(value, dtype=dtype):
@@ -128,7 +155,10 @@ def state_of(ready: Beginning, keys: Key) -> HMCState:
         each(metric),
         each(whitening.center),
         each(root),
-        {name: each(value, np.int32 if name in counts else dtype) for name, value in settings.items()},
+        {
+            name: each(value, np.int32 if name in counts else dtype)
+            for name, value in settings.items()
+        },
         discrete,
     )
     potential = -np.asarray(ready.logdensity, dtype)
@@ -154,7 +184,9 @@ def state_of(ready: Beginning, keys: Key) -> HMCState:
 def kernel_from(sampler: ParallelKernel, target: Target, state: HMCState) -> Tuned:
     """The tuned kernel that a batch of states belongs to; counts are read from the state."""
     # On the host, as above.
-    one = jax.device_put(jax.tree.map(lambda leaf: np.asarray(leaf)[0], state._replace(rng_key=None, r=None)))
+    one = jax.device_put(
+        jax.tree.map(lambda leaf: np.asarray(leaf)[0], state._replace(rng_key=None, r=None))
+    )
     density, data = density_of(target.logdensity, one.z)
     adapted = one.adapt_state
     settings = {
@@ -189,7 +221,9 @@ class _Evaluate(Named):
         return jax.vmap(one)(positions)
 
 
-def _starts(sampler: ParallelKernel, target: Target, key: Key, wanted: int, init_params: PyTree) -> PyTree:
+def _starts(
+    sampler: ParallelKernel, target: Target, key: Key, wanted: int, init_params: PyTree
+) -> PyTree:
     """One start per chain of the warm-up: those given first, then the model's own, or the given ones again."""
     if init_params is None:
         return target.starts(jax.random.split(key, wanted))

@@ -55,12 +55,19 @@ class Part(NamedTuple):
 
     def to_plain(self) -> dict[str, Any]:
         """Plain values, runs of numbers as their two ends."""
-        return {"name": self.name, "sha256": self.digest, "chains": _runs(self.chains), "draws": _runs(self.draws)}
+        return {
+            "name": self.name,
+            "sha256": self.digest,
+            "chains": _runs(self.chains),
+            "draws": _runs(self.draws),
+        }
 
     @classmethod
     def from_plain(cls, words: dict[str, Any]) -> Part:
         """The part that gave these values."""
-        return cls(words["name"], words["sha256"], _numbers(words["chains"]), _numbers(words["draws"]))
+        return cls(
+            words["name"], words["sha256"], _numbers(words["chains"]), _numbers(words["draws"])
+        )
 
 
 def parts_variable(parts: list[dict[str, Any]]) -> Variable:
@@ -69,7 +76,9 @@ def parts_variable(parts: list[dict[str, Any]]) -> Variable:
     Args:
         parts: As `Part.to_plain` gives them.
     """
-    return Variable(("letter",), np.frombuffer(json.dumps(parts, sort_keys=True).encode(), np.uint8))
+    return Variable(
+        ("letter",), np.frombuffer(json.dumps(parts, sort_keys=True).encode(), np.uint8)
+    )
 
 
 def parts_of(chunk: Chunk) -> tuple[Part, ...]:
@@ -77,7 +86,10 @@ def parts_of(chunk: Chunk) -> tuple[Part, ...]:
     found = format_of(chunk.path.suffix.removeprefix("."))
     if "parts" not in found.describe(chunk.path, "state"):
         return ()
-    return tuple(Part.from_plain(words) for words in json.loads(found.read(chunk.path, "state", "parts").tobytes()))
+    return tuple(
+        Part.from_plain(words)
+        for words in json.loads(found.read(chunk.path, "state", "parts").tobytes())
+    )
 
 
 def intact(chunk: Chunk) -> bool:
@@ -110,13 +122,17 @@ def _as_written(path: Path, digest: str) -> bool:
     except FileNotFoundError:
         return False
     except OSError as error:
-        raise StoreError(error.errno, f"store: {path} could not be read: {error.strerror or error}") from error
+        raise StoreError(
+            error.errno, f"store: {path} could not be read: {error.strerror or error}"
+        ) from error
 
 
 def damaged(chunk: Chunk) -> StoreError:
     """What to say of a chunk that is not intact."""
-    return StoreError(f"store: {chunk.path} is damaged (its checksum is not the one in its name, or that of a part not the "
-                      "one it lists): resume(...) drops it and draws it again")
+    return StoreError(
+        f"store: {chunk.path} is damaged (its checksum is not the one in its name, or that of a part not the "
+        "one it lists): resume(...) drops it and draws it again"
+    )
 
 
 def kept_steps(start: int, stop: int, thinning: int, num_samples: int) -> np.ndarray:

@@ -61,8 +61,11 @@ def encode(value: Any, name: str) -> Any:
         return value
     if isinstance(value, (np.ndarray, np.generic, jax.Array)):
         array = np.asarray(value)
-        return {"array": base64.b64encode(np.ascontiguousarray(array).tobytes()).decode(), "dtype": array.dtype.str,
-                "shape": list(array.shape)}
+        return {
+            "array": base64.b64encode(np.ascontiguousarray(array).tobytes()).decode(),
+            "dtype": array.dtype.str,
+            "shape": list(array.shape),
+        }
     if type(value) is dict:
         return {"dict": {str(key): encode(one, f"{name}[{key!r}]") for key, one in value.items()}}
     if type(value) in (list, tuple):
@@ -91,17 +94,23 @@ def decode(data: Any) -> Any:
     if "dict" in data:
         return {key: decode(one) for key, one in data["dict"].items()}
     if "enum" in data:
-        return _found(data["enum"], lambda found: inspect.isclass(found) and issubclass(found, enum.Enum))[data["value"]]
+        return _found(
+            data["enum"], lambda found: inspect.isclass(found) and issubclass(found, enum.Enum)
+        )[data["value"]]
     if "function" in data:
         return _found(data["function"], inspect.isfunction)
     if "class" in data:
-        cls = _found(data["class"], lambda found: inspect.isclass(found) and dataclasses.is_dataclass(found))
+        cls = _found(
+            data["class"], lambda found: inspect.isclass(found) and dataclasses.is_dataclass(found)
+        )
         fields = {key: decode(one) for key, one in data["fields"].items()}
         try:
             return cls(**fields)
         except TypeError as error:
-            raise StoreError(f"store: it holds a {cls.__name__} with the fields {sorted(fields)}, which this version of "
-                             f"partime_mcmc cannot make ({error}); read it with the version that wrote it") from error
+            raise StoreError(
+                f"store: it holds a {cls.__name__} with the fields {sorted(fields)}, which this version of "
+                f"partime_mcmc cannot make ({error}); read it with the version that wrote it"
+            ) from error
     raise ValueError(f"a stored value of unknown kind: {sorted(data)}")
 
 
@@ -120,11 +129,15 @@ def _found(place: str, allowed: Any) -> Any:
         raise ValueError(f"a stored value names {place!r}, which is not of this package")
     found = getattr(importlib.import_module(module), qualname, None)
     if getattr(found, "__module__", None) != module or not allowed(found):
-        raise ValueError(f"a stored value names {place!r}, which this version of the package does not have")
+        raise ValueError(
+            f"a stored value names {place!r}, which this version of the package does not have"
+        )
     return found
 
 
 def _refusal(value: Any, name: str) -> NotStorable:
     said = getattr(value, "__qualname__", type(value).__qualname__)
-    return NotStorable(f"{name}: got {said}, which a store cannot hold; wanted an object of this package, "
-                       "because a run that is resumed has to make it again without your code")
+    return NotStorable(
+        f"{name}: got {said}, which a store cannot hold; wanted an object of this package, "
+        "because a run that is resumed has to make it again without your code"
+    )

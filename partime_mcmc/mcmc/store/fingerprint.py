@@ -53,7 +53,10 @@ def fingerprint_of(target: Target, example: PyTree) -> dict[str, Any]:
     programs, arrays = [density.jaxpr], [*captured, *inner_arrays(density.jaxpr)]
     if target.constrain is not None:
         constrain, (more, _) = explicit(_Constrain(target.constrain), None, example)
-        programs, arrays = [*programs, constrain.jaxpr], [*arrays, *more, *inner_arrays(constrain.jaxpr)]
+        programs, arrays = (
+            [*programs, constrain.jaxpr],
+            [*arrays, *more, *inner_arrays(constrain.jaxpr)],
+        )
     return {"model": _text(*programs), "data": digest_arrays(arrays), "initial": _initial(target)}
 
 
@@ -63,20 +66,31 @@ def environment(example: PyTree) -> dict[str, Any]:
     Args:
         example: A position.
     """
-    return {"dtype": str(jax.tree.leaves(example)[0].dtype), "x64": bool(jax.config.jax_enable_x64), "versions": versions(),
-            "device": device(), "partitionable": bool(jax.config.jax_threefry_partitionable),
-            "compiler": compiler_options()}
+    return {
+        "dtype": str(jax.tree.leaves(example)[0].dtype),
+        "x64": bool(jax.config.jax_enable_x64),
+        "versions": versions(),
+        "device": device(),
+        "partitionable": bool(jax.config.jax_threefry_partitionable),
+        "compiler": compiler_options(),
+    }
 
 
 def name_of(kernel: Any) -> str:
     """A kernel in words that stay the same: of a builder, its name and what is fixed."""
     if isinstance(kernel, Warmup):
-        kernel = getattr(kernel.kernel, "family", None) and kernel.kernel.family.builder or kernel.kernel
+        kernel = (
+            getattr(kernel.kernel, "family", None) and kernel.kernel.family.builder or kernel.kernel
+        )
     if isinstance(kernel, Kernel):
         return f"the tuned kernel {kernel.name}"
     builder, fixed = unwrapped(kernel)
     # The dice are chosen by pilots, unless the user fixed them, and are stored apart.
-    said = ", ".join(f"{name}={_ADDRESS.sub('', repr(value))}" for name, value in sorted(fixed.items()) if name != "dice")
+    said = ", ".join(
+        f"{name}={_ADDRESS.sub('', repr(value))}"
+        for name, value in sorted(fixed.items())
+        if name != "dice"
+    )
     return f"{builder.__module__}.{getattr(builder, '__qualname__', type(builder).__qualname__)}({said})"
 
 
@@ -91,8 +105,14 @@ def tuned_digest(kernel: Any) -> str | None:
     if not isinstance(kernel, Tuned):
         return digest_arrays(positions) if positions else None
     whitening, settings = kernel.numbers.whitening, sorted(kernel.numbers.settings.items())
-    numbers = [*jax.tree.leaves((whitening.center, whitening.scale)), *(value for _, value in settings), *positions]
-    return _digest(f"{[name for name, _ in settings]} {kernel.family.counts} {digest_arrays(numbers)}".encode())
+    numbers = [
+        *jax.tree.leaves((whitening.center, whitening.scale)),
+        *(value for _, value in settings),
+        *positions,
+    ]
+    return _digest(
+        f"{[name for name, _ in settings]} {kernel.family.counts} {digest_arrays(numbers)}".encode()
+    )
 
 
 def program_of(dynamics: Dynamics, kernel: Kernel) -> dict[str, str | None]:
@@ -104,8 +124,11 @@ def program_of(dynamics: Dynamics, kernel: Kernel) -> dict[str, str | None]:
     """
     captured, _ = dynamics.params
     unit = None if kernel.noise_scale is None else digest_arrays([np.asarray(kernel.noise_scale)])
-    return {"program": _text(dynamics.step.jaxpr), "arrays": digest_arrays([*captured, *inner_arrays(dynamics.step.jaxpr)]),
-            "unit": unit}
+    return {
+        "program": _text(dynamics.step.jaxpr),
+        "arrays": digest_arrays([*captured, *inner_arrays(dynamics.step.jaxpr)]),
+        "unit": unit,
+    }
 
 
 def digest_arrays(arrays: Any) -> str:
@@ -135,13 +158,20 @@ def require_same(stored: dict[str, Any], wanted: dict[str, Any], where: str) -> 
     for name, value in wanted.items():
         have = stored.get(name)
         if name == "versions" and isinstance(have, dict):
-            different += [f"versions: {package} was {have.get(package)}, is {version}"
-                          for package, version in value.items() if have.get(package) != version]
+            different += [
+                f"versions: {package} was {have.get(package)}, is {version}"
+                for package, version in value.items()
+                if have.get(package) != version
+            ]
         elif have != value:
-            different.append(_SENTENCES.get(name) or f"{name}: the store has {_short(have)}, got {_short(value)}")
+            different.append(
+                _SENTENCES.get(name) or f"{name}: the store has {_short(have)}, got {_short(value)}"
+            )
     if different:
-        raise StoreMismatch(f"store: {where} holds another run. {'; '.join(different)}. Give what the run was begun with, "
-                            "or choose a new folder")
+        raise StoreMismatch(
+            f"store: {where} holds another run. {'; '.join(different)}. Give what the run was begun with, "
+            "or choose a new folder"
+        )
 
 
 _SENTENCES = {
@@ -167,7 +197,9 @@ def _initial(target: Target) -> str:
         start, (captured, _) = explicit(_Start(target.initial), None, jax.random.key(0))
     except Exception:  # a function that JAX cannot trace: its name is all there is
         return getattr(target.initial, "__qualname__", type(target.initial).__qualname__)
-    return _digest(f"{_text(start.jaxpr)}{digest_arrays([*captured, *inner_arrays(start.jaxpr)])}".encode())
+    return _digest(
+        f"{_text(start.jaxpr)}{digest_arrays([*captured, *inner_arrays(start.jaxpr)])}".encode()
+    )
 
 
 class _Constrain(Named):
@@ -202,7 +234,9 @@ def example_of(target: Target) -> PyTree:
         target: What is sampled.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what there is to say of starts is said where they are made
+        warnings.simplefilter(
+            "ignore"
+        )  # what there is to say of starts is said where they are made
         if callable(target.initial):
             try:
                 return _shapes_of(target.initial, jax.config.jax_enable_x64)

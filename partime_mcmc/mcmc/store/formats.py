@@ -48,7 +48,9 @@ class Format(Protocol):
         """
         ...
 
-    def describe(self, path: Path, group: str) -> dict[str, tuple[tuple[str, ...], tuple[int, ...], np.dtype]]:
+    def describe(
+        self, path: Path, group: str
+    ) -> dict[str, tuple[tuple[str, ...], tuple[int, ...], np.dtype]]:
         """Dimensions, shape and type of every variable of a group; empty if there is no such group."""
         ...
 
@@ -72,26 +74,39 @@ class NetCDF:
             file.attrs.update(attributes)
             for group, variables in groups.items():
                 place = file.create_group(group)
-                sizes = {dim: size for one in variables.values() for dim, size in zip(one.dims, one.values.shape)}
+                sizes = {
+                    dim: size
+                    for one in variables.values()
+                    for dim, size in zip(one.dims, one.values.shape)
+                }
                 place.dimensions = sizes
                 for name, one in variables.items():
                     # A checksum needs blocks, and a scalar has none.
                     options = {"fletcher32": True, "chunks": blocks(one.values)} if one.dims else {}
                     values = one.values.astype(np.int8) if one.values.dtype == bool else one.values
-                    made = place.create_variable(_escaped(name), one.dims, values.dtype, data=values, **options)
+                    made = place.create_variable(
+                        _escaped(name), one.dims, values.dtype, data=values, **options
+                    )
                     if one.values.dtype == bool:
                         made.attrs["dtype"] = "bool"  # as xarray writes it
         return buffer.getvalue()
 
-    def describe(self, path: Path, group: str) -> dict[str, tuple[tuple[str, ...], tuple[int, ...], np.dtype]]:
+    def describe(
+        self, path: Path, group: str
+    ) -> dict[str, tuple[tuple[str, ...], tuple[int, ...], np.dtype]]:
         """As `Format.describe`."""
         import h5netcdf
 
         with h5netcdf.File(path, "r") as file:
             variables = file.groups[group].variables if group in file.groups else {}
-            return {_original(name): (tuple(one.dimensions), tuple(one.shape),
-                           np.dtype(bool) if one.attrs.get("dtype") == "bool" else np.dtype(one.dtype))
-                    for name, one in variables.items()}
+            return {
+                _original(name): (
+                    tuple(one.dimensions),
+                    tuple(one.shape),
+                    np.dtype(bool) if one.attrs.get("dtype") == "bool" else np.dtype(one.dtype),
+                )
+                for name, one in variables.items()
+            }
 
     def read(self, path: Path, group: str, name: str, index: tuple[Any, ...] = ()) -> np.ndarray:
         """As `Format.read`."""
@@ -100,7 +115,9 @@ class NetCDF:
         with h5py.File(path, "r") as file:
             variable = file[group][_escaped(name)]
             values = np.asarray(variable[index if index else ...])
-            return values.astype(bool) if variable.attrs.get("dtype") in ("bool", b"bool") else values
+            return (
+                values.astype(bool) if variable.attrs.get("dtype") in ("bool", b"bool") else values
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,17 +139,29 @@ class Zarr:
                 for group, variables in groups.items():
                     place = root.create_group(group)
                     for name, one in variables.items():
-                        place.create_array(_escaped(name), data=np.ascontiguousarray(one.values), dimension_names=one.dims,
-                                           chunks=blocks(one.values) or "auto")
+                        place.create_array(
+                            _escaped(name),
+                            data=np.ascontiguousarray(one.values),
+                            dimension_names=one.dims,
+                            chunks=blocks(one.values) or "auto",
+                        )
             return path.read_bytes()
 
-    def describe(self, path: Path, group: str) -> dict[str, tuple[tuple[str, ...], tuple[int, ...], np.dtype]]:
+    def describe(
+        self, path: Path, group: str
+    ) -> dict[str, tuple[tuple[str, ...], tuple[int, ...], np.dtype]]:
         """As `Format.describe`."""
         with self._opened(path) as store:
             root = _zarr().open_group(store, mode="r")
             arrays = dict(root[group].arrays()) if group in root else {}
-            return {_original(name): (tuple(one.metadata.dimension_names or ()), tuple(one.shape), np.dtype(one.dtype))
-                    for name, one in arrays.items()}
+            return {
+                _original(name): (
+                    tuple(one.metadata.dimension_names or ()),
+                    tuple(one.shape),
+                    np.dtype(one.dtype),
+                )
+                for name, one in arrays.items()
+            }
 
     def read(self, path: Path, group: str, name: str, index: tuple[Any, ...] = ()) -> np.ndarray:
         """As `Format.read`."""
@@ -172,7 +201,9 @@ def _zarr() -> Any:
         import zarr
         import zarr.storage
     except ImportError as error:
-        raise ImportError("format: Zarr() needs zarr; install partime_mcmc[zarr], or take NetCDF()") from error
+        raise ImportError(
+            "format: Zarr() needs zarr; install partime_mcmc[zarr], or take NetCDF()"
+        ) from error
     return zarr
 
 

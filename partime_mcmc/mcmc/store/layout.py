@@ -60,14 +60,18 @@ class Folder:
             self.path.mkdir(parents=True, exist_ok=True)
             handle = open(self.path / _LOCK, "ab")
         except OSError as error:
-            raise StoreError(f"store: {self.path} cannot be written: {error.strerror or error}") from error
+            raise StoreError(
+                f"store: {self.path} cannot be written: {error.strerror or error}"
+            ) from error
         with handle:
             try:
                 # The kernel lets go of it when the process dies, however it dies.
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise StoreError(f"store: another run is writing to {self.path}; wait for it, or choose another "
-                                 "folder") from error
+                raise StoreError(
+                    f"store: another run is writing to {self.path}; wait for it, or choose another "
+                    "folder"
+                ) from error
             for left in (*self.path.glob(".partial-*"), *self.path.glob(".shared-*")):
                 left.unlink(missing_ok=True)
             yield
@@ -78,7 +82,9 @@ class Folder:
         Raises:
             StoreError: If it cannot be written.
         """
-        self._commit(_RUN, json.dumps(run | {_SUM: _sum_of(run)}, indent=1, sort_keys=True).encode())
+        self._commit(
+            _RUN, json.dumps(run | {_SUM: _sum_of(run)}, indent=1, sort_keys=True).encode()
+        )
 
     def read_run(self) -> dict[str, Any]:
         """What was asked for.
@@ -95,11 +101,15 @@ class Folder:
             raise StoreError(f"store: {self.path / _RUN} is damaged: {error}") from error
         version = run.get("format_version") if isinstance(run, dict) else None
         if version != FORMAT_VERSION:
-            raise StoreError(f"store: {self.path} has format {version}, wanted {FORMAT_VERSION}; read it with the version "
-                             "of partime_mcmc that wrote it")
+            raise StoreError(
+                f"store: {self.path} has format {version}, wanted {FORMAT_VERSION}; read it with the version "
+                "of partime_mcmc that wrote it"
+            )
         if run.pop(_SUM, None) != _sum_of(run):
-            raise StoreError(f"store: {self.path / _RUN} has changed since it was written (its checksum is not the one in "
-                             "it): put back what was there, or begin another run in a new folder")
+            raise StoreError(
+                f"store: {self.path / _RUN} has changed since it was written (its checksum is not the one in "
+                "it): put back what was there, or begin another run in a new folder"
+            )
         return run
 
     def write_start(self, data: bytes) -> None:
@@ -121,8 +131,10 @@ class Folder:
             if named:
                 data = path.read_bytes()
                 if hashlib.sha256(data).hexdigest() != named[1]:
-                    raise StoreError(f"store: {path} is damaged (its checksum is not the one in its name): this run "
-                                     "cannot go on; begin another in a new folder")
+                    raise StoreError(
+                        f"store: {path} is damaged (its checksum is not the one in its name): this run "
+                        "cannot go on; begin another in a new folder"
+                    )
                 return data
         return None
 
@@ -132,7 +144,9 @@ class Folder:
         Raises:
             StoreError: If it cannot be written; what was there before is untouched.
         """
-        self._commit(f"chunk-{index:06d}-{stop:012d}-{hashlib.sha256(data).hexdigest()}.{suffix}", data)
+        self._commit(
+            f"chunk-{index:06d}-{stop:012d}-{hashlib.sha256(data).hexdigest()}.{suffix}", data
+        )
 
     def chunks(self) -> list[Chunk]:
         """The chunks that follow one another from the first step on, by their names alone."""
@@ -149,7 +163,9 @@ class Folder:
             start = found[index].stop
         return chunks
 
-    def write_part(self, index: int, host: int, number: int, suffix: str, data: bytes) -> tuple[str, str]:
+    def write_part(
+        self, index: int, host: int, number: int, suffix: str, data: bytes
+    ) -> tuple[str, str]:
         """Write one part of a chunk, which counts once the chunk lists it.
 
         Returns:
@@ -176,18 +192,27 @@ class Folder:
         everything = {path for path in self.path.glob("chunk-*") if CHUNK_NAME.match(path.name)}
         chunks = self.chunks()
         flaws = ((k, flaw(chunk)) for k, chunk in enumerate(chunks))
-        good, reason = next(((k, said) for k, said in flaws if said), (len(chunks), f"chunk-{len(chunks):06d} is missing"))
+        good, reason = next(
+            ((k, said) for k, said in flaws if said),
+            (len(chunks), f"chunk-{len(chunks):06d} is missing"),
+        )
         bad = everything - {chunk.path for chunk in chunks[:good]}
         self._set_aside(good, bad)
         if not bad:
             return chunks, None
         kept = chunks[good - 1].stop if good else 0
-        return chunks[:good], (f"{reason}: {len(bad)} chunk{'s' if len(bad) > 1 else ''} dropped, and the run goes on from "
-                               f"step {kept:,}; what was dropped is kept as *{_ASIDE}")
+        return chunks[:good], (
+            f"{reason}: {len(bad)} chunk{'s' if len(bad) > 1 else ''} dropped, and the run goes on from "
+            f"step {kept:,}; what was dropped is kept as *{_ASIDE}"
+        )
 
     def _set_aside(self, good: int, bad: set[Path]) -> None:
         """Take away damaged chunks with their parts, and parts of chunks that never came to be."""
-        parts = [(int(named[1]), path) for path in self.path.glob("part-*") if (named := PART_NAME.match(path.name))]
+        parts = [
+            (int(named[1]), path)
+            for path in self.path.glob("part-*")
+            if (named := PART_NAME.match(path.name))
+        ]
         listed = {int(CHUNK_NAME.match(path.name)[1]) for path in bad}
         try:
             for path in sorted(bad | {path for index, path in parts if index in listed}):

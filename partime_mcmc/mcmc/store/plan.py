@@ -77,7 +77,9 @@ def settled_for(kernel: Kernel, warmup: Warmup | None, **choices: Any) -> Settle
     settings = dict(kernel.numbers.settings) | dict(kernel.family.counts) if tuned else None
     dice = unwrapped(kernel.family.builder)[1].get("dice") if tuned else None
     num_warmup = warmup.num_steps if warmup else 0
-    return Settled(settings=settings, dice=dice, num_warmup=num_warmup, warmup=str(warmup or ""), **choices)
+    return Settled(
+        settings=settings, dice=dice, num_warmup=num_warmup, warmup=str(warmup or ""), **choices
+    )
 
 
 def pack_start(settled: Settled, kernel: Kernel, keys: Key, end: End) -> bytes:
@@ -89,12 +91,22 @@ def pack_start(settled: Settled, kernel: Kernel, keys: Key, end: End) -> bytes:
         keys: One per chain, shape `(C,)`.
         end: Where the chains start.
     """
-    words = {"settled": codec.encode(settled, "plan"), "num_steps": end.num_steps, "failed_running": end.failed_running,
-             "stretch": end.stretch}
-    arrays = pack_leaves("key", keys) | pack_leaves("carry", end.carries) | pack_leaves("discrete", end.discrete)
+    words = {
+        "settled": codec.encode(settled, "plan"),
+        "num_steps": end.num_steps,
+        "failed_running": end.failed_running,
+        "stretch": end.stretch,
+    }
+    arrays = (
+        pack_leaves("key", keys)
+        | pack_leaves("carry", end.carries)
+        | pack_leaves("discrete", end.discrete)
+    )
     if isinstance(kernel, Tuned):
         whitening = kernel.numbers.whitening
-        arrays |= pack_leaves("example", whitening.example) | pack_leaves("center", whitening.center)
+        arrays |= pack_leaves("example", whitening.example) | pack_leaves(
+            "center", whitening.center
+        )
         arrays |= pack_leaves("scale", whitening.scale)
     return pack_arrays(arrays | {"words": text_array(words)})
 
@@ -138,7 +150,9 @@ class Start:
         """
         if self.settled.settings is None:
             if not isinstance(given, Kernel):
-                raise TypeError("kernel: got a builder, wanted the tuned Kernel that this run was begun with")
+                raise TypeError(
+                    "kernel: got a builder, wanted the tuned Kernel that this run was begun with"
+                )
             return given
         builder = builder_of(given)
         if builder is None:
@@ -146,11 +160,19 @@ class Start:
         if self.settled.dice is not None and takes_dice(builder):
             builder = with_dice(builder, self.settled.dice)
         example = unpack_leaves("example", self.arrays, example)
-        scale = [strong(self.arrays[name]) for name in sorted(self.arrays) if name.startswith("scale.")]
-        whitening = Whitening(example, strong(self.arrays["center.0"]), scale[0] if len(scale) == 1 else LowRank(*scale))
+        scale = [
+            strong(self.arrays[name]) for name in sorted(self.arrays) if name.startswith("scale.")
+        ]
+        whitening = Whitening(
+            example,
+            strong(self.arrays["center.0"]),
+            scale[0] if len(scale) == 1 else LowRank(*scale),
+        )
         density, data = density_of(target.logdensity, jax.tree.map(lambda leaf: leaf, example))
-        settings = {name: value if isinstance(value, int) else strong(value)
-                    for name, value in self.settled.settings.items()}
+        settings = {
+            name: value if isinstance(value, int) else strong(value)
+            for name, value in self.settled.settings.items()
+        }
         return tuned_kernel(Family(density, builder), data, whitening, settings)
 
 

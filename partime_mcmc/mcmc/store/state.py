@@ -43,8 +43,14 @@ class Totals:
     def of(cls, draws: Draws) -> Totals:
         """Of some draws."""
         info, steps = draws.info, np.shape(draws.certificate.residual)[1]
-        accepted = np.asarray(info.get("acceptance_rate", draws.certificate.accepted), float).sum(axis=1)
-        diverging = np.asarray(info["diverging"]).sum(axis=1) if "diverging" in info else np.zeros(len(accepted), int)
+        accepted = np.asarray(info.get("acceptance_rate", draws.certificate.accepted), float).sum(
+            axis=1
+        )
+        diverging = (
+            np.asarray(info["diverging"]).sum(axis=1)
+            if "diverging" in info
+            else np.zeros(len(accepted), int)
+        )
         return cls(steps, without_steps(draws.certificate), draws.report, accepted, diverging)
 
     def after(self, earlier: Totals | None) -> Totals:
@@ -53,9 +59,14 @@ class Totals:
             return self
         certificate = join_certificates(earlier.certificate, self.certificate)
         return Totals(
-            earlier.num_steps + self.num_steps, certificate,
-            join_reports(earlier.report, self.report, (earlier.num_steps, self.num_steps), certificate),
-            earlier.acceptance + self.acceptance, earlier.divergences + self.divergences)
+            earlier.num_steps + self.num_steps,
+            certificate,
+            join_reports(
+                earlier.report, self.report, (earlier.num_steps, self.num_steps), certificate
+            ),
+            earlier.acceptance + self.acceptance,
+            earlier.divergences + self.divergences,
+        )
 
 
 def pack_state(end: End, totals: Totals, running: dict[str, np.ndarray]) -> bytes:
@@ -66,8 +77,12 @@ def pack_state(end: End, totals: Totals, running: dict[str, np.ndarray]) -> byte
         totals: What is known of all draws.
         running: Running statistics as arrays; may be empty.
     """
-    words = {"num_steps": end.num_steps, "failed_running": end.failed_running, "stretch": end.stretch,
-             "totals": codec.encode(totals, "totals")}
+    words = {
+        "num_steps": end.num_steps,
+        "failed_running": end.failed_running,
+        "stretch": end.stretch,
+        "totals": codec.encode(totals, "totals"),
+    }
     arrays = pack_leaves("carry", end.carries) | pack_leaves("discrete", end.discrete)
     arrays |= {f"running.{name}": value for name, value in running.items()}
     return pack_arrays(arrays | {"words": text_array(words)})
@@ -83,8 +98,13 @@ def unpack_end(arrays: dict[str, np.ndarray], kernel: Kernel, example: PyTree) -
     """
     words = json.loads(bytes(arrays["words"]).decode())
     carry, discrete = jax.eval_shape(lambda position: _parts(kernel, position), example)
-    return End(unpack_leaves("carry", arrays, carry), unpack_leaves("discrete", arrays, discrete), words["num_steps"],
-               words["failed_running"], words["stretch"])
+    return End(
+        unpack_leaves("carry", arrays, carry),
+        unpack_leaves("discrete", arrays, discrete),
+        words["num_steps"],
+        words["failed_running"],
+        words["stretch"],
+    )
 
 
 def unpack_state(data: bytes) -> tuple[dict[str, np.ndarray], Totals, dict[str, np.ndarray]]:
@@ -92,7 +112,15 @@ def unpack_state(data: bytes) -> tuple[dict[str, np.ndarray], Totals, dict[str, 
     arrays = unpack_arrays(data)
     totals = codec.decode(json.loads(bytes(arrays["words"]).decode())["totals"])
     prefix = "running."
-    return arrays, totals, {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+    return (
+        arrays,
+        totals,
+        {
+            name.removeprefix(prefix): value
+            for name, value in arrays.items()
+            if name.startswith(prefix)
+        },
+    )
 
 
 def pack_leaves(name: str, tree: PyTree) -> dict[str, np.ndarray]:
@@ -100,7 +128,9 @@ def pack_leaves(name: str, tree: PyTree) -> dict[str, np.ndarray]:
     arrays = {}
     for index, leaf in enumerate(jax.tree.leaves(tree)):
         if is_key(leaf):
-            arrays[f"{name}.{index}.{jax.random.key_impl(leaf)}"] = np.asarray(jax.random.key_data(leaf))
+            arrays[f"{name}.{index}.{jax.random.key_impl(leaf)}"] = np.asarray(
+                jax.random.key_data(leaf)
+            )
         else:
             arrays[f"{name}.{index}"] = np.asarray(leaf)
     return arrays
@@ -116,10 +146,14 @@ def unpack_leaves(name: str, arrays: dict[str, np.ndarray], template: PyTree) ->
     for full, value in arrays.items():
         parts = full.split(".", 2)
         if parts[0] == name and len(parts) > 1:
-            found[int(parts[1])] = jax.random.wrap_key_data(value, impl=parts[2]) if len(parts) == 3 else strong(value)
+            found[int(parts[1])] = (
+                jax.random.wrap_key_data(value, impl=parts[2]) if len(parts) == 3 else strong(value)
+            )
     leaves, tree = jax.tree.flatten(template)
     if sorted(found) != list(range(len(leaves))):
-        raise ValueError(f"store: {len(found)} arrays for {name}, wanted {len(leaves)}: another kernel or model")
+        raise ValueError(
+            f"store: {len(found)} arrays for {name}, wanted {len(leaves)}: another kernel or model"
+        )
     return jax.tree.unflatten(tree, [found[index] for index in range(len(leaves))])
 
 

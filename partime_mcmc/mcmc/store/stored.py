@@ -72,7 +72,11 @@ class StoredDraws:
         if self.totals is None:
             return (Status.INTERRUPTED,) * self.run["num_chains"]
         found = self.totals.report.status
-        return found if self.finished else tuple(Status.INTERRUPTED if one == Status.CONVERGED else one for one in found)
+        return (
+            found
+            if self.finished
+            else tuple(Status.INTERRUPTED if one == Status.CONVERGED else one for one in found)
+        )
 
     @property
     def certificate(self) -> Certificate:
@@ -95,11 +99,21 @@ class StoredDraws:
     @property
     def plan(self) -> dict[str, Any]:
         """What gives these draws again, in plain values."""
-        chosen = {} if self.settled is None else {
-            "solver": repr(self.settled.solver), "schedule": repr(self.settled.schedule), "chunk": self.settled.chunk,
-            "dice": repr(self.settled.dice), "num_warmup": self.settled.num_warmup}
+        chosen = (
+            {}
+            if self.settled is None
+            else {
+                "solver": repr(self.settled.solver),
+                "schedule": repr(self.settled.schedule),
+                "chunk": self.settled.chunk,
+                "dice": repr(self.settled.dice),
+                "num_warmup": self.settled.num_warmup,
+            }
+        )
         wanted = ("num_chains", "thinning", "kernel", "key")
-        return {name: self.run[name] for name in wanted} | chosen | {"num_samples": self.num_samples}
+        return (
+            {name: self.run[name] for name in wanted} | chosen | {"num_samples": self.num_samples}
+        )
 
     @property
     def warmup(self) -> None:
@@ -119,7 +133,11 @@ class StoredDraws:
     @property
     def dims(self) -> dict[str, tuple[str, ...]] | None:
         """Axis names of values."""
-        return None if self.run["dims"] is None else {name: tuple(dims) for name, dims in self.run["dims"].items()}
+        return (
+            None
+            if self.run["dims"] is None
+            else {name: tuple(dims) for name, dims in self.run["dims"].items()}
+        )
 
     @property
     def posterior(self) -> Any:
@@ -137,7 +155,9 @@ class StoredDraws:
         Returns:
             `arviz.InferenceData` with ArviZ 0.23, `xarray.DataTree` with ArviZ 1.x.
         """
-        return tree_of({"posterior": self.posterior, "sample_stats": self.sample_stats}, self.attributes())
+        return tree_of(
+            {"posterior": self.posterior, "sample_stats": self.sample_stats}, self.attributes()
+        )
 
     def load(self) -> Draws:
         """Kept draws in memory; `positions`, `warmup` and `end` are not among what is stored for reading.
@@ -147,10 +167,24 @@ class StoredDraws:
         """
         self.require_kept()
         names = {theirs: ours for ours, theirs in STAT_NAMES.items()}
-        stats = {names.get(name, name): one.values for name, one in self.sample_stats.data_vars.items()}
-        certificate = dataclasses.replace(self.certificate, accepted=stats["accepted"], residual=stats["residual"])
+        stats = {
+            names.get(name, name): one.values for name, one in self.sample_stats.data_vars.items()
+        }
+        certificate = dataclasses.replace(
+            self.certificate, accepted=stats["accepted"], residual=stats["residual"]
+        )
         constrained = {name: one.values for name, one in self.posterior.data_vars.items()}
-        return Draws(None, constrained, stats, certificate, self.report, self.plan, None, self.dims, self.names)
+        return Draws(
+            None,
+            constrained,
+            stats,
+            certificate,
+            self.report,
+            self.plan,
+            None,
+            self.dims,
+            self.names,
+        )
 
     def require_kept(self) -> None:
         """Refuse to read draws before there are any.
@@ -160,8 +194,10 @@ class StoredDraws:
         """
         self._begun()
         if not kept_steps(0, self.num_samples, self.thinning, self.run["num_samples"]).size:
-            raise StoreError(f"store: {self.path} has {self.num_samples:,} draws per chain, and with thinning="
-                             f"{self.thinning} none of them is kept: resume(path, target, kernel) goes on with the run")
+            raise StoreError(
+                f"store: {self.path} has {self.num_samples:,} draws per chain, and with thinning="
+                f"{self.thinning} none of them is kept: resume(path, target, kernel) goes on with the run"
+            )
 
     @functools.cached_property
     def constrained(self) -> dict[str, np.ndarray]:
@@ -180,25 +216,39 @@ class StoredDraws:
 
     def attributes(self) -> dict[str, str | int | float]:
         """What is known of the run in strings and numbers."""
-        found = {"inference_library": "partime_mcmc", "inference_library_version": self.run["versions"]["partime_mcmc"],
-                 "model": self.run["model"], "data": self.run["data"], "thinning": self.thinning,
-                 "finished": int(self.finished), "plan": json.dumps(self.plan), "versions": json.dumps(self.run["versions"])}
+        found = {
+            "inference_library": "partime_mcmc",
+            "inference_library_version": self.run["versions"]["partime_mcmc"],
+            "model": self.run["model"],
+            "data": self.run["data"],
+            "thinning": self.thinning,
+            "finished": int(self.finished),
+            "plan": json.dumps(self.plan),
+            "versions": json.dumps(self.run["versions"]),
+        }
         if self.totals is not None:
-            found |= {"certified": int(np.all(self.certificate.certified)),
-                      "max_residual": float(np.max(self.certificate.max_residual)),
-                      "status": json.dumps([one.name for one in self.status]), "sampling_time": self.report.seconds_run}
+            found |= {
+                "certified": int(np.all(self.certificate.certified)),
+                "max_residual": float(np.max(self.certificate.max_residual)),
+                "status": json.dumps([one.name for one in self.status]),
+                "sampling_time": self.report.seconds_run,
+            }
         return found
 
     def _dataset(self, group: str) -> Any:
         from partime_mcmc.mcmc.store.lazy import Pieces, lazy_dataset
 
         draws = kept_steps(0, self.num_samples, self.thinning, self.run["num_samples"])
-        pieces = Pieces(list(self.chunks), self.thinning, self.run["num_samples"], self.run["num_chains"])
+        pieces = Pieces(
+            list(self.chunks), self.thinning, self.run["num_samples"], self.run["num_chains"]
+        )
         return lazy_dataset(pieces, group, draws, self.attributes())
 
     def _begun(self) -> Totals:
         if self.totals is None:
-            raise StoreError(f"store: {self.path} has no draws yet: resume(path, target, kernel) goes on with the run")
+            raise StoreError(
+                f"store: {self.path} has no draws yet: resume(path, target, kernel) goes on with the run"
+            )
         return self.totals
 
     def __str__(self) -> str:
@@ -208,9 +258,11 @@ class StoredDraws:
             return f"{done} in {self.path}"
         certified = int(np.sum(self.certificate.certified))
         verdicts = ", ".join(sorted({one.name for one in self.status}))
-        return (f"{done}{thinned} in {self.path}: {verdicts}; {certified} chains certified, largest residual "
-                f"{float(np.max(self.certificate.max_residual)):.1e} noise units, {self.report.evaluations_per_sample:.2f} "
-                f"evaluations per draw, {len(self.report.fallbacks)} fallbacks")
+        return (
+            f"{done}{thinned} in {self.path}: {verdicts}; {certified} chains certified, largest residual "
+            f"{float(np.max(self.certificate.max_residual)):.1e} noise units, {self.report.evaluations_per_sample:.2f} "
+            f"evaluations per draw, {len(self.report.fallbacks)} fallbacks"
+        )
 
 
 def open_draws(path: str | os.PathLike, *, folds: Mapping[str, Fold] | None = None) -> StoredDraws:
@@ -262,6 +314,7 @@ def restored(arrays: dict[str, np.ndarray], folds: Mapping[str, Fold] | None) ->
         return None
     if not folds:
         header = json.loads(arrays["header"].tobytes())
-        arrays = arrays | {"header": np.frombuffer(json.dumps(header | {"folds": []}).encode(), np.uint8)}
+        arrays = arrays | {
+            "header": np.frombuffer(json.dumps(header | {"folds": []}).encode(), np.uint8)
+        }
     return Running.from_arrays(arrays, folds)
-
