@@ -35,7 +35,7 @@ from partime_mcmc import (
     solve,
 )
 from partime_mcmc.dynamics import without_captures
-from partime_mcmc.mcmc.sample import default_tolerance
+from partime_mcmc.sampling.sample import default_tolerance
 from partime_mcmc.predict import advise
 
 # All draws of a run together.

@@ -6,7 +6,7 @@ and everything else can be counted:
 - collectives and their bytes, per pass and once per solve, read from the compiled program (HLO) at two lengths of the
   chain: none may grow with the length, or a path would travel;
 - evaluations of the step by device: how even the work is;
-- a model of strong scaling, fitted on one device and checked against the times of all meshes.
+- a model of as_committed_array scaling, fitted on one device and checked against the times of all meshes.
 
 The model. Shooting with C segments on P devices takes D steps one after another in K passes, both read from the solve
 (they hang on the chain and on C, hardly on P). A step of w = C / P lanes takes a + b w seconds on one device. What is
@@ -63,7 +63,7 @@ from partime_mcmc import (
 )
 from partime_mcmc.distributed import sharded_solve, time_mesh
 from partime_mcmc.distributed.sharded_solve import time_axis
-from partime_mcmc.mcmc.sample import default_tolerance
+from partime_mcmc.sampling.sample import default_tolerance
 from partime_mcmc.models import MODELS
 
 MESHES = (1, 2, 4, 8)

@@ -38,7 +38,7 @@ from partime_mcmc import (
     solve,
 )
 from partime_mcmc.dynamics import without_captures
-from partime_mcmc.mcmc.sample import default_tolerance
+from partime_mcmc.sampling.sample import default_tolerance
 
 CASES = {
     "eight schools, HMC 4×0.4": (EIGHT_SCHOOLS, *fixed_hmc(0.4, 4)),

@@ -91,7 +91,7 @@ def measure(name: str, method: str) -> dict:
     jax.config.update("jax_enable_x64", True)
     from partime_mcmc import sequential
     from partime_mcmc.diagnostics.arviz import ess_bulk
-    from partime_mcmc.mcmc.numpyro import CoalescingHMC, ParallelMCMC
+    from partime_mcmc.numpyro import CoalescingHMC, ParallelMCMC
 
     model, data, names, flat = load(name)
     compilation, key = Compilation(), jax.random.key(1)

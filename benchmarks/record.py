@@ -39,7 +39,7 @@ def about() -> dict[str, Any]:
     """Device, versions, commit and memory of this process."""
     import jax
 
-    from partime_mcmc.mcmc.finish import versions
+    from partime_mcmc.sampling.finish import versions
 
     return {
         "platform": jax.default_backend(),

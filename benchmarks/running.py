@@ -1,4 +1,4 @@
-"""Running statistics: what they cost and how near they come, `python -m benchmarks.running --out DIR`.
+"""StreamingStatistics statistics: what they cost and how near they come, `python -m benchmarks.running --out DIR`.
 
 First-order autoregressions of known memory and known law (normal, exp of a normal, Cauchy), four chains in pieces of
 65,536 steps. Beside every estimate stands the one from all draws kept in memory: ArviZ's effective sample size and
@@ -16,7 +16,7 @@ import numpy as np
 from scipy.signal import lfilter
 
 from benchmarks.record import OUT, keep
-from partime_mcmc import Running
+from partime_mcmc import StreamingStatistics
 from partime_mcmc.diagnostics import arviz
 
 PIECE = 65_536
@@ -47,7 +47,7 @@ def inefficiency(law: str, memory: float) -> float:
 def accuracy(law: str, memory: float, num_draws: int, seed: int) -> dict:
     """One line: errors of everything that is estimated."""
     x = LAWS[law](chains(memory, num_draws, seed))
-    running = Running.start()
+    running = StreamingStatistics.start()
     for start in range(0, num_draws, PIECE):
         running = running.update({"x": x[:, start : start + PIECE]})
     (row,), (quantiles, bounds) = running.summary(), running.quantiles(PROBABILITIES)
@@ -71,7 +71,7 @@ def cost(dimension: int, dtype: str, repeats: int = 9) -> dict:
     """One line: seconds of an update with a piece of four chains."""
     x = np.random.default_rng(0).normal(size=(4, PIECE, dimension)).astype(dtype)
     info = {"accepted": x[..., 0] > -1, "residual": np.abs(x[..., 0])}
-    running, seconds = Running.start().update({"x": x}, info), []
+    running, seconds = StreamingStatistics.start().update({"x": x}, info), []
     for _ in range(repeats):
         begin = time.perf_counter()
         running.update({"x": x}, info)
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     keep(
         arguments.out / "running-cpu.json",
         {"accuracy": near, "cost": costs},
-        f"# Running statistics\n\n{text}",
+        f"# StreamingStatistics statistics\n\n{text}",
     )
 
 

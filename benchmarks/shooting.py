@@ -43,8 +43,8 @@ from partime_mcmc import (
     solve,
 )
 from partime_mcmc.dynamics import without_captures
-from partime_mcmc.mcmc.sample import default_tolerance
-from partime_mcmc.mcmc.target import Target
+from partime_mcmc.sampling.sample import default_tolerance
+from partime_mcmc.sampling.target import Target
 from partime_mcmc.models import MODELS
 from partime_mcmc.predict import advise
 

@@ -8,7 +8,7 @@ linearizers   DenseJacobian, DiagonalJacobian, HutchinsonDiagonal, IdentityJacob
 kernels       from_blackjax, coalescing_hmc, hmc, mala, nuts, random_walk, PlainDice, CoalescingDice, Kernel, Whitening,
               certify
 sampling      Target, from_numpyro, sample, Draws, PooledAdaptation, WindowAdaptation
-long runs     Store, NetCDF, Zarr, resume, open_draws, StoredDraws, StoreError, StoreMismatch, Running, Fold
+long runs     Store, NetCDF, Zarr, resume, open_draws, StoredDraws, StoreError, StoreMismatch, StreamingStatistics, Fold
 NumPyro       ParallelMCMC, CoalescingHMC, HMC, NUTS, MALA, BlackJAXKernel
 networks      unroll; cells, adapters and statuses in `partime_mcmc.rnn`
 devices       time_mesh, sharded_solve, sharded_chains, hosts; more in `partime_mcmc.distributed`
@@ -46,8 +46,8 @@ from partime_mcmc.linearize import (
     IdentityJacobian,
     ZeroJacobian,
 )
-from partime_mcmc.mcmc.draws import Draws
-from partime_mcmc.mcmc.numpyro import (
+from partime_mcmc.sampling.draws import Draws
+from partime_mcmc.numpyro import (
     HMC,
     MALA,
     NUTS,
@@ -56,19 +56,19 @@ from partime_mcmc.mcmc.numpyro import (
     ParallelMCMC,
     from_numpyro,
 )
-from partime_mcmc.mcmc.pooled import PooledAdaptation
-from partime_mcmc.mcmc.progress import progress_line, quiet
-from partime_mcmc.mcmc.resume import resume
-from partime_mcmc.mcmc.running import Fold, Running
-from partime_mcmc.mcmc.sample import sample
-from partime_mcmc.mcmc.store.chunks import StoreError
-from partime_mcmc.mcmc.store.fingerprint import StoreMismatch
-from partime_mcmc.mcmc.store.formats import NetCDF, Zarr
-from partime_mcmc.mcmc.store.stored import StoredDraws, open_draws
-from partime_mcmc.mcmc.stored_run import Store
-from partime_mcmc.mcmc.target import Target
-from partime_mcmc.mcmc.warmup import WindowAdaptation
-from partime_mcmc.mcmc.writers import EveryHost, FirstHost
+from partime_mcmc.warmup.pooled import PooledAdaptation
+from partime_mcmc.sampling.progress import progress_line, quiet
+from partime_mcmc.sampling.resume import resume
+from partime_mcmc.storage.streaming_statistics import Fold, StreamingStatistics
+from partime_mcmc.sampling.sample import sample
+from partime_mcmc.storage.chunks import StoreError
+from partime_mcmc.storage.fingerprint import StoreMismatch
+from partime_mcmc.storage.formats import NetCDF, Zarr
+from partime_mcmc.storage.stored_draws import StoredDraws, open_draws
+from partime_mcmc.storage.stored_run import Store
+from partime_mcmc.sampling.target import Target
+from partime_mcmc.warmup.warmup import WindowAdaptation
+from partime_mcmc.storage.writers import EveryHost, FirstHost
 from partime_mcmc.recipes import (
     deer,
     elk,
@@ -119,7 +119,7 @@ __all__ = [
     "PooledAdaptation",
     "Recorded",
     "RelaxingDamping",
-    "Running",
+    "StreamingStatistics",
     "Sliding",
     "Solution",
     "SolveError",

@@ -20,7 +20,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import pytest  # noqa: E402
 
-from partime_mcmc.mcmc import programs  # noqa: E402
+from partime_mcmc import compile_cache as programs  # noqa: E402
 
 if "xla_backend_optimization_level" in os.environ["XLA_FLAGS"]:
     programs.CPU_OPTIONS.clear()

@@ -60,10 +60,11 @@ from partime_mcmc import (
 from partime_mcmc.adjoint import Implicit, ImplicitRelay  # noqa: E402
 from partime_mcmc.distributed import ShardedTime, sharded_chains, sharded_solve, summed, time_mesh  # noqa: E402
 from partime_mcmc.linearize import Clipped, DenseJacobian  # noqa: E402
-from partime_mcmc.mcmc import exchange, programs  # noqa: E402
-from partime_mcmc.mcmc.arguments import chunk_steps  # noqa: E402
-from partime_mcmc.mcmc.store.chunks import parts_of  # noqa: E402
-from partime_mcmc.mcmc.stored_run import Store  # noqa: E402
+from partime_mcmc.distributed import collectives as exchange
+from partime_mcmc import compile_cache as programs  # noqa: E402
+from partime_mcmc.sampling.memory import chunk_steps  # noqa: E402
+from partime_mcmc.storage.chunks import parts_of  # noqa: E402
+from partime_mcmc.storage.stored_run import Store  # noqa: E402
 from partime_mcmc.scan import Dense, DenseMessage, Diagonal, LocalTime  # noqa: E402
 from partime_mcmc.solvers import Shooting  # noqa: E402
 

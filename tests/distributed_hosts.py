@@ -32,9 +32,10 @@ from partime_mcmc import (
     shooting,
 )
 from partime_mcmc.distributed import hosts, sharded_solve, time_mesh  # noqa: E402
-from partime_mcmc.mcmc import own, programs  # noqa: E402
-from partime_mcmc.mcmc.store.chunks import parts_of  # noqa: E402
-from partime_mcmc.mcmc.stored_run import Store  # noqa: E402
+from partime_mcmc.storage import own
+from partime_mcmc import compile_cache as programs  # noqa: E402
+from partime_mcmc.storage.chunks import parts_of  # noqa: E402
+from partime_mcmc.storage.stored_run import Store  # noqa: E402
 
 # As in `conftest.py`: what is compiled here runs once.
 programs.CPU_OPTIONS.clear()

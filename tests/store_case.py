@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from partime_mcmc.kernels import from_blackjax
-from partime_mcmc.mcmc import programs
-from partime_mcmc.mcmc.progress import quiet
-from partime_mcmc.mcmc.sample import sample
-from partime_mcmc.mcmc.stored_run import Store
-from partime_mcmc.mcmc.target import Target
+from partime_mcmc import compile_cache as programs
+from partime_mcmc.sampling.progress import quiet
+from partime_mcmc.sampling.sample import sample
+from partime_mcmc.storage.stored_run import Store
+from partime_mcmc.sampling.target import Target
 from partime_mcmc.recipes import jacobi
 from partime_mcmc.schedule import Stretches
 

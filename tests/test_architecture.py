@@ -121,7 +121,7 @@ def test_imports_keep_to_their_ranks_and_fences(path):
     [
         ("scan/affine.py", "from partime_mcmc.solve import solve"),
         ("types.py", "def f():\n    from partime_mcmc.reduction import largest"),
-        ("diagnostics/compare.py", "import partime_mcmc.mcmc.draws"),
+        ("diagnostics/compare.py", "import partime_mcmc.sampling.draws"),
         ("solve.py", "from partime_mcmc import deer"),
         ("solve.py", "import blackjax"),
         ("mcmc/sample.py", "from blackjax.mcmc import hmc"),

@@ -11,10 +11,10 @@ import pytest
 from partime_mcmc.dynamics import Dynamics, rollout
 from partime_mcmc.kernels import hmc
 from partime_mcmc.linearize import DenseJacobian, DiagonalJacobian, IdentityJacobian, ZeroJacobian
-from partime_mcmc.mcmc import programs
-from partime_mcmc.mcmc.run import _Solve
-from partime_mcmc.mcmc.sample import sample
-from partime_mcmc.mcmc.target import Target
+from partime_mcmc import compile_cache as programs
+from partime_mcmc.sampling.local import _Solve
+from partime_mcmc.sampling.sample import sample
+from partime_mcmc.sampling.target import Target
 from partime_mcmc.models import MODELS
 from partime_mcmc.recipes import deer, jacobi, picard, quasi_deer, shooting
 from partime_mcmc.scan import Identity, Zero

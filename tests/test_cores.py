@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import partime_mcmc.mcmc.cores as cores
-import partime_mcmc.mcmc.programs as programs
+import partime_mcmc.sampling.chain_groups as cores
+import partime_mcmc.compile_cache as programs
 from partime_mcmc.dynamics import Dynamics, without_captures
 from partime_mcmc.kernels import from_blackjax
-from partime_mcmc.mcmc.cores import cut, joined, num_groups, run_groups
-from partime_mcmc.mcmc.programs import Clock
-from partime_mcmc.mcmc.sample import sample
-from partime_mcmc.mcmc.seeds import Seed, key_from
-from partime_mcmc.mcmc.target import Target
+from partime_mcmc.sampling.chain_groups import cut, joined, num_groups, run_groups
+from partime_mcmc.compile_cache import Timings
+from partime_mcmc.sampling.sample import sample
+from partime_mcmc.warmup.host_rng import SeedTree, key_from
+from partime_mcmc.sampling.target import Target
 from partime_mcmc.recipes import jacobi, sequential, shooting
 from partime_mcmc.schedule import Stretches
 from partime_mcmc.solution import Status
@@ -110,10 +110,10 @@ def test_steps_that_call_a_library_are_left_together_and_never_run_side_by_side(
 
     monkeypatch.setattr(cores.concurrent.futures, "ThreadPoolExecutor", no_threads)
     states = np.arange(1.0, 13).reshape(4, 3)
-    found = run_groups(jax.vmap(LIBRARY[name]), (), [(states[:2],), (states[2:],)], clock=Clock())
+    found = run_groups(jax.vmap(LIBRARY[name]), (), [(states[:2],), (states[2:],)], clock=Timings())
     np.testing.assert_allclose(np.concatenate(found), jax.vmap(LIBRARY[name])(states), rtol=1e-12)
     with pytest.raises(AssertionError, match="a thread was started"):
-        run_groups(double, (1.0,), [(states[:2],), (states[2:],)], clock=Clock())
+        run_groups(double, (1.0,), [(states[:2],), (states[2:],)], clock=Timings())
 
 
 def double(scale, x):
@@ -125,7 +125,7 @@ def test_groups_run_side_by_side_as_they_do_one_by_one(count, with_cores):
     with_cores(count)
     # NumPy's float64 and a plain number: threads, which do not know of the fixture's setting, may not narrow them.
     groups = [(np.full(4, 1 / 3 + number),) for number in range(3)]
-    found = run_groups(double, (1 / 7,), groups, clock=Clock())
+    found = run_groups(double, (1 / 7,), groups, clock=Timings())
     for (x,), one in zip(groups, found):
         assert one["y"].dtype == jnp.float64
         np.testing.assert_array_equal(one["y"], x * (1 / 7))
@@ -145,11 +145,11 @@ def test_groups_overlap_and_one_that_fails_is_heard_after_all_have_ended(with_co
     monkeypatch.setattr(cores, "compiled", lambda *args, clock: program)
     monkeypatch.setattr(cores, "_overlaps", lambda program: True)
     with pytest.raises(MemoryError, match="RESOURCE_EXHAUSTED"):
-        run_groups(double, (), [(np.zeros(1),), (np.ones(1),)], clock=Clock())
+        run_groups(double, (), [(np.zeros(1),), (np.ones(1),)], clock=Timings())
     assert ended == [0.0]
     meet.reset()
     with pytest.raises(MemoryError):
-        run_groups(double, (), [(np.ones(1),), (np.zeros(1),)], clock=Clock())
+        run_groups(double, (), [(np.ones(1),), (np.zeros(1),)], clock=Timings())
     assert ended == [0.0, 0.0]
 
 
@@ -231,17 +231,17 @@ def test_chains_that_fail_in_one_group_are_finished_there(with_cores):
 
 
 def test_seeds_are_a_tree():
-    root = Seed.of(jax.random.key(7))
+    root = SeedTree.of(jax.random.key(7))
     nodes = [
         root,
         root.child(0),
         root.child(1),
         root.child(0).child(0),
         root.child(0).child(1),
-        Seed.of(jax.random.key(8)),
+        SeedTree.of(jax.random.key(8)),
     ]
     assert len({tuple(node.words) for node in nodes}) == len(nodes)
-    np.testing.assert_array_equal(root.child(3).words, Seed.of(jax.random.key(7)).child(3).words)
+    np.testing.assert_array_equal(root.child(3).words, SeedTree.of(jax.random.key(7)).child(3).words)
     assert root.child(2).generator.integers(1 << 30) == root.child(2).generator.integers(1 << 30)
     words = np.stack([root.child(number).words for number in range(1024)])
     uniforms = np.asarray(jax.vmap(lambda one: jax.random.uniform(key_from(one)))(words))

@@ -27,8 +27,8 @@ from partime_mcmc.kernels import (
 )
 from partime_mcmc.kernels.dice import Layers, draw_layers, multishift
 from partime_mcmc.kernels.hmc import leapfrog_row
-from partime_mcmc.mcmc.sample import sample
-from partime_mcmc.mcmc.target import Target
+from partime_mcmc.sampling.sample import sample
+from partime_mcmc.sampling.target import Target
 from partime_mcmc.predict.coalescence import meeting_times
 from partime_mcmc.recipes import jacobi, sequential, shooting
 from partime_mcmc.solution import Status, Tolerance

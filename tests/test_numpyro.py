@@ -15,7 +15,7 @@ from partime_mcmc.diagnostics.checks import (
     check_precision,
     check_start,
 )
-from partime_mcmc.mcmc.numpyro import from_numpyro
+from partime_mcmc.numpyro import from_numpyro
 
 KEY = jax.random.key(0)
 

@@ -12,13 +12,15 @@ import pytest
 from partime_mcmc import HMC, ParallelMCMC, Store, Target, hmc, sample
 from partime_mcmc.diagnostics.checks import TooLarge
 from partime_mcmc.kernels import Independent, Recorded
-from partime_mcmc.mcmc import arguments, chains
-from partime_mcmc.mcmc.chains import check_fits
-from partime_mcmc.mcmc.numpyro import parallel, stored
+from partime_mcmc.sampling import memory as arguments
+from partime_mcmc.sampling import chains
+from partime_mcmc.sampling.chains import check_fits
+from partime_mcmc.numpyro import mcmc as parallel
+from partime_mcmc.numpyro import stored
 
 # Modules whose names their functions hide.
 sampling, resume = (
-    importlib.import_module(f"partime_mcmc.mcmc.{name}") for name in ("sample", "resume")
+    importlib.import_module(f"partime_mcmc.sampling.{name}") for name in ("sample", "resume")
 )
 LIMIT = 2**30
 

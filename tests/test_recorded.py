@@ -132,7 +132,7 @@ class Counting(NamedTuple):
     moves: jax.Array
 
 
-class Walked(NamedTuple):
+class HMCBatchResult(NamedTuple):
     """Nothing to say."""
 
     is_accepted: jax.Array
@@ -152,7 +152,7 @@ def test_a_counter_that_follows_the_path_is_found(double):
             0.5 * state.position + jax.random.normal(step_key, state.position.shape),
             state.position,
         )
-        return Counting(position, state.moves + moved.astype(jnp.int32)), Walked(moved)
+        return Counting(position, state.moves + moved.astype(jnp.int32)), HMCBatchResult(moved)
 
     kernel = Kernel(SimpleNamespace(init=init, step=step))
     _, (mine, _), (theirs, _), _ = recorded_and_independent(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from partime_mcmc.diagnostics import arviz
-from partime_mcmc.mcmc.running import Fold, Running
+from partime_mcmc.storage.streaming_statistics import Fold, StreamingStatistics
 from tests import fakes
 
 
@@ -18,7 +18,7 @@ def pieces(n, sizes):
 
 
 def run(values, info=None, *, sizes=(1000, 1, 317), folds=None):
-    running = Running.start(folds)
+    running = StreamingStatistics.start(folds)
     for piece in pieces(next(iter(values.values())).shape[1], sizes):
         running = running.update(
             {name: array[:, piece] for name, array in values.items()},
@@ -83,12 +83,12 @@ def test_a_restored_run_goes_on_bit_for_bit():
     }
     cuts = list(pieces(20_000, (4096,)))
     whole = run(SKEWED, info, sizes=(4096,), folds=fold)
-    running = Running.from_arrays(Running.start(fold).to_arrays(), fold)
+    running = StreamingStatistics.from_arrays(StreamingStatistics.start(fold).to_arrays(), fold)
     for cut in cuts:
         running = running.update(
             {n: a[:, cut] for n, a in SKEWED.items()}, {n: a[:, cut] for n, a in info.items()}
         )
-        running = Running.from_arrays(
+        running = StreamingStatistics.from_arrays(
             {name: array.copy() for name, array in running.to_arrays().items()}, fold
         )
     ours, theirs = running.to_arrays(), whole.to_arrays()
@@ -180,13 +180,13 @@ def test_wrong_pieces_are_named():
             {name: array[:3] for name, array in SKEWED.items()}, {"accepted": X[:3, :, 0] > 0}
         )
     with pytest.raises(ValueError, match="'accepted' has shape"):
-        Running.start().update(SKEWED, {"accepted": np.zeros((4, 3))})
+        StreamingStatistics.start().update(SKEWED, {"accepted": np.zeros((4, 3))})
     with pytest.raises(ValueError, match="no draws yet"):
-        Running.start().mean()
+        StreamingStatistics.start().mean()
     with pytest.raises(ValueError, match="folds: got"):
-        Running.from_arrays(Running.start({"a": Fold(0, max)}).to_arrays())
+        StreamingStatistics.from_arrays(StreamingStatistics.start({"a": Fold(0, max)}).to_arrays())
     assert (
-        Running.start().summary() == []
+        StreamingStatistics.start().summary() == []
         and running.update({n: a[:, :0] for n, a in SKEWED.items()}, {"accepted": np.zeros((4, 0))})
         is running
     )

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from partime_mcmc.mcmc.own import Place, _side_by_side
-from partime_mcmc.mcmc.part_keeper import turns
-from partime_mcmc.mcmc.running import Running
-from partime_mcmc.mcmc.scattered import Sums, batch_size, bins_for, put_together, spread_of
-from partime_mcmc.mcmc.totals import Total
+from partime_mcmc.storage.own import Place, _side_by_side
+from partime_mcmc.storage.part_keeper import turns
+from partime_mcmc.storage.streaming_statistics import StreamingStatistics
+from partime_mcmc.storage.scattered import Sums, batch_size, bins_for, put_together, spread_of
+from partime_mcmc.storage.sums import Total
 from tests import fakes
 
 CHAINS = 3
@@ -42,7 +42,7 @@ def of(arrays, chains, steps):
 
 def scattered(cut, values, info, sizes):
     """The statistics chunk by chunk, each scattered over hosts, and those that one host has."""
-    running, whole, bins, done = Running.start(), Running.start(), None, 0
+    running, whole, bins, done = StreamingStatistics.start(), StreamingStatistics.start(), None, 0
     for size in sizes:
         tiles = [(np.array(chains), done + np.array(steps)) for chains, steps in cut(size)]
         mine = [(of(values, *tile), of(info, *tile), *tile) for tile in tiles]
@@ -53,7 +53,7 @@ def scattered(cut, values, info, sizes):
             for one in sums
         ]
         running = put_together(running, heard, CHAINS, done + size, bins, {})
-        running = Running.from_arrays(running.to_arrays())
+        running = StreamingStatistics.from_arrays(running.to_arrays())
         everything = range(CHAINS), range(done, done + size)
         whole, done = whole.update(of(values, *everything), of(info, *everything)), done + size
     return running, whole

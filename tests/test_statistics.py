@@ -26,8 +26,8 @@ from partime_mcmc.kernels import (
     nuts,
     random_walk,
 )
-from partime_mcmc.mcmc.sample import sample
-from partime_mcmc.mcmc.target import Target
+from partime_mcmc.sampling.sample import sample
+from partime_mcmc.sampling.target import Target
 from partime_mcmc.models import banana
 from partime_mcmc.recipes import quasi_deer
 from partime_mcmc.schedule import Stretches

@@ -21,13 +21,13 @@ import pytest
 import store_case
 from store_case import CHAINS, CHUNK, run
 
-import partime_mcmc.mcmc.cores as cores
-import partime_mcmc.mcmc.followers as followers
-import partime_mcmc.mcmc.resume as resuming
-import partime_mcmc.mcmc.run as running
-import partime_mcmc.mcmc.store.layout as layout
-import partime_mcmc.mcmc.stored_run as storing
-import partime_mcmc.mcmc.stream as streaming
+import partime_mcmc.sampling.chain_groups as cores
+import partime_mcmc.distributed.followers as followers
+import partime_mcmc.sampling.resume as resuming
+import partime_mcmc.sampling.local as running
+import partime_mcmc.storage.layout as layout
+import partime_mcmc.storage.stored_run as storing
+import partime_mcmc.sampling.executor as streaming
 from partime_mcmc import (
     Clipped,
     DiagonalJacobian,
@@ -42,22 +42,22 @@ from partime_mcmc import (
 from partime_mcmc.cli.runs import of_store
 from partime_mcmc.diagnostics.checks import TooLarge
 from partime_mcmc.kernels import Whitening, from_blackjax, mala
-from partime_mcmc.mcmc.arguments import chunk_steps
-from partime_mcmc.mcmc.books import Books
-from partime_mcmc.mcmc.draws import End
-from partime_mcmc.mcmc.family import Family, density_of, family_of, tuned_kernel
-from partime_mcmc.mcmc.joining import join_certificates, join_reports, without_steps
-from partime_mcmc.mcmc.progress import progress_line, quiet
-from partime_mcmc.mcmc.running import Fold
-from partime_mcmc.mcmc.store import codec
-from partime_mcmc.mcmc.store.fingerprint import StoreMismatch, fingerprint_of
-from partime_mcmc.mcmc.store.formats import Zarr, blocks
-from partime_mcmc.mcmc.store.layout import Folder, StoreError
-from partime_mcmc.mcmc.stored_run import Store
-from partime_mcmc.mcmc.tapes import begin, throw
-from partime_mcmc.mcmc.programs import Clock
-from partime_mcmc.mcmc.target import Target
-from partime_mcmc.mcmc.warmup import Warmup
+from partime_mcmc.sampling.memory import chunk_steps
+from partime_mcmc.sampling.run_recorder import RunRecorder
+from partime_mcmc.sampling.draws import End
+from partime_mcmc.kernels.kernel_program import KernelProgram, density_of, program_and_params, parametrised_kernel
+from partime_mcmc.sampling.merge import join_certificates, join_reports, without_steps
+from partime_mcmc.sampling.progress import progress_line, quiet
+from partime_mcmc.storage.streaming_statistics import Fold
+from partime_mcmc.storage import codec
+from partime_mcmc.storage.fingerprint import StoreMismatch, fingerprint_of
+from partime_mcmc.storage.formats import Zarr, blocks
+from partime_mcmc.storage.layout import Folder, StoreError
+from partime_mcmc.storage.stored_run import Store
+from partime_mcmc.sampling.randomness import begin, throw
+from partime_mcmc.compile_cache import Timings
+from partime_mcmc.sampling.target import Target
+from partime_mcmc.warmup.warmup import Warmup
 from partime_mcmc.recipes import sequential
 from partime_mcmc.schedule import Stretches
 from partime_mcmc.solution import SolveError, Status, Tolerance
@@ -262,13 +262,13 @@ def test_a_run_goes_on_in_the_groups_that_it_was_begun_in(tmp_path, monkeypatch)
 
 
 def test_an_interrupt_is_heard_when_all_chains_are_lost(tmp_path, memory, monkeypatch):
-    inner = Books.enter
+    inner = RunRecorder.enter
 
     def enter(self, *rest):
         self.status = [Status.NONFINITE] * CHAINS
         return inner(self, *rest)
 
-    monkeypatch.setattr(Books, "enter", enter)
+    monkeypatch.setattr(RunRecorder, "enter", enter)
     assert run(tmp_path / "run", progress=Interrupting(70)).num_samples == 48
     draws = run(progress=Interrupting(70))
     assert draws.plan["num_samples"] == 72 and draws.report.status == (Status.NONFINITE,) * CHAINS
@@ -446,7 +446,7 @@ def warmup_of(step=0.3, scale=1.0, place=0.0):
     example = {"place": jnp.zeros(3), "level": jnp.zeros(())}
     density, data = density_of(store_case.target().logdensity, example)
     whitening = Whitening(example, jnp.zeros(4), jnp.full(4, scale))
-    kernel = tuned_kernel(Family(density, mala), data, whitening, {"step_size": step})
+    kernel = parametrised_kernel(KernelProgram(density, mala), data, whitening, {"step_size": step})
     positions = {"place": jnp.full((CHAINS, 3), place), "level": jnp.zeros(CHAINS)}
     return Warmup(
         kernel,
@@ -483,7 +483,7 @@ def test_another_warmup_is_refused_and_its_builder_will_do(tmp_path, monkeypatch
 def test_kernels_on_one_algorithm_are_judged_each_in_its_own_unit():
     algorithm = blackjax.mala(store_case.target().logdensity, 0.35)
     families = [
-        family_of(from_blackjax(algorithm, noise_scale=unit))[0]
+        program_and_params(from_blackjax(algorithm, noise_scale=unit))[0]
         for unit in (0.5, 0.5, 0.7, np.full(4, 0.5))
     ]
     assert families[0] == families[1] and hash(families[0]) == hash(families[1])
@@ -598,7 +598,7 @@ def test_type_versions_and_arguments_are_refused_by_name(whole, monkeypatch):
     ):
         with pytest.raises(StoreMismatch, match=message):
             run(whole.path, **changes)
-    from partime_mcmc.mcmc.store import fingerprint
+    from partime_mcmc.storage import fingerprint
 
     now = fingerprint.versions()
     monkeypatch.setattr(fingerprint, "versions", lambda: now | {"jax": "0.1.0"})
@@ -681,7 +681,7 @@ def test_tapes_start_anywhere():
     positions = {"place": jnp.zeros((CHAINS, 3)), "level": jnp.zeros(CHAINS)}
     for partitionable in (True, False):
         with jax.threefry_partitionable(partitionable):
-            first = begin(kernel, positions, keys, Clock())
+            first = begin(kernel, positions, keys, Timings())
             everything, part = (
                 throw(kernel, positions, keys, steps, end)[2]
                 for steps, end in ((50, None), (20, type(first)(first.carries, first.discrete, 30)))
@@ -713,8 +713,8 @@ def test_strategies_go_into_files_and_foreign_names_do_not_come_out():
         codec.decode(older)
     for place in (
         "os:system",
-        "partime_mcmc.mcmc.store.codec:json",
-        "partime_mcmc.mcmc.store.layout:os",
+        "partime_mcmc.storage.codec:json",
+        "partime_mcmc.storage.layout:os",
     ):
         with pytest.raises(ValueError, match="a stored value names"):
             codec.decode({"function": place})

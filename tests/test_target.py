@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from partime_mcmc.diagnostics.checks import InvalidStart
-from partime_mcmc.mcmc.target import Target
+from partime_mcmc.sampling.target import Target
 
 
 @pytest.fixture(params=[False, True], ids=["float32", "float64"])

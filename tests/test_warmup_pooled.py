@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 
 from partime_mcmc.kernels import hmc
-from partime_mcmc.mcmc import trajectories
-from partime_mcmc.mcmc.family import density_of
-from partime_mcmc.mcmc.metric import DenseMetric, DiagonalMetric, LowRankMetric, metric_for, root_of
-from partime_mcmc.mcmc.path import Path, PathRule, boldest_step
-from partime_mcmc.mcmc.pooled import Pool, PooledAdaptation, rescue
-from partime_mcmc.mcmc.seeds import Seed
-from partime_mcmc.mcmc.trajectories import STEPS, Walked, Walker
-from partime_mcmc.mcmc.warmup import WindowAdaptation, warm_up
-from partime_mcmc.mcmc.windows import in_parallel_time, side_by_side
+from partime_mcmc.warmup import hmc_batch as trajectories
+from partime_mcmc.kernels.kernel_program import density_of
+from partime_mcmc.warmup.metric import DenseMetric, DiagonalMetric, LowRankMetric, metric_for, root_of
+from partime_mcmc.warmup.trajectory_length import Path, TrajectoryRule, boldest_step
+from partime_mcmc.warmup.pooled import Pool, PooledAdaptation, rescue
+from partime_mcmc.warmup.host_rng import SeedTree
+from partime_mcmc.warmup.hmc_batch import STEPS, HMCBatchResult, HMCBatch
+from partime_mcmc.warmup.warmup import WindowAdaptation, warm_up
+from partime_mcmc.warmup.pooled_windows import in_parallel_time, side_by_side
 
-D, C, SEED = 3, 8, Seed((0, 1))
+D, C, SEED = 3, 8, SeedTree((0, 1))
 COVARIANCE = np.array([[4.0, 1.0, 0.0], [1.0, 0.5, 0.003], [0.0, 0.003, 1e-4]])
 PRECISION = np.linalg.inv(COVARIANCE)
 
@@ -80,12 +80,12 @@ def test_paths_are_the_cheapest_that_are_accepted():
     def trial(step, steps):
         return np.full((STEPS, C), 1.0 - 0.4 * step)
 
-    path = PathRule(0.8).choose(trial)
+    path = TrajectoryRule(0.8).choose(trial)
     assert path.num_steps == 4 and path.step_size == pytest.approx(2 * np.sin(np.pi / 16))
-    assert PathRule(0.8, length=3.0).choose(trial) == Path(0.5, 6, pytest.approx(0.8))
-    assert PathRule(0.8, step_size=0.3).choose(trial)[:2] == (0.3, 5)
+    assert TrajectoryRule(0.8, length=3.0).choose(trial) == Path(0.5, 6, pytest.approx(0.8))
+    assert TrajectoryRule(0.8, step_size=0.3).choose(trial)[:2] == (0.3, 5)
     assert boldest_step(trial, 1.0, 0.8).step_size == pytest.approx(0.85**5)
-    stuck = PathRule(0.8).choose(
+    stuck = TrajectoryRule(0.8).choose(
         lambda step, steps: np.where(np.arange(C) == 0, 0.1, 1.0) * np.ones((STEPS, 1))
     )
     assert stuck.acceptance == pytest.approx(0.8875), (
@@ -100,7 +100,7 @@ def test_a_path_is_accepted_from_nearly_everywhere_or_very_often():
         return np.where(np.arange(STEPS * C) % share == 0, 0.0, 1.0 - 0.01 * step).reshape(STEPS, C)
 
     # 0.95 of the states: 0.93 in the mean, more than half way from 0.8 to 1, so there is no more to ask for.
-    assert PathRule(0.8).choose(trial).num_steps == 1
+    assert TrajectoryRule(0.8).choose(trial).num_steps == 1
 
     # Of every eighth state, with small steps of all: the cheapest path from which chains leave.
     def neck(step, steps):
@@ -110,22 +110,22 @@ def test_a_path_is_accepted_from_nearly_everywhere_or_very_often():
             .T
         )
 
-    found = PathRule(0.8).choose(neck)
+    found = TrajectoryRule(0.8).choose(neck)
     assert found.num_steps == 6 and found.acceptance == pytest.approx(0.875 * 0.97 + 0.125 * 0.3)
 
 
 def test_a_lost_chain_goes_on_from_a_good_one():
     x = np.zeros((STEPS, C, D)) + np.arange(C)[:, None]
     level = np.where(np.arange(C) == 5, -1e6, -1.0) * np.ones((STEPS, 1))
-    pool = Pool(x[-1], np.eye(D), np.zeros(D), Walked(x, x, level, level, np.ones(C)), 0, [])
-    rescue(pool, Seed((0, 0)))
+    pool = Pool(x[-1], np.eye(D), np.zeros(D), HMCBatchResult(x, x, level, level, np.ones(C)), 0, [])
+    rescue(pool, SeedTree((0, 0)))
     assert pool.num_rescued == 1 and pool.positions[5, 0] != 5 and pool.positions[4, 0] == 4
     np.testing.assert_array_equal(pool.draws.positions[-1], pool.positions)
 
 
 def walker():
     density, data = density_of(normal, jnp.zeros(D))
-    return Walker(density, data, jnp.zeros(D), C)
+    return HMCBatch(density, data, jnp.zeros(D), C)
 
 
 def test_windows_in_parallel_time_are_chains_of_the_same_law():
@@ -169,7 +169,7 @@ def test_whole_warm_ups(adaptation):
 @pytest.mark.parametrize("numbers", [2**20, 64 * C * D, 1])
 def test_a_window_is_one_chain_however_many_calls_it_takes(numbers, monkeypatch):
     monkeypatch.setattr(trajectories, "_MOST_NUMBERS", numbers)
-    calls = max(1, 128 // trajectories.longest_walk(C * D))
+    calls = max(1, 128 // trajectories.max_batch_steps(C * D))
     # Far from the mode and slow: who began anew would leap.
     starts, h, books = 100.0 + np.arange(C * D, dtype=float).reshape(C, D), 0.01, walker()
     window = side_by_side(books, SEED, starts, np.eye(D) * 1e-3, Path(h, 3, 1.0), 128)

@@ -10,7 +10,7 @@ from partime_mcmc.cli import telling
 from partime_mcmc.cli.choices import KERNELS
 from partime_mcmc.cli.codes import CERTIFIED, NOT_PARALLEL
 from partime_mcmc.cli.options import add_model, problem
-from partime_mcmc.mcmc.pilots import advice_for
+from partime_mcmc.sampling.pilots import advice_for
 
 
 def add(commands: Any) -> argparse.ArgumentParser:

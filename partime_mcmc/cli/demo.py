@@ -23,9 +23,9 @@ from partime_mcmc.diagnostics.checks import check_count
 from partime_mcmc.diagnostics.compare import compare
 from partime_mcmc.diagnostics.report import Report
 from partime_mcmc.kernels import Independent
-from partime_mcmc.mcmc.draws import Draws
-from partime_mcmc.mcmc.progress import progress_line
-from partime_mcmc.mcmc.sample import sample
+from partime_mcmc.sampling.draws import Draws
+from partime_mcmc.sampling.progress import progress_line
+from partime_mcmc.sampling.sample import sample
 from partime_mcmc.models import MODELS
 
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from partime_mcmc.mcmc.numpyro import from_numpyro
-from partime_mcmc.mcmc.numpyro.model import called
-from partime_mcmc.mcmc.target import Target
+from partime_mcmc.numpyro import from_numpyro
+from partime_mcmc.numpyro.model import called
+from partime_mcmc.sampling.target import Target
 from partime_mcmc.models import MODELS
 from partime_mcmc.types import Key
 

@@ -12,7 +12,7 @@ import jax
 from partime_mcmc.cli.choices import KERNELS
 from partime_mcmc.cli.loading import load_data, load_model, make_target
 from partime_mcmc.diagnostics.checks import check_count
-from partime_mcmc.mcmc.target import Target
+from partime_mcmc.sampling.target import Target
 from partime_mcmc.models import MODELS
 from partime_mcmc.types import Key
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from partime_mcmc.diagnostics.arviz import summary_table
 from partime_mcmc.diagnostics.reading import ReadDraws, draws_of, read_draws
-from partime_mcmc.mcmc.arguments import default_max_bytes
-from partime_mcmc.mcmc.draws import Draws
-from partime_mcmc.mcmc.store.stored import StoredDraws, open_draws
+from partime_mcmc.sampling.memory import default_max_bytes
+from partime_mcmc.sampling.draws import Draws
+from partime_mcmc.storage.stored_draws import StoredDraws, open_draws
 
 _MOST_DRAWN = 10_000
 # What a comparison, or a file that is written, makes of draws on its way.

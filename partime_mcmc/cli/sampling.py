@@ -24,13 +24,13 @@ from partime_mcmc.diagnostics.checks import check_count
 from partime_mcmc.diagnostics.compare import compare
 from partime_mcmc.diagnostics.report import Report
 from partime_mcmc.kernels import Independent, Recorded
-from partime_mcmc.mcmc.arguments import bytes_beside
-from partime_mcmc.mcmc.chains import default_solver
-from partime_mcmc.mcmc.draws import Draws
-from partime_mcmc.mcmc.pilots import coupled_distances, solve_by_pass
-from partime_mcmc.mcmc.sample import sample
-from partime_mcmc.mcmc.store.fingerprint import example_of
-from partime_mcmc.mcmc.store.layout import Folder
+from partime_mcmc.sampling.memory import bytes_beside
+from partime_mcmc.sampling.chains import default_solver
+from partime_mcmc.sampling.draws import Draws
+from partime_mcmc.sampling.pilots import coupled_distances, solve_by_pass
+from partime_mcmc.sampling.sample import sample
+from partime_mcmc.storage.fingerprint import example_of
+from partime_mcmc.storage.layout import Folder
 
 
 def add(commands: Any) -> argparse.ArgumentParser:

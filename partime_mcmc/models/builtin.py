@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Callable
 
-from partime_mcmc.mcmc.target import Target
+from partime_mcmc.sampling.target import Target
 from partime_mcmc.types import Key
 
 

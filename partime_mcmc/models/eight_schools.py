@@ -10,7 +10,7 @@ experiments", Journal of Educational Statistics 6(4), 1981; priors as in posteri
 
 import numpy as np
 
-from partime_mcmc.mcmc.target import Target
+from partime_mcmc.sampling.target import Target
 from partime_mcmc.models.builtin import BuiltIn
 from partime_mcmc.types import Key
 
@@ -47,7 +47,7 @@ def make_target(key: Key) -> Target:
     Returns:
         A target on positions `{"mu": (), "tau": (), "theta_trans": (8,)}` that reports `theta`, shape (8,), too.
     """
-    from partime_mcmc.mcmc.numpyro import from_numpyro
+    from partime_mcmc.numpyro import from_numpyro
 
     return from_numpyro(model, np.array(EFFECT), np.array(STANDARD_ERROR), key=key)
 

@@ -15,7 +15,7 @@ from importlib import resources
 
 import numpy as np
 
-from partime_mcmc.mcmc.target import Target
+from partime_mcmc.sampling.target import Target
 from partime_mcmc.models.builtin import BuiltIn
 from partime_mcmc.types import Key
 
@@ -77,7 +77,7 @@ def make_target(key: Key) -> Target:
     Returns:
         A target on positions `{"beta": (25,)}`.
     """
-    from partime_mcmc.mcmc.numpyro import from_numpyro
+    from partime_mcmc.numpyro import from_numpyro
 
     x, vote, _ = design()
     return from_numpyro(model, x, vote, key=key)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from partime_mcmc.mcmc import programs
+from partime_mcmc import compile_cache as programs
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -22,7 +22,7 @@ import numpy as np
 from scipy import special
 
 from partime_mcmc.diagnostics import arviz
-from partime_mcmc.mcmc.numpyro import HMC, MALA, NUTS, CoalescingHMC, ParallelMCMC
+from partime_mcmc.numpyro import HMC, MALA, NUTS, CoalescingHMC, ParallelMCMC
 
 VARIABLE = "PARTIME_REFERENCE_POSTERIORS"
 NAMES = (

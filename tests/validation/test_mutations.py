@@ -15,9 +15,9 @@ import reference
 from partime_mcmc.dynamics import rollout
 from partime_mcmc.kernels import Kernel, certify, mala
 from partime_mcmc.kernels.drawn import DrawnState
-from partime_mcmc.mcmc.numpyro import HMC, ParallelMCMC
-from partime_mcmc.mcmc.sample import sample
-from partime_mcmc.mcmc.target import Target
+from partime_mcmc.numpyro import HMC, ParallelMCMC
+from partime_mcmc.sampling.sample import sample
+from partime_mcmc.sampling.target import Target
 from partime_mcmc.recipes import jacobi, sequential
 from partime_mcmc.solution import SolveError, Status
 from partime_mcmc.solve import solve

@@ -18,7 +18,7 @@ from numpyro.infer import MCMC, NUTS
 from partime_mcmc.diagnostics import arviz
 from partime_mcmc.diagnostics.named import coordinates
 from partime_mcmc.diagnostics.report import Level
-from partime_mcmc.mcmc.numpyro import CoalescingHMC, ParallelMCMC
+from partime_mcmc.numpyro import CoalescingHMC, ParallelMCMC
 
 NUM_REFERENCE, NUM_SAMPLES = 2500, 2000
 

@@ -1,0 +1,218 @@
+"""Chains over many devices and hosts: segments of one chain on different devices, chains beside each other.
+
+What `run` and `finish` do on one device, in programs under `jax.shard_map`. Each device throws the dice of its own
+steps, rolls its own segments, certifies its own part from the state that its neighbour ends with, and puts its own
+draws into the user's space; hosts exchange the ends of parts in every pass and, once per stretch, draws and small
+records, so that every host returns the same draws.
+
+    throw     the dice of steps [first, first + n P), every device its own n
+    solve     one stretch of all chains
+    finish    chains that did not converge, rolled by one device after another from where they stop being exact
+    judge     certificate of every part, records, positions; rejected steps stand still to the last bit
+
+Step t of a chain has the key that it has on one device, so the draws are the same to rounding, and the same bits where
+steps do not round by batch width (coalescing MALA).
+
+Left out: advice (take it from a run on one device), kernels whose counters follow from stepping only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh, PartitionSpec
+
+from partime_mcmc.closures import Named
+from partime_mcmc.distributed.sharded_solve import AsFound
+from partime_mcmc.kernels.certify import certify_with_records
+from partime_mcmc.kernels.kernel import Carry
+from partime_mcmc.kernels.records import said_by
+from partime_mcmc.sampling.randomness import step_keys
+from partime_mcmc.scan.affine import Diagonal
+from partime_mcmc.scan.time_axis import TimeAxis
+from partime_mcmc.solution import Solution, Stats
+from partime_mcmc.solve import solve
+from partime_mcmc.solvers import Solver
+from partime_mcmc.solvers.rollout import roll_on
+from partime_mcmc.types import Array, PyTree
+
+CHAINS, SAME = PartitionSpec("chains"), PartitionSpec()
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How a stretch lies on the mesh.
+
+    Attributes:
+        mesh: The devices.
+        axis: The time axis.
+        steps: Steps per device.
+        along: Where paths `(C, T, ...)` lie.
+    """
+
+    mesh: Mesh
+    axis: TimeAxis
+    steps: int
+    along: PartitionSpec
+
+    @property
+    def length(self) -> int:
+        """Steps in all."""
+        return self.axis.length(self.steps)
+
+    def run(self, function, given, found):
+        """A function of what each device holds, as a function of whole arrays."""
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=given, out_specs=found, check_vma=False
+        )
+
+
+class Throw(Named):
+    """The tape of a stretch, and the counters after it; parts are the family, a cut, the keys' kind, and what `step_keys`
+    wants to know of T."""
+
+    def __call__(self, numbers, words, carries, counters, first):
+        family, cut, kind, total = self.parts
+
+        def here(numbers, words, carries, counters, first):
+            kernel, places = family.kernel(numbers), cut.axis.index(cut.steps)
+
+            def one(word, carry, counters):
+                key = jax.random.wrap_key_data(word, impl=kind)
+                keys = step_keys(key, first + places.astype(jnp.uint32), total)
+                tape = kernel.tape_of(keys, kernel.state(carry, counters))
+                if not counters:
+                    return tape, counters
+                every = kernel.algorithm.count(counters, cut.length + 1)
+                mine = jax.tree.map(lambda leaf: leaf[places], every)
+                return dataclasses.replace(tape, discrete=mine), jax.tree.map(
+                    lambda leaf: leaf[-1], every
+                )
+
+            return jax.vmap(one)(words, carries, counters)
+
+        given = (SAME, CHAINS, CHAINS, CHAINS, SAME)
+        return cut.run(here, given, (cut.along, CHAINS))(numbers, words, carries, counters, first)
+
+
+class Solve(Named):
+    """One stretch of every chain; parts are the family, a cut and `max_iterations`."""
+
+    def __call__(self, solver: Solver, tolerance, numbers, carries, tape) -> Solution:
+        family, cut, max_iterations = self.parts
+
+        def here(numbers, carries, tape):
+            dynamics = family.kernel(numbers).dynamics()
+            return jax.vmap(
+                lambda first, drives: solve(
+                    dynamics,
+                    first,
+                    drives,
+                    solver=solver,
+                    tolerance=tolerance,
+                    max_iterations=max_iterations,
+                    adjoint=AsFound(),
+                    axis=cut.axis,
+                )
+            )(carries, tape)
+
+        found = Solution(cut.along, *[CHAINS] * 4, Stats(*[CHAINS] * 7))
+        return cut.run(here, (SAME, CHAINS, cut.along), found)(numbers, carries, tape)
+
+
+class Finish(Named):
+    """Paths rolled by one device after another from where they stop being exact, and how many steps are then finite;
+    the parts are the family and a cut."""
+
+    def __call__(self, numbers, carries, tape, states, num_exact):
+        family, cut = self.parts
+
+        def here(numbers, carries, tape, states, num_exact):
+            dynamics, axis = family.kernel(numbers).dynamics(), cut.axis
+            exact = jnp.clip(num_exact - axis.index(cut.steps)[0], 0, cut.steps)
+
+            def roll(first):
+                return _swapped(roll_on(dynamics, first, states, tape, exact))
+
+            states = _swapped(axis.in_turn(roll, carries))
+            finite = [
+                jnp.isfinite(leaf).reshape(*leaf.shape[:2], -1).all(axis=2)
+                for leaf in jax.tree.leaves(states)
+            ]
+            return states, jax.vmap(axis.length_of_true)(functools.reduce(jnp.logical_and, finite))
+
+        given = (SAME, CHAINS, cut.along, cut.along, CHAINS)
+        return cut.run(here, given, (cut.along, CHAINS))(numbers, carries, tape, states, num_exact)
+
+
+class Judge(Named):
+    """Certificates of all parts `(C, P)`, what the kernel says of each step, and the path standing still where its
+    kernel does.
+
+    The parts are the family and a cut. Returns certificates (with `accepted` and `residual` of every step), the
+    lengths of the runs without movement with which each part begins and ends, records, the path, positions, the
+    carries at the end, and whether standing still changed nothing.
+    """
+
+    def __call__(self, numbers, carries, states, tape):
+        family, cut = self.parts
+
+        def here(numbers, carries, states, tape):
+            kernel = family.kernel(numbers)
+            return jax.vmap(functools.partial(_judged, kernel, cut.axis))(carries, states, tape)
+
+        steps, parts = cut.along, cut.along
+        found = (steps, parts, steps, steps, steps, CHAINS, parts)
+        return cut.run(here, (SAME, CHAINS, cut.along, cut.along), found)(
+            numbers, carries, states, tape
+        )
+
+
+def _judged(kernel, axis: TimeAxis, carry: PyTree, states: PyTree, tape: PyTree):
+    before = axis.previous(carry, states)
+    first = jax.tree.map(lambda leaf: leaf[0], before)
+    flatten = jax.vmap(lambda one: ravel_pytree(one)[0])
+    flat = flatten(states)
+    unit = kernel.noise_scale if kernel.noise_scale is not None else _spread(flat, axis)
+    certificate, records = certify_with_records(kernel, first, states, tape, scale=unit)
+    position = lambda one: one.position if isinstance(one, Carry) else one  # noqa: E731
+    moved = (flatten(position(states)) != flatten(position(before))).any(
+        axis=1
+    ) & certificate.accepted
+    # Where its kernel stands still the path takes the last state that moved, which may be on another device: a scan of maps
+    # x -> x and x -> state, exact because every product is with 0 or 1.
+    held = records.held[:, None]
+    flat_carry, unravel = ravel_pytree(carry)
+    still = axis.prefix(Diagonal(held.astype(flat.dtype), jnp.where(held, 0, flat)), flat_carry)
+    same = ((still == flat) | ~jnp.isfinite(flat)).all()
+    still = jax.vmap(unravel)(still)
+    runs = jnp.stack([_leading(~moved), _leading(~moved[::-1])])
+    of_steps = {"accepted": certificate.accepted, "residual": certificate.residual}
+    of_part = {
+        field.name: getattr(certificate, field.name)
+        for field in dataclasses.fields(certificate)
+        if field.name not in of_steps
+    }
+    of_part = jax.tree.map(lambda leaf: leaf[None], {**of_part, "runs": runs})
+    positions, end = jax.vmap(kernel.position)(still), axis.last(still)
+    return of_steps, of_part, said_by(records, flat.shape[:1]), still, positions, end, same[None]
+
+
+def _swapped(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), tree)
+
+
+def _leading(flags: Array) -> Array:
+    return jnp.sum(jnp.cumprod(flags.astype(jnp.int32)))
+
+
+def _spread(flat: Array, axis: TimeAxis) -> Array:
+    """Standard deviation of each coordinate over the whole stretch; 1 where it does not move."""
+    count = axis.length(flat.shape[0])
+    center = axis.total(flat) / count
+    spread = jnp.sqrt(axis.total((flat - center) ** 2) / count)
+    return jnp.where(jnp.isfinite(spread) & (spread > 0), spread, 1)

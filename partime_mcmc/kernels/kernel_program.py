@@ -1,0 +1,154 @@
+"""Kernels of one builder on one density: compiled once, whatever warm-up chose.
+
+A kernel that captures its step size, its metric and the model's data is a new program for every run. A `KernelProgram` is
+what these kernels share (the density's program, the builder, the settings that fix shapes), and `KernelParams` what
+distinguishes them; `ParametrisedKernel` is one of its kernels and hands its numbers to solvers as parameters of the dynamics.
+Families compare equal where their kernels differ in numbers only, so that `jit` finds its code again, across seeds and
+calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Callable
+
+import jax.numpy as jnp
+import numpy as np
+
+from partime_mcmc.closures import Named, explicit
+from partime_mcmc.dynamics import Dynamics, Memo
+from partime_mcmc.kernels import Kernel, Whitening
+from partime_mcmc.kernels.kernel import noted
+from partime_mcmc.types import Array, PyTree, pytree
+
+Builder = Callable[..., Kernel]
+
+
+@pytree()
+class KernelParams:
+    """What distinguishes kernels of a family.
+
+    Attributes:
+        data: What the density captured: the model's data.
+        whitening: The coordinates.
+        settings: Step sizes by the builder's argument names.
+    """
+
+    data: PyTree
+    whitening: Whitening
+    settings: dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelProgram:
+    """What kernels share.
+
+    Attributes:
+        density: `(data, position) -> log density`.
+        builder: `(logdensity, *, metric, ...) -> Kernel`.
+        counts: Settings that fix the program: pairs of argument name and value.
+    """
+
+    density: Callable[[PyTree, PyTree], Array]
+    builder: Builder
+    counts: tuple[tuple[str, Any], ...] = ()
+
+    def kernel(self, numbers: KernelParams) -> Kernel:
+        """The kernel of given numbers, which may be traced."""
+        return self.builder(
+            functools.partial(self.density, numbers.data),
+            metric=numbers.whitening,
+            **numbers.settings,
+            **dict(self.counts),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ParametrisedKernel(Kernel):
+    """A kernel that knows its family."""
+
+    family: KernelProgram | None = None
+    numbers: KernelParams | None = None
+
+    def dynamics(self) -> Dynamics:
+        """As `Kernel.dynamics`, with the numbers as parameters."""
+        part = functools.partial(_Part, self.family)
+        memo = Memo(
+            part("_enter_memo"), part("_advance_memo"), part("_leave_memo"), (self.numbers,) * 3
+        )
+        return Dynamics(part("_step_carry"), self.numbers, memo)
+
+    def recording(self) -> Dynamics:
+        """As `Kernel.recording`, with the numbers as parameters."""
+        parts = (_Part(self.family, f"_{name}_noting") for name in ("enter", "advance", "leave"))
+        return dataclasses.replace(self.dynamics(), memo=Memo(*parts, (self.numbers,) * 3, noted))
+
+
+def parametrised_kernel(
+    family: KernelProgram, data: PyTree, whitening: Whitening, settings: dict[str, Any]
+) -> ParametrisedKernel:
+    """The kernel of a family with the settings that warm-up chose.
+
+    Args:
+        family: Without counts.
+        data: What the density captured.
+        whitening: The coordinates.
+        settings: By the builder's argument names; integers fix the program, other numbers do not.
+    """
+    counts = tuple(
+        sorted((name, value) for name, value in settings.items() if isinstance(value, int))
+    )
+    sizes = {
+        name: jnp.asarray(value, whitening.center.dtype)
+        for name, value in settings.items()
+        if not isinstance(value, int)
+    }
+    family = dataclasses.replace(family, counts=counts)
+    numbers = KernelParams(data, whitening, sizes)
+    kernel = family.kernel(numbers)
+    fields = {field.name: getattr(kernel, field.name) for field in dataclasses.fields(Kernel)}
+    return ParametrisedKernel(**fields, family=family, numbers=numbers)
+
+
+class _Part(Named):
+    """A method of the kernels of a family, numbers first."""
+
+    def __call__(self, numbers: KernelParams, *args: PyTree) -> PyTree:
+        family, name = self.parts
+        return getattr(family.kernel(numbers), name)(*args)
+
+
+class _Density(Named):
+    """A log density with parameters first."""
+
+    def __call__(self, params: None, position: PyTree) -> Array:
+        del params
+        return self.parts[0](position)
+
+
+def density_of(logdensity: Callable[[PyTree], Array], example: PyTree) -> tuple[Callable, PyTree]:
+    """A density as `(data, position) -> scalar`, the same object for the same density, and the data that it captured."""
+    return explicit(_Density(logdensity), None, example)
+
+
+class _Alone(Named):
+    """The family of a kernel that came tuned: itself, with its coordinates and the unit in which it is judged."""
+
+    def __init__(self, kernel: Kernel):
+        unit = None if kernel.noise_scale is None else np.asarray(kernel.noise_scale)
+        told = None if unit is None else (unit.dtype.str, unit.shape, unit.tobytes())
+        super().__init__(
+            kernel.algorithm.init, kernel.algorithm.step, kernel.enter, kernel.leave, told
+        )
+        self._kernel = kernel
+
+    def kernel(self, numbers: None) -> Kernel:
+        """The kernel."""
+        del numbers
+        return self._kernel
+
+
+def program_and_params(kernel: Kernel) -> tuple[Any, PyTree]:
+    """What makes a kernel again inside a program, `family.kernel(numbers)`, and the numbers."""
+    return (kernel.family, kernel.numbers) if isinstance(kernel, ParametrisedKernel) else (_Alone(kernel), None)

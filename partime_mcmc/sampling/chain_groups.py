@@ -1,0 +1,179 @@
+"""Chains on the cores of a processor: groups of chains side by side, each in a thread of its own.
+
+XLA runs small operations on one core, however many there are, and a step of some hundred lanes is made of small
+operations. Chains do not wait for each other, so C of them are cut into g groups of C/g, which share one compiled program:
+
+    seconds ~ ⌈g / cores⌉ · C/g,     g a divisor of C up to 8 per core that makes this least, the smallest of them
+
+and are joined where a whole array is wanted; more groups would cost more than they fill. A draw hangs on how many chains
+share its lanes by rounding only, as it does on the number of segments. Accelerators share the lanes of one program among all
+chains: there g = 1.
+
+Of one run, programs that call a library (LAPACK, a Fourier transform, Python) run one at a time. jaxlib spreads such a call
+over XLA's own threads and waits for them while it occupies one: two programs can so wait for each other for ever (seen with
+a Cholesky factor's solve on two cores, JAX 0.10.1). Where a step makes such calls, chains are left together.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import math
+import os
+import re
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from partime_mcmc.closures import explicit, primitives_of
+from partime_mcmc.dynamics import Dynamics
+from partime_mcmc.compile_cache import Timings, compiled
+from partime_mcmc.types import PyTree
+
+_MOST_PER_CORE = 8
+
+
+def num_cores() -> int:
+    """Cores that this process may run on; a quota of their time, as containers may have, is not looked at."""
+    # macOS and Windows do not say.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def num_groups(num_chains: int, dynamics: Dynamics) -> int:
+    """How many groups so many chains are cut into on the default device.
+
+    Args:
+        num_chains: C.
+        dynamics: Their recurrence, without captured arrays.
+    """
+    memo = dynamics.memo
+    parts = (dynamics.step, *(() if memo is None else (memo.enter, memo.advance, memo.leave)))
+    if jax.default_backend() != "cpu" or num_chains == 1 or any(map(_calls_library, parts)):
+        return 1
+    cores = num_cores()
+    divisors = [
+        count
+        for count in range(1, min(num_chains, _MOST_PER_CORE * cores) + 1)
+        if num_chains % count == 0
+    ]
+    return min(divisors, key=lambda count: math.ceil(count / cores) * num_chains / count, default=1)
+
+
+# Operations that become calls of a library on a CPU: by these chains are cut or not. What may run side by side is read from
+# the compiled program.
+_LIBRARY = {
+    "cholesky",
+    "cholesky_update",
+    "triangular_solve",
+    "lu",
+    "lu_pivots_to_permutation",
+    "eig",
+    "eigh",
+    "svd",
+    "qr",
+    "geqrf",
+    "geqp3",
+    "householder_product",
+    "schur",
+    "hessenberg",
+    "tridiagonal",
+    "tridiagonal_solve",
+    "fft",
+    "conv_general_dilated",
+    "ffi_call",
+    "pure_callback",
+    "io_callback",
+    "debug_callback",
+    "debug_print",
+}
+_LIBRARY_COMPILED = re.compile(r"\b(custom-call|fft|convolution)\(")
+
+
+@functools.lru_cache(maxsize=128)
+def _calls_library(function: Any) -> bool:
+    return bool(primitives_of(function.jaxpr) & _LIBRARY)
+
+
+@functools.lru_cache(maxsize=128)
+def _overlaps(program: jax.stages.Compiled) -> bool:
+    """Whether a program may run beside others: what the compiler has made of it is what counts."""
+    return _LIBRARY_COMPILED.search(program.as_text()) is None
+
+
+def first_group(num_chains: int, dynamics: Dynamics, tree: PyTree) -> tuple[int, PyTree]:
+    """The number of groups, and of leaves `(C, ...)` what belongs to the first of them; arguments as for `num_groups`."""
+    count = num_groups(num_chains, dynamics)
+    return count, jax.tree.map(lambda leaf: leaf[: num_chains // count], tree)
+
+
+def cut(tree: PyTree, count: int) -> list[PyTree]:
+    """Leaves `(C, ...)` as `count` trees of leaves `(C / count, ...)`."""
+    return [tree] if count == 1 else _cut(tree, count)
+
+
+def joined(groups: list[PyTree]) -> PyTree:
+    """What `cut` has cut, or what came of the groups: their leaves one after another along the first axis."""
+    return groups[0] if len(groups) == 1 else _joined(groups)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cut(tree, count):
+    def part(leaf, number):
+        size = leaf.shape[0] // count
+        return leaf[number * size : (number + 1) * size]
+
+    return [jax.tree.map(functools.partial(part, number=number), tree) for number in range(count)]
+
+
+@jax.jit
+def _joined(groups):
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *groups)
+
+
+def run_groups(
+    function: Callable, shared: tuple, groups: list[tuple], *, clock: Timings, what: str = "run"
+) -> list[PyTree]:
+    """`function(*shared, *group)` for every group, side by side.
+
+    Args:
+        function: As for `run_program`.
+        shared: What all groups get.
+        groups: The other arguments, of one structure, shapes and types.
+        clock: Where seconds are booked.
+        what: Under what execution is booked.
+
+    Returns:
+        The results, ready, in order. An error in one group is raised once all that have begun have ended.
+    """
+    # Threads do not inherit settings such as the width of numbers, so nothing may be left for them to convert.
+    shared, groups = jax.tree.map(
+        lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(np.asarray(leaf)),
+        (shared, groups),
+    )
+    program = compiled(function, *shared, *groups[0], clock=clock)
+
+    def run(group):
+        return jax.block_until_ready(program(*shared, *group))
+
+    with clock.measure(what):
+        if len(groups) == 1 or not _overlaps(program):
+            return [run(group) for group in groups]
+        with concurrent.futures.ThreadPoolExecutor(min(len(groups), num_cores())) as threads:
+            try:
+                return [
+                    future.result() for future in [threads.submit(run, group) for group in groups]
+                ]
+            except BaseException:
+                threads.shutdown(cancel_futures=True)
+                raise
+
+
+def run_explicit_groups(
+    function: Callable, params: PyTree, groups: list[tuple], *, clock: Timings, what: str = "run"
+) -> list[PyTree]:
+    """`function(params, *group)` as `run_groups`, for functions that capture arrays: these become arguments."""
+    with clock.measure("compile"):
+        function, params = explicit(function, params, *groups[0])
+    return run_groups(function, (params,), groups, clock=clock, what=what)

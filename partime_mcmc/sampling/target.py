@@ -1,0 +1,123 @@
+"""What to sample: a log density on unconstrained space, where to start, and how to read the draws.
+
+    p(x) ∝ exp(logdensity(x)),   x a pytree of real arrays, D numbers in all;   θ = constrain(x) in the model's space.
+
+A `Target` knows nothing of kernels, solvers or NumPyro; a bare log density is enough: `Target(logdensity, initial)`.
+Left out: normalising constants, bounded positions (transform them and add the log Jacobian), discrete positions.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from partime_mcmc.closures import Named
+from partime_mcmc.diagnostics.checks import InvalidStart, check_dtypes, check_key
+from partime_mcmc.compile_cache import Timings, run_explicit
+from partime_mcmc.types import Array, Key, PyTree
+
+
+@dataclass(frozen=True, eq=False)  # positions are arrays: two targets are equal if they are one
+class Target:
+    """A density to sample from.
+
+    Attributes:
+        logdensity: Unconstrained position to real scalar, shape (); differentiable for gradient-based kernels.
+        initial: A position (every chain starts there), or a function of a key, shape (), that draws one.
+        constrain: One position to a dict of named arrays in the model's space; None: draws are reported as positions.
+        names: The constrained values worth a line in a table or a panel in a figure, in order; None: all of them.
+        dims: Names of the axes of constrained values, by value name: `{"theta": ("school",)}`; None: unnamed axes.
+
+    Raises:
+        TypeError: If `logdensity` or `constrain` is no function, `names` no sequence of strings or `dims` no mapping.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> target = Target(lambda x: -0.5 * jnp.sum(x**2), initial=jnp.zeros(3))
+    >>> target.start(jax.random.key(0)).shape
+    (3,)
+    """
+
+    logdensity: Callable[[PyTree], Array]
+    initial: PyTree | Callable[[Key], PyTree]
+    constrain: Callable[[PyTree], dict[str, Array]] | None = None
+    names: Sequence[str] | None = None
+    dims: Mapping[str, Sequence[str]] | None = None
+
+    def __post_init__(self):
+        if not callable(self.logdensity):
+            raise TypeError(
+                f"logdensity: got {_described(self.logdensity)}; wanted a function of a position"
+            )
+        if self.constrain is not None and not callable(self.constrain):
+            raise TypeError(
+                f"constrain: got {_described(self.constrain)}; wanted a function of a position, or None"
+            )
+        if self.initial is None:
+            raise TypeError(
+                "initial: got None; wanted a position, or a function of a key that draws one"
+            )
+        if self.names is not None and (
+            isinstance(self.names, str) or not all(isinstance(name, str) for name in self.names)
+        ):
+            raise TypeError(
+                f"names: got {_described(self.names)}; wanted a sequence of strings, or None"
+            )
+        if self.dims is not None and not isinstance(self.dims, Mapping):
+            raise TypeError(
+                f"dims: got {_described(self.dims)}; wanted a mapping from value names to axis names"
+            )
+
+    def start(self, key: Key) -> PyTree:
+        """One start, as JAX arrays of one floating dtype.
+
+        Args:
+            key: PRNG key, shape (); used only where `initial` is a function.
+
+        Returns:
+            A position. Integers become the default float with a warning; NumPy arrays follow JAX's default dtype.
+
+        Raises:
+            InvalidStart: For bool, complex, object or string entries, or float32 and float64 in one position.
+            TypeError, ValueError: For a bad key.
+        """
+        key = check_key(key)
+        return check_dtypes(self.initial(key) if callable(self.initial) else self.initial)
+
+    def starts(self, keys: Key) -> PyTree:
+        """One start per key, as `start` gives them; a function that JAX can batch is called once for all.
+
+        Args:
+            keys: PRNG keys, shape `(C,)`.
+
+        Returns:
+            Positions, leaves `(C, ...)`.
+
+        Raises:
+            InvalidStart, TypeError, ValueError: As `start`.
+        """
+        if callable(self.initial):
+            try:
+                return check_dtypes(run_explicit(_Starts(self.initial), None, keys, clock=Timings()))
+            except InvalidStart:
+                raise
+            except (
+                Exception
+            ):  # whatever a function for single keys raises on a batch: then one after another
+                pass
+        starts = [self.start(key) for key in keys]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
+
+
+class _Starts(Named):
+    """One start per key; the part is the target's function."""
+
+    def __call__(self, nothing, keys):
+        return jax.vmap(self.parts[0])(keys)
+
+
+def _described(value: Any) -> str:
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} of type {type(value).__name__}"

@@ -1,0 +1,252 @@
+"""What the draws of a run hang on, as hashes and plain values that can be compared.
+
+A log density is traced, and the arrays it captures are taken out of it (`closures.explicit`): what is left is the
+model, a program, and the arrays are the data. Either has a hash of its own, so that an error can say which of both has
+changed. KernelParams that a model has written into itself belong to the program.
+
+Left out: what a program calls outside of JAX (a host callback's code), and settings of the compiler that come from the
+environment.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+import warnings
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from partime_mcmc.closures import Named, explicit, inner_arrays
+from partime_mcmc.diagnostics.checks import check_dtypes
+from partime_mcmc.dynamics import Dynamics
+from partime_mcmc.kernels import Kernel
+from partime_mcmc.kernels.kernel_program import ParametrisedKernel, density_of
+from partime_mcmc.sampling.finish import device, versions
+from partime_mcmc.compile_cache import compiler_options
+from partime_mcmc.sampling.target import Target
+from partime_mcmc.warmup.tuning import unwrapped
+from partime_mcmc.warmup.warmup import Warmup
+from partime_mcmc.types import PyTree
+
+_ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
+
+
+class StoreMismatch(ValueError):
+    """A stored run and the one that was asked for are not the same."""
+
+
+def fingerprint_of(target: Target, example: PyTree) -> dict[str, Any]:
+    """Hashes of a target's parts.
+
+    Args:
+        target: What is sampled.
+        example: A position; only structure, shapes and types matter.
+
+    Returns:
+        `model`, `data` and `initial`, each a hash.
+    """
+    density, (captured, _) = density_of(target.logdensity, example)
+    programs, arrays = [density.jaxpr], [*captured, *inner_arrays(density.jaxpr)]
+    if target.constrain is not None:
+        constrain, (more, _) = explicit(_Constrain(target.constrain), None, example)
+        programs, arrays = (
+            [*programs, constrain.jaxpr],
+            [*arrays, *more, *inner_arrays(constrain.jaxpr)],
+        )
+    return {"model": _text(*programs), "data": digest_arrays(arrays), "initial": _initial(target)}
+
+
+def environment(example: PyTree) -> dict[str, Any]:
+    """What decides about bits besides the model: types, versions, the device.
+
+    Args:
+        example: A position.
+    """
+    return {
+        "dtype": str(jax.tree.leaves(example)[0].dtype),
+        "x64": bool(jax.config.jax_enable_x64),
+        "versions": versions(),
+        "device": device(),
+        "partitionable": bool(jax.config.jax_threefry_partitionable),
+        "compiler": compiler_options(),
+    }
+
+
+def name_of(kernel: Any) -> str:
+    """A kernel in words that stay the same: of a builder, its name and what is fixed."""
+    if isinstance(kernel, Warmup):
+        kernel = (
+            getattr(kernel.kernel, "family", None) and kernel.kernel.family.builder or kernel.kernel
+        )
+    if isinstance(kernel, Kernel):
+        return f"the tuned kernel {kernel.name}"
+    builder, fixed = unwrapped(kernel)
+    # The dice are chosen by pilots, unless the user fixed them, and are stored apart.
+    said = ", ".join(
+        f"{name}={_ADDRESS.sub('', repr(value))}"
+        for name, value in sorted(fixed.items())
+        if name != "dice"
+    )
+    return f"{builder.__module__}.{getattr(builder, '__qualname__', type(builder).__qualname__)}({said})"
+
+
+def tuned_digest(kernel: Any) -> str | None:
+    """A hash of what a warm-up chose: settings, coordinates and where its chains go on; None where none stands behind it.
+
+    Args:
+        kernel: As the user gives it.
+    """
+    positions = jax.tree.leaves(kernel.positions) if isinstance(kernel, Warmup) else []
+    kernel = kernel.kernel if isinstance(kernel, Warmup) else kernel
+    if not isinstance(kernel, ParametrisedKernel):
+        return digest_arrays(positions) if positions else None
+    whitening, settings = kernel.numbers.whitening, sorted(kernel.numbers.settings.items())
+    numbers = [
+        *jax.tree.leaves((whitening.center, whitening.scale)),
+        *(value for _, value in settings),
+        *positions,
+    ]
+    return _digest(
+        f"{[name for name, _ in settings]} {kernel.family.counts} {digest_arrays(numbers)}".encode()
+    )
+
+
+def program_of(dynamics: Dynamics, kernel: Kernel) -> dict[str, str | None]:
+    """Hashes of a kernel's recurrence as it runs: its program, the arrays that this captures, and the certificate's unit.
+
+    Args:
+        dynamics: Without captures (`without_captures`).
+        kernel: Whose recurrence it is.
+    """
+    captured, _ = dynamics.params
+    unit = None if kernel.noise_scale is None else digest_arrays([np.asarray(kernel.noise_scale)])
+    return {
+        "program": _text(dynamics.step.jaxpr),
+        "arrays": digest_arrays([*captured, *inner_arrays(dynamics.step.jaxpr)]),
+        "unit": unit,
+    }
+
+
+def digest_arrays(arrays: Any) -> str:
+    """A hash of the bytes, shapes and types of some arrays."""
+    found = hashlib.sha256()
+    for array in arrays:
+        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+            array = jax.random.key_data(array)
+        array = np.ascontiguousarray(array)
+        found.update(f"{array.dtype.str}{array.shape}".encode())
+        found.update(array.tobytes())
+    return found.hexdigest()
+
+
+def require_same(stored: dict[str, Any], wanted: dict[str, Any], where: str) -> None:
+    """Refuse to go on with a run that is not the one that was asked for.
+
+    Args:
+        stored: What the store says.
+        wanted: What was asked for; only its entries are compared.
+        where: The store.
+
+    Raises:
+        StoreMismatch: Naming every field that differs, and for plain values both of them.
+    """
+    different = []
+    for name, value in wanted.items():
+        have = stored.get(name)
+        if name == "versions" and isinstance(have, dict):
+            different += [
+                f"versions: {package} was {have.get(package)}, is {version}"
+                for package, version in value.items()
+                if have.get(package) != version
+            ]
+        elif have != value:
+            different.append(
+                _SENTENCES.get(name) or f"{name}: the store has {_short(have)}, got {_short(value)}"
+            )
+    if different:
+        raise StoreMismatch(
+            f"store: {where} holds another run. {'; '.join(different)}. Give what the run was begun with, "
+            "or choose a new folder"
+        )
+
+
+_SENTENCES = {
+    "model": "model: the log density is another program (or a number written into it has changed)",
+    "data": "data: the arrays that the model captures have other values, shapes or types",
+    "initial": "initial: the starts are others",
+    "program": "kernel: its step is another program (another kernel, or a setting written into it)",
+    "unit": "kernel: its noise_scale, the unit in which the certificate judges, is another one",
+    "tuned": "kernel: the warm-up behind it is another one (settings, metric or positions)",
+    "arrays": "kernel: its step holds other arrays (settings, metric or data)",
+}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _initial(target: Target) -> str:
+    if not callable(target.initial):
+        return digest_arrays(np.asarray(leaf) for leaf in jax.tree.leaves(target.initial))
+    try:
+        start, (captured, _) = explicit(_Start(target.initial), None, jax.random.key(0))
+    except Exception:  # a function that JAX cannot trace: its name is all there is
+        return getattr(target.initial, "__qualname__", type(target.initial).__qualname__)
+    return _digest(
+        f"{_text(start.jaxpr)}{digest_arrays([*captured, *inner_arrays(start.jaxpr)])}".encode()
+    )
+
+
+class _Constrain(Named):
+    """Named values in the model's space of one position; the part is the target's function."""
+
+    def __call__(self, params, position):
+        del params
+        return dict(self.parts[0](position))
+
+
+class _Start(Named):
+    """A start; the part is the target's function."""
+
+    def __call__(self, params, key):
+        del params
+        return self.parts[0](key)
+
+
+def _text(*programs: Any) -> str:
+    """A hash of what programs look like, without addresses of this process."""
+    return _digest(_ADDRESS.sub("", "\n".join(map(str, programs))).encode())
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def example_of(target: Target) -> PyTree:
+    """Structure, shapes and types of a position, without computing one where that can be avoided.
+
+    Args:
+        target: What is sampled.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # what there is to say of starts is said where they are made
+        if callable(target.initial):
+            try:
+                return _shapes_of(target.initial, jax.config.jax_enable_x64)
+            except Exception:  # a function that JAX cannot trace
+                pass
+        return target.start(jax.random.key(0))
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes_of(initial: Callable, wide: bool) -> PyTree:
+    """Shapes of what a function of a key draws, under the setting that decides about its types; traced once."""
+    del wide
+    return jax.eval_shape(lambda key: check_dtypes(initial(key)), jax.random.key(0))

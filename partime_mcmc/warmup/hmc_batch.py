@@ -1,0 +1,219 @@
+"""Plain HMC for warm-up: one program for searching, for windows and for trials.
+
+Chains move on flat positions x with a centre and a root R of the metric, Σ = R Rᵀ, and momenta p ~ N(0, I):
+
+    p ← p + (h/2) Rᵀ∇log p(x),   x ← x + h R p,   p ← p + (h/2) Rᵀ∇log p(x),        L times,
+
+accepted with probability min(1, exp(−ΔH)), H = −log p(x) + |p|²/2: leapfrog in whitened coordinates without ever
+leaving x, so that a new metric changes numbers only. Step sizes, lengths, the metric and the model's data are
+arguments. A trial is the same program with a fresh start in every step, so that warm-up compiles nothing else. After
+each step log h grows by `gain · (acceptance − target)`; a gain of 0 keeps it, as exact chains need.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.flatten_util import ravel_pytree
+
+from partime_mcmc.kernels.dice import normal_of
+from partime_mcmc.compile_cache import compiler_options
+from partime_mcmc.warmup.host_rng import SeedTree, key_from
+from partime_mcmc.types import Array, PyTree
+
+STEPS = 16
+"""Transitions in a row: the searching phase looks at its chains that often, and windows are multiples of it."""
+# What one call makes at most: so many transitions, and so many numbers in their positions.
+_LONGEST, _MOST_NUMBERS = 256, 2**20
+
+
+def max_batch_steps(numbers: int) -> int:
+    """Transitions that one call can make, a multiple of 16, where the states of all chains are so many numbers."""
+    return STEPS * max(1, min(_LONGEST // STEPS, _MOST_NUMBERS // (STEPS * numbers)))
+
+
+class HMCBatchResult(NamedTuple):
+    """What a call returns; leading axes are steps S and chains C.
+
+    Attributes:
+        positions: Shape `(S, C, D)`.
+        gradients: Of the log density there, `(S, C, D)`.
+        logdensity: `(S, C)`.
+        acceptance: Acceptance probabilities, `(S, C)`.
+        step_sizes: After the last step, `(C,)`.
+    """
+
+    positions: np.ndarray
+    gradients: np.ndarray
+    logdensity: np.ndarray
+    acceptance: np.ndarray
+    step_sizes: np.ndarray
+
+
+@functools.cache
+def _walking():
+    # Made at the first call: the options depend on the device.
+    return jax.jit(_walk, static_argnums=(0, 1), compiler_options=compiler_options())
+
+
+def _walk(
+    density: Callable,
+    longest: int,
+    params: PyTree,
+    example: PyTree,
+    root: Array,
+    starts: Array,
+    fresh: Array,
+    step_sizes: Array,
+    lengths: Array,
+    gain: Array,
+    target: Array,
+    words: Array,
+    num_pieces: Array,
+):
+    unravel = ravel_pytree(example)[1]
+    evaluate = jax.vmap(jax.value_and_grad(lambda x: density(params, unravel(x))))
+    num_chains, dimension = starts.shape[1:]
+
+    def pulled(gradient):
+        return gradient * root if root.ndim == 1 else gradient @ root
+
+    def pushed(momentum):
+        return momentum * root if root.ndim == 1 else momentum @ root.T
+
+    def energy(value, momentum):
+        return 0.5 * jnp.sum(momentum**2, axis=1) - value
+
+    def transition(carry, drive):
+        state, log_steps = carry
+        start, length, uniform, momentum = drive
+        state = lax.cond(fresh, lambda: (start, *evaluate(start)), lambda: state)
+        step = jnp.exp(log_steps)[:, None]
+
+        def leap(index, moving):
+            x, value, gradient, p = moving
+            half = p + 0.5 * step * pulled(gradient)
+            new = x + step * pushed(half)
+            new_value, new_gradient = evaluate(new)
+            ended = (new, new_value, new_gradient, half + 0.5 * step * pulled(new_gradient))
+            going = index < length
+            return tuple(
+                jnp.where(going.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
+                for a, b in zip(ended, moving)
+            )
+
+        *end, last = lax.fori_loop(0, jnp.max(length), leap, (*state, momentum))
+        fall = energy(state[1], momentum) - energy(end[1], last)
+        usable = jnp.isfinite(fall) & jnp.isfinite(end[2]).all(axis=1)
+        rate = jnp.where(usable, jnp.exp(jnp.minimum(fall, 0)), 0)
+        accepted = uniform < rate
+        state = tuple(
+            jnp.where(accepted.reshape(-1, *(1,) * (a.ndim - 1)), a, b) for a, b in zip(end, state)
+        )
+        log_steps = log_steps + gain * (rate - target)
+        return (state, log_steps), (*state, rate)
+
+    def piece(number, walked):
+        carry, buffers = walked
+        # All dice of a piece at once: to start the generator costs as much as a transition.
+        key = jax.random.fold_in(key_from(words), number)
+        uniforms = jax.random.uniform(key, (STEPS, num_chains, dimension + 1), starts.dtype)
+        drives = starts, lengths, uniforms[..., 0], normal_of(uniforms[..., 1:])
+        carry, found = lax.scan(transition, carry, drives)
+        write = functools.partial(
+            lax.dynamic_update_slice_in_dim, start_index=number * STEPS, axis=0
+        )
+        return carry, jax.tree.map(write, buffers, found)
+
+    first = (starts[0], *evaluate(starts[0]))
+    shapes = (*first, jnp.zeros_like(first[1]))
+    buffers = jax.tree.map(lambda leaf: jnp.zeros((longest, *leaf.shape), leaf.dtype), shapes)
+    # The number of pieces is no part of the program: one serves searching, trials, and windows of all sizes.
+    (_, log_steps), (x, value, gradient, rate) = lax.fori_loop(
+        0, num_pieces, piece, ((first, jnp.log(step_sizes)), buffers)
+    )
+    return x, gradient, value, rate, jnp.exp(log_steps)
+
+
+class HMCBatch:
+    """The program for one density, with its books.
+
+    Args:
+        density: `(params, position) -> log density`; compared by identity or equality for compiled code.
+        params: Its first argument.
+        example: A position.
+        num_chains: C.
+    """
+
+    def __init__(self, density: Callable, params: PyTree, example: PyTree, num_chains: int):
+        self.density, self.params, self.example, self.num_chains = (
+            density,
+            params,
+            example,
+            num_chains,
+        )
+        flat = ravel_pytree(example)[0]
+        self.dimension, self.dtype = flat.size, flat.dtype
+        self.num_gradients = self.depth = self.num_steps = 0
+
+    def walk(
+        self,
+        seed: SeedTree,
+        starts: np.ndarray,
+        root: np.ndarray,
+        step_sizes: np.ndarray,
+        lengths: np.ndarray,
+        *,
+        size: int = STEPS,
+        gain: float = 0.0,
+        target: float = 0.8,
+    ) -> HMCBatchResult:
+        """S transitions of every chain.
+
+        Args:
+            seed: Of the dice.
+            starts: Shape `(C, D)`, where chains go on from; or `(16, C, D)`: each of 16 steps is a
+                trial from its own start.
+            root: Of the metric, `(D, D)` or `(D,)`.
+            step_sizes: h, `(C,)` or scalar.
+            lengths: Leapfrog steps, `(16, C)`, the same in every 16 steps, or scalar.
+            size: S, a multiple of 16, at most `max_batch_steps(C D)`.
+            gain: How fast log step sizes follow the acceptance.
+            target: The acceptance that they follow.
+        """
+        fresh = starts.ndim == 3
+        lengths = np.broadcast_to(np.asarray(lengths, np.int32), (STEPS, self.num_chains))
+        starts = np.broadcast_to(
+            np.asarray(starts, self.dtype), (STEPS, self.num_chains, self.dimension)
+        )
+        step_sizes = np.broadcast_to(np.asarray(step_sizes, self.dtype), (self.num_chains,))
+        longest = max_batch_steps(self.num_chains * self.dimension)
+        if size > longest:
+            raise ValueError(f"size: got {size}, wanted at most {longest} transitions a call")
+        found = _walking()(
+            self.density,
+            longest,
+            self.params,
+            self.example,
+            np.asarray(root, self.dtype),
+            starts,
+            fresh,
+            step_sizes,
+            lengths,
+            np.asarray(gain, self.dtype),
+            np.asarray(target, self.dtype),
+            seed.words,
+            np.int32(size // STEPS),
+        )
+        self.num_gradients += size // STEPS * int(lengths.sum()) + self.num_chains * (
+            STEPS + 1 if fresh else 1
+        )
+        self.depth += size // STEPS * int(lengths.max(axis=1).sum())
+        self.num_steps += 0 if fresh else size
+        *paths, step_sizes = (np.asarray(part) for part in found)
+        return HMCBatchResult(*(path[:size] for path in paths), step_sizes)

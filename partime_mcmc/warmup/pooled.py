@@ -1,0 +1,283 @@
+"""Warm-up in parallel time: pooled chains look for the typical set, then windows at frozen parameters learn the metric.
+
+    search    plain HMC, 16 steps at a time: every chain has its own step size (log h += 1.5 (acceptance − 0.7)) and
+              paths of 1 to 7 leapfrog steps; after each batch a Fisher metric from all chains. It ends once the median
+              log density gains less than max(1, √(D/2)) over a batch, after 64 steps at the earliest
+    rescue    a chain whose mean log density lies 20 + 5 D below the median of the better half goes on from a good
+    chain's state windows   of 32, 64, 128, 256 steps with step size, path and metric frozen, so that they are ordinary
+              chains, which can be solved in parallel time; after each a new metric, and by trials (`path`) a new step
+              size and path
+
+Chains are pooled, so that a metric is known after some hundred steps and hardly any step waits for another: the depth
+is about a thousand gradients where a sequential adaptation has tens of thousands. How windows are run is a strategy:
+all chains side by side, or parallel in time as well where lanes are many.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Callable
+
+import numpy as np
+
+from partime_mcmc.warmup.metric import DenseMetric, MetricRule, metric_for, root_of
+from partime_mcmc.warmup.trajectory_length import Path, TrajectoryRule
+from partime_mcmc.warmup.host_rng import SeedTree
+from partime_mcmc.warmup.hmc_batch import STEPS, HMCBatchResult, HMCBatch
+from partime_mcmc.warmup.pooled_windows import default_window
+from partime_mcmc.types import Key
+
+_GAIN, _SEARCH_TARGET = 1.5, 0.7
+_LONGEST_SEARCHED = 7
+_MIN_SEARCH, _MAX_SEARCH = 64, 320
+_FIRST_STEP = 0.1
+_COVARIANCE_FROM = 256
+
+
+@dataclasses.dataclass
+class Pool:
+    """Where the chains are and what is believed: positions `(C, D)`, a metric, its centre, and the last window's draws."""
+
+    positions: np.ndarray
+    metric: np.ndarray
+    center: np.ndarray
+    draws: HMCBatchResult | None
+    num_rescued: int
+    notes: list[str]
+
+    def trials(self, walker: HMCBatch, seed: SeedTree) -> Callable[[float, int], np.ndarray]:
+        """Acceptance of one trajectory from each of 16 states of every chain, the same for all candidates."""
+        draws, root = self.draws.positions, root_of(self.metric)
+        states = draws[np.linspace(0, len(draws) - 1, STEPS).astype(int)]
+        return lambda step, steps: walker.walk(seed, states, root, step, steps).acceptance
+
+
+@dataclasses.dataclass(frozen=True)
+class PooledAdaptation:
+    """Search, then windows.
+
+    Attributes:
+        num_chains: Chains that take part at least; the first of them go on.
+        target_acceptance: Mean acceptance that the kernel is tuned for; None is what suits it.
+        path_length: Of HMC in whitened units; None is a quarter period.
+        windows: Steps of each window; those that do not fit into the steps allowed are left out.
+        metric: How the metric is estimated; None is dense up to 300 dimensions, low-rank beyond.
+        guess: A first metric, `(D, D)` or `(D,)`; None is the identity.
+        run: How a window is run: `side_by_side` or `in_parallel_time` (`windows`); None is what suits the device.
+    """
+
+    num_chains: int = 8
+    target_acceptance: float | None = None
+    path_length: float | None = None
+    windows: tuple[int, ...] = (32, 64, 128, 256)
+    metric: MetricRule | None = None
+    guess: np.ndarray | None = None
+    run: Callable[..., HMCBatchResult] | None = None
+
+    def __call__(
+        self,
+        walker: HMCBatch,
+        key: Key,
+        starts: np.ndarray,
+        num_steps: int,
+        path_rule: TrajectoryRule,
+        advance: Callable[[int], None],
+    ) -> tuple[Pool, Path]:
+        """From starts `(C, D)` to a pool and the HMC path of its last window."""
+        rule = metric_for(walker.dimension) if self.metric is None else self.metric
+        guess = self.guess
+        if guess is None:
+            guess = (
+                np.eye(walker.dimension)
+                if isinstance(rule, DenseMetric)
+                else np.ones(walker.dimension)
+            )
+        seed = SeedTree.of(key)
+        pool = search(
+            walker, seed.child(0), starts, guess, rule, max(STEPS, num_steps // 2), advance
+        )
+        return pool, self._windows(
+            walker, seed.child(1), pool, rule, num_steps - walker.num_steps, path_rule, advance
+        )
+
+    def from_typical(
+        self,
+        walker: HMCBatch,
+        key: Key,
+        starts: np.ndarray,
+        metric: np.ndarray,
+        num_steps: int,
+        path_rule: TrajectoryRule,
+        advance: Callable[[int], None],
+    ) -> tuple[Pool, Path]:
+        """The windows alone, from starts `(C, D)` in the typical set and a metric."""
+        rule = metric_for(walker.dimension) if self.metric is None else self.metric
+        states = np.broadcast_to(starts, (STEPS, *starts.shape))
+        nothing = np.zeros(states.shape)
+        pool = Pool(
+            starts,
+            metric,
+            starts.mean(axis=0),
+            HMCBatchResult(states, nothing, nothing[..., 0], nothing[..., 0], np.ones(len(starts))),
+            0,
+            [],
+        )
+        return pool, self._windows(walker, SeedTree.of(key), pool, rule, num_steps, path_rule, advance)
+
+    def _windows(self, walker, seed, pool, rule, num_steps, path_rule, advance) -> Path:
+        sizes, left = [], num_steps
+        for size in self.windows:
+            if size <= left:
+                sizes.append(size)
+                left -= size
+        return windows(
+            walker, seed, pool, rule, path_rule, sizes, self.run or default_window(), advance
+        )
+
+
+def search(
+    walker: HMCBatch,
+    seed: SeedTree,
+    starts: np.ndarray,
+    metric: np.ndarray,
+    rule: MetricRule,
+    max_steps: int,
+    advance: Callable[[int], None],
+) -> Pool:
+    """From dispersed starts to the typical set.
+
+    Args:
+        walker: The program.
+        seed: Of the dice.
+        starts: Shape `(C, D)`.
+        metric: A first guess, `(D, D)` or `(D,)`.
+        rule: How metrics are estimated.
+        max_steps: Steps at most.
+        advance: Told the number of steps done.
+    """
+    num_chains, dimension = starts.shape
+    lengths = seed.generator.integers(
+        1, _LONGEST_SEARCHED + 1, (_MAX_SEARCH // STEPS, STEPS, num_chains)
+    )
+    root, steps = root_of(metric), np.full(num_chains, _FIRST_STEP)
+    pool = Pool(starts, metric, starts.mean(axis=0), None, 0, [])
+    before = -np.inf
+    for batch in range(max(1, min(max_steps, _MAX_SEARCH) // STEPS)):
+        found = walker.walk(
+            seed.child(batch),
+            pool.positions,
+            root,
+            steps,
+            lengths[batch],
+            gain=_GAIN,
+            target=_SEARCH_TARGET,
+        )
+        advance(STEPS)
+        pool.positions, pool.draws = found.positions[-1], found
+        now = float(np.median(found.logdensity))
+        if (batch + 1) * STEPS >= _MIN_SEARCH and now - before < max(1.0, np.sqrt(dimension / 2)):
+            break
+        before = now
+        steps = np.clip(found.step_sizes, 1e-12, 1e3)
+        # Chains that are lost have gradients of another order, which would spoil the metric for all.
+        learned = _metric(rule.fisher, _only(found, ~_lost(found)), pool)
+        if learned is not None:
+            old, root = root, root_of(learned)
+            pool.metric = learned
+            # The old step was near the limit of stability in its worst direction: so shall the new one be.
+            steps = np.clip(steps * _largest_ratio(old, root), 1e-6, 1.0)
+    else:
+        pool.notes.append(
+            f"the search ended after {max_steps} steps with the log density still rising"
+        )
+    rescue(pool, seed.child(_MAX_SEARCH))
+    learn(pool, rule.fisher)
+    return pool
+
+
+def windows(
+    walker: HMCBatch,
+    seed: SeedTree,
+    pool: Pool,
+    rule: MetricRule,
+    path_rule: TrajectoryRule,
+    sizes: list[int],
+    run: Callable[..., HMCBatchResult],
+    advance: Callable[[int], None],
+) -> Path:
+    """Windows at frozen parameters, the metric and the path learned from each; returns the last path."""
+    path = tune(walker, seed.child(0), pool, path_rule)
+    for number, size in enumerate(sizes):
+        one = seed.child(1 + number)
+        pool.draws = run(walker, one.child(0), pool.positions, root_of(pool.metric), path, size)
+        pool.positions = pool.draws.positions[-1]
+        advance(size)
+        rescue(pool, one.child(1))
+        learn(pool, rule.covariance if size >= _COVARIANCE_FROM else rule.fisher)
+        path = tune(walker, one.child(2), pool, path_rule)
+    return path
+
+
+def learn(pool: Pool, estimate: Callable) -> None:
+    """A new metric and centre from the last draws; the old metric stays where they say nothing."""
+    learned = _metric(estimate, pool.draws, pool)
+    if learned is None:
+        pool.notes.append("draws or gradients were not finite: the metric before was kept")
+    else:
+        pool.metric, pool.center = (
+            learned,
+            pool.draws.positions.reshape(-1, pool.positions.shape[1]).mean(axis=0),
+        )
+
+
+def rescue(pool: Pool, seed: SeedTree) -> None:
+    """Chains far below the others go on from where a good chain is."""
+    num_chains, lost = len(pool.positions), _lost(pool.draws)
+    if lost.any():
+        good = np.flatnonzero(~lost)
+        chosen = seed.generator.choice(good, int(lost.sum()))
+        pool.positions = pool.positions.copy()
+        pool.positions[lost] = pool.positions[chosen]
+        pool.num_rescued += int(lost.sum())
+        keep = np.where(lost, good[0], np.arange(num_chains))
+        keep[lost] = chosen
+        pool.draws = _only(pool.draws, keep)
+
+
+def tune(walker: HMCBatch, seed: SeedTree, pool: Pool, path_rule: TrajectoryRule) -> Path:
+    """Step size and path by trials from the last draws."""
+    return path_rule.choose(pool.trials(walker, seed))
+
+
+def _lost(draws: HMCBatchResult) -> np.ndarray:
+    """Chains whose mean log density lies far below the median of the better half, shape `(C,)`; never all."""
+    level = draws.logdensity.mean(axis=0)
+    better = np.sort(level)[len(level) // 2 :]
+    return (
+        ~(level >= np.median(better) - 20 - 5 * draws.positions.shape[-1])
+        & np.isfinite(better).any()
+    )
+
+
+def _only(draws: HMCBatchResult, chains: np.ndarray) -> HMCBatchResult:
+    return HMCBatchResult(*(part[:, chains] for part in draws[:4]), draws.step_sizes[chains])
+
+
+def _metric(estimate: Callable, draws: HMCBatchResult, pool: Pool) -> np.ndarray | None:
+    if not (np.isfinite(draws.positions).all() and np.isfinite(draws.gradients).all()):
+        return None
+    with np.errstate(all="ignore"):
+        try:
+            found = estimate(draws.positions, draws.gradients, pool.metric)
+            root = root_of(found)
+        except np.linalg.LinAlgError:
+            return None
+    return found if np.isfinite(root).all() else None
+
+
+def _largest_ratio(old: np.ndarray, new: np.ndarray) -> float:
+    """The largest singular value of new⁻¹ old: how much longer a step of the old metric is in units of the new one."""
+    if old.ndim == 1 and new.ndim == 1:
+        return float((old / new).max())
+    old, new = (np.diag(root) if root.ndim == 1 else root for root in (old, new))
+    return float(np.linalg.norm(np.linalg.solve(new, old), 2))
