@@ -44,7 +44,7 @@ quick = functools.partial(jax.jit, compiler_options=QUICK)
 
 @pytest.fixture
 def batches_in_lanes(monkeypatch):
-    """BatchMeans go through a relay, which on a CPU would leave them to `lax.scan`."""
+    """Batches go through a relay, which on a CPU would leave them to `lax.scan`."""
     monkeypatch.setattr(relay_plan, "_FILLS_A_CORE", float("inf"))
 
 

@@ -1,4 +1,4 @@
-"""StreamingStatistics chains: one compiled solve for all of them, stretch after stretch, in as many groups as cores share them.
+"""Running chains: one compiled solve for all of them, stretch after stretch, in as many groups as cores share them.
 
 Stretch s of every chain is the recurrence x_t = f(x_{t-1}, u_t) for its part of the tape, from where the chain ended before.
 Groups are solved side by side (`cores`) and booked together; paths stay in groups until they are certified.

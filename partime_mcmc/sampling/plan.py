@@ -1,170 +1,276 @@
-"""From keys and starts to chains that are ready to be sampled: checks, warm-up, and the choice of dice."""
+"""Every choice of a run, made once before its first step: starts, warm-up, coupling, solver, windows, chunks.
+
+    plan, state = prepare(arguments, progress)
+
+A `Plan` is frozen and is all that executors and sinks look at; with a store it is written down, and a resumed run goes on
+from what it reads back. `SampleArguments` are what a front (`sample`, `ParallelMCMC.run`) was asked for.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, Callable
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
-from partime_mcmc.diagnostics.checks import (
-    check_deterministic,
-    check_precision,
-    check_starts,
-    looks_improper,
-)
+from partime_mcmc.compile_cache import Timings
+from partime_mcmc.diagnostics.checks import looks_improper
+from partime_mcmc.dynamics import Dynamics
 from partime_mcmc.kernels import Evidence, Kernel, Recorded
 from partime_mcmc.kernels.dice import Dice
-from partime_mcmc.sampling.chains import SHORT, advised, default_tolerance
-from partime_mcmc.sampling.choose_coupling import fixed_dice, sooner
 from partime_mcmc.kernels.kernel_program import Builder
-from partime_mcmc.warmup.pooled import PooledAdaptation
+from partime_mcmc.sampling.choose_coupling import coupling_of
+from partime_mcmc.sampling.chain_groups import num_groups
+from partime_mcmc.sampling.chunk import ChainState
+from partime_mcmc.sampling.defaults import (
+    DEFAULT_WINDOW,
+    default_solver,
+    default_tolerance,
+)
+from partime_mcmc.sampling.memory import chunk_steps
 from partime_mcmc.sampling.progress import Progress
-from partime_mcmc.sampling.local import Choice
+from partime_mcmc.sampling.randomness import begin, recurrence
 from partime_mcmc.sampling.target import Target
-from partime_mcmc.warmup.warmup import Adaptation, Warmup, warm_up
-from partime_mcmc.schedule import Schedule
+from partime_mcmc.schedule import Schedule, Stretches
 from partime_mcmc.solution import Tolerance
 from partime_mcmc.solvers import Solver
 from partime_mcmc.types import Key, PyTree
+from partime_mcmc.warmup.pooled import PooledAdaptation
+from partime_mcmc.warmup.warmup import Adaptation, Warmup, warm_up
 
-_PILOTS = 16
+# Fewer steps teach nothing.
+FEWEST_WARMUP = 20
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Request:
-    """The arguments of `sample`, by its names and in their own types."""
-
-    key: Key
-    target: Target
-    kernel: Kernel | Builder | Warmup
-    num_samples: int
-    num_chains: int
-    num_warmup: int
-    adaptation: Adaptation | None
-    dice: Dice | None
-    solver: Solver | None
-    schedule: Schedule | None
-    tolerance: Tolerance | None
-    max_iterations: int | None
-    max_bytes: int | None
-    thinning: int
-    certificate: Evidence = Recorded()
-
-
-class Ready(NamedTuple):
-    """Chains before their first step.
+class SampleArguments:
+    """What a run was asked for, checked.
 
     Attributes:
-        kernel: ParametrisedKernel.
-        warmup: Behind it, if any.
-        positions: One per chain, leaves `(C, ...)`.
-        keys: One per chain, shape `(C,)`.
-    """
-
-    kernel: Kernel
-    warmup: Warmup | None
-    positions: PyTree
-    keys: Key
-
-    def choice(self, request: Request) -> Choice | None:
-        """What asks for advice, if no solver was asked for."""
-        pool = _starts(request, self.positions) if self.warmup is None else self.warmup.pool
-        return advised(self.kernel, pool, request.schedule) if request.solver is None else None
-
-
-def _starts(request: Request, positions: PyTree) -> PyTree:
-    """Starts for pilot pairs, where no warm-up has draws for them: those of the chains, or more from where they come from."""
-    if callable(request.target.initial) and request.num_chains < _PILOTS:
-        return request.target.starts(
-            jax.random.split(jax.random.fold_in(request.key, _PILOTS), _PILOTS)
-        )
-    return positions
-
-
-def make_ready(request: Request, progress: Progress) -> Ready:
-    """Warm up, and choose dice where nobody has.
-
-    Args:
-        request: What is asked for.
-        progress: What to tell.
-    """
-    kernel, dice, num_chains = request.kernel, request.dice, request.num_chains
-    start_key, warmup_key, chains_key = jax.random.split(request.key, 3)
-    open_dice = (
-        dice is None
-        and request.solver is None
-        and request.num_samples >= SHORT
-        and not isinstance(kernel, (Kernel, Warmup))
-    )
-    kernel = kernel if dice is None else fixed_dice(kernel, dice)
-    adaptation = PooledAdaptation() if request.adaptation is None else request.adaptation
-    kernel, warmup, positions = prepare(
-        start_key,
-        warmup_key,
-        request.target,
-        kernel,
-        num_chains,
-        request.num_warmup,
-        adaptation,
-        progress,
-    )
-    if open_dice:
-        dtype = jax.tree.leaves(positions)[0].dtype
-        warmup = sooner(warmup, default_tolerance(kernel, dtype), jax.random.fold_in(warmup_key, 1))
-        kernel = warmup.kernel
-        progress.note(" ".join(warmup.notes))
-    return Ready(kernel, warmup, positions, jax.random.split(chains_key, num_chains))
-
-
-def prepare(
-    start_key: Key,
-    warmup_key: Key,
-    target: Target,
-    kernel: Kernel | Builder | Warmup,
-    num_chains: int,
-    num_warmup: int,
-    adaptation: Adaptation,
-    progress: Progress,
-) -> tuple[Kernel, Warmup | None, PyTree]:
-    """A tuned kernel, the warm-up behind it, and one position per chain, leaves `(C, ...)`.
-
-    Args:
-        start_key: For starts.
-        warmup_key: For warm-up.
+        front: What the user called.
         target: What to sample.
-        kernel: As for `sample`.
-        num_chains: C.
-        num_warmup: As for `sample`.
-        adaptation: As for `sample`.
-        progress: What to tell.
+        kernel: A tuned `Kernel`, a builder that warm-up tunes, or the warm-up of another run.
+        starts: Makes so many checked starts, leaves `(n, ...)`.
+        warmup_key: One key.
+        chain_keys: One key per chain, shape `(C,)`.
+        key_words: The numbers of the user's key or keys.
+        num_samples: T, draws per chain.
+        num_warmup: Warm-up steps per chain at most.
+        adaptation: How a builder's chains find the typical set and a metric; None is `PooledAdaptation()`.
+        dice: The coupling that the user fixed, None otherwise.
+        choose_coupling: From a warm-up to the same with a coupling chosen for its kernel; None leaves the kernel's own.
+        solver: A recipe; None is the default.
+        schedule: How a chunk is cut into windows; None is the default.
+        tolerance: How small residuals must be; None is the default.
+        max_iterations: Iterations per window; None is the solver's default.
+        max_bytes: Memory that the run may take on each device; None is most of the device's.
+        thinning: In a store the last of so many draws is kept.
+        certificate: What certificates rest on.
+        mesh: Devices to spread the run over; None is the default device alone.
+        store: Where draws are kept on disk; None is in memory.
+        state: Where the chains of a tuned kernel go on from; None is at starts.
+        extra: Further plain values that distinguish the run, by name.
     """
+
+    front: str
+    target: Target
+    kernel: Kernel | Builder | Warmup
+    starts: Callable[[int], PyTree]
+    warmup_key: Key
+    chain_keys: Key
+    key_words: list[int]
+    num_samples: int
+    num_warmup: int = 0
+    adaptation: Adaptation | None = None
+    dice: Dice | None = None
+    choose_coupling: Callable[[Warmup], Warmup] | None = None
+    solver: Solver | None = None
+    schedule: Schedule | None = None
+    tolerance: Tolerance | None = None
+    max_iterations: int | None = None
+    max_bytes: int | None = None
+    thinning: int = 1
+    certificate: Evidence = Recorded()
+    mesh: Mesh | None = None
+    store: Any = None
+    state: ChainState | None = None
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def num_chains(self) -> int:
+        """C."""
+        return self.chain_keys.shape[0]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """Everything that is decided before the first step of a run.
+
+    Attributes:
+        target: What is sampled.
+        kernel: Tuned.
+        recurrence: Of the kernel, without captured arrays.
+        keys: One per chain, shape `(C,)`.
+        first_step: Steps that the chains had behind them when the run began: the keys may have been used before.
+        num_samples: T, steps of the run per chain.
+        solver: What solves a window.
+        schedule: How a chunk is cut into windows.
+        tolerance: How small residuals must be.
+        max_iterations: Iterations per window before a chain is finished sequentially; None is the solver's default.
+        certificate: What certificates rest on.
+        chunk: Steps per chunk.
+        num_groups: Into how many groups chains are divided, each with a core of its own (`chain_groups`).
+        thinning: In a store the last of so many draws is kept.
+        key_words: The numbers of the user's key or keys.
+        num_warmup: Steps of warm-up that were made.
+        warmup: The warm-up; None if the kernel came tuned, or the plan was read from a store.
+        warmup_notes: What the warm-up says of itself; empty if there was none.
+    """
+
+    target: Target
+    kernel: Kernel
+    recurrence: Dynamics
+    keys: Key
+    first_step: int
+    num_samples: int
+    solver: Solver
+    schedule: Schedule
+    tolerance: Tolerance
+    max_iterations: int | None
+    certificate: Evidence
+    chunk: int
+    num_groups: int
+    thinning: int
+    key_words: list[int]
+    num_warmup: int = 0
+    warmup: Warmup | None = None
+    warmup_notes: str = ""
+
+    @property
+    def num_chains(self) -> int:
+        """C."""
+        return self.keys.shape[0]
+
+    @property
+    def last_step(self) -> int:
+        """Steps that the chains have behind them when the run ends."""
+        return self.first_step + self.num_samples
+
+    def describe(self) -> dict[str, Any]:
+        """The plan in plain values: with the same target and versions they give the same draws again."""
+        return {
+            "kernel": self.kernel.name,
+            "dice": coupling_of(self.kernel),
+            "solver": repr(self.solver),
+            "schedule": repr(self.schedule),
+            "num_samples": self.num_samples,
+            "num_chains": self.num_chains,
+            "num_warmup": self.num_warmup,
+            "thinning": self.thinning,
+            "key": self.key_words,
+        }
+
+
+def prepare(arguments: SampleArguments, progress: Progress) -> tuple[Plan, ChainState]:
+    """Make every choice of a run.
+
+    Args:
+        arguments: What it was asked for.
+        progress: Shown while warm-up runs.
+
+    Returns:
+        The plan, and where the chains stand before the first step.
+
+    Raises:
+        TooLarge: If the run cannot fit into memory; before anything is computed.
+        ValueError: If starts are bad, or a warm-up has another number of chains.
+    """
+    asked, mesh = arguments, arguments.mesh
+    chunk = chunk_steps(asked)
+    kernel, warmup, state = _tuned(asked, progress)
+    keys, dtype = asked.chain_keys, jax.tree.leaves(state.carries)[0].dtype
+    dynamics = recurrence(kernel, keys, state, Timings(), asked.certificate)
+    rows, parts = (1, 1) if mesh is None else (mesh.shape["chains"], mesh.shape["time"])
+    # Over a mesh devices share the chains, not cores.
+    groups = num_groups(asked.num_chains, dynamics) if mesh is None else 1
+    steps = chunk if mesh is None else asked.num_samples
+    plan = Plan(
+        target=asked.target,
+        kernel=kernel,
+        recurrence=dynamics,
+        keys=keys,
+        first_step=state.num_steps,
+        num_samples=asked.num_samples,
+        solver=asked.solver
+        or default_solver(asked.num_chains // (rows * groups), -(-steps // parts), groups),
+        schedule=asked.schedule or Stretches(DEFAULT_WINDOW * parts),
+        tolerance=asked.tolerance or default_tolerance(kernel, dtype),
+        max_iterations=asked.max_iterations,
+        certificate=asked.certificate,
+        chunk=chunk,
+        num_groups=groups,
+        thinning=asked.thinning,
+        key_words=asked.key_words,
+        num_warmup=warmup.num_steps if warmup else 0,
+        warmup=warmup,
+        warmup_notes=str(warmup or ""),
+    )
+    return plan, state
+
+
+def _tuned(
+    asked: SampleArguments, progress: Progress
+) -> tuple[Kernel, Warmup | None, ChainState]:
+    """The tuned kernel, the warm-up behind it, and where the chains stand."""
+    kernel, num_chains = asked.kernel, asked.num_chains
+    if asked.state is not None:
+        return kernel, None, asked.state
     if isinstance(kernel, Warmup):
-        have = jax.tree.leaves(kernel.positions)[0].shape[0]
+        warmup, have = kernel, jax.tree.leaves(kernel.positions)[0].shape[0]
         if have != num_chains:
             raise ValueError(
                 f"num_chains: got {num_chains}, but the warm-up given as `kernel` has {have} chains"
             )
-        return kernel.kernel, kernel, kernel.positions
-    num_starts = (
-        num_chains if isinstance(kernel, Kernel) else max(num_chains, adaptation.num_chains)
+    elif isinstance(kernel, Kernel):
+        return kernel, None, begin(kernel, asked.starts(num_chains), asked.chain_keys, Timings())
+    else:
+        warmup = _warmed_up(asked, progress)
+    return warmup.kernel, warmup, begin(
+        warmup.kernel, warmup.positions, asked.chain_keys, Timings()
     )
-    positions = target.starts(jax.random.split(start_key, num_starts))
-    first = jax.tree.map(lambda leaf: leaf[0], positions)
-    check_starts(target.logdensity, positions)
-    check_deterministic(target.logdensity, first)
-    check_precision(target.logdensity, first)
-    if isinstance(kernel, Kernel):
-        return kernel, None, positions
-    with progress.stage("warm-up", num_warmup) as advance:
+
+
+def _warmed_up(asked: SampleArguments, progress: Progress) -> Warmup:
+    """The warm-up of a builder, with positions for the chains that are asked for."""
+    adaptation = PooledAdaptation() if asked.adaptation is None else asked.adaptation
+    starts = asked.starts(max(asked.num_chains, adaptation.num_chains))
+    num_steps = max(asked.num_warmup, FEWEST_WARMUP)
+    with progress.stage("warm-up", num_steps) as advance:
         warmup = warm_up(
-            warmup_key, target.logdensity, kernel, positions, num_warmup, adaptation, advance
+            asked.warmup_key,
+            asked.target.logdensity,
+            asked.kernel,
+            starts,
+            num_steps,
+            adaptation,
+            advance,
         )
-    suspicion = looks_improper(positions, warmup.positions, warmup.settings.get("step_size", 1.0))
+    if num_steps > asked.num_warmup:
+        note = f"num_warmup was {asked.num_warmup}, too few to learn anything: {num_steps} steps were allowed."
+        warmup = dataclasses.replace(warmup, notes=(*warmup.notes, note))
+    suspicion = looks_improper(starts, warmup.positions, warmup.settings.get("step_size", 1.0))
     if suspicion:
         progress.warn(suspicion)
+    # On the host: every small operation on arrays of a device is a program of its own.
+    first = jax.tree.map(lambda leaf: np.asarray(leaf)[: asked.num_chains], warmup.positions)
     warmup = dataclasses.replace(
-        warmup, positions=jax.tree.map(lambda leaf: leaf[:num_chains], warmup.positions)
+        warmup,
+        positions=jax.device_put(first),
+        logdensity=warmup.logdensity[: asked.num_chains],
     )
+    if asked.choose_coupling is not None:
+        warmup = asked.choose_coupling(warmup)
     progress.note(str(warmup))
-    return warmup.kernel, warmup, warmup.positions
+    return warmup

@@ -37,7 +37,7 @@ from partime_mcmc.scan.prefix import AssociativeScan, SequentialScan, length, wi
 from partime_mcmc.types import Array, PyTree, pytree
 
 _WIDEST_DENSE = 8
-# KernelParams of a state that one kernel instance holds: four warps, one number per thread.
+# Numbers of a state that one kernel instance holds: four warps, one number per thread.
 _TILE = 128
 _FORWARD, _BACKWARD = 1, -1
 

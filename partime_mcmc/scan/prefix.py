@@ -11,7 +11,7 @@ Given maps M_1..M_T and a start x_0, a scan returns x_t = M_t(… M_1(x_0)) for 
 lanes, so there the sequential scan wins by an order of magnitude although it is "not parallel" (the expensive part,
 evaluating the dynamics, still is). On accelerators depth is what counts. `default_scan` chooses.
 
-Elements are any monoid with `after(earlier)` and `__call__(start)`: affine maps and Kalman messages. KernelParams of two
+Elements are any monoid with `after(earlier)` and `__call__(start)`: affine maps and Kalman messages. Numbers of two
 bytes (bfloat16, float16) are added up in float32 and rounded once, in the result: a sum of some hundred of them has
 no digits left otherwise.
 """

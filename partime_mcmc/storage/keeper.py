@@ -63,8 +63,8 @@ class Shelf:
         """Kept draws as groups of variables.
 
         Args:
-            chains: KernelParams of the chains, `(c,)`.
-            kept: KernelParams of the steps that are kept, `(k,)`; none at all make no groups.
+            chains: Numbers of the chains, `(c,)`.
+            kept: Numbers of the steps that are kept, `(k,)`; none at all make no groups.
             at: Where these are among the n steps of the arrays, `(k,)`.
             constrained: Name to array `(c, n, ...)`.
             info: Name to array `(c, n)`.
@@ -118,7 +118,7 @@ class Standing:
         index: Chunks that are written.
         step: Steps that are in them.
         totals: What is known of all draws; None before the first.
-        running: StreamingStatistics statistics.
+        running: Running statistics.
     """
 
     index: int

@@ -1,4 +1,4 @@
-"""StreamingStatistics statistics of draws that are scattered over hosts: each host sums up its own, the first one puts sums together.
+"""Running statistics of draws that are scattered over hosts: each host sums up its own, the first one puts sums together.
 
 Moments are kept by batch, and batch j holds the draws numbered ja to (j+1)a of a chain, wherever these are. So a host sums
 up its own draws of every batch that it has some of, as (count, mean, M), and counts, means and M of one batch merge as in
@@ -36,8 +36,8 @@ class Sums:
     Attributes:
         layout: Name and shape of every value, in order.
         names: Of what the kernel says, in order.
-        chains: KernelParams of the chains, `(c,)`.
-        batches: KernelParams of the batches, `(K,)`.
+        chains: Numbers of the chains, `(c,)`.
+        batches: Numbers of the batches, `(K,)`.
         counts: Draws of a chain in each, `(K,)`.
         means: `(D, c, K)`.
         deviations: Sums of squared deviations, `(D, c, K)`.
@@ -76,8 +76,8 @@ class Sums:
         Args:
             values: Name to array `(c, n, ...)`.
             info: Name to array `(c, n)`.
-            chains: KernelParams of the chains, `(c,)`.
-            steps: KernelParams of the steps since the first draw of the run, ascending, `(n,)`.
+            chains: Numbers of the chains, `(c,)`.
+            steps: Numbers of the steps since the first draw of the run, ascending, `(n,)`.
             size: a, draws in a batch.
             bins: Where the bins lie.
         """

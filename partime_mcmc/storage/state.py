@@ -75,7 +75,7 @@ def pack_state(end: End, totals: Totals, running: dict[str, np.ndarray]) -> byte
     Args:
         end: Where the chains stand.
         totals: What is known of all draws.
-        running: StreamingStatistics statistics as arrays; may be empty.
+        running: Running statistics as arrays; may be empty.
     """
     words = {
         "num_steps": end.num_steps,

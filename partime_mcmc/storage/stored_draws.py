@@ -41,7 +41,7 @@ class StoredDraws:
         settled: What warm-up and advice chose; None before that.
         chunks: The files of draws.
         totals: What is known of all draws; None before the first.
-        running: StreamingStatistics statistics of all draws; None before the first.
+        running: Running statistics of all draws; None before the first.
     """
 
     folder: Folder
@@ -309,7 +309,7 @@ def read_state(chunk: Chunk) -> tuple[dict[str, np.ndarray], Totals, dict[str, n
 
 
 def restored(arrays: dict[str, np.ndarray], folds: Mapping[str, Fold] | None) -> StreamingStatistics | None:
-    """StreamingStatistics statistics from a state; without the functions behind them, folds are left out."""
+    """Running statistics from a state; without the functions behind them, folds are left out."""
     if "header" not in arrays:
         return None
     if not folds:

@@ -1,0 +1,50 @@
+"""What a run takes where the user leaves a choice open: windows, solver, tolerance."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from partime_mcmc.kernels import Kernel
+from partime_mcmc.recipes import shooting
+from partime_mcmc.solution import Tolerance
+from partime_mcmc.solvers import Solver
+from partime_mcmc.solvers.shooting import SHORTEST_SEGMENT, device_lanes
+
+DEFAULT_WINDOW = 16384
+# Runs too short to be worth pilot chains.
+SHORT_RUN = 1024
+# Lanes that fill one core. From 32 to 128 times differ by a tenth, and the fewer, the less is evaluated twice.
+_CORE_LANES = 64
+
+
+def default_solver(num_chains: int = 1, num_samples: int = DEFAULT_WINDOW, groups: int = 1) -> Solver:
+    """Shooting, the lanes of the device shared by all chains: near one evaluation per draw where chains forget.
+
+    Segments are a multiple of four steps long, so that kernels with a counter are at the same point of it in all lanes.
+
+    Args:
+        num_chains: Chains that share them.
+        num_samples: T.
+        groups: How many groups of so many chains there are, each with a core of its own.
+    """
+    lanes = device_lanes() if groups == 1 else _CORE_LANES
+    steps = max(
+        SHORTEST_SEGMENT, math.ceil(min(num_samples, DEFAULT_WINDOW) * num_chains / lanes)
+    )
+    return shooting(steps=4 * math.ceil(steps / 4))
+
+
+def default_tolerance(kernel: Kernel, dtype: Any) -> Tolerance:
+    """A tenth (float32) to a thousandth (float64) of what the certificate allows, in the units of the kernel's noise.
+
+    What is left to the certificate's bound is for conditioning: an error of one step reaches the next ones.
+    """
+    unit = np.minimum(
+        1.0, np.min(np.asarray(1.0 if kernel.noise_scale is None else kernel.noise_scale))
+    )
+    size = 1e-11 if jnp.dtype(dtype) == jnp.float64 else 1e-5
+    return Tolerance(relative=0.25 * size, absolute=np.asarray(size * unit, dtype))

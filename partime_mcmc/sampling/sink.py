@@ -1,0 +1,63 @@
+"""Where chunks of draws go: memory, or a store on disk (`storage.sink`).
+
+    with sink:
+        plan, state = sink.start(make_plan)      a plan that was stored, or one made now
+        for chunk in executor.chunks(state):
+            sink.write(chunk)
+        draws = sink.close()
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Protocol
+
+from partime_mcmc.sampling.chunk import ChainState, Chunk
+from partime_mcmc.sampling.draws import Draws, draws_of_chunks
+from partime_mcmc.sampling.plan import Plan
+
+
+class Sink(Protocol):
+    """Takes chunks of draws, in order; a context manager, left once after everything else."""
+
+    def start(
+        self, make_plan: Callable[[], tuple[Plan, ChainState]]
+    ) -> tuple[Plan, ChainState] | None:
+        """The plan of the run and where its chains stand; `make_plan` is called where no run has begun yet.
+
+        None is returned where nothing is left to do.
+        """
+        ...
+
+    def write(self, chunk: Chunk) -> None:
+        """Take the next chunk."""
+        ...
+
+    def close(self) -> Any:
+        """All draws."""
+        ...
+
+
+class MemorySink:
+    """Keeps all chunks in memory."""
+
+    def __enter__(self) -> MemorySink:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        pass
+
+    def start(
+        self, make_plan: Callable[[], tuple[Plan, ChainState]]
+    ) -> tuple[Plan, ChainState]:
+        """A new plan: nothing in memory was begun before."""
+        self._plan, state = make_plan()
+        self._chunks: list[Chunk] = []
+        return self._plan, state
+
+    def write(self, chunk: Chunk) -> None:
+        """Keep a chunk."""
+        self._chunks.append(chunk)
+
+    def close(self) -> Draws:
+        """The draws of all chunks, one after another."""
+        return draws_of_chunks(self._plan, self._chunks)
