@@ -191,7 +191,7 @@ def _side_by_side(
     ]
 
 
-def _tile(target: Target, clock: Timings, chains: list[tuple[int, int]], rows: list[list]) -> Tile:
+def _tile(target: Target, timings: Timings, chains: list[tuple[int, int]], rows: list[list]) -> Tile:
     def joined(axis, trees):
         return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=axis), *trees)
 
