@@ -58,17 +58,13 @@ from partime_mcmc.numpyro import (
 )
 from partime_mcmc.warmup.pooled import PooledAdaptation
 from partime_mcmc.sampling.progress import progress_line, quiet
-from partime_mcmc.sampling.resume import resume
 from partime_mcmc.storage.streaming_statistics import Fold, StreamingStatistics
-from partime_mcmc.sampling.sample import sample
-from partime_mcmc.storage.chunks import StoreError
+from partime_mcmc.sampling.sample import resume, sample
+from partime_mcmc.storage.store import Store
 from partime_mcmc.storage.fingerprint import StoreMismatch
-from partime_mcmc.storage.formats import NetCDF, Zarr
 from partime_mcmc.storage.stored_draws import StoredDraws, open_draws
-from partime_mcmc.storage.stored_run import Store
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.warmup.warmup import WindowAdaptation
-from partime_mcmc.storage.writers import EveryHost, FirstHost
 from partime_mcmc.recipes import (
     deer,
     elk,
@@ -99,8 +95,6 @@ __all__ = [
     "DiagonalJacobian",
     "Draws",
     "Dynamics",
-    "EveryHost",
-    "FirstHost",
     "Fold",
     "HMC",
     "HutchinsonDiagonal",
@@ -112,7 +106,6 @@ __all__ = [
     "Kernel",
     "MALA",
     "NUTS",
-    "NetCDF",
     "Newton",
     "ParallelMCMC",
     "PlainDice",
@@ -126,7 +119,6 @@ __all__ = [
     "Stats",
     "Status",
     "Store",
-    "StoreError",
     "StoreMismatch",
     "StoredDraws",
     "Stretches",
@@ -135,7 +127,6 @@ __all__ = [
     "Whitening",
     "Whole",
     "WindowAdaptation",
-    "Zarr",
     "ZeroJacobian",
     "certify",
     "coalescing_hmc",

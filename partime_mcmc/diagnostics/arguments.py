@@ -116,7 +116,9 @@ def check_dtypes(position: PyTree, name: str = "initial") -> PyTree:
         if jnp.issubdtype(leaf.dtype, jnp.floating) and not leaf.weak_type:
             as_committed_array.setdefault(jnp.dtype(leaf.dtype), []).append(label)
     if len(as_committed_array) > 1:
-        found = "; ".join(f"{dtype} in {', '.join(where)}" for dtype, where in as_committed_array.items())
+        found = "; ".join(
+            f"{dtype} in {', '.join(where)}" for dtype, where in as_committed_array.items()
+        )
         raise InvalidStart(
             f"{name}: got a mix of floating dtypes ({found}); wanted one dtype in every leaf"
         )

@@ -51,7 +51,9 @@ def check_mesh(mesh: Mesh, num_chains: int, schedule: Any) -> None:
         raise ValueError(
             f"num_chains: got {num_chains} on a mesh of {dict(mesh.shape)}, wanted a multiple of its axis 'chains'"
         )
-    idle = [name for name, size in mesh.shape.items() if name not in ("chains", "time") and size > 1]
+    idle = [
+        name for name, size in mesh.shape.items() if name not in ("chains", "time") and size > 1
+    ]
     if idle:
         raise ValueError(
             f"mesh: got the axes {dict(mesh.shape)}, wanted chains and time only: along {', '.join(idle)} all "
@@ -187,7 +189,9 @@ class _Send(Named):
         def here(leaves):
             return [lax.ppermute(leaf, mesh.axis_names, pairs) for leaf in leaves]
 
-        return jax.shard_map(here, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(leaves)
+        return jax.shard_map(here, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(
+            leaves
+        )
 
 
 def _rounds(devices: list) -> list[tuple[tuple[int, int], ...]]:

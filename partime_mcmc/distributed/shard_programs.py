@@ -92,7 +92,9 @@ class DrawTapes(Named):
             return jax.vmap(one)(words, carries, counters)
 
         given = (SAME, CHAINS, CHAINS, CHAINS, SAME)
-        return layout.run(here, given, (layout.along, CHAINS))(params, words, carries, counters, first)
+        return layout.run(here, given, (layout.along, CHAINS))(
+            params, words, carries, counters, first
+        )
 
 
 class SolveWindow(Named):
@@ -142,7 +144,9 @@ class FinishChains(Named):
             return states, jax.vmap(axis.length_of_true)(functools.reduce(jnp.logical_and, finite))
 
         given = (SAME, CHAINS, layout.along, layout.along, CHAINS)
-        return layout.run(here, given, (layout.along, CHAINS))(params, carries, tape, states, num_exact)
+        return layout.run(here, given, (layout.along, CHAINS))(
+            params, carries, tape, states, num_exact
+        )
 
 
 class Certify(Named):
@@ -159,7 +163,9 @@ class Certify(Named):
 
         def here(params, carries, states, tape):
             kernel = program.kernel(params)
-            return jax.vmap(functools.partial(_certified_shard, kernel, layout.axis))(carries, states, tape)
+            return jax.vmap(functools.partial(_certified_shard, kernel, layout.axis))(
+                carries, states, tape
+            )
 
         steps, parts = layout.along, layout.along
         found = (steps, parts, steps, steps, steps, CHAINS, parts)

@@ -151,4 +151,8 @@ class _Alone(Named):
 
 def program_and_params(kernel: Kernel) -> tuple[Any, PyTree]:
     """What makes a kernel again inside a program, `family.kernel(numbers)`, and the numbers."""
-    return (kernel.family, kernel.numbers) if isinstance(kernel, ParametrisedKernel) else (_Alone(kernel), None)
+    return (
+        (kernel.family, kernel.numbers)
+        if isinstance(kernel, ParametrisedKernel)
+        else (_Alone(kernel), None)
+    )

@@ -21,7 +21,9 @@ SHORT_RUN = 1024
 _CORE_LANES = 64
 
 
-def default_solver(num_chains: int = 1, num_samples: int = DEFAULT_WINDOW, groups: int = 1) -> Solver:
+def default_solver(
+    num_chains: int = 1, num_samples: int = DEFAULT_WINDOW, groups: int = 1
+) -> Solver:
     """Shooting, the lanes of the device shared by all chains: near one evaluation per draw where chains forget.
 
     Segments are a multiple of four steps long, so that kernels with a counter are at the same point of it in all lanes.
@@ -32,9 +34,7 @@ def default_solver(num_chains: int = 1, num_samples: int = DEFAULT_WINDOW, group
         groups: How many groups of so many chains there are, each with a core of its own.
     """
     lanes = device_lanes() if groups == 1 else _CORE_LANES
-    steps = max(
-        SHORTEST_SEGMENT, math.ceil(min(num_samples, DEFAULT_WINDOW) * num_chains / lanes)
-    )
+    steps = max(SHORTEST_SEGMENT, math.ceil(min(num_samples, DEFAULT_WINDOW) * num_chains / lanes))
     return shooting(steps=4 * math.ceil(steps / 4))
 
 

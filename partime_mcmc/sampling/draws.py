@@ -131,7 +131,9 @@ class Draws:
         return f"Draws({self.num_chains} chains x {self.num_samples:,} draws of {_some(self.constrained)}; {self})"
 
     def __str__(self) -> str:
-        before = "" if self.finished else f"interrupted after {self.num_samples:,} draws per chain; "
+        before = (
+            "" if self.finished else f"interrupted after {self.num_samples:,} draws per chain; "
+        )
         return before + certified_sentence(self.certificate, self.report)
 
     def _repr_html_(self) -> str:

@@ -312,9 +312,7 @@ class _CertifyPath(Named):
     """Certificate, records, the last carries of the path standing still where its kernel does, and its positions; the part
     is the kernel's program."""
 
-    def __call__(
-        self, params, initial, states, tape
-    ) -> tuple[Certificate, PyTree, PyTree, PyTree]:
+    def __call__(self, params, initial, states, tape) -> tuple[Certificate, PyTree, PyTree, PyTree]:
         kernel = self.parts[0].kernel(params)
         certificate, records, still = certify_held(kernel, initial, states, tape)
         return (

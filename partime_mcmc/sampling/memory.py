@@ -51,15 +51,15 @@ def chunk_steps(asked: SampleArguments) -> int:
     return choose(asked, dimension, itemsize, limit, _bytes_of_info(asked, dimension, itemsize))
 
 
-def _whole_run(
-    asked: SampleArguments, dimension: int, itemsize: int, limit: int, more: int
-) -> int:
+def _whole_run(asked: SampleArguments, dimension: int, itemsize: int, limit: int, more: int) -> int:
     """All steps, if they fit with `more` bytes per draw beside positions."""
     rows, parts = _mesh_shape(asked.mesh)
     num_chains, steps = asked.num_chains // rows, -(-asked.num_samples // parts)
     window = getattr(asked.schedule or Stretches(DEFAULT_WINDOW), "size", steps)
     per_step = (asked.solver or sequential()).map_size(dimension)
-    check_bytes(min(window, steps), dimension, itemsize, limit, per_step=per_step, num_chains=num_chains)
+    check_bytes(
+        min(window, steps), dimension, itemsize, limit, per_step=per_step, num_chains=num_chains
+    )
     total = check_bytes(
         steps, dimension, itemsize, 2**63, per_step=0, num_chains=num_chains, more=more
     )

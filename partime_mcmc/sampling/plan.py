@@ -222,9 +222,7 @@ def prepare(arguments: SampleArguments, progress: Progress) -> tuple[Plan, Chain
     return plan, state
 
 
-def _tuned(
-    asked: SampleArguments, progress: Progress
-) -> tuple[Kernel, Warmup | None, ChainState]:
+def _tuned(asked: SampleArguments, progress: Progress) -> tuple[Kernel, Warmup | None, ChainState]:
     """The tuned kernel, the warm-up behind it, and where the chains stand."""
     kernel, num_chains = asked.kernel, asked.num_chains
     if asked.state is not None:
@@ -239,8 +237,10 @@ def _tuned(
         return kernel, None, begin(kernel, asked.starts(num_chains), asked.chain_keys, Timings())
     else:
         warmup = _warmed_up(asked, progress)
-    return warmup.kernel, warmup, begin(
-        warmup.kernel, warmup.positions, asked.chain_keys, Timings()
+    return (
+        warmup.kernel,
+        warmup,
+        begin(warmup.kernel, warmup.positions, asked.chain_keys, Timings()),
     )
 
 

@@ -87,5 +87,7 @@ def chosen_progress(progress: Progress | bool | None) -> Progress:
         return progress_line if progress and sys.stderr.isatty() else quiet
     if progress is None:
         return quiet
-    check_has(progress, "progress", ("stage", "note", "warn"), "True, False, quiet or progress_line")
+    check_has(
+        progress, "progress", ("stage", "note", "warn"), "True, False, quiet or progress_line"
+    )
     return progress

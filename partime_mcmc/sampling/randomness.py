@@ -127,9 +127,7 @@ def splits_by_counting(keys: Key) -> bool:
 def _splits_by_counting(impl: str, partitionable: bool) -> bool:
     # Two keys are split and one at a time is folded, by programs that a run has compiled before.
     key = jax.random.key(0, impl=impl)
-    folded = [
-        np.asarray(jax.random.key_data(jax.random.fold_in(key, place))) for place in range(2)
-    ]
+    folded = [np.asarray(jax.random.key_data(jax.random.fold_in(key, place))) for place in range(2)]
     return partitionable and np.array_equal(folded, jax.random.key_data(jax.random.split(key, 2)))
 
 

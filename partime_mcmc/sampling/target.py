@@ -102,7 +102,9 @@ class Target:
         """
         if callable(self.initial):
             try:
-                return check_dtypes(run_explicit(_Starts(self.initial), None, keys, timings=Timings()))
+                return check_dtypes(
+                    run_explicit(_Starts(self.initial), None, keys, timings=Timings())
+                )
             except InvalidStart:
                 raise
             except (
@@ -112,11 +114,12 @@ class Target:
         starts = [self.start(key) for key in keys]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
 
-
     def example(self) -> PyTree:
         """Structure, shapes and types of a position, without computing one where that can be avoided."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what there is to say of starts is said where they are made
+            warnings.simplefilter(
+                "ignore"
+            )  # what there is to say of starts is said where they are made
             if callable(self.initial):
                 try:
                     return _shapes_of(self.initial, jax.config.jax_enable_x64)

@@ -25,7 +25,7 @@ from partime_mcmc.diagnostics.checks import check_dtypes
 from partime_mcmc.dynamics import Dynamics
 from partime_mcmc.kernels import Kernel
 from partime_mcmc.kernels.kernel_program import ParametrisedKernel, density_of
-from partime_mcmc.sampling.finish import device, versions
+from partime_mcmc.sampling.environment import device, versions
 from partime_mcmc.compile_cache import compiler_options
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.warmup.tuning import unwrapped
@@ -225,28 +225,3 @@ def _text(*programs: Any) -> str:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def example_of(target: Target) -> PyTree:
-    """Structure, shapes and types of a position, without computing one where that can be avoided.
-
-    Args:
-        target: What is sampled.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # what there is to say of starts is said where they are made
-        if callable(target.initial):
-            try:
-                return _shapes_of(target.initial, jax.config.jax_enable_x64)
-            except Exception:  # a function that JAX cannot trace
-                pass
-        return target.start(jax.random.key(0))
-
-
-@functools.lru_cache(maxsize=64)
-def _shapes_of(initial: Callable, wide: bool) -> PyTree:
-    """Shapes of what a function of a key draws, under the setting that decides about its types; traced once."""
-    del wide
-    return jax.eval_shape(lambda key: check_dtypes(initial(key)), jax.random.key(0))

@@ -85,7 +85,9 @@ def path_rule_of(builder: Builder, target: float, length: float | None) -> Traje
     base, fixed = unwrapped(builder)
     if base not in (hmc, coalescing_hmc):
         return TrajectoryRule()
-    return TrajectoryRule(target, fixed.get("step_size"), fixed.get("num_integration_steps"), length)
+    return TrajectoryRule(
+        target, fixed.get("step_size"), fixed.get("num_integration_steps"), length
+    )
 
 
 def choose(

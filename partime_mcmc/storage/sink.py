@@ -1,0 +1,9 @@
+"""stub"""
+
+
+class StoreSink:
+    pass
+
+
+def read_arguments(path):
+    pass
