@@ -17,10 +17,11 @@ import collections
 import contextlib
 import threading
 import time
-from typing import Callable
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from partime_mcmc.closures import explicit
 from partime_mcmc.types import PyTree
@@ -56,13 +57,13 @@ def compiler_options() -> dict[str, int] | None:
     return CPU_OPTIONS if CPU_OPTIONS and jax.default_backend() == "cpu" else None
 
 
-def compiled(function: Callable, *args: PyTree, clock: Timings) -> jax.stages.Compiled:
+def compiled(function: Callable, *args: PyTree, timings: Timings) -> jax.stages.Compiled:
     """The program of `function(*args)`, compiled now or found again.
 
     Args:
         function: Pure, hashable; captures no array.
         *args: Pytrees of arrays.
-        clock: Where the seconds of compilation are booked.
+        timings: Where the seconds of compilation are counted.
     """
     leaves, structure = jax.tree.flatten(args)
     shapes = tuple(
@@ -85,7 +86,7 @@ def compiled(function: Callable, *args: PyTree, clock: Timings) -> jax.stages.Co
         if program is not None:
             _PROGRAMS.move_to_end(entry)
     if program is None:
-        with clock.measure("compile"):
+        with timings.measure("compile"):
             program = jax.jit(function).lower(*args).compile(compiler_options())
         with _LOCK:
             _PROGRAMS[entry] = program
@@ -94,27 +95,33 @@ def compiled(function: Callable, *args: PyTree, clock: Timings) -> jax.stages.Co
     return program
 
 
-def run_program(function: Callable, *args: PyTree, clock: Timings, what: str = "run") -> PyTree:
+def run_program(function: Callable, *args: PyTree, timings: Timings, what: str = "run") -> PyTree:
     """`function(*args)`, compiled ahead and kept.
 
     Args:
         function: As for `compiled`.
         *args: As for `compiled`.
-        clock: Where seconds are booked: compilation under "compile".
+        timings: Where seconds are counted: compilation under "compile".
         what: Under what execution is booked.
 
     Returns:
         The result, ready.
     """
-    program = compiled(function, *args, clock=clock)
-    with clock.measure(what):
+    program = compiled(function, *args, timings=timings)
+    with timings.measure(what):
         return jax.block_until_ready(program(*args))
 
 
 def run_explicit(
-    function: Callable, params: PyTree, *args: PyTree, clock: Timings, what: str = "run"
+    function: Callable, params: PyTree, *args: PyTree, timings: Timings, what: str = "run"
 ) -> PyTree:
     """`function(params, *args)` as `run_program`, for functions that capture arrays: these become arguments."""
-    with clock.measure("compile"):
+    with timings.measure("compile"):
         function, params = explicit(function, params, *args)
-    return run_program(function, params, *args, clock=clock, what=what)
+    return run_program(function, params, *args, timings=timings, what=what)
+
+
+def as_committed_array(value: Any) -> jax.Array:
+    """A JAX array that keeps nothing but its numbers: restored and computed ones run the same programs."""
+    is_key = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+    return value if is_key else jax.device_put(np.asarray(value))

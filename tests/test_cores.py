@@ -110,10 +110,10 @@ def test_steps_that_call_a_library_are_left_together_and_never_run_side_by_side(
 
     monkeypatch.setattr(cores.concurrent.futures, "ThreadPoolExecutor", no_threads)
     states = np.arange(1.0, 13).reshape(4, 3)
-    found = run_groups(jax.vmap(LIBRARY[name]), (), [(states[:2],), (states[2:],)], clock=Timings())
+    found = run_groups(jax.vmap(LIBRARY[name]), (), [(states[:2],), (states[2:],)], timings=Timings())
     np.testing.assert_allclose(np.concatenate(found), jax.vmap(LIBRARY[name])(states), rtol=1e-12)
     with pytest.raises(AssertionError, match="a thread was started"):
-        run_groups(double, (1.0,), [(states[:2],), (states[2:],)], clock=Timings())
+        run_groups(double, (1.0,), [(states[:2],), (states[2:],)], timings=Timings())
 
 
 def double(scale, x):
@@ -125,7 +125,7 @@ def test_groups_run_side_by_side_as_they_do_one_by_one(count, with_cores):
     with_cores(count)
     # NumPy's float64 and a plain number: threads, which do not know of the fixture's setting, may not narrow them.
     groups = [(np.full(4, 1 / 3 + number),) for number in range(3)]
-    found = run_groups(double, (1 / 7,), groups, clock=Timings())
+    found = run_groups(double, (1 / 7,), groups, timings=Timings())
     for (x,), one in zip(groups, found):
         assert one["y"].dtype == jnp.float64
         np.testing.assert_array_equal(one["y"], x * (1 / 7))
@@ -145,11 +145,11 @@ def test_groups_overlap_and_one_that_fails_is_heard_after_all_have_ended(with_co
     monkeypatch.setattr(cores, "compiled", lambda *args, clock: program)
     monkeypatch.setattr(cores, "_overlaps", lambda program: True)
     with pytest.raises(MemoryError, match="RESOURCE_EXHAUSTED"):
-        run_groups(double, (), [(np.zeros(1),), (np.ones(1),)], clock=Timings())
+        run_groups(double, (), [(np.zeros(1),), (np.ones(1),)], timings=Timings())
     assert ended == [0.0]
     meet.reset()
     with pytest.raises(MemoryError):
-        run_groups(double, (), [(np.ones(1),), (np.zeros(1),)], clock=Timings())
+        run_groups(double, (), [(np.ones(1),), (np.zeros(1),)], timings=Timings())
     assert ended == [0.0, 0.0]
 
 

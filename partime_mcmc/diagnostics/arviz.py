@@ -313,3 +313,32 @@ def read_netcdf(path: str | os.PathLike) -> Any:
 
     with xarray.open_datatree(str(path), engine="h5netcdf") as tree:
         return tree.load()
+
+
+def draws_dataset(values: Mapping[str, Any], dims: Mapping[str, Any] | None = None) -> Any:
+    """Named arrays (C, T, ...) as an ``xarray.Dataset`` with the dimensions ``chain`` and ``draw`` first.
+
+    Args:
+        values: name -> array (C, T, ...).
+        dims: names of each variable's own axes; those without one are called ``<name>_dim_<i>``.
+    """
+    import xarray
+
+    variables, shape = {}, (0, 0)
+    for name, value in values.items():
+        value = np.asarray(value)
+        variables[name] = (("chain", "draw", *axis_names(name, value.ndim - 2, dims)), value)
+        shape = value.shape
+    coords = {"chain": np.arange(shape[0]), "draw": np.arange(shape[1])}
+    return xarray.Dataset(variables, coords=coords)
+
+
+def axis_names(name: str, num_axes: int, dims: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Names of a variable's own axes: those given, and ``<name>_dim_<i>`` for the rest."""
+    given = tuple((dims or {}).get(name, ()))[:num_axes]
+    return (*given, *(f"{name}_dim_{axis}" for axis in range(len(given), num_axes)))
+
+
+def stats_dataset(info: Mapping[str, Any]) -> Any:
+    """What a kernel reports of each step as an ``xarray.Dataset``, by ArviZ's names."""
+    return draws_dataset({STAT_NAMES.get(name, name): value for name, value in info.items()})

@@ -81,7 +81,7 @@ def begin(
     first = jax.tree.map(lambda leaf: np.asarray(leaf)[0], starts)
     density, data = density_of(target.logdensity, first)
     try:
-        value, good = run_program(_Evaluate(density), data, starts, clock=Timings())
+        value, good = run_program(_Evaluate(density), data, starts, timings=Timings())
     except TypeError:
         check_starts(
             target.logdensity, starts, "init_params"
@@ -137,7 +137,7 @@ def state_of(ready: Beginning, keys: Key) -> HMCState:
     kernel, num_chains = ready.kernel, keys.shape[0]
     whitening, counts = kernel.numbers.whitening, dict(kernel.family.counts)
     carries, discrete = run_program(
-        _Enter(kernel.family), kernel.numbers, ready.positions, clock=Timings()
+        _Enter(kernel.family), kernel.numbers, ready.positions, timings=Timings()
     )
     dtype = whitening.center.dtype
 

@@ -108,13 +108,13 @@ def first_group(num_chains: int, dynamics: Dynamics, tree: PyTree) -> tuple[int,
     return count, jax.tree.map(lambda leaf: leaf[: num_chains // count], tree)
 
 
-def cut(tree: PyTree, count: int) -> list[PyTree]:
+def split_chains(tree: PyTree, count: int) -> list[PyTree]:
     """Leaves `(C, ...)` as `count` trees of leaves `(C / count, ...)`."""
     return [tree] if count == 1 else _cut(tree, count)
 
 
-def joined(groups: list[PyTree]) -> PyTree:
-    """What `cut` has cut, or what came of the groups: their leaves one after another along the first axis."""
+def concat_chains(groups: list[PyTree]) -> PyTree:
+    """What `split_chains` has split, or what came of the groups: their leaves one after another along the first axis."""
     return groups[0] if len(groups) == 1 else _joined(groups)
 
 
@@ -133,7 +133,7 @@ def _joined(groups):
 
 
 def run_groups(
-    function: Callable, shared: tuple, groups: list[tuple], *, clock: Timings, what: str = "run"
+    function: Callable, shared: tuple, groups: list[tuple], *, timings: Timings, what: str = "run"
 ) -> list[PyTree]:
     """`function(*shared, *group)` for every group, side by side.
 
@@ -141,7 +141,7 @@ def run_groups(
         function: As for `run_program`.
         shared: What all groups get.
         groups: The other arguments, of one structure, shapes and types.
-        clock: Where seconds are booked.
+        timings: Where seconds are counted.
         what: Under what execution is booked.
 
     Returns:
@@ -152,12 +152,12 @@ def run_groups(
         lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(np.asarray(leaf)),
         (shared, groups),
     )
-    program = compiled(function, *shared, *groups[0], clock=clock)
+    program = compiled(function, *shared, *groups[0], timings=timings)
 
     def run(group):
         return jax.block_until_ready(program(*shared, *group))
 
-    with clock.measure(what):
+    with timings.measure(what):
         if len(groups) == 1 or not _overlaps(program):
             return [run(group) for group in groups]
         with concurrent.futures.ThreadPoolExecutor(min(len(groups), num_cores())) as threads:
@@ -171,9 +171,9 @@ def run_groups(
 
 
 def run_explicit_groups(
-    function: Callable, params: PyTree, groups: list[tuple], *, clock: Timings, what: str = "run"
+    function: Callable, params: PyTree, groups: list[tuple], *, timings: Timings, what: str = "run"
 ) -> list[PyTree]:
     """`function(params, *group)` as `run_groups`, for functions that capture arrays: these become arguments."""
-    with clock.measure("compile"):
+    with timings.measure("compile"):
         function, params = explicit(function, params, *groups[0])
-    return run_groups(function, (params,), groups, clock=clock, what=what)
+    return run_groups(function, (params,), groups, timings=timings, what=what)

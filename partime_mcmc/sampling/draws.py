@@ -1,112 +1,51 @@
 """What sampling returns: draws, their certificate, and how they came about.
 
-Arrays have chains first and time second, `(C, T, ...)`, as ArviZ wants them. A `Draws` holds the chain in unconstrained
-space (`positions`) and in the model's (`constrained`), what the kernel said of each step (`info`), the certificate of
-every chain, the solver's report, the plan that reproduces the very same draws, and the warm-up before them.
+Arrays have chains first and time second, `(C, T, ...)`, as ArviZ wants them. Draws on disk (`storage.stored_draws`) have
+the same attributes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import functools
+import os
+from typing import TYPE_CHECKING, Any, Callable
 
+import jax
 import numpy as np
 
-from partime_mcmc.kernels import Certificate
-from partime_mcmc.warmup.warmup import Warmup
 from partime_mcmc.predict.advise import Advice
+from partime_mcmc.kernels import Certificate
+from partime_mcmc.sampling.chunk import ChainState, Chunk
+from partime_mcmc.sampling.merge import merge_certificates, merge_reports
+from partime_mcmc.sampling.report import RunReport
 from partime_mcmc.solution import SolveError, Status
 from partime_mcmc.types import Array, PyTree
+from partime_mcmc.warmup.warmup import Warmup
+
+if TYPE_CHECKING:
+    from partime_mcmc.sampling.plan import Plan
+
+_HARDLY_ACCEPTS, _ENOUGH_STEPS = 0.98, 50
 
 
-@dataclasses.dataclass(frozen=True)
-class RunReport:
-    """How a run went.
-
-    Attributes:
-        status: One verdict per chain. A chain that was finished sequentially is CONVERGED: it is exact.
-        iterations: Passes per chain, over all stretches, shape `(C,)`.
-        evaluations_per_sample: Evaluations of the kernel's step per draw, averaged over chains, fallbacks included.
-        jvps_per_sample: Jacobian-vector products of the step per draw.
-        depth: Longest run of dependent steps over all stretches, the worst chain.
-        fallbacks: One sentence per stretch and chain that was finished sequentially, and why.
-        num_sequential: Draws per chain that came from the sequential fallback, shape `(C,)`.
-        residual_history: Largest residual by iteration in the first stretch, shape `(C, H)`, NaN beyond the last.
-        seconds_advise: Asking for advice: pilot chains and a cost model, compilation included.
-        seconds_compile: Tracing and compilation of the solve.
-        seconds_run: The solve itself, the tape included, the certificate not.
-        seconds_certify: The certifying pass, its compilation included.
-        dtype: Type of the states.
-        device: Where it ran.
-        versions: Of the libraries that decide about bits.
-        evaluations_by_part: In a run over a mesh, evaluations per draw by the device along time that made them; else empty.
-        interrupted: Whether the user ended it early, whatever the verdicts: a chain that was lost before stays lost.
-    """
-
-    status: tuple[Status, ...]
-    iterations: np.ndarray
-    evaluations_per_sample: float
-    jvps_per_sample: float
-    depth: int
-    fallbacks: tuple[str, ...]
-    num_sequential: np.ndarray
-    residual_history: np.ndarray
-    seconds_advise: float
-    seconds_compile: float
-    seconds_run: float
-    seconds_certify: float
-    dtype: str
-    device: str
-    versions: dict[str, str]
-    evaluations_by_part: tuple[float, ...] = ()
-    interrupted: bool = False
-
-    def __str__(self) -> str:
-        verdicts = ", ".join(sorted({status.name for status in self.status}))
-        return (
-            f"{verdicts}; {self.seconds_run:.3f} s ({self.seconds_compile:.1f} s compilation apart), "
-            f"{self.evaluations_per_sample:.2f} evaluations and {self.jvps_per_sample:.2f} JVPs per draw, depth "
-            f"{self.depth}, {int(self.iterations.max())} iterations over all stretches, {len(self.fallbacks)} fallbacks"
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class End:
-    """What it takes to go on from the last draw to the last bit, leaves `(C, ...)`.
-
-    Attributes:
-        carries: Of all chains.
-        discrete: Counters and other discrete leaves of the kernel's state, by name.
-        num_steps: Steps that the chains have behind them: the next one throws the dice of this number.
-        failed_running: Stretches just before in which no chain converged; two of them make the rest sequential.
-        stretch: Most steps that fit the device at once, once it has run out of memory; None: not known to be limited.
-    """
-
-    carries: PyTree
-    discrete: dict
-    num_steps: int = 0
-    failed_running: int = 0
-    stretch: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Draws:
-    """The draws of some chains.
+    """The draws of some chains, in memory.
 
     Attributes:
         positions: Unconstrained, leaves `(C, T, ...)`.
         constrained: Named values in the model's space, `(C, T, ...)`.
-        info: What the kernel said of each step, `(C, T)`: of `accepted`, `acceptance_rate`, `diverging`, `energy`,
-            `num_steps`, `logdensity`, `residual` those that it says.
+        info: What the kernel reports of each step, `(C, T)`: of `accepted`, `acceptance_rate`, `diverging`, `energy`,
+            `num_steps`, `logdensity`, `residual` those that there are.
         certificate: One entry per chain.
         report: How the run went.
         plan: Plain values that, with the same target and versions, give the same draws again.
         warmup: The warm-up, None if the kernel came tuned.
         dims: Axis names of constrained values.
         names: The constrained values worth showing; None: all.
-        advice: Why this solver, if `sample` chose it. To run again with the very same plan give `advice.solver` and
-            `advice.schedule`.
-        end: Where the chains stand after the last draw.
+        state: Where the chains stand after the last draw.
+        ask: Works out the advice; see `advice`.
     """
 
     positions: PyTree
@@ -115,11 +54,69 @@ class Draws:
     certificate: Certificate
     report: RunReport
     plan: dict[str, Any]
-    warmup: Warmup | None
+    warmup: Warmup | None = None
     dims: dict[str, tuple[str, ...]] | None = None
     names: tuple[str, ...] | None = None
-    advice: Advice | None = None
-    end: End | None = None
+    state: ChainState | None = None
+    ask: Callable[[], Advice] | None = dataclasses.field(default=None, compare=False)
+
+    @property
+    def num_samples(self) -> int:
+        """T."""
+        return self.certificate.residual.shape[1]
+
+    @property
+    def num_chains(self) -> int:
+        """C."""
+        return self.certificate.residual.shape[0]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all draws that were asked for are there."""
+        return not self.report.interrupted
+
+    @property
+    def status(self) -> tuple[Status, ...]:
+        """One verdict per chain."""
+        return self.report.status
+
+    @functools.cached_property
+    def posterior(self) -> Any:
+        """Named values in the model's space, an `xarray.Dataset` with the dimensions `chain` and `draw` first."""
+        from partime_mcmc.diagnostics.arviz import draws_dataset
+
+        return draws_dataset(self.constrained, self.dims)
+
+    @functools.cached_property
+    def sample_stats(self) -> Any:
+        """What the kernel reports of each step, likewise, by ArviZ's names."""
+        from partime_mcmc.diagnostics.arviz import stats_dataset
+
+        return stats_dataset(self.info)
+
+    @property
+    def advice(self) -> Advice | None:
+        """Whether chains like these forget, and what solver suits them: pilot chains are run when this is looked at.
+
+        None for draws that do not know their kernel any more.
+        """
+        return None if self.ask is None else self.ask()
+
+    def to_arviz(self) -> Any:
+        """The draws as ArviZ knows them: `InferenceData` with ArviZ 0.23, `xarray.DataTree` with ArviZ 1.x."""
+        from partime_mcmc.diagnostics.arviz import to_arviz
+
+        return to_arviz(self)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write one HTML file with the report, a summary and figures.
+
+        Args:
+            path: Of the file, such as `run.html`.
+        """
+        from partime_mcmc.diagnostics.html import save_page
+
+        save_page(path, self)
 
     def or_raise(self) -> Draws:
         """These draws, if every chain is certified, finite and moving.
@@ -127,14 +124,148 @@ class Draws:
         Raises:
             SolveError: Naming the first chain that is not, and why.
         """
-        for chain, status in enumerate(self.report.status):
-            if status != Status.CONVERGED:
-                raise SolveError(f"{status.name}: chain {chain}: {status.message}")
-            if not bool(np.asarray(self.certificate.certified)[chain]):
-                raise SolveError(
-                    f"NOT CERTIFIED: chain {chain}: the largest residual is "
-                    f"{float(np.asarray(self.certificate.max_residual)[chain]):.3g} noise units at step "
-                    f"{int(np.asarray(self.certificate.worst_step)[chain])}, wanted at most "
-                    f"{float(np.asarray(self.certificate.tolerance)[chain]):.1g}; use float64 or a smaller tolerance"
-                )
+        raise_unless_good(self.report.status, self.certificate)
         return self
+
+    def __repr__(self) -> str:
+        return f"Draws({self.num_chains} chains x {self.num_samples:,} draws of {_some(self.constrained)}; {self})"
+
+    def __str__(self) -> str:
+        before = "" if self.finished else f"interrupted after {self.num_samples:,} draws per chain; "
+        return before + certified_sentence(self.certificate, self.report)
+
+    def _repr_html_(self) -> str:
+        from partime_mcmc.diagnostics.html import draws_html
+
+        return draws_html(self)
+
+
+def certified_sentence(certificate: Certificate, report: RunReport) -> str:
+    """What was certified, in one sentence.
+
+    Args:
+        certificate: One entry per chain.
+        report: How the run went.
+    """
+    certified = np.asarray(certificate.certified)
+    what = (
+        "all chains certified"
+        if certified.all()
+        else f"{int(certified.sum())} of {certified.size} chains certified"
+    )
+    residual = float(np.max(np.asarray(certificate.max_residual), initial=0))
+    return (
+        f"{what}: largest residual {residual:.1e} noise units, {report.evaluations_per_sample:.1f} evaluations per draw, "
+        f"{len(report.fallbacks)} sequential fallbacks"
+    )
+
+
+def raise_unless_good(status: tuple[Status, ...], certificate: Certificate) -> None:
+    """Refuse chains that are not certified, finite and moving.
+
+    Args:
+        status: One verdict per chain.
+        certificate: One entry per chain.
+
+    Raises:
+        SolveError: Naming the first bad chain, and why.
+    """
+    for chain, verdict in enumerate(status):
+        if verdict != Status.CONVERGED:
+            raise SolveError(f"{verdict.name}: chain {chain}: {verdict.message}")
+        if not bool(np.asarray(certificate.certified)[chain]):
+            raise SolveError(
+                f"NOT CERTIFIED: chain {chain}: the largest residual is "
+                f"{float(np.asarray(certificate.max_residual)[chain]):.3g} noise units at step "
+                f"{int(np.asarray(certificate.worst_step)[chain])}, wanted at most "
+                f"{float(np.asarray(certificate.tolerance)[chain]):.1g}; use float64 or a smaller tolerance"
+            )
+
+
+def hardly_moves(certificate: Certificate, num_samples: int) -> str | None:
+    """A warning about chains that accept next to nothing: they are exact, and useless.
+
+    Args:
+        certificate: One entry per chain.
+        num_samples: Draws per chain.
+    """
+    rejected = np.asarray(certificate.num_rejected)
+    few = (rejected >= 0) & (rejected > _HARDLY_ACCEPTS * num_samples)
+    if num_samples < _ENOUGH_STEPS or not few.any():
+        return None
+    return (
+        f"chains {np.flatnonzero(few).tolist()} accepted less than 2% of their proposals "
+        f"({int(np.asarray(certificate.num_nonfinite_proposals)[few].sum())} of which were out of range): the "
+        "draws are exact and say little; look for an improper posterior, a bad start or a step size that is too large"
+    )
+
+
+def draws_of_chunks(
+    plan: Plan, chunks: list[Chunk], ask: Callable[[PyTree], Advice] | None = None
+) -> Draws:
+    """The draws of consecutive chunks as one.
+
+    Args:
+        plan: Of the run.
+        chunks: At least one, in order.
+        ask: From far-apart positions, leaves `(K, ...)`, to advice about the plan.
+    """
+    first = chunks[0]
+    certificate, report, steps = first.certificate, first.report, _num_steps(first)
+    for chunk in chunks[1:]:
+        certificate = merge_certificates(certificate, chunk.certificate)
+        report = merge_reports(report, chunk.report, (steps, _num_steps(chunk)), certificate)
+        steps += _num_steps(chunk)
+    trees = [(chunk.positions, chunk.constrained, chunk.info) for chunk in chunks]
+    positions, constrained, info = trees[0] if len(trees) == 1 else jax.tree.map(_joined, *trees)
+    target, warmup = plan.target, plan.warmup
+
+    @functools.cache
+    def advice():
+        return ask(spread_positions(positions) if warmup is None else warmup.pool)
+
+    return Draws(
+        positions,
+        constrained,
+        info,
+        certificate,
+        report,
+        plan.describe() | {"num_samples": steps},
+        warmup,
+        dict(target.dims) if target.dims else None,
+        tuple(target.names) if target.names else None,
+        chunks[-1].state,
+        advice if ask is not None and steps else None,
+    )
+
+
+_NUM_POOL = 32
+
+
+def spread_positions(positions: PyTree) -> PyTree:
+    """Some draws, leaves `(K, ...)`, far apart: neighbours come from different chains, and different times of one.
+
+    Args:
+        positions: Leaves `(C, T, ...)`, T at least 1.
+    """
+    num_chains, num_steps = jax.tree.leaves(positions)[0].shape[:2]
+    count = max(2, min(_NUM_POOL, num_chains * num_steps))
+    chains, steps = (
+        np.arange(count) % num_chains,
+        np.linspace(num_steps - 1, 0, count).astype(int),
+    )
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[chains, steps], positions)
+
+
+def _num_steps(chunk: Chunk) -> int:
+    return np.shape(chunk.certificate.residual)[1]
+
+
+def _joined(*leaves: Any) -> np.ndarray:
+    return np.concatenate([np.asarray(leaf) for leaf in leaves], axis=1)
+
+
+def _some(names: Any) -> str:
+    names = list(names)
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more

@@ -1,252 +1,206 @@
-"""Running chains: one compiled solve for all of them, stretch after stretch, in as many groups as cores share them.
+"""Chunks on the default device: one compiled solve for all chains, window after window, then the certificate.
 
-Stretch s of every chain is the recurrence x_t = f(x_{t-1}, u_t) for its part of the tape, from where the chain ended before.
-Groups are solved side by side (`cores`) and booked together; paths stay in groups until they are certified.
-What steps note of themselves is kept where every chain was solved by rolling it.
-A chain whose solve does not converge is finished sequentially (`books`). One bad chain never changes how the others are run,
-so that their draws stay the same bits.
+    draw      the random numbers of the chunk, per group of chains (`chain_groups`)
+    solve     window w of every chain is the recurrence x_t = f(x_{t-1}, u_t) for its part of the tape, from where the
+              chain ended before; a chain whose solve does not converge is finished sequentially (`run_recorder`)
+    certify   read from what steps recorded while they were rolled, where all were; elsewhere one independent pass over the
+              whole path. A solver stops within a tolerance, so steps on which the kernel stands still are then made to
+              stand still to the last bit: what is returned is what was certified.
 
-An interrupt from the keyboard keeps the stretches that are done: chains are then shorter than asked for, with the verdict
-INTERRUPTED.
+Groups are solved side by side and recorded together. One bad chain never changes how the others are run, so that their
+draws stay the same bits. An interrupt from the keyboard keeps the windows that are done.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Callable
+from typing import Any, Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from partime_mcmc.closures import Named
-from partime_mcmc.dynamics import Dynamics
-from partime_mcmc.kernels import Evidence, Independent, Kernel, Tape
-from partime_mcmc.sampling.run_recorder import RunRecorder
-from partime_mcmc.sampling.chain_groups import cut, joined, num_groups, run_groups
-from partime_mcmc.sampling.draws import End
 from partime_mcmc.compile_cache import Timings
-from partime_mcmc.sampling.randomness import recurrence, throw_dice
-from partime_mcmc.predict.advise import Advice
+from partime_mcmc.dynamics import Dynamics
+from partime_mcmc.kernels import Certificate, Tape, certify_held, certify_recorded
+from partime_mcmc.kernels.kernel_program import program_and_params
+from partime_mcmc.kernels.records import said_by
 from partime_mcmc.recipes import sequential
+from partime_mcmc.sampling.chain_groups import (
+    concat_chains,
+    run_explicit_groups,
+    run_groups,
+    split_chains,
+)
+from partime_mcmc.sampling.chunk import ChainState, Chunk
+from partime_mcmc.sampling.environment import device
+from partime_mcmc.sampling.executor import MAX_HALVINGS, ProgressReporter, iterate_chunks
+from partime_mcmc.sampling.plan import Plan
+from partime_mcmc.sampling.progress import Progress
+from partime_mcmc.sampling.randomness import draw_tapes
+from partime_mcmc.sampling.run_recorder import RunRecorder
 from partime_mcmc.schedule import Schedule, Stretches, Whole
-from partime_mcmc.solution import Solution, Status, Tolerance
+from partime_mcmc.solution import Solution, Status
 from partime_mcmc.solve import solve
 from partime_mcmc.solvers import Rollout, Solver
 from partime_mcmc.solvers.rollout import roll_on
-from partime_mcmc.types import Key, PyTree
-
-# (what makes the dynamics, initial carries and tapes of a group of chains, how many such groups there are) -> solver,
-# schedule, and the advice behind them if any. Who does not look at the dynamics need not wait for it to be traced.
-Choice = Callable[
-    [Callable[[], Dynamics], PyTree, Tape, int], tuple[Solver, Schedule, Advice | None]
-]
+from partime_mcmc.types import PyTree
 
 
 @dataclasses.dataclass
-class Chains:
-    """Solved chains.
-
-    What is said of `(G, ...)` is a list of groups with G chains each, C in all.
+class SolvedChains:
+    """Solved chains, lists of one entry per group of G chains, C in all.
 
     Attributes:
         initial: Where they started, leaves `(G, ...)`.
-        carries: Their paths, leaves `(G, T, ...)`.
-        tape: Their dice, leaves `(G, T, ...)`.
+        states: Their paths, leaves `(G, n, ...)`.
+        tape: Their random numbers, leaves `(G, n, ...)`.
         discrete: The discrete leaves after the last step, `(C, ...)`.
-        first: Steps before these.
-        books: What happened.
-        clock: Seconds.
-        solver: What solved them.
-        schedule: How time was cut.
-        advice: Why, if advice was asked for.
-        notes: What steps noted, `(G, T, R)`; None where nothing was noted, or not of all steps.
-        defects: How far each step is from the recurrence, `(G, T, D)`; None as `notes`.
+        notes: What steps recorded, `(G, n, R)`; None where nothing was recorded, or not by all steps.
+        defects: How far each step is from the recurrence, `(G, n, D)`; None as `notes`.
     """
 
     initial: list[PyTree]
-    carries: list[PyTree]
+    states: list[PyTree]
     tape: list[Tape]
     discrete: dict
-    first: int
-    books: RunRecorder
-    clock: Timings
-    solver: Solver
-    schedule: Schedule
-    advice: Advice | None
-    notes: list[jax.Array] | None = None
-    defects: list[jax.Array] | None = None
+    notes: list[jax.Array] | None
+    defects: list[jax.Array] | None
+
+    @property
+    def num_steps(self) -> int:
+        """n."""
+        return jax.tree.leaves(self.states)[0].shape[1]
 
 
-def run_chains(
-    kernel: Kernel,
-    positions: PyTree,
-    keys: Key,
-    num_samples: int,
-    *,
-    choose: Choice,
-    tolerance: Tolerance,
-    max_iterations: int | None,
+@dataclasses.dataclass(frozen=True)
+class LocalExecutor:
+    """Makes the chunks of a plan on the default device.
+
+    Attributes:
+        plan: The plan.
+        progress: Shown meanwhile.
+    """
+
+    plan: Plan
+    progress: Progress
+
+    def chunks(self, state: ChainState) -> Iterator[Chunk]:
+        """As `Executor.chunks`."""
+        return iterate_chunks(self.plan, state, self._chunk, self.progress, MAX_HALVINGS)
+
+    def _chunk(self, state: ChainState, num_steps: int, reporter: ProgressReporter) -> Chunk:
+        plan, timings = self.plan, Timings()
+        recorder = RunRecorder(plan, state)
+        chains = solve_windows(plan, state, num_steps, recorder, timings, reporter)
+        certify = functools.partial(_certified, plan, chains, state, recorder, timings)
+        try:
+            return certify()
+        except KeyboardInterrupt:
+            # Certifying takes a fraction of what would be lost where nothing comes after these steps.
+            if recorder.first + recorder.num_steps < plan.last_step and not recorder.interrupted:
+                raise
+            return certify()
+
+
+def solve_windows(
+    plan: Plan,
+    state: ChainState,
+    num_steps: int,
+    recorder: RunRecorder,
+    timings: Timings,
     advance: Callable[..., None],
-    evidence: Evidence = Independent(),
-    end: End | None = None,
-    total: int | None = None,
-    stretch: int | None = None,
-    groups: int | None = None,
-    clock: Timings | None = None,
-) -> Chains:
-    """Solve all chains.
+) -> SolvedChains:
+    """Solve the next steps of all chains.
 
     Args:
-        kernel: The tuned kernel.
-        positions: One start per chain, leaves `(C, ...)`; not looked at where `end` is given.
-        keys: One key per chain, shape `(C,)`.
-        num_samples: T.
-        choose: What picks the solver and the schedule once dynamics, starts and tapes are known. `Stretches` are run
-            from here; other schedules within one solve.
-        tolerance: How small residuals must be.
-        max_iterations: Passes per stretch.
-        advance: Told of the steps done, and what to show, after each stretch.
-        evidence: Whether steps note what a certificate needs.
-        end: Where the chains go on from, to the last bit; None is where `positions` are, before the first step.
-        total: The step at which the whole run ends; None is the end of these T.
-        stretch: Most steps that are solved at once, whatever the schedule says; None leaves it to the schedule.
-        groups: Into how many groups chains are cut; None is as many as suit the cores.
-        clock: Where seconds are booked.
-
-    Returns:
-        The chains. Every chain with status CONVERGED is exact.
+        plan: Of the run.
+        state: Where the chains stand.
+        num_steps: n.
+        recorder: What happens is recorded there.
+        timings: Where seconds are counted.
+        advance: Called with the steps done, and what to show, after each window.
     """
-    clock, first = Timings() if clock is None else clock, 0 if end is None else end.num_steps
-    solved = recurrence(kernel, positions, keys, end, clock, evidence)
-    count = num_groups(keys.shape[0], solved) if groups is None else groups
     initial, tape, discrete = map(
-        list, zip(*throw_dice(kernel, positions, keys, num_samples, end, clock, count))
+        list,
+        zip(*draw_tapes(plan.kernel, plan.keys, state, num_steps, timings, plan.num_groups)),
     )
-    with clock.measure("advise"):
-        looked_at = functools.partial(recurrence, kernel, positions, keys, end, Timings())
-        solver, schedule, advice = choose(looked_at, initial[0], tape[0], count)
-    size = min(_stretch_size(solver, schedule, num_samples), stretch or max(num_samples, 1))
-    inside = Whole() if isinstance(schedule, Stretches) else schedule
-    solve_stretch = _solving(solver, inside, tolerance, max_iterations, clock)
-    roll_stretch = _solving(sequential(), Whole(), tolerance, None, clock)
-    books = RunRecorder(
-        keys.shape[0],
-        first,
-        first + num_samples if total is None else total,
-        end.failed_running if end else 0,
-    )
-    current, pieces, discrete = initial, [], joined(discrete)
+    size = min(_window_size(plan, num_steps), state.max_window or max(num_steps, 1))
+    inside = Whole() if isinstance(plan.schedule, Stretches) else plan.schedule
+    tolerance, dynamics = plan.tolerance, plan.recurrence
+    solve_window = _solve_groups(plan.solver, inside, tolerance, plan.max_iterations, timings)
+    roll_window = _solve_groups(sequential(), Whole(), tolerance, None, timings)
+    current, windows, discrete = initial, [], concat_chains(discrete)
     try:
-        for start in range(0, num_samples, size):
-            stop = min(start + size, num_samples)
-            part = (
-                tape
-                if size >= num_samples
-                else jax.tree.map(lambda leaf: leaf[:, start:stop], tape)
-            )
-            chosen = roll_stretch if books.hopeless else solve_stretch
-            found = chosen(solved, current, part)
-            states = _booked(
-                books,
-                found,
-                start,
-                stop,
-                chosen is roll_stretch,
-                functools.partial(_finished, solved, current, part, clock),
-            )
-            # At once, so that an interrupt finds a stretch with its notes or not at all.
-            pieces.append(
-                (states, [(one.notes, one.defects) for one in found] if books.as_found else None)
-            )
-            if stop < num_samples:
+        for start in range(0, num_steps, size):
+            stop = min(start + size, num_steps)
+            part = tape if size >= num_steps else _steps(tape, start, stop)
+            chosen = roll_window if recorder.gives_up else solve_window
+            found = chosen(dynamics, current, part)
+            finish = functools.partial(_finished, dynamics, current, part, timings)
+            states = _recorded(recorder, found, start, stop, chosen is roll_window, finish)
+            # At once, so that an interrupt finds a window with its notes or not at all.
+            notes = [(one.notes, one.defects) for one in found] if recorder.all_converged else None
+            windows.append((states, notes))
+            if stop < num_steps:
                 current = jax.tree.map(lambda leaf: leaf[:, -1], states)
-            advance(stop - start, **books.shown())
+            advance(stop - start, **recorder.progress())
     except KeyboardInterrupt:
-        if not pieces:
+        if not windows:
             raise
-        done = sum(jax.tree.leaves(states)[0].shape[1] for states, _ in pieces)
-        if done < num_samples:
-            discrete = joined(
-                jax.tree.map(lambda leaf: leaf[:, done], [one.discrete for one in tape])
-            )
-            tape = jax.tree.map(lambda leaf: leaf[:, :done], tape)
-        books.interrupt(done)
-    return Chains(
-        initial,
-        _in_time(initial, [states for states, _ in pieces]),
-        tape,
-        discrete,
-        first,
-        books,
-        clock,
-        solver,
-        schedule,
-        advice,
-        *_all_kept([kept for _, kept in pieces]),
-    )
+        done = sum(jax.tree.leaves(states)[0].shape[1] for states, _ in windows)
+        if done < num_steps:
+            discrete = concat_chains([_steps(one.discrete, done) for one in tape])
+            tape = _steps(tape, 0, done)
+        recorder.interrupt(done)
+    paths = _concat_windows(initial, [states for states, _ in windows])
+    return SolvedChains(initial, paths, tape, discrete, *_all_notes([kept for _, kept in windows]))
 
 
-def _booked(
-    books: RunRecorder, found: list[Solution], start: int, stop: int, rolled: bool, finish: Callable
+def _steps(tree: PyTree, start: int, stop: int | None = None) -> PyTree:
+    """Steps from `start` to `stop`, or the one step `start`, of leaves `(G, n, ...)`."""
+    return jax.tree.map(lambda leaf: leaf[:, start if stop is None else slice(start, stop)], tree)
+
+
+def _window_size(plan: Plan, num_steps: int) -> int:
+    # A sequential run gains nothing from windows, and neither does an empty one.
+    if isinstance(plan.schedule, Stretches) and not isinstance(plan.solver, Rollout):
+        return plan.schedule.size
+    return max(num_steps, 1)
+
+
+def _recorded(
+    recorder: RunRecorder,
+    found: list[Solution],
+    start: int,
+    stop: int,
+    rolled: bool,
+    finish: Callable,
 ) -> list[PyTree]:
-    """Book a stretch of all groups; their carries. Paths are joined only where some chain did not converge."""
+    """Record a window of all groups; their carries. Paths are joined only where some chain did not converge."""
     without = [dataclasses.replace(one, states=None, notes=None, defects=None) for one in found]
     whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *without)
     if (whole.status == Status.CONVERGED).all():
-        books.enter(whole, start, stop, rolled, finish)
+        recorder.record(whole, start, stop, rolled, finish)
         return [one.states for one in found]
-    whole = dataclasses.replace(whole, states=joined([one.states for one in found]))
-    return cut(books.enter(whole, start, stop, rolled, finish), len(found))
+    whole = dataclasses.replace(whole, states=concat_chains([one.states for one in found]))
+    return split_chains(recorder.record(whole, start, stop, rolled, finish), len(found))
 
 
 def _finished(
     dynamics: Dynamics,
     current: list[PyTree],
     part: list[Tape],
-    clock: Timings,
+    timings: Timings,
     states: PyTree,
     num_exact: jax.Array,
 ) -> tuple[PyTree, jax.Array]:
     """`_finish` of all chains, group by group."""
     count = len(part)
-    groups = list(zip(current, part, cut(states, count), cut(num_exact, count)))
-    return joined(run_groups(_finish, (dynamics,), groups, clock=clock))
-
-
-def _all_kept(kept: list[list[tuple] | None]) -> tuple[list | None, list | None]:
-    """Notes and defects of all stretches, by group, if all of them have some."""
-    if not kept or any(groups is None or groups[0][0] is None for groups in kept):
-        return None, None
-    by_group = [
-        pieces[0]
-        if len(pieces) == 1
-        else tuple(jnp.concatenate(one, axis=1) for one in zip(*pieces))
-        for pieces in zip(*kept)
-    ]
-    return [notes for notes, _ in by_group], [defects for _, defects in by_group]
-
-
-def _in_time(initial: list[PyTree], pieces: list[list[PyTree]]) -> list[PyTree]:
-    """The paths of all groups, their stretches one after another."""
-    if not pieces:
-        return jax.tree.map(
-            lambda leaf: jnp.zeros((leaf.shape[0], 0, *leaf.shape[1:]), leaf.dtype), initial
-        )
-    return [
-        of_group[0]
-        if len(of_group) == 1
-        else jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *of_group)
-        for of_group in zip(*pieces)
-    ]
-
-
-def _stretch_size(solver: Solver, schedule: Schedule, num_samples: int) -> int:
-    # A sequential run gains nothing from stretches, and neither does an empty one.
-    if isinstance(schedule, Stretches) and not isinstance(solver, Rollout):
-        return schedule.size
-    return max(num_samples, 1)
+    groups = list(zip(current, part, split_chains(states, count), split_chains(num_exact, count)))
+    return concat_chains(run_groups(_finish, (dynamics,), groups, timings=timings))
 
 
 def _finish(dynamics, initial, tape, states, num_exact):
@@ -259,8 +213,35 @@ def _finish(dynamics, initial, tape, states, num_exact):
     return states, jnp.cumprod(functools.reduce(jnp.logical_and, finite), axis=1).sum(axis=1)
 
 
+def _all_notes(kept: list[list[tuple] | None]) -> tuple[list | None, list | None]:
+    """Notes and defects of all windows, by group, if all of them have some."""
+    if not kept or any(groups is None or groups[0][0] is None for groups in kept):
+        return None, None
+    by_group = [
+        windows[0]
+        if len(windows) == 1
+        else tuple(jnp.concatenate(one, axis=1) for one in zip(*windows))
+        for windows in zip(*kept)
+    ]
+    return [notes for notes, _ in by_group], [defects for _, defects in by_group]
+
+
+def _concat_windows(initial: list[PyTree], windows: list[list[PyTree]]) -> list[PyTree]:
+    """The paths of all groups, their windows one after another."""
+    if not windows:
+        return jax.tree.map(
+            lambda leaf: jnp.zeros((leaf.shape[0], 0, *leaf.shape[1:]), leaf.dtype), initial
+        )
+    return [
+        of_group[0]
+        if len(of_group) == 1
+        else jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *of_group)
+        for of_group in zip(*windows)
+    ]
+
+
 class _Solve(Named):
-    """One stretch of every chain; parts are `max_iterations` and strategies that are no pytrees."""
+    """One window of every chain; parts are `max_iterations` and strategies that are no pytrees."""
 
     def __call__(self, solver, schedule, tolerance, dynamics, initial, tape) -> Solution:
         max_iterations, *opaque = self.parts
@@ -281,21 +262,88 @@ class _Solve(Named):
         )(initial, tape)
 
 
-def _solving(
+def _solve_groups(
     solver: Solver,
     schedule: Schedule,
-    tolerance: Tolerance,
+    tolerance: Any,
     max_iterations: int | None,
-    clock: Timings,
-):
-    """`(dynamics, initial, tape) -> Solution` of every group of chains, compiled once for all runs."""
-    strategies = solver, schedule
-    opaque = [None if jax.tree.structure(one) != _LEAF else one for one in strategies]
-    given = [one if jax.tree.structure(one) != _LEAF else None for one in strategies]
+    timings: Timings,
+) -> Callable[[Dynamics, list, list], list[Solution]]:
+    """`(dynamics, initial, tape) -> solutions` of every group of chains, compiled once for all runs."""
+    opaque = [one if jax.tree.structure(one) == _LEAF else None for one in (solver, schedule)]
+    given = [None if jax.tree.structure(one) == _LEAF else one for one in (solver, schedule)]
     program = _Solve(max_iterations, *opaque)
     return lambda dynamics, initial, tape: run_groups(
-        program, (*given, tolerance, dynamics), list(zip(initial, tape)), clock=clock
+        program, (*given, tolerance, dynamics), list(zip(initial, tape)), timings=timings
     )
 
 
 _LEAF = jax.tree.structure(0)
+
+
+def _certified(
+    plan: Plan, chains: SolvedChains, state: ChainState, recorder: RunRecorder, timings: Timings
+) -> Chunk:
+    """The chunk of solved chains."""
+    program, params = program_and_params(plan.kernel)
+    paths = [chains.initial, chains.states, chains.tape]
+    if chains.notes is None:
+        certify = _CertifyPath(program)
+    else:
+        certify, paths = (
+            _ReadRecordedCertificate(program),
+            [*paths, chains.notes, chains.defects],
+        )
+    groups = run_explicit_groups(
+        certify, params, list(zip(*paths)), timings=timings, what="certify"
+    )
+    certificate, records, last, positions = concat_chains(groups)
+    constrained = plan.target.constrained_values(positions, timings)
+    info = said_by(records, certificate.residual.shape) | {"residual": certificate.residual}
+    dtype = jax.tree.leaves(chains.states)[0].dtype
+    after = ChainState(
+        last, chains.discrete, state.num_steps + chains.num_steps, recorder.num_failed_windows
+    )
+    report = recorder.report(certificate, timings, dtype, device())
+    return Chunk(positions, constrained, info, certificate, report, after)
+
+
+class _CertifyPath(Named):
+    """Certificate, records, the last carries of the path standing still where its kernel does, and its positions; the part
+    is the kernel's program."""
+
+    def __call__(
+        self, params, initial, states, tape
+    ) -> tuple[Certificate, PyTree, PyTree, PyTree]:
+        kernel = self.parts[0].kernel(params)
+        certificate, records, still = certify_held(kernel, initial, states, tape)
+        return (
+            certificate,
+            records,
+            _last(still, initial),
+            jax.vmap(jax.vmap(kernel.position))(still),
+        )
+
+
+class _ReadRecordedCertificate(Named):
+    """As `_CertifyPath`, from what steps recorded."""
+
+    def __call__(
+        self, params, initial, states, tape, notes, defects
+    ) -> tuple[Certificate, PyTree, PyTree, PyTree]:
+        kernel = self.parts[0].kernel(params)
+        certificate, records = jax.vmap(functools.partial(certify_recorded, kernel))(
+            initial, states, tape, notes, defects
+        )
+        return (
+            certificate,
+            records,
+            _last(states, initial),
+            jax.vmap(jax.vmap(kernel.position))(states),
+        )
+
+
+def _last(states: PyTree, initial: PyTree) -> PyTree:
+    return jax.tree.map(
+        lambda leaf, first: leaf[:, -1] if leaf.shape[1] else first, states, initial
+    )

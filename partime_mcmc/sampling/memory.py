@@ -16,7 +16,6 @@ from partime_mcmc.diagnostics.checks import TooLarge, check_bytes, check_count
 from partime_mcmc.kernels import Recorded
 from partime_mcmc.recipes import sequential
 from partime_mcmc.sampling.defaults import DEFAULT_WINDOW
-from partime_mcmc.sampling.target import example_of
 from partime_mcmc.schedule import Stretches
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def chunk_steps(asked: SampleArguments) -> int:
     Raises:
         TooLarge: Naming the setting to change.
     """
-    sizes = [(leaf.size, leaf.dtype.itemsize) for leaf in jax.tree.leaves(example_of(asked.target))]
+    sizes = [(leaf.size, leaf.dtype.itemsize) for leaf in jax.tree.leaves(asked.target.example())]
     dimension, itemsize = sum(size for size, _ in sizes), sizes[0][1] if sizes else 4
     limit = (
         default_max_bytes(asked.mesh)
@@ -61,14 +60,16 @@ def _whole_run(
     window = getattr(asked.schedule or Stretches(DEFAULT_WINDOW), "size", steps)
     per_step = (asked.solver or sequential()).map_size(dimension)
     check_bytes(min(window, steps), dimension, itemsize, limit, per_step=per_step, num_chains=num_chains)
-    try:
-        check_bytes(steps, dimension, itemsize, limit, per_step=0, num_chains=num_chains, more=more)
-    except TooLarge as error:
+    total = check_bytes(
+        steps, dimension, itemsize, 2**63, per_step=0, num_chains=num_chains, more=more
+    )
+    if total > limit:
         # However it is cut, what is returned would not fit.
         raise TooLarge(
-            f"{str(error).split(': solve in stretches')[0]}: keep the draws on disk with store= (and "
-            "thinning=), or raise max_bytes"
-        ) from error
+            f"num_samples: got {asked.num_samples} draws of dimension {dimension} in {asked.num_chains} chain(s), about "
+            f"{total:.3g} bytes; wanted at most max_bytes={limit}: keep the draws on disk with store= (and thinning=), or "
+            "raise max_bytes"
+        )
     return max(asked.num_samples, 1)
 
 

@@ -56,6 +56,7 @@ class SampleArguments:
         warmup_key: One key.
         chain_keys: One key per chain, shape `(C,)`.
         key_words: The numbers of the user's key or keys.
+        key_impl: The generator that they belong to.
         num_samples: T, draws per chain.
         num_warmup: Warm-up steps per chain at most.
         adaptation: How a builder's chains find the typical set and a metric; None is `PooledAdaptation()`.
@@ -81,6 +82,7 @@ class SampleArguments:
     warmup_key: Key
     chain_keys: Key
     key_words: list[int]
+    key_impl: str
     num_samples: int
     num_warmup: int = 0
     adaptation: Adaptation | None = None

@@ -14,6 +14,8 @@ from typing import Callable, ContextManager, Iterator, Protocol
 
 from tqdm import tqdm
 
+from partime_mcmc.contracts import check_has
+
 
 class Progress(Protocol):
     """What a run tells."""
@@ -73,3 +75,17 @@ class _Line(_Quiet):
 
 quiet: Progress = _Quiet()
 progress_line: Progress = _Line()
+
+
+def chosen_progress(progress: Progress | bool | None) -> Progress:
+    """The progress meant by `progress`: True is a line on a terminal and silence elsewhere, as users of NumPyro expect.
+
+    Raises:
+        TypeError: If it is neither a bool nor a Progress.
+    """
+    if isinstance(progress, bool):
+        return progress_line if progress and sys.stderr.isatty() else quiet
+    if progress is None:
+        return quiet
+    check_has(progress, "progress", ("stage", "note", "warn"), "True, False, quiet or progress_line")
+    return progress

@@ -1,12 +1,12 @@
-"""Tapes: the dice of all chains for any stretch of time, thrown at a cost that does not grow with the time before it.
+"""The random numbers of all chains for any steps, drawn before these are taken, at a cost that does not grow with time.
 
 Step t of chain c, counted from 0, uses the key
 
     k_ct = fold_in(key_c, t)        which is   jax.random.split(key_c, T)[t]   for every T > t
 
 as long as JAX splits keys by counting (`jax_threefry_partitionable`, its default). Under other settings the keys of the
-steps before are split again and cut off: the same dice, at a cost that grows. Counters and other discrete leaves go on from
-where the stretch before left them.
+steps before are split again and cut off: the same numbers, at a cost that grows. Counters and other discrete leaves go on
+from where the steps before left them. The random numbers of a path and these leaves are its *tape*.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from partime_mcmc.closures import Named, explicit
+from partime_mcmc.compile_cache import Timings, run_explicit
 from partime_mcmc.dynamics import Dynamics, without_captures
 from partime_mcmc.kernels import Evidence, Independent, Kernel, Tape
-from partime_mcmc.sampling.chain_groups import cut, run_explicit_groups
-from partime_mcmc.sampling.draws import End
 from partime_mcmc.kernels.kernel_program import program_and_params
-from partime_mcmc.compile_cache import Timings, run_explicit
+from partime_mcmc.sampling.chain_groups import run_explicit_groups, split_chains
+from partime_mcmc.sampling.chunk import ChainState
 from partime_mcmc.types import Array, Key, PyTree
 
 # Steps fold the numbers from 0 on into a chain's key.
@@ -31,106 +31,89 @@ _INIT_STREAM = 2**31 - 3
 MAX_STEPS = 2**31 - 4
 
 
-def throw(
-    kernel: Kernel,
-    positions: PyTree,
-    keys: Key,
-    num_samples: int,
-    end: End | None = None,
-    clock: Timings | None = None,
-) -> tuple[Dynamics, PyTree, Tape, dict]:
-    """The recurrence of a stretch of time and its dice.
-
-    Args:
-        kernel: The kernel.
-        positions: One start per chain, leaves `(C, ...)`; not looked at where `end` is given.
-        keys: One key per chain, shape `(C,)`.
-        num_samples: T, steps of the stretch.
-        end: Where chains stand; None is at `positions`, before the first step.
-        clock: Where seconds are booked.
-
-    Returns:
-        Dynamics, starting carries `(C, ...)`, tapes `(C, T, ...)`, and the discrete leaves after the last step `(C, ...)`.
-    """
-    clock = Timings() if clock is None else clock
-    ((initial, tape, discrete),) = throw_dice(kernel, positions, keys, num_samples, end, clock)
-    return recurrence_of(kernel, initial, tape, clock), initial, tape, discrete
-
-
-def throw_dice(
-    kernel: Kernel,
-    positions: PyTree,
-    keys: Key,
-    num_samples: int,
-    end: End | None,
-    clock: Timings,
-    count: int = 1,
-) -> list[tuple[PyTree, Tape, dict]]:
-    """As `throw`, without the recurrence, for each of `count` groups of chains."""
-    family, numbers = program_and_params(kernel)
-    first = 0 if end is None else end.num_steps
-    chains = (positions, None, keys) if end is None else (None, (end.carries, end.discrete), keys)
-    groups = [(*group, np.uint32(first)) for group in cut(chains, count)]
-    program = _Throw(family, num_samples, None if splits_by_counting(keys) else first)
-    return run_explicit_groups(program, numbers, groups, clock=clock)
-
-
-def recurrence(
-    kernel: Kernel,
-    positions: PyTree,
-    keys: Key,
-    end: End | None,
-    clock: Timings,
-    evidence: Evidence = Independent(),
-) -> Dynamics:
-    """The recurrence of `throw` alone; nothing is computed.
-
-    Args:
-        kernel: The kernel.
-        positions: As for `throw`; as with the next ones only structure, shapes and types matter.
-        keys: One per chain, shape `(C,)`.
-        end: As for `throw`.
-        clock: Where seconds are booked.
-        evidence: As for `recurrence_of`.
-    """
-    family, numbers = program_and_params(kernel)
-    chains = (positions, None) if end is None else (None, (end.carries, end.discrete))
-    with clock.measure("compile"):
-        initial, tape, _ = explicit(_Throw(family, 1, 0), numbers, *chains, keys, np.uint32(0))[
-            0
-        ].result
-    return recurrence_of(kernel, initial, tape, clock, evidence)
-
-
-def recurrence_of(
-    kernel: Kernel, initial: PyTree, tape: Tape, clock: Timings, evidence: Evidence = Independent()
-) -> Dynamics:
-    """The recurrence of a kernel, without captured arrays.
-
-    Args:
-        kernel: The kernel.
-        initial: Starting carries, leaves `(C, ...)`; only structure, shapes and types matter.
-        tape: Tapes, leaves `(C, T, ...)`; likewise.
-        clock: Where seconds are booked.
-        evidence: What certificates will rest on: steps note what it needs.
-    """
-    state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), initial)
-    drive = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), tape)
-    with clock.measure("compile"):
-        return without_captures(evidence.dynamics(kernel), state, drive)
-
-
-def begin(kernel: Kernel, positions: PyTree, keys: Key, clock: Timings) -> End:
+def begin(kernel: Kernel, positions: PyTree, keys: Key, timings: Timings) -> ChainState:
     """Where chains stand before their first step.
 
     Args:
         kernel: The kernel.
         positions: One start per chain, leaves `(C, ...)`.
         keys: One key per chain, shape `(C,)`.
-        clock: Where seconds are booked.
+        timings: Where seconds are counted.
     """
-    family, numbers = program_and_params(kernel)
-    return End(*run_explicit(_Begin(family), numbers, positions, keys, clock=clock))
+    program, params = program_and_params(kernel)
+    return ChainState(*run_explicit(_Begin(program), params, positions, keys, timings=timings))
+
+
+def draw_tapes(
+    kernel: Kernel,
+    keys: Key,
+    state: ChainState,
+    num_steps: int,
+    timings: Timings,
+    num_groups: int = 1,
+) -> list[tuple[PyTree, Tape, dict]]:
+    """The tapes of the next steps, group by group (`chain_groups`).
+
+    Args:
+        kernel: The kernel.
+        keys: One key per chain, shape `(C,)`.
+        state: Where the chains stand.
+        num_steps: n.
+        timings: Where seconds are counted.
+        num_groups: How many groups.
+
+    Returns:
+        Of each group the carries `(G, ...)` it starts from, its tape `(G, n, ...)`, and the discrete leaves after the
+        last step `(G, ...)`.
+    """
+    program, params = program_and_params(kernel)
+    chains = split_chains((state.carries, state.discrete, keys), num_groups)
+    groups = [(*group, np.uint32(state.num_steps)) for group in chains]
+    draw = _DrawTapes(program, num_steps, None if splits_by_counting(keys) else state.num_steps)
+    return run_explicit_groups(draw, params, groups, timings=timings)
+
+
+def recurrence(
+    kernel: Kernel,
+    keys: Key,
+    state: ChainState,
+    timings: Timings,
+    certificate: Evidence = Independent(),
+) -> Dynamics:
+    """The recurrence of a kernel, without captured arrays; nothing is computed.
+
+    Args:
+        kernel: The kernel.
+        keys: One key per chain, shape `(C,)`; as of the next one, only structure, shapes and types matter.
+        state: Where the chains stand.
+        timings: Where seconds are counted.
+        certificate: What certificates will rest on: steps note what it needs.
+    """
+    program, params = program_and_params(kernel)
+    chains = (state.carries, state.discrete, keys, np.uint32(0))
+    with timings.measure("compile"):
+        initial, tape, _ = explicit(_DrawTapes(program, 1, 0), params, *chains)[0].result
+        one = _shapes_without_axes(initial, 1), _shapes_without_axes(tape, 2)
+        return without_captures(certificate.dynamics(kernel), *one)
+
+
+def coupled_chains(
+    kernel: Kernel, positions: PyTree, keys: Key, num_steps: int
+) -> tuple[Dynamics, PyTree, Tape]:
+    """The recurrence of a kernel, carries at some positions, and the random numbers of their next steps.
+
+    Args:
+        kernel: The kernel.
+        positions: Leaves `(K, ...)`.
+        keys: Shape `(K,)`.
+        num_steps: n.
+
+    Returns:
+        Dynamics, carries `(K, ...)`, tapes `(K, n, ...)`.
+    """
+    state = begin(kernel, positions, keys, Timings())
+    ((carries, tape, _),) = draw_tapes(kernel, keys, state, num_steps, Timings())
+    return recurrence(kernel, keys, state, Timings()), carries, tape
 
 
 def splits_by_counting(keys: Key) -> bool:
@@ -144,44 +127,10 @@ def splits_by_counting(keys: Key) -> bool:
 def _splits_by_counting(impl: str, partitionable: bool) -> bool:
     # Two keys are split and one at a time is folded, by programs that a run has compiled before.
     key = jax.random.key(0, impl=impl)
-    folded = [np.asarray(jax.random.key_data(jax.random.fold_in(key, place))) for place in range(2)]
+    folded = [
+        np.asarray(jax.random.key_data(jax.random.fold_in(key, place))) for place in range(2)
+    ]
     return partitionable and np.array_equal(folded, jax.random.key_data(jax.random.split(key, 2)))
-
-
-class _Throw(Named):
-    """Carries, tapes and last discrete leaves of all chains; parts: the kernel's family, T, and the first step where that is
-    part of the program."""
-
-    def __call__(self, numbers, positions, at, keys, first):
-        family, num_samples, known = self.parts
-        kernel = family.kernel(numbers)
-
-        def one(position, at, key):
-            state = _initial(kernel, position, key) if at is None else kernel.state(*at)
-            places = first + jnp.arange(num_samples, dtype=jnp.uint32)
-            tape, after = kernel.stretch_of(
-                step_keys(key, places, None if known is None else known + num_samples), state
-            )
-            return kernel.carry(state) if at is None else at[0], tape, after
-
-        return jax.vmap(one)(positions, at, keys)
-
-
-class _Begin(Named):
-    """Carries and discrete leaves of all chains before their first step; the part is the kernel's family."""
-
-    def __call__(self, numbers, positions, keys):
-        kernel = self.parts[0].kernel(numbers)
-
-        def one(position, key):
-            state = _initial(kernel, position, key)
-            return kernel.carry(state), kernel.discrete(state)
-
-        return jax.vmap(one)(positions, keys)
-
-
-def _initial(kernel: Kernel, position: PyTree, key: Key) -> PyTree:
-    return kernel.init(position, jax.random.fold_in(key, _INIT_STREAM))
 
 
 def step_keys(key: Key, places: Array, total: int | None) -> Key:
@@ -190,9 +139,43 @@ def step_keys(key: Key, places: Array, total: int | None) -> Key:
     Args:
         key: The chain's.
         places: Steps, counted from 0, shape `(n,)`.
-        total: None where `splits_by_counting`: these steps alone are paid for. Elsewhere a number of steps that has them all,
-            which are split and of which these are taken.
+        total: None where `splits_by_counting`: these steps alone are paid for. Elsewhere a number of steps that has them
+            all, which are split and of which these are taken.
     """
     if total is None:
         return jax.vmap(functools.partial(jax.random.fold_in, key))(places)
     return jax.random.split(key, total)[places]
+
+
+class _DrawTapes(Named):
+    """Carries, tapes and last discrete leaves of all chains; parts: the kernel's program, n, and the first step where that
+    is part of what is compiled."""
+
+    def __call__(self, params, carries, discrete, keys, first):
+        program, num_steps, known = self.parts
+        kernel = program.kernel(params)
+
+        def one(carry, discrete, key):
+            places = first + jnp.arange(num_steps, dtype=jnp.uint32)
+            split = step_keys(key, places, None if known is None else known + num_steps)
+            return carry, *kernel.stretch_of(split, kernel.state(carry, discrete))
+
+        return jax.vmap(one)(carries, discrete, keys)
+
+
+class _Begin(Named):
+    """Carries and discrete leaves of all chains before their first step; the part is the kernel's program."""
+
+    def __call__(self, params, positions, keys):
+        kernel = self.parts[0].kernel(params)
+
+        def one(position, key):
+            state = kernel.init(position, jax.random.fold_in(key, _INIT_STREAM))
+            return kernel.carry(state), kernel.discrete(state)
+
+        return jax.vmap(one)(positions, keys)
+
+
+def _shapes_without_axes(tree: PyTree, count: int) -> PyTree:
+    """Shapes and types of leaves without their first axes."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[count:], leaf.dtype), tree)

@@ -1,47 +1,62 @@
-"""Sampling: starts, warm-up, dice, the solve stretch by stretch, the certificate.
+"""Sampling: every choice made once, then chunk after chunk solved, certified and kept.
 
     draws = sample(key, target, hmc, num_samples=4096)
+    draws = sample(key, target, hmc, num_samples=10_000_000, store="runs/schools", thinning=10)
+    draws = resume("runs/schools", target, hmc)       after a crash, an interrupt, a full disk; or when all is done
 
-All chains are solved together (`vmap`), time in stretches, so that progress can be shown and memory stays bounded. A
-chain that a solver cannot finish within its bound is finished sequentially with the same dice, and the report says so:
-the result is always the exact chain, slower at worst. Data travel as arguments, so compilation does not grow with them.
+All chains are solved together (`vmap`), time in windows. A chain that a solver cannot finish within its bound is finished
+sequentially with the same random numbers, and the report says so: the result is always the exact chain, slower at worst.
 
-The dice: `key` is split into keys for starts, warm-up and chains; chain c has `jax.random.split(chains_key, C)[c]`,
+Random numbers: `key` is split into keys for starts, warm-up and chains; chain c has `jax.random.split(chains_key, C)[c]`,
 and its step t has `jax.random.split(chain_key, T)[t]`, as a user of BlackJAX would write it.
+
+A model is code, and code cannot live in a store safely: `resume` is given target and kernel again, and refuses them if
+they are not what the run was begun with. Everything else comes from the store, and the draws are those of a run that was
+never interrupted: on the same machine and versions, bit for bit.
 """
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from partime_mcmc.contracts import check_has
-from partime_mcmc.diagnostics.checks import check_count, check_key
+from partime_mcmc.contracts import check_has, kind
+from partime_mcmc.distributed.collectives import check_mesh, check_same_arguments
+from partime_mcmc.distributed.executor import MeshExecutor
+from partime_mcmc.distributed.multihost import open_shared_sink
+from partime_mcmc.diagnostics.checks import (
+    check_count,
+    check_deterministic,
+    check_key,
+    check_precision,
+    check_starts,
+)
 from partime_mcmc.kernels import Evidence, Kernel, Recorded
 from partime_mcmc.kernels.dice import Dice
-from partime_mcmc.sampling.memory import check_strategies, chosen_progress
-from partime_mcmc.sampling.chains import check_fits, default_tolerance, draw_chains
-from partime_mcmc.sampling.draws import Draws
-from partime_mcmc.distributed.collectives import check_mesh, check_same
 from partime_mcmc.kernels.kernel_program import Builder
-from partime_mcmc.sampling.progress import Progress
-from partime_mcmc.sampling.plan import Request, make_ready
-from partime_mcmc.sampling.resume import as_store, key_words, sample_stored
-from partime_mcmc.storage.stored_draws import StoredDraws
-from partime_mcmc.storage.stored_run import Store
+from partime_mcmc.sampling.choose_coupling import choose_coupling_by_pilots, fixed_coupling
+from partime_mcmc.sampling.defaults import SHORT_RUN
+from partime_mcmc.sampling.draws import Draws, hardly_moves
+from partime_mcmc.sampling.local import LocalExecutor
+from partime_mcmc.sampling.plan import FEWEST_WARMUP, Plan, SampleArguments, prepare
+from partime_mcmc.sampling.progress import Progress, chosen_progress
+from partime_mcmc.sampling.sink import MemorySink, Sink
 from partime_mcmc.sampling.target import Target
-from partime_mcmc.warmup.warmup import Adaptation, Warmup
 from partime_mcmc.schedule import Schedule
 from partime_mcmc.solution import Tolerance
 from partime_mcmc.solvers import Solver
-from partime_mcmc.types import Key
-
-__all__ = ["default_tolerance", "sample"]
-
-_HARDLY = 0.98
+from partime_mcmc.storage.fingerprint import StoreMismatch
+from partime_mcmc.storage.sink import StoreSink, read_arguments
+from partime_mcmc.storage.store import Store
+from partime_mcmc.storage.streaming_statistics import Fold
+from partime_mcmc.types import Key, PyTree
+from partime_mcmc.warmup.warmup import Adaptation, Warmup
 
 
 def sample(
@@ -64,46 +79,46 @@ def sample(
     mesh: Mesh | None = None,
     certificate: Evidence = Recorded(),
     progress: Progress | bool = True,
-) -> Draws | StoredDraws:
+) -> Draws:
     """Sample a target with exact chains, parallel over time.
 
     Args:
         key: One key, typed or legacy.
         target: What to sample.
-        kernel: A tuned `Kernel` of the target's density (it is the kernel's own density that is sampled;
-            chains start at the target's starts, no warm-up), the warm-up of another run (chains
-            start where it ended), or a builder such as `hmc`, `mala`, `nuts`, which warm-up tunes.
+        kernel: A tuned `Kernel` of the target's density (it is the kernel's own density that is sampled; chains start at
+            the target's starts, no warm-up), the warm-up of another run (chains start where it ended), or a builder such
+            as `hmc`, `mala`, `nuts`, which warm-up tunes.
         num_samples: Draws per chain, T ≥ 0.
         num_chains: Chains, C ≥ 1.
         num_warmup: Warm-up steps per chain at most, at least 20, for a builder; ignored where the kernel comes tuned.
-        dice: For a builder, how its noise is drawn: `PlainDice()` gives BlackJAX's own draws bit for bit,
-            `CoalescingDice()` the same law with a shorter memory. None: in runs of 1,024 draws or more that choose their
-            own solver, the dice with which pilot pairs meet sooner, and the warm-up's notes say so; plain ones otherwise.
         adaptation: How a builder's chains find the typical set and a metric; None is `PooledAdaptation()`.
-        solver: A recipe; None asks `advise`: pilot chains from the warm-up's draws say whether these chains forget, a
-            cost model how many segments pay; chains that do not forget are run sequentially, and `draws.advice` says
-            why.
-        schedule: How time is cut; None follows the advice, or takes stretches of 16,384 steps.
-        tolerance: How small residuals must be; None is `default_tolerance(...)`.
-        max_iterations: Passes per stretch before a chain is finished sequentially; None is the stated default.
+        dice: For a builder, how its noise is drawn: `PlainDice()` gives BlackJAX's own draws bit for bit,
+            `CoalescingDice()` the same law with a shorter memory. None: in runs of 1,024 draws or more with the default
+            solver the coupling with which pilot pairs meet sooner, and the warm-up's notes say so; plain otherwise.
+        solver: A recipe; None is shooting with as many segments as fill the device. Chains that do not forget fall back
+            to the sequential loop after two windows; `draws.advice` says why.
+        schedule: How time is cut; None is windows of 16,384 steps.
+        tolerance: How small residuals must be; None is a small part of what the certificate allows.
+        max_iterations: Iterations per window before a chain is finished sequentially; None is the solver's default.
         max_bytes: Memory that the run may take, over a mesh on each device; None is most of the device's. Checked before
             anything is allocated.
         store: A folder, or a `Store` of one, for runs longer than memory: draws are certified and written there chunk by
             chunk. A folder that holds this very run already is gone on with; see `resume`.
         thinning: With a store, of so many draws the last is kept; statistics and certificate are of all of them.
         mesh: Devices, of one or several hosts, to spread chains and time over, from `distributed.time_mesh`: the same
-            draws to rounding, as NumPy arrays on every host. A solver of None is then shooting. With a store, all hosts see
-            its folder and the first one writes. Its axis `data` must be 1: a density over data spread over devices is for
-            `sharded_solve`. None is the default device alone.
-        certificate: What it rests on: `Recorded()` on what every step said while it was rolled, at no cost;
+            draws to rounding, as NumPy arrays on every host. With a store, all hosts see its folder and the first one
+            writes. Its axis `data` must be 1: a density over data spread over devices is for `sharded_solve`. None is the
+            default device alone.
+        certificate: What it rests on: `Recorded()` on what every step reported while it was rolled, at no cost;
             `Independent()` on one more evaluation of every step, apart from the solver. Other solvers than shooting and
-            the loop, chains that
-            fell back and those on a mesh have the latter in any case; `draws.certificate.independent` says which.
+            the loop, chains that fell back and those on a mesh have the latter in any case;
+            `draws.certificate.independent` says which.
         progress: True shows one line per stage on a terminal; or `quiet`, `progress_line`, or your own.
 
     Returns:
         The draws, certified; with a store, an object that reads them from there when they are looked at. After an interrupt
-        from the keyboard, those that were certified by then, with the verdict INTERRUPTED; on several hosts it ends the run.
+        from the keyboard, those that were certified by then, with the verdict INTERRUPTED; on several hosts it ends the
+        run.
 
     Raises:
         StoreMismatch: If the store holds another run, naming what differs.
@@ -115,115 +130,232 @@ def sample(
         raise TypeError(
             "key: got a traced value; call sample outside jit and vmap (it compiles what it needs itself)"
         )
-    # Of several hosts the first one speaks for all.
-    key, progress = (
-        check_key(key),
-        chosen_progress(progress if mesh is None or jax.process_index() == 0 else False),
-    )
-    check_strategies(target, kernel, solver, schedule, tolerance, max_iterations)
-    num_samples, num_chains = (
-        check_count(num_samples, "num_samples", 0),
-        check_count(num_chains, "num_chains", 1),
-    )
-    check_has(certificate, "certificate", ("dynamics",), "Recorded() or Independent()")
-    check_count(num_warmup, "num_warmup", 20 if not isinstance(kernel, (Kernel, Warmup)) else 0)
+    key = check_key(key)
+    check_strategies(target, kernel, solver, schedule, tolerance, max_iterations, certificate)
+    tuned = isinstance(kernel, (Kernel, Warmup))
+    num_samples = check_count(num_samples, "num_samples", 0)
+    num_chains = check_count(num_chains, "num_chains", 1)
+    check_count(num_warmup, "num_warmup", 0 if tuned else FEWEST_WARMUP)
     if check_count(thinning, "thinning", 1) > 1 and store is None:
         raise ValueError(
-            f"thinning: got {thinning} without a store; draws in memory are all kept: slice them, or give "
-            "store="
+            f"thinning: got {thinning} without a store; draws in memory are all kept: slice them, or give store="
         )
-    if mesh is not None:
-        check_mesh(mesh, num_chains, schedule)
-    request = Request(
+    arguments = _arguments(
         key,
         target,
         kernel,
-        num_samples,
         num_chains,
-        num_warmup,
-        adaptation,
-        dice,
-        solver,
-        schedule,
-        tolerance,
-        max_iterations,
-        max_bytes,
-        thinning,
-        certificate,
+        num_samples=num_samples,
+        num_warmup=num_warmup,
+        adaptation=adaptation,
+        dice=dice,
+        solver=solver,
+        schedule=schedule,
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+        max_bytes=max_bytes,
+        thinning=thinning,
+        certificate=certificate,
+        mesh=mesh,
+        store=as_store(store),
     )
-    store = None if store is None else as_store(store)
-    if mesh is not None:
-        check_same(request, mesh, store)
-    if store is not None:
-        draws = sample_stored(store, request, progress, mesh)
-        progress.note(str(draws))
-    else:
-        draws = _in_memory(request, mesh, progress)
-        if draws.advice is not None:
-            progress.note(str(draws.advice))
-        progress.note(_sentence(draws))
-    trouble = _hardly_moves(draws) if draws.plan["num_samples"] else None
+    progress = _progress_of_first_host(progress, mesh)
+    _, draws = run(arguments, progress)
+    progress.note(str(draws))
+    trouble = hardly_moves(draws.certificate, draws.num_samples) if draws.num_samples else None
     if trouble:
         progress.warn(trouble)
     return draws
 
 
-def _in_memory(request: Request, mesh: Mesh | None, progress: Progress) -> Draws:
-    solver, schedule, num_samples = request.solver, request.schedule, request.num_samples
-    check_fits(
-        request.target,
-        num_samples,
-        request.num_chains,
-        solver=solver,
-        schedule=schedule,
-        certificate=request.certificate,
-        mesh=mesh,
-        max_bytes=request.max_bytes,
+def run(arguments: SampleArguments, progress: Progress) -> tuple[Plan, Draws]:
+    """Plan a run, execute it chunk by chunk, and keep its draws in memory or in a store.
+
+    Args:
+        arguments: What is asked for.
+        progress: Shown meanwhile.
+
+    Returns:
+        The plan and the draws.
+    """
+    with open_sink(arguments, progress) as sink:
+        plan, state = sink.start(functools.partial(prepare, arguments, progress))
+        # Nothing is to be spread where there are no steps.
+        mesh = arguments.mesh if plan.num_samples else None
+        if mesh is None:
+            executor = LocalExecutor(plan, progress)
+        else:
+            executor = MeshExecutor(plan, progress, mesh, sink.gather)
+        try:
+            for chunk in executor.chunks(state):
+                sink.write(chunk)
+        except KeyboardInterrupt:
+            sink.interrupt()
+        return plan, sink.close()
+
+
+def resume(
+    path: str | os.PathLike,
+    target: Target,
+    kernel: Kernel | Builder | Warmup,
+    *,
+    folds: Mapping[str, Fold] | None = None,
+    mesh: Mesh | None = None,
+    progress: Progress | bool = True,
+) -> Draws:
+    """Go on with a stored run, to its end.
+
+    A run that was killed during warm-up warms up again, with the stored key. A finished run is returned as it is.
+    Chunks that are damaged are dropped with all that follow them, and drawn again; a warning says so.
+
+    Args:
+        path: The folder.
+        target: What is sampled, as it was when the run was begun.
+        kernel: The kernel, as it was, or its builder.
+        folds: The functions of your own that the run accumulates.
+        mesh: Devices to go on with, however many the run was begun with: the same draws to rounding. Of several hosts each
+            calls this, with a folder that all of them see.
+        progress: As for `sample`.
+
+    Returns:
+        The draws.
+
+    Raises:
+        ValueError: If the chains cannot be laid on the mesh, or hosts ask for different things.
+        FileNotFoundError: If there is no stored run.
+        StoreMismatch: If model, data, kernel, floating-point type, device or versions are not those that the run was begun
+            with, naming what differs.
+        StoreError: If the store cannot be written or is damaged beyond its chunks, or another process writes there.
+    """
+    check_strategies(target, kernel)
+    asked = read_arguments(path)
+    if asked.pop("front") != "sample":
+        raise StoreMismatch(
+            f"store: {path} was begun by ParallelMCMC.run: go on with it there, with the same arguments"
+        )
+    key = jax.random.wrap_key_data(
+        np.asarray(asked.pop("key_words"), np.uint32), impl=asked.pop("key_impl")
     )
-    kernel, warmup, positions, keys = ready = make_ready(request, progress)
-    plan = {"num_warmup": warmup.num_steps if warmup else 0, "key": key_words(request.key)}
-    return draw_chains(
-        request.target,
-        kernel,
-        positions,
-        keys,
-        num_samples,
-        warmup=warmup,
-        solver=solver,
-        schedule=schedule,
-        tolerance=request.tolerance,
-        max_iterations=request.max_iterations,
-        plan=plan,
-        progress=progress,
-        choose=ready.choice(request) if mesh is None else None,
-        mesh=mesh if num_samples else None,
-        certificate=request.certificate,
+    store = Store(path, asked.pop("chunk"), folds)
+    arguments = _arguments(
+        key, target, kernel, asked.pop("num_chains"), mesh=mesh, store=store, **asked
+    )
+    return run(arguments, _progress_of_first_host(progress, mesh))[1]
+
+
+def _arguments(
+    key: Key,
+    target: Target,
+    kernel: Kernel | Builder | Warmup,
+    num_chains: int,
+    *,
+    dice: Dice | None,
+    **others: Any,
+) -> SampleArguments:
+    """The arguments of `sample` with all that follows from its key."""
+    start_key, warmup_key, chains_key = jax.random.split(key, 3)
+    choose, tuned = None, isinstance(kernel, (Kernel, Warmup))
+    if dice is not None:
+        kernel = fixed_coupling(kernel, dice)
+    elif others["solver"] is None and others["num_samples"] >= SHORT_RUN and not tuned:
+        pilots_key = jax.random.fold_in(warmup_key, 1)
+        choose = functools.partial(choose_coupling_by_pilots, key=pilots_key)
+    if others["mesh"] is not None:
+        check_mesh(others["mesh"], num_chains, others["schedule"])
+    return SampleArguments(
+        front="sample",
+        target=target,
+        kernel=kernel,
+        starts=functools.partial(_checked_starts, target, start_key),
+        warmup_key=warmup_key,
+        chain_keys=jax.random.split(chains_key, num_chains),
+        key_words=key_words(key),
+        key_impl=str(jax.random.key_impl(key)),
+        dice=dice,
+        choose_coupling=choose,
+        **others,
     )
 
 
-def _hardly_moves(draws: Draws) -> str | None:
-    """What to say of chains that accept next to nothing: they are exact, and useless."""
-    rejected, steps = np.asarray(draws.certificate.num_rejected), draws.plan["num_samples"]
-    few = (rejected >= 0) & (rejected > _HARDLY * steps)
-    if steps < 50 or not few.any():
-        return None
-    return (
-        f"chains {np.flatnonzero(few).tolist()} accepted less than 2% of their proposals "
-        f"({int(np.asarray(draws.certificate.num_nonfinite_proposals)[few].sum())} of which were out of range): the "
-        "draws are exact and say little; look for an improper posterior, a bad start or a step size that is too large"
-    )
+def _checked_starts(target: Target, key: Key, count: int) -> PyTree:
+    """Starts of a target, refused if no chain could move from one of them."""
+    positions = target.starts(jax.random.split(key, count))
+    first = jax.tree.map(lambda leaf: leaf[0], positions)
+    check_starts(target.logdensity, positions)
+    check_deterministic(target.logdensity, first)
+    check_precision(target.logdensity, first)
+    return positions
 
 
-def _sentence(draws: Draws) -> str:
-    report, certified = draws.report, np.asarray(draws.certificate.certified)
-    what = (
-        "all chains certified"
-        if certified.all()
-        else f"{int(certified.sum())} of {certified.size} chains certified"
-    )
-    if report.interrupted:
-        what = f"interrupted after {draws.plan['num_samples']:,} draws per chain; {what}"
-    return (
-        f"{what}: largest residual {float(np.max(np.asarray(draws.certificate.max_residual))):.1e} noise units, "
-        f"{report.evaluations_per_sample:.1f} evaluations per draw, {len(report.fallbacks)} sequential fallbacks"
-    )
+def check_strategies(
+    target: Any,
+    kernel: Any,
+    solver: Any = None,
+    schedule: Any = None,
+    tolerance: Any = None,
+    max_iterations: Any = None,
+    certificate: Any = Recorded(),
+) -> None:
+    """Refuse arguments of the wrong kind.
+
+    Raises:
+        TypeError: Naming the argument.
+        ValueError: If `max_iterations` is not a positive integer.
+    """
+    if not isinstance(target, Target):
+        raise TypeError(
+            f"target: got {kind(target)}, wanted a Target, e.g. from_numpyro(model, ..., key=key) or "
+            "Target(logdensity, initial)"
+        )
+    if not callable(kernel) and not isinstance(kernel, (Kernel, Warmup)):
+        raise TypeError(
+            f"kernel: got {kind(kernel)}, wanted a Kernel (from_blackjax(...)), a builder such as hmc, or the "
+            "warm-up of another run"
+        )
+    if solver is not None:
+        wanted = "a recipe such as shooting() or quasi_deer(), or None"
+        check_has(solver, "solver", ("init", "step", "map_size"), wanted)
+    if schedule is not None:
+        wanted = "Whole(), Stretches(size), Sliding(size), or None"
+        check_has(schedule, "schedule", ("window", "advance"), wanted)
+    if tolerance is not None and not isinstance(tolerance, Tolerance):
+        raise TypeError(
+            f"tolerance: got {kind(tolerance)}, wanted Tolerance(relative, absolute) or None"
+        )
+    if max_iterations is not None:
+        check_count(max_iterations, "max_iterations", 1)
+    check_has(certificate, "certificate", ("dynamics",), "Recorded() or Independent()")
+
+
+def key_words(key: Key) -> list[int]:
+    """The numbers of a key, or of several."""
+    return [int(word) for word in np.ravel(jax.random.key_data(key))]
+
+
+def as_store(store: Store | str | os.PathLike | None) -> Store | None:
+    """A store from the argument `store`.
+
+    Raises:
+        TypeError: If it is neither None, nor a path, nor a `Store`.
+    """
+    if store is None or isinstance(store, Store):
+        return store
+    if not isinstance(store, (str, os.PathLike)):
+        raise TypeError(f"store: got {kind(store)}, wanted a folder's path or a Store(path, ...)")
+    return Store(store)
+
+
+def open_sink(arguments: SampleArguments, progress: Progress) -> Sink:
+    """Where the draws of a run go: memory, or a store, which the first of several hosts writes."""
+    if arguments.mesh is not None:
+        check_same_arguments(arguments)
+    if arguments.store is None:
+        return MemorySink()
+    if arguments.mesh is not None and jax.process_count() > 1:
+        return open_shared_sink(arguments, progress)
+    return StoreSink(arguments.store, arguments, progress)
+
+
+def _progress_of_first_host(progress: Progress | bool, mesh: Mesh | None) -> Progress:
+    """The progress that is shown: of several hosts the first one speaks for all."""
+    return chosen_progress(progress if mesh is None or jax.process_index() == 0 else False)

@@ -6,6 +6,8 @@ A `Target` knows nothing of kernels, solvers or NumPyro; a bare log density is e
 Left out: normalising constants, bounded positions (transform them and add the log Jacobian), discrete positions.
 """
 
+import functools
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Callable, Sequence
@@ -100,7 +102,7 @@ class Target:
         """
         if callable(self.initial):
             try:
-                return check_dtypes(run_explicit(_Starts(self.initial), None, keys, clock=Timings()))
+                return check_dtypes(run_explicit(_Starts(self.initial), None, keys, timings=Timings()))
             except InvalidStart:
                 raise
             except (
@@ -111,11 +113,62 @@ class Target:
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
 
 
+    def example(self) -> PyTree:
+        """Structure, shapes and types of a position, without computing one where that can be avoided."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what there is to say of starts is said where they are made
+            if callable(self.initial):
+                try:
+                    return _shapes_of(self.initial, jax.config.jax_enable_x64)
+                except Exception:  # a function that JAX cannot trace
+                    pass
+            return self.start(jax.random.key(0))
+
+    def constrained_values(self, positions: PyTree, timings: Timings) -> dict[str, Array]:
+        """Named values in the model's space of positions `(C, T, ...)`.
+
+        Args:
+            positions: Unconstrained, leaves `(C, T, ...)`.
+            timings: Where seconds are counted.
+        """
+        if self.constrain is not None:
+            return dict(
+                run_explicit(
+                    _Constrain(self.constrain), None, positions, timings=timings, what="certify"
+                )
+            )
+        if isinstance(positions, dict):
+            return dict(positions)
+        leaves = jax.tree_util.tree_leaves_with_path(positions)
+        return {jax.tree_util.keystr(path) or "x": leaf for path, leaf in leaves}
+
+    def constrained_shapes(self) -> list[jax.ShapeDtypeStruct]:
+        """Shapes and types of the values of one position that `constrain` adds to it."""
+        if self.constrain is None:
+            return []
+        return jax.tree.leaves(jax.eval_shape(self.constrain, self.example()))
+
+
 class _Starts(Named):
     """One start per key; the part is the target's function."""
 
     def __call__(self, nothing, keys):
         return jax.vmap(self.parts[0])(keys)
+
+
+class _Constrain(Named):
+    """Named values in the model's space of all draws; the part is the target's function."""
+
+    def __call__(self, params, positions):
+        del params
+        return jax.vmap(jax.vmap(self.parts[0]))(positions)
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes_of(initial: Callable, wide: bool) -> PyTree:
+    """Shapes of what a function of a key draws, under the setting that decides about its types; traced once."""
+    del wide
+    return jax.eval_shape(lambda key: check_dtypes(initial(key)), jax.random.key(0))
 
 
 def _described(value: Any) -> str:

@@ -86,7 +86,7 @@ def in_parallel_time(
     for number in range(size // _PIECE):
         one = seed.child(number)
         found, depth, status, evaluations = run_program(
-            _Piece(walker.density), numbers, jnp.asarray(positions, dtype), one.key, clock=Timings()
+            _Piece(walker.density), numbers, jnp.asarray(positions, dtype), one.key, timings=Timings()
         )
         if (np.asarray(status) != Status.CONVERGED).any():
             pieces.append(side_by_side(walker, one, positions, root, path, _PIECE))

@@ -1,19 +1,15 @@
-"""Chains over many devices and hosts: segments of one chain on different devices, chains beside each other.
+"""Programs of a run over many devices and hosts: segments of one chain on different devices, chains beside each other.
 
-What `run` and `finish` do on one device, in programs under `jax.shard_map`. Each device throws the dice of its own
-steps, rolls its own segments, certifies its own part from the state that its neighbour ends with, and puts its own
-draws into the user's space; hosts exchange the ends of parts in every pass and, once per stretch, draws and small
-records, so that every host returns the same draws.
+Under `jax.shard_map` each device draws the random numbers of its own steps, rolls its own segments, certifies its own shard
+from the state that its neighbour ends with, and puts its own draws into the user's space.
 
-    throw     the dice of steps [first, first + n P), every device its own n
-    solve     one stretch of all chains
-    finish    chains that did not converge, rolled by one device after another from where they stop being exact
-    judge     certificate of every part, records, positions; rejected steps stand still to the last bit
+    DrawTapes     the random numbers of steps [first, first + n P), every device its own n
+    SolveWindow   one window of all chains
+    FinishChains  chains that did not converge, rolled by one device after another from where they stop being exact
+    Certify       certificate of every shard, records, positions; rejected steps stand still to the last bit
 
 Step t of a chain has the key that it has on one device, so the draws are the same to rounding, and the same bits where
-steps do not round by batch width (coalescing MALA).
-
-Left out: advice (take it from a run on one device), kernels whose counters follow from stepping only.
+steps do not round by batch width (coalescing MALA). Left out: kernels whose counters follow from stepping only.
 """
 
 from __future__ import annotations
@@ -44,8 +40,8 @@ CHAINS, SAME = PartitionSpec("chains"), PartitionSpec()
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
-    """How a stretch lies on the mesh.
+class Layout:
+    """How a window lies on the mesh.
 
     Attributes:
         mesh: The devices.
@@ -71,15 +67,15 @@ class Cut:
         )
 
 
-class Throw(Named):
-    """The tape of a stretch, and the counters after it; parts are the family, a cut, the keys' kind, and what `step_keys`
+class DrawTapes(Named):
+    """The tape of a window, and the counters after it; parts are the program, a layout, the keys' kind, and what `step_keys`
     wants to know of T."""
 
-    def __call__(self, numbers, words, carries, counters, first):
-        family, cut, kind, total = self.parts
+    def __call__(self, params, words, carries, counters, first):
+        program, layout, kind, total = self.parts
 
-        def here(numbers, words, carries, counters, first):
-            kernel, places = family.kernel(numbers), cut.axis.index(cut.steps)
+        def here(params, words, carries, counters, first):
+            kernel, places = program.kernel(params), layout.axis.index(layout.steps)
 
             def one(word, carry, counters):
                 key = jax.random.wrap_key_data(word, impl=kind)
@@ -87,7 +83,7 @@ class Throw(Named):
                 tape = kernel.tape_of(keys, kernel.state(carry, counters))
                 if not counters:
                     return tape, counters
-                every = kernel.algorithm.count(counters, cut.length + 1)
+                every = kernel.algorithm.count(counters, layout.length + 1)
                 mine = jax.tree.map(lambda leaf: leaf[places], every)
                 return dataclasses.replace(tape, discrete=mine), jax.tree.map(
                     lambda leaf: leaf[-1], every
@@ -96,17 +92,17 @@ class Throw(Named):
             return jax.vmap(one)(words, carries, counters)
 
         given = (SAME, CHAINS, CHAINS, CHAINS, SAME)
-        return cut.run(here, given, (cut.along, CHAINS))(numbers, words, carries, counters, first)
+        return layout.run(here, given, (layout.along, CHAINS))(params, words, carries, counters, first)
 
 
-class Solve(Named):
-    """One stretch of every chain; parts are the family, a cut and `max_iterations`."""
+class SolveWindow(Named):
+    """One window of every chain; parts are the program, a layout and `max_iterations`."""
 
-    def __call__(self, solver: Solver, tolerance, numbers, carries, tape) -> Solution:
-        family, cut, max_iterations = self.parts
+    def __call__(self, solver: Solver, tolerance, params, carries, tape) -> Solution:
+        program, layout, max_iterations = self.parts
 
-        def here(numbers, carries, tape):
-            dynamics = family.kernel(numbers).dynamics()
+        def here(params, carries, tape):
+            dynamics = program.kernel(params).dynamics()
             return jax.vmap(
                 lambda first, drives: solve(
                     dynamics,
@@ -116,24 +112,24 @@ class Solve(Named):
                     tolerance=tolerance,
                     max_iterations=max_iterations,
                     adjoint=AsFound(),
-                    axis=cut.axis,
+                    axis=layout.axis,
                 )
             )(carries, tape)
 
-        found = Solution(cut.along, *[CHAINS] * 4, Stats(*[CHAINS] * 7))
-        return cut.run(here, (SAME, CHAINS, cut.along), found)(numbers, carries, tape)
+        found = Solution(layout.along, *[CHAINS] * 4, Stats(*[CHAINS] * 7))
+        return layout.run(here, (SAME, CHAINS, layout.along), found)(params, carries, tape)
 
 
-class Finish(Named):
+class FinishChains(Named):
     """Paths rolled by one device after another from where they stop being exact, and how many steps are then finite;
-    the parts are the family and a cut."""
+    the parts are the program and a layout."""
 
-    def __call__(self, numbers, carries, tape, states, num_exact):
-        family, cut = self.parts
+    def __call__(self, params, carries, tape, states, num_exact):
+        program, layout = self.parts
 
-        def here(numbers, carries, tape, states, num_exact):
-            dynamics, axis = family.kernel(numbers).dynamics(), cut.axis
-            exact = jnp.clip(num_exact - axis.index(cut.steps)[0], 0, cut.steps)
+        def here(params, carries, tape, states, num_exact):
+            dynamics, axis = program.kernel(params).dynamics(), layout.axis
+            exact = jnp.clip(num_exact - axis.index(layout.steps)[0], 0, layout.steps)
 
             def roll(first):
                 return _swapped(roll_on(dynamics, first, states, tape, exact))
@@ -145,34 +141,34 @@ class Finish(Named):
             ]
             return states, jax.vmap(axis.length_of_true)(functools.reduce(jnp.logical_and, finite))
 
-        given = (SAME, CHAINS, cut.along, cut.along, CHAINS)
-        return cut.run(here, given, (cut.along, CHAINS))(numbers, carries, tape, states, num_exact)
+        given = (SAME, CHAINS, layout.along, layout.along, CHAINS)
+        return layout.run(here, given, (layout.along, CHAINS))(params, carries, tape, states, num_exact)
 
 
-class Judge(Named):
+class Certify(Named):
     """Certificates of all parts `(C, P)`, what the kernel says of each step, and the path standing still where its
     kernel does.
 
-    The parts are the family and a cut. Returns certificates (with `accepted` and `residual` of every step), the
+    The parts are the program and a layout. Returns certificates (with `accepted` and `residual` of every step), the
     lengths of the runs without movement with which each part begins and ends, records, the path, positions, the
     carries at the end, and whether standing still changed nothing.
     """
 
-    def __call__(self, numbers, carries, states, tape):
-        family, cut = self.parts
+    def __call__(self, params, carries, states, tape):
+        program, layout = self.parts
 
-        def here(numbers, carries, states, tape):
-            kernel = family.kernel(numbers)
-            return jax.vmap(functools.partial(_judged, kernel, cut.axis))(carries, states, tape)
+        def here(params, carries, states, tape):
+            kernel = program.kernel(params)
+            return jax.vmap(functools.partial(_certified_shard, kernel, layout.axis))(carries, states, tape)
 
-        steps, parts = cut.along, cut.along
+        steps, parts = layout.along, layout.along
         found = (steps, parts, steps, steps, steps, CHAINS, parts)
-        return cut.run(here, (SAME, CHAINS, cut.along, cut.along), found)(
-            numbers, carries, states, tape
+        return layout.run(here, (SAME, CHAINS, layout.along, layout.along), found)(
+            params, carries, states, tape
         )
 
 
-def _judged(kernel, axis: TimeAxis, carry: PyTree, states: PyTree, tape: PyTree):
+def _certified_shard(kernel, axis: TimeAxis, carry: PyTree, states: PyTree, tape: PyTree):
     before = axis.previous(carry, states)
     first = jax.tree.map(lambda leaf: leaf[0], before)
     flatten = jax.vmap(lambda one: ravel_pytree(one)[0])
@@ -211,7 +207,7 @@ def _leading(flags: Array) -> Array:
 
 
 def _spread(flat: Array, axis: TimeAxis) -> Array:
-    """Standard deviation of each coordinate over the whole stretch; 1 where it does not move."""
+    """Standard deviation of each coordinate over the whole window; 1 where it does not move."""
     count = axis.length(flat.shape[0])
     center = axis.total(flat) / count
     spread = jnp.sqrt(axis.total((flat - center) ** 2) / count)
