@@ -1,12 +1,14 @@
-"""Draws on disk: a folder of certified chunks that can be read while it grows, and resumed after any death of its writer.
+"""Draws on disk: a folder that can be read while it grows, and resumed after any death of its writer.
 
-layout        the folder: names, one writer
-chunks        files of draws, whole or in parts
-formats       what a chunk is written as: NetCDF, Zarr
-codec         strategies and reports of this package as JSON
-fingerprint   what a run hangs on, as hashes and plain values
-plan          what a run needs to go on, written once
-state         what passes from chunk to chunk
-lazy          draws read when they are looked at
-stored        the draws as one object, without the model
+store                   the folder: names, one writer, damage
+sink                    certified chunks on their way there
+files                   a file is there and whole, or not there
+checkpoint              the commit point of a chunk
+draws_group             draws as a zarr group
+zarr_files              zarr's view of committed files
+saved_plan              a plan and where chains stand, as bytes
+serialize               values of this package as bytes
+fingerprint             what a run depends on, as hashes and plain values
+stored_draws            the draws as one object, without the model
+streaming_statistics    statistics of all draws in constant memory: batch_means, histogram, sums
 """

@@ -52,19 +52,6 @@ def moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, deviations
 
 
-def comoments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means `(D, C)` and sums of products of deviations from them, `(C, D, D)`, of chains `(D, C, n)`."""
-    mean, found = x.mean(axis=2), np.zeros((x.shape[1], x.shape[0], x.shape[0]))
-    for chain in range(x.shape[1]):
-        for start in range(0, x.shape[2], BLOCK):
-            block = np.ascontiguousarray(
-                (x[:, chain, start : start + BLOCK] - mean[:, chain, None]).T
-            )
-            # Not BLAS, whose threads get in the way of a run that computes beside us, and whose bits depend on their number.
-            found[chain] += np.einsum("ni,nj->ij", block, block)
-    return mean, found
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class BatchMeans:
     """The batches of C chains of D coordinates.

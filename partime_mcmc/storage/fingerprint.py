@@ -14,7 +14,8 @@ import functools
 import hashlib
 import re
 import warnings
-from typing import Any, Callable
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +27,31 @@ from partime_mcmc.dynamics import Dynamics
 from partime_mcmc.kernels import Kernel
 from partime_mcmc.kernels.kernel_program import ParametrisedKernel, density_of
 from partime_mcmc.sampling.environment import device, versions
+from partime_mcmc.sampling.randomness import MAX_STEPS
 from partime_mcmc.compile_cache import compiler_options
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.warmup.tuning import unwrapped
 from partime_mcmc.warmup.warmup import Warmup
+from partime_mcmc.storage.serialize import digest_arrays, encode
 from partime_mcmc.types import PyTree
 
+if TYPE_CHECKING:
+    from partime_mcmc.sampling.plan import SampleArguments
+    from partime_mcmc.storage.store import Store
+
+STRATEGIES = ("adaptation", "dice", "solver", "schedule", "tolerance", "certificate")
+"""Arguments of a run that are objects of this package."""
+PLAIN = (
+    "front",
+    "key_words",
+    "key_impl",
+    "num_samples",
+    "num_chains",
+    "num_warmup",
+    "max_iterations",
+    "max_bytes",
+    "thinning",
+)
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 
 
@@ -131,16 +151,49 @@ def program_of(dynamics: Dynamics, kernel: Kernel) -> dict[str, str | None]:
     }
 
 
-def digest_arrays(arrays: Any) -> str:
-    """A hash of the bytes, shapes and types of some arrays."""
-    found = hashlib.sha256()
-    for array in arrays:
-        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-            array = jax.random.key_data(array)
-        array = np.ascontiguousarray(array)
-        found.update(f"{array.dtype.str}{array.shape}".encode())
-        found.update(array.tobytes())
-    return found.hexdigest()
+def describe_run(arguments: SampleArguments, store: Store) -> dict[str, Any]:
+    """What a store has of a run: everything its draws depend on, in plain values and hashes.
+
+    Args:
+        arguments: What is asked for.
+        store: Where.
+
+    Raises:
+        ValueError: If no steps are asked for, or more than a key has random numbers for, or no draw would be kept, or a
+            value is named as an axis of all values is.
+        NotStorable: If a strategy is not of this package.
+    """
+    asked, target = arguments, arguments.target
+    if not 1 <= asked.num_samples <= MAX_STEPS:
+        raise ValueError(
+            f"num_samples: got {asked.num_samples} with a store, wanted 1 to {MAX_STEPS}: a key has random numbers for so "
+            "many steps"
+        )
+    if asked.thinning > asked.num_samples:
+        raise ValueError(
+            f"thinning: got {asked.thinning} with num_samples={asked.num_samples}, wanted at most as many: no draw would "
+            "be kept"
+        )
+    example = example_of(target)
+    values = example if target.constrain is None else jax.eval_shape(target.constrain, example)
+    for name in ("chain", "draw"):
+        if isinstance(values, Mapping) and name in values:
+            raise ValueError(
+                f"target: a value is named {name!r}, which names an axis of every value in a store: rename it"
+            )
+    return {
+        "chunk": store.chunk,
+        "folds": sorted(store.folds or {}),
+        "names": list(target.names) if target.names else None,
+        "dims": {name: list(dims) for name, dims in target.dims.items()} if target.dims else None,
+        **fingerprint_of(target, example),
+        **environment(example),
+        "kernel": name_of(asked.kernel),
+        "tuned": tuned_digest(asked.kernel),
+        **{name: getattr(asked, name) for name in PLAIN},
+        **{name: encode(getattr(asked, name), name) for name in STRATEGIES},
+        **asked.extra,
+    }
 
 
 def require_same(stored: dict[str, Any], wanted: dict[str, Any], where: str) -> None:
@@ -225,3 +278,28 @@ def _text(*programs: Any) -> str:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def example_of(target: Target) -> PyTree:
+    """Structure, shapes and types of a position, without computing one where that can be avoided.
+
+    Args:
+        target: What is sampled.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # what there is to say of starts is said where they are made
+        if callable(target.initial):
+            try:
+                return _shapes_of(target.initial, jax.config.jax_enable_x64)
+            except Exception:  # a function that JAX cannot trace
+                pass
+        return target.start(jax.random.key(0))
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes_of(initial: Callable, wide: bool) -> PyTree:
+    """Shapes of what a function of a key draws, under the setting that decides about its types; traced once."""
+    del wide
+    return jax.eval_shape(lambda key: check_dtypes(initial(key)), jax.random.key(0))

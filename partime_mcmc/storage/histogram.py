@@ -3,18 +3,18 @@
     d = x - c,   |d| in bin i  iff  2^e (1 + m/64) <= |d| < 2^e (1 + (m+1)/64),  i = 64 (e - e_0) + m,   0 <= m < 64,
 
 with centre c and octave e_0 = floor(log2 sd) - 10 taken from the first draws, 42 octaves to either side. The bin is
-read off the bits of d. Counts are integers, so the result depends neither on how draws are cut into pieces nor on any
+read off the bits of d. Counts are integers, so the result depends neither on how draws are divided into chunks nor on any
 random bit.
 
 Accuracy, stated and certain: a quantile lies in a bin that is known, at most 1/64 of its distance from c wide (narrower
 bins towards c, and ends that are the smallest and largest draw); within the bin ranks are interpolated. `rank_errors`
-says what share of all draws lies in that bin, which bounds the error in rank. Usually both errors are a hundredth of
+is the share of all draws in that bin, which bounds the error in rank. Usually both errors are a hundredth of
 these bounds.
 
 Source: relative-error sketches (Masson, Rim, Lee 2019, DDSketch, arXiv:1908.10693), here around a centre and without
     collapsing. Not
 a KLL sketch: its compactions take random bits that cannot be fixed, so that no two runs give the same one. Left out:
-merging of histograms with different centres (`together` takes equal ones).
+merging of histograms.
 """
 
 from __future__ import annotations
@@ -58,12 +58,7 @@ class Histogram:
                 np.nanmean(finite[known], axis=1),
                 np.nanstd(finite[known], axis=1),
             )
-        return cls.about(centre, sd)
-
-    @classmethod
-    def about(cls, centre: np.ndarray, sd: np.ndarray) -> Histogram:
-        """An empty histogram with bins that suit draws of this mean and standard deviation, each `(D,)`."""
-        # Draws that are all one value, up to rounding, say nothing of a scale.
+        # Draws that are all one value, up to rounding, do not show a scale.
         sd = np.where(
             np.isfinite(sd) & (sd > 1e-12 * np.abs(centre)), sd, np.maximum(np.abs(centre), 1.0)
         )
@@ -75,34 +70,17 @@ class Histogram:
         apart."""
         if not x.size:
             return self
-        pieces = [
+        rows = [
             np.bincount(self._bins(row, coordinate), minlength=2 * _HALF)
             for coordinate, row in enumerate(x)
         ]
-        used = np.flatnonzero(sum((piece > 0).astype(np.int64) for piece in pieces))
+        used = np.flatnonzero(sum((row > 0).astype(np.int64) for row in rows))
         first, stop = int(used[0]), int(used[-1]) + 1
         if self.counts.shape[1]:
             first, stop = min(first, self.first), max(stop, self.first + self.counts.shape[1])
-        counts = np.stack([piece[first:stop] for piece in pieces])
+        counts = np.stack([row[first:stop] for row in rows])
         counts[:, self.first - first : self.first - first + self.counts.shape[1]] += self.counts
         return Histogram(self.centre, self.octave, first, counts)
-
-    def together(self, first: int, counts: np.ndarray) -> Histogram:
-        """The histogram with the draws of another one about the same centres, which has `first` and `counts`."""
-        if not counts.shape[1] or not self.counts.shape[1]:
-            return (
-                self
-                if not counts.shape[1]
-                else dataclasses.replace(self, first=first, counts=counts)
-            )
-        low = min(first, self.first)
-        found = np.zeros(
-            (len(counts), max(first + counts.shape[1], self.first + self.counts.shape[1]) - low),
-            np.int64,
-        )
-        for start, some in ((self.first, self.counts), (first, counts)):
-            found[:, start - low : start - low + some.shape[1]] += some
-        return dataclasses.replace(self, first=low, counts=found)
 
     def quantiles(
         self, probabilities: np.ndarray, smallest: np.ndarray, largest: np.ndarray

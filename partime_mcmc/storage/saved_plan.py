@@ -1,5 +1,228 @@
-"""stub"""
+"""A plan and where chains stand, as bytes and back: numbers and words, never code.
+
+    keys of all chains · where the chains start · the tuned kernel's numbers · solver, schedule, tolerance · steps per chunk
+
+The kernel is made again from the model and the builder that the user gives, and from these numbers. The run that writes
+them goes on from what it reads back, so that a resumed run cannot differ from it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from partime_mcmc.compile_cache import Timings
+from partime_mcmc.kernels import Kernel, Whitening
+from partime_mcmc.kernels.kernel_program import (
+    Builder,
+    KernelProgram,
+    ParametrisedKernel,
+    density_of,
+    parametrised_kernel,
+)
+from partime_mcmc.kernels.whiten import LowRank
+from partime_mcmc.sampling.choose_coupling import takes_dice, with_dice
+from partime_mcmc.sampling.chunk import ChainState
+from partime_mcmc.sampling.plan import Plan
+from partime_mcmc.sampling.randomness import recurrence
+from partime_mcmc.sampling.target import Target
+from partime_mcmc.storage.fingerprint import example_of, program_of, require_same
+from partime_mcmc.storage.serialize import (
+    as_committed_array,
+    decode,
+    encode,
+    pack_arrays,
+    pack_leaves,
+    unpack_arrays,
+    unpack_leaves,
+    unpack_tree,
+)
+from partime_mcmc.types import PyTree
+from partime_mcmc.warmup.tuning import unwrapped
+from partime_mcmc.warmup.warmup import Warmup
+
+_CHOICES = (
+    "first_step",
+    "num_samples",
+    "solver",
+    "schedule",
+    "tolerance",
+    "max_iterations",
+    "certificate",
+    "chunk",
+    "num_groups",
+    "thinning",
+    "key_words",
+    "num_warmup",
+    "warmup_notes",
+)
+_COUNTERS = ("num_steps", "num_failed_windows", "max_window")
 
 
-def unpack_plan(*a):
-    pass
+def pack_plan(plan: Plan, state: ChainState) -> bytes:
+    """Everything that a run needs to go on.
+
+    Args:
+        plan: What was chosen.
+        state: Where the chains start.
+
+    Raises:
+        NotStorable: If a strategy is not of this package.
+    """
+    kernel = plan.kernel
+    arrays, counters = state_arrays(state)
+    arrays |= pack_leaves("key", plan.keys)
+    words = {
+        "choices": {name: encode(getattr(plan, name), name) for name in _CHOICES},
+        "program": program_of(plan.recurrence, kernel),
+        "plan": encode(plan.describe(), "plan"),
+        "state": counters,
+        "settings": None,
+        "dice": None,
+    }
+    if isinstance(kernel, ParametrisedKernel):
+        whitening = kernel.numbers.whitening
+        for name in ("example", "center", "scale"):
+            arrays |= pack_leaves(name, getattr(whitening, name))
+        settings = dict(kernel.numbers.settings) | dict(kernel.family.counts)
+        words["settings"] = encode(settings, "kernel")
+        words["dice"] = encode(unwrapped(kernel.family.builder)[1].get("dice"), "dice")
+    return pack_arrays(arrays, words)[0]
+
+
+def unpack_plan(
+    data: bytes, target: Target, given_kernel: Kernel | Builder | Warmup, where: str = "plan"
+) -> tuple[Plan, ChainState]:
+    """The plan that was packed, and where its chains start.
+
+    Args:
+        data: The bytes of `pack_plan`.
+        target: What is sampled.
+        given_kernel: What the user gives as the kernel: what the run was begun with, or its builder.
+        where: The store, for messages.
+
+    Raises:
+        Damaged: If the bytes are not those that were written.
+        TypeError: If a tuned kernel is needed and a builder was given, or the other way round.
+        StoreMismatch: If the same model and the same name of a kernel are another program.
+    """
+    arrays, words, _ = unpack_arrays(data, where)
+    example = example_of(target)
+    choices = {name: decode(value) for name, value in words["choices"].items()}
+    kernel = _kernel_of(arrays, words, target, given_kernel, example)
+    (keys,) = unpack_leaves("key", arrays)
+    state = restore_state(arrays, words["state"], kernel, example)
+    dynamics = recurrence(kernel, keys, state, Timings(), choices["certificate"])
+    require_same(words["program"], program_of(dynamics, kernel), where)
+    plan = Plan(target=target, kernel=kernel, recurrence=dynamics, keys=keys, **choices)
+    return plan, state
+
+
+def read_choices(data: bytes, where: str) -> dict[str, Any]:
+    """What can be known of a plan without its model.
+
+    Returns:
+        `plan` (plain values that give the draws again), `choices` by the names of `Plan`, `state` (with lists of leaves),
+        `settings` of the kernel.
+
+    Raises:
+        Damaged: As `unpack_plan`.
+    """
+    arrays, words, _ = unpack_arrays(data, where)
+    return {
+        "plan": decode(words["plan"]),
+        "choices": {name: decode(value) for name, value in words["choices"].items()},
+        "state": leaves_state(arrays, words["state"]),
+        "settings": decode(words["settings"]),
+    }
+
+
+def _kernel_of(
+    arrays: dict[str, np.ndarray],
+    words: dict[str, Any],
+    target: Target,
+    given: Kernel | Builder | Warmup,
+    example: PyTree,
+) -> Kernel:
+    if words["settings"] is None:
+        if not isinstance(given, Kernel):
+            raise TypeError(
+                "kernel: got a builder, wanted the tuned Kernel that this run was begun with"
+            )
+        return given
+    builder, coupling = _builder_of(given), decode(words["dice"])
+    if builder is None:
+        raise TypeError("kernel: got a Kernel, wanted the builder that this run was begun with")
+    if coupling is not None and takes_dice(builder):
+        builder = with_dice(builder, coupling)
+    (center,), scale = unpack_leaves("center", arrays), unpack_leaves("scale", arrays)
+    whitening = Whitening(
+        unpack_tree("example", arrays, example),
+        center,
+        scale[0] if len(scale) == 1 else LowRank(*scale),
+    )
+    density, captured = density_of(target.logdensity, whitening.example)
+    settings = {
+        name: value if isinstance(value, int) else as_committed_array(value)
+        for name, value in decode(words["settings"]).items()
+    }
+    return parametrised_kernel(KernelProgram(density, builder), captured, whitening, settings)
+
+
+def _builder_of(kernel: Kernel | Builder | Warmup) -> Builder | None:
+    """The builder behind a kernel; None for a kernel that came tuned from elsewhere."""
+    kernel = kernel.kernel if isinstance(kernel, Warmup) else kernel
+    if isinstance(kernel, ParametrisedKernel):
+        return kernel.family.builder
+    return None if isinstance(kernel, Kernel) else kernel
+
+
+def pack_state(state: ChainState) -> bytes:
+    """Where chains stand, as bytes."""
+    return pack_arrays(*state_arrays(state))[0]
+
+
+def unpack_state(data: bytes, kernel: Kernel, example: PyTree) -> ChainState:
+    """Where chains stand, from the bytes of `pack_state`.
+
+    Args:
+        data: The bytes.
+        kernel: What moves the chains.
+        example: A position; only structure, shapes and types matter.
+    """
+    arrays, counters, _ = unpack_arrays(data, "state")
+    return restore_state(arrays, counters, kernel, example)
+
+
+def state_arrays(state: ChainState) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Where chains stand as named arrays and counters."""
+    arrays = pack_leaves("carry", state.carries) | pack_leaves("discrete", state.discrete)
+    return arrays, {name: getattr(state, name) for name in _COUNTERS}
+
+
+def restore_state(
+    arrays: dict[str, np.ndarray], counters: dict[str, Any], kernel: Kernel, example: PyTree
+) -> ChainState:
+    """Where chains stand, from what `state_arrays` gave.
+
+    Raises:
+        ValueError: If the kernel's state has another structure.
+    """
+
+    def parts(position):
+        state = kernel.init(position, jax.random.key(0))
+        return kernel.carry(state), kernel.discrete(state)
+
+    carry, discrete = jax.eval_shape(parts, example)
+    return ChainState(
+        unpack_tree("carry", arrays, carry),
+        unpack_tree("discrete", arrays, discrete),
+        **counters,
+    )
+
+
+def leaves_state(arrays: dict[str, np.ndarray], counters: dict[str, Any]) -> ChainState:
+    """As `restore_state` without the kernel: lists of leaves."""
+    return ChainState(unpack_leaves("carry", arrays), unpack_leaves("discrete", arrays), **counters)

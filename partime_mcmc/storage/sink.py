@@ -1,9 +1,245 @@
-"""stub"""
+"""Certified chunks on their way to the disk, and the run that they belong to: begun, gone on with, or finished.
+
+    start      what is asked for is written; then the plan, once it is made; damage is dropped
+    write      a thread writes a chunk while the device computes the next one: files of draws, then the checkpoint
+    close      the draws, read from where they were written
+
+A run goes on from what it has read back of its own plan, so one that was never killed and one that was are the same
+programs on the same numbers.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import os
+from typing import Any, Callable
+
+import jax
+import numpy as np
+
+from partime_mcmc.diagnostics.arviz import STAT_NAMES
+from partime_mcmc.distributed.collectives import Gather, gather_to_all
+from partime_mcmc.kernels import Kernel
+from partime_mcmc.sampling.chunk import ChainState, Chunk
+from partime_mcmc.sampling.merge import merge_certificates, merge_reports, without_steps
+from partime_mcmc.sampling.plan import Plan, SampleArguments
+from partime_mcmc.sampling.progress import Progress
+from partime_mcmc.storage.checkpoint import Checkpoint
+from partime_mcmc.storage.draws_group import DrawsWriter, draws_per_file, kept_steps
+from partime_mcmc.storage.files import StoreError
+from partime_mcmc.storage.fingerprint import (
+    PLAIN,
+    STRATEGIES,
+    describe_run,
+    example_of,
+    require_same,
+)
+from partime_mcmc.storage.saved_plan import pack_plan, restore_state, state_arrays, unpack_plan
+from partime_mcmc.storage.serialize import decode, encode
+from partime_mcmc.storage.store import Folder, Store
+from partime_mcmc.storage.stored_draws import StoredDraws, open_draws
+from partime_mcmc.storage.streaming_statistics import StreamingStatistics
+from partime_mcmc.warmup.warmup import Warmup
 
 
 class StoreSink:
-    pass
+    """Writes the chunks of a run into a folder, which nobody else writes to meanwhile.
+
+    Args:
+        store: Where.
+        arguments: What is asked for.
+        progress: Shown meanwhile.
+    """
+
+    gather: Gather = staticmethod(gather_to_all)
+
+    def __init__(self, store: Store, arguments: SampleArguments, progress: Progress):
+        self._store, self._arguments, self._progress = store, arguments, progress
+        self._folder, self._stack = Folder(store.path), contextlib.ExitStack()
+        self._pending: concurrent.futures.Future | None = None
+        self.saved_bytes = b""
+        """The plan as it is stored."""
+
+    def __enter__(self) -> StoreSink:
+        self._stack.enter_context(self._folder.locked())
+        self._thread = self._stack.enter_context(
+            concurrent.futures.ThreadPoolExecutor(1, "partime_mcmc store")
+        )
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        with self._stack:
+            self._wait()
+
+    def start(self, make_plan: Callable[[], tuple[Plan, ChainState]]) -> tuple[Plan, ChainState]:
+        """The plan of the run and where its chains stand.
+
+        Args:
+            make_plan: Called where no plan is stored yet.
+
+        Raises:
+            NotStorable: If a strategy is not of this package: it could not be made again by `resume`.
+            StoreMismatch: If the folder holds another run, naming what differs.
+            StoreError: If it cannot be read or written.
+        """
+        asked, folder = self._arguments, self._folder
+        run, begun = describe_run(asked, self._store), folder.read_plan() is not None
+        if folder.holds_run:
+            # Names are for readers only, and starts have done their part once warm-up is over.
+            free = ("names", "dims", "max_bytes", *(["initial"] if begun else []))
+            wanted = {
+                name: value
+                for name, value in json.loads(json.dumps(run)).items()
+                if name not in free
+            }
+            require_same(folder.read_run(), wanted, str(folder.path))
+        if not begun:
+            # Until chunks are chosen the latest limit of memory counts.
+            folder.write_run(run)
+            folder.write_plan(pack_plan(*make_plan()))
+        self.saved_bytes = folder.read_plan()
+        plan, state = unpack_plan(
+            self.saved_bytes, asked.target, asked.kernel, str(folder.path / "plan.npz")
+        )
+        last, warning = folder.recover()
+        if warning:
+            self._progress.warn(warning)
+        self._plan, self._last = plan, last
+        self._statistics = StreamingStatistics.start(self._store.folds)
+        if last is not None:
+            self._statistics = StreamingStatistics.from_arrays(last.statistics, self._store.folds)
+            state = restore_state(last.state, last.words, plan.kernel, example_of(asked.target))
+        self._writer = DrawsWriter(
+            folder.draws,
+            last,
+            draws_per_file(plan.chunk, plan.thinning, plan.num_samples),
+            run["dims"] or {},
+            _attributes(run, plan),
+        )
+        return plan, state
+
+    def write(self, chunk: Chunk) -> None:
+        """Write a chunk, once the one before is written; half a chunk is none: a resumed run draws it again, in one piece.
+
+        Raises:
+            StoreError: If the chunk before could not be written.
+        """
+        if chunk.report.interrupted:
+            self._progress.note("interrupted: what is certified is kept")
+            return
+        self._wait()
+        x64 = bool(jax.config.jax_enable_x64)
+        self._pending = self._thread.submit(self._commit, chunk, x64)
+
+    def interrupt(self) -> None:
+        """Take note of an interrupt from the keyboard: what is written is kept."""
+        self._progress.note("interrupted: what is certified is kept")
+
+    def close(self) -> StoredDraws:
+        """The draws: all, or those that were certified before an interrupt.
+
+        Raises:
+            StoreError: If the last chunk could not be written.
+        """
+        self._wait()
+        return open_draws(self._store.path, folds=self._store.folds)
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except OSError as error:
+            safe = 0 if self._last is None else self._last.step
+            message = (
+                f"{error.strerror or error}. {safe:,} draws per chain are safe in {self._folder.path}: make room, and "
+                "resume(path, target, kernel) goes on from there"
+            )
+            raise StoreError(error.errno, message) from error
+
+    def _commit(self, chunk: Chunk, x64: bool) -> None:
+        # A thread does not inherit the caller's precision, and the user's folds may be written in JAX.
+        with jax.enable_x64(x64):
+            self._write(chunk)
+
+    def _write(self, chunk: Chunk) -> None:
+        plan, last = self._plan, self._last
+        start, index = (0, 0) if last is None else (last.step, last.index + 1)
+        stop = chunk.state.num_steps - plan.first_step
+        constrained = {name: np.asarray(value) for name, value in chunk.constrained.items()}
+        steps = {name: getattr(chunk.certificate, name) for name in ("accepted", "residual")}
+        info = {name: np.asarray(value) for name, value in (steps | chunk.info).items()}
+        statistics = self._statistics.update(constrained, info)
+        certificate, report = without_steps(chunk.certificate), chunk.report
+        if last is not None:
+            certificate = merge_certificates(last.certificate, certificate)
+            report = merge_reports(last.report, report, (start, stop - start), certificate)
+        kept = kept_steps(start, stop, plan.thinning, plan.num_samples)
+        # A view, where an array of places would copy all of it.
+        at = slice(kept[0] - start if kept.size else stop - start, None, plan.thinning)
+        groups = {
+            "posterior": {name: value[:, at] for name, value in constrained.items()},
+            "sample_stats": {
+                STAT_NAMES.get(name, name): value[:, at] for name, value in info.items()
+            },
+        }
+        files = self._writer.append(groups, kept)
+        state, words = state_arrays(chunk.state)
+        self._last = self._folder.write_checkpoint(
+            Checkpoint(
+                index=index,
+                step=stop,
+                previous="" if last is None else last.checksum,
+                state=state,
+                words=words,
+                certificate=certificate,
+                report=report,
+                statistics=statistics.to_arrays(),
+                files=files,
+                tail=self._writer.files.tail,
+                metadata=self._writer.files.metadata,
+            )
+        )
+        self._statistics = statistics
+        self._writer.files.publish()
 
 
-def read_arguments(path):
-    pass
+def read_arguments(
+    path: str | os.PathLike, kernel: Kernel | Callable[..., Kernel] | Warmup | None = None
+) -> dict[str, Any]:
+    """What a stored run was asked for, but for its target and kernel.
+
+    Args:
+        path: The folder.
+        kernel: That the run is to go on with. Once warm-up is over its numbers are in the store, and the builder of a
+            warm-up's kernel will do.
+
+    Returns:
+        Values by the names of `SampleArguments`, and `num_chains` and `chunk`.
+
+    Raises:
+        FileNotFoundError: If there is no stored run.
+        StoreError: If its description is damaged, or of another version of the format.
+    """
+    folder = Folder(path)
+    run = folder.read_run()
+    found = {name: run[name] for name in (*PLAIN, "chunk")}
+    found |= {name: decode(run[name]) for name in STRATEGIES}
+    builder = not isinstance(kernel, (Kernel, Warmup)) and folder.read_plan() is not None
+    found["extra"] = {"tuned": run["tuned"]} if builder else {}
+    return found
+
+
+def _attributes(run: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    """What the group of draws has about itself, for those who read it alone."""
+    names = ("model", "data", "kernel", "key_words", "num_samples", "thinning", "dtype", "versions")
+    strategies = {name: getattr(plan, name) for name in ("solver", "schedule", "tolerance")}
+    return {
+        "inference_library": "partime_mcmc",
+        "inference_library_version": run["versions"]["partime_mcmc"],
+        **{name: run[name] for name in names},
+        **{name: encode(value, name) for name, value in strategies.items()},
+    }

@@ -1,17 +1,17 @@
 """Statistics of draws that are not kept: moments, quantiles, R-hat, effective sample size, totals, your own folds.
 
-    running = StreamingStatistics.start()
-    for values, info in pieces:                       # values: name -> (C, n, ...), info: name -> (C, n)
-        running = running.update(values, info)
-    rows, totals = running.summary(), running.totals()
+    statistics = StreamingStatistics.start()
+    for values, info in chunks:                       # values: name -> (C, n, ...), info: name -> (C, n)
+        statistics = statistics.update(values, info)
+    rows, totals = statistics.summary(), statistics.totals()
 
 Memory does not grow with the draws. Everything is NumPy in float64 on the host. A `StreamingStatistics` is never changed;
 `to_arrays` gives plain arrays, and one restored by `from_arrays` goes on as if nothing had happened, bit for bit, if it
-is given the same pieces (on one machine, with the same NumPy).
+is given the same chunks (on one machine, with the same NumPy).
 
 Accuracy: moments are exact up to rounding (Chan, Golub, LeVeque 1983). A quantile's error in rank is bounded by
 `rank_error`, the share of the draws in its bin (see `histogram`). R-hat and effective sample size come from batches
-(see `blocking`): about 15% for four chains, and not rank-normalised. What is not finite stays so: the mean, or all of a
+(see `batch_means`): about 15% for four chains, and not rank-normalised. What is not finite stays so: the mean, or all of a
 row, becomes NaN.
 """
 
@@ -26,13 +26,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from partime_mcmc.storage.batch_means import BLOCK, BatchMeans, comoments
+from partime_mcmc.storage.batch_means import BLOCK, BatchMeans
 from partime_mcmc.storage.histogram import Histogram
 from partime_mcmc.storage.sums import Total, summed
 from partime_mcmc.types import PyTree
 
-MAX_COVARIANCE = 128
-"""With more coordinates than this, variances are kept and no covariances."""
 _QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
 _FEW = 10  # A healthy chain may stand still for as many draws.
 
@@ -41,8 +39,8 @@ _FEW = 10  # A healthy chain may stand still for as many draws.
 class Fold:
     """Something of your own, accumulated over draws.
 
-    `update(carry, values, info)` gets the pieces that `StreamingStatistics.update` gets, and must not depend on how draws are cut
-    into pieces.
+    `update(carry, values, info)` gets the chunks that `StreamingStatistics.update` gets, and must not depend on how draws are
+    divided into chunks.
 
     Attributes:
         initial: The first carry, a pytree of arrays or numbers.
@@ -62,9 +60,7 @@ class StreamingStatistics:
         batches: Moments by batch; None before the first draws.
         histogram: For quantiles.
         extremes: Smallest and largest draw per coordinate and chain, shape `(2, D, C)`.
-        comoments: Sums of products of deviations from the chain's mean, shape `(C, D, D)`; None if D >
-            `MAX_COVARIANCE`.
-        info: Totals of what the kernel says, by name.
+        info: Sums of what the kernel reports, by name.
         folds: Functions of your own, by name.
         carries: Where they stand, by name.
     """
@@ -73,7 +69,6 @@ class StreamingStatistics:
     batches: BatchMeans | None = None
     histogram: Histogram | None = None
     extremes: np.ndarray | None = None
-    comoments: np.ndarray | None = None
     info: Mapping[str, Total] = dataclasses.field(default_factory=dict)
     folds: Mapping[str, Fold] = dataclasses.field(default_factory=dict)
     carries: Mapping[str, PyTree] = dataclasses.field(default_factory=dict)
@@ -168,7 +163,6 @@ class StreamingStatistics:
                 batches=batches,
                 histogram=histogram,
                 extremes=extremes,
-                comoments=self._comoments(x),
                 info=totals,
                 carries={
                     name: _on_host(fold.update(self.carries[name], values, info))
@@ -186,30 +180,15 @@ class StreamingStatistics:
         if set(info) != set(self.info):
             raise ValueError(f"info: got {sorted(info)}, wanted {sorted(self.info)} as before")
 
-    def _comoments(self, x: np.ndarray) -> np.ndarray | None:
-        if x.shape[0] > MAX_COVARIANCE:
-            return None
-        mean, here = comoments(x)
-        if self.comoments is None:
-            return here
-        delta, n, before = (mean - self.batches.per_chain()[0]).T, x.shape[2], self.num_draws
-        return (
-            self.comoments
-            + here
-            + delta[:, :, None] * delta[:, None, :] * (n * before / (n + before))
-        )
-
     def mean(self) -> np.ndarray:
         """Mean of every chain, shape `(C, D)`."""
         return self._begun().per_chain()[0].T
 
-    def covariance(self) -> np.ndarray:
-        """Covariance of every chain about its own mean, shape `(C, D, D)`; with D > `MAX_COVARIANCE` variances, `(C,
-        D)`."""
+    def variance(self) -> np.ndarray:
+        """Variance of every chain about its own mean, shape `(C, D)`."""
         batches = self._begun()
         with np.errstate(all="ignore"):
-            sums = batches.per_chain()[1].T if self.comoments is None else self.comoments
-            return sums / np.float64(batches.num_draws - 1)
+            return batches.per_chain()[1].T / np.float64(batches.num_draws - 1)
 
     def quantiles(self, probabilities) -> tuple[np.ndarray, np.ndarray]:
         """Quantiles of all chains together, and bounds on the errors of their ranks as shares of the draws.
@@ -274,7 +253,7 @@ class StreamingStatistics:
         """Totals of the run in plain values.
 
         Returns:
-            `num_chains`, `num_draws` (per chain), and where the kernel says it: `divergences`, `accepted`,
+            `num_chains`, `num_draws` (per chain), and where the kernel reports it: `divergences`, `accepted`,
             `acceptance_rate` (mean), `max_residual`, `worst` (chain and step of it), `nonfinite` (by name of what was
             not finite, if anything).
         """
@@ -298,8 +277,6 @@ class StreamingStatistics:
                 f"{part}_{name}": array for name, array in getattr(self, part).to_arrays().items()
             }
         arrays["extremes"] = self.extremes
-        if self.comoments is not None:
-            arrays["comoments"] = self.comoments
         return arrays | {
             f"info_{i}": total.to_array() for i, total in enumerate(self.info.values())
         }
@@ -346,7 +323,6 @@ class StreamingStatistics:
             BatchMeans.from_arrays(_part(arrays, "batches_")),
             histogram,
             arrays["extremes"],
-            arrays.get("comoments"),
             {name: Total.from_array(arrays[f"info_{i}"]) for i, name in enumerate(header["info"])},
             folds,
             carries,
@@ -356,6 +332,12 @@ class StreamingStatistics:
         if self.batches is None:
             raise ValueError("there are no draws yet: update(values, info) first")
         return self.batches
+
+
+def without_folds(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays of `StreamingStatistics.to_arrays` for readers who do not have the functions behind its folds."""
+    header = json.loads(arrays["header"].tobytes()) | {"folds": []}
+    return arrays | {"header": np.frombuffer(json.dumps(header).encode(), np.uint8)}
 
 
 def _part(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

@@ -1,6 +1,6 @@
-"""Totals of what a kernel says of its steps, chain by chain, without keeping what it said.
+"""Totals of what a kernel reports of its steps, chain by chain, without keeping it.
 
-Per chain sum, smallest, largest and where, and how many were not finite. Totals of consecutive pieces merge exactly; a
+Per chain sum, smallest, largest and where, and how many were not finite. Totals of consecutive chunks merge exactly; a
 NaN stays. Left out: anything that needs the order of steps, such as the energy's increments.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Total:
-    """Totals of one thing that the kernel says of every step, one entry per chain, shapes `(C,)`.
+    """Totals of one thing that the kernel reports of every step, one entry per chain, shapes `(C,)`.
 
     Attributes:
         sum: Sum over draws; of flags a count.
@@ -57,46 +57,6 @@ class Total:
             self.nonfinite + later.nonfinite,
         )
 
-    def beside(self, other: Total) -> Total:
-        """The totals of both, whichever comes first in time; what has no draws has the sum 0 and the step -1."""
-
-        def better(a, b):
-            """Whether b has the first NaN, or the larger value, or the same one earlier."""
-            sooner = b.where_largest < a.where_largest
-            lost = np.isnan(a.largest), np.isnan(b.largest)
-            larger = (b.largest > a.largest) | ((b.largest == a.largest) & sooner)
-            return np.where(lost[0], lost[1] & sooner, lost[1] | larger)
-
-        none = self.where_largest < 0, other.where_largest < 0
-        second = none[0] | (~none[1] & better(self, other))
-        pick = lambda a, b: np.where(none[0], b, np.where(none[1], a, np.minimum(a, b)))  # noqa: E731
-        largest = np.where(second, other.largest, self.largest)
-        where = np.where(second, other.where_largest, self.where_largest)
-        return Total(
-            self.sum + other.sum,
-            pick(self.smallest, other.smallest),
-            largest,
-            where,
-            self.nonfinite + other.nonfinite,
-        )
-
-    @classmethod
-    def nothing(cls, num_chains: int) -> Total:
-        """Of no draws."""
-        zeros = np.zeros(num_chains)
-        return cls(zeros, zeros, zeros, np.full(num_chains, -1), np.zeros(num_chains, np.int64))
-
-    def of_some(self, chains: np.ndarray, num_chains: int) -> Total:
-        """The totals of these chains as some of more chains, of which there are no draws."""
-        fields = {}
-        for field in dataclasses.fields(self):
-            full = getattr(Total.nothing(num_chains), field.name).astype(
-                getattr(self, field.name).dtype
-            )
-            full[chains] = getattr(self, field.name)
-            fields[field.name] = full
-        return Total(**fields)
-
     def to_array(self) -> np.ndarray:
         """All of it, shape `(5, C)`: counts and steps are exact in float64 up to 2**53."""
         return np.stack([getattr(self, field.name) for field in dataclasses.fields(self)]).astype(
@@ -117,7 +77,7 @@ def summed(info: Mapping[str, Total], num_draws: int) -> dict[str, Any]:
         num_draws: n, draws per chain.
 
     Returns:
-        Where the kernel says it: `divergences`, `accepted`, `acceptance_rate` (mean), `max_residual`, `worst` (its
+        Where the kernel reports it: `divergences`, `accepted`, `acceptance_rate` (mean), `max_residual`, `worst` (its
         chain and step); and `nonfinite`, how many entries were not finite, by name.
     """
     found: dict[str, Any] = {}

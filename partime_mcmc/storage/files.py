@@ -1,0 +1,103 @@
+"""Files that are there and whole, or not there: written aside, flushed to the disk, renamed; read with their digest."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from pathlib import Path
+from typing import BinaryIO, Iterator
+
+PARTIAL = ".partial-"
+"""What names of unfinished files begin with."""
+
+
+class StoreError(OSError):
+    """A store that cannot be written or read."""
+
+
+class Damaged(StoreError):
+    """A file of a store is missing, or holds other bytes than were written."""
+
+
+def digest_of(data: bytes) -> str:
+    """A hash of some bytes: BLAKE2b with 128 bits."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def read_file(path: Path, digest: str | None = None) -> bytes:
+    """The bytes of a file.
+
+    Args:
+        path: Of the file.
+        digest: That they must have; None: any.
+
+    Raises:
+        Damaged: If the file is missing or has another digest.
+        StoreError: If it cannot be read: a disk that is away for a moment has damaged nothing.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise Damaged(f"store: {path} is missing") from error
+    except OSError as error:
+        raise StoreError(
+            error.errno, f"store: {path} could not be read: {error.strerror or error}"
+        ) from error
+    if digest is not None and digest_of(data) != digest:
+        raise Damaged(f"store: {path} is damaged (its digest is not the one recorded)")
+    return data
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file that survives a loss of power once this returns.
+
+    Raises:
+        StoreError: If it cannot be written; what was there before is untouched.
+    """
+    with _renamed_into_place(path) as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def write_copy(path: Path, data: bytes) -> None:
+    """Write a file that can be made again: whole or not there, but not flushed to the disk.
+
+    Raises:
+        StoreError: As `write_file`.
+    """
+    with _renamed_into_place(path) as handle:
+        handle.write(data)
+
+
+@contextlib.contextmanager
+def _renamed_into_place(path: Path) -> Iterator[BinaryIO]:
+    partial = path.with_name(PARTIAL + path.name)
+    try:
+        _make_folder(path.parent)
+        with open(partial, "wb") as handle:
+            yield handle
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        message = f"store: {path} could not be written: {error.strerror or error}"
+        raise StoreError(error.errno, message) from error
+
+
+def _make_folder(path: Path) -> None:
+    if not path.is_dir():
+        _make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    """Make renames durable: a folder is a file, too."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,236 @@
+"""Values of this package as bytes and back: strategies, verdicts and reports as JSON, arrays as an .npz file.
+
+A frozen dataclass is its name and its fields, an enumeration's member its name, a function of a module where it is
+found, an array its bytes; plain values are themselves. Only names of this package are ever looked up, and no code comes
+out of a file: what is read is built by the constructors that a user would call. Objects of other packages are refused
+when they are written.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import enum
+import importlib
+import hashlib
+import inspect
+import io
+import json
+import zipfile
+import zlib
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from partime_mcmc.storage.files import Damaged, StoreError
+from partime_mcmc.types import PyTree
+
+_PACKAGE = "partime_mcmc"
+
+
+class NotStorable(TypeError):
+    """A value that a store cannot hold, because it is not of this package."""
+
+
+def encode(value: Any, name: str) -> Any:
+    """A value as what JSON knows.
+
+    Args:
+        value: Plain values, arrays, and frozen dataclasses, enumerations and functions of this package.
+        name: What the value is, for the message.
+
+    Raises:
+        NotStorable: For anything else.
+    """
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, enum.Enum):
+        return {"enum": _place(type(value), name), "value": value.name}
+    if type(value) in (int, float):
+        return value
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        array = np.asarray(value)
+        return {
+            "array": base64.b64encode(np.ascontiguousarray(array).tobytes()).decode(),
+            "dtype": array.dtype.str,
+            "shape": list(array.shape),
+        }
+    if type(value) is dict:
+        return {"dict": {str(key): encode(one, f"{name}[{key!r}]") for key, one in value.items()}}
+    if type(value) in (list, tuple):
+        items = [encode(one, f"{name}[{index}]") for index, one in enumerate(value)]
+        return items if isinstance(value, list) else {"tuple": items}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value)]
+        fields = {field: encode(getattr(value, field), f"{name}.{field}") for field in names}
+        return {"class": _place(type(value), name), "fields": fields}
+    if inspect.isfunction(value):
+        return {"function": _place(value, name)}
+    raise _refusal(value, name)
+
+
+def decode(data: Any) -> Any:
+    """The value that gave what `encode` returned; arrays are NumPy's.
+
+    Raises:
+        ValueError: If something is named that is not of this package.
+        StoreError: If an object had other fields in the version that wrote it.
+    """
+    if isinstance(data, list):
+        return [decode(one) for one in data]
+    if not isinstance(data, dict):
+        return data
+    if "array" in data:
+        raw = base64.b64decode(data["array"])
+        return np.frombuffer(raw, np.dtype(data["dtype"])).reshape(data["shape"]).copy()
+    if "tuple" in data:
+        return tuple(decode(one) for one in data["tuple"])
+    if "dict" in data:
+        return {key: decode(one) for key, one in data["dict"].items()}
+    if "enum" in data:
+        return _found(
+            data["enum"], lambda found: inspect.isclass(found) and issubclass(found, enum.Enum)
+        )[data["value"]]
+    if "function" in data:
+        return _found(data["function"], inspect.isfunction)
+    if "class" in data:
+        cls = _found(
+            data["class"], lambda found: inspect.isclass(found) and dataclasses.is_dataclass(found)
+        )
+        fields = {key: decode(one) for key, one in data["fields"].items()}
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise StoreError(
+                f"store: it holds a {cls.__name__} with the fields {sorted(fields)}, which this version of "
+                f"partime_mcmc cannot make ({error}); read it with the version that wrote it"
+            ) from error
+    raise ValueError(f"a stored value of unknown kind: {sorted(data)}")
+
+
+def _place(thing: Any, name: str) -> str:
+    ours = thing.__module__.split(".")[0] == _PACKAGE and "<locals>" not in thing.__qualname__
+    frozen = not dataclasses.is_dataclass(thing) or thing.__dataclass_params__.frozen
+    if not (ours and frozen):
+        raise _refusal(thing, name)
+    return f"{thing.__module__}:{thing.__qualname__}"
+
+
+def _found(place: str, allowed: Any) -> Any:
+    """What stands at `module:name` of this package."""
+    module, _, qualname = place.partition(":")
+    if module.split(".")[0] != _PACKAGE or "." in qualname:
+        raise ValueError(f"a stored value names {place!r}, which is not of this package")
+    found = getattr(importlib.import_module(module), qualname, None)
+    if getattr(found, "__module__", None) != module or not allowed(found):
+        raise ValueError(
+            f"a stored value names {place!r}, which this version of the package does not have"
+        )
+    return found
+
+
+def _refusal(value: Any, name: str) -> NotStorable:
+    what = getattr(value, "__qualname__", type(value).__qualname__)
+    return NotStorable(
+        f"{name}: got {what}, which a store cannot hold; wanted an object of this package, "
+        "because a run that is resumed has to make it again without your code"
+    )
+
+
+def digest_arrays(arrays: Iterable[Any]) -> str:
+    """A hash of the bytes, shapes and types of some arrays."""
+    found = hashlib.sha256()
+    for array in arrays:
+        array = np.ascontiguousarray(jax.random.key_data(array) if is_key(array) else array)
+        found.update(f"{array.dtype.str}{array.shape}".encode())
+        found.update(array.tobytes())
+    return found.hexdigest()
+
+
+def pack_arrays(arrays: dict[str, np.ndarray], words: dict[str, Any]) -> tuple[bytes, str]:
+    """Named arrays and plain values as the bytes of an .npz file, and the checksum in it."""
+    text = np.frombuffer(json.dumps(words, sort_keys=True).encode(), np.uint8)
+    arrays, buffer = arrays | {"words": text}, io.BytesIO()
+    checksum = _checksum(arrays)
+    np.savez(buffer, **arrays, checksum=np.asarray(checksum))
+    return buffer.getvalue(), checksum
+
+
+def unpack_arrays(data: bytes, where: str) -> tuple[dict[str, np.ndarray], dict[str, Any], str]:
+    """What `pack_arrays` was given, and its checksum; nothing in it is ever executed.
+
+    Args:
+        data: The bytes.
+        where: The file, for the message.
+
+    Raises:
+        Damaged: If the bytes are not those that were written.
+    """
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        checksum = str(arrays.pop("checksum"))
+        words = json.loads(arrays["words"].tobytes())
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise Damaged(f"store: {where} is damaged: {error}") from error
+    if checksum != _checksum(arrays):
+        raise Damaged(f"store: {where} is damaged (its checksum is not the one in it)")
+    del arrays["words"]
+    return arrays, words, checksum
+
+
+def _checksum(arrays: dict[str, np.ndarray]) -> str:
+    return digest_arrays([np.asarray(sorted(arrays)), *(arrays[name] for name in sorted(arrays))])
+
+
+def pack_leaves(name: str, tree: PyTree) -> dict[str, np.ndarray]:
+    """The leaves of a pytree as named arrays; keys become numbers under a name that says which kind they are of."""
+    arrays = {}
+    for index, leaf in enumerate(jax.tree.leaves(tree)):
+        if is_key(leaf):
+            kind = jax.random.key_impl(leaf)
+            arrays[f"{name}.{index}.{kind}"] = np.asarray(jax.random.key_data(leaf))
+        else:
+            arrays[f"{name}.{index}"] = np.asarray(leaf)
+    return arrays
+
+
+def unpack_leaves(name: str, arrays: dict[str, np.ndarray]) -> list[jax.Array]:
+    """The leaves from the arrays of `pack_leaves`."""
+    found: dict[int, Any] = {}
+    for full, value in arrays.items():
+        first, *rest = full.split(".", 2)
+        if first == name:
+            found[int(rest[0])] = (
+                jax.random.wrap_key_data(value, impl=rest[1])
+                if len(rest) == 2
+                else as_committed_array(value)
+            )
+    return [found[index] for index in sorted(found)]
+
+
+def unpack_tree(name: str, arrays: dict[str, np.ndarray], template: PyTree) -> PyTree:
+    """A pytree like the template from the arrays of `pack_leaves`.
+
+    Raises:
+        ValueError: If the template has another number of leaves.
+    """
+    leaves, tree = unpack_leaves(name, arrays), jax.tree.structure(template)
+    if len(leaves) != tree.num_leaves:
+        raise ValueError(
+            f"store: {len(leaves)} arrays for {name}, wanted {tree.num_leaves}: another kernel or model"
+        )
+    return jax.tree.unflatten(tree, leaves)
+
+
+def as_committed_array(value: Any) -> jax.Array:
+    """A JAX array that remembers nothing but its numbers: restored ones and computed ones run the same programs."""
+    return value if is_key(value) else jax.device_put(np.asarray(value))
+
+
+def is_key(value: Any) -> bool:
+    """Whether an array holds keys."""
+    return hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
