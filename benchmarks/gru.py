@@ -174,7 +174,7 @@ def adjoint_evaluations(params, carry, inputs) -> float:
     states = unroll(gru, params, carry, inputs)[1]
     before = jnp.concatenate([start[None], states[:-1]])
     right = jax.grad(lambda states: jnp.mean(states**2))(states)
-    plan = plan_for(gru, params, carry, inputs[0])
+    plan = plan_for(carry)
     return float(pulled_back(flat.step, plan, flat.params, before, inputs, right)[1].evaluations)
 
 

@@ -18,7 +18,8 @@ so nothing but states is kept.
 from __future__ import annotations
 
 import functools
-from typing import Callable, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +87,16 @@ class ImplicitRelay:
             drives,
             lax.stop_gradient(states),
         )
+
+
+@pytree()
+class NoDerivatives:
+    """The path as it was found, for callers that attach derivatives later or need none."""
+
+    def __call__(
+        self, dynamics: Dynamics, initial: Array, drives: PyTree, states: Array, axis: TimeAxis
+    ) -> Array:
+        return states
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))

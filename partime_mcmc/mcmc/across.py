@@ -26,8 +26,8 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 
+from partime_mcmc.adjoint import NoDerivatives
 from partime_mcmc.closures import Named
-from partime_mcmc.distributed.sharded_solve import AsFound
 from partime_mcmc.kernels.certify import certify_with_records
 from partime_mcmc.kernels.kernel import Carry
 from partime_mcmc.kernels.records import said_by
@@ -115,7 +115,7 @@ class Solve(Named):
                     solver=solver,
                     tolerance=tolerance,
                     max_iterations=max_iterations,
-                    adjoint=AsFound(),
+                    adjoint=NoDerivatives(),
                     axis=cut.axis,
                 )
             )(carries, tape)
@@ -179,7 +179,7 @@ def _judged(kernel, axis: TimeAxis, carry: PyTree, states: PyTree, tape: PyTree)
     flat = flatten(states)
     unit = kernel.noise_scale if kernel.noise_scale is not None else _spread(flat, axis)
     certificate, records = certify_with_records(kernel, first, states, tape, scale=unit)
-    position = lambda one: one.position if isinstance(one, Carry) else one  # noqa: E731
+    position = lambda one: one.position if isinstance(one, Carry) else one
     moved = (flatten(position(states)) != flatten(position(before))).any(
         axis=1
     ) & certificate.accepted

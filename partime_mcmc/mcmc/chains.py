@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from partime_mcmc.forgetting.advise import Advice, advise, path_bytes
 from partime_mcmc.kernels import Evidence, Independent, Kernel, Recorded
 from partime_mcmc.mcmc.arguments import bytes_beside, check_memory, default_max_bytes
 from partime_mcmc.mcmc.cores import first_group
@@ -23,20 +23,16 @@ from partime_mcmc.mcmc.stream import Course, Tell, stream
 from partime_mcmc.mcmc.tapes import throw
 from partime_mcmc.mcmc.target import Target
 from partime_mcmc.mcmc.warmup import Warmup
-from partime_mcmc.predict.advise import Advice, advise
-from partime_mcmc.predict.machine import default_machine
 from partime_mcmc.recipes import sequential, shooting
 from partime_mcmc.schedule import Schedule, Stretches
 from partime_mcmc.solution import Tolerance
 from partime_mcmc.solvers import Solver
-from partime_mcmc.solvers.shooting import SHORTEST_SEGMENT, device_lanes
+from partime_mcmc.solvers.segment_rule import segment_length
 from partime_mcmc.types import Key, PyTree
 
 DEFAULT_STRETCH = 16384
 # Runs too short to be worth pilots.
 SHORT = 1024
-# Lanes that fill one core. From 32 to 128 times differ by a tenth, and the fewer, the less is evaluated twice.
-_CORE_LANES = 64
 
 
 def draw_chains(
@@ -202,7 +198,7 @@ def _advice(kernel, pool, dynamics, initial, tape, groups) -> Advice:
         num_steps=num_samples,
         num_chains=num_chains,
         tolerance=tolerance,
-        machine=default_machine(jax.default_backend()).shared(groups),
+        max_bytes=path_bytes() / groups,
     )
 
 
@@ -231,16 +227,13 @@ def default_solver(
 ) -> Solver:
     """Shooting, the lanes of the device shared by all chains: near one evaluation per draw where chains forget.
 
-    Segments are a multiple of four steps long, so that kernels with a counter are at the same point of it in all lanes.
-
     Args:
         num_chains: Chains that share them.
         num_samples: T.
-        groups: How many groups of so many chains there are, each with a core of its own.
+        groups: Not used; every group of chains has lanes of its own.
     """
-    lanes = device_lanes() if groups == 1 else _CORE_LANES
-    steps = max(SHORTEST_SEGMENT, math.ceil(min(num_samples, DEFAULT_STRETCH) * num_chains / lanes))
-    return shooting(steps=4 * math.ceil(steps / 4))
+    del groups
+    return shooting(steps=segment_length(min(num_samples, DEFAULT_STRETCH), num_chains))
 
 
 def default_tolerance(kernel: Kernel, dtype: Any) -> Tolerance:

@@ -17,13 +17,13 @@ import jax
 import numpy as np
 
 from partime_mcmc.contracts import kind
+from partime_mcmc.forgetting.coalescence import meeting_times
 from partime_mcmc.kernels import CoalescingDice, Kernel, PlainDice
 from partime_mcmc.kernels.dice import Dice, check_dice
 from partime_mcmc.mcmc.family import Builder, Tuned, tuned_kernel
 from partime_mcmc.mcmc.tapes import throw
 from partime_mcmc.mcmc.tuning import unwrapped
 from partime_mcmc.mcmc.warmup import Warmup
-from partime_mcmc.predict.coalescence import meeting_times
 from partime_mcmc.solution import Tolerance
 from partime_mcmc.types import Key
 

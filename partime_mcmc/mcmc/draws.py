@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from partime_mcmc.forgetting.advise import Advice
 from partime_mcmc.kernels import Certificate
 from partime_mcmc.mcmc.warmup import Warmup
-from partime_mcmc.predict.advise import Advice
 from partime_mcmc.solution import SolveError, Status
 from partime_mcmc.types import Array, PyTree
 

@@ -5,7 +5,7 @@
     all           compute their parts of the same chunks; who writes what is for `writers` to say
 
 A store is resumed by any number of hosts, however many worked on it. If a host is lost the run ends on all of them
-(`distributed.launch`), and what was written stays.
+(`distributed.hosts`), and what was written stays.
 
 Left out: runs that go on by themselves with the hosts that are left; a store whose hosts share no folder.
 """

@@ -12,6 +12,9 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.diagnostics.checks import check_count, check_key
+from partime_mcmc.diagnostics.passes import residuals_by_pass
+from partime_mcmc.forgetting.advise import Advice
+from partime_mcmc.forgetting.coalescence import distances
 from partime_mcmc.mcmc.arguments import check_strategies, chosen_progress
 from partime_mcmc.mcmc.chains import default_tolerance, pilot_advice
 from partime_mcmc.mcmc.family import Builder
@@ -21,9 +24,6 @@ from partime_mcmc.mcmc.ready import prepare
 from partime_mcmc.mcmc.tapes import throw
 from partime_mcmc.mcmc.target import Target
 from partime_mcmc.mcmc.warmup import Warmup
-from partime_mcmc.predict.advise import Advice
-from partime_mcmc.predict.coalescence import distances
-from partime_mcmc.predict.passes import residuals_by_pass
 from partime_mcmc.solvers import Rollout, Solver
 from partime_mcmc.types import Key
 

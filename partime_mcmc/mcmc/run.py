@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +22,13 @@ import numpy as np
 
 from partime_mcmc.closures import Named
 from partime_mcmc.dynamics import Dynamics
+from partime_mcmc.forgetting.advise import Advice
 from partime_mcmc.kernels import Evidence, Independent, Kernel, Tape
 from partime_mcmc.mcmc.books import Books
 from partime_mcmc.mcmc.cores import cut, joined, num_groups, run_groups
 from partime_mcmc.mcmc.draws import End
 from partime_mcmc.mcmc.programs import Clock
 from partime_mcmc.mcmc.tapes import recurrence, throw_dice
-from partime_mcmc.predict.advise import Advice
 from partime_mcmc.recipes import sequential
 from partime_mcmc.schedule import Schedule, Stretches, Whole
 from partime_mcmc.solution import Solution, Status, Tolerance

@@ -13,7 +13,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from numpyro.infer.mcmc import MCMCKernel
 
 from partime_mcmc.contracts import check_has
 from partime_mcmc.diagnostics.checks import check_count
+from partime_mcmc.forgetting.advise import Advice
 from partime_mcmc.kernels import Evidence, Recorded
 from partime_mcmc.mcmc.arguments import chosen_progress
 from partime_mcmc.mcmc.chains import check_fits, draw_chains, pilot_advice
@@ -38,7 +40,6 @@ from partime_mcmc.mcmc.store.stored import StoredDraws
 from partime_mcmc.mcmc.stored_run import Store
 from partime_mcmc.mcmc.target import Target
 from partime_mcmc.mcmc.warmup import Warmup
-from partime_mcmc.predict.advise import Advice
 from partime_mcmc.schedule import Schedule
 from partime_mcmc.solution import SolveError
 from partime_mcmc.solvers import Solver

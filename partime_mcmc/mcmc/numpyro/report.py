@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from partime_mcmc.diagnostics.report import Level
+from partime_mcmc.forgetting.advise import Advice
 from partime_mcmc.kernels import Certificate
 from partime_mcmc.mcmc.draws import RunReport
 from partime_mcmc.mcmc.warmup import Warmup
-from partime_mcmc.predict.advise import Advice
 
 
 @dataclasses.dataclass(frozen=True)
