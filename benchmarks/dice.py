@@ -16,8 +16,8 @@ import argparse
 import functools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +39,8 @@ from partime_mcmc import (
     sample,
 )
 from partime_mcmc.diagnostics.arviz import ess_bulk
+from partime_mcmc.forgetting import meeting_times
 from partime_mcmc.models import MODELS
-from partime_mcmc.predict import meeting_times
 
 NUM_PAIRS, HORIZON = 64, 2000
 CHAINS, DRAWS = 8, 4096

@@ -158,7 +158,7 @@ def _advised(axes, results: dict) -> None:
         )
     axes.axhline(1, color="gray", linewidth=1)
     axes.set(
-        xlabel="chains side by side", ylabel="loop / plan", title="Against the loop over all chains"
+        xlabel="chains side by side", ylabel="loop / rule", title="Against the loop over all chains"
     )
     axes.legend(fontsize=7)
 

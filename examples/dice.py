@@ -25,9 +25,9 @@ from partime_mcmc import (
     random_walk,
     sample,
 )
+from partime_mcmc.forgetting import distances, meeting_times
 from partime_mcmc.kernels.dice import draw_layers, multishift
 from partime_mcmc.models import MODELS
-from partime_mcmc.predict import distances, meeting_times
 
 KERNELS = {
     "MALA, plain": lambda density, metric: mala(density, 0.5, metric, dice=PlainDice()),

@@ -18,7 +18,8 @@ so nothing but states is kept.
 from __future__ import annotations
 
 import functools
-from typing import Callable, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +89,16 @@ class ImplicitRelay:
         )
 
 
+@pytree()
+class NoDerivatives:
+    """The path as it was found, for callers that attach derivatives later or need none."""
+
+    def __call__(
+        self, dynamics: Dynamics, initial: Array, drives: PyTree, states: Array, axis: TimeAxis
+    ) -> Array:
+        return states
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _attach(
     step: Callable,
@@ -128,7 +139,7 @@ def _all_steps(step, params, previous, drives):
     return jax.vmap(step, in_axes=(None, 0, 0))(params, previous, drives)
 
 
-# Numbers of state in the steps evaluated side by side, where all T at once would keep T times what a step computes on its
+# KernelParams of state in the steps evaluated side by side, where all T at once would keep T times what a step computes on its
 # way: as many as a cache holds with what is computed from them (64 units: blocks of 2,048 steps take 6.4 ms, of 512 steps
 # 10 ms, all 16,384 at once 17 ms).
 _BLOCK_NUMBERS = 131_072

@@ -27,7 +27,7 @@ RANKS = [
     {"solvers", "adjoint"},
     {"recipes", "schedule"},
     {"solve"},
-    {"predict"},
+    {"forgetting"},
     {"distributed", "kernels", "rnn"},
     {"diagnostics"},
     {"mcmc"},

@@ -14,6 +14,7 @@ from conftest import OPTIMISED
 from scipy import stats
 
 from partime_mcmc.dynamics import rollout
+from partime_mcmc.forgetting.coalescence import meeting_times
 from partime_mcmc.kernels import (
     CoalescingDice,
     PlainDice,
@@ -29,7 +30,6 @@ from partime_mcmc.kernels.dice import Layers, draw_layers, multishift
 from partime_mcmc.kernels.hmc import leapfrog_row
 from partime_mcmc.sampling.sample import sample
 from partime_mcmc.sampling.target import Target
-from partime_mcmc.predict.coalescence import meeting_times
 from partime_mcmc.recipes import jacobi, sequential, shooting
 from partime_mcmc.solution import Status, Tolerance
 from partime_mcmc.solve import solve

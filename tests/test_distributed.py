@@ -7,7 +7,6 @@ steps, and a path may differ by its tolerance times what a recurrence makes of i
 import argparse
 import contextlib
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -25,7 +24,7 @@ from partime_mcmc.distributed import hosts
 HERE = Path(__file__).parent
 # As in `conftest.py`: what is compiled here runs once.
 FAST = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-# Stated by `distributed.launch`: heartbeats (5 s here) and 5 s; the rest is for a busy machine.
+# JAX ends the others once heartbeats are missed, 5 s here; the rest is for ending and a busy machine.
 DEADLINE = 5 + 5 + 20
 
 
@@ -100,7 +99,7 @@ def test_hosts_agree_with_one_device(num_hosts):
         pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow),
     ],
 )
-def test_hosts_agree_and_say_so_when_one_is_lost(lost, how):
+def test_hosts_agree_and_all_end_when_one_is_lost(lost, how):
     both = start(2, "wait")
     try:
         for host in both:
@@ -108,12 +107,10 @@ def test_hosts_agree_and_say_so_when_one_is_lost(lost, how):
             assert any("agreed" in line for line in host.stdout), host.stderr.read()[-3000:]
         begin = time.monotonic()
         both[lost].send_signal(how)
-        _, errors = both[1 - lost].communicate(timeout=60)
+        both[1 - lost].communicate(timeout=60)
         assert time.monotonic() - begin < DEADLINE
         assert both[1 - lost].returncode != 0
         assert both[lost].wait(timeout=5) == -how
-        said = rf"^partime_mcmc: host {1 - lost} of 2 (ends|was ended by a signal, or) because another host was lost .*resume"
-        assert re.search(said, errors, re.MULTILINE), errors
     finally:
         for host in both:
             host.kill()
@@ -179,8 +176,8 @@ def test_a_stored_run_that_lost_a_host_goes_on_with_one(tmp_path):
             assert both[0].poll() is None, both[0].communicate()
             time.sleep(0.02)
         both[1].send_signal(signal.SIGKILL)
-        _, errors = both[0].communicate(timeout=DEADLINE)
-        assert "because another host was lost" in errors
+        both[0].communicate(timeout=DEADLINE)
+        assert both[0].returncode != 0
     finally:
         for host in both:
             host.kill()

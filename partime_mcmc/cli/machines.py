@@ -10,17 +10,12 @@ import argparse
 import contextlib
 import io
 import os
-import sys
-from collections.abc import Mapping
-from typing import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 from jax.sharding import Mesh
 
-from partime_mcmc.cli.codes import BAD_ARGUMENTS
-from partime_mcmc.cli.telling import sentence
 from partime_mcmc.distributed import hosts, time_mesh
-from partime_mcmc.distributed.launch import is_lost
 
 # How many processes one command of Slurm or Open MPI started.
 _TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
@@ -88,10 +83,4 @@ def machines(arguments: argparse.Namespace) -> Iterator[Mesh | None]:
     with hosts(*given), contextlib.ExitStack() as silence:
         if jax.process_index():
             silence.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        try:
-            yield time_mesh()
-        except Exception as error:  # `main` would tell it, but this process ends before
-            if arguments.traceback or is_lost(error):
-                raise
-            print(f"partime_mcmc: {sentence(error)}", file=sys.stderr)
-            raise SystemExit(BAD_ARGUMENTS) from error
+        yield time_mesh()

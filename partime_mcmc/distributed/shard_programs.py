@@ -23,7 +23,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 
 from partime_mcmc.closures import Named
-from partime_mcmc.distributed.sharded_solve import AsFound
+from partime_mcmc.adjoint import NoDerivatives
 from partime_mcmc.kernels.certify import certify_with_records
 from partime_mcmc.kernels.kernel import Carry
 from partime_mcmc.kernels.records import said_by
@@ -113,7 +113,7 @@ class SolveWindow(Named):
                     solver=solver,
                     tolerance=tolerance,
                     max_iterations=max_iterations,
-                    adjoint=AsFound(),
+                    adjoint=NoDerivatives(),
                     axis=layout.axis,
                 )
             )(carries, tape)

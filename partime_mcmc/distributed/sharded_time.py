@@ -53,9 +53,7 @@ class ShardedTime:
     def previous(self, initial: PyTree, states: PyTree) -> PyTree:
         before = self._shift(jax.tree.map(lambda leaf: leaf[-1], states), 1)
         first = _where(self._part() == 0, initial, before)
-        return jax.tree.map(
-            lambda one, rest: jnp.concatenate([one[None], rest[:-1]]), first, states
-        )
+        return _begins(first, states)
 
     def following(self, states: PyTree, final: PyTree) -> PyTree:
         after = self._shift(jax.tree.map(lambda leaf: leaf[0], states), -1)
@@ -138,9 +136,7 @@ class ShardedTime:
         scan = self.scan or default_scan(elements)
         parts = jax.tree.map(lambda leaf: lax.all_gather(leaf, self.name), composition(elements))
         ends = scan(arranged(parts), start)
-        starts = jax.tree.map(
-            lambda one, rest: jnp.concatenate([one[None], rest[:-1]]), start, ends
-        )
+        starts = _begins(start, ends)
         return scan(elements, jax.tree.map(lambda leaf: leaf[place], starts))
 
     def _part(self) -> Array:
@@ -191,6 +187,11 @@ class TimeOnMesh:
 
 
 _WHOLE = PartitionSpec()
+
+
+def _begins(first: PyTree, states: PyTree) -> PyTree:
+    """The state before each of these."""
+    return jax.tree.map(lambda one, rest: jnp.concatenate([one[None], rest[:-1]]), first, states)
 
 
 def _where(flag: Array, one: PyTree, other: PyTree) -> PyTree:

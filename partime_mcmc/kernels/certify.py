@@ -21,9 +21,8 @@ from partime_mcmc.kernels.certificate import (
     judged,
 )
 from partime_mcmc.kernels.kernel import Kernel, Tape, raw
-from partime_mcmc.kernels.observe import Observe, in_pieces, look_again
+from partime_mcmc.kernels.observe import Observe, in_pieces, look_again, steps_at_once
 from partime_mcmc.kernels.records import Records
-from partime_mcmc.solvers.shooting import device_lanes
 from partime_mcmc.types import Array, PyTree
 
 
@@ -133,7 +132,7 @@ def _certify_held(observe, params, initial, states, drives, unit):
         lambda leaf: leaf.reshape(math.prod(shape), *leaf.shape[2:]),
         (jax.vmap(before_steps)(initial, states), drives),
     )
-    seen = in_pieces(look, *one_axis, piece=device_lanes())
+    seen = in_pieces(look, *one_axis, piece=4 * steps_at_once())
     seen = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), seen)
     return jax.vmap(functools.partial(_hold_and_judge, look), in_axes=(0, 0, 0, 0, None))(
         seen, initial, states, drives, unit

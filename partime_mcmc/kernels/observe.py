@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from partime_mcmc.kernels.drawn import anyone
 from partime_mcmc.kernels.kernel import Kernel
 from partime_mcmc.kernels.records import decision_uniform, record
-from partime_mcmc.solvers.shooting import device_lanes
 
 
 class Observe:
@@ -45,7 +44,7 @@ def in_pieces(function, *args, piece=None):
     A piece takes every P-th step, P a multiple of four: in a kernel that is a cycle of two or four, all lanes of a piece are then
     at the same point of it, and what no lane wants is skipped.
     """
-    num_steps, piece = jax.tree.leaves(args)[0].shape[0], piece or _piece()
+    num_steps, piece = jax.tree.leaves(args)[0].shape[0], piece or steps_at_once()
     if num_steps <= 2 * piece:
         return jax.vmap(function)(*args)
     num_pieces = 4 * -(-num_steps // (4 * piece))
@@ -65,7 +64,7 @@ def look_again(function, seen, before, drives, again):
 
     def look(value):
         seen, again = value
-        index = jnp.nonzero(again, size=_piece(), fill_value=num_steps)[0]
+        index = jnp.nonzero(again, size=steps_at_once(), fill_value=num_steps)[0]
         some = jax.tree.map(lambda leaf: leaf[jnp.minimum(index, num_steps - 1)], (before, drives))
         found = jax.vmap(function)(*some)
         seen = jax.tree.map(lambda old, new: old.at[index].set(new, mode="drop"), seen, found)
@@ -76,5 +75,6 @@ def look_again(function, seen, before, drives, again):
     return jax.lax.while_loop(lambda value: anyone(value[1].any()), look, (seen, again))[0]
 
 
-def _piece() -> int:
-    return max(1, device_lanes() // 4)
+def steps_at_once() -> int:
+    """Steps that are evaluated in one batch: on a CPU as many as stay in its caches, elsewhere as many as fill the device."""
+    return 32 if jax.default_backend() == "cpu" else 1024

@@ -41,7 +41,7 @@ from partime_mcmc.numpyro.hmc_state import (
     sample_arguments,
 )
 from partime_mcmc.numpyro.report import ParallelReport, without_kernel
-from partime_mcmc.predict.advise import Advice
+from partime_mcmc.forgetting.advise import Advice
 from partime_mcmc.sampling.draws import Draws, spread_positions
 from partime_mcmc.sampling.pilots import advise_plan
 from partime_mcmc.sampling.plan import Plan, prepare

@@ -11,7 +11,7 @@ from partime_mcmc.diagnostics.report import Level
 from partime_mcmc.kernels import Certificate
 from partime_mcmc.sampling.draws import RunReport
 from partime_mcmc.warmup.warmup import Warmup
-from partime_mcmc.predict.advise import Advice
+from partime_mcmc.forgetting.advise import Advice
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,13 +19,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from partime_mcmc.adjoint import Adjoint, Implicit, ImplicitRelay
+from partime_mcmc.adjoint import Adjoint, Implicit, ImplicitRelay, NoDerivatives
 from partime_mcmc.closures import explicit
 from partime_mcmc.dynamics import Dynamics, ravel
 from partime_mcmc.reduction import largest
@@ -181,8 +181,7 @@ def _one_sequence(
     cell, solver, tolerance, reverse, num_chains, max_iterations, params, carry, inputs, mask
 ):
     num_steps = jax.tree.leaves(inputs)[0].shape[0]
-    x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), inputs)
-    plan = plan_for(cell, params, carry, x)
+    plan = plan_for(carry)
     inputs = without_masked(inputs, mask)
     if (
         num_steps == 0
@@ -267,7 +266,8 @@ def _solved(
             solver=solver,
             tolerance=tolerance,
             max_iterations=max_iterations,
-            adjoint=_Detached(),
+            # Derivatives are attached once it is settled which path is returned.
+            adjoint=NoDerivatives(),
         )
         converged = solution.status == Status.CONVERGED
         path, converged = one_after_another(
@@ -285,11 +285,3 @@ def _solved(
     plan = RelayPlan(1) if is_coarse(initial) else plan
     adjoint: Adjoint = Implicit() if initial.size <= _NARROW else ImplicitRelay(plan)
     return adjoint(dynamics, initial, drives, path, LocalTime()), found
-
-
-@pytree()
-class _Detached:
-    """No derivatives yet: they are attached once it is settled which path is returned."""
-
-    def __call__(self, dynamics, initial, drives, states, axis):
-        return states

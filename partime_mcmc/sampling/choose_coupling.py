@@ -20,7 +20,7 @@ from partime_mcmc.contracts import kind
 from partime_mcmc.kernels import CoalescingDice, Kernel, PlainDice
 from partime_mcmc.kernels.dice import Dice, check_dice
 from partime_mcmc.kernels.kernel_program import Builder, ParametrisedKernel, parametrised_kernel
-from partime_mcmc.predict.coalescence import meeting_times
+from partime_mcmc.forgetting.coalescence import meeting_times
 from partime_mcmc.sampling.defaults import default_tolerance
 from partime_mcmc.sampling.randomness import coupled_chains
 from partime_mcmc.solution import Tolerance

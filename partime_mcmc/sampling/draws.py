@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Callable
 import jax
 import numpy as np
 
-from partime_mcmc.predict.advise import Advice
+from partime_mcmc.forgetting.advise import Advice
 from partime_mcmc.kernels import Certificate
 from partime_mcmc.sampling.chunk import ChainState, Chunk
 from partime_mcmc.sampling.merge import merge_certificates, merge_reports

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.predict.advise import Advice, advise
-from partime_mcmc.predict.coalescence import distances
-from partime_mcmc.predict.passes import residuals_by_pass
+from partime_mcmc.forgetting.advise import Advice, advise
+from partime_mcmc.forgetting.coalescence import distances
+from partime_mcmc.forgetting.passes import residuals_by_pass
 from partime_mcmc.sampling.defaults import default_tolerance
 from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.sampling.randomness import coupled_chains

@@ -112,7 +112,7 @@ class Plan:
 
     Attributes:
         target: What is sampled.
-        kernel: Tuned.
+        kernel: ParametrisedKernel.
         recurrence: Of the kernel, without captured arrays.
         keys: One per chain, shape `(C,)`.
         first_step: Steps that the chains had behind them when the run began: the keys may have been used before.

@@ -2,7 +2,6 @@
 
 from partime_mcmc.scan.affine import AffineMap, Dense, Diagonal, Identity, Zero
 from partime_mcmc.scan.gaussian import DenseBelief, DenseMessage, DiagonalBelief, DiagonalMessage
-from partime_mcmc.scan.pallas import PallasScan
 from partime_mcmc.scan.prefix import (
     AssociativeScan,
     ChunkedScan,
@@ -24,7 +23,6 @@ __all__ = [
     "DiagonalMessage",
     "Identity",
     "LocalTime",
-    "PallasScan",
     "Scan",
     "SequentialScan",
     "TimeAxis",

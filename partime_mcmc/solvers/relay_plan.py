@@ -11,18 +11,17 @@ import jax
 from partime_mcmc.types import pytree
 
 
-@pytree(static=("lanes", "work"))
+@pytree(static=("lanes", "most_chains"))
 class RelayPlan:
     """How a relay is run; static, so that it is known when a program is traced.
 
     Attributes:
         lanes: Chains × segments wanted side by side.
-        work: Arithmetic of one step of one chain, in the units of `predict.cost.lane_work`: what decides whether lanes gain
-            anything.
+        most_chains: The largest batch that gains from lanes; None where every batch does.
     """
 
     lanes: int
-    work: float = 0.0
+    most_chains: int | None = None
 
     def segments(self, num_chains: int, num_steps: int, backend: str) -> int:
         """C, segments per chain; 1 means one step after another.
@@ -34,19 +33,14 @@ class RelayPlan:
         """
         if (
             num_steps < (_LEAST_ON_CPU if backend == "cpu" else _LEAST)
-            or backend == "cpu"
-            and num_chains > 1
-            and num_chains * self.work > _FILLS_A_CORE
+            or self.most_chains is not None
+            and num_chains > self.most_chains
         ):
             return 1
         most = min(max(self.lanes // num_chains, 1), num_steps // SHORTEST)
         return _divisor(num_steps, most) if most >= 2 else 1
 
 
-# Work per step of a batch from which a CPU leaves it to `lax.scan`. All of them: products of matrices already run at full
-# speed there, and narrow batches fill vectors (one unit, 16 sequences: the relay took four times as long; see
-# benchmarks/gru.py). A single chain gains, however wide: a product with one vector runs at half the speed of one with many.
-_FILLS_A_CORE = 0.0
 # Segments shorter than this meet too late to be worth their start.
 SHORTEST = 128
 # The pilot: so many pairs, after so many steps that make the second of each pair typical, for at most so large a share of

@@ -43,20 +43,11 @@ from partime_mcmc.solvers.base import Proposal
 from partime_mcmc.solvers.junctions import Joints, corrector
 from partime_mcmc.solvers.lanes import Lanes, Segments, roll_until_met, same, widths
 from partime_mcmc.solvers.rollout import enter_as_is, memo_of
+from partime_mcmc.solvers.segment_rule import segment_length
 from partime_mcmc.types import Array, Key, PyTree, pytree
 
-# Lanes that fill a device: chains × segments. Two CPU cores are full with some hundred, a GPU with thousands.
-_LANES = {"cpu": 128}
-_LANES_ELSEWHERE = 4096
 # Steps after which segments of which fewer than one in twenty has met are taken for chains that do not forget.
 _TRIAL = 256
-# Segments shorter than this meet too late to be worth their start.
-SHORTEST_SEGMENT = 64
-
-
-def device_lanes() -> int:
-    """How many chains × segments fill the default device."""
-    return _LANES.get(jax.default_backend(), _LANES_ELSEWHERE)
 
 
 @pytree(static=("num_segments", "steps", "max_evaluations"))
@@ -64,7 +55,7 @@ class Shooting:
     """Segments side by side until they coalesce.
 
     Attributes:
-        num_segments: C; None chooses by the device and the length of the path.
+        num_segments: C; None leaves it to `segment_rule`, or to `steps`.
         steps: n, instead of `num_segments`; at most one of the two is given.
         correction: What stands for the Jacobian of a whole segment when starts are corrected; zero hands over ends.
         max_evaluations: How many segments' lengths deep to go before giving up if more than half of the segments are still
@@ -149,7 +140,7 @@ class Shooting:
             return min(self.steps, here)
         if self.num_segments is not None:
             return math.ceil(here / math.ceil(min(self.num_segments, num_steps) / num_devices))
-        return min(here, max(SHORTEST_SEGMENT, math.ceil(here / device_lanes())))
+        return min(here, segment_length(here))
 
 
 @functools.lru_cache(maxsize=256)

@@ -120,7 +120,7 @@ def distances(
     return _distances(flat, pairs, tape, jnp.asarray(scale, pairs.dtype), shared=shared)
 
 
-def slowest(steps: np.ndarray, met: np.ndarray, lanes: int) -> float:
+def expected_max_meeting_time(steps: np.ndarray, met: np.ndarray, lanes: int) -> float:
     """The expected largest of `lanes` meeting times, from those of the pilots.
 
     Args:
@@ -128,15 +128,15 @@ def slowest(steps: np.ndarray, met: np.ndarray, lanes: int) -> float:
         met: Shape `(K,)`.
         lanes: How many segments wait for one another.
     """
-    expected = still_open(steps, met, 1 / max(lanes, 2)) + _tail(steps, met)[1] * _EULER_GAMMA
+    expected = survival_time(steps, met, 1 / max(lanes, 2)) + _tail(steps, met)[1] * _EULER_GAMMA
     return max(expected, float(np.max(steps))) if lanes >= np.size(steps) else expected
 
 
-def still_open(steps: np.ndarray, met: np.ndarray, fraction: float) -> float:
+def survival_time(steps: np.ndarray, met: np.ndarray, fraction: float) -> float:
     """After how many steps only this fraction of pairs, at most a half, has not met.
 
     Args:
-        steps: Meeting times, shape `(K,)`, as for `slowest`.
+        steps: Meeting times, shape `(K,)`, as for `expected_max_meeting_time`.
         met: Shape `(K,)`.
         fraction: Between 0 and ½.
     """

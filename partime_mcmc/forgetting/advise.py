@@ -1,18 +1,11 @@
 """Advice before a long run: can this recurrence be solved in parallel over time, and with how many segments?
 
-Two questions, two kinds of evidence:
+Pilot pairs under the same drives, from `initial` and from posterior-like starts, show whether it forgets and after how
+many steps (`coalescence`). If it does, `solvers.segment_rule` gives the number of segments from the expected largest
+meeting time; if not, or if the chain is too short for what it must forget, the sequential loop is right.
 
-    does it forget?    pilot pairs under the same drives, from `initial` and from posterior-like starts (`coalescence`)
-    does it pay?       T c(C)  against  b(C T) + (T/S) c'(L) + Σ_k Δ_k c'(W_k),   L = C S lanes,   S a power of two
-
-for C chains of T steps: a loop over all chains against shooting with S segments a chain. c(L) is the cost of a step of
-L lanes, b that of the dice in one batch, c' that of a step without them (`cost`). Δ_k is how long a rerun takes in each of
-the widths W_k it is narrowed to (`solvers.lanes`), by the pilots' meeting times with an exponential tail beyond their
-median; the last lane is expected at m_L = median + scale · (log(L/2) + γ). Chains and segments fill the same lanes: many
-chains, few segments each.
-
-Every number follows from the program, the seeds and the machine's stated constants. Nothing is timed, so the same
-arguments give the same advice. Left out: warm-up, compilation, and solvers other than shooting and the loop.
+Nothing is timed, so the same arguments give the same advice. Left out: warm-up, compilation, and solvers other than
+shooting and the loop.
 """
 
 from __future__ import annotations
@@ -27,24 +20,25 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.dynamics import Dynamics, ravel, without_captures
-from partime_mcmc.predict.coalescence import MeetingTimes, meeting_times, slowest, still_open
-from partime_mcmc.predict.cost import StepCost, step_cost
-from partime_mcmc.predict.machine import Machine, default_machine
+from partime_mcmc.forgetting.coalescence import (
+    MeetingTimes,
+    expected_max_meeting_time,
+    meeting_times,
+    survival_time,
+)
 from partime_mcmc.recipes import sequential, shooting
 from partime_mcmc.schedule import Schedule, Stretches, Whole
 from partime_mcmc.solution import Tolerance
 from partime_mcmc.solvers import Solver
 from partime_mcmc.solvers.lanes import widths
+from partime_mcmc.solvers.segment_rule import choose_segments, device_lanes, segment_length
 from partime_mcmc.types import PyTree
 
 _MIN_PAIRS, _MAX_PAIRS = 16, 32
 # A thirty-second of the run is what the question may cost, within reason at both ends.
 _PILOT_SHARE, _MIN_PILOT, _MAX_PILOT = 32, 512, 8192
-# With fewer pairs met than this, some segment of every solve would have to wait for ever.
+# If fewer pairs than this have met, some segment of every solve would never meet its stored path.
 _ENOUGH_MET = 0.9
-_WORTH_IT = 1.1
-# Twice the segments must gain this much: they cost work and memory for certain, and the model is rough.
-_BETTER = 1.05
 
 
 class Meeting(NamedTuple):
@@ -58,15 +52,14 @@ class Meeting(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """What to do, what it should cost, and why.
+    """What to do, how much work it should be, and why.
 
     Attributes:
-        solver: `shooting(num_segments=S)`, or `sequential()`.
+        solver: `shooting(steps=...)`, or `sequential()`.
         schedule: `Whole()`, or stretches that fit in memory; S segments are cut from each stretch.
         num_segments: S; 1 for the sequential loop.
         evaluations_per_step: Expected evaluations of `f` per step.
         depth: Expected evaluations of `f` one after another.
-        speedup: Expected, against the loop over the same chains; 1 for the loop itself.
         meeting: What the pilot pairs did.
         reason: Why, in one or two sentences.
         parallel: Whether to solve in parallel over time.
@@ -77,7 +70,6 @@ class Advice:
     num_segments: int
     evaluations_per_step: float
     depth: int
-    speedup: float
     meeting: Meeting
     reason: str
     parallel: bool
@@ -88,9 +80,8 @@ class Advice:
         whole = isinstance(self.schedule, Whole)
         per = "chain" if whole else f"stretch of {self.schedule.size:,} steps"
         return (
-            f"Solve in parallel over time with {self.num_segments:,} segments per {per}: "
-            f"about {self.speedup:.1f} times as fast as the sequential loop, with {self.evaluations_per_step:.2f} "
-            f"evaluations per step and {self.depth:,} of them one after another. {self.reason}"
+            f"Solve in parallel over time with {self.num_segments:,} segments per {per}: about "
+            f"{self.evaluations_per_step:.2f} evaluations per step, {self.depth:,} of them one after another. {self.reason}"
         )
 
 
@@ -102,7 +93,7 @@ def advise(
     starts: PyTree,
     num_steps: int,
     num_chains: int = 1,
-    machine: Machine | None = None,
+    max_bytes: float | None = None,
     tolerance: Tolerance = Tolerance(),
 ) -> Advice:
     """How to run `num_chains` chains of `num_steps` steps.
@@ -116,7 +107,7 @@ def advise(
             `(K, D)` of flat states.
         num_steps: T, steps per chain.
         num_chains: C, chains that are run side by side.
-        machine: Constants of the cost model; None takes those of the backend.
+        max_bytes: Memory that the paths and their copies may take; None is `path_bytes()`.
         tolerance: As for the solve.
 
     Returns:
@@ -129,7 +120,7 @@ def advise(
     for name, value in (("num_steps", num_steps), ("num_chains", num_chains)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    machine = default_machine(jax.default_backend()) if machine is None else machine
+    max_bytes = path_bytes() if max_bytes is None else max_bytes
     initial, drives, starts = (
         jax.tree.map(jnp.asarray, tree) for tree in (initial, drives, starts)
     )
@@ -149,85 +140,51 @@ def advise(
     )
     if meeting.fraction_met < _ENOUGH_MET:
         return _stay(num_steps, meeting, _unforgetting(found, looked))
-    cost = step_cost(flat, start, drive, min(num_steps, _MAX_PILOT), num_chains, machine)
-    schedule, size = _schedule(num_steps, num_chains, start.size * start.dtype.itemsize, machine)
-    plan = _best(cost, machine, size, num_chains, steps, met)
+    schedule, size = _schedule(num_steps, num_chains, start.size * start.dtype.itemsize, max_bytes)
     forgets = (
-        f"Pairs of chains with the same dice became one after {meeting.median:.0f} steps in the median and "
+        f"Pairs of chains with the same random numbers became one after {meeting.median:.0f} steps in the median and "
         f"{meeting.worst:,} at worst ({met.sum()} of {met.size} pairs)"
     )
-    if plan is None or plan.speedup < _WORTH_IT:
-        what = (
-            "these chains are too short for what they need to forget"
-            if plan is None
-            else f"the best plan, {plan.num_segments:,} segments per chain, is expected to be only {plan.speedup:.2f} "
-            f"times as fast as the loop on {machine.name}"
-        )
-        with_chains = (
-            f", which {num_chains} chains side by side already fill"
-            if plan and num_chains > 1
-            else ""
-        )
-        return _stay(num_steps, meeting, f"{forgets}, but {what}{with_chains}.")
-    stretches = math.ceil(num_steps / size)
-    chains = f"{num_chains} chain{'s' if num_chains > 1 else ''}"
-    reason = (
-        f"{forgets}; the slowest of {plan.num_segments * num_chains:,} segments should need about "
-        f"{plan.meeting:.0f}. Estimated for {chains} on {machine.name}."
-    )
+    longest = expected_max_meeting_time(steps, met, device_lanes())
+    if choose_segments(size, num_chains, longest) == 1:
+        return _stay(num_steps, meeting, f"{forgets}, but {_why_not(num_chains, longest, size)}.")
+    length = segment_length(size, num_chains, longest)
+    num_segments = math.ceil(size / length)
+    lanes = num_segments * num_chains
+    last = expected_max_meeting_time(steps, met, lanes)
+    rerun = _rerun(steps, met, last, widths(lanes, num_chains))
     return Advice(
-        shooting(num_segments=plan.num_segments),
+        shooting(steps=length),
         schedule,
-        plan.num_segments,
-        plan.evaluations,
-        stretches * plan.depth,
-        plan.speedup,
+        num_segments,
+        1 + rerun / (num_chains * size),
+        math.ceil(num_steps / size) * math.ceil(length + last),
         meeting,
-        reason,
+        f"{forgets}; the last of {lanes:,} segments should need about {last:.0f}.",
         True,
     )
 
 
-class _Plan(NamedTuple):
-    num_segments: int
-    speedup: float
-    meeting: float
-    depth: int
-    evaluations: float
+def path_bytes() -> int:
+    """Memory that paths and their copies may take by default: 1 GiB on a CPU, 4 GiB elsewhere."""
+    return 2**30 if jax.default_backend() == "cpu" else 2**32
 
 
-def _best(
-    cost: StepCost, machine: Machine, num_steps: int, num_chains: int, steps, met
-) -> _Plan | None:
-    """The plan with the least expected time, or one with fewer segments that is nearly as good; None if none fits."""
-    best, segments = None, 2
-    loop = num_steps * cost.loop(machine, num_chains)
-    while segments <= num_steps // 2 and segments * num_chains <= max(
-        machine.max_lanes, 2 * num_chains
-    ):
-        lanes = segments * num_chains
-        meeting, roll = slowest(steps, met, lanes), math.ceil(num_steps / segments)
-        again = _rerun(steps, met, meeting, widths(lanes, num_chains))
-        seconds = (
-            cost.batched(machine, num_chains * num_steps)
-            + roll * cost.rolled(machine, lanes)
-            + sum(count * cost.rolled(machine, width) for width, count in again)
-        )
-        if best is None or loop / seconds > _BETTER * best.speedup:
-            evaluations = (roll * lanes + sum(width * count for width, count in again)) / (
-                num_chains * num_steps
-            )
-            best = _Plan(segments, loop / seconds, meeting, math.ceil(roll + meeting), evaluations)
-        segments *= 2
-    return best
+def _why_not(num_chains: int, longest: float, size: int) -> str:
+    """Why chains that forget have one segment each."""
+    if choose_segments(size, num_chains) == 1 < choose_segments(size):
+        return f"{num_chains} chains side by side already fill the device"
+    return (
+        f"{size:,} steps are too short for segments that need up to {longest:.0f} steps to forget"
+    )
 
 
-def _rerun(steps, met, meeting: float, levels: tuple[int, ...]) -> list[tuple[int, float]]:
-    """The widths of a rerun, and the steps expected in each of them."""
-    begin, found = 0.0, []
+def _rerun(steps, met, last: float, levels: tuple[int, ...]) -> float:
+    """Evaluations of a rerun: in each of its widths, as many steps as its lanes should stay open."""
+    begin, found = 0.0, 0.0
     for width, narrower in zip(levels, (*levels[1:], 0)):
-        end = min(meeting, still_open(steps, met, narrower / levels[0])) if narrower else meeting
-        found.append((width, max(end - begin, 0.0)))
+        end = min(last, survival_time(steps, met, narrower / levels[0])) if narrower else last
+        found += width * max(end - begin, 0.0)
         begin = max(begin, end)
     return found
 
@@ -239,7 +196,7 @@ def _pilots(dynamics, start, pool, drives, num_steps, tolerance) -> tuple[Meetin
     count = pool.shape[0]
     num_pairs = min(max(count, _MIN_PAIRS), _MAX_PAIRS)
     pair = np.arange(num_pairs)
-    # States spread over all that were given; pairs beyond the first round have other partners and other dice.
+    # States spread over all that were given; pairs beyond the first round have other partners and other random numbers.
     first = pair * count // num_pairs if count > num_pairs else pair % count
     second = (first + 1 + (pair // count) % (count - 1)) % count
     from_initial = jnp.asarray(pair % 2 == 1)[:, None]
@@ -279,11 +236,11 @@ def _flat_starts(starts, initial, flat):
 
 
 def _schedule(
-    num_steps: int, num_chains: int, bytes_per_state: int, machine: Machine
+    num_steps: int, num_chains: int, bytes_per_state: int, max_bytes: float
 ) -> tuple[Schedule, int]:
     """All of time if the path and its copies fit, else the longest stretches that do, a power of two."""
-    # Shooting holds the path three times over, its residual, and about twice as much in dice.
-    fitting = machine.max_bytes / (6 * num_chains * bytes_per_state)
+    # Shooting holds the path three times over, its residual, and about twice as much in random numbers.
+    fitting = max_bytes / (6 * num_chains * bytes_per_state)
     if num_steps <= fitting:
         return Whole(), num_steps
     size = 2 ** max(6, int(math.log2(max(fitting, 1))))
@@ -296,7 +253,7 @@ def _unforgetting(found: MeetingTimes, looked: int) -> str:
     said = []
     if apart.any():
         said.append(
-            f"after {looked:,} steps with the same dice {apart.sum()} of {met.size} pairs of chains were still "
+            f"after {looked:,} steps with the same random numbers {apart.sum()} of {met.size} pairs of chains were still "
             f"apart, {np.median(distance[apart]):.2g} standard deviations in the median"
         )
     if broken.any():
@@ -311,4 +268,4 @@ def _unforgetting(found: MeetingTimes, looked: int) -> str:
 
 
 def _stay(num_steps: int, meeting: Meeting, reason: str) -> Advice:
-    return Advice(sequential(), Whole(), 1, 1.0, num_steps, 1.0, meeting, reason, False)
+    return Advice(sequential(), Whole(), 1, 1.0, num_steps, meeting, reason, False)

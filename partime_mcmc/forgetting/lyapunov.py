@@ -114,7 +114,7 @@ def _lyapunov(
     drives = jax.tree.map(lambda leaf: leaf[index], drives)
 
     def push(state, drive, tangents):
-        step = lambda x: dynamics(x, drive)  # noqa: E731
+        step = lambda x: dynamics(x, drive)
         return jax.vmap(lambda tangent: jax.jvp(step, (state,), (tangent,))[1])(tangents)
 
     def advance(tangents, inputs):
