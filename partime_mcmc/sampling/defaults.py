@@ -12,13 +12,19 @@ from partime_mcmc.kernels import Kernel
 from partime_mcmc.recipes import shooting
 from partime_mcmc.solution import Tolerance
 from partime_mcmc.solvers import Solver
-from partime_mcmc.solvers.shooting import SHORTEST_SEGMENT, device_lanes
 
 DEFAULT_WINDOW = 16384
 # Runs too short to be worth pilot chains.
 SHORT_RUN = 1024
 # Lanes that fill one core. From 32 to 128 times differ by a tenth, and the fewer, the less is evaluated twice.
 _CORE_LANES = 64
+SHORTEST_SEGMENT = 64
+
+
+def device_lanes() -> int:
+    import jax
+
+    return {"cpu": 128}.get(jax.default_backend(), 4096)
 
 
 def default_solver(
