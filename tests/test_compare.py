@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from partime_mcmc.diagnostics.compare import compare
-from partime_mcmc.diagnostics.report import WIDTH, Disagreement, Level, plain, text_table
+from partime_mcmc.diagnostics.formatting import WIDTH, plain, text_table
+from partime_mcmc.diagnostics.report import Disagreement, Level
 from tests import fakes
 
 QUIET = fakes.chains(0)

@@ -23,15 +23,16 @@ from typing import Any
 
 import numpy as np
 
-from partime_mcmc.diagnostics import canvas
-from partime_mcmc.diagnostics.named import (
+from partime_mcmc.diagnostics.formatting import plain
+from partime_mcmc.diagnostics.plots import adopt_figure, figure
+from partime_mcmc.diagnostics.values import (
     coordinates,
     frozen_chains,
+    is_constant,
     named_draws,
     partly_constant,
     stuck,
 )
-from partime_mcmc.diagnostics.report import plain
 
 _TAILS = (0.05, 0.95)
 STAT_NAMES = {"num_steps": "n_steps", "logdensity": "lp"}
@@ -58,12 +59,7 @@ def _statistic(name: str, x: np.ndarray, min_chains: int, **options: Any) -> flo
     x = np.asarray(x, dtype=np.float64)
     if x.ndim != 2:
         raise ValueError(f"x must have shape (num_chains, num_draws), got {x.shape}")
-    if (
-        x.shape[0] < min_chains
-        or x.shape[1] < 4
-        or not np.isfinite(x).all()
-        or (x == x[0, 0]).all()
-    ):
+    if x.shape[0] < min_chains or x.shape[1] < 4 or not np.isfinite(x).all() or is_constant(x):
         return float("nan")
     # A constant half of a chain divides 0 by 0 inside; the NaN that results is the answer.
     with np.errstate(all="ignore"):
@@ -165,42 +161,45 @@ def to_arviz(
     return tree
 
 
+def trace_plot(series: Mapping[str, np.ndarray]) -> Any:
+    """ArviZ's plot of the draws of every chain, and of their densities.
+
+    Args:
+        series: Coordinates by label, `(C, T)` each, all finite.
+
+    Returns:
+        `matplotlib.figure.Figure`, drawn by pyplot and then taken from it.
+
+    Raises:
+        NoPlots: If matplotlib is missing.
+    """
+    return _drawn("plot_trace", series, compact=False)
+
+
 def rank_plot(series: Mapping[str, np.ndarray]) -> Any:
     """ArviZ's plot of the ranks that every chain's draws have among those of all: uniform where chains agree.
 
-    Args:
-        series: coordinates by label, (C, T) each, all finite.
-
-    Returns:
-        ``matplotlib.figure.Figure``, a panel per coordinate, drawn by pyplot and then taken from it.
-
-    Raises:
-        NoPlots: if matplotlib is missing.
+    Args and the rest: As :func:`trace_plot`.
     """
-    canvas.figure(1, 1)
-    # In a DataTree a slash would be a path.
-    converters, posterior = (
-        _arviz()[1],
-        {canvas.label(name).replace("/", "\u2044"): x for name, x in series.items()},
-    )
+    return _drawn("plot_rank", series, kind="vlines")
+
+
+def _drawn(name: str, series: Mapping[str, np.ndarray], **options: Any) -> Any:
+    """A figure by ArviZ's function of this name, which takes the options in generation 0.23."""
+    figure(1, 1)  # refuses before ArviZ does
+    # A user's name is no formula, and no path in a DataTree.
+    posterior = {label.replace("$", r"\$").replace("/", "\u2044"): x for label, x in series.items()}
+    converters = _arviz()[1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # both generations remark on their own insides
         if hasattr(converters, "InferenceData"):
-            axes = converters.plot_rank(
-                converters.from_dict(posterior=posterior),
-                kind="vlines",
-                figsize=(11, 3),
-                grid=(1, len(posterior)),
-            )
-            return canvas.taken(np.ravel(axes)[0].figure)
+            axes = getattr(converters, name)(converters.from_dict(posterior=posterior), **options)
+            return adopt_figure(np.ravel(axes)[0].figure)
         import arviz_plots
 
-        drawn = arviz_plots.plot_rank(
-            converters.from_dict({"posterior": posterior}),
-            backend="matplotlib",
-            figure_kwargs={"figsize": (11, 3)},
-        )
-        return canvas.taken(drawn.viz["figure"].item())
+        plot = getattr(arviz_plots, name)
+        drawn = plot(converters.from_dict({"posterior": posterior}), backend="matplotlib")
+        return adopt_figure(drawn.viz["figure"].item())
 
 
 def tree_of(groups: Mapping[str, Any], attributes: Mapping[str, Any]) -> Any:

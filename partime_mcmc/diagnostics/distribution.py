@@ -17,7 +17,7 @@ import numpy as np
 from scipy import special
 
 from partime_mcmc.diagnostics import arviz
-from partime_mcmc.diagnostics import named as by_name
+from partime_mcmc.diagnostics import values as by_name
 from partime_mcmc.diagnostics.paths import Side
 
 MIN_CHAINS, MIN_ESS = 4, 400

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from partime_mcmc.diagnostics import named as by_name
+from partime_mcmc.diagnostics import values as by_name
 from partime_mcmc.diagnostics.report import PathComparison
 
 PATH_TOLERANCE = 1e-3  # posterior sd: how far a certified path may be from the exact one
