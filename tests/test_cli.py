@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import sys
+import tomllib
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -304,3 +306,8 @@ def test_the_demo_shows_that_both_ways_are_one(tmp_path, capsys):
     assert "the parallel path" in capsys.readouterr().out
     assert json.loads((tmp_path / "report.json").read_text())["ok"]
     assert {path.name for path in tmp_path.iterdir()} == {"draws.nc", "report.json", "demo.png"}
+
+
+def test_the_command_is_installed_under_its_name():
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    assert project["project"]["scripts"] == {"partime-mcmc": f"{main.__module__}:{main.__name__}"}

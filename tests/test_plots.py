@@ -28,25 +28,15 @@ def data(line):
 
 
 def test_traces_hold_both_runs(runs):
-    figure = plots.path_overlay(*runs, names=["theta[2]"], chain=3, num_draws=50)
-    axis, _ = figure.axes
-    np.testing.assert_array_equal(data(axis.lines[0]), runs[0].constrained["theta"][3, :50, 2])
-    np.testing.assert_array_equal(data(axis.lines[1]), runs[1].constrained["theta"][3, :50, 2])
-    assert axis.get_ylabel() == "theta[2]"
+    *traces, distances = plots.path_overlay(*runs).axes
+    assert [axis.get_ylabel() for axis in traces] == ["mu", "theta[0]", "theta[1]"]
+    for axis, values in zip(traces, [X[0, :, 0], *np.exp(X[0, :, 1:3].T)], strict=True):
+        np.testing.assert_allclose(data(axis.lines[0]), values[:300], rtol=1e-9)
+        np.testing.assert_array_equal(data(axis.lines[1]), values[:300])
+    assert distances.get_ylabel() == "difference [sd]"
 
 
-def test_names_may_be_variables_and_default_to_a_few(runs):
-    labels = [axis.get_ylabel() for axis in plots.path_overlay(*runs, names=["theta"]).axes]
-    assert labels == [*(f"theta[{i}]" for i in range(4)), "difference [sd]"]
-    labels = [axis.get_ylabel() for axis in plots.path_overlay(*runs).axes]
-    assert labels[:3] == ["mu", "theta[0]", "theta[1]"]
-
-
-def test_wrong_names_and_chains_are_named(runs):
-    with pytest.raises(ValueError, match="tau"):
-        plots.path_overlay(*runs, names=["mu", "tau"])
-    with pytest.raises(ValueError, match="chain: got 9"):
-        plots.path_overlay(*runs, chain=9)
+def test_runs_without_a_common_coordinate_are_refused(runs):
     other = types.SimpleNamespace(constrained={"other": X[..., 0]})
     with pytest.raises(ValueError, match="share no coordinate"):
         plots.path_overlay(runs[0], other)

@@ -8,8 +8,8 @@ Two generations are served and agree to rounding: ArviZ 0.23 (``InferenceData``,
 ``DataTree``, Python 3.12 and later). ArviZ is imported at the first call, never when this module is imported.
 
 A chain that never moves deceives the usual diagnostics: ArviZ calls a constant coordinate N effective draws. Here it is
-NaN, and tables and attributes carry a ``frozen`` flag of their own. Left out: warm-up draws, and all plots but that of
-ranks (ArviZ has them: give it :func:`to_arviz`).
+NaN, and tables and attributes carry a ``frozen`` flag of their own. Left out: warm-up draws, and plots other than those
+of a page (ArviZ has them: give it :func:`to_arviz`).
 """
 
 import functools
@@ -35,8 +35,9 @@ from partime_mcmc.diagnostics.values import (
 )
 
 _TAILS = (0.05, 0.95)
+_PER_DRAW = ("accepted", "residual")  # of a certificate, written to sample_stats
 STAT_NAMES = {"num_steps": "n_steps", "logdensity": "lp"}
-"""What ArviZ calls some of the things that kernels say."""
+"""ArviZ's names of some things that kernels record."""
 
 
 @functools.cache
@@ -109,21 +110,11 @@ def summary_table(draws: Any) -> list[dict[str, Any]]:
         with np.errstate(all="ignore"):
             q05, q50, q95 = np.quantile(x, [0.05, 0.5, 0.95]) if x.size else [np.nan] * 3
             sd = x.std(ddof=1) if x.size > 1 else np.nan
-        rows.append(
-            {
-                "name": name,
-                "mean": float(x.mean()) if x.size else float("nan"),
-                "sd": float(sd),
-                "q05": float(q05),
-                "q50": float(q50),
-                "q95": float(q95),
-                "mcse_mean": mcse_mean(x),
-                "ess_bulk": ess_bulk(x),
-                "ess_tail": ess_tail(x),
-                "r_hat": rhat(x),
-                "frozen": bool((stuck(x) & frozen).any() or partly_constant(x)),
-            }
-        )
+        row = {"mean": x.mean() if x.size else np.nan, "sd": sd, "q05": q05, "q50": q50, "q95": q95}
+        row |= {"mcse_mean": mcse_mean(x), "ess_bulk": ess_bulk(x), "ess_tail": ess_tail(x)}
+        numbers = {key: float(value) for key, value in row.items()} | {"r_hat": rhat(x)}
+        never_moved = bool((stuck(x) & frozen).any() or partly_constant(x))
+        rows.append({"name": name, **numbers, "frozen": never_moved})
     return rows
 
 
@@ -225,10 +216,9 @@ def tree_of(groups: Mapping[str, Any], attributes: Mapping[str, Any]) -> Any:
 
 
 def _sample_stats(draws: Any) -> dict[str, np.ndarray]:
-    certificate, stats = getattr(draws, "certificate", None), {}
-    for name in ("accepted", "residual"):
-        stats[name] = getattr(certificate, name, None)
-    stats.update(getattr(draws, "info", None) or {})
+    certificate = getattr(draws, "certificate", None)
+    stats = {name: getattr(certificate, name, None) for name in _PER_DRAW}
+    stats |= getattr(draws, "info", None) or {}
     return {
         STAT_NAMES.get(name, name): np.asarray(values)
         for name, values in stats.items()
@@ -237,7 +227,7 @@ def _sample_stats(draws: Any) -> dict[str, np.ndarray]:
 
 
 def _attributes(draws: Any) -> dict[str, str | int | float]:
-    """What a file must say about itself: strings and numbers only."""
+    """A file's attributes: strings and numbers only."""
     report, certificate = getattr(draws, "report", None), getattr(draws, "certificate", None)
     frozen = np.flatnonzero(frozen_chains(draws))
     attributes: dict[str, str | int | float] = {
@@ -248,8 +238,7 @@ def _attributes(draws: Any) -> dict[str, str | int | float]:
         "plan": json.dumps(plain(getattr(draws, "plan", None) or {})),
     }
     if certificate is not None:
-        per_draw = ("accepted", "residual")  # these are in sample_stats
-        fields = {name: value for name, value in vars(certificate).items() if name not in per_draw}
+        fields = {name: value for name, value in vars(certificate).items() if name not in _PER_DRAW}
         attributes["certificate"] = json.dumps(plain(fields))
         attributes["certified"] = int(np.all(np.asarray(certificate.certified)))
         attributes["max_residual"] = float(

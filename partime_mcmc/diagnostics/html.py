@@ -5,8 +5,8 @@ traces and ranks by ArviZ, and the two that it does not have. Without matplotlib
 """
 
 import base64
+import contextlib
 import io
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -17,25 +17,24 @@ import numpy as np
 from partime_mcmc.diagnostics import describe, plots
 from partime_mcmc.diagnostics.arviz import rank_plot, trace_plot
 from partime_mcmc.diagnostics.formatting import cell
-from partime_mcmc.diagnostics.values import coordinates, thinned_draws
+from partime_mcmc.diagnostics.values import thinned_draws
 
 _MOST_ROWS, _MOST_DRAWS, _MOST_SERIES = 500, 10_000, 4
+Rows = Sequence[Mapping[str, Any]]
 
 
-def table_html(rows: Sequence[Mapping[str, Any]], title: str = "") -> str:
+def table_html(rows: Rows, title: str = "") -> str:
     """A table; `rows` are dicts with the same keys, which become the titles of columns."""
     if not rows:
         return ""
     lines = [rows[0], *([cell(value) for value in row.values()] for row in rows[:_MOST_ROWS])]
-    cells = ["".join(f"<td>{escape(str(value))}</td>" for value in line) for line in lines]
+    cells = ("".join(f"<td>{escape(text)}</td>" for text in line) for line in lines)
     body = "\n".join(f"<tr>{line}</tr>" for line in cells)
     more = f"<p>and {len(rows) - _MOST_ROWS} more rows</p>" if len(rows) > _MOST_ROWS else ""
     return f'<table border="1"><caption>{escape(title)}</caption>\n{body}\n</table>{more}\n'
 
 
-def report_html(
-    title: str, facts: Iterable[tuple[str, str]], rows: Sequence[Mapping[str, Any]]
-) -> str:
+def report_html(title: str, facts: Iterable[tuple[str, str]], rows: Rows) -> str:
     """A heading, labelled sentences, and a table."""
     lines = (f"<p><b>{escape(label)}</b> {escape(text)}</p>\n" for label, text in facts)
     return f"<h3>{escape(title)}</h3>\n{''.join(lines)}{table_html(rows)}"
@@ -47,13 +46,8 @@ def draws_html(draws: Any, title: str = "Posterior") -> str:
     return report_html(title, describe.run_facts(draws), rows)
 
 
-def save(path: str | os.PathLike, body: str, figures: Iterable[Any] = ()) -> Path:
-    """Write one HTML file that needs nothing else; returns its path.
-
-    Args:
-        path: The file.
-        body: HTML text.
-        figures: Figures of matplotlib, which follow the text.
+def save(path: str | Path, body: str, figures: Iterable[Any] = ()) -> Path:
+    """Write HTML text, followed by figures of matplotlib, to one file; returns its path.
 
     Raises:
         OSError: If the file cannot be written.
@@ -64,14 +58,13 @@ def save(path: str | os.PathLike, body: str, figures: Iterable[Any] = ()) -> Pat
         figure.savefig(image, format="png", dpi=100)
         source = base64.b64encode(image.getvalue()).decode()
         images.append(f'<p><img alt="figure" src="data:image/png;base64,{source}"></p>\n')
-    head = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>partime_mcmc</title></head>'
-    path = Path(path)
-    path.write_text(f"{head}\n<body>\n{body}{''.join(images)}</body></html>\n", encoding="utf-8")
-    return path
+    head = '<!doctype html>\n<meta charset="utf-8"><title>partime_mcmc</title>\n'
+    Path(path).write_text(head + body + "".join(images), encoding="utf-8")
+    return Path(path)
 
 
 def save_page(
-    path: str | os.PathLike,
+    path: str | Path,
     draws: Any,
     title: str = "Posterior",
     *,
@@ -84,25 +77,13 @@ def save_page(
         path: The file.
         draws: The run.
         title: What was sampled.
-        distances: Of coupled pairs of chains by step, `(K, T)`, for `coalescence`.
-        passes: Residuals of a solve by pass and step, `(P, T)`, for `residual_map`.
-
-    Raises:
-        OSError: If the file cannot be written.
+        distances: Of coupled pairs of chains by step, `(K, T)`, for `plots.coalescence`.
+        passes: Residuals of a solve by pass and step, `(P, T)`, for `plots.residual_map`.
     """
-    return save(path, draws_html(draws, title), _figures(draws, distances, passes))
-
-
-def _figures(draws: Any, distances: np.ndarray | None, passes: np.ndarray | None) -> list[Any]:
-    series = {
-        label: x
-        for label, x in coordinates(thinned_draws(draws, _MOST_DRAWS))
-        if x.shape[1] >= 10 and np.isfinite(x).all() and np.ptp(x) > 0
-    }
-    shown = {label: series[label] for label in plots.first_coordinates(list(series), _MOST_SERIES)}
-    try:
-        figures = [trace_plot(shown), rank_plot(shown)] if shown else []
+    series = plots.drawable_coordinates(thinned_draws(draws, _MOST_DRAWS), _MOST_SERIES)
+    figures = []
+    with contextlib.suppress(plots.NoPlots):
+        figures += [trace_plot(series), rank_plot(series)] if series else []
         figures += [] if distances is None else [plots.coalescence(distances)]
-        return figures + ([] if passes is None else [plots.residual_map(passes)])
-    except plots.NoPlots:
-        return []
+        figures += [] if passes is None else [plots.residual_map(passes)]
+    return save(path, draws_html(draws, title), figures)

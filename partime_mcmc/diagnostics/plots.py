@@ -9,7 +9,7 @@ state, window or backend is touched; this is the one module that imports matplot
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from partime_mcmc.diagnostics.values import coordinates, named_draws
 
 _INK, _GRID, _BLUE, _RED = "#1b2a41", "#e6e6e6", "#4c9be8", "#c8553d"
 _CHAINS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7f7f7f", "#a6761d")
-_FLOOR = 1e-17
+_FLOOR, _SHOWN_DRAWS = 1e-17, 300
 
 
 class NoPlots(ImportError):
@@ -59,44 +59,42 @@ def first_coordinates(labels: Sequence[str], limit: int) -> list[str]:
     return sorted(labels, key=number)[:limit]
 
 
-def path_overlay(
-    parallel: Any,
-    sequential: Any,
-    names: Sequence[str] | None = None,
-    *,
-    chain: int = 0,
-    num_draws: int = 300,
-) -> Any:
+def drawable_coordinates(named: Mapping[str, np.ndarray], limit: int) -> dict[str, np.ndarray]:
+    """At most `limit` coordinates that are finite and vary, `(C, T)` by label, in the order of `first_coordinates`."""
+    every = {
+        label: x
+        for label, x in coordinates(named)
+        if x.shape[1] > 3 and np.isfinite(x).all() and np.ptp(x) > 0
+    }
+    return {label: every[label] for label in first_coordinates(list(every), limit)}
+
+
+def path_overlay(parallel: Any, sequential: Any) -> Any:
     """The first draws of one chain, the sequential run upon the parallel one, and the distance of all chains.
 
     Args:
         parallel: Draws with `constrained` or `positions`, `(C, T, ...)`.
         sequential: Likewise; without the same shapes no distances are drawn.
-        names: Variables (`"theta"`, shown coordinate by coordinate) or coordinates (`"theta[3]"`); three coordinates
-            if None.
-        chain: Which chain to show.
-        num_draws: How many draws to show.
 
     Returns:
-        `matplotlib.figure.Figure`, a panel per coordinate and one with the distances.
+        `matplotlib.figure.Figure`, a panel for each of three coordinates and one with the distances.
 
     Raises:
         NoPlots: If matplotlib is missing, here and in all that draws.
-        ValueError: If a name, or all of them, is not in both runs, or there is no such chain.
+        ValueError: If the runs share no coordinate.
     """
     ours, theirs = (dict(coordinates(named_draws(draws))) for draws in (parallel, sequential))
-    labels = _labels([label for label in ours if label in theirs], names)
-    num_chains = min(len(x) for x in (*ours.values(), *theirs.values()))
-    if not 0 <= chain < num_chains:
-        raise ValueError(f"chain: got {chain}, wanted a number below {num_chains}")
+    labels = first_coordinates([label for label in ours if label in theirs], 3)
+    if not labels:
+        raise ValueError(f"the runs share no coordinate: {list(ours)[:5]} and {list(theirs)[:5]}")
     drawn = figure(11, 2.4 + 1.5 * len(labels))
     *axes, last = drawn.subplots(len(labels) + 1, 1, height_ratios=[1] * len(labels) + [1.6])
     for axis, label in zip(axes, labels, strict=True):
-        a, b = ours[label][chain, :num_draws], theirs[label][chain, :num_draws]
-        for values, width, colour in ((a, 3.2, _BLUE), (b, 0.9, _INK)):
+        for runs, width, colour in ((ours, 3.2, _BLUE), (theirs, 0.9, _INK)):
+            values = runs[label][0, :_SHOWN_DRAWS]
             axis.plot(np.arange(1, values.size + 1), values, color=colour, linewidth=width)
         _finish(axis, "", label.replace("$", r"\$"))  # a user's name is no formula
-    _finish(axes[0], f"First draws of chain {chain}: parallel (thick), sequential (thin)")
+    _finish(axes[0], "First draws of one chain: parallel (thick), sequential (thin)")
     _draw_distances(last, ours, theirs)
     return drawn
 
@@ -164,21 +162,6 @@ def coalescence(distances: np.ndarray, tolerance: float = 1e-8) -> Any:
     return drawn
 
 
-def _labels(both: list[str], names: Sequence[str] | None) -> list[str]:
-    """The coordinates that `names` mean, among those of both runs."""
-    if not both:
-        raise ValueError("the runs share no coordinate")
-    if names is None:
-        return first_coordinates(both, 3)
-    found = {
-        name: [label for label in both if name in (label, label.split("[")[0])] for name in names
-    }
-    missing = [name for name, labels in found.items() if not labels]
-    if missing:
-        raise ValueError(f"names: {missing} not in both runs, which share {both[:12]}")
-    return [label for labels in found.values() for label in labels]
-
-
 def _matrix(values: np.ndarray, name: str, shape: str) -> np.ndarray:
     values = np.asarray(values, np.float64)
     if values.ndim != 2 or not values.size:
@@ -210,11 +193,9 @@ def _block_maxima(values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray
 
 def _finish(axis: Any, title: str, ylabel: str = "", xlabel: str = "") -> None:
     """The titles and the look of all axes; an empty text leaves what is there."""
-    for text, set_text in ((ylabel, axis.set_ylabel), (xlabel, axis.set_xlabel)):
-        if text:
-            set_text(text, fontsize=10)
-    if title:
-        axis.set_title(title, fontsize=11, loc="left")
+    axis.set_title(title or axis.get_title(loc="left"), fontsize=11, loc="left")
+    axis.set_ylabel(ylabel or axis.get_ylabel(), fontsize=10)
+    axis.set_xlabel(xlabel or axis.get_xlabel(), fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(True, color=_GRID, linewidth=0.6)
     axis.set_axisbelow(True)

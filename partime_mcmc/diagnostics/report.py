@@ -16,7 +16,6 @@ import dataclasses
 import enum
 import json
 import math
-import os
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -188,7 +187,7 @@ class Report:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return json.dumps(plain({**fields, "ok": self.ok}), indent=2, allow_nan=False)
 
-    def save(self, path: str | os.PathLike) -> Path:
+    def save(self, path: str | Path) -> Path:
         """Write the report to one HTML file that needs nothing else.
 
         Returns:
