@@ -17,8 +17,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from partime_mcmc import StoreError, open_draws
-from partime_mcmc.cli import machines
+from partime_mcmc import StoreError, cli, open_draws
 from partime_mcmc.distributed import hosts
 
 HERE = Path(__file__).parent
@@ -261,6 +260,13 @@ def test_one_command_on_two_hosts(launch, tmp_path):
     )
 
 
+def asked(**given):
+    """Options of the command line that say which devices."""
+    none = dict.fromkeys(("coordinator", "num_hosts", "host_id"))
+    flags = dict.fromkeys(("all_devices", "cluster", "alone", "traceback"), False)
+    return argparse.Namespace(**none | flags | given)
+
+
 @pytest.mark.parametrize(
     "environment, together",
     [
@@ -277,24 +283,20 @@ def test_tasks_of_a_cluster_are_one_run_unless_asked_to_be_alone(
 ):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert machines.started_together(environment) == together
+    assert cli.started_together(environment) == together
     joined = []
     monkeypatch.setattr(
-        machines, "hosts", lambda *given: joined.append(given) or contextlib.nullcontext()
+        cli, "hosts", lambda *given: joined.append(given) or contextlib.nullcontext()
     )
-    for options in ([], ["--alone"]):
-        parser = argparse.ArgumentParser()
-        machines.add_machines(parser)
-        with machines.machines(parser.parse_args(options)):
+    for alone in (False, True):
+        with cli.machines(asked(alone=alone)):
             pass
     assert joined == [(None, None, None)] * together
 
 
 def test_two_ways_to_say_which_hosts_are_refused():
-    parser = argparse.ArgumentParser()
-    machines.add_machines(parser)
     with pytest.raises(ValueError, match="wanted at most one"):
-        with machines.machines(parser.parse_args(["--alone", "--cluster"])):
+        with cli.machines(asked(alone=True, cluster=True)):
             raise AssertionError
 
 

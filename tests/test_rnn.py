@@ -45,7 +45,7 @@ quick = functools.partial(jax.jit, compiler_options=QUICK)
 
 @pytest.fixture
 def batches_in_lanes(monkeypatch):
-    """Batches go through a relay, which on a CPU would leave them to `lax.scan`."""
+    """BatchMeans go through a relay, which on a CPU would leave them to `lax.scan`."""
     monkeypatch.setattr(rnn_plan, "_MOST_CHAINS_ON_CPU", None)
 
 

@@ -39,7 +39,6 @@ from partime_mcmc import (
     shooting,
     summary_table,
 )
-from partime_mcmc.cli.runs import of_store
 from partime_mcmc.diagnostics.checks import TooLarge
 from partime_mcmc.kernels import Whitening, from_blackjax, mala
 from partime_mcmc.sampling.memory import chunk_steps
@@ -276,7 +275,7 @@ def test_an_interrupt_is_heard_when_all_chains_are_lost(tmp_path, memory, monkey
 
 def test_what_is_not_kept_yet_is_not_read(tmp_path):
     part = run(tmp_path / "run", thinning=50, progress=Interrupting(30))
-    for read in (part.load, of_store(part).view):
+    for read in (part.load, lambda: part.constrained):
         with pytest.raises(
             StoreError, match="has 24 draws per chain, and with thinning=50 none of them is kept"
         ):

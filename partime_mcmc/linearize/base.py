@@ -45,7 +45,7 @@ class Linearizer(Protocol):
         ...
 
     def map_size(self, dimension: int) -> int:
-        """Numbers in the linear part of one step's map: what memory per step is estimated from."""
+        """KernelParams in the linear part of one step's map: what memory per step is estimated from."""
         ...
 
 

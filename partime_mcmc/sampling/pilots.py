@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.forgetting.advise import Advice, advise
 from partime_mcmc.forgetting.coalescence import distances
-from partime_mcmc.forgetting.passes import residuals_by_pass
+from partime_mcmc.diagnostics.passes import residuals_by_pass
 from partime_mcmc.sampling.defaults import default_tolerance
 from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.sampling.randomness import coupled_chains

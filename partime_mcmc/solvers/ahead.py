@@ -23,7 +23,7 @@ import numpy as np
 from partime_mcmc.closures import evaluate
 from partime_mcmc.types import PyTree
 
-# Numbers of 4 bytes that may be kept per step: so many times the memory of a step, and so many in any case.
+# KernelParams of 4 bytes that may be kept per step: so many times the memory of a step, and so many in any case.
 _STATES, _IN_ANY_CASE = 4, 16
 # Without any of these there is nothing worth doing ahead.
 _DEAR = {

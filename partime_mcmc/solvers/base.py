@@ -89,7 +89,7 @@ class Solver(Protocol):
         ...
 
     def map_size(self, dimension: int) -> int:
-        """Numbers kept per step besides the states: what memory is estimated from."""
+        """KernelParams kept per step besides the states: what memory is estimated from."""
         ...
 
 

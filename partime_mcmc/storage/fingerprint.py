@@ -2,7 +2,7 @@
 
 A log density is traced, and the arrays it captures are taken out of it (`closures.explicit`): what is left is the
 model, a program, and the arrays are the data. Either has a hash of its own, so that an error can say which of both has
-changed. Numbers that a model has written into itself belong to the program.
+changed. KernelParams that a model has written into itself belong to the program.
 
 Left out: what a program calls outside of JAX (a host callback's code), and settings of the compiler that come from the
 environment.

@@ -23,7 +23,7 @@ from partime_mcmc.kernels.kernel_program import (
     parametrised_kernel,
 )
 from partime_mcmc.kernels.whiten import LowRank
-from partime_mcmc.sampling.choose_coupling import takes_dice, with_dice
+from partime_mcmc.sampling.choose_coupling import takes_coupling, with_coupling
 from partime_mcmc.sampling.chunk import ChainState
 from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.sampling.randomness import recurrence
@@ -155,8 +155,8 @@ def _kernel_of(
     builder, coupling = _builder_of(given), decode(words["dice"])
     if builder is None:
         raise TypeError("kernel: got a Kernel, wanted the builder that this run was begun with")
-    if coupling is not None and takes_dice(builder):
-        builder = with_dice(builder, coupling)
+    if coupling is not None and takes_coupling(builder):
+        builder = with_coupling(builder, coupling)
     (center,), scale = unpack_leaves("center", arrays), unpack_leaves("scale", arrays)
     whitening = Whitening(
         unpack_tree("example", arrays, example),
