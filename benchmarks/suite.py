@@ -71,7 +71,9 @@ SUITES = {
         _shooting("banana, HMC 8×0.5", 20, 45),
         _shooting("mixture", 20, 45),
         _shooting("logistic", 65, 90),
-        Task("advised", ("--only", "eight schools, MALA", "--chains", "1", "--repeats", "3"), 40, 80),
+        Task(
+            "advised", ("--only", "eight schools, MALA", "--chains", "1", "--repeats", "3"), 40, 80
+        ),
         Task("advised", ("--only", "random walk", "--repeats", "3"), 20, 40),
         Task(
             "dice_shooting",

@@ -2,7 +2,7 @@
 
 Exit codes: 0, the chains are certified and, where two runs are compared, agree. 1, they are not, or do not. 2, arguments,
 files or a model that cannot work: one sentence on standard error says why, and --traceback shows where. As for other
-programs: 130 after an interrupt; 75 if another host of the same run was lost. What is in a store is safe.
+programs: 130 after an interrupt. What is in a store is safe.
 
 MODEL is a NumPyro model, a `Target`, or a function that returns a `Target` or `(logdensity, initial)`; data are its
 keyword arguments by name. Loading a file runs it, as Python would. The command line is the only part of the package
@@ -34,11 +34,10 @@ from partime_mcmc.diagnostics import describe, html, plots
 from partime_mcmc.diagnostics.checks import check_count
 from partime_mcmc.diagnostics.read_netcdf import read_draws
 from partime_mcmc.diagnostics.report import Level, Report
-from partime_mcmc.distributed.launch import is_lost
 from partime_mcmc.sampling.memory import default_max_bytes
 from partime_mcmc.numpyro.model import called
 from partime_mcmc.sampling.pilots import coupled_distances, solve_by_pass
-from partime_mcmc.storage.stored_draws import read_run
+from partime_mcmc.storage.store import Folder
 from partime_mcmc.models import MODELS
 from partime_mcmc.types import Key
 
@@ -176,8 +175,8 @@ def _resume(arguments: argparse.Namespace) -> int:
     """Go on with the run in a store; model, data, kernel and precision are those of its beginning."""
     _check_files(arguments)
     with machines(arguments) as mesh:
-        run = read_run(arguments.run)
-        words = np.asarray(run["key"], np.uint32)
+        run = Folder(arguments.run).read_run()
+        words = np.asarray(run["key_words"], np.uint32)
         key = jax.random.wrap_key_data(words, impl=run["key_impl"])
         target, kernel = _load_target(arguments, key), getattr(partime_mcmc, arguments.kernel)
         progress = not arguments.quiet
@@ -227,14 +226,8 @@ def machines(arguments: argparse.Namespace) -> Iterator[Mesh | None]:
         yield time_mesh() if arguments.all_devices else None
         return
     with hosts(*given):
-        try:
-            with contextlib.redirect_stdout(None if jax.process_index() else sys.stdout):
-                yield time_mesh()
-        except Exception as error:  # `hosts` would end this process before `main` prints it
-            if arguments.traceback or is_lost(error):
-                raise
-            print(f"partime_mcmc: {_sentence(error)}", file=sys.stderr)
-            raise SystemExit(_WRONG_ARGUMENTS) from error
+        with contextlib.redirect_stdout(None if jax.process_index() else sys.stdout):
+            yield time_mesh()
 
 
 def _check_files(arguments: argparse.Namespace) -> None:
@@ -279,11 +272,11 @@ def _compare_ways(
 
 def _finish(arguments: argparse.Namespace, key: Key, draws: Any) -> int:
     """Print and write what was sampled, all of it or what there was before an interrupt."""
-    stored = isinstance(draws, StoredDraws)
-    interrupted = not draws.finished if stored else draws.report.interrupted
+    interrupted = not draws.finished
     if interrupted:
+        stored = isinstance(draws, StoredDraws)
         print("interrupted" + "; `resume` goes on with it" * stored, file=sys.stderr)
-        if not draws.plan["num_samples"]:
+        if not draws.num_samples:
             return _INTERRUPTED
     print(describe.run_text(draws))
     if arguments.out is not None and not jax.process_index():

@@ -110,7 +110,9 @@ def test_steps_that_call_a_library_are_left_together_and_never_run_side_by_side(
 
     monkeypatch.setattr(cores.concurrent.futures, "ThreadPoolExecutor", no_threads)
     states = np.arange(1.0, 13).reshape(4, 3)
-    found = run_groups(jax.vmap(LIBRARY[name]), (), [(states[:2],), (states[2:],)], timings=Timings())
+    found = run_groups(
+        jax.vmap(LIBRARY[name]), (), [(states[:2],), (states[2:],)], timings=Timings()
+    )
     np.testing.assert_allclose(np.concatenate(found), jax.vmap(LIBRARY[name])(states), rtol=1e-12)
     with pytest.raises(AssertionError, match="a thread was started"):
         run_groups(double, (1.0,), [(states[:2],), (states[2:],)], timings=Timings())
@@ -241,7 +243,9 @@ def test_seeds_are_a_tree():
         SeedTree.of(jax.random.key(8)),
     ]
     assert len({tuple(node.words) for node in nodes}) == len(nodes)
-    np.testing.assert_array_equal(root.child(3).words, SeedTree.of(jax.random.key(7)).child(3).words)
+    np.testing.assert_array_equal(
+        root.child(3).words, SeedTree.of(jax.random.key(7)).child(3).words
+    )
     assert root.child(2).generator.integers(1 << 30) == root.child(2).generator.integers(1 << 30)
     words = np.stack([root.child(number).words for number in range(1024)])
     uniforms = np.asarray(jax.vmap(lambda one: jax.random.uniform(key_from(one)))(words))

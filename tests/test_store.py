@@ -44,7 +44,12 @@ from partime_mcmc.kernels import Whitening, from_blackjax, mala
 from partime_mcmc.sampling.memory import chunk_steps
 from partime_mcmc.sampling.run_recorder import RunRecorder
 from partime_mcmc.sampling.draws import End
-from partime_mcmc.kernels.kernel_program import KernelProgram, density_of, program_and_params, parametrised_kernel
+from partime_mcmc.kernels.kernel_program import (
+    KernelProgram,
+    density_of,
+    program_and_params,
+    parametrised_kernel,
+)
 from partime_mcmc.sampling.merge import join_certificates, join_reports, without_steps
 from partime_mcmc.sampling.progress import progress_line, quiet
 from partime_mcmc.storage.streaming_statistics import Fold

@@ -18,9 +18,9 @@ _MOST_FALLBACKS, _MOST_ROWS = 5, 40
 
 
 def summary_rows(draws: Any) -> list[dict[str, Any]]:
-    """The summary of every coordinate: of all draws if the run kept running statistics, else of those that it has."""
-    running = getattr(draws, "running", None)
-    return summary_table(draws) if running is None else running.summary()
+    """The summary of every coordinate: of all draws if the run kept streaming statistics, else of those that it has."""
+    statistics = getattr(draws, "statistics", None)
+    return summary_table(draws) if statistics is None else statistics.summary()
 
 
 def shown_rows(draws: Any, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -40,13 +40,11 @@ def is_certified(draws: Any) -> bool:
 
 
 def run_facts(draws: Any) -> list[tuple[str, str]]:
-    """Labels and sentences: how many draws, warm-up, advice, certificate, work, kernel, what ran sequentially."""
+    """Labels and sentences: how many draws, warm-up, certificate, work, kernel, what ran sequentially."""
     plan, report = getattr(draws, "plan", None) or {}, getattr(draws, "report", None)
-    settled = getattr(draws, "settled", None) or draws
     facts = [("draws", _counts(draws, plan))]
-    for name in ("warmup", "advice"):
-        if getattr(settled, name, None):
-            facts.append((name, str(getattr(settled, name))))
+    if getattr(draws, "warmup_notes", ""):
+        facts.append(("warmup", draws.warmup_notes))
     facts.append(("certificate", _certificate_text(getattr(draws, "certificate", None))))
     divergences = getattr(draws, "info", None) and draws.info.get("diverging")
     if divergences is not None:
@@ -103,12 +101,12 @@ def run_text(draws: Any) -> str:
 
 def run_json(draws: Any) -> str:
     """A run as JSON: the summary, whether it is certified and finished, its plan, and totals over all draws."""
-    running = getattr(draws, "running", None)
+    statistics = getattr(draws, "statistics", None)
     found = {
         "summary": summary_rows(draws),
         "certified": is_certified(draws),
         "finished": getattr(draws, "finished", True),
         "plan": draws.plan,
-        "totals": {} if running is None else running.totals(),
+        "totals": {} if statistics is None else statistics.totals(),
     }
     return json.dumps(plain(found), indent=2, allow_nan=False)

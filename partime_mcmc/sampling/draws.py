@@ -80,6 +80,11 @@ class Draws:
         """One verdict per chain."""
         return self.report.status
 
+    @property
+    def warmup_notes(self) -> str:
+        """What the warm-up says of itself; empty if there was none."""
+        return str(self.warmup or "")
+
     @functools.cached_property
     def posterior(self) -> Any:
         """Named values in the model's space, an `xarray.Dataset` with the dimensions `chain` and `draw` first."""

@@ -28,7 +28,7 @@ from partime_mcmc.sampling.chunk import ChainState
 from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.sampling.randomness import recurrence
 from partime_mcmc.sampling.target import Target
-from partime_mcmc.storage.fingerprint import example_of, program_of, require_same
+from partime_mcmc.storage.fingerprint import program_of, require_same
 from partime_mcmc.storage.serialize import (
     as_committed_array,
     decode,
@@ -109,7 +109,7 @@ def unpack_plan(
         StoreMismatch: If the same model and the same name of a kernel are another program.
     """
     arrays, words, _ = unpack_arrays(data, where)
-    example = example_of(target)
+    example = target.example()
     choices = {name: decode(value) for name, value in words["choices"].items()}
     kernel = _kernel_of(arrays, words, target, given_kernel, example)
     (keys,) = unpack_leaves("key", arrays)

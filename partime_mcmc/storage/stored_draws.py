@@ -140,6 +140,11 @@ class StoredDraws:
         return leaves_state(self.checkpoint.state, self.checkpoint.words)
 
     @property
+    def warmup_notes(self) -> str:
+        """What the warm-up said of itself; empty if there was none, or it is not over."""
+        return self.saved_plan.get("choices", {}).get("warmup_notes", "")
+
+    @property
     def names(self) -> tuple[str, ...] | None:
         """The values worth showing; None: all."""
         return None if self.run["names"] is None else tuple(self.run["names"])
