@@ -28,11 +28,11 @@ import numpy as np
 
 from benchmarks.record import OUT, keep, settled, temporary_bytes
 from partime_mcmc import Clipped, Dynamics, Newton, Status, deer, quasi_elk, shooting
-from partime_mcmc.adjoint import pulled_back
-from partime_mcmc.dynamics import ravel
+from partime_mcmc.engine.adjoint import pulled_back
+from partime_mcmc.engine.dynamics import ravel
 from partime_mcmc.rnn import ClosedForm, gru, gru_diagonal, gru_params, unroll, unroll_with_status
-from partime_mcmc.rnn.masks import PackedStep
 from partime_mcmc.rnn.plan import plan_for
+from partime_mcmc.rnn.unroll import PackedStep
 
 LENGTHS = (1024, 4096, 16_384, 65_536, 262_144)
 WIDTHS = (1, 8, 32, 64, 128)

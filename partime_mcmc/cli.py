@@ -34,11 +34,11 @@ from partime_mcmc.diagnostics import describe, html, plots
 from partime_mcmc.diagnostics.checks import check_count
 from partime_mcmc.diagnostics.read_netcdf import read_draws
 from partime_mcmc.diagnostics.report import Level, Report
-from partime_mcmc.sampling.memory import default_max_bytes
+from partime_mcmc.models import MODELS
 from partime_mcmc.numpyro.model import called
+from partime_mcmc.sampling.memory import default_max_bytes
 from partime_mcmc.sampling.pilots import coupled_distances, solve_by_pass
 from partime_mcmc.storage.store import Folder
-from partime_mcmc.models import MODELS
 from partime_mcmc.types import Key
 
 _GOOD, _BAD, _WRONG_ARGUMENTS, _INTERRUPTED = 0, 1, 2, 130
@@ -241,7 +241,11 @@ def _check_files(arguments: argparse.Namespace) -> None:
 
 def _draw(arguments: Any, key: Key, target: Target, mesh: Any = None, **options: Any) -> Any:
     solver = arguments.solver and getattr(partime_mcmc, arguments.solver)()
-    evidence = partime_mcmc.Independent if arguments.independent else partime_mcmc.Recorded
+    evidence = (
+        partime_mcmc.CertifyIndependently
+        if arguments.independent
+        else partime_mcmc.CertifyWhileRolling
+    )
     print(
         f"{arguments.model}: {arguments.num_chains} chains of {arguments.num_samples} draws with {arguments.kernel}, "
         f"{jax.dtypes.canonicalize_dtype(float)}, on {1 if mesh is None else mesh.size} "

@@ -119,7 +119,7 @@ def test_imports_keep_to_their_ranks_and_fences(path):
     "name, source",
     [
         ("scan/affine.py", "from partime_mcmc.solve import solve"),
-        ("types.py", "def f():\n    from partime_mcmc.reduction import largest"),
+        ("types.py", "def f():\n    from partime_mcmc.engine.solution import largest"),
         ("diagnostics/compare.py", "import partime_mcmc.sampling.draws"),
         ("solve.py", "from partime_mcmc import deer"),
         ("solve.py", "import blackjax"),

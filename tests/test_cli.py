@@ -14,7 +14,7 @@ import partime_mcmc
 from partime_mcmc import cli
 from partime_mcmc.cli import main
 from partime_mcmc.diagnostics.arviz import read_netcdf
-from partime_mcmc.solution import Status
+from partime_mcmc.engine.solution import Status
 
 MODEL = """
 import jax.numpy as jnp, numpyro, numpyro.distributions as dist

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from partime_mcmc.dynamics import Dynamics, rollout
+from partime_mcmc.engine.dynamics import Dynamics, rollout
+from partime_mcmc.engine.solution import Tolerance
+from partime_mcmc.engine.solve import solve
+from partime_mcmc.engine.windows import AllAtOnce, Windows
 from partime_mcmc.forgetting import advise, distances, lyapunov, meeting_times
 from partime_mcmc.forgetting.coalescence import expected_max_meeting_time, survival_time
 from partime_mcmc.kernels import from_blackjax
-from partime_mcmc.schedule import Stretches, Whole
-from partime_mcmc.solution import Tolerance
-from partime_mcmc.solve import solve
-from partime_mcmc.solvers import Rollout, Shooting
+from partime_mcmc.solvers import Sequential, Shooting
 
 
 def _linear(params, state, drive):
@@ -306,7 +306,9 @@ def test_forgetful_chains_are_solved_in_parallel_and_the_same_question_gets_the_
     dynamics, initial, tape = _schools_hmc()
     ask = functools.partial(advise, dynamics, initial, tape, starts=_starts(10), num_steps=16384)
     advice = ask()
-    assert advice.parallel and isinstance(advice.solver, Shooting) and advice.schedule == Whole()
+    assert (
+        advice.parallel and isinstance(advice.solver, Shooting) and advice.schedule == AllAtOnce()
+    )
     assert advice.num_segments * advice.solver.steps == 16384
     assert advice.num_segments == 2 ** round(math.log2(advice.num_segments))
     assert 16 <= advice.num_segments <= 256 and advice.meeting.worst <= advice.solver.steps
@@ -334,7 +336,7 @@ def test_chains_and_segments_share_the_device():
         for num_chains in (1, 64, 1024)
     )
     assert few.num_segments > many.num_segments > 1
-    assert not crowd.parallel and isinstance(crowd.solver, Rollout)
+    assert not crowd.parallel and isinstance(crowd.solver, Sequential)
     assert "1024 chains side by side already fill the device" in crowd.reason
 
 
@@ -358,7 +360,7 @@ def test_chains_that_do_not_forget_stay_sequential_and_are_told_why(name):
         algorithm, dimension = blackjax.hmc(_rosenbrock, 0.1, jnp.ones(2), 40), 2
     dynamics, initial, tape = _system(algorithm, dimension, 512)
     advice = advise(dynamics, initial, tape, starts=_starts(dimension), num_steps=8192)
-    assert not advice.parallel and isinstance(advice.solver, Rollout)
+    assert not advice.parallel and isinstance(advice.solver, Sequential)
     assert advice.depth == 8192 and advice.meeting.fraction_met < 0.9
     unmet = round(16 * (1 - advice.meeting.fraction_met))
     assert f"512 steps with the same random numbers {unmet} of 16 pairs" in advice.reason
@@ -383,7 +385,7 @@ def test_long_paths_are_cut_to_what_memory_holds(double):
         num_steps=10**9,
         max_bytes=2**32,
     )
-    assert isinstance(advice.schedule, Stretches)
+    assert isinstance(advice.schedule, Windows)
     assert 2**31 < 6 * advice.schedule.size * 4 * 8 <= 2**32
     assert f"stretch of {advice.schedule.size:,} steps" in str(advice)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from partime_mcmc import (
-    CoalescingDice,
+    MultishiftCoupling,
     Status,
     Target,
     Tolerance,
@@ -52,7 +52,7 @@ def unit():
 KERNELS = {
     "mala": lambda: mala(regression, 0.6, unit()),
     "hmc": lambda: hmc(regression, 0.5, unit(), 3),
-    "coalescing mala": lambda: mala(regression, 0.6, unit(), dice=CoalescingDice()),
+    "coalescing mala": lambda: mala(regression, 0.6, unit(), coupling=MultishiftCoupling()),
     "coalescing hmc": lambda: coalescing_hmc(regression, 0.5, unit(), 3),
 }
 

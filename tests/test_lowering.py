@@ -23,8 +23,9 @@ from partime_mcmc import (
     shooting,
     solve,
 )
-from partime_mcmc.kernels import CoalescingDice, Whitening
-from partime_mcmc.scan import Dense, Diagonal, LocalTime
+from partime_mcmc.engine.time_axis import LocalTime
+from partime_mcmc.kernels import MultishiftCoupling, Whitening
+from partime_mcmc.scan import Dense, Diagonal
 
 GPU = AbstractMesh(
     (1,),
@@ -82,7 +83,9 @@ def funnel(x):
 
 KERNELS = {
     "MALA": lambda density, unit: mala(density, 0.3, unit),
-    "MALA, coalescing": lambda density, unit: mala(density, 0.3, unit, dice=CoalescingDice()),
+    "MALA, coalescing": lambda density, unit: mala(
+        density, 0.3, unit, coupling=MultishiftCoupling()
+    ),
     "HMC": lambda density, unit: hmc(density, 0.3, unit, 4),
     "HMC, coalescing": lambda density, unit: coalescing_hmc(density, 0.3, unit, 4),
     "NUTS": lambda density, unit: nuts(density, 0.3, unit),

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from partime_mcmc.diagnostics.passes import residuals_by_pass
-from partime_mcmc.dynamics import Dynamics
-from partime_mcmc.recipes import deer, jacobi
-from partime_mcmc.solve import solve
+from partime_mcmc.engine.dynamics import Dynamics
+from partime_mcmc.engine.recipes import deer, jacobi
+from partime_mcmc.engine.solve import solve
 
 
 def test_a_solve_watched_pass_by_pass_is_the_solve(double):

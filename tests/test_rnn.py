@@ -15,8 +15,9 @@ from catalogue import QUICK
 from jax import lax
 from trained import trained
 
+from partime_mcmc.engine.recipes import deer, elk, jacobi, sequential, shooting
+from partime_mcmc.engine.solution import Status, Tolerance
 from partime_mcmc.linearize import Clipped
-from partime_mcmc.recipes import deer, elk, jacobi, sequential, shooting
 from partime_mcmc.rnn import (
     ClosedForm,
     elman,
@@ -32,8 +33,7 @@ from partime_mcmc.rnn import (
     unroll_with_status,
 )
 from partime_mcmc.rnn import plan as rnn_plan
-from partime_mcmc.rnn.batches import batch_around
-from partime_mcmc.solution import Status, Tolerance
+from partime_mcmc.rnn.unroll import batch_around
 from partime_mcmc.solvers import Newton
 
 # The module, whose name the function hides.

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from partime_mcmc.engine.time_axis import LocalTime
 from partime_mcmc.scan import (
     AssociativeScan,
     ChunkedScan,
@@ -25,7 +26,6 @@ from partime_mcmc.scan import (
     DiagonalBelief,
     DiagonalMessage,
     Identity,
-    LocalTime,
     SequentialScan,
     Zero,
     default_scan,

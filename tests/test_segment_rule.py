@@ -5,7 +5,7 @@ import math
 import jax
 import pytest
 
-from partime_mcmc.recipes import shooting
+from partime_mcmc.engine.recipes import shooting
 from partime_mcmc.solvers.segment_rule import choose_segments, device_lanes, segment_length
 
 

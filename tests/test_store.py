@@ -17,54 +17,54 @@ import blackjax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import partime_mcmc.distributed.followers as followers
+import partime_mcmc.sampling.resume as resuming
+import partime_mcmc.storage.layout as layout
+import partime_mcmc.storage.stored_run as storing
 import pytest
 import store_case
+from partime_mcmc.storage.formats import Zarr, blocks
+from partime_mcmc.storage.layout import Folder, StoreError
+from partime_mcmc.storage.stored_run import Store
 from store_case import CHAINS, CHUNK, run
 
 import partime_mcmc.sampling.chain_groups as cores
-import partime_mcmc.distributed.followers as followers
-import partime_mcmc.sampling.resume as resuming
-import partime_mcmc.sampling.local as running
-import partime_mcmc.storage.layout as layout
-import partime_mcmc.storage.stored_run as storing
 import partime_mcmc.sampling.executor as streaming
+import partime_mcmc.sampling.local as running
 from partime_mcmc import (
+    AllAtOnce,
     Clipped,
     DiagonalJacobian,
     Newton,
-    Whole,
     elk,
     open_draws,
     resume,
     shooting,
     summary_table,
 )
+from partime_mcmc.compile_cache import Timings
 from partime_mcmc.diagnostics.checks import TooLarge
+from partime_mcmc.engine.recipes import sequential
+from partime_mcmc.engine.solution import SolveError, Status, Tolerance
+from partime_mcmc.engine.windows import Windows
 from partime_mcmc.kernels import Whitening, from_blackjax, mala
-from partime_mcmc.sampling.memory import chunk_steps
-from partime_mcmc.sampling.run_recorder import RunRecorder
-from partime_mcmc.sampling.draws import End
 from partime_mcmc.kernels.kernel_program import (
     KernelProgram,
     density_of,
-    program_and_params,
     parametrised_kernel,
+    program_and_params,
 )
+from partime_mcmc.sampling.draws import End
+from partime_mcmc.sampling.memory import chunk_steps
 from partime_mcmc.sampling.merge import join_certificates, join_reports, without_steps
 from partime_mcmc.sampling.progress import progress_line, quiet
-from partime_mcmc.storage.streaming_statistics import Fold
+from partime_mcmc.sampling.randomness import begin, throw
+from partime_mcmc.sampling.run_recorder import RunRecorder
+from partime_mcmc.sampling.target import Target
 from partime_mcmc.storage import codec
 from partime_mcmc.storage.fingerprint import StoreMismatch, fingerprint_of
-from partime_mcmc.storage.formats import Zarr, blocks
-from partime_mcmc.storage.layout import Folder, StoreError
-from partime_mcmc.storage.stored_run import Store
-from partime_mcmc.sampling.randomness import begin, throw
-from partime_mcmc.compile_cache import Timings
-from partime_mcmc.sampling.target import Target
+from partime_mcmc.storage.streaming_statistics import Fold
 from partime_mcmc.warmup.warmup import Warmup
-from partime_mcmc.recipes import sequential
-from partime_mcmc.schedule import Stretches
-from partime_mcmc.solution import SolveError, Status, Tolerance
 
 T = 120
 
@@ -665,13 +665,13 @@ def test_chunks_fit_and_divide_the_run():
 
     assert steps(2_500_000) == 62_500 and steps(1_000) == 1_000
     assert steps(10**7, max_bytes=2**20) * 2 * 4 * 10 * 8 * 6 <= 2**20
-    assert steps(10**7, Stretches(1000)) % 1000 == 0 and steps(100, wanted=24) == 24
+    assert steps(10**7, Windows(1000)) % 1000 == 0 and steps(100, wanted=24) == 24
     lean, rich = (
         chunk_steps(shooting(), None, 10**7, 4, 10, 8, 2**20, None, more) for more in (0, 10**4)
     )
     assert rich * 2 * 4 * 10**4 <= 2**20 < lean * 2 * 4 * 10**4
     for words, arguments in (
-        ("schedule: ", {"schedule": Stretches(10**6)}),
+        ("schedule: ", {"schedule": Windows(10**6)}),
         ("store.chunk: ", {"wanted": 10**6}),
         ("num_chains: .* fewer chains", {"chains": 10**6, "dimension": 10**3}),
     ):
@@ -691,7 +691,8 @@ def test_tapes_start_anywhere():
                 for steps, end in ((50, None), (20, type(first)(first.carries, first.discrete, 30)))
             )
             np.testing.assert_array_equal(
-                jax.random.key_data(everything.dice)[:, 30:], jax.random.key_data(part.dice)
+                jax.random.key_data(everything.randomness)[:, 30:],
+                jax.random.key_data(part.randomness),
             )
 
 
@@ -699,7 +700,7 @@ def test_strategies_go_into_files_and_foreign_names_do_not_come_out():
     for value in (
         elk(),
         Newton(Clipped(DiagonalJacobian(), 0.5)),
-        Whole(),
+        AllAtOnce(),
         Status.FROZEN,
         (1, [2.5, None]),
         Tolerance(1e-9, np.arange(3.0)),
@@ -744,7 +745,7 @@ def test_a_chunk_is_a_file_that_others_read(whole):
             for name in ("solver", "schedule", "tolerance", "settings")
         }
     assert codec.decode(found["solver"]) == whole.settled.solver and found["settings"] is None
-    assert codec.decode(found["schedule"]) == Stretches(CHUNK)
+    assert codec.decode(found["schedule"]) == Windows(CHUNK)
     assert codec.decode(found["tolerance"]).relative == whole.settled.tolerance.relative
 
 

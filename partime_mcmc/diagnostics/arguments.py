@@ -164,7 +164,7 @@ def check_bytes(
         return total
     fits = max_bytes // one_step
     advice = (
-        f"solve in stretches, schedule=Stretches({1 << (fits.bit_length() - 1)})"
+        f"solve in stretches, schedule=Windows({1 << (fits.bit_length() - 1)})"
         if fits
         else "take fewer chains: not even one step fits"
     )

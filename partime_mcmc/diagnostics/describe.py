@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from partime_mcmc.certify.certificate import describe_certification
 from partime_mcmc.diagnostics.arviz import summary_table
 from partime_mcmc.diagnostics.formatting import plain, text_table
-from partime_mcmc.kernels.certificate import evidence_in_words
 
 _MOST_FALLBACKS, _MOST_ROWS = 5, 40
 
@@ -81,7 +81,7 @@ def _certificate_text(certificate: Any) -> str:
             else "no accept decisions, "
         )
         + f"{int(np.sum(np.asarray(certificate.num_nonfinite_proposals)))} proposals out of range; "
-        + evidence_in_words(getattr(certificate, "independent", True))
+        + describe_certification(getattr(certificate, "independent", True))
     )
 
 

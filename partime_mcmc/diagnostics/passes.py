@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.dynamics import Dynamics, ravel, without_captures
-from partime_mcmc.scan.time_axis import LocalTime
-from partime_mcmc.solution import Tolerance
+from partime_mcmc.engine.dynamics import Dynamics, ravel, without_captures
+from partime_mcmc.engine.solution import Tolerance
+from partime_mcmc.engine.time_axis import LocalTime
 from partime_mcmc.solvers import Solver
 from partime_mcmc.types import PyTree
 

@@ -27,7 +27,7 @@ FLIPS_PER_STEP = {
 FLIPS_PER_STEP_ELSE = 5e-4  # the largest mean seen in healthy float32
 MAX_PAIRED_SHIFT = 0.1  # MCSE
 # Of a plan: what decides about random numbers and how they are used.
-_ENTRIES = ("key", "num_samples", "num_chains", "kernel", "dice", "thinning", "num_warmup")
+_ENTRIES = ("key", "num_samples", "num_chains", "kernel", "coupling", "thinning", "num_warmup")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,11 +24,11 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from partime_mcmc.closures import Named
 from partime_mcmc.distributed.sharded_solve import time_axis
+from partime_mcmc.engine.windows import Windows
 from partime_mcmc.sampling.plan import SampleArguments
-from partime_mcmc.schedule import Stretches
 from partime_mcmc.storage.fingerprint import fingerprint_of, name_of
+from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import PyTree
 
 # (arrays with leaves (C, n, ...), the mesh, how all of them lie on it, what runs a program) -> the same as NumPy arrays on
@@ -44,8 +44,8 @@ def check_mesh(mesh: Mesh, num_chains: int, schedule: Any) -> None:
         ValueError: If an axis is missing, or does not divide the number of chains, or would only repeat work, or a host has
             no device in it, or the schedule has a moving window.
     """
-    if schedule is not None and not isinstance(schedule, Stretches):
-        raise ValueError(f"schedule: got {schedule!r} with a mesh, wanted Stretches(size) or None")
+    if schedule is not None and not isinstance(schedule, Windows):
+        raise ValueError(f"schedule: got {schedule!r} with a mesh, wanted Windows(size) or None")
     time_axis(mesh)
     if "chains" not in mesh.shape or num_chains % mesh.shape["chains"]:
         raise ValueError(
@@ -179,7 +179,7 @@ class GatherToHost0:
         return jax.tree.unflatten(structure, found) if first else None
 
 
-class _Send(Named):
+class _Send(HashableFunction):
     """Shards of arrays from some devices to others, zeros everywhere else; the parts are the mesh, how the arrays lie, and
     pairs of places in the mesh."""
 

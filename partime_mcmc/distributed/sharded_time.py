@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from partime_mcmc.reduction import largest
+from partime_mcmc.engine.solution import nanaware_max
 from partime_mcmc.scan.prefix import Scan, composition, default_scan
 from partime_mcmc.types import Array, PyTree, pytree
 
@@ -70,7 +70,7 @@ class ShardedTime:
 
     def maximum(self, values: Array) -> Array:
         # NaN has a number of its own: what an all-reduce makes of it differs between backends.
-        here = largest(values, axis=0)
+        here = nanaware_max(values, axis=0)
         missing = jnp.isnan(here)
         missing, top = lax.pmax(
             jnp.stack([missing.astype(here.dtype), jnp.where(missing, 0, here)]), self.name

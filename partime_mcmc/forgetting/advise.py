@@ -19,18 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.dynamics import Dynamics, ravel, without_captures
+from partime_mcmc.engine.dynamics import Dynamics, ravel, without_captures
+from partime_mcmc.engine.recipes import sequential, shooting
+from partime_mcmc.engine.solution import Tolerance
+from partime_mcmc.engine.windows import AllAtOnce, Schedule, Windows
 from partime_mcmc.forgetting.coalescence import (
     MeetingTimes,
     expected_max_meeting_time,
     meeting_times,
     survival_time,
 )
-from partime_mcmc.recipes import sequential, shooting
-from partime_mcmc.schedule import Schedule, Stretches, Whole
-from partime_mcmc.solution import Tolerance
 from partime_mcmc.solvers import Solver
-from partime_mcmc.solvers.lanes import widths
+from partime_mcmc.solvers.narrowing import widths
 from partime_mcmc.solvers.segment_rule import choose_segments, device_lanes, segment_length
 from partime_mcmc.types import PyTree
 
@@ -56,7 +56,7 @@ class Advice:
 
     Attributes:
         solver: `shooting(steps=...)`, or `sequential()`.
-        schedule: `Whole()`, or stretches that fit in memory; S segments are cut from each stretch.
+        schedule: `AllAtOnce()`, or stretches that fit in memory; S segments are cut from each stretch.
         num_segments: S; 1 for the sequential loop.
         evaluations_per_step: Expected evaluations of `f` per step.
         depth: Expected evaluations of `f` one after another.
@@ -77,7 +77,7 @@ class Advice:
     def __str__(self) -> str:
         if not self.parallel:
             return f"Run sequentially. {self.reason}"
-        whole = isinstance(self.schedule, Whole)
+        whole = isinstance(self.schedule, AllAtOnce)
         per = "chain" if whole else f"stretch of {self.schedule.size:,} steps"
         return (
             f"Solve in parallel over time with {self.num_segments:,} segments per {per}: about "
@@ -242,9 +242,9 @@ def _schedule(
     # Shooting holds the path three times over, its residual, and about twice as much in random numbers.
     fitting = max_bytes / (6 * num_chains * bytes_per_state)
     if num_steps <= fitting:
-        return Whole(), num_steps
+        return AllAtOnce(), num_steps
     size = 2 ** max(6, int(math.log2(max(fitting, 1))))
-    return (Stretches(size), size) if size < num_steps else (Whole(), num_steps)
+    return (Windows(size), size) if size < num_steps else (AllAtOnce(), num_steps)
 
 
 def _unforgetting(found: MeetingTimes, looked: int) -> str:
@@ -268,4 +268,4 @@ def _unforgetting(found: MeetingTimes, looked: int) -> str:
 
 
 def _stay(num_steps: int, meeting: Meeting, reason: str) -> Advice:
-    return Advice(sequential(), Whole(), 1, 1.0, num_steps, meeting, reason, False)
+    return Advice(sequential(), AllAtOnce(), 1, 1.0, num_steps, meeting, reason, False)

@@ -21,10 +21,9 @@ import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.dynamics import Dynamics, ravel, without_captures
-from partime_mcmc.reduction import largest
-from partime_mcmc.solution import Tolerance
-from partime_mcmc.solvers.rollout import memo_of
+from partime_mcmc.engine.dynamics import Dynamics, ravel, without_captures
+from partime_mcmc.engine.solution import Tolerance, nanaware_max
+from partime_mcmc.solvers.sequential import cached_step_of
 from partime_mcmc.types import Array, PyTree, pytree
 
 _EULER_GAMMA = 0.5772156649
@@ -201,12 +200,12 @@ def _distances(dynamics, pairs, tape, scale, *, shared) -> Array:
 def _apart(pairs: Array, scale: Array) -> Array:
     """The distance of each pair, `(K, 2, D)` → `(K,)`."""
     gap = jnp.abs(pairs[:, 0] - pairs[:, 1]) / scale
-    return jnp.where(jnp.isfinite(pairs).all(axis=(1, 2)), largest(gap, axis=1), jnp.nan)
+    return jnp.where(jnp.isfinite(pairs).all(axis=(1, 2)), nanaware_max(gap, axis=1), jnp.nan)
 
 
 def _batched(dynamics: Dynamics, shared: bool):
     """`enter` and one step of pairs: both paths of a pair see the same drive, which is drawn once."""
-    memo = memo_of(dynamics)
+    cached = cached_step_of(dynamics)
     of_drives = None if shared else 0
 
     def over_pairs(function, params):
@@ -214,10 +213,12 @@ def _batched(dynamics: Dynamics, shared: bool):
         return jax.vmap(both, in_axes=(0, of_drives))
 
     def advance(memory, drive):
-        memory = over_pairs(memo.advance, memo.params[1])(memory, drive)
-        return memory, jax.vmap(jax.vmap(lambda value: memo.leave(memo.params[2], value)))(memory)
+        memory = over_pairs(cached.step, cached.params[1])(memory, drive)
+        return memory, jax.vmap(jax.vmap(lambda value: cached.state(cached.params[2], value)))(
+            memory
+        )
 
-    return over_pairs(memo.enter, memo.params[0]), advance
+    return over_pairs(cached.init, cached.params[0]), advance
 
 
 def _prepared(dynamics, starts, others, drives):

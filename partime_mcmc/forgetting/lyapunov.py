@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.dynamics import Dynamics, ravel, without_captures
-from partime_mcmc.reduction import largest
+from partime_mcmc.engine.dynamics import Dynamics, ravel, without_captures
+from partime_mcmc.engine.solution import nanaware_max
 from partime_mcmc.types import Array, Key, PyTree, pytree
 
 _MAX_SEGMENTS = 64
@@ -137,7 +137,7 @@ def _lyapunov(
 def _normalised(tangents):
     """Tangents of norm 1 in every segment, and the logarithms of the old norms; a tangent of 0 stays 0, with -inf."""
     # By the largest entry first: squares would overflow or vanish long before the entries do.
-    scale = jax.vmap(largest)(jnp.abs(tangents))
+    scale = jax.vmap(nanaware_max)(jnp.abs(tangents))
     tangents = tangents / jnp.where(scale == 0, 1, scale)[:, None, None]
     norm = jnp.sqrt(jnp.sum(tangents**2, axis=(1, 2)))
     norm = jnp.where(scale == 0, 1, norm)

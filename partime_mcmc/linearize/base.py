@@ -16,7 +16,7 @@ from typing import Protocol
 
 import jax.numpy as jnp
 
-from partime_mcmc.dynamics import Dynamics
+from partime_mcmc.engine.dynamics import Dynamics
 from partime_mcmc.scan.affine import AffineMap
 from partime_mcmc.types import Array, Key, PyTree
 

@@ -21,7 +21,6 @@ from numpyro.infer.mcmc import MCMCKernel
 
 from partime_mcmc.kernels import Kernel, Tape, Whitening
 from partime_mcmc.kernels.kernel_program import KernelParams, ParametrisedKernel
-from partime_mcmc.warmup.metric import DiagonalMetric, FrozenMetric
 from partime_mcmc.numpyro.arguments import (
     check_alone,
     check_positive,
@@ -31,11 +30,12 @@ from partime_mcmc.numpyro.arguments import (
 )
 from partime_mcmc.numpyro.hmc_state import hmc_state, keys_of, sample_arguments
 from partime_mcmc.numpyro.target import Posterior, forward_only
-from partime_mcmc.warmup.pooled import PooledAdaptation
 from partime_mcmc.sampling.plan import prepare
 from partime_mcmc.sampling.progress import quiet
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.types import Key, PyTree
+from partime_mcmc.warmup.metric import DiagonalMetric, FrozenMetric
+from partime_mcmc.warmup.pooled import PooledAdaptation
 
 
 class ParallelKernel(MCMCKernel):
@@ -238,8 +238,8 @@ class ParallelKernel(MCMCKernel):
         kernel = self._kernel_of(state)
         key = jax.random.fold_in(state.rng_key, state.i)
         full = kernel.state(state.r, state.adapt_state.discrete)
-        dice = jax.tree.map(lambda leaf: leaf[0], kernel.tape_of(key[None], full).dice)
-        carry, full, info = kernel.transition(state.r, Tape(dice, state.adapt_state.discrete))
+        randomness = jax.tree.map(lambda leaf: leaf[0], kernel.tape_of(key[None], full).randomness)
+        carry, full, info = kernel.transition(state.r, Tape(randomness, state.adapt_state.discrete))
         said = {
             name: jnp.asarray(value, getattr(state, name).dtype)
             for name, value in info_fields(full, info).items()

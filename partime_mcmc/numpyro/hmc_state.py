@@ -17,7 +17,6 @@ from jax.flatten_util import ravel_pytree
 from numpyro.infer.hmc import HMCState
 from numpyro.infer.mcmc import MCMCKernel
 
-from partime_mcmc.closures import Named
 from partime_mcmc.compile_cache import Timings, run_program
 from partime_mcmc.diagnostics.checks import check_dtypes, check_precision, check_starts
 from partime_mcmc.kernels import Kernel, Whitening
@@ -33,6 +32,7 @@ from partime_mcmc.sampling.plan import Plan, SampleArguments
 from partime_mcmc.sampling.sample import key_words
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.storage.fingerprint import digest_arrays
+from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import Key, PyTree
 
 _WARMUP_STREAM, _START_STREAM = 2**31 - 1, 2**31 - 2  # steps use the numbers from 0 on
@@ -218,7 +218,7 @@ def log_densities(target: Target, positions: PyTree) -> tuple[np.ndarray, np.nda
     return run_program(_Evaluate(density), data, positions, timings=Timings())
 
 
-class _Evaluate(Named):
+class _Evaluate(HashableFunction):
     """Log densities, and whether they and their gradients are finite; the part is the density."""
 
     def __call__(self, data, positions):

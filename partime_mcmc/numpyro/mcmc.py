@@ -20,9 +20,11 @@ import numpy as np
 from numpyro.infer import MCMC
 from numpyro.infer.mcmc import MCMCKernel
 
-from partime_mcmc.contracts import check_has
+from partime_mcmc.certify.recorded import Certification, CertifyWhileRolling
 from partime_mcmc.diagnostics.checks import check_count
-from partime_mcmc.kernels import Evidence, Recorded
+from partime_mcmc.engine.solution import SolveError
+from partime_mcmc.engine.windows import Schedule
+from partime_mcmc.forgetting.advise import Advice
 from partime_mcmc.numpyro.arguments import check_keys, check_leading
 from partime_mcmc.numpyro.collect import (
     check_fields,
@@ -41,19 +43,17 @@ from partime_mcmc.numpyro.hmc_state import (
     sample_arguments,
 )
 from partime_mcmc.numpyro.report import ParallelReport, without_kernel
-from partime_mcmc.forgetting.advise import Advice
 from partime_mcmc.sampling.draws import Draws, spread_positions
 from partime_mcmc.sampling.pilots import advise_plan
 from partime_mcmc.sampling.plan import Plan, prepare
 from partime_mcmc.sampling.progress import chosen_progress
 from partime_mcmc.sampling.sample import as_store, run
 from partime_mcmc.sampling.target import Target
-from partime_mcmc.schedule import Schedule
-from partime_mcmc.solution import SolveError
 from partime_mcmc.solvers import Solver
 from partime_mcmc.storage.store import Store
 from partime_mcmc.storage.stored_draws import StoredDraws
 from partime_mcmc.types import Key, PyTree
+from partime_mcmc.validation import check_has
 from partime_mcmc.warmup.warmup import Warmup
 
 __all__ = ["ParallelMCMC", "ParallelReport", "SolveError"]
@@ -76,7 +76,7 @@ class ParallelMCMC(MCMC):
         jit_model_args: Accepted and ignored: data are always arguments of what is compiled.
         solver: A recipe; None is shooting with as many segments as fill the device.
         schedule: How time is cut; None is windows of 16,384 steps.
-        certificate: What it rests on, as for `sample`: `Recorded()` or `Independent()`.
+        certificate: What it rests on, as for `sample`: `CertifyWhileRolling()` or `CertifyIndependently()`.
 
     Raises:
         TypeError: If the sampler is none of these, or a count has the wrong type.
@@ -98,9 +98,14 @@ class ParallelMCMC(MCMC):
         jit_model_args: bool = False,
         solver: Solver | None = None,
         schedule: Schedule | None = None,
-        certificate: Evidence = Recorded(),
+        certificate: Certification = CertifyWhileRolling(),
     ):
-        check_has(certificate, "certificate", ("dynamics",), "Recorded() or Independent()")
+        check_has(
+            certificate,
+            "certificate",
+            ("dynamics",),
+            "CertifyWhileRolling() or CertifyIndependently()",
+        )
         super().__init__(
             from_numpyro_kernel(sampler),
             num_warmup=check_count(num_warmup, "num_warmup", 0),

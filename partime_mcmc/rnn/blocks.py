@@ -11,10 +11,10 @@ from typing import Callable
 import jax
 import jax.numpy as jnp
 
-from partime_mcmc.dynamics import Dynamics, ravel
+from partime_mcmc.engine.dynamics import Dynamics, ravel
 from partime_mcmc.linearize.base import no_shift
 from partime_mcmc.linearize.modify import bounded, scaled
-from partime_mcmc.rnn.masks import Packed
+from partime_mcmc.rnn.unroll import Packed
 from partime_mcmc.scan.affine import AffineMap
 from partime_mcmc.types import Array, Key, PyTree, pytree
 

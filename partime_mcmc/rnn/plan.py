@@ -16,8 +16,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from partime_mcmc.solution import Tolerance
-from partime_mcmc.solvers.relay_plan import LEAN_LOOPS, RelayPlan
+from partime_mcmc.engine.solution import Tolerance
+from partime_mcmc.solvers.segmented_scan import LEAN_LOOPS, SegmentedScanConfig
 from partime_mcmc.types import PyTree
 
 # Residual allowed per step, in units in the last place: a network's step rounds a few times, and its states are of size 1.
@@ -51,7 +51,7 @@ def network_tolerance(dtype: jnp.dtype) -> Tolerance:
     return Tolerance(unit, unit)
 
 
-def plan_for(carry: PyTree) -> RelayPlan:
+def plan_for(carry: PyTree) -> SegmentedScanConfig:
     """How a relay of a cell with such a carry is run.
 
     Args:
@@ -65,7 +65,7 @@ def plan_for(carry: PyTree) -> RelayPlan:
         lanes = _SINGLE
     if backend == "cpu" and _fits_registers(carry):
         lanes = 1
-    return RelayPlan(lanes, _MOST_CHAINS_ON_CPU if backend == "cpu" else None)
+    return SegmentedScanConfig(lanes, _MOST_CHAINS_ON_CPU if backend == "cpu" else None)
 
 
 def _fits_registers(carry: PyTree) -> bool:

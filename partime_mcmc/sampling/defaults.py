@@ -8,9 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from partime_mcmc.engine.recipes import shooting
+from partime_mcmc.engine.solution import Tolerance
 from partime_mcmc.kernels import Kernel
-from partime_mcmc.recipes import shooting
-from partime_mcmc.solution import Tolerance
 from partime_mcmc.solvers import Solver
 
 DEFAULT_WINDOW = 16384

@@ -13,10 +13,9 @@ import dataclasses
 import jax
 import numpy as np
 
-from partime_mcmc.kernels import Certificate
-from partime_mcmc.kernels.certificate import FEWEST_TO_FREEZE
+from partime_mcmc.certify.certificate import FEWEST_TO_FREEZE, Certificate
+from partime_mcmc.engine.solution import Status
 from partime_mcmc.sampling.report import RunReport
-from partime_mcmc.solution import Status
 
 # A run that falls back in every window must not fill the memory with sentences about it.
 _MAX_SENTENCES = 200

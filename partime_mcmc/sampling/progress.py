@@ -14,7 +14,7 @@ from typing import Callable, ContextManager, Iterator, Protocol
 
 from tqdm import tqdm
 
-from partime_mcmc.contracts import check_has
+from partime_mcmc.validation import check_has
 
 
 class Progress(Protocol):

@@ -9,7 +9,6 @@ from partime_mcmc.scan.prefix import (
     SequentialScan,
     default_scan,
 )
-from partime_mcmc.scan.time_axis import LocalTime, TimeAxis
 
 __all__ = [
     "AffineMap",
@@ -22,10 +21,8 @@ __all__ = [
     "DiagonalBelief",
     "DiagonalMessage",
     "Identity",
-    "LocalTime",
     "Scan",
     "SequentialScan",
-    "TimeAxis",
     "Zero",
     "default_scan",
 ]

@@ -9,9 +9,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from partime_mcmc.kernels.drawn import anyone
+from partime_mcmc.certify.step_record import decision_uniform, record
+from partime_mcmc.kernels.explicit_randomness import anyone
 from partime_mcmc.kernels.kernel import Kernel
-from partime_mcmc.kernels.records import decision_uniform, record
 
 
 class Observe:
@@ -27,7 +27,7 @@ class Observe:
             new,
             self.kernel.discrete(state),
             record(state, info),
-            decision_uniform(drive.dice, info),
+            decision_uniform(drive.randomness, info),
         )
 
     def __eq__(self, other):
@@ -58,7 +58,7 @@ def in_pieces(function, *args, piece=None):
     )
 
 
-def look_again(function, seen, before, drives, again):
+def reevaluate(function, seen, before, drives, again):
     """Replace what was seen of some steps, a piece of them at a time."""
     num_steps = again.shape[0]
 

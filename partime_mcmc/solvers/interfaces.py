@@ -20,14 +20,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from partime_mcmc.dynamics import Dynamics
+from partime_mcmc.engine.dynamics import Dynamics
+from partime_mcmc.engine.time_axis import TimeAxis
 from partime_mcmc.linearize import ZeroJacobian
-from partime_mcmc.scan.time_axis import TimeAxis
 from partime_mcmc.solvers.base import replace_nonfinite_jacobians
 from partime_mcmc.types import Array
 
 
-class Joints(NamedTuple):
+class SegmentInterfaces(NamedTuple):
     """Who follows whom among lanes `(B C, ...)`: a chain's segments in a row, so many of them as are here.
 
     Attributes:
@@ -70,7 +70,7 @@ class Joints(NamedTuple):
 
 
 def corrector(
-    enter, advance, leave, params, correction, key, drives, joints: Joints
+    enter, advance, leave, params, correction, key, drives, joints: SegmentInterfaces
 ) -> Callable[[Array, Array], Array]:
     """The rule for new starts.
 

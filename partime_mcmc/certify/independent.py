@@ -12,18 +12,13 @@ import math
 import jax
 import jax.numpy as jnp
 
-from partime_mcmc.closures import explicit
-from partime_mcmc.kernels.certificate import (
-    Certificate,
-    before_steps,
-    check_scale,
-    flat_steps,
-    judged,
-)
+from partime_mcmc.certify.certificate import Certificate, before_steps, flat_steps, judged
+from partime_mcmc.certify.step_record import Records
+from partime_mcmc.kernels.evaluate_steps import Observe, in_pieces, reevaluate, steps_at_once
 from partime_mcmc.kernels.kernel import Kernel, Tape, raw
-from partime_mcmc.kernels.observe import Observe, in_pieces, look_again, steps_at_once
-from partime_mcmc.kernels.records import Records
+from partime_mcmc.tracing import explicit
 from partime_mcmc.types import Array, PyTree
+from partime_mcmc.validation import check_scale
 
 
 def certify(
@@ -149,7 +144,7 @@ def _hold_and_judge(look, seen, initial, states, drives, unit):
     again = functools.reduce(
         jnp.logical_or, [flags.any(axis=tuple(range(1, flags.ndim))) for flags in moved]
     )
-    seen = look_again(look, seen, before_steps(initial, still), drives, again)
+    seen = reevaluate(look, seen, before_steps(initial, still), drives, again)
     return *_judge(seen, initial, still, drives, unit), still
 
 

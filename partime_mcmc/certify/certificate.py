@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from partime_mcmc.certify.step_record import Records
+from partime_mcmc.engine.solution import nanaware_max
 from partime_mcmc.kernels.kernel import Carry
-from partime_mcmc.kernels.records import Records
-from partime_mcmc.reduction import largest
 from partime_mcmc.types import Array, PyTree, pytree
 
 # Noise units. The floors seen are 4e-15 and 2e-6; a flipped decision shows as 1 or more.
@@ -85,10 +85,10 @@ class Certificate:
     @property
     def evidence(self) -> str:
         """What it rests on, in words (not under tracing)."""
-        return evidence_in_words(self.independent)
+        return describe_certification(self.independent)
 
 
-def evidence_in_words(independent: Array | bool) -> str:
+def describe_certification(independent: Array | bool) -> str:
     """What certificates rest on.
 
     Args:
@@ -101,23 +101,6 @@ def evidence_in_words(independent: Array | bool) -> str:
         if independent.any()
         else "recorded while the chains were rolled"
     )
-
-
-def check_scale(scale: Array | float, name: str) -> Array | float:
-    """Refuse a unit with which any path would pass.
-
-    Raises:
-        ValueError: Naming `name`, if a concrete scale is not positive and finite (traced ones pass).
-    """
-    if not isinstance(scale, jax.core.Tracer):
-        values = np.asarray(scale)
-        if (
-            not np.issubdtype(values.dtype, np.floating)
-            and not np.issubdtype(values.dtype, np.integer)
-            or not (np.isfinite(values).all() and (values > 0).all())
-        ):
-            raise ValueError(f"{name}: got {scale!r}, wanted positive finite numbers")
-    return scale
 
 
 def before_steps(initial: PyTree, states: PyTree) -> PyTree:
@@ -164,7 +147,7 @@ def judged(
     unit = _spread(path) if unit is None else jnp.asarray(unit, dtype)
     # A unit that is not positive and finite would let anything pass.
     usable = (unit > 0) & jnp.isfinite(unit)
-    residual = largest(jnp.where(usable, jnp.abs(expected - path) / unit, jnp.nan), axis=1)
+    residual = nanaware_max(jnp.where(usable, jnp.abs(expected - path) / unit, jnp.nan), axis=1)
     finite = jnp.isfinite(path).all()
     tolerance = jnp.asarray(_TOLERANCE.get(dtype, 1e-4), dtype)
     positions = [
@@ -189,7 +172,7 @@ def judged(
     )
     certificate = Certificate(
         certified=finite & jnp.all(residual <= tolerance) & consistent,
-        max_residual=largest(residual),
+        max_residual=nanaware_max(residual),
         worst_step=worst,
         tolerance=tolerance,
         num_steps=jnp.asarray(num_steps),

@@ -20,7 +20,7 @@ import jax
 import jax.extend.core
 import numpy as np
 
-from partime_mcmc.closures import evaluate
+from partime_mcmc.tracing import evaluate
 from partime_mcmc.types import PyTree
 
 # KernelParams of 4 bytes that may be kept per step: so many times the memory of a step, and so many in any case.
@@ -42,7 +42,7 @@ _DEAR = {
 }
 
 
-def split(
+def hoist_drive_only(
     function: Callable, params: PyTree, memory: PyTree, drive: PyTree
 ) -> tuple[Callable, Callable]:
     """Cut a step in what needs its drive alone and what needs its memory too.

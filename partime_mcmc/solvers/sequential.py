@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from partime_mcmc.dynamics import Dynamics, Memo, rollout, rollout_with_notes
-from partime_mcmc.scan.time_axis import TimeAxis
-from partime_mcmc.solution import Tolerance
+from partime_mcmc.engine.dynamics import CachedStep, Dynamics, rollout, rollout_with_notes
+from partime_mcmc.engine.solution import Tolerance
+from partime_mcmc.engine.time_axis import TimeAxis
 from partime_mcmc.solvers.base import Proposal
 from partime_mcmc.types import Array, Key, PyTree, pytree
 
 
 @pytree()
-class Rollout:
+class Sequential:
     """`x_t = f(x_{t-1}, u_t)` by `lax.scan`."""
 
     keeps_notes: ClassVar[bool] = True
@@ -43,7 +43,7 @@ class Rollout:
         tolerance: Tolerance,
     ) -> tuple[Proposal, PyTree]:
         del key
-        if dynamics.memo and dynamics.memo.note:
+        if dynamics.cached and dynamics.cached.aux:
             path, notes = rollout_with_notes(dynamics, initial, drives)
         else:
             path, notes = (
@@ -72,7 +72,7 @@ class Rollout:
         return 0
 
 
-def roll_on(
+def finish_sequentially(
     dynamics: Dynamics, initial: PyTree, states: PyTree, drives: PyTree, num_exact: Array
 ) -> PyTree:
     """Finish paths one step after another from where they stop being exact.
@@ -87,7 +87,7 @@ def roll_on(
     Returns:
         The paths, leaves `(B, T, ...)`. The loop begins at the smallest `num_exact`.
     """
-    memo = memo_of(dynamics)
+    cached = cached_step_of(dynamics)
     num_paths, num_steps = jax.tree.leaves(states)[0].shape[:2]
     every = jnp.arange(num_paths)
 
@@ -100,18 +100,18 @@ def roll_on(
     following = jax.tree.map(
         lambda leaf: leaf[every, jnp.minimum(num_exact, num_steps - 1)], drives
     )
-    memory = jax.vmap(memo.enter, in_axes=(None, 0, 0))(
-        memo.params[0], select(num_exact == 0, initial, last), following
+    memory = jax.vmap(cached.init, in_axes=(None, 0, 0))(
+        cached.params[0], select(num_exact == 0, initial, last), following
     )
 
     def one_step(step, carry):
         memory, rolled = carry
         at_step = lambda leaf: lax.dynamic_index_in_dim(leaf, step, axis=1, keepdims=False)  # noqa: E731
-        new = jax.vmap(memo.advance, in_axes=(None, 0, 0))(
-            memo.params[1], memory, jax.tree.map(at_step, drives)
+        new = jax.vmap(cached.step, in_axes=(None, 0, 0))(
+            cached.params[1], memory, jax.tree.map(at_step, drives)
         )
         memory = select(step >= num_exact, new, memory)
-        state = jax.vmap(memo.leave, in_axes=(None, 0))(memo.params[2], memory)
+        state = jax.vmap(cached.state, in_axes=(None, 0))(cached.params[2], memory)
         state = select(step >= num_exact, state, jax.tree.map(at_step, states))
         return memory, jax.tree.map(
             lambda leaf, row: lax.dynamic_update_index_in_dim(leaf, row, step, 1), rolled, state
@@ -129,15 +129,15 @@ def roll_on(
     )
 
 
-def memo_of(dynamics: Dynamics) -> Memo:
+def cached_step_of(dynamics: Dynamics) -> CachedStep:
     """The dynamics' memory; where steps share nothing, the state itself in the shape of one."""
-    return dynamics.memo or Memo(
+    return dynamics.cached or CachedStep(
         enter_as_is, dynamics.step, _leave_as_is, (None, dynamics.params, None)
     )
 
 
 def enter_as_is(params: PyTree, state: PyTree, drive: PyTree) -> PyTree:
-    """`Memo.enter` of dynamics whose steps share nothing."""
+    """`CachedStep.init` of dynamics whose steps share nothing."""
     return state
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from partime_mcmc.types import PyTree
 
 
-class Named:
+class HashableFunction:
     """A function object that equals others of its class with equal parts, so that compiled code is found again."""
 
     def __init__(self, *parts: Any):

@@ -17,8 +17,14 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.kernels.dice import Layers, draw_layers, multishift
-from partime_mcmc.kernels.drawn import Drawn, DrawnInfo, decide, flat_of, select
+from partime_mcmc.kernels.coupling import MultishiftNoise, draw_multishift_noise, multishift
+from partime_mcmc.kernels.explicit_randomness import (
+    ExplicitRandomnessKernel,
+    ProposalInfo,
+    decide,
+    flat_of,
+    select,
+)
 from partime_mcmc.types import Array, PyTree
 
 
@@ -29,7 +35,7 @@ class WalkState(NamedTuple):
     logdensity: Array
 
 
-class WalkDice(NamedTuple):
+class WalkRandomness(NamedTuple):
     """The dice of one step.
 
     Attributes:
@@ -38,14 +44,14 @@ class WalkDice(NamedTuple):
         first: First coordinate of the block, integer scalar.
     """
 
-    layers: Layers
+    layers: MultishiftNoise
     uniform: Array
     first: Array
 
 
 def coalescing_random_walk(
     logdensity: Callable[[PyTree], Array], scale: float, block: int | None
-) -> Drawn:
+) -> ExplicitRandomnessKernel:
     """Random-walk Metropolis with coalescing dice as a sampling algorithm.
 
     Args:
@@ -61,25 +67,27 @@ def coalescing_random_walk(
     def draw(key, state):
         flat = flat_of(state.position)
         layers_key, block_key = jax.random.split(key)
-        layers, uniform = draw_layers(layers_key, flat.size, flat.dtype)
+        layers, uniform = draw_multishift_noise(layers_key, flat.size, flat.dtype)
         first = (
             jnp.zeros((), jnp.int32)
             if block is None
             else jax.random.randint(block_key, (), 0, flat.size)
         )
-        return WalkDice(layers, uniform, first)
+        return WalkRandomness(layers, uniform, first)
 
-    def apply(dice, state):
+    def apply(randomness, state):
         flat, unravel = ravel_pytree(state.position)
-        proposed, lattice_margin = multishift(flat, jnp.asarray(scale, flat.dtype), dice.layers)
+        proposed, lattice_margin = multishift(
+            flat, jnp.asarray(scale, flat.dtype), randomness.layers
+        )
         if block is not None:
             proposed = jnp.where(
-                (jnp.arange(flat.size) - dice.first) % flat.size < block, proposed, flat
+                (jnp.arange(flat.size) - randomness.first) % flat.size < block, proposed, flat
             )
         proposal = init(unravel(proposed))
-        rate, accepted, margin = decide(proposal.logdensity - state.logdensity, dice.uniform)
-        return select(accepted, proposal, state), DrawnInfo(
+        rate, accepted, margin = decide(proposal.logdensity - state.logdensity, randomness.uniform)
+        return select(accepted, proposal, state), ProposalInfo(
             rate, accepted, margin, lattice_margin, proposal
         )
 
-    return Drawn(init, draw, apply)
+    return ExplicitRandomnessKernel(init, draw, apply)

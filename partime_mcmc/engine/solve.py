@@ -20,16 +20,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from partime_mcmc.adjoint import Adjoint, Implicit
-from partime_mcmc.contracts import check_has, kind
-from partime_mcmc.dynamics import Dynamics, check_state, ravel, without_captures
-from partime_mcmc.recipes import DEFAULT_MAX_ITERATIONS, deer
-from partime_mcmc.reduction import largest
-from partime_mcmc.scan.time_axis import LocalTime, TimeAxis
-from partime_mcmc.schedule import Schedule, Whole
-from partime_mcmc.solution import Solution, Stats, Status, Tolerance
-from partime_mcmc.solvers import Rollout, Solver
+from partime_mcmc.engine.adjoint import Adjoint, Implicit
+from partime_mcmc.engine.dynamics import Dynamics, check_state, ravel, without_captures
+from partime_mcmc.engine.recipes import DEFAULT_MAX_ITERATIONS, deer
+from partime_mcmc.engine.solution import Solution, Stats, Status, Tolerance, nanaware_max
+from partime_mcmc.engine.time_axis import LocalTime, TimeAxis
+from partime_mcmc.engine.windows import AllAtOnce, Schedule
+from partime_mcmc.solvers import Sequential, Solver
 from partime_mcmc.types import Array, Key, PyTree, pytree
+from partime_mcmc.validation import check_has, describe
 
 _RUNNING = -1
 _MAX_HISTORY = 512
@@ -41,7 +40,7 @@ def solve(
     drives: PyTree,
     *,
     solver: Solver = deer(),
-    schedule: Schedule = Whole(),
+    schedule: Schedule = AllAtOnce(),
     tolerance: Tolerance = Tolerance(),
     max_iterations: int | None = None,
     guess: PyTree | None = None,
@@ -84,7 +83,7 @@ def solve(
     window = schedule.window(num_steps)
     if window != num_steps and axis.length(num_steps) != num_steps:
         raise ValueError(
-            f"schedule: got {schedule!r} with an axis spread over devices, wanted Whole(): a window that moves "
+            f"schedule: got {schedule!r} with an axis spread over devices, wanted AllAtOnce(): a window that moves "
             "would be on one device at a time"
         )
     max_iterations = check_iterations(max_iterations)
@@ -182,7 +181,7 @@ def _solve(
         window,
         max_iterations,
     )
-    if isinstance(solver, Rollout) and window == num_steps > 0:
+    if isinstance(solver, Sequential) and window == num_steps > 0:
         # One pass settles it; under `vmap` a loop would select between old and new books, path included.
         end = one_pass(begin)
     else:
@@ -212,19 +211,19 @@ def _solve(
 
 def _no_notes(dynamics, solver, initial, drives, guess, window):
     """Room for notes and defects, None where none are kept: by most solvers, or where a window moves."""
-    memo = dynamics.memo
+    cached = dynamics.cached
     if not (
-        memo
-        and memo.note
+        cached
+        and cached.aux
         and getattr(solver, "keeps_notes", False)
         and window == guess.shape[0] > 0
     ):
         return None, None
     memory = jax.eval_shape(
-        memo.enter, memo.params[0], initial, jax.tree.map(lambda leaf: leaf[0], drives)
+        cached.init, cached.params[0], initial, jax.tree.map(lambda leaf: leaf[0], drives)
     )
     return jnp.zeros(
-        (window, *jax.eval_shape(memo.note, memory).shape), guess.dtype
+        (window, *jax.eval_shape(cached.aux, memory).shape), guess.dtype
     ), jnp.zeros_like(guess)
 
 
@@ -240,7 +239,7 @@ def _one_pass(
     num_exact = axis.length_of_true(
         tolerance.ratio(proposal.residual, proposal.judged) <= 1
     ).astype(jnp.int32)
-    per_step = largest(jnp.abs(proposal.residual), axis=1)
+    per_step = nanaware_max(jnp.abs(proposal.residual), axis=1)
     per_step = jnp.where(jnp.isfinite(per_step), per_step, jnp.nan)
     size = axis.maximum(per_step)
     repeats, fingerprint = _repeats(loop, per_step, num_exact, memory, axis)
@@ -275,7 +274,7 @@ def _one_pass(
         memory,
         status,
         loop.iterations + proposal.num_passes - over.astype(jnp.int32),
-        largest(jnp.stack([loop.residual, left])),
+        nanaware_max(jnp.stack([loop.residual, left])),
         loop.start + num_exact,
         fingerprint,
         loop.evaluations + proposal.evaluations,
@@ -329,7 +328,7 @@ def _repeats(loop, per_step, num_exact, memory, axis):
 
 def _check_strategies(dynamics, solver, schedule, tolerance, adjoint) -> None:
     if not isinstance(dynamics, Dynamics):
-        raise TypeError(f"dynamics: got {kind(dynamics)}, wanted Dynamics(step, params)")
+        raise TypeError(f"dynamics: got {describe(dynamics)}, wanted Dynamics(step, params)")
     check_has(solver, "solver", ("init", "step"), "a recipe such as shooting() or deer()")
     check_has(
         getattr(solver, "linearizer", getattr(solver, "correction", jax.jit)),
@@ -338,11 +337,16 @@ def _check_strategies(dynamics, solver, schedule, tolerance, adjoint) -> None:
         "an instance such as DenseJacobian()",
     )
     check_has(
-        schedule, "schedule", ("window", "advance"), "Whole(), Stretches(size) or Sliding(size)"
+        schedule,
+        "schedule",
+        ("window", "advance"),
+        "AllAtOnce(), Windows(size) or SlidingWindow(size)",
     )
     check_has(adjoint, "adjoint", ("__call__",), "Implicit()")
     if not isinstance(tolerance, Tolerance):
-        raise TypeError(f"tolerance: got {kind(tolerance)}, wanted Tolerance(relative, absolute)")
+        raise TypeError(
+            f"tolerance: got {describe(tolerance)}, wanted Tolerance(relative, absolute)"
+        )
 
 
 def count_steps(drives: PyTree) -> int:

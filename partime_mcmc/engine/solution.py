@@ -16,8 +16,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.reduction import largest
 from partime_mcmc.types import Array, PyTree, pytree
+
+
+def nanaware_max(values: Array, axis: int | None = None) -> Array:
+    """The maximum of non-negative `values` over `axis` (None: all), 0 if there are none, NaN if any is NaN.
+
+    Args:
+        values: Floating point, any shape.
+        axis: The axis to reduce.
+
+    Returns:
+        The shape of `values` without `axis`.
+    """
+    missing = jnp.isnan(values)
+    top = jnp.max(jnp.where(missing, 0, values), axis=axis, initial=0.0)
+    return jnp.where(missing.any(axis=axis), jnp.nan, top).astype(values.dtype)
+
 
 # A path is accepted when its residual is within this many units in the last place. The floor is some 2 to 20 ulp (one
 # rounding per operation of f, amplified by its Jacobian); a wrong accept decision is some 1e15 ulp in float64.
@@ -122,7 +137,7 @@ class Tolerance:
         size = jnp.abs(residual)
         scaled = jnp.where(size == 0, 0.0, size / bound)
         # An infinite state has an infinite bound: that must not pass as exact.
-        return largest(
+        return nanaware_max(
             jnp.where(jnp.isfinite(size) & jnp.isfinite(bound), scaled, jnp.nan), axis=-1
         )
 
@@ -162,7 +177,7 @@ class Solution:
         residual: `max_t,j |f(x_{t-1}, u_t) − x_t|` of the states returned; a scalar, NaN if any is not finite.
         num_exact: How many steps from the start on are within the tolerance (`T` when converged).
         stats: The work done.
-        notes: What the steps of the path noted (`Memo.note`), shape `(T, R)`; None where nothing is noted or kept.
+        notes: What the steps of the path noted (`CachedStep.aux`), shape `(T, R)`; None where nothing is noted or kept.
         defects: `f(x_{t-1}, u_t) − x_t` in flat coordinates, shape `(T, D)`; None where there are no notes.
     """
 

@@ -24,17 +24,22 @@ from blackjax.mcmc import hmc, integrators, metrics
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.kernels.dice import Layers, draw_layers, multishift, normal_of
-from partime_mcmc.kernels.drawn import (
-    Drawn,
-    DrawnState,
+from partime_mcmc.kernels.coupling import (
+    MultishiftNoise,
+    draw_multishift_noise,
+    multishift,
+    normal_of,
+)
+from partime_mcmc.kernels.explicit_randomness import (
+    ExplicitRandomnessKernel,
+    GradientState,
     decide,
     flat_of,
     initial_state,
     select,
     when_anyone,
 )
-from partime_mcmc.kernels.mala import LangevinDice, draw_langevin, langevin_step
+from partime_mcmc.kernels.multishift_mala import LangevinRandomness, draw_langevin, langevin_step
 from partime_mcmc.types import Array, PyTree
 
 # Up to so many leapfrog steps are written out one after another: a loop costs more than a small gradient.
@@ -51,7 +56,7 @@ class HamiltonianInfo(NamedTuple):
         energy: At the trajectory's end.
         num_integration_steps: Leapfrog steps.
         decision_margin: The smallest |acceptance probability − uniform| of the decisions.
-        lattice_margin: As for `DrawnInfo`; infinite where no lattice was used.
+        lattice_margin: As for `ProposalInfo`; infinite where no lattice was used.
         langevin_acceptance_rate: Of the Langevin step; NaN where there was none.
         proposal: The trajectory's end.
     """
@@ -67,15 +72,15 @@ class HamiltonianInfo(NamedTuple):
     proposal: PyTree
 
 
-class SteeredDice(NamedTuple):
+class SteeredRandomness(NamedTuple):
     """Layers for the momentum, shape `(D,)` each, and the uniform of the decision."""
 
-    layers: Layers
+    layers: MultishiftNoise
     uniform: Array
 
 
 class CycleState(NamedTuple):
-    """As `DrawnState`, with `phase`: transitions since the last Langevin step, 0 to k − 1."""
+    """As `GradientState`, with `phase`: transitions since the last Langevin step, 0 to k − 1."""
 
     position: PyTree
     logdensity: Array
@@ -83,7 +88,7 @@ class CycleState(NamedTuple):
     phase: Array
 
 
-class CycleDice(NamedTuple):
+class CycleRandomness(NamedTuple):
     """The dice of one transition.
 
     Attributes:
@@ -94,7 +99,7 @@ class CycleDice(NamedTuple):
 
     momentum: Array
     uniform: Array
-    langevin: LangevinDice
+    langevin: LangevinRandomness
 
 
 def leapfrog_row(step_size: Array | float, num_steps: int) -> tuple[Array, Array]:
@@ -113,7 +118,9 @@ def leapfrog_row(step_size: Array | float, num_steps: int) -> tuple[Array, Array
     return jnp.cos(angle), jnp.sin(angle) / jnp.sqrt(1 - jnp.asarray(step_size) ** 2 / 4)
 
 
-def steered_hmc(logdensity: Callable[[PyTree], Array], step_size: float, num_steps: int) -> Drawn:
+def steered_hmc(
+    logdensity: Callable[[PyTree], Array], step_size: float, num_steps: int
+) -> ExplicitRandomnessKernel:
     """HMC whose momentum is multishift noise at the trajectory's end, in whitened coordinates.
 
     Args:
@@ -129,16 +136,16 @@ def steered_hmc(logdensity: Callable[[PyTree], Array], step_size: float, num_ste
 
     def draw(key, state):
         flat = flat_of(state.position)
-        return SteeredDice(*draw_layers(key, flat.size, flat.dtype))
+        return SteeredRandomness(*draw_multishift_noise(key, flat.size, flat.dtype))
 
-    def apply(dice, state):
+    def apply(randomness, state):
         flat = flat_of(state.position)
         center, gain = (c * flat).astype(flat.dtype), s.astype(flat.dtype)
-        aimed, lattice_margin = multishift(center, jnp.abs(gain), dice.layers)
-        new, info = propose(state, (aimed - center) / gain, dice.uniform)
+        aimed, lattice_margin = multishift(center, jnp.abs(gain), randomness.layers)
+        new, info = propose(state, (aimed - center) / gain, randomness.uniform)
         return new, info._replace(lattice_margin=lattice_margin)
 
-    return Drawn(init, draw, apply)
+    return ExplicitRandomnessKernel(init, draw, apply)
 
 
 def hmc_cycle(
@@ -147,7 +154,7 @@ def hmc_cycle(
     num_steps: int,
     langevin_step_size: float,
     every: int,
-) -> Drawn:
+) -> ExplicitRandomnessKernel:
     """HMC with plain momenta, and a coalescing Langevin step after every `every`-th trajectory.
 
     Args:
@@ -171,7 +178,7 @@ def hmc_cycle(
 
     def draw(key, state):
         flat = flat_of(state.position)
-        return CycleDice(*momentum(key, flat), landing(key, flat))
+        return CycleRandomness(*momentum(key, flat), landing(key, flat))
 
     def draw_many(keys, state):
         # Layers are the dearest dice, and only every k-th transition looks at them: the others get those of the next.
@@ -187,17 +194,17 @@ def hmc_cycle(
                 copies.reshape(-1, *leaf.shape[1:]), state.phase, num_steps
             )
 
-        return CycleDice(
+        return CycleRandomness(
             *jax.vmap(momentum, in_axes=(0, None))(keys, flat), jax.tree.map(spread, layers)
         )
 
-    def apply(dice, state):
+    def apply(randomness, state):
         phase = (state.phase + 1) % every
-        inner, info = propose(DrawnState(*state[:3]), dice.momentum, dice.uniform)
+        inner, info = propose(GradientState(*state[:3]), randomness.momentum, randomness.uniform)
 
         def langevin(value):
             inner, info = value
-            inner, said = langevin_step(evaluate, langevin_step_size, dice.langevin, inner)
+            inner, said = langevin_step(evaluate, langevin_step_size, randomness.langevin, inner)
             return inner, info._replace(
                 is_accepted=info.is_accepted | said.is_accepted,
                 lattice_margin=said.lattice_margin,
@@ -211,7 +218,7 @@ def hmc_cycle(
     def count(discrete, num_steps):
         return {"phase": (discrete["phase"] + jnp.arange(num_steps, dtype=jnp.int32)) % every}
 
-    return Drawn(init, draw, apply, draw_many, count)
+    return ExplicitRandomnessKernel(init, draw, apply, draw_many, count)
 
 
 def leapfrogs(num_steps: int) -> Callable:
@@ -278,11 +285,11 @@ def _trajectory(logdensity, step_size, num_steps):
             margin,
             nothing,
             jnp.full((), jnp.nan, flat.dtype),
-            DrawnState(
+            GradientState(
                 said.proposal.position, said.proposal.logdensity, said.proposal.logdensity_grad
             ),
         )
-        return DrawnState(end.position, end.logdensity, end.logdensity_grad), info
+        return GradientState(end.position, end.logdensity, end.logdensity_grad), info
 
     return propose
 

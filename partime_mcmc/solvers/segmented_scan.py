@@ -25,12 +25,61 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from partime_mcmc.solvers.relay_plan import PILOT_RUN, PILOT_SHARE, PILOTS, SHORTEST, RelayPlan
 from partime_mcmc.types import Array, PyTree, pytree
 
 
+@pytree(static=("lanes", "most_chains"))
+class SegmentedScanConfig:
+    """How a relay is run; static, so that it is known when a program is traced.
+
+    Attributes:
+        lanes: Chains × segments wanted side by side.
+        most_chains: The largest batch that gains from lanes; None where every batch does.
+    """
+
+    lanes: int
+    most_chains: int | None = None
+
+    def segments(self, num_chains: int, num_steps: int, backend: str) -> int:
+        """C, segments per chain; 1 means one step after another.
+
+        Args:
+            num_chains: B, chains that are solved together.
+            num_steps: T.
+            backend: The platform, as `jax.default_backend()` says it.
+        """
+        if (
+            num_steps < (_LEAST_ON_CPU if backend == "cpu" else _LEAST)
+            or self.most_chains is not None
+            and num_chains > self.most_chains
+        ):
+            return 1
+        most = min(max(self.lanes // num_chains, 1), num_steps // SHORTEST)
+        return _divisor(num_steps, most) if most >= 2 else 1
+
+
+# Segments shorter than this meet too late to be worth their start.
+SHORTEST = 128
+# The pilot: so many pairs, after so many steps that make the second of each pair typical, for at most so large a share of
+# the run; a run that would leave it less than `_PATIENCE` steps is too short for a relay.
+PROBES, PROBE_RUN, PROBE_SHARE, _PATIENCE = 4, 32, 32, 64
+_LEAST = PROBE_SHARE * (PROBE_RUN + _PATIENCE)
+# Whether `lax.scan` on a CPU keeps the products of a narrow step inside its loop, which makes it up to four times as fast.
+LEAN_LOOPS = jax.__version_info__ >= (0, 12)
+# Then the pilot and the mend cost more than a short run gains (32 units, 4,096 steps: 0.65 times the speed of `lax.scan`).
+_LEAST_ON_CPU = 8192 if LEAN_LOOPS else _LEAST
+
+
+def _divisor(num_steps: int, most: int) -> int:
+    """The largest number of segments of at most `most` that leaves no rest, if one is near, else `most`."""
+    for count in range(most, most // 2, -1):
+        if num_steps % count == 0:
+            return count
+    return most
+
+
 @pytree()
-class RelayReport:
+class SegmentedScanReport:
     """What happened; scalars, the same for all chains that were solved together.
 
     Attributes:
@@ -42,22 +91,22 @@ class RelayReport:
     """
 
     parallel: Array
-    pilot_steps: Array
-    mended: Array
+    probe_steps: Array
+    corrected: Array
     gap: Array
     evaluations: Array
 
 
-def relay(
+def segmented_scan(
     step: Callable,
     params: PyTree,
     initial: Array,
     drives: PyTree,
     bound: tuple[Array, Array],
-    plan: RelayPlan,
+    plan: SegmentedScanConfig,
     *,
     direction: int = 1,
-) -> tuple[Array, RelayReport]:
+) -> tuple[Array, SegmentedScanReport]:
     """The path of a recurrence, not differentiable; under `vmap` all chains with the same parameters share one set of lanes.
 
     Args:
@@ -115,7 +164,7 @@ def _fallback(step):
 
 
 @functools.lru_cache(maxsize=256)
-def _runner(step, plan: RelayPlan, direction: int):
+def _runner(step, plan: SegmentedScanConfig, direction: int):
     """`(params, initial (B, D), drives (B, T, ...), absolute (B, D), relative (B,))`."""
     return _with_lanes(
         functools.partial(_run, step, plan, direction),
@@ -124,7 +173,7 @@ def _runner(step, plan: RelayPlan, direction: int):
 
 
 # One step after another, whatever the device.
-_ONE_LANE = RelayPlan(1)
+_ONE_LANE = SegmentedScanConfig(1)
 
 
 def _with_lanes(function, plain=None):
@@ -179,7 +228,7 @@ def _run(step, plan, direction, params, initial, drives, absolute, relative):
     if segments == 1:
         path = _roll(advance, initial, drives, path, direction, 0, num_steps)[1]
         each = functools.partial(jnp.broadcast_to, shape=(num_chains,))
-        return path, RelayReport(
+        return path, SegmentedScanReport(
             each(False),
             each(zero),
             each(zero),
@@ -192,12 +241,12 @@ def _run(step, plan, direction, params, initial, drives, absolute, relative):
     bound = jnp.repeat(absolute, segments, axis=0), jnp.repeat(relative, segments)[:, None]
     patience = min(length, max(SHORTEST, length // 2))
     tape = jax.tree.map(cut, drives)
-    forgets, looked = _pilot(
+    forgets, looked = _probe(
         advance,
         initial,
         tape,
         bound,
-        min(length, num_steps // PILOT_SHARE - PILOT_RUN),
+        min(length, num_steps // PROBE_SHARE - PROBE_RUN),
         direction,
         segments,
     )
@@ -206,7 +255,7 @@ def _run(step, plan, direction, params, initial, drives, absolute, relative):
         advance, lanes, tape, cut(path), direction, 0, jnp.where(forgets, length, 0)
     )
     starts = _hand_over(initial, ends, direction)
-    rolled, met, mended, gap = _mend(
+    rolled, met, corrected, gap = _correct(
         advance, starts, tape, rolled, bound, patience, direction, forgets
     )
     rolled = rolled.reshape(num_chains, body, -1)
@@ -219,11 +268,13 @@ def _run(step, plan, direction, params, initial, drives, absolute, relative):
         advance, jnp.where(met, last, initial), drives, rolled, direction, first, num_steps
     )
     work = (
-        2.0 * min(PILOTS, segments) * (PILOT_RUN + looked)
-        + num_chains * segments * (jnp.where(forgets, length, 0) + mended)
+        2.0 * min(PROBES, segments) * (PROBE_RUN + looked)
+        + num_chains * segments * (jnp.where(forgets, length, 0) + corrected)
         + num_chains * (num_steps - first)
     ) / (num_chains * num_steps)
-    report = RelayReport(met, looked, mended, jnp.where(met, gap, 0), work.astype(jnp.float32))
+    report = SegmentedScanReport(
+        met, looked, corrected, jnp.where(met, gap, 0), work.astype(jnp.float32)
+    )
     return path, jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num_chains,)), report)
 
 
@@ -270,13 +321,13 @@ def _same(new, stored, bound):
     return (near | (new == stored) | (jnp.isnan(new) & jnp.isnan(stored))).all(axis=1)
 
 
-def _pilot(advance, initial, tape, bound, patience, direction, segments):
+def _probe(advance, initial, tape, bound, patience, direction, segments):
     """Whether pairs of lanes meet within `patience` steps, and after how many.
 
     One of a pair starts where the relay's segments will, the other at a state that the recurrence itself has reached.
     """
     lanes, length = jax.tree.leaves(tape)[0].shape[:2]
-    count = min(PILOTS, lanes)
+    count = min(PROBES, lanes)
     chosen = jnp.arange(count) * lanes // count
     few, limit = (
         jax.tree.map(lambda leaf: leaf[chosen], tape),
@@ -287,7 +338,7 @@ def _pilot(advance, initial, tape, bound, patience, direction, segments):
     def roll(step, states):
         return advance(states, _row(few, _place(step, length, direction)))
 
-    typical = lax.fori_loop(0, min(PILOT_RUN, length), roll, starts)
+    typical = lax.fori_loop(0, min(PROBE_RUN, length), roll, starts)
     pairs = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), few)
 
     def apart(carry):
@@ -306,7 +357,7 @@ def _pilot(advance, initial, tape, bound, patience, direction, segments):
     return _same(states[:count], states[count:], limit).all(), step
 
 
-def _mend(advance, starts, tape, path, bound, patience, direction, wanted):
+def _correct(advance, starts, tape, path, bound, patience, direction, wanted):
     """Roll from `starts` until every lane agrees with `path` at one step; what was rolled until then replaces it.
 
     Returns:

@@ -26,15 +26,22 @@ from partime_mcmc.linearize import (
     Linearizer,
     ZeroJacobian,
 )
-from partime_mcmc.solvers import DampingPolicy, Kalman, Newton, RelaxingDamping, Rollout, Shooting
+from partime_mcmc.solvers import (
+    DampingPolicy,
+    Kalman,
+    Newton,
+    RelaxingDamping,
+    Sequential,
+    Shooting,
+)
 
 # A stated bound that does not grow with T: a method that needs more passes than this has lost to the sequential loop.
 DEFAULT_MAX_ITERATIONS = 200
 
 
-def sequential() -> Rollout:
+def sequential() -> Sequential:
     """One step after another."""
-    return Rollout()
+    return Sequential()
 
 
 def deer(*, damping: float = 0.0, clip: float | None = None) -> Newton:

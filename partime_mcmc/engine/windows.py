@@ -2,9 +2,9 @@
 
 A schedule is a window of `size` steps and a rule for moving it, given how many steps at its front are exact:
 
-    Whole()            the window is all of time and never moves
-    Stretches(size)    moves on by a whole window once all of it is exact: bounded memory, least work
-    Sliding(size)      moves on at once by however many steps are exact: work follows the front, as in
+    AllAtOnce()            the window is all of time and never moves
+    Windows(size)    moves on by a whole window once all of it is exact: bounded memory, least work
+    SlidingWindow(size)      moves on at once by however many steps are exact: work follows the front, as in
                        Shih et al. 2023, "Parallel sampling of diffusion models", arXiv:2305.16317
 
 A window holds states and nothing else (no running statistics, no "nothing changed, so done" rule), so a window shorter
@@ -33,7 +33,7 @@ class Schedule(Protocol):
 
 
 @pytree()
-class Whole:
+class AllAtOnce:
     """All of time at once."""
 
     def window(self, num_steps: int) -> int:
@@ -44,7 +44,7 @@ class Whole:
 
 
 @pytree(static=("size",))
-class Stretches:
+class Windows:
     """One stretch of `size` steps after another."""
 
     size: int
@@ -60,7 +60,7 @@ class Stretches:
 
 
 @pytree(static=("size",))
-class Sliding:
+class SlidingWindow:
     """A window of `size` steps whose front follows the exact steps."""
 
     size: int

@@ -21,7 +21,7 @@ from partime_mcmc.types import Array, Key, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
+class ExplicitRandomnessKernel:
     """A sampling algorithm made of a throw and a move.
 
     Attributes:
@@ -35,21 +35,21 @@ class Drawn:
 
     init: Callable[[PyTree], NamedTuple]
     draw: Callable[[Key, NamedTuple], PyTree]
-    apply: Callable[[PyTree, NamedTuple], tuple[NamedTuple, NamedTuple]]
+    step_with: Callable[[PyTree, NamedTuple], tuple[NamedTuple, NamedTuple]]
     draw_many: Callable[[Key, NamedTuple], PyTree] | None = None
     count: Callable[[dict, int], dict] | None = None
 
-    def throw(self, keys: Key, state: NamedTuple) -> PyTree:
+    def sample_randomness(self, keys: Key, state: NamedTuple) -> PyTree:
         """The dice of all steps from a state on, leading axis `T`."""
         many = jax.vmap(self.draw, in_axes=(0, None)) if self.draw_many is None else self.draw_many
         return many(keys, state)
 
     def step(self, rng_key: Key, state: NamedTuple) -> tuple[NamedTuple, NamedTuple]:
         """One transition."""
-        return self.apply(self.draw(rng_key, state), state)
+        return self.step_with(self.draw(rng_key, state), state)
 
 
-class DrawnState(NamedTuple):
+class GradientState(NamedTuple):
     """The state of a kernel that needs no more than its position.
 
     Attributes:
@@ -63,18 +63,18 @@ class DrawnState(NamedTuple):
     logdensity_grad: PyTree
 
 
-def initial_state(logdensity: Callable[[PyTree], Array]) -> Callable[..., DrawnState]:
+def initial_state(logdensity: Callable[[PyTree], Array]) -> Callable[..., GradientState]:
     """`position -> state`, with the density and its gradient evaluated there."""
     evaluate = jax.value_and_grad(logdensity)
 
     def init(position, rng_key=None):
         del rng_key  # BlackJAX passes one
-        return DrawnState(position, *evaluate(position))
+        return GradientState(position, *evaluate(position))
 
     return init
 
 
-class DrawnInfo(NamedTuple):
+class ProposalInfo(NamedTuple):
     """What a step with drawn dice says of itself, in BlackJAX's words.
 
     Attributes:

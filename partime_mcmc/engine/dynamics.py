@@ -18,13 +18,13 @@ import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.closures import Named, explicit
-from partime_mcmc.reduction import largest
+from partime_mcmc.engine.solution import nanaware_max
+from partime_mcmc.tracing import HashableFunction, explicit
 from partime_mcmc.types import Array, PyTree, pytree
 
 
-@pytree(static=("enter", "advance", "leave", "note"))
-class Memo:
+@pytree(static=("init", "step", "state", "aux"))
+class CachedStep:
     """The same recurrence for those who go through it step by step: what one step computes for the next is kept.
 
     A gradient-based kernel evaluates the gradient at the end of a step; the next step begins with that very gradient.
@@ -39,11 +39,11 @@ class Memo:
             kernel says of its proposal); solvers that roll keep them for every step of the path. None: nothing.
     """
 
-    enter: Callable
-    advance: Callable
-    leave: Callable
+    init: Callable
+    step: Callable
+    state: Callable
     params: tuple = (None, None, None)
-    note: Callable | None = None
+    aux: Callable | None = None
 
 
 @pytree(static=("step",))
@@ -59,7 +59,7 @@ class Dynamics:
 
     step: Callable[[PyTree, PyTree, PyTree], PyTree]
     params: PyTree = None
-    memo: Memo | None = None
+    cached: CachedStep | None = None
 
     def __call__(self, state: PyTree, drive: PyTree) -> PyTree:
         return self.step(self.params, state, drive)
@@ -92,13 +92,13 @@ def without_captures(dynamics: Dynamics, state: PyTree, drive: PyTree) -> Dynami
         drive: An example drive of one step.
     """
     step, params = explicit(dynamics.step, dynamics.params, state, drive)
-    memo = dynamics.memo
-    if memo is not None:
-        enter, p0 = explicit(memo.enter, memo.params[0], state, drive)
-        advance, p1 = explicit(memo.advance, memo.params[1], enter.result, drive)
-        leave, p2 = explicit(memo.leave, memo.params[2], enter.result)
-        memo = Memo(enter, advance, leave, (p0, p1, p2), memo.note)
-    return Dynamics(step, params, memo)
+    cached = dynamics.cached
+    if cached is not None:
+        enter, p0 = explicit(cached.init, cached.params[0], state, drive)
+        advance, p1 = explicit(cached.step, cached.params[1], enter.result, drive)
+        leave, p2 = explicit(cached.state, cached.params[2], enter.result)
+        cached = CachedStep(enter, advance, leave, (p0, p1, p2), cached.aux)
+    return Dynamics(step, params, cached)
 
 
 def rollout(dynamics: Dynamics, initial: PyTree, drives: PyTree) -> PyTree:
@@ -119,8 +119,8 @@ def rollout_with_notes(
     dynamics: Dynamics, initial: PyTree, drives: PyTree
 ) -> tuple[PyTree, Array | None]:
     """As `rollout`, and what each step notes, shape `(T, R)`; None where nothing is noted, or there are no steps."""
-    memo = dynamics.memo
-    if memo is None or jax.tree.leaves(drives)[0].shape[0] == 0:
+    cached = dynamics.cached
+    if cached is None or jax.tree.leaves(drives)[0].shape[0] == 0:
 
         def advance(state, drive):
             state = dynamics(state, drive)
@@ -129,11 +129,11 @@ def rollout_with_notes(
         return lax.scan(advance, initial, drives)[1], None
 
     def advance_memory(memory, drive):
-        memory = memo.advance(memo.params[1], memory, drive)
-        return memory, (memo.leave(memo.params[2], memory), memo.note and memo.note(memory))
+        memory = cached.step(cached.params[1], memory, drive)
+        return memory, (cached.state(cached.params[2], memory), cached.aux and cached.aux(memory))
 
     first = jax.tree.map(lambda leaf: leaf[0], drives)
-    return lax.scan(advance_memory, memo.enter(memo.params[0], initial, first), drives)[1]
+    return lax.scan(advance_memory, cached.init(cached.params[0], initial, first), drives)[1]
 
 
 def residual(dynamics: Dynamics, initial: PyTree, states: PyTree, drives: PyTree) -> Array:
@@ -160,7 +160,7 @@ def residual(dynamics: Dynamics, initial: PyTree, states: PyTree, drives: PyTree
         jnp.abs(value - state).reshape(state.shape[0], -1)
         for value, state in zip(jax.tree.leaves(values), jax.tree.leaves(states))
     ]
-    return largest(jnp.concatenate(gaps, axis=1), axis=1)
+    return nanaware_max(jnp.concatenate(gaps, axis=1), axis=1)
 
 
 def ravel(dynamics: Dynamics, initial: PyTree) -> tuple[Dynamics, Array, Callable[[Array], PyTree]]:
@@ -186,16 +186,16 @@ def ravel(dynamics: Dynamics, initial: PyTree) -> tuple[Dynamics, Array, Callabl
         and jax.tree.structure(initial) == _LEAF
     ):
         return dynamics, flat, _identity
-    border, memo = _Unravel(initial), dynamics.memo
-    if memo is not None:
-        memo = Memo(
-            _FlatEnter(memo.enter, border),
-            memo.advance,
-            _FlatLeave(memo.leave),
-            memo.params,
-            memo.note,
+    border, cached = _Unravel(initial), dynamics.cached
+    if cached is not None:
+        cached = CachedStep(
+            _FlatEnter(cached.init, border),
+            cached.step,
+            _FlatLeave(cached.state),
+            cached.params,
+            cached.aux,
         )
-    return Dynamics(_FlatStep(dynamics.step, border), dynamics.params, memo), flat, unravel
+    return Dynamics(_FlatStep(dynamics.step, border), dynamics.params, cached), flat, unravel
 
 
 def check_state(initial: PyTree) -> None:
@@ -257,7 +257,7 @@ class _Unravel:
         return hash((self.structure, self.shapes))
 
 
-class _FlatStep(Named):
+class _FlatStep(HashableFunction):
     """A step on flat states."""
 
     def __call__(self, params, flat, drive):
@@ -265,22 +265,22 @@ class _FlatStep(Named):
         return ravel_pytree(step(params, unravel(flat), drive))[0]
 
 
-class _FlatEnter(Named):
-    """`Memo.enter` from a flat state."""
+class _FlatEnter(HashableFunction):
+    """`CachedStep.init` from a flat state."""
 
     def __call__(self, params, flat, drive):
         enter, unravel = self.parts
         return enter(params, unravel(flat), drive)
 
 
-class _FlatLeave(Named):
-    """`Memo.leave` to a flat state."""
+class _FlatLeave(HashableFunction):
+    """`CachedStep.state` to a flat state."""
 
     def __call__(self, params, memory):
         return ravel_pytree(self.parts[0](params, memory))[0]
 
 
-class _WithoutParams(Named):
+class _WithoutParams(HashableFunction):
     """A function `(state, drive)` as a step `(params, state, drive)`."""
 
     def __call__(self, params, state, drive):

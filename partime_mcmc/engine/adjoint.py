@@ -9,7 +9,7 @@ y_t = J_{t+1}ᵀ y_{t+1} + b_t. No derivative goes through the solver's iteratio
 second derivatives follow. Two ways to solve the recurrence and its transpose:
 
     Implicit          Jacobians in full and a prefix or suffix scan                       memory O(T D²)
-    ImplicitRelay     products J_t δ and J_tᵀ y as they are needed, in a relay            memory O(T D)
+    ImplicitSegmented     products J_t δ and J_tᵀ y as they are needed, in a relay            memory O(T D)
 
 The recurrence of δ forgets exactly as the path itself does, hence the relay; its products are recomputed from the path,
 so nothing but states is kept.
@@ -25,14 +25,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from partime_mcmc.closures import Named
-from partime_mcmc.dynamics import Dynamics
+from partime_mcmc.engine.dynamics import Dynamics
+from partime_mcmc.engine.solution import DEFAULT_ULPS
+from partime_mcmc.engine.time_axis import TimeAxis
 from partime_mcmc.linearize.dense import jacobian
 from partime_mcmc.scan.affine import Dense
-from partime_mcmc.scan.time_axis import TimeAxis
-from partime_mcmc.solution import DEFAULT_ULPS
-from partime_mcmc.solvers.relay import RelayReport, relay
-from partime_mcmc.solvers.relay_plan import RelayPlan
+from partime_mcmc.solvers.segmented_scan import (
+    SegmentedScanConfig,
+    SegmentedScanReport,
+    segmented_scan,
+)
+from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import Array, PyTree, pytree
 
 
@@ -61,7 +64,7 @@ class Implicit:
 
 
 @pytree(static=("plan",))
-class ImplicitRelay:
+class ImplicitSegmented:
     """Derivatives by the implicit function theorem, with Jacobian products in a relay: for wide states that forget.
 
     Where the recurrence does not forget it is solved one step after another; the result is the same. Along an axis that
@@ -71,7 +74,7 @@ class ImplicitRelay:
         plan: How many lanes.
     """
 
-    plan: RelayPlan = RelayPlan(64)
+    plan: SegmentedScanConfig = SegmentedScanConfig(64)
 
     def __call__(
         self, dynamics: Dynamics, initial: Array, drives: PyTree, states: Array, axis: TimeAxis
@@ -103,7 +106,7 @@ class NoDerivatives:
 def _attach(
     step: Callable,
     axis: TimeAxis,
-    plan: RelayPlan | None,
+    plan: SegmentedScanConfig | None,
     params: PyTree,
     initial: Array,
     drives: PyTree,
@@ -193,9 +196,9 @@ def _relay_recurrence(step, plan, params, previous, drives, force, axis):
         return delta - moved
 
     def solve(_, right):
-        return relay(_Push(step), params, nothing, (previous, drives, right), _bound(right), plan)[
-            0
-        ]
+        return segmented_scan(
+            _Push(step), params, nothing, (previous, drives, right), _bound(right), plan
+        )[0]
 
     def transpose_solve(_, right):
         # y_t = b_t + z_{t+1}.
@@ -207,8 +210,13 @@ def _relay_recurrence(step, plan, params, previous, drives, force, axis):
 
 
 def pulled_back(
-    step: Callable, plan: RelayPlan, params: PyTree, previous: Array, drives: PyTree, right: Array
-) -> tuple[Array, RelayReport]:
+    step: Callable,
+    plan: SegmentedScanConfig,
+    params: PyTree,
+    previous: Array,
+    drives: PyTree,
+    right: Array,
+) -> tuple[Array, SegmentedScanReport]:
     """What reaches x_{t-1} through step t, from the last step to the first: z_t = J_tᵀ (b_t + z_{t+1}).
 
     Args:
@@ -222,7 +230,7 @@ def pulled_back(
     Returns:
         z, shape `(T, D)`, and the relay's report: products with J_tᵀ per step among it.
     """
-    return relay(
+    return segmented_scan(
         _Pull(step),
         params,
         jnp.zeros_like(right[0]),
@@ -240,7 +248,7 @@ def _bound(right):
     return unit * largest, unit
 
 
-class _Push(Named):
+class _Push(HashableFunction):
     """δ_{t-1} to J_t δ_{t-1} + b_t."""
 
     def __call__(self, params, delta, drive):
@@ -251,7 +259,7 @@ class _Push(Named):
         )
 
 
-class _Pull(Named):
+class _Pull(HashableFunction):
     """z_{t+1} to J_tᵀ (b_t + z_{t+1})."""
 
     def __call__(self, params, pulled, drive):

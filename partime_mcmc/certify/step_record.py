@@ -81,7 +81,7 @@ def record(state: Any, info: Any) -> Records:
 
 
 @pytree()
-class Said:
+class StepRecord:
     """All that one step says, as it is made.
 
     Attributes:
@@ -99,11 +99,11 @@ class Said:
         return jnp.stack([jnp.asarray(leaf, dtype).reshape(()) for leaf in jax.tree.leaves(self)])
 
 
-def unpacked(notes: Array, example: Said) -> Said:
+def unpacked(notes: Array, example: StepRecord) -> StepRecord:
     """What steps said, fields `(...)`, from their packed numbers `(..., R)`.
 
     Args:
-        notes: From `Said.packed`.
+        notes: From `StepRecord.packed`.
         example: One of them; only structure and types matter.
     """
     leaves, structure = jax.tree.flatten(example)
@@ -117,7 +117,7 @@ def unpacked(notes: Array, example: Said) -> Said:
 _SAID = ("accepted", "acceptance_rate", "diverging", "energy", "num_steps", "logdensity")
 
 
-def said_by(records: Records, shape: tuple[int, ...]) -> dict[str, Array]:
+def info_dict(records: Records, shape: tuple[int, ...]) -> dict[str, Array]:
     """What a user wants to know of each step, by name, as far as the kernel says it, every value of `shape`."""
     return {
         name: jnp.broadcast_to(getattr(records, name), shape)
@@ -134,7 +134,7 @@ def _equal(one, other):
     )
 
 
-def decision_uniform(dice: PyTree, info: Any) -> Array | None:
+def decision_uniform(randomness: PyTree, info: Any) -> Array | None:
     """The uniform behind an accept decision, if it is drawn as BlackJAX's MALA and HMC do; checked against decisions."""
     rate = getattr(info, "acceptance_rate", None)
     if (
@@ -143,4 +143,6 @@ def decision_uniform(dice: PyTree, info: Any) -> Array | None:
         or hasattr(info, "decision_margin")
     ):
         return None
-    return jax.random.uniform(jax.random.split(dice)[1], jnp.shape(rate), jnp.result_type(rate))
+    return jax.random.uniform(
+        jax.random.split(randomness)[1], jnp.shape(rate), jnp.result_type(rate)
+    )

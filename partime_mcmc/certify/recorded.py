@@ -18,15 +18,15 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.dynamics import Dynamics
-from partime_mcmc.kernels.certificate import Certificate, judged
+from partime_mcmc.certify.certificate import Certificate, judged
+from partime_mcmc.certify.step_record import Records, unpacked
+from partime_mcmc.engine.dynamics import Dynamics
 from partime_mcmc.kernels.kernel import Kernel, Tape
-from partime_mcmc.kernels.records import Records, unpacked
 from partime_mcmc.types import Array, PyTree, pytree
 
 
 @pytree()
-class Recorded:
+class CertifyWhileRolling:
     """Record while rolling, where the solver rolls; an independent pass elsewhere, and where a chain fell back."""
 
     def dynamics(self, kernel: Kernel) -> Dynamics:
@@ -35,7 +35,7 @@ class Recorded:
 
 
 @pytree()
-class Independent:
+class CertifyIndependently:
     """Evaluate every step of the finished path once more."""
 
     def dynamics(self, kernel: Kernel) -> Dynamics:
@@ -43,7 +43,7 @@ class Independent:
         return kernel.dynamics()
 
 
-Evidence = Recorded | Independent
+Certification = CertifyWhileRolling | CertifyIndependently
 
 
 def certify_recorded(
@@ -63,7 +63,7 @@ def certify_recorded(
         The certificate, not `independent`, and what the kernel said of each step.
     """
     drive = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), drives)
-    said = unpacked(notes, jax.eval_shape(kernel.said, initial, drive))
+    said = unpacked(notes, jax.eval_shape(kernel.step_record, initial, drive))
     _, unravel = ravel_pytree(initial)
     values = jax.tree.map(jnp.add, states, jax.vmap(unravel)(defects))
     return judged(

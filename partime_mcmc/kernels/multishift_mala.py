@@ -4,7 +4,7 @@
 
     log q(x → y) = −|y − c(x)|² / 4ε
 
-(Besag 1994; Roberts & Tweedie 1996; BlackJAX's step size ε). The noise is multishift noise (`dice`): still N(c, 2ε) for each
+(Besag 1994; Roberts & Tweedie 1996; BlackJAX's step size ε). The noise is multishift noise (`coupling`): still N(c, 2ε) for each
 x, but nearby chains propose the same point, and if both accept they are one chain from then on. That is why the gradient has to
 be exact: two centres that agree to the width of a lattice cell give the same proposal.
 """
@@ -16,11 +16,11 @@ from typing import Callable, NamedTuple
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.kernels.dice import Layers, draw_layers, multishift
-from partime_mcmc.kernels.drawn import (
-    Drawn,
-    DrawnInfo,
-    DrawnState,
+from partime_mcmc.kernels.coupling import MultishiftNoise, draw_multishift_noise, multishift
+from partime_mcmc.kernels.explicit_randomness import (
+    ExplicitRandomnessKernel,
+    GradientState,
+    ProposalInfo,
     decide,
     flat_of,
     initial_state,
@@ -29,7 +29,7 @@ from partime_mcmc.kernels.drawn import (
 from partime_mcmc.types import Array, Key, PyTree
 
 
-class LangevinDice(NamedTuple):
+class LangevinRandomness(NamedTuple):
     """The dice of one step.
 
     Attributes:
@@ -37,11 +37,13 @@ class LangevinDice(NamedTuple):
         uniform: For the decision, scalar.
     """
 
-    layers: Layers
+    layers: MultishiftNoise
     uniform: Array
 
 
-def coalescing_mala(logdensity: Callable[[PyTree], Array], step_size: float) -> Drawn:
+def coalescing_mala(
+    logdensity: Callable[[PyTree], Array], step_size: float
+) -> ExplicitRandomnessKernel:
     """MALA with coalescing dice as a sampling algorithm, in the position's own coordinates.
 
     Args:
@@ -53,26 +55,26 @@ def coalescing_mala(logdensity: Callable[[PyTree], Array], step_size: float) -> 
     def draw(key, state):
         return draw_langevin(key, flat_of(state.position))
 
-    def apply(dice, state):
-        return langevin_step(init, step_size, dice, state)
+    def apply(randomness, state):
+        return langevin_step(init, step_size, randomness, state)
 
-    return Drawn(init, draw, apply)
+    return ExplicitRandomnessKernel(init, draw, apply)
 
 
-def draw_langevin(key: Key, flat: Array) -> LangevinDice:
+def draw_langevin(key: Key, flat: Array) -> LangevinRandomness:
     """Dice for a position of which only shape and type are used, `(D,)`."""
-    return LangevinDice(*draw_layers(key, flat.size, flat.dtype))
+    return LangevinRandomness(*draw_multishift_noise(key, flat.size, flat.dtype))
 
 
 def langevin_step(
-    init: Callable, step_size: float, dice: LangevinDice, state: DrawnState
-) -> tuple[DrawnState, DrawnInfo]:
+    init: Callable, step_size: float, randomness: LangevinRandomness, state: GradientState
+) -> tuple[GradientState, ProposalInfo]:
     """One MALA step.
 
     Args:
         init: `position -> state` with the same fields as `state`.
         step_size: ε.
-        dice: Of this step.
+        randomness: Of this step.
         state: A named tuple with `position`, `logdensity` and `logdensity_grad`.
 
     Returns:
@@ -81,7 +83,7 @@ def langevin_step(
     flat, unravel = ravel_pytree(state.position)
     center = flat + step_size * flat_of(state.logdensity_grad)
     proposed, lattice_margin = multishift(
-        center, jnp.sqrt(2 * jnp.asarray(step_size, flat.dtype)), dice.layers
+        center, jnp.sqrt(2 * jnp.asarray(step_size, flat.dtype)), randomness.layers
     )
     proposal = init(unravel(proposed))
     back = flat - proposed - step_size * flat_of(proposal.logdensity_grad)
@@ -89,7 +91,7 @@ def langevin_step(
     log_ratio = (
         proposal.logdensity - state.logdensity + (forth @ forth - back @ back) / (4 * step_size)
     )
-    rate, accepted, margin = decide(log_ratio, dice.uniform)
-    return select(accepted, proposal, state), DrawnInfo(
+    rate, accepted, margin = decide(log_ratio, randomness.uniform)
+    return select(accepted, proposal, state), ProposalInfo(
         rate, accepted, margin, lattice_margin, proposal
     )

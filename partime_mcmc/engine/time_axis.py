@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from partime_mcmc.reduction import largest
+from partime_mcmc.engine.solution import nanaware_max
 from partime_mcmc.scan.prefix import Scan, default_scan
 from partime_mcmc.types import Array, PyTree, pytree
 
@@ -120,7 +120,7 @@ class LocalTime:
         return (self.scan or default_scan(elements)).suffix(elements, end)
 
     def maximum(self, values: Array) -> Array:
-        return largest(values, axis=0)
+        return nanaware_max(values, axis=0)
 
     def total(self, values: Array) -> Array:
         return jnp.sum(values, axis=0)

@@ -36,19 +36,19 @@ _SMALLEST_RADIUS = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
-class PlainDice:
+class CommonRandomNumbers:
     """The kernel's own Gaussian noise: for BlackJAX's kernels its draws, bit for bit."""
 
 
 @dataclasses.dataclass(frozen=True)
-class CoalescingDice:
+class MultishiftCoupling:
     """Layered multishift noise: the same law, and chains that meet exactly within a few steps."""
 
 
-Dice: TypeAlias = PlainDice | CoalescingDice
+Coupling: TypeAlias = CommonRandomNumbers | MultishiftCoupling
 
 
-class Layers(NamedTuple):
+class MultishiftNoise(NamedTuple):
     """Dice for multishift noise, one per coordinate.
 
     Attributes:
@@ -60,7 +60,7 @@ class Layers(NamedTuple):
     offset: Array
 
 
-class Throw(NamedTuple):
+class MultishiftDraw(NamedTuple):
     """What multishift noise made of a centre.
 
     Attributes:
@@ -72,7 +72,7 @@ class Throw(NamedTuple):
     margin: Array
 
 
-def draw_layers(key: Key, size: int, dtype: Any) -> tuple[Layers, Array]:
+def draw_multishift_noise(key: Key, size: int, dtype: Any) -> tuple[MultishiftNoise, Array]:
     """Dice for `size` coordinates, three uniforms each, and a uniform for an accept decision.
 
     Args:
@@ -87,7 +87,7 @@ def draw_layers(key: Key, size: int, dtype: Any) -> tuple[Layers, Array]:
     radius = jnp.sqrt(
         _squares(uniforms[:half], uniforms[half : 2 * half])[:size] - 2 * jnp.log(1 - heights)
     )
-    return Layers(jnp.maximum(radius, _SMALLEST_RADIUS), offsets), uniforms[-1]
+    return MultishiftNoise(jnp.maximum(radius, _SMALLEST_RADIUS), offsets), uniforms[-1]
 
 
 def _squares(lengths: Array, angles: Array) -> Array:
@@ -105,7 +105,7 @@ def normal_of(uniforms: Array) -> Array:
     return math.sqrt(2) * jax.lax.erf_inv(jnp.maximum(2 * uniforms - 1, smallest))
 
 
-def multishift(center: Array, scale: Array | float, layers: Layers) -> Throw:
+def multishift(center: Array, scale: Array | float, layers: MultishiftNoise) -> MultishiftDraw:
     """N(center, scale²) noise as a staircase of the centre.
 
     Args:
@@ -120,14 +120,16 @@ def multishift(center: Array, scale: Array | float, layers: Layers) -> Throw:
     place = center / width - layers.offset
     cell = jnp.round(place)
     margin = jnp.min((0.5 - jnp.abs(place - cell)) * 2 * layers.radius)
-    return Throw(width * (cell + layers.offset), margin)
+    return MultishiftDraw(width * (cell + layers.offset), margin)
 
 
-def check_dice(dice: Any) -> None:
+def check_coupling(coupling: Any) -> None:
     """Refuse anything that is not a strategy for dice.
 
     Raises:
         TypeError: Naming what was given.
     """
-    if not isinstance(dice, (PlainDice, CoalescingDice)):
-        raise TypeError(f"dice: got {dice!r}, wanted PlainDice() or CoalescingDice()")
+    if not isinstance(coupling, (CommonRandomNumbers, MultishiftCoupling)):
+        raise TypeError(
+            f"coupling: got {coupling!r}, wanted CommonRandomNumbers() or MultishiftCoupling()"
+        )
