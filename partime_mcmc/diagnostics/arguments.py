@@ -111,18 +111,18 @@ def check_dtypes(position: PyTree, name: str = "initial") -> PyTree:
             )
         leaves.append(jnp.asarray(leaf))
         labels.append(label)
-    as_committed_array = {}
+    strong = {}
     for leaf, label in zip(leaves, labels, strict=True):
         if jnp.issubdtype(leaf.dtype, jnp.floating) and not leaf.weak_type:
-            as_committed_array.setdefault(jnp.dtype(leaf.dtype), []).append(label)
-    if len(as_committed_array) > 1:
+            strong.setdefault(jnp.dtype(leaf.dtype), []).append(label)
+    if len(strong) > 1:
         found = "; ".join(
-            f"{dtype} in {', '.join(where)}" for dtype, where in as_committed_array.items()
+            f"{dtype} in {', '.join(where)}" for dtype, where in strong.items()
         )
         raise InvalidStart(
             f"{name}: got a mix of floating dtypes ({found}); wanted one dtype in every leaf"
         )
-    dtype = next(iter(as_committed_array), jnp.dtype(jnp.result_type(float)))
+    dtype = next(iter(strong), jnp.dtype(jnp.result_type(float)))
     for leaf, label in zip(leaves, labels, strict=True):
         if jnp.issubdtype(leaf.dtype, jnp.integer):
             warnings.warn(
