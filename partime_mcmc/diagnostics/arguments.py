@@ -18,8 +18,8 @@ import numpy as np
 
 from partime_mcmc.types import PyTree
 
+# Live copies of the per-step numbers at the peak of one iteration: path, values, maps, scan levels, new path.
 WORKING_COPIES = 6
-"""Live copies of the per-step numbers at the peak of one iteration: path, values, maps, scan levels, new path."""
 
 
 class InvalidStart(ValueError):

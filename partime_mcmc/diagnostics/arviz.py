@@ -36,8 +36,8 @@ from partime_mcmc.diagnostics.values import (
 
 _TAILS = (0.05, 0.95)
 _PER_DRAW = ("accepted", "residual")  # of a certificate, written to sample_stats
+# ArviZ's names of some things that kernels record.
 STAT_NAMES = {"num_steps": "n_steps", "logdensity": "lp"}
-"""ArviZ's names of some things that kernels record."""
 
 
 @functools.cache
