@@ -17,6 +17,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
+from partime_mcmc.diagnostics.arviz import axis_names
 from partime_mcmc.storage.checkpoint import Checkpoint
 from partime_mcmc.storage.files import digest_of
 
@@ -128,7 +129,7 @@ class DrawsWriter:
                 "draw": (("draw",), (0,), chains.dtype),
             } | {
                 name: (
-                    ("chain", "draw", *self._own_dims(name, value.ndim - 2)),
+                    ("chain", "draw", *axis_names(name, value.ndim - 2, self._dims)),
                     (num_chains, 0, *value.shape[2:]),
                     value.dtype,
                 )
@@ -147,10 +148,6 @@ class DrawsWriter:
                 )
             with zarr.config.set({"array.write_empty_chunks": True}):
                 zarr.open_array(self.files, path=f"{group}/chain", mode="r+")[:] = chains
-
-    def _own_dims(self, name: str, count: int) -> tuple[str, ...]:
-        given = tuple(self._dims.get(name, ()))[:count]
-        return (*given, *(f"{name}_dim_{axis}" for axis in range(len(given), count)))
 
 
 def open_group(path: Path, checkpoint: Checkpoint, digests: Mapping[str, str], group: str) -> Any:

@@ -23,12 +23,12 @@ from partime_mcmc.kernels.kernel_program import (
     parametrised_kernel,
 )
 from partime_mcmc.kernels.whiten import LowRank
-from partime_mcmc.sampling.choose_coupling import takes_dice, with_dice
+from partime_mcmc.sampling.choose_coupling import takes_coupling, with_coupling
 from partime_mcmc.sampling.chunk import ChainState
 from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.sampling.randomness import recurrence
 from partime_mcmc.sampling.target import Target
-from partime_mcmc.storage.fingerprint import example_of, program_of, require_same
+from partime_mcmc.storage.fingerprint import program_of, require_same
 from partime_mcmc.storage.serialize import (
     as_committed_array,
     decode,
@@ -109,7 +109,7 @@ def unpack_plan(
         StoreMismatch: If the same model and the same name of a kernel are another program.
     """
     arrays, words, _ = unpack_arrays(data, where)
-    example = example_of(target)
+    example = target.example()
     choices = {name: decode(value) for name, value in words["choices"].items()}
     kernel = _kernel_of(arrays, words, target, given_kernel, example)
     (keys,) = unpack_leaves("key", arrays)
@@ -155,8 +155,8 @@ def _kernel_of(
     builder, coupling = _builder_of(given), decode(words["dice"])
     if builder is None:
         raise TypeError("kernel: got a Kernel, wanted the builder that this run was begun with")
-    if coupling is not None and takes_dice(builder):
-        builder = with_dice(builder, coupling)
+    if coupling is not None and takes_coupling(builder):
+        builder = with_coupling(builder, coupling)
     (center,), scale = unpack_leaves("center", arrays), unpack_leaves("scale", arrays)
     whitening = Whitening(
         unpack_tree("example", arrays, example),

@@ -11,8 +11,8 @@ from __future__ import annotations
 import base64
 import dataclasses
 import enum
-import importlib
 import hashlib
+import importlib
 import inspect
 import io
 import json

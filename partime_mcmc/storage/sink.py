@@ -33,7 +33,6 @@ from partime_mcmc.storage.fingerprint import (
     PLAIN,
     STRATEGIES,
     describe_run,
-    example_of,
     require_same,
 )
 from partime_mcmc.storage.saved_plan import pack_plan, restore_state, state_arrays, unpack_plan
@@ -110,7 +109,7 @@ class StoreSink:
         self._statistics = StreamingStatistics.start(self._store.folds)
         if last is not None:
             self._statistics = StreamingStatistics.from_arrays(last.statistics, self._store.folds)
-            state = restore_state(last.state, last.words, plan.kernel, example_of(asked.target))
+            state = restore_state(last.state, last.words, plan.kernel, asked.target.example())
         self._writer = DrawsWriter(
             folder.draws,
             last,
