@@ -1,10 +1,10 @@
-"""What the advice gains, and never loses: `python -m benchmarks.advised --out DIR`.
+"""What the rule for the number of segments loses: `python -m benchmarks.advised --out DIR`.
 
-Two tables. *Side by side*: C chains at once, the vmapped loop over them against the plan that `advise` chooses for C
-chains (segments for each, or the loop itself). *Chains that do not forget*: `sample` with `solver=None` against
-`sample` with `solver=sequential()`, run time of four chains, with what the advice said and what it and compilation
-cost, apart. Runs are interleaved, medians reported. A ratio below 1 is a loss; where the advice is to stay sequential
-it is noise.
+Two tables. *The rule*: C chains of T steps each, by the vmapped loop over them, by shooting with 64 to 1,024 lanes
+(chains × segments) and by what `advise` chooses for them. A row's loss is the time of that choice over the least time of
+all that solved the chains, minus one. *Chains that do not forget*: `sample` with `solver=None` against `sample` with
+`solver=sequential()`, run time of four chains, with the reason that the advice gave and what it and compilation cost,
+apart. Runs are interleaved and medians reported, compilation apart; every row's sequential time is of the same process.
 """
 
 from __future__ import annotations
@@ -22,94 +22,142 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.record import OUT, keep, timed
-from benchmarks.shooting import EIGHT_SCHOOLS, ROWS, mixture, warmed_up
+from benchmarks.shooting import (
+    BANANA,
+    EIGHT_SCHOOLS,
+    LOGISTIC,
+    fixed_hmc,
+    mixture,
+    raw_hmc,
+    tuned,
+    warmed_up,
+)
 from partime_mcmc import (
+    Dynamics,
     Status,
     Target,
+    coalescing_hmc,
     from_blackjax,
     hmc,
+    mala,
     random_walk,
     rollout,
     sample,
     sequential,
+    shooting,
     solve,
 )
-from partime_mcmc.dynamics import without_captures
+from partime_mcmc.engine.dynamics import without_captures
+from partime_mcmc.engine.solution import Tolerance
+from partime_mcmc.forgetting import advise
+from partime_mcmc.rnn import gru, gru_params
 from partime_mcmc.sampling.sample import default_tolerance
-from partime_mcmc.predict import advise
 
-# All draws of a run together.
-_DRAWS = 65_536
-_ONE_OF = {
-    "eight schools, MALA": 0,
-    "eight schools, HMC 4×0.4": 2,
-    "banana, HMC 8×0.5, unit metric": 5,
-    "mixture of two normals, MALA": 7,
-    "logistic regression 944×25, HMC 4×0.4": 8,
+# Lanes that are tried, and the steps of all chains of a row together.
+LANES, _STEPS = (64, 128, 256, 512, 1024), 65_536
+# Model, builder and kernel by name.
+_KERNELS = {
+    "eight schools, MALA": (EIGHT_SCHOOLS, *tuned(mala)),
+    "eight schools, HMC 4×0.4": (EIGHT_SCHOOLS, *fixed_hmc(0.4, 4)),
+    "eight schools, coalescing HMC": (EIGHT_SCHOOLS, *tuned(coalescing_hmc)),
+    "banana, HMC 8×0.5, unit metric": (BANANA, *raw_hmc(0.5, 8)),
+    "banana, coalescing HMC": (BANANA, *tuned(coalescing_hmc)),
+    "mixture of two normals, MALA": (mixture, *tuned(mala)),
+    "mixture of two normals, coalescing HMC": (mixture, *tuned(coalescing_hmc)),
+    "logistic regression 944×25, HMC 4×0.4": (LOGISTIC, *fixed_hmc(0.4, 4)),
 }
+_NETWORK = "GRU, 32 units, float32"
 
 
-def side_by_side(name: str, counts: tuple[int, ...], repeats: int, scale: float) -> list[dict]:
-    """One row of `benchmarks.shooting` for several numbers of chains."""
-    row = ROWS[_ONE_OF[name]]
-    target, warmup = warmed_up(row.model, row.builder, 1000, row.dtype)
-    kernel = row.kernel(target.logdensity, metric=warmup.whitening, settings=warmup.settings)
+def chains_of(name: str, num_chains: int, num_steps: int):
+    """Dynamics, starts `(C, ...)`, drives `(C, T, ...)`, states to forget, and the tolerance of `sample`."""
+    model, builder, make = _KERNELS[name]
+    target, warmup = warmed_up(model, builder, 1000, "float64")
+    kernel = make(target.logdensity, metric=warmup.whitening, settings=warmup.settings)
     pool = jax.vmap(lambda position: kernel.carry(kernel.init(position)))(warmup.pool)
-    found = []
-    for count in counts:
-        num_steps = max(1024, int(scale * min(row.num_steps, _DRAWS // count)))
-        initial = jax.tree.map(lambda leaf: leaf[jnp.arange(count) % leaf.shape[0]], pool)
-        tape = jax.jit(jax.vmap(lambda key: kernel.tape(key, num_steps, None)))(
-            jax.random.split(jax.random.key(2), count)
-        )
-        first = jax.tree.map(lambda leaf: leaf[0], (initial, tape))
-        dynamics = without_captures(
-            kernel.dynamics(), first[0], jax.tree.map(lambda leaf: leaf[0], first[1])
-        )
-        tolerance = default_tolerance(kernel, pool.dtype)
-        begin = time.perf_counter()
-        advice = advise(
-            dynamics,
-            *first,
-            starts=pool,
-            num_steps=num_steps,
-            num_chains=count,
-            tolerance=tolerance,
-        )
-        seconds = time.perf_counter() - begin
-        run = functools.partial(
-            solve, solver=advice.solver, schedule=advice.schedule, tolerance=tolerance
-        )
-        times = timed(
-            {
-                "loop": (
-                    jax.jit(jax.vmap(rollout, in_axes=(None, 0, 0))),
-                    (dynamics, initial, tape),
-                ),
-                "plan": (jax.jit(jax.vmap(run, in_axes=(None, 0, 0))), (dynamics, initial, tape)),
-            },
-            repeats,
-        )
-        solution = times["plan"]["value"]
-        found.append(
-            {
-                "name": name,
-                "chains": count,
-                "num_steps": num_steps,
-                "segments": advice.num_segments,
-                "expected": advice.speedup,
-                "ratio": times["loop"]["seconds"] / times["plan"]["seconds"],
-                "loop_seconds": times["loop"]["seconds"],
-                "evaluations": float(solution.stats.evaluations.mean()),
-                "residual": float(solution.residual.max()),
-                "advice_seconds": seconds,
-                "compile": times["plan"]["compile"],
-                "temp_bytes": times["plan"]["temp_bytes"],
-                "status": Status(int(np.max(np.asarray(solution.status)))).name,
-            }
-        )
-        print(found[-1], flush=True)
-    return found
+    initial = jax.tree.map(lambda leaf: leaf[jnp.arange(num_chains) % leaf.shape[0]], pool)
+    tape = jax.jit(jax.vmap(lambda key: kernel.tape(key, num_steps, None)))(
+        jax.random.split(jax.random.key(2), num_chains)
+    )
+    first = jax.tree.map(lambda leaf: leaf[0], initial)
+    drive = jax.tree.map(lambda leaf: leaf[0, 0], tape)
+    dynamics = without_captures(kernel.dynamics(), first, drive)
+    return dynamics, initial, tape, pool, default_tolerance(kernel, pool.dtype)
+
+
+def networks_of(num_chains: int, num_steps: int):
+    """The same of a network driven by noise."""
+    params = gru_params(jax.random.key(3), 32, 32, jnp.float32)
+    dynamics = Dynamics(lambda params, state, drive: gru(params, state, drive)[0], params)
+    drives = jax.random.normal(jax.random.key(4), (num_chains, num_steps, 32), jnp.float32)
+    pool = jnp.tanh(jax.random.normal(jax.random.key(5), (8, 32), jnp.float32))
+    return dynamics, jnp.zeros((num_chains, 32), jnp.float32), drives, pool, Tolerance()
+
+
+def measure(name: str, num_chains: int, repeats: int, scale: float) -> dict:
+    """One row: the loop, several numbers of segments, and what the advice chooses."""
+    num_steps = max(1024, int(scale * _STEPS / num_chains))
+    make = networks_of if name == _NETWORK else functools.partial(chains_of, name)
+    dynamics, initial, drives, pool, tolerance = make(num_chains, num_steps)
+    begin = time.perf_counter()
+    advice = advise(
+        dynamics,
+        *jax.tree.map(lambda leaf: leaf[0], (initial, drives)),
+        starts=pool,
+        num_steps=num_steps,
+        num_chains=num_chains,
+        tolerance=tolerance,
+    )
+    seconds = time.perf_counter() - begin
+    tried = {lanes // num_chains for lanes in LANES} | {advice.num_segments}
+    runs = {1: jax.jit(jax.vmap(rollout, in_axes=(None, 0, 0)))}
+    for segments in sorted(tried - {0, 1}):
+        run = functools.partial(solve, solver=shooting(segments), tolerance=tolerance)
+        runs[segments] = jax.jit(jax.vmap(run, in_axes=(None, 0, 0)))
+    found = timed({key: (run, (dynamics, initial, drives)) for key, run in runs.items()}, repeats)
+    entries = [entry(key, found[key]) for key in runs]
+    chosen = next(item for item in entries if item["segments"] == advice.num_segments)
+    best = min(
+        (item for item in entries if item["status"] == "CONVERGED"),
+        key=lambda item: item["seconds"],
+    )
+    return {
+        "name": name,
+        "chains": num_chains,
+        "num_steps": num_steps,
+        "meeting": advice.meeting._asdict(),
+        "advice_seconds": seconds,
+        "expected_evaluations": advice.evaluations_per_step,
+        "reason": advice.reason,
+        "loop_seconds": found[1]["seconds"],
+        "ratio": found[1]["seconds"] / chosen["seconds"],
+        "loss": chosen["seconds"] / best["seconds"] - 1,
+        "chosen": chosen,
+        "best": best,
+        "tried": entries,
+    }
+
+
+def entry(segments: int, found: dict) -> dict:
+    """Time, residual and work of one number of segments per chain; one is the loop."""
+    common = {key: found[key] for key in ("seconds", "compile", "temp_bytes")}
+    if segments == 1:
+        # The loop's path obeys the recurrence as it was evaluated.
+        return {
+            "segments": 1,
+            **common,
+            "status": "CONVERGED",
+            "evaluations": 1.0,
+            "residual": 0.0,
+        }
+    solution = found["value"]
+    return {
+        "segments": segments,
+        **common,
+        "status": Status(int(np.max(np.asarray(solution.status)))).name,
+        "evaluations": float(solution.stats.evaluations.mean()),
+        "residual": float(solution.residual.max()),
+    }
 
 
 def rosenbrock(x):
@@ -198,42 +246,45 @@ def stays_sequential(name: str, target: Target, kernel, num_samples: int, repeat
 def tables(chains: list[dict], forgetless: list[dict]) -> str:
     """Both tables as Markdown."""
     lines = [
-        "| target, kernel | chains | T | segments per chain | expected | measured | evaluations per draw | residual |",
-        "|---|---|---|---|---|---|---|---|",
+        "| target, kernel | chains | T | meeting: median, worst | loop, s | segments per chain: s | rule: segments, s, "
+        "residual | best: segments, s | loop / rule | loss of the rule |",
+        "|---" * 10 + "|",
     ]
     for row in chains:
+        tried = ", ".join(
+            f"{item['segments']}: {item['seconds']:.4f}"
+            + ("" if item["status"] == "CONVERGED" else " (not solved)")
+            for item in row["tried"]
+            if item["segments"] > 1
+        )
+        chosen, best, meeting = row["chosen"], row["best"], row["meeting"]
         lines.append(
-            f"| {row['name']} | {row['chains']} | {row['num_steps']:,} | {row['segments']} | "
-            f"{row['expected']:.1f}× | **{row['ratio']:.2f}×** | {row['evaluations']:.2f} | "
-            f"{row['residual']:.0e} |"
+            f"| {row['name']} | {row['chains']} | {row['num_steps']:,} | {meeting['median']:.0f}, {meeting['worst']} | "
+            f"{row['loop_seconds']:.4f} | {tried} | {chosen['segments']}, {chosen['seconds']:.4f}, "
+            f"{chosen['residual']:.0e} | {best['segments']}, {best['seconds']:.4f} | **{row['ratio']:.2f}×** | "
+            f"**{row['loss']:.0%}** |"
         )
     lines += [
         "",
         "| target, kernel, 4 chains | run time, sequential / `solver=None` | residual, noise units | "
-        "advice, s (again) | compile, s | in parallel | what it said |",
+        "advice, s (again) | compile, s | in parallel | reason |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in forgetless:
         lines.append(
-            f"| {row['name']} | **{row['ratio']:.2f}×** = {row['ratio'] * row['run_seconds']:.2f} / "
-            f"{row['run_seconds']:.2f} s | {_residual(row)} | "
-            f"{row['advice_seconds']:.1f} ({row['advice_again_seconds']:.1f}) | {row['compile_seconds']:.1f} | "
-            f"{'yes' if row['parallel'] else 'no'} | {row['reason']} |"
+            f"| {row['name']} | **{row['ratio']:.2f}×** = {row['loop_seconds']:.2f} / {row['run_seconds']:.2f} s | "
+            f"{row['residual']:.0e} | {row['advice_seconds']:.1f} ({row['advice_again_seconds']:.1f}) | "
+            f"{row['compile_seconds']:.1f} | {'yes' if row['parallel'] else 'no'} | {row['reason']} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def _residual(row: dict) -> str:
-    """As a number; rows of older records have none."""
-    return f"{row['residual']:.0e}" if "residual" in row else "not recorded"
-
-
 def main(argv: list[str] | None = None) -> None:
-    """Measure and write `shooting-advised-cpu.json` and `.md`, named by the platform; float64 throughout."""
+    """Measure and write `shooting-advised-cpu.json` and `.md`, named by the platform; float64 but for the network."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--chains", type=int, nargs="*", default=[1, 4, 16, 64])
+    parser.add_argument("--chains", type=int, nargs="*", default=[1, 4, 16])
     parser.add_argument(
         "--num-samples", type=int, default=16_384, help="draws of chains that do not forget"
     )
@@ -244,30 +295,31 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     stored = arguments.out / f"shooting-advised-{jax.default_backend()}.json"
     old = json.loads(stored.read_text()) if stored.exists() else {"chains": [], "forgetless": []}
-    chains, forgetless = (
-        {row["name"]: [] for row in old[part]} for part in ("chains", "forgetless")
-    )
-    for part, into in (("chains", chains), ("forgetless", forgetless)):
-        for row in old[part]:
-            into[row["name"]].append(row)
+    chains = {(row["name"], row["chains"]): row for row in old["chains"]}
+    forgetless = {row["name"]: row for row in old["forgetless"]}
+    names, unforgettable = [*_KERNELS, _NETWORK], unforgetting()
+
+    def save():
+        order = sorted(chains, key=lambda key: (names.index(key[0]), key[1]))
+        rows = {
+            "chains": [chains[key] for key in order],
+            "forgetless": [forgetless[name] for name, *_ in unforgettable if name in forgetless],
+        }
+        keep(stored, rows, tables(rows["chains"], rows["forgetless"]))
+
     with jax.enable_x64(True):
-        for name in _ONE_OF:
+        for name in names:
+            for count in arguments.chains if arguments.only in name else ():
+                chains[name, count] = measure(name, count, arguments.repeats, arguments.scale)
+                print(tables([chains[name, count]], []).splitlines()[2], flush=True)
+                save()
+        for name, target, kernel in unforgettable:
             if arguments.only in name:
-                chains[name] = side_by_side(
-                    name, tuple(arguments.chains), arguments.repeats, arguments.scale
+                forgetless[name] = stays_sequential(
+                    name, target, kernel, arguments.num_samples, arguments.repeats
                 )
-        for name, target, kernel in unforgetting():
-            if arguments.only in name:
-                forgetless[name] = [
-                    stays_sequential(name, target, kernel, arguments.num_samples, arguments.repeats)
-                ]
                 print(forgetless[name], flush=True)
-    rows = {
-        "chains": [row for name in _ONE_OF for row in chains.get(name, [])],
-        "forgetless": [row for name, *_ in unforgetting() for row in forgetless.get(name, [])],
-    }
-    keep(stored, rows, tables(rows["chains"], rows["forgetless"]))
-    print(tables(rows["chains"], rows["forgetless"]))
+                save()
 
 
 if __name__ == "__main__":

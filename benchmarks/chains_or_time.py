@@ -21,9 +21,9 @@ from benchmarks.record import OUT, keep, timed
 from benchmarks.shooting import EIGHT_SCHOOLS, LOGISTIC, fixed_hmc, tuned, warmed_up
 from partime_mcmc import mala, rollout, solve
 from partime_mcmc.diagnostics.arviz import ess_bulk
-from partime_mcmc.dynamics import without_captures
+from partime_mcmc.engine.dynamics import without_captures
+from partime_mcmc.forgetting import advise
 from partime_mcmc.sampling.sample import default_tolerance
-from partime_mcmc.predict import advise
 
 CASES = {
     "eight schools, MALA": (EIGHT_SCHOOLS, *tuned(mala)),

@@ -49,7 +49,7 @@ from jax.sharding import PartitionSpec
 
 from benchmarks.record import OUT, keep
 from partime_mcmc import (
-    CoalescingDice,
+    MultishiftCoupling,
     deer,
     elk,
     jacobi,
@@ -63,8 +63,8 @@ from partime_mcmc import (
 )
 from partime_mcmc.distributed import sharded_solve, time_mesh
 from partime_mcmc.distributed.sharded_solve import time_axis
-from partime_mcmc.sampling.sample import default_tolerance
 from partime_mcmc.models import MODELS
+from partime_mcmc.sampling.sample import default_tolerance
 
 MESHES = (1, 2, 4, 8)
 MOVES = r"(all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter|collective-broadcast)"
@@ -75,7 +75,12 @@ def chain(num_steps: int):
     """Dynamics, start and tape of one chain of eight schools, MALA with coalescing dice."""
     target = MODELS["eight_schools"]().make_target(jax.random.key(0))
     warmup = sample(
-        jax.random.key(0), target, mala, num_samples=0, dice=CoalescingDice(), progress=False
+        jax.random.key(0),
+        target,
+        mala,
+        num_samples=0,
+        coupling=MultishiftCoupling(),
+        progress=False,
     ).warmup
     kernel = warmup.kernel
     state = kernel.init(jax.tree.map(lambda leaf: leaf[0], warmup.positions))

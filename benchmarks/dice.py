@@ -16,8 +16,8 @@ import argparse
 import functools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,21 +26,21 @@ from jax.flatten_util import ravel_pytree
 
 from benchmarks.record import OUT, keep, module_at, put_between
 from partime_mcmc import (
-    CoalescingDice,
     Kernel,
+    MultishiftCoupling,
     Target,
     Tolerance,
     Whitening,
+    blackjax_loop,
     coalescing_hmc,
     from_numpyro,
     hmc,
-    loop,
     mala,
     sample,
 )
 from partime_mcmc.diagnostics.arviz import ess_bulk
+from partime_mcmc.forgetting import meeting_times
 from partime_mcmc.models import MODELS
-from partime_mcmc.predict import meeting_times
 
 NUM_PAIRS, HORIZON = 64, 2000
 CHAINS, DRAWS = 8, 4096
@@ -158,7 +158,7 @@ def tuned(density: Callable, metric: Whitening, pool: jax.Array) -> dict:
             break
     landing = min(np.sqrt(2), 2.2 * step)
     while (
-        acceptance(mala(density, landing**2 / 2, metric, dice=CoalescingDice()), pool) < 0.6
+        acceptance(mala(density, landing**2 / 2, metric, coupling=MultishiftCoupling()), pool) < 0.6
         and landing > 0.02
     ):
         landing /= 1.25
@@ -180,11 +180,11 @@ def kernels(
     )
     found = {
         "mala, plain": (mala(density, langevin, metric), 1),
-        "mala, coalescing": (mala(density, langevin, metric, dice=CoalescingDice()), 1),
+        "mala, coalescing": (mala(density, langevin, metric, coupling=MultishiftCoupling()), 1),
         "hmc, plain": (hmc(density, step, metric, leapfrogs), leapfrogs),
         # A path of 1.2, shorter than a quarter period: aimed momenta then meet soonest.
         "hmc, coalescing": (
-            hmc(density, 1.2 / leapfrogs, metric, leapfrogs, dice=CoalescingDice()),
+            hmc(density, 1.2 / leapfrogs, metric, leapfrogs, coupling=MultishiftCoupling()),
             leapfrogs,
         ),
     }
@@ -220,7 +220,7 @@ def ess_per_kilogradient(kernel: Kernel, pool: jax.Array, gradients: float) -> f
     """Bulk ESS of the worst coordinate or square, per 1,000 gradients, of chains that start from posterior draws."""
 
     def run(z, key):
-        return loop(kernel, kernel.algorithm.init(z), jax.random.split(key, DRAWS))[0]
+        return blackjax_loop(kernel, kernel.algorithm.init(z), jax.random.split(key, DRAWS))[0]
 
     draws = np.asarray(
         jax.jit(jax.vmap(run))(pool[:CHAINS], jax.random.split(jax.random.key(4), CHAINS))

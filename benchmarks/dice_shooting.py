@@ -22,24 +22,24 @@ from jax.flatten_util import ravel_pytree
 
 from benchmarks.record import OUT, keep, put_between, timed
 from partime_mcmc import (
-    CoalescingDice,
     Kernel,
+    MultishiftCoupling,
     Status,
     Tolerance,
     Whitening,
+    blackjax_loop,
     certify,
     coalescing_hmc,
     hmc,
     jacobi,
-    loop,
     mala,
     rollout,
     sample,
     shooting,
     solve,
 )
-from partime_mcmc.dynamics import without_captures
-from partime_mcmc.kernels.dice import draw_layers, multishift
+from partime_mcmc.engine.dynamics import without_captures
+from partime_mcmc.kernels.coupling import draw_multishift_noise, multishift
 from partime_mcmc.models import MODELS
 
 SEGMENTS = (64, 128, 256, 512, 1024)
@@ -65,7 +65,10 @@ def pairs(density, metric) -> dict[str, tuple[Kernel, Kernel]]:
     """Kernels with coalescing dice, each with the plain one whose BlackJAX loop it is measured against."""
     # Accepted with probability 0.65, which suits coalescing dice best: bolder steps meet less often, shorter ones later.
     return {
-        "MALA": (mala(density, 0.35, metric, dice=CoalescingDice()), mala(density, 0.35, metric)),
+        "MALA": (
+            mala(density, 0.35, metric, coupling=MultishiftCoupling()),
+            mala(density, 0.35, metric),
+        ),
         "coalescing HMC, 3 leapfrogs, every 4th": (
             coalescing_hmc(density, 0.5176, metric, 3, mala_step_size=0.5),
             hmc(density, 0.5176, metric, 3),
@@ -82,7 +85,10 @@ def measure(kernel: Kernel, plain: Kernel, start, num_steps: int, repeats: int) 
         kernel.dynamics(), initial, jax.tree.map(lambda leaf: leaf[0], tape)
     )
     runs = {
-        "BlackJAX": (lambda key: loop(plain, state, jax.random.split(key, num_steps))[0], (key,)),
+        "BlackJAX": (
+            lambda key: blackjax_loop(plain, state, jax.random.split(key, num_steps))[0],
+            (key,),
+        ),
         "dice": (lambda key: kernel.tape(key, num_steps, ours), (key,)),
         "loop": (rollout, (dynamics, initial, tape)),
     }
@@ -151,7 +157,7 @@ def not_finite(num_numbers: int, dtype) -> int:
 
     @jax.jit
     def count(key):
-        layers = jax.vmap(lambda one: draw_layers(one, width, dtype)[0])(
+        layers = jax.vmap(lambda one: draw_multishift_noise(one, width, dtype)[0])(
             jax.random.split(key, height)
         )
         return jnp.sum(~jnp.isfinite(multishift(jnp.full(width, 0.3, dtype), 0.7, layers).value))

@@ -37,7 +37,7 @@ from partime_mcmc import (
     shooting,
     solve,
 )
-from partime_mcmc.dynamics import without_captures
+from partime_mcmc.engine.dynamics import without_captures
 from partime_mcmc.sampling.sample import default_tolerance
 
 CASES = {

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The GPU's tests and the `gpu` suite, from a plain checkout: bash benchmarks/gpu.sh OUT
-# Leaves JSON, Markdown tables, a report page and the tests' output in OUT; under nine minutes on one datacentre GPU.
+# Leaves JSON, Markdown tables, their targets and the tests' output in OUT; under nine minutes on one datacentre GPU.
 set -uo pipefail
 if [ $# -ne 1 ]; then
   echo "usage: bash benchmarks/gpu.sh OUT" >&2
@@ -31,5 +31,5 @@ tests=${PIPESTATUS[0]}
 timeout 360 python3 -m benchmarks run --suite gpu --out "$out"
 suite=$?
 python3 -m benchmarks report "$out"
-page=$?
-exit $((tests || suite || page))
+report=$?
+exit $((tests || suite || report))

@@ -28,16 +28,16 @@ import numpy as np
 
 from benchmarks.record import OUT, keep, settled, temporary_bytes
 from partime_mcmc import Clipped, Dynamics, Newton, Status, deer, quasi_elk, shooting
-from partime_mcmc.adjoint import pulled_back
-from partime_mcmc.dynamics import ravel
+from partime_mcmc.engine.adjoint import pulled_back
+from partime_mcmc.engine.dynamics import ravel
 from partime_mcmc.rnn import ClosedForm, gru, gru_diagonal, gru_params, unroll, unroll_with_status
-from partime_mcmc.rnn.masks import PackedStep
 from partime_mcmc.rnn.plan import plan_for
+from partime_mcmc.rnn.unroll import PackedStep
 
 LENGTHS = (1024, 4096, 16_384, 65_536, 262_144)
 WIDTHS = (1, 8, 32, 64, 128)
 BATCHES = (1, 16)
-# Numbers in a path up to which a row is measured, unless told: `lax.scan` needs seconds for a gradient there.
+# KernelParams in a path up to which a row is measured, unless told: `lax.scan` needs seconds for a gradient there.
 LARGEST = 2**24
 
 
@@ -174,7 +174,7 @@ def adjoint_evaluations(params, carry, inputs) -> float:
     states = unroll(gru, params, carry, inputs)[1]
     before = jnp.concatenate([start[None], states[:-1]])
     right = jax.grad(lambda states: jnp.mean(states**2))(states)
-    plan = plan_for(gru, params, carry, inputs[0])
+    plan = plan_for(carry)
     return float(pulled_back(flat.step, plan, flat.params, before, inputs, right)[1].evaluations)
 
 

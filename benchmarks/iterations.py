@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.record import OUT, keep
 from partime_mcmc import (
-    Whole,
+    AllAtOnce,
     deer,
     hmc,
     jacobi,
@@ -87,7 +87,7 @@ def rows(
     """One line per solver, all on the same chain."""
     with jax.enable_x64(dtype == "float64"):
         target = MODELS[model]().make_target(jax.random.key(seed))
-        common = dict(num_samples=num_steps, num_chains=1, schedule=Whole(), progress=False)
+        common = dict(num_samples=num_steps, num_chains=1, schedule=AllAtOnce(), progress=False)
         pooled = sample(
             jax.random.key(seed), target, builder, num_samples=0, num_chains=4, progress=False
         ).warmup

@@ -29,17 +29,17 @@ import numpy as np
 from benchmarks.record import OUT, keep, peak_resident
 from partime_mcmc import (
     StoredDraws,
-    Stretches,
+    Windows,
+    blackjax_loop,
     coalescing_hmc,
-    loop,
     open_draws,
     progress_line,
     quiet,
     sample,
     shooting,
 )
-from partime_mcmc.warmup.warmup import Warmup
 from partime_mcmc.models.eight_schools import make_target
+from partime_mcmc.warmup.warmup import Warmup
 
 CHAINS, STRETCH = 4, 62_500
 
@@ -70,7 +70,7 @@ def draw(
         num_samples=num_samples,
         num_chains=CHAINS,
         solver=shooting(num_segments=32),
-        schedule=Stretches(STRETCH),
+        schedule=Windows(STRETCH),
         store=store,
         thinning=thinning if store else 1,
         progress=progress,
@@ -157,7 +157,7 @@ def loop_seconds(warmup: Warmup, num_samples: int) -> float:
     @jax.jit
     def run(positions, keys):
         return jax.vmap(
-            lambda position, key: loop(
+            lambda position, key: blackjax_loop(
                 kernel, kernel.init(position), jax.random.split(key, num_samples)
             )[0]
         )(positions, keys)

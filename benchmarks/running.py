@@ -1,4 +1,4 @@
-"""Running statistics: what they cost and how near they come, `python -m benchmarks.running --out DIR`.
+"""StreamingStatistics statistics: what they cost and how near they come, `python -m benchmarks.running --out DIR`.
 
 First-order autoregressions of known memory and known law (normal, exp of a normal, Cauchy), four chains in pieces of
 65,536 steps. Beside every estimate stands the one from all draws kept in memory: ArviZ's effective sample size and
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     keep(
         arguments.out / "running-cpu.json",
         {"accuracy": near, "cost": costs},
-        f"# Running statistics\n\n{text}",
+        f"# StreamingStatistics statistics\n\n{text}",
     )
 
 

@@ -1,7 +1,7 @@
 """Prefix scans of affine maps side by side: `python -m benchmarks.scans --out DIR`.
 
-x_t = a_t x_{t-1} + b_t for diagonal a_t (D numbers), and for small dense ones (D × D), by every scan of the library,
-on a GPU the Pallas kernels too. |a_t| < 1 as in a clipped solve. All are timed in turn, short ones up to 200 times,
+x_t = a_t x_{t-1} + b_t for diagonal a_t (D numbers), and for small dense ones (D × D), by every scan of the library.
+|a_t| < 1 as in a clipped solve. All are timed in turn, short ones up to 200 times,
 those more than twenty times slower than the fastest once; medians. On an accelerator the plain loop takes a kernel
 per step: with `--loop-steps` it is timed for so many steps and scaled (*). The one in use, `default_scan` of these
 maps, is one of them and is not timed again: the same program twice would differ by noise alone. `difference` is the
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.record import OUT, in_turn, keep, prepared, settled
-from partime_mcmc.scan import AssociativeScan, ChunkedScan, PallasScan, SequentialScan, default_scan
+from partime_mcmc.scan import AssociativeScan, ChunkedScan, SequentialScan, default_scan
 from partime_mcmc.scan.affine import Dense, Diagonal
 
 LENGTHS, WIDTHS, DENSE_WIDTHS = (1_000, 100_000, 1_000_000), (1, 8, 64), (2, 8)
@@ -29,12 +29,11 @@ _MOST_NUMBERS = 2**27
 
 def scans(num_steps: int) -> dict:
     """The candidates by name; chunks near √T balance the two depths of a chunked scan."""
-    found = {
+    return {
         "plain loop": SequentialScan(),
         "chunked": ChunkedScan(max(8, round(num_steps**0.5))),
         "associative": AssociativeScan(),
     }
-    return found | ({"Pallas": PallasScan()} if jax.default_backend() == "gpu" else {})
 
 
 def in_use(elements, candidates: dict) -> str:

@@ -21,8 +21,8 @@ import dataclasses
 import functools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import jax
 import jax.numpy as jnp
@@ -42,11 +42,11 @@ from partime_mcmc import (
     shooting,
     solve,
 )
-from partime_mcmc.dynamics import without_captures
+from partime_mcmc.engine.dynamics import without_captures
+from partime_mcmc.forgetting import advise
+from partime_mcmc.models import MODELS
 from partime_mcmc.sampling.sample import default_tolerance
 from partime_mcmc.sampling.target import Target
-from partime_mcmc.models import MODELS
-from partime_mcmc.predict import advise
 
 SEGMENTS = (8, 16, 32, 64, 128, 256)
 
@@ -113,12 +113,12 @@ ROWS = (
 )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def warmed_up(model: Callable, builder: Callable, num_warmup: int, dtype: str):
     """The warm-up of a model, shared by its rows of one `dtype`."""
     target = model()
     return target, sample(
-        jax.random.key(1), target, builder, num_samples=0, num_warmup=num_warmup
+        jax.random.key(1), target, builder, num_samples=1, num_warmup=num_warmup
     ).warmup
 
 
@@ -164,7 +164,6 @@ def measure(
     best = fastest(result["segments"])
     result["advice"] = {
         "segments": advice.num_segments,
-        "expected": advice.speedup,
         "said": str(advice),
         "ratio": next(
             (

@@ -104,6 +104,11 @@ def _advised(record: dict) -> float:
     return min(row["ratio"] for part in ("chains", "forgetless") for row in record[part])
 
 
+def _loss(record: dict) -> float:
+    """The most that the rule for the number of segments loses, as a ratio of times."""
+    return max(1 + row["loss"] for row in record["chains"])
+
+
 def _scan(record: dict) -> float:
     """The scan in use against the fastest of all, the worst size."""
     return max(
@@ -211,6 +216,13 @@ TARGETS = {
         Target("scan in use / fastest, worst size", "scans-cpu", _scan, AT_MOST, 1.05),
         Target(
             "associative scan / scan in use, T = 10⁶, D = 8", "scans-cpu", _associative, AT_LEAST, 5
+        ),
+        Target(
+            "time of the rule's segments / of the best, worst chains",
+            "shooting-advised-cpu",
+            _loss,
+            AT_MOST,
+            1.1,
         ),
         Target(
             "loop / `solver=None`, worst chains", "shooting-advised-cpu", _advised, AT_LEAST, 0.8

@@ -16,8 +16,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from partime_mcmc import (
-    CoalescingDice,
-    PlainDice,
+    CommonRandomNumbers,
+    MultishiftCoupling,
     Tolerance,
     coalescing_hmc,
     hmc,
@@ -25,20 +25,24 @@ from partime_mcmc import (
     random_walk,
     sample,
 )
-from partime_mcmc.kernels.dice import draw_layers, multishift
+from partime_mcmc.forgetting import distances, meeting_times
+from partime_mcmc.kernels.coupling import draw_multishift_noise, multishift
 from partime_mcmc.models import MODELS
-from partime_mcmc.predict import distances, meeting_times
 
 KERNELS = {
-    "MALA, plain": lambda density, metric: mala(density, 0.5, metric, dice=PlainDice()),
-    "MALA, coalescing": lambda density, metric: mala(density, 0.5, metric, dice=CoalescingDice()),
+    "MALA, plain": lambda density, metric: mala(
+        density, 0.5, metric, coupling=CommonRandomNumbers()
+    ),
+    "MALA, coalescing": lambda density, metric: mala(
+        density, 0.5, metric, coupling=MultishiftCoupling()
+    ),
     "HMC, plain": lambda density, metric: hmc(density, 0.4, metric, 3),
     "coalescing HMC": lambda density, metric: coalescing_hmc(
         density, 0.4, metric, 4, mala_step_size=0.4
     ),
     "random walk, plain": lambda density, metric: random_walk(density, 0.8, metric),
     "random walk, coalescing": lambda density, metric: random_walk(
-        density, 0.8, metric, dice=CoalescingDice(), block=3
+        density, 0.8, metric, coupling=MultishiftCoupling(), block=3
     ),
 }
 
@@ -47,7 +51,7 @@ def staircase(axis):
     """One throw as a map of the position: plain noise and multishift noise of unit variance."""
     places = jnp.linspace(-4, 4, 2001)
     for seed, colour in ((3, "C0"), (8, "C1")):
-        layers, _ = draw_layers(jax.random.key(seed), 1, places.dtype)
+        layers, _ = draw_multishift_noise(jax.random.key(seed), 1, places.dtype)
         value = jax.vmap(lambda x: multishift(x[None], 1.0, layers).value[0])(places)
         axis.plot(places, value, color=colour, lw=1.5, label=f"multishift, throw {seed}")
     axis.plot(places, places + 0.8, color="0.6", ls="--", label="plain")

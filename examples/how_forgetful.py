@@ -19,8 +19,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from partime_mcmc import hmc, mala, nuts, random_walk, sample
+from partime_mcmc.forgetting import advise, distances, meeting_times
 from partime_mcmc.models import MODELS
-from partime_mcmc.predict import advise, distances, meeting_times
 
 KERNELS = {
     "MALA": lambda density, metric: mala(density, 0.3, metric),
@@ -78,7 +78,7 @@ def main(argv=None):
             num_steps=65_536,
         )
         verdict = (
-            f"{advice.num_segments} segments, {advice.speedup:.1f}×"
+            f"{advice.num_segments} segments, {advice.evaluations_per_step:.2f} evaluations per step"
             if advice.parallel
             else "sequential"
         )

@@ -23,7 +23,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc import Tolerance, Whitening, Whole, compare, mala, quasi_deer, sample, sequential
+from partime_mcmc import (
+    AllAtOnce,
+    Tolerance,
+    Whitening,
+    compare,
+    mala,
+    quasi_deer,
+    sample,
+    sequential,
+)
 from partime_mcmc.models import logistic
 
 
@@ -81,7 +90,7 @@ def main(argv=None):
         kernel,
         **shape,
         solver=quasi_deer(num_probes=args.num_probes),
-        schedule=Whole(),
+        schedule=AllAtOnce(),
         tolerance=Tolerance(relative=0.0, absolute=2e-5),
         max_iterations=100,
     )

@@ -6,7 +6,7 @@ This chain forgets where it started (two chains with the same dice meet after so
 single steps stretch distances by large factors. Newton's method over the *whole* chain multiplies a thousand such
 Jacobians around a guess that is nowhere near the chain, and overflows: its front of exact steps crawls on, the rest is
 1e100 and worse. Clipping the Jacobians stops the overflow, with or without ELK's trust region, but does not find the
-chain either. Cutting time does: in a short stretch (`Stretches`), or behind the front of exact steps (`Sliding`),
+chain either. Cutting time does: in a short stretch (`Windows`), or behind the front of exact steps (`SlidingWindow`),
 products stay bounded and guesses stay good.
 
 Shooting needs no Jacobians and cannot overflow: its four segments become the chain in a second pass, at less than two
@@ -30,18 +30,18 @@ import jax
 import jax.numpy as jnp
 
 from partime_mcmc import (
-    Sliding,
+    AllAtOnce,
+    SlidingWindow,
     Status,
-    Stretches,
-    Whole,
+    Windows,
+    blackjax_loop,
     certify,
     deer,
     elk,
     hmc,
-    loop,
     quasi_deer,
-    shooting,
     sequential,
+    shooting,
     solve,
 )
 
@@ -54,16 +54,16 @@ HEADER = (
 def methods(size):
     """Name, solver, schedule: one line each, and each becomes one row."""
     return [
-        ("sequential", sequential(), Whole()),
-        ("DEER, whole chain", deer(), Whole()),
-        ("quasi-DEER, whole chain", quasi_deer(clip=None), Whole()),
-        ("quasi-DEER clipped, whole", quasi_deer(), Whole()),
-        ("ELK clipped, whole", elk(clip=1.0), Whole()),
-        (f"DEER, stretches of {size}", deer(), Stretches(size)),
-        (f"quasi-DEER, stretches of {size}", quasi_deer(), Stretches(size)),
-        (f"ELK clipped, stretches of {size}", elk(clip=1.0), Stretches(size)),
-        (f"DEER, sliding window of {size}", deer(), Sliding(size)),
-        ("shooting, 4 segments", shooting(4), Whole()),
+        ("sequential", sequential(), AllAtOnce()),
+        ("DEER, whole chain", deer(), AllAtOnce()),
+        ("quasi-DEER, whole chain", quasi_deer(clip=None), AllAtOnce()),
+        ("quasi-DEER clipped, whole", quasi_deer(), AllAtOnce()),
+        ("ELK clipped, whole", elk(clip=1.0), AllAtOnce()),
+        (f"DEER, stretches of {size}", deer(), Windows(size)),
+        (f"quasi-DEER, stretches of {size}", quasi_deer(), Windows(size)),
+        (f"ELK clipped, stretches of {size}", elk(clip=1.0), Windows(size)),
+        (f"DEER, sliding window of {size}", deer(), SlidingWindow(size)),
+        ("shooting, 4 segments", shooting(4), AllAtOnce()),
     ]
 
 
@@ -97,7 +97,7 @@ def main(argv=None):
         logdensity, args.step_size, jnp.ones(2), num_integration_steps=args.num_integration_steps
     )
     burn_key, tape_key = jax.random.split(jax.random.key(args.seed))
-    burnt, _ = loop(
+    burnt, _ = blackjax_loop(
         kernel, kernel.init(jnp.ones(2)), jax.random.split(burn_key, 500)
     )  # BlackJAX's own loop
     state = kernel.init(burnt[-1])

@@ -1,11 +1,11 @@
 """partime_mcmc: Markov chain Monte Carlo and recurrent systems, parallel over time.
 
 engine        Dynamics, solve, rollout, residual; Solution, Status, Tolerance, Stats
-derivatives   Implicit, ImplicitRelay
+derivatives   Implicit, ImplicitSegmented
 recipes       sequential, deer, quasi_deer, elk, quasi_elk, picard, jacobi, shooting
 schedules     Whole, Stretches, Sliding
 linearizers   DenseJacobian, DiagonalJacobian, HutchinsonDiagonal, IdentityJacobian, ZeroJacobian, Clipped, Damped
-kernels       from_blackjax, coalescing_hmc, hmc, mala, nuts, random_walk, PlainDice, CoalescingDice, Kernel, Whitening,
+kernels       from_blackjax, coalescing_hmc, hmc, mala, nuts, random_walk, CommonRandomNumbers, MultishiftCoupling, Kernel, Whitening,
               certify
 sampling      Target, from_numpyro, sample, Draws, PooledAdaptation, WindowAdaptation
 long runs     Store, NetCDF, Zarr, resume, open_draws, StoredDraws, StoreError, StoreMismatch, StreamingStatistics, Fold
@@ -15,24 +15,36 @@ devices       time_mesh, sharded_solve, sharded_chains, hosts; more in `partime_
 judging       Certificate, Recorded, Independent, compare, to_arviz
 """
 
-from partime_mcmc.adjoint import Implicit, ImplicitRelay
+from partime_mcmc.certify.certificate import Certificate
+from partime_mcmc.certify.independent import certify
+from partime_mcmc.certify.recorded import CertifyIndependently, CertifyWhileRolling
 from partime_mcmc.diagnostics.arviz import read_netcdf, save_netcdf, summary_table, to_arviz
 from partime_mcmc.diagnostics.compare import compare
 from partime_mcmc.distributed import hosts, sharded_chains, sharded_solve, time_mesh
-from partime_mcmc.dynamics import Dynamics, residual, rollout
+from partime_mcmc.engine.adjoint import Implicit, ImplicitSegmented
+from partime_mcmc.engine.dynamics import Dynamics, residual, rollout
+from partime_mcmc.engine.recipes import (
+    deer,
+    elk,
+    jacobi,
+    picard,
+    quasi_deer,
+    quasi_elk,
+    sequential,
+    shooting,
+)
+from partime_mcmc.engine.solution import Solution, SolveError, Stats, Status, Tolerance
+from partime_mcmc.engine.solve import solve
+from partime_mcmc.engine.windows import AllAtOnce, SlidingWindow, Windows
 from partime_mcmc.kernels import (
-    Certificate,
-    CoalescingDice,
-    Independent,
+    CommonRandomNumbers,
     Kernel,
-    PlainDice,
-    Recorded,
+    MultishiftCoupling,
     Whitening,
-    certify,
+    blackjax_loop,
     coalescing_hmc,
     from_blackjax,
     hmc,
-    loop,
     mala,
     nuts,
     random_walk,
@@ -46,7 +58,6 @@ from partime_mcmc.linearize import (
     IdentityJacobian,
     ZeroJacobian,
 )
-from partime_mcmc.sampling.draws import Draws
 from partime_mcmc.numpyro import (
     HMC,
     MALA,
@@ -56,34 +67,18 @@ from partime_mcmc.numpyro import (
     ParallelMCMC,
     from_numpyro,
 )
-from partime_mcmc.warmup.pooled import PooledAdaptation
-from partime_mcmc.sampling.progress import progress_line, quiet
-from partime_mcmc.sampling.resume import resume
-from partime_mcmc.storage.streaming_statistics import Fold, StreamingStatistics
-from partime_mcmc.sampling.sample import sample
-from partime_mcmc.storage.chunks import StoreError
-from partime_mcmc.storage.fingerprint import StoreMismatch
-from partime_mcmc.storage.formats import NetCDF, Zarr
-from partime_mcmc.storage.stored_draws import StoredDraws, open_draws
-from partime_mcmc.storage.stored_run import Store
-from partime_mcmc.sampling.target import Target
-from partime_mcmc.warmup.warmup import WindowAdaptation
-from partime_mcmc.storage.writers import EveryHost, FirstHost
-from partime_mcmc.recipes import (
-    deer,
-    elk,
-    jacobi,
-    picard,
-    quasi_deer,
-    quasi_elk,
-    sequential,
-    shooting,
-)
 from partime_mcmc.rnn.unroll import unroll
-from partime_mcmc.schedule import Sliding, Stretches, Whole
-from partime_mcmc.solution import Solution, SolveError, Stats, Status, Tolerance
-from partime_mcmc.solve import solve
+from partime_mcmc.sampling.draws import Draws
+from partime_mcmc.sampling.progress import progress_line, quiet
+from partime_mcmc.sampling.sample import resume, sample
+from partime_mcmc.sampling.target import Target
 from partime_mcmc.solvers import ConstantDamping, Kalman, Newton, RelaxingDamping
+from partime_mcmc.storage.fingerprint import StoreMismatch
+from partime_mcmc.storage.store import Store
+from partime_mcmc.storage.stored_draws import StoredDraws, open_draws
+from partime_mcmc.storage.streaming_statistics import Fold, StreamingStatistics
+from partime_mcmc.warmup.pooled import PooledAdaptation
+from partime_mcmc.warmup.warmup import WindowAdaptation
 
 __version__ = "0.1.0"
 
@@ -91,7 +86,7 @@ __all__ = [
     "BlackJAXKernel",
     "Certificate",
     "Clipped",
-    "CoalescingDice",
+    "MultishiftCoupling",
     "CoalescingHMC",
     "ConstantDamping",
     "Damped",
@@ -99,43 +94,38 @@ __all__ = [
     "DiagonalJacobian",
     "Draws",
     "Dynamics",
-    "EveryHost",
-    "FirstHost",
     "Fold",
     "HMC",
     "HutchinsonDiagonal",
     "IdentityJacobian",
     "Implicit",
-    "ImplicitRelay",
-    "Independent",
+    "ImplicitSegmented",
+    "CertifyIndependently",
     "Kalman",
     "Kernel",
     "MALA",
     "NUTS",
-    "NetCDF",
     "Newton",
     "ParallelMCMC",
-    "PlainDice",
+    "CommonRandomNumbers",
     "PooledAdaptation",
-    "Recorded",
+    "CertifyWhileRolling",
     "RelaxingDamping",
     "StreamingStatistics",
-    "Sliding",
+    "SlidingWindow",
     "Solution",
     "SolveError",
     "Stats",
     "Status",
     "Store",
-    "StoreError",
     "StoreMismatch",
     "StoredDraws",
-    "Stretches",
+    "Windows",
     "Target",
     "Tolerance",
     "Whitening",
-    "Whole",
+    "AllAtOnce",
     "WindowAdaptation",
-    "Zarr",
     "ZeroJacobian",
     "certify",
     "coalescing_hmc",
@@ -147,7 +137,7 @@ __all__ = [
     "hmc",
     "hosts",
     "jacobi",
-    "loop",
+    "blackjax_loop",
     "mala",
     "nuts",
     "open_draws",

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.closures import explicit
+from partime_mcmc.tracing import explicit
 from partime_mcmc.types import PyTree
 
 _MOST_PROGRAMS = 128

@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.dynamics import Dynamics, rollout
-from partime_mcmc.linearize import Clipped, Damped, DenseJacobian
-from partime_mcmc.recipes import (
+from partime_mcmc.engine.dynamics import Dynamics, rollout
+from partime_mcmc.engine.recipes import (
     deer,
     elk,
     jacobi,
@@ -26,10 +25,12 @@ from partime_mcmc.recipes import (
     sequential,
     shooting,
 )
-from partime_mcmc.schedule import Schedule, Sliding, Stretches, Whole
-from partime_mcmc.scan import ChunkedScan, LocalTime, TimeAxis
-from partime_mcmc.solution import Solution
-from partime_mcmc.solve import solve
+from partime_mcmc.engine.solution import Solution
+from partime_mcmc.engine.solve import solve
+from partime_mcmc.engine.time_axis import LocalTime, TimeAxis
+from partime_mcmc.engine.windows import AllAtOnce, Schedule, SlidingWindow, Windows
+from partime_mcmc.linearize import Clipped, Damped, DenseJacobian
+from partime_mcmc.scan import ChunkedScan
 from partime_mcmc.solvers import ConstantDamping, Newton, Solver
 
 # Many small programs run once: most of their time is the compiler's. Tests about bits or the compiler do without.
@@ -52,7 +53,7 @@ class SolverRow:
     solver: Solver
     newton_like: bool
     variant: bool = False
-    schedule: Schedule = Whole()
+    schedule: Schedule = AllAtOnce()
     axis: TimeAxis = LocalTime()
 
 
@@ -66,7 +67,7 @@ SOLVERS = [
         variant=True,
         axis=LocalTime(ChunkedScan(6)),
     ),
-    SolverRow("deer, sliding", deer(), newton_like=True, variant=True, schedule=Sliding(40)),
+    SolverRow("deer, sliding", deer(), newton_like=True, variant=True, schedule=SlidingWindow(40)),
     SolverRow("quasi-deer", quasi_deer(), newton_like=True),
     SolverRow(
         "quasi-deer, two probes",
@@ -79,7 +80,7 @@ SOLVERS = [
         quasi_deer(clip=None),
         newton_like=True,
         variant=True,
-        schedule=Stretches(50),
+        schedule=Windows(50),
     ),
     SolverRow("elk", elk(), newton_like=False),
     SolverRow("quasi-elk", quasi_elk(), newton_like=False, variant=True),

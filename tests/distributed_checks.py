@@ -24,7 +24,6 @@ import blackjax  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from benchmarks.devices import collectives  # noqa: E402
 from catalogue import (
     DYNAMICS,
     SOLVERS,
@@ -34,38 +33,40 @@ from catalogue import (
     sequential_path,
 )
 from jax.sharding import PartitionSpec  # noqa: E402
+from partime_mcmc.storage.chunks import parts_of  # noqa: E402
+from partime_mcmc.storage.stored_run import Store  # noqa: E402
 
+from benchmarks.devices import collectives  # noqa: E402
 from partime_mcmc import (
-    CoalescingDice,
+    AllAtOnce,
     Dynamics,
     EveryHost,
     Kernel,
+    MultishiftCoupling,
     Status,
-    Stretches,
-    Target,  # noqa: E402
-    Whole,
+    Target,
+    Windows,
+    blackjax_loop,
     deer,
     from_blackjax,
     jacobi,
-    loop,
     mala,
     quasi_deer,
-    recipes,
     resume,
     rollout,
     sample,
     shooting,
     solve,
 )
-from partime_mcmc.adjoint import Implicit, ImplicitRelay  # noqa: E402
-from partime_mcmc.distributed import ShardedTime, sharded_chains, sharded_solve, summed, time_mesh  # noqa: E402
-from partime_mcmc.linearize import Clipped, DenseJacobian  # noqa: E402
-from partime_mcmc.distributed import collectives as exchange
 from partime_mcmc import compile_cache as programs  # noqa: E402
+from partime_mcmc.distributed import ShardedTime, sharded_chains, sharded_solve, summed, time_mesh  # noqa: E402
+from partime_mcmc.distributed import collectives as exchange
+from partime_mcmc.engine import recipes
+from partime_mcmc.engine.adjoint import Implicit, ImplicitSegmented
+from partime_mcmc.engine.time_axis import LocalTime
+from partime_mcmc.linearize import Clipped, DenseJacobian  # noqa: E402
 from partime_mcmc.sampling.memory import chunk_steps  # noqa: E402
-from partime_mcmc.storage.chunks import parts_of  # noqa: E402
-from partime_mcmc.storage.stored_run import Store  # noqa: E402
-from partime_mcmc.scan import Dense, DenseMessage, Diagonal, LocalTime  # noqa: E402
+from partime_mcmc.scan import Dense, DenseMessage, Diagonal
 from partime_mcmc.solvers import Shooting  # noqa: E402
 
 # As in `conftest.py`: what is compiled here runs once.
@@ -163,7 +164,7 @@ def and_where_they_do_not():
 @SLOW.append
 def every_solver_on_every_kind_of_recurrence():
     for row in SOLVERS:
-        if row.schedule != Whole():
+        if row.schedule != AllAtOnce():
             continue
         for name in ("tanh network", "linear", "pytree", "accept or reject", "GRU", "AR(1)"):
             for num_steps in (5, 77):
@@ -349,7 +350,7 @@ def chains(kernel: Kernel, num_samples: int, num_chains: int) -> np.ndarray:
     @jax.jit
     @jax.vmap
     def one(position, key):
-        return loop(kernel, kernel.init(position), jax.random.split(key, num_samples))[0]
+        return blackjax_loop(kernel, kernel.init(position), jax.random.split(key, num_samples))[0]
 
     return np.asarray(
         one(TARGET.starts(jax.random.split(start, num_chains)), jax.random.split(keys, num_chains))
@@ -358,7 +359,7 @@ def chains(kernel: Kernel, num_samples: int, num_chains: int) -> np.ndarray:
 
 @CHECKS.append
 def draws_of_coalescing_chains_are_the_same_bits_on_any_number_of_devices():
-    kernel = mala(TARGET.logdensity, 0.4, dice=CoalescingDice())
+    kernel = mala(TARGET.logdensity, 0.4, coupling=MultishiftCoupling())
     draws = sample(
         jax.random.key(0),
         TARGET,
@@ -458,7 +459,7 @@ class Interrupting:
 
 @CHECKS.append
 def an_interrupt_keeps_the_stretches_that_are_done():
-    kernel = mala(TARGET.logdensity, 0.4, dice=CoalescingDice())
+    kernel = mala(TARGET.logdensity, 0.4, coupling=MultishiftCoupling())
     ask = functools.partial(
         sample,
         jax.random.key(0),
@@ -467,7 +468,7 @@ def an_interrupt_keeps_the_stretches_that_are_done():
         num_samples=512,
         num_chains=2,
         mesh=time_mesh(4, 2),
-        schedule=Stretches(128),
+        schedule=Windows(128),
     )
     draws = ask(progress=Interrupting(2))
     assert draws.report.interrupted and set(draws.report.status) == {Status.INTERRUPTED}
@@ -480,7 +481,7 @@ def an_interrupt_keeps_the_stretches_that_are_done():
 @CHECKS.append
 def a_stored_run_goes_on_over_a_mesh():
     """Begun on one device with no cuts in time, as advice may have it, and gone on with on eight."""
-    kernel = mala(TARGET.logdensity, 0.4, dice=CoalescingDice())
+    kernel = mala(TARGET.logdensity, 0.4, coupling=MultishiftCoupling())
     with tempfile.TemporaryDirectory() as folder:
         store = Store(f"{folder}/run", chunk=128)
         ask = functools.partial(
@@ -490,7 +491,7 @@ def a_stored_run_goes_on_over_a_mesh():
             kernel,
             num_samples=384,
             num_chains=2,
-            schedule=Whole(),
+            schedule=AllAtOnce(),
             solver=shooting(steps=8),
             store=store,
         )
@@ -512,7 +513,7 @@ class Parts(EveryHost):
 @CHECKS.append
 def a_chunk_in_parts_reads_like_a_whole_one():
     """Rows of chains of which each has times of its own, a rest that one device computes, and steps that are thinned out."""
-    kernel, mesh = mala(TARGET.logdensity, 0.4, dice=CoalescingDice()), time_mesh(4, 2)
+    kernel, mesh = mala(TARGET.logdensity, 0.4, coupling=MultishiftCoupling()), time_mesh(4, 2)
     with tempfile.TemporaryDirectory() as folder:
         ask = functools.partial(
             sample,
@@ -523,7 +524,7 @@ def a_chunk_in_parts_reads_like_a_whole_one():
             num_chains=4,
             mesh=mesh,
             thinning=3,
-            schedule=Stretches(64),
+            schedule=Windows(64),
             solver=shooting(steps=8),
             progress=False,
         )
@@ -632,7 +633,7 @@ def chains_that_do_not_converge_are_rolled_by_one_device_after_another():
         mesh=time_mesh(8),
         solver=jacobi(),
         max_iterations=3,
-        schedule=Stretches(256),
+        schedule=Windows(256),
         progress=False,
     )
     draws.or_raise()
@@ -690,7 +691,10 @@ def mistakes_are_named():
         ("num_chains", lambda: time_mesh(None, 3)),
         ("num_time", lambda: time_mesh(0)),
         ("mesh: got", lambda: sharded_solve(*given, mesh=jax.make_mesh((8,), ("x",)))),
-        ("ImplicitRelay", lambda: sharded_solve(*given, mesh=mesh, adjoint=ImplicitRelay())),
+        (
+            "ImplicitSegmented",
+            lambda: sharded_solve(*given, mesh=mesh, adjoint=ImplicitSegmented()),
+        ),
         (
             "initial: 3 chains",
             lambda: sharded_chains(
@@ -704,9 +708,9 @@ def mistakes_are_named():
             ),
         ),
         (
-            "schedule: got Whole",
+            "schedule: got AllAtOnce",
             lambda: sample(
-                jax.random.key(0), TARGET, mala, num_samples=10, mesh=mesh, schedule=Whole()
+                jax.random.key(0), TARGET, mala, num_samples=10, mesh=mesh, schedule=AllAtOnce()
             ),
         ),
         (
@@ -760,7 +764,7 @@ def mistakes_are_named():
             ),
         ),
         ("steps: segments of 3", lambda: inside(solver=shooting(steps=3))),
-        ("schedule: got Stretches", lambda: inside(schedule=Stretches(1))),
+        ("schedule: got Windows", lambda: inside(schedule=Windows(1))),
     ]:
         try:
             attempt()

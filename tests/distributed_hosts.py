@@ -18,24 +18,24 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from catalogue import DYNAMICS, SOLVERS, by_name  # noqa: E402
+from partime_mcmc.storage.chunks import parts_of  # noqa: E402
+from partime_mcmc.storage.stored_run import Store  # noqa: E402
 
 from partime_mcmc import (
+    AllAtOnce,
     EveryHost,
     FirstHost,
     Fold,
-    Stretches,
-    Whole,
+    Windows,
     deer,
     mala,
     rollout,
     sample,  # noqa: E402
     shooting,
 )
+from partime_mcmc import compile_cache as programs  # noqa: E402
 from partime_mcmc.distributed import hosts, sharded_solve, time_mesh  # noqa: E402
 from partime_mcmc.storage import own
-from partime_mcmc import compile_cache as programs  # noqa: E402
-from partime_mcmc.storage.chunks import parts_of  # noqa: E402
-from partime_mcmc.storage.stored_run import Store  # noqa: E402
 
 # As in `conftest.py`: what is compiled here runs once.
 programs.CPU_OPTIONS.clear()
@@ -65,14 +65,14 @@ def slope(path, problem):
 
 def everything(mesh):
     for row in SOLVERS:
-        if row.schedule == Whole():
+        if row.schedule == AllAtOnce():
             agrees(mesh, "accept or reject", row.solver)
     problem = by_name(DYNAMICS, "tanh network").build(21, np.float64)
     got = slope(lambda *given: sharded_solve(*given, mesh=mesh, solver=deer()).states, problem)
     np.testing.assert_allclose(got.params, slope(rollout, problem).params, rtol=0, atol=1e-10)
-    from distributed_checks import TARGET, CoalescingDice, chains
+    from distributed_checks import TARGET, MultishiftCoupling, chains
 
-    kernel = mala(TARGET.logdensity, 0.4, dice=CoalescingDice())
+    kernel = mala(TARGET.logdensity, 0.4, coupling=MultishiftCoupling())
     draws = sample(
         jax.random.key(0), TARGET, kernel, num_samples=515, num_chains=2, mesh=mesh, progress=False
     ).or_raise()
@@ -104,7 +104,7 @@ def stored(folder, mesh):
         num_chains=2,
         mesh=mesh,
         solver=shooting(steps=16),
-        schedule=Stretches(128),
+        schedule=Windows(128),
         store=Store(folder, chunk=128),
         progress=False,
     )
@@ -143,7 +143,7 @@ def parts(folder, mesh):
             num_samples=num_samples,
             num_chains=2,
             solver=shooting(steps=8),
-            schedule=Stretches(64),
+            schedule=Windows(64),
             thinning=2,
             progress=False,
             store=store,

@@ -16,11 +16,11 @@ import numpy as np
 from blackjax.mcmc.integrators import isokinetic_velocity_verlet
 from blackjax.mcmc.random_walk import normal
 
+from partime_mcmc.engine.recipes import deer, jacobi, picard, quasi_deer, shooting
 from partime_mcmc.kernels import Kernel, from_blackjax
-from partime_mcmc.kernels.hmc import hmc_cycle, steered_hmc
-from partime_mcmc.kernels.mala import coalescing_mala
-from partime_mcmc.kernels.random_walk import coalescing_random_walk
-from partime_mcmc.recipes import deer, jacobi, picard, quasi_deer, shooting
+from partime_mcmc.kernels.multishift_hmc import hmc_cycle, steered_hmc
+from partime_mcmc.kernels.multishift_mala import coalescing_mala
+from partime_mcmc.kernels.multishift_random_walk import coalescing_random_walk
 from partime_mcmc.solvers import Solver
 
 

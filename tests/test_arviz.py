@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 
-from partime_mcmc.diagnostics import arviz, named
+from partime_mcmc.diagnostics import arviz, values
 from tests import fakes
 
 
@@ -41,7 +41,7 @@ def test_values_are_plain_numpy():
 
 
 def test_a_bare_array_has_a_name():
-    assert list(named.named_draws(types.SimpleNamespace(positions=np.zeros((2, 5, 3))))) == [
+    assert list(values.named_draws(types.SimpleNamespace(positions=np.zeros((2, 5, 3))))) == [
         "position"
     ]
 
@@ -79,25 +79,25 @@ def test_a_run_frozen_at_one_common_start_is_flagged(run):
     run.positions["mu"][:], run.constrained["mu"][:] = 1.5, 1.5
     row = arviz.summary_table(run)[0]
     assert row["frozen"] and np.isnan(row["ess_bulk"]) and np.isnan(row["r_hat"])
-    assert named.frozen_chains(run).all()
+    assert values.frozen_chains(run).all()
 
 
 def test_the_certificate_alone_can_call_a_chain_frozen(run):
     run.certificate.frozen = np.array([False, False, False, True])
-    assert named.frozen_chains(run).tolist() == [False, False, False, True]
+    assert values.frozen_chains(run).tolist() == [False, False, False, True]
 
 
 def test_a_constant_of_the_model_is_not_frozen(run):
     run.constrained["corr"] = np.ones((4, 1000))
     row = {row["name"]: row for row in arviz.summary_table(run)}["corr"]
     assert not row["frozen"] and np.isnan(row["ess_bulk"]) and row["sd"] == 0
-    assert not named.frozen_chains(run).any()
+    assert not values.frozen_chains(run).any()
 
 
 def test_few_draws_are_not_called_frozen():
     run = types.SimpleNamespace(positions=np.ones((2, 5)), certificate=fakes.certificate(2, 5))
     run.certificate.frozen = np.ones(2, bool)
-    assert not named.frozen_chains(run).any()
+    assert not values.frozen_chains(run).any()
 
 
 def test_summary_of_a_known_law(run):
@@ -140,7 +140,7 @@ def test_wrong_shapes_are_refused():
     with pytest.raises(ValueError, match="num_chains, num_draws"):
         arviz.ess_bulk(np.zeros(10))
     with pytest.raises(ValueError, match="'b' has shape"):
-        named.named_draws(
+        values.named_draws(
             types.SimpleNamespace(constrained={"a": np.zeros((2, 5)), "b": np.zeros((2, 6))})
         )
     with pytest.raises(ValueError, match="neither"):

@@ -64,7 +64,7 @@ def test_a_suite_runs_and_is_reported(tmp_path, monkeypatch, capsys):
     assert main(["report", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "scan in use / fastest, worst size | ≤ 1.05" in said and "not measured" in said
-    assert "targets" in (tmp_path / "report.html").read_text()
+    assert "worst size" in (tmp_path / "targets.md").read_text()
 
 
 def test_report_refuses_what_is_no_folder(tmp_path, capsys):

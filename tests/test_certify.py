@@ -12,24 +12,13 @@ import pytest
 from blackjax.mcmc.random_walk import normal
 from catalogue import QUICK
 
-from partime_mcmc.dynamics import rollout
-from partime_mcmc.kernels import (
-    Kernel,
-    Tape,
-    Whitening,
-    certify,
-    certify_held,
-    certify_with_records,
-    from_blackjax,
-    hmc,
-    hold,
-    loop,
-    mala,
-)
-from partime_mcmc.kernels.certificate import _spread
-from partime_mcmc.recipes import jacobi, quasi_deer
-from partime_mcmc.solution import Status
-from partime_mcmc.solve import solve
+from partime_mcmc.certify.certificate import _spread
+from partime_mcmc.certify.independent import certify, certify_held, certify_with_records, hold
+from partime_mcmc.engine.dynamics import rollout
+from partime_mcmc.engine.recipes import jacobi, quasi_deer
+from partime_mcmc.engine.solution import Status
+from partime_mcmc.engine.solve import solve
+from partime_mcmc.kernels import Kernel, Tape, Whitening, blackjax_loop, from_blackjax, hmc, mala
 
 T, STEP = 80, 0.55
 
@@ -102,7 +91,7 @@ def mala_by_hand(run, step_size=STEP):
         return np.stack([-1.3 * x[:, 0] + 0.5 * x[:, 1], 0.5 * x[:, 0] - 0.9 * x[:, 1]], axis=1)
 
     before = np.concatenate([np.asarray(run.initial)[None], np.asarray(run.path)[:-1]])
-    keys = jax.vmap(jax.random.split)(run.tape.dice)
+    keys = jax.vmap(jax.random.split)(run.tape.randomness)
     noise = np.asarray(jax.vmap(lambda key: jax.random.normal(key, (2,)))(keys[:, 0]))
     uniform = np.asarray(jax.vmap(jax.random.uniform)(keys[:, 1]))
     after = before + step_size * gradient(before) + np.sqrt(2 * step_size) * noise
@@ -138,7 +127,7 @@ def test_a_right_path_and_every_number_about_it():
 
 def test_records_are_the_loops_infos():
     run = run_of("hmc")
-    _, infos = loop(run.kernel, run.state, run.tape.dice)
+    _, infos = blackjax_loop(run.kernel, run.state, run.tape.randomness)
     records = jax.jit(
         lambda path: certify_with_records(run.kernel, run.initial, path, run.tape)[1]
     )(run.path)
@@ -306,7 +295,7 @@ def test_nan_replaced_by_zero_is_not_certified():
         x = jnp.nan_to_num(step(key, _State(x))[0].position)
         return x, x
 
-    path = jax.lax.scan(advance, jnp.zeros(2), tape.dice)[1]
+    path = jax.lax.scan(advance, jnp.zeros(2), tape.randomness)[1]
     assert (np.asarray(path) == 0).any()
     certificate = certify(kernel, jnp.zeros(2), path, tape)
     assert bool(certificate.finite) and not bool(certificate.certified)
@@ -323,7 +312,7 @@ def test_a_wrong_discrete_leaf_shows():
     good = run.certify(run.path)
     assert bool(good.discrete_consistent) and bool(good.certified)
     keys = run.tape.discrete["random_generator_arg"]
-    bad = Tape(run.tape.dice, {"random_generator_arg": keys.at[9].set(jax.random.key(123))})
+    bad = Tape(run.tape.randomness, {"random_generator_arg": keys.at[9].set(jax.random.key(123))})
     # A path that follows the wrong tape exactly: only the tape is wrong.
     certificate = run.certify(_through(run, bad), tape=bad)
     assert not bool(certificate.discrete_consistent) and not bool(certificate.certified)
@@ -504,7 +493,7 @@ def _proposals(name, density, path, tape):
     """Where each step wanted to go, by the formulas."""
     before = np.concatenate([[[0.2, -0.3]], path[:-1]])
     gradient = np.asarray(jax.vmap(jax.grad(density))(before))
-    first = jax.vmap(jax.random.split)(tape.dice)[:, 0]
+    first = jax.vmap(jax.random.split)(tape.randomness)[:, 0]
     noise = np.asarray(jax.vmap(lambda key: jax.random.normal(key, (2,)))(first))
     if name == "mala":
         return before + 0.15 * gradient + np.sqrt(0.3) * noise

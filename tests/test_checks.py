@@ -366,7 +366,7 @@ def test_too_large_says_what_fits_before_allocating():
     assert (
         "10000000 steps of dimension 100" in message and "max_bytes=8589934592 (8 GiB)" in message
     )
-    size = int(message.split("Stretches(")[1].split(")")[0])
+    size = int(message.split("Windows(")[1].split(")")[0])
     check_bytes(size, 100, 4, 2**33, per_step=100**2)
     with pytest.raises(TooLarge):
         check_bytes(2 * size, 100, 4, 2**33, per_step=100**2)
@@ -378,7 +378,7 @@ def test_too_large_for_one_step_and_for_diagonals():
         check_bytes(10, 1000, 8, 10**6, per_step=1000**2)
     with pytest.raises(TooLarge) as caught:
         check_bytes(10**9, 10, 8, 10**6, per_step=10)
-    assert "quasi_deer" not in str(caught.value) and "Stretches(1024)" in str(caught.value)
+    assert "quasi_deer" not in str(caught.value) and "Windows(1024)" in str(caught.value)
 
 
 def test_improper_targets_are_suspected():

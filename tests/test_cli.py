@@ -1,17 +1,20 @@
 """The command line as a new user meets it: what works, what is refused, and with which exit code."""
 
 import dataclasses
-import functools
 import json
 import sys
+import tomllib
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from partime_mcmc.cli import loading, main, runs, sampling, telling
+import partime_mcmc
+from partime_mcmc import cli
+from partime_mcmc.cli import main
 from partime_mcmc.diagnostics.arviz import read_netcdf
-from partime_mcmc.solution import Status
+from partime_mcmc.engine.solution import Status
 
 MODEL = """
 import jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -58,27 +61,22 @@ OPTIONS = "--kernel mala --num-samples 400 --num-warmup 100 --quiet".split()
 @pytest.fixture(scope="module")
 def sampled(folder):
     """One small run with everything that can be written, and its exit code; later runs find its programs compiled."""
-    seen, sample = [], sampling.sample
+    seen, sample = [], partime_mcmc.sample
+    load, files = cli._load_model, ["--out", f"{folder}/one.nc", "--report", f"{folder}/page.html"]
+    loaded = {}
+
+    def load_once(source):
+        return loaded[source] if source in loaded else loaded.setdefault(source, load(source))
+
+    def sample_seen(*given, **options):
+        seen.append(sample(*given, **options))
+        return seen[-1]
+
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(
-            sampling,
-            "sample",
-            lambda *given, **options: seen.append(sample(*given, **options)) or seen[-1],
-        )
-        patched.setattr(loading, "_run_file", functools.cache(loading._run_file))
-        code = main(
-            [
-                "sample",
-                f"{folder}/model.py:ready",
-                *OPTIONS,
-                "--compare",
-                "--out",
-                f"{folder}/one.nc",
-                "--report",
-                f"{folder}/page.html",
-            ]
-        )
-        patched.setattr(sampling, "sample", sample)
+        patched.setattr(partime_mcmc, "sample", sample_seen)
+        patched.setattr(cli, "_load_model", load_once)
+        code = main(["sample", f"{folder}/model.py:ready", *OPTIONS, "--compare", *files])
+        patched.setattr(partime_mcmc, "sample", sample)
         yield code, folder / "one.nc", folder / "page.html", seen[0]
 
 
@@ -89,25 +87,16 @@ def test_sample_writes_what_it_was_asked_for(sampled):
     assert posterior.shape == (4, 400, 2)
     assert abs(float(posterior.mean())) < 0.4 and abs(float(posterior.std()) - 2) < 0.3
     text = page.read_text()
-    assert (
-        "4 of 4 chains certified" in text
-        and "How chains forget" in text
-        and "model.py:ready" in text
-    )
+    assert "4 of 4 chains certified" in text and "model.py:ready" in text
+    # Traces, ranks, coupled pairs, and a solve by pass.
+    assert text.count("data:image/png;base64,") == 4
 
 
 def test_a_store_is_filled_read_and_gone_on_with(sampled, folder, capsys):
-    command = [
-        "sample",
-        f"{folder}/model.py:ready",
-        *OPTIONS,
-        "--store",
-        f"{folder}/run",
-        "--thinning",
-        "4",
-    ]
+    model = f"{folder}/model.py:ready"
+    command = ["sample", model, *OPTIONS, "--store", f"{folder}/run", "--thinning", "4"]
     assert main([*command, "--report", f"{folder}/stored.html", "--out", f"{folder}/kept.nc"]) == 0
-    assert "400 of 400 draws of 4 chains, every 4th kept" in capsys.readouterr().out
+    assert "400 draws of 4 chains, every 4th kept" in capsys.readouterr().out
     assert "every 4th" in (folder / "stored.html").read_text()
     stored, whole = (
         read_netcdf(folder / name)["posterior"]["x"].values for name in ("kept.nc", "one.nc")
@@ -121,10 +110,11 @@ def test_a_store_is_filled_read_and_gone_on_with(sampled, folder, capsys):
     assert main(["compare", f"{folder}/run", f"{folder}/kept.nc"]) == 0
     capsys.readouterr()
     assert main(command) == 2
-    assert "holds a run; --resume goes on with it" in capsys.readouterr().err
-    assert main([*command, "--resume"]) == 0
-    assert main([*command, "--resume", "--seed", "1"]) == 2
-    assert "key" in capsys.readouterr().err.splitlines()[-1]
+    assert "holds a run; `resume` goes on with it" in capsys.readouterr().err
+    assert main(["resume", f"{folder}/run", model, "--kernel", "mala"]) == 0
+    assert "400 draws of 4 chains, every 4th kept" in capsys.readouterr().out
+    assert main(["resume", f"{folder}/run", model, "--kernel", "hmc"]) == 2
+    assert "kernel" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_summary_and_compare_of_a_file(sampled, capsys):
@@ -159,34 +149,35 @@ def test_compare_says_no_by_its_exit_code(sampled, tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize(
     "command, said",
     [
-        ("sample {f}/model.py:modle", "has no 'modle'; did you mean 'model'?"),
+        ("sample {f}/model.py:modle", "has no model 'modle'; it has Target, model,"),
         ("sample {f}/model.py", "wanted FILE.py:MODEL"),
-        ("sample {f}/missing.py:model", "there is no file"),
+        ("sample {f}/missing.py:model", "No such file"),
         ("sample {f}/wrong.py:x", "NameError: name 'undefined_name' is not defined (line 3)"),
         (
             "sample {f}/model.py:model",
-            "model(y, sigma, scale) needs 'y', 'sigma'; no data were given",
+            "model(y, sigma, scale=10.0): missing a required argument: 'y'",
         ),
-        ("sample {f}/model.py:model --data {f}/missing.json", "--data: there is no file"),
-        ("sample {f}/model.py:model --data {f}/list.json", "holds a list"),
+        ("sample {f}/model.py:model --data {f}/missing.json", "No such file"),
+        ("sample {f}/model.py:model --data {f}/list.json", "an object of values by name"),
         ("sample {f}/model.py:model --data {f}/broken.npz", "cannot be read"),
-        ("sample {f}/model.py:model --data {f}/model.py", "ends in .npz or .json"),
+        ("sample {f}/model.py:model --data {f}/model.py", "wanted .npz, or .json"),
         (
             "sample {f}/model.py:model --data {f}/typo.json",
-            "'scal' is no argument of model(y, sigma, scale); did you mean 'scale'?",
+            "model(y, sigma, scale=10.0): got an unexpected keyword argument 'scal'",
         ),
         ("sample {f}/model.py:ready --data {f}/data.json", "takes no data"),
-        ("sample {f}/model.py:nothing", "wanted a Target or a pair"),
-        ("sample {f}/model.py:MODEL", "has no 'MODEL'"),
+        ("sample {f}/model.py:nothing", "which returns a int; wanted a NumPyro model"),
+        ("sample {f}/model.py:MODEL", "has no model 'MODEL'"),
         ("sample banana --num-samples 0", "--num-samples: got 0"),
-        ("sample banana --resume", "wanted --store DIR"),
+        ("sample banana --store {f}/new --compare", "--compare: got --store with it"),
+        ("resume {f}/missing banana", "missing"),
         ("sample banana --out {f}/draws.txt", "--out: got"),
         ("sample banana --report {f}/no/page.html", "in a folder that exists"),
         ("summary {f}/missing --report {f}/page.txt", "--report: got"),
         ("summary {f}/missing", "neither a store nor a file"),
         ("summary {f}/data.json", "holds no draws"),
         ("compare {f}/missing {f}/missing", "neither a store nor a file"),
-        ("advise {f}/model.py:breaks --data {f}/data.json", "'sigma' is no argument of breaks(y)"),
+        ("sample {f}/model.py:breaks --data {f}/data.json", "breaks(y): got an unexpected keyword"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(folder, capsys, command, said):
@@ -217,7 +208,7 @@ def test_what_jax_says_of_its_traceback_is_left_out():
         "there is nothing to leave out"
     )
     caught.value.add_note("after site 'mu'")
-    assert telling.sentence(caught.value) == "no such thing. after site 'mu'"
+    assert cli._sentence(caught.value) == "no such thing. after site 'mu'"
 
 
 @pytest.mark.parametrize(
@@ -225,8 +216,6 @@ def test_what_jax_says_of_its_traceback_is_left_out():
     [
         "compare {f}/run {f}/run",
         "compare {f}/one.nc {f}/run",
-        "sample {f}/model.py:ready --num-samples 4000 --store {f}/new --compare",
-        "sample {f}/model.py:ready --num-samples 4000 --store {f}/new --out {f}/new.nc",
     ],
 )
 def test_draws_that_do_not_fit_are_not_read(sampled, folder, capsys, command, monkeypatch):
@@ -245,21 +234,18 @@ def test_draws_that_do_not_fit_are_not_read(sampled, folder, capsys, command, mo
             )
             == 0
         )
-    monkeypatch.setattr(runs, "default_max_bytes", lambda: 10_000)
+    monkeypatch.setattr(cli, "default_max_bytes", lambda: 10_000)
     capsys.readouterr()
     assert main(command.format(f=folder).split()) == 2
-    assert (
-        "keep fewer with a larger thinning" in capsys.readouterr().err
-        and not (folder / "new").exists()
-    )
+    assert "keep fewer with a larger thinning" in capsys.readouterr().err
     assert main(["summary", f"{folder}/run"]) == 0
 
 
 def test_without_a_command_the_help_is_shown(capsys):
     assert main([]) == 2
     err = capsys.readouterr().err
-    assert "exit codes:" in err and all(
-        name in err for name in ("demo", "sample", "summary", "compare", "advise")
+    assert "Exit codes:" in err and all(
+        name in err for name in ("demo", "sample", "resume", "summary", "compare")
     )
     with pytest.raises(SystemExit) as stopped:
         main(["sample"])
@@ -270,7 +256,7 @@ def test_interruption_has_its_own_code(monkeypatch, folder, capsys, sampled):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sampling, "sample", interrupted)
+    monkeypatch.setattr(partime_mcmc, "sample", interrupted)
     assert main(["sample", f"{folder}/model.py:ready"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
     # What was certified before is told and written all the same.
@@ -278,7 +264,7 @@ def test_interruption_has_its_own_code(monkeypatch, folder, capsys, sampled):
         sampled[3].report, status=(Status.INTERRUPTED,) * 4, interrupted=True
     )
     monkeypatch.setattr(
-        sampling, "sample", lambda *_, **__: dataclasses.replace(sampled[3], report=report)
+        partime_mcmc, "sample", lambda *_, **__: dataclasses.replace(sampled[3], report=report)
     )
     assert main(["sample", f"{folder}/model.py:ready", "--out", f"{folder}/part.nc"]) == 130
     assert "x[0]" in capsys.readouterr().out and (folder / "part.nc").exists()
@@ -296,7 +282,9 @@ def test_interruption_has_its_own_code(monkeypatch, folder, capsys, sampled):
 def test_models_targets_and_pairs_are_taken(monkeypatch, folder, name, data, dimension):
     seen = []
     monkeypatch.setattr(
-        sampling, "sample", lambda key, target, *rest, **options: seen.append(target) or sys.exit(0)
+        partime_mcmc,
+        "sample",
+        lambda key, target, *rest, **options: seen.append(target) or sys.exit(0),
     )
     (folder / "scale.json").write_text('{"scale": 2.0}')
     with pytest.raises(SystemExit):
@@ -307,13 +295,19 @@ def test_models_targets_and_pairs_are_taken(monkeypatch, folder, name, data, dim
 
 
 def test_npz_and_json_are_the_same_data(folder):
-    from partime_mcmc.cli.loading import load_data
-
-    one, two = load_data(folder / "data.json"), load_data(folder / "data.npz")
+    one, two = cli._load_data(folder / "data.json"), cli._load_data(folder / "data.npz")
     np.testing.assert_array_equal(one["y"], two["y"])
     assert one["sigma"] == two["sigma"] and not isinstance(two["sigma"], np.ndarray)
 
 
-def test_advise_says_when_not_to(sampled, folder, capsys):
-    assert main(["advise", f"{folder}/model.py:ready", *OPTIONS, "--kernel", "random_walk"]) == 3
-    assert "Run sequentially" in capsys.readouterr().out
+def test_the_demo_shows_that_both_ways_are_one(tmp_path, capsys):
+    counts = ["--num-samples", "400", "--num-chains", "2", "--num-warmup", "100"]
+    assert main(["demo", "--model", "banana", *counts, "--out", str(tmp_path)]) == 0
+    assert "the parallel path" in capsys.readouterr().out
+    assert json.loads((tmp_path / "report.json").read_text())["ok"]
+    assert {path.name for path in tmp_path.iterdir()} == {"draws.nc", "report.json", "demo.png"}
+
+
+def test_the_command_is_installed_under_its_name():
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    assert project["project"]["scripts"] == {"partime-mcmc": f"{main.__module__}:{main.__name__}"}

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from partime_mcmc.diagnostics.compare import compare
-from partime_mcmc.diagnostics.report import WIDTH, Disagreement, Level, plain, text_table
+from partime_mcmc.diagnostics.formatting import WIDTH, plain, text_table
+from partime_mcmc.diagnostics.report import Disagreement, Level
 from tests import fakes
 
 QUIET = fakes.chains(0)
@@ -168,9 +169,9 @@ def test_accept_everything_is_caught():
 def test_independent_runs_agree_statistically_at_best():
     report = compare(fakes.draws(fakes.chains(1), key=1), fakes.draws(fakes.chains(2), key=2))
     assert report.level == Level.STATISTICAL and not report.ok and report.path is None
-    assert any("do not share their dice" in reason for reason in report.reasons)
+    assert any("do not share their random numbers" in reason for reason in report.reasons)
     assert report.or_raise(Level.STATISTICAL) is report
-    with pytest.raises(Disagreement, match="dice") as raised:
+    with pytest.raises(Disagreement, match="random numbers") as raised:
         report.or_raise()
     assert raised.value.report is report
 
@@ -294,7 +295,7 @@ def test_dependence_that_no_coordinate_shows_fails_the_joint_test():
         run.constrained = {"mu": run.positions["mu"], "theta": run.positions["theta"]}
     report = compare(*runs)
     assert report.level == Level.FAIL and all(
-        "joint test" in reason or "dice" in reason for reason in report.reasons
+        "joint test" in reason or "random numbers" in reason for reason in report.reasons
     )
 
 

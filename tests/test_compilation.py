@@ -8,19 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from partime_mcmc.dynamics import Dynamics, rollout
+from partime_mcmc import compile_cache as programs
+from partime_mcmc.engine.dynamics import Dynamics, rollout
+from partime_mcmc.engine.recipes import deer, jacobi, picard, quasi_deer, shooting
+from partime_mcmc.engine.solution import Tolerance
+from partime_mcmc.engine.solve import solve
+from partime_mcmc.engine.windows import AllAtOnce, SlidingWindow, Windows
 from partime_mcmc.kernels import hmc
 from partime_mcmc.linearize import DenseJacobian, DiagonalJacobian, IdentityJacobian, ZeroJacobian
-from partime_mcmc import compile_cache as programs
+from partime_mcmc.models import MODELS
 from partime_mcmc.sampling.local import _Solve
 from partime_mcmc.sampling.sample import sample
 from partime_mcmc.sampling.target import Target
-from partime_mcmc.models import MODELS
-from partime_mcmc.recipes import deer, jacobi, picard, quasi_deer, shooting
 from partime_mcmc.scan import Identity, Zero
-from partime_mcmc.schedule import Sliding, Stretches, Whole
-from partime_mcmc.solution import Tolerance
-from partime_mcmc.solve import solve
 from partime_mcmc.types import pytree
 
 NUM_STEPS = 12
@@ -225,8 +225,8 @@ class B:
         (IdentityJacobian(), ZeroJacobian()),
         (deer(), quasi_deer(clip=None)),
         (picard(), jacobi()),
-        (Stretches(5), Sliding(5)),
-        (Whole(), ZeroJacobian()),
+        (Windows(5), SlidingWindow(5)),
+        (AllAtOnce(), ZeroJacobian()),
         (Identity(1.0), Zero(1.0)),
     ],
     ids=lambda value: type(value).__name__,
@@ -276,7 +276,7 @@ def _of_stretches(num_samples):
         num_samples=num_samples,
         num_chains=2,
         solver=shooting(4),
-        schedule=Stretches(64),
+        schedule=Windows(64),
         progress=False,
     )
     assert bool(np.all(draws.certificate.certified)) and draws.positions.shape == (

@@ -8,18 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import partime_mcmc.sampling.chain_groups as cores
 import partime_mcmc.compile_cache as programs
-from partime_mcmc.dynamics import Dynamics, without_captures
+import partime_mcmc.sampling.chain_groups as cores
+from partime_mcmc.compile_cache import Timings
+from partime_mcmc.engine.dynamics import Dynamics, without_captures
+from partime_mcmc.engine.recipes import jacobi, sequential, shooting
+from partime_mcmc.engine.solution import Status
+from partime_mcmc.engine.windows import Windows
 from partime_mcmc.kernels import from_blackjax
 from partime_mcmc.sampling.chain_groups import cut, joined, num_groups, run_groups
-from partime_mcmc.compile_cache import Timings
 from partime_mcmc.sampling.sample import sample
-from partime_mcmc.warmup.host_rng import SeedTree, key_from
 from partime_mcmc.sampling.target import Target
-from partime_mcmc.recipes import jacobi, sequential, shooting
-from partime_mcmc.schedule import Stretches
-from partime_mcmc.solution import Status
+from partime_mcmc.warmup.host_rng import SeedTree, key_from
 
 T, C, STEP = 96, 6, 0.4
 
@@ -110,7 +110,9 @@ def test_steps_that_call_a_library_are_left_together_and_never_run_side_by_side(
 
     monkeypatch.setattr(cores.concurrent.futures, "ThreadPoolExecutor", no_threads)
     states = np.arange(1.0, 13).reshape(4, 3)
-    found = run_groups(jax.vmap(LIBRARY[name]), (), [(states[:2],), (states[2:],)], timings=Timings())
+    found = run_groups(
+        jax.vmap(LIBRARY[name]), (), [(states[:2],), (states[2:],)], timings=Timings()
+    )
     np.testing.assert_allclose(np.concatenate(found), jax.vmap(LIBRARY[name])(states), rtol=1e-12)
     with pytest.raises(AssertionError, match="a thread was started"):
         run_groups(double, (1.0,), [(states[:2],), (states[2:],)], timings=Timings())
@@ -173,7 +175,7 @@ def test_the_chains_are_the_same_on_any_number_of_cores(solver, with_cores):
             num_samples=T,
             num_chains=C,
             solver=SOLVERS[solver](),
-            schedule=Stretches(48),
+            schedule=Windows(48),
         )
 
     alone = run(1).or_raise()
@@ -215,7 +217,7 @@ def test_chains_that_fail_in_one_group_are_finished_there(with_cores):
             KERNEL,
             num_samples=T,
             num_chains=C,
-            schedule=Stretches(48),
+            schedule=Windows(48),
             **more,
         )
 
@@ -241,7 +243,9 @@ def test_seeds_are_a_tree():
         SeedTree.of(jax.random.key(8)),
     ]
     assert len({tuple(node.words) for node in nodes}) == len(nodes)
-    np.testing.assert_array_equal(root.child(3).words, SeedTree.of(jax.random.key(7)).child(3).words)
+    np.testing.assert_array_equal(
+        root.child(3).words, SeedTree.of(jax.random.key(7)).child(3).words
+    )
     assert root.child(2).generator.integers(1 << 30) == root.child(2).generator.integers(1 << 30)
     words = np.stack([root.child(number).words for number in range(1024)])
     uniforms = np.asarray(jax.vmap(lambda one: jax.random.uniform(key_from(one)))(words))

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from catalogue import DYNAMICS, QUICK, by_name
 
-from partime_mcmc.adjoint import ImplicitRelay
-from partime_mcmc.dynamics import Dynamics, rollout
-from partime_mcmc.recipes import deer, elk, jacobi
-from partime_mcmc.schedule import Stretches
-from partime_mcmc.solve import solve
+from partime_mcmc.engine.adjoint import ImplicitSegmented
+from partime_mcmc.engine.dynamics import Dynamics, rollout
+from partime_mcmc.engine.recipes import deer, elk, jacobi
+from partime_mcmc.engine.solve import solve
+from partime_mcmc.engine.windows import Windows
 
 NUM_STEPS = 9
 quick = functools.partial(jax.jit, compiler_options=QUICK)
@@ -104,8 +104,8 @@ def test_second_derivatives(double):
     "options",
     [
         {"solver": elk()},
-        {"solver": deer(), "schedule": Stretches(4)},
-        {"solver": deer(), "adjoint": ImplicitRelay()},
+        {"solver": deer(), "schedule": Windows(4)},
+        {"solver": deer(), "adjoint": ImplicitSegmented()},
     ],
     ids=["elk", "stretches", "relay"],
 )

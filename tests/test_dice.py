@@ -13,26 +13,26 @@ import pytest
 from conftest import OPTIMISED
 from scipy import stats
 
-from partime_mcmc.dynamics import rollout
+from partime_mcmc.certify.independent import certify
+from partime_mcmc.engine.dynamics import rollout
+from partime_mcmc.engine.recipes import jacobi, sequential, shooting
+from partime_mcmc.engine.solution import Status, Tolerance
+from partime_mcmc.engine.solve import solve
+from partime_mcmc.forgetting.coalescence import meeting_times
 from partime_mcmc.kernels import (
-    CoalescingDice,
-    PlainDice,
+    CommonRandomNumbers,
+    MultishiftCoupling,
     Whitening,
-    certify,
     coalescing_hmc,
     hmc,
     mala,
     nuts,
     random_walk,
 )
-from partime_mcmc.kernels.dice import Layers, draw_layers, multishift
-from partime_mcmc.kernels.hmc import leapfrog_row
+from partime_mcmc.kernels.coupling import MultishiftNoise, draw_multishift_noise, multishift
+from partime_mcmc.kernels.multishift_hmc import leapfrog_row
 from partime_mcmc.sampling.sample import sample
 from partime_mcmc.sampling.target import Target
-from partime_mcmc.predict.coalescence import meeting_times
-from partime_mcmc.recipes import jacobi, sequential, shooting
-from partime_mcmc.solution import Status, Tolerance
-from partime_mcmc.solve import solve
 
 NUM_DRAWS = 1_000_000
 BAND = np.sqrt(np.log(2 / 1e-6) / (2 * NUM_DRAWS))
@@ -40,7 +40,7 @@ EXACT = Tolerance(0.0, 0.0)
 
 
 def layers_of(key, dtype, shape=(1000, 1000)):
-    return jax.jit(jax.vmap(lambda one: draw_layers(one, shape[1], dtype)[0]))(
+    return jax.jit(jax.vmap(lambda one: draw_multishift_noise(one, shape[1], dtype)[0]))(
         jax.random.split(key, shape[0])
     )
 
@@ -89,7 +89,7 @@ def test_float32_beyond_its_precision_rounds_and_loses_nothing_else():
 def test_a_layer_of_two_degrees_of_freedom_would_be_caught():
     layers = layers_of(jax.random.key(1), jnp.float32)
     heights = jax.random.uniform(jax.random.key(2), layers.radius.shape)
-    wrong = Layers(jnp.sqrt(-2 * jnp.log1p(-heights)), layers.offset)
+    wrong = MultishiftNoise(jnp.sqrt(-2 * jnp.log1p(-heights)), layers.offset)
     assert (
         distance_to_normal(
             np.ravel(multishift(jnp.float32(0.7), 1.0, wrong).value) - np.float32(0.7)
@@ -112,13 +112,13 @@ def test_coordinates_are_independent_and_so_are_their_squares():
     bound = 5 / np.sqrt(num_draws)
     assert max(correlations(layers)) < bound
     # Power: tied layers leave correlations at zero, and are caught by the squares.
-    tied = Layers(jnp.repeat(layers.radius[:, :1], 5, axis=1), layers.offset)
+    tied = MultishiftNoise(jnp.repeat(layers.radius[:, :1], 5, axis=1), layers.offset)
     plain, squares = correlations(tied)
     assert plain < bound < 0.1 < squares
 
 
 def test_the_noise_is_independent_of_the_decision():
-    layers, uniform = jax.jit(jax.vmap(lambda key: draw_layers(key, 1, jnp.float32)))(
+    layers, uniform = jax.jit(jax.vmap(lambda key: draw_multishift_noise(key, 1, jnp.float32)))(
         jax.random.split(jax.random.key(4), 200_000)
     )
     noise = np.asarray(multishift(jnp.zeros(1), 1.0, layers).value[:, 0], float)
@@ -196,10 +196,10 @@ def meetings(kernel, num_steps=400, num_pairs=256):
 
 
 MEETINGS = {  # kernel, the median that is promised
-    "mala": (lambda: mala(bowl, 0.5, unit(), dice=CoalescingDice()), 12),
-    "random walk": (lambda: random_walk(bowl, 1.0, unit(), dice=CoalescingDice()), 25),
+    "mala": (lambda: mala(bowl, 0.5, unit(), coupling=MultishiftCoupling()), 12),
+    "random walk": (lambda: random_walk(bowl, 1.0, unit(), coupling=MultishiftCoupling()), 25),
     "random walk in blocks": (
-        lambda: random_walk(bowl, 1.5, unit(), dice=CoalescingDice(), block=2),
+        lambda: random_walk(bowl, 1.5, unit(), coupling=MultishiftCoupling(), block=2),
         25,
     ),
     "coalescing hmc": (lambda: coalescing_hmc(bowl, 0.75, unit(), 2), 10),
@@ -265,17 +265,18 @@ def test_jacobi_alone_finds_the_path():
 def test_bad_dice_and_blocks():
     for builder in (mala, hmc, random_walk):
         with pytest.raises(
-            TypeError, match=r"dice: got 'coalescing', wanted PlainDice\(\) or CoalescingDice\(\)"
+            TypeError,
+            match=r"coupling: got 'coalescing', wanted CommonRandomNumbers\(\) or MultishiftCoupling\(\)",
         ):
-            builder(bowl, 0.5, unit(), dice="coalescing")
+            builder(bowl, 0.5, unit(), coupling="coalescing")
     with pytest.raises(TypeError, match="metric: got .*, wanted a Whitening for hmc"):
-        hmc(bowl, 0.5, jnp.ones(DIMENSION), 2, dice=CoalescingDice())
+        hmc(bowl, 0.5, jnp.ones(DIMENSION), 2, coupling=MultishiftCoupling())
     with pytest.raises(
         TypeError, match="metric: got ndarray, wanted a Whitening for coalescing_hmc"
     ):
         coalescing_hmc(bowl, 0.5, np.ones(DIMENSION))
-    with pytest.raises(ValueError, match="block: got 2 with PlainDice"):
-        random_walk(bowl, 0.5, dice=PlainDice(), block=2)
+    with pytest.raises(ValueError, match="block: got 2 with CommonRandomNumbers"):
+        random_walk(bowl, 0.5, coupling=CommonRandomNumbers(), block=2)
     with pytest.raises(ValueError, match="every: got 0"):
         coalescing_hmc(bowl, 0.5, unit(), every=0)
     with pytest.raises(ValueError, match="step_size: got nan"):
@@ -291,7 +292,7 @@ def test_sample_takes_the_dice_with_which_chains_meet_sooner_and_says_so():
         draws = sample(
             jax.random.key(3), target, mala, num_samples=1024, num_chains=2, num_warmup=64
         ).or_raise()
-        assert draws.plan["dice"] == "CoalescingDice()"
+        assert draws.plan["coupling"] == "MultishiftCoupling()"
         assert "Coalescing dice: pilot pairs met after" in draws.warmup.notes[-1]
         assert (np.asarray(draws.certificate.num_rejected) > 10).all()
         assert np.isfinite(np.asarray(draws.certificate.min_lattice_margin)).all()
@@ -311,12 +312,20 @@ def test_sample_takes_the_dice_with_which_chains_meet_sooner_and_says_so():
 def test_dice_are_chosen_where_there_is_a_choice():
     target = Target(bowl, jnp.zeros(DIMENSION))
     with pytest.raises(
-        TypeError, match=r"dice: got CoalescingDice\(\) with .*, wanted a builder that takes dice"
+        TypeError,
+        match=r"coupling: got MultishiftCoupling\(\) with .*, wanted a builder that takes dice",
     ):
-        sample(jax.random.key(0), target, nuts, num_samples=4, dice=CoalescingDice())
+        sample(jax.random.key(0), target, nuts, num_samples=4, coupling=MultishiftCoupling())
     with pytest.raises(
-        TypeError, match=r"dice: got PlainDice\(\) with .*, wanted a builder that takes dice"
+        TypeError,
+        match=r"coupling: got CommonRandomNumbers\(\) with .*, wanted a builder that takes dice",
     ):
-        sample(jax.random.key(0), target, mala(bowl, 0.1), num_samples=4, dice=PlainDice())
-    with pytest.raises(TypeError, match="dice: got 1, wanted"):
-        sample(jax.random.key(0), target, mala, num_samples=4, dice=1)
+        sample(
+            jax.random.key(0),
+            target,
+            mala(bowl, 0.1),
+            num_samples=4,
+            coupling=CommonRandomNumbers(),
+        )
+    with pytest.raises(TypeError, match="coupling: got 1, wanted"):
+        sample(jax.random.key(0), target, mala, num_samples=4, coupling=1)

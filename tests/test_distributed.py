@@ -7,7 +7,6 @@ steps, and a path may differ by its tolerance times what a recurrence makes of i
 import argparse
 import contextlib
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -18,14 +17,13 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from partime_mcmc import StoreError, open_draws
-from partime_mcmc.cli import machines
+from partime_mcmc import StoreError, cli, open_draws
 from partime_mcmc.distributed import hosts
 
 HERE = Path(__file__).parent
 # As in `conftest.py`: what is compiled here runs once.
 FAST = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-# Stated by `distributed.launch`: heartbeats (5 s here) and 5 s; the rest is for a busy machine.
+# JAX ends the others once heartbeats are missed, 5 s here; the rest is for ending and a busy machine.
 DEADLINE = 5 + 5 + 20
 
 
@@ -100,7 +98,7 @@ def test_hosts_agree_with_one_device(num_hosts):
         pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow),
     ],
 )
-def test_hosts_agree_and_say_so_when_one_is_lost(lost, how):
+def test_hosts_agree_and_all_end_when_one_is_lost(lost, how):
     both = start(2, "wait")
     try:
         for host in both:
@@ -108,12 +106,10 @@ def test_hosts_agree_and_say_so_when_one_is_lost(lost, how):
             assert any("agreed" in line for line in host.stdout), host.stderr.read()[-3000:]
         begin = time.monotonic()
         both[lost].send_signal(how)
-        _, errors = both[1 - lost].communicate(timeout=60)
+        both[1 - lost].communicate(timeout=60)
         assert time.monotonic() - begin < DEADLINE
         assert both[1 - lost].returncode != 0
         assert both[lost].wait(timeout=5) == -how
-        said = rf"^partime_mcmc: host {1 - lost} of 2 (ends|was ended by a signal, or) because another host was lost .*resume"
-        assert re.search(said, errors, re.MULTILINE), errors
     finally:
         for host in both:
             host.kill()
@@ -179,8 +175,8 @@ def test_a_stored_run_that_lost_a_host_goes_on_with_one(tmp_path):
             assert both[0].poll() is None, both[0].communicate()
             time.sleep(0.02)
         both[1].send_signal(signal.SIGKILL)
-        _, errors = both[0].communicate(timeout=DEADLINE)
-        assert "because another host was lost" in errors
+        both[0].communicate(timeout=DEADLINE)
+        assert both[0].returncode != 0
     finally:
         for host in both:
             host.kill()
@@ -264,6 +260,13 @@ def test_one_command_on_two_hosts(launch, tmp_path):
     )
 
 
+def asked(**given):
+    """Options of the command line that say which devices."""
+    none = dict.fromkeys(("coordinator", "num_hosts", "host_id"))
+    flags = dict.fromkeys(("all_devices", "cluster", "alone", "traceback"), False)
+    return argparse.Namespace(**none | flags | given)
+
+
 @pytest.mark.parametrize(
     "environment, together",
     [
@@ -280,24 +283,20 @@ def test_tasks_of_a_cluster_are_one_run_unless_asked_to_be_alone(
 ):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert machines.started_together(environment) == together
+    assert cli.started_together(environment) == together
     joined = []
     monkeypatch.setattr(
-        machines, "hosts", lambda *given: joined.append(given) or contextlib.nullcontext()
+        cli, "hosts", lambda *given: joined.append(given) or contextlib.nullcontext()
     )
-    for options in ([], ["--alone"]):
-        parser = argparse.ArgumentParser()
-        machines.add_machines(parser)
-        with machines.machines(parser.parse_args(options)):
+    for alone in (False, True):
+        with cli.machines(asked(alone=alone)):
             pass
     assert joined == [(None, None, None)] * together
 
 
 def test_two_ways_to_say_which_hosts_are_refused():
-    parser = argparse.ArgumentParser()
-    machines.add_machines(parser)
     with pytest.raises(ValueError, match="wanted at most one"):
-        with machines.machines(parser.parse_args(["--alone", "--cluster"])):
+        with cli.machines(asked(alone=True, cluster=True)):
             raise AssertionError
 
 

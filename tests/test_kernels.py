@@ -16,30 +16,30 @@ from catalogue import QUICK
 from jax.flatten_util import ravel_pytree
 from kernel_catalogue import DIMENSION, KERNELS, logdensity_of, start_of
 
-from partime_mcmc.dynamics import rollout
+from partime_mcmc.certify.independent import certify_with_records
+from partime_mcmc.engine.dynamics import rollout
+from partime_mcmc.engine.recipes import deer, jacobi
+from partime_mcmc.engine.solution import Status
+from partime_mcmc.engine.solve import solve
+from partime_mcmc.engine.windows import Windows
 from partime_mcmc.kernels import (
     Carry,
     Kernel,
     Whitening,
-    certify_with_records,
+    blackjax_loop,
     from_blackjax,
     hmc,
-    loop,
     mala,
     nuts,
     random_walk,
 )
-from partime_mcmc.kernels.drawn import Drawn
-from partime_mcmc.recipes import deer, jacobi
-from partime_mcmc.schedule import Stretches
-from partime_mcmc.solution import Status
-from partime_mcmc.solve import solve
+from partime_mcmc.kernels.explicit_randomness import ExplicitRandomnessKernel
 
 T = 96
 every_kernel = pytest.mark.parametrize("row", KERNELS, ids=lambda row: row.name)
 
 
-def blackjax_loop(algorithm, position, init_key, keys):
+def users_loop(algorithm, position, init_key, keys):
     """A BlackJAX user's own loop: full states and infos of every step, nothing of this package."""
 
     def advance(state, key):
@@ -58,11 +58,11 @@ def everything(row):
 
         @functools.partial(jax.jit, compiler_options=QUICK)
         def program(position, init_key, key):
-            states, infos = blackjax_loop(algorithm, position, init_key, jax.random.split(key, T))
+            states, infos = users_loop(algorithm, position, init_key, jax.random.split(key, T))
             state = kernel.init(position, init_key)
             initial, tape = kernel.carry(state), kernel.tape(key, T, state)
             solution = solve(
-                kernel.dynamics(), initial, tape, solver=row.solver, schedule=Stretches(24)
+                kernel.dynamics(), initial, tape, solver=row.solver, schedule=Windows(24)
             )
             certificate, records = certify_with_records(kernel, initial, solution.states, tape)
             return SimpleNamespace(
@@ -146,9 +146,9 @@ def test_certificate_and_decisions_agree_with_blackjax(row):
 @every_kernel
 def test_tape_holds_the_keys_and_the_discrete_leaves(row):
     found = everything(row)
-    if not isinstance(found.kernel.algorithm, Drawn):
+    if not isinstance(found.kernel.algorithm, ExplicitRandomnessKernel):
         np.testing.assert_array_equal(
-            jax.random.key_data(found.tape.dice),
+            jax.random.key_data(found.tape.randomness),
             jax.random.key_data(jax.random.split(jax.random.key(2), T)),
         )
     assert set(found.tape.discrete) == set(row.discrete)
@@ -235,7 +235,9 @@ def test_kernel_runs_in_blackjaxs_own_helper():
             initial_state=state,
             transform=lambda state, info: (state, info.is_accepted),
         )
-        carries, infos = jax.jit(functools.partial(loop, kernel))(state, jax.random.split(key, 20))
+        carries, infos = jax.jit(functools.partial(blackjax_loop, kernel))(
+            state, jax.random.split(key, 20)
+        )
         np.testing.assert_allclose(history[0].position, carries, rtol=1e-12)
         np.testing.assert_array_equal(history[1], infos.is_accepted)
         there = jax.vmap(kernel.position)(carries)
@@ -283,7 +285,7 @@ def test_algorithm_whose_state_is_the_position_itself():
     )
     tape = kernel.tape(jax.random.key(0), 10, kernel.init(jnp.ones(2)))
     path = rollout(kernel.dynamics(), jnp.ones(2), tape)
-    noise = np.asarray(jax.vmap(lambda key: jax.random.normal(key, (2,)))(tape.dice))
+    noise = np.asarray(jax.vmap(lambda key: jax.random.normal(key, (2,)))(tape.randomness))
     x = np.ones(2)
     for t in range(10):
         x = 0.5 * x + noise[t]
@@ -360,7 +362,9 @@ def test_whitened_hmc_is_blackjaxs_hmc_with_that_metric(shape):
 
         @functools.partial(jax.jit, compiler_options=QUICK)
         def run():
-            paths = [loop(kernel, kernel.init(position), keys) for kernel in (whitened, plain)]
+            paths = [
+                blackjax_loop(kernel, kernel.init(position), keys) for kernel in (whitened, plain)
+            ]
             return [
                 (jax.vmap(kernel.position)(path), info.is_accepted)
                 for kernel, (path, info) in zip((whitened, plain), paths)
@@ -403,8 +407,8 @@ def test_builders_are_blackjaxs_algorithms():
         def run():
             return [
                 (
-                    loop(kernel, kernel.init(start), keys)[0],
-                    blackjax_loop(algorithm, start, jax.random.key(0), keys)[0].position,
+                    blackjax_loop(kernel, kernel.init(start), keys)[0],
+                    users_loop(algorithm, start, jax.random.key(0), keys)[0].position,
                 )
                 for kernel, algorithm in pairs
             ]
@@ -427,8 +431,8 @@ def test_trajectories_without_the_densitys_value_are_blackjaxs(num_steps, step_s
 
         @functools.partial(jax.jit, compiler_options=QUICK)
         def run():
-            states, said = blackjax_loop(theirs, start, None, keys)
-            path, info = loop(ours, ours.init(start), keys)
+            states, said = users_loop(theirs, start, None, keys)
+            path, info = blackjax_loop(ours, ours.init(start), keys)
             return (jax.vmap(ours.position)(path), info), (states.position, said)
 
         (path, info), (wanted, said) = run()

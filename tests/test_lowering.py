@@ -1,7 +1,7 @@
-"""Programs for a GPU, made where there is none: JAX lowers them for CUDA, the kernels in Pallas to Triton's own language.
+"""Programs for a GPU, made where there is none: JAX lowers them for CUDA.
 
-That is most of what can go wrong before a number is computed: operations that a platform lacks, types that a kernel cannot
-take, tiles that are no power of two. What the numbers are, only `test_gpu` can show.
+That is most of what can go wrong before a number is computed: operations and types that a platform lacks. What the
+numbers are, only `test_gpu` can show.
 """
 
 import jax
@@ -23,8 +23,9 @@ from partime_mcmc import (
     shooting,
     solve,
 )
-from partime_mcmc.kernels import CoalescingDice, Whitening
-from partime_mcmc.scan import Dense, Diagonal, LocalTime, PallasScan
+from partime_mcmc.engine.time_axis import LocalTime
+from partime_mcmc.kernels import MultishiftCoupling, Whitening
+from partime_mcmc.scan import Dense, Diagonal
 
 GPU = AbstractMesh(
     (1,),
@@ -34,7 +35,6 @@ GPU = AbstractMesh(
         device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"
     ),
 )
-TRITON = "__gpu$xla.gpu.triton"
 # A length of no other test: what JAX traces for a processor is of other shapes, and neither is taken for the other.
 T, D = 4099, 5
 
@@ -48,11 +48,7 @@ def on_a_gpu(monkeypatch):
 def lowered(function, *args) -> str:
     """The program for CUDA, as text."""
     with use_abstract_mesh(GPU):
-        made = export.export(
-            jax.jit(function),
-            platforms=["cuda"],
-            disabled_checks=[export.DisabledSafetyCheck.custom_call(TRITON)],
-        )
+        made = export.export(jax.jit(function), platforms=["cuda"])
         return made(*args).mlir_module()
 
 
@@ -70,17 +66,15 @@ def lowered(function, *args) -> str:
         (Dense, T, 5, "float64"),
     ],
 )
-def test_the_kernels_of_the_scans(kind, num_steps, width, dtype, way, on_a_gpu):
+def test_scans(kind, num_steps, width, dtype, way, on_a_gpu):
     with jax.enable_x64(dtype == "float64"):
         shape = (num_steps, width) if kind is Diagonal else (num_steps, width, width)
         maps = kind(
             jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((num_steps, width), dtype)
         )
-        text = lowered(
-            getattr(LocalTime(PallasScan()), way), maps, jax.ShapeDtypeStruct((width,), dtype)
-        )
-    # Wide states take a single pass, others two.
-    assert text.count(TRITON) == (1 if width >= PallasScan().wide else 2)
+        text = lowered(getattr(LocalTime(), way), maps, jax.ShapeDtypeStruct((width,), dtype))
+    # A tree of compositions, not a loop.
+    assert "stablehlo.while" not in text
 
 
 def funnel(x):
@@ -89,7 +83,9 @@ def funnel(x):
 
 KERNELS = {
     "MALA": lambda density, unit: mala(density, 0.3, unit),
-    "MALA, coalescing": lambda density, unit: mala(density, 0.3, unit, dice=CoalescingDice()),
+    "MALA, coalescing": lambda density, unit: mala(
+        density, 0.3, unit, coupling=MultishiftCoupling()
+    ),
     "HMC": lambda density, unit: hmc(density, 0.3, unit, 4),
     "HMC, coalescing": lambda density, unit: coalescing_hmc(density, 0.3, unit, 4),
     "NUTS": lambda density, unit: nuts(density, 0.3, unit),

@@ -25,11 +25,12 @@ from catalogue import (
     within,
 )
 
-from partime_mcmc.recipes import deer, jacobi, quasi_elk
-from partime_mcmc.scan import AssociativeScan, ChunkedScan, LocalTime
-from partime_mcmc.schedule import Sliding, Stretches
-from partime_mcmc.solution import DEFAULT_ULPS, Status
-from partime_mcmc.solve import solve
+from partime_mcmc.engine.recipes import deer, jacobi, quasi_elk
+from partime_mcmc.engine.solution import DEFAULT_ULPS, Status
+from partime_mcmc.engine.solve import solve
+from partime_mcmc.engine.time_axis import LocalTime
+from partime_mcmc.engine.windows import SlidingWindow, Windows
+from partime_mcmc.scan import AssociativeScan, ChunkedScan
 
 TYPES = ("float32", "float64")
 LENGTHS = (0, 1, 2, 17, 257)
@@ -111,7 +112,14 @@ def test_equals_the_sequential_path(row, dynamics, length, kind):
 
 @pytest.mark.parametrize(
     "schedule, size",
-    [(Stretches, 1), (Stretches, 7), (Stretches, 1000), (Sliding, 1), (Sliding, 3), (Sliding, 39)],
+    [
+        (Windows, 1),
+        (Windows, 7),
+        (Windows, 1000),
+        (SlidingWindow, 1),
+        (SlidingWindow, 3),
+        (SlidingWindow, 39),
+    ],
 )
 def test_windows_shorter_than_a_burst_of_rejections(schedule, size, double):
     problem = langevin_problem(40, double, step_size=1.3)

@@ -19,10 +19,10 @@ import numpyro.distributions as dist
 import pytest
 from numpyro.infer import MCMC, BarkerMH, Predictive, init_to_median
 
+from partime_mcmc.engine.recipes import jacobi, sequential
 from partime_mcmc.numpyro import HMC, MALA, NUTS, CoalescingHMC, ParallelMCMC
 from partime_mcmc.numpyro.convert import _CARRIED, _OWN, ours
 from partime_mcmc.warmup.warmup import WindowAdaptation
-from partime_mcmc.recipes import jacobi, sequential
 
 KEY = jax.random.key(0)
 SAMPLES = 8

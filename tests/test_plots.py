@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from partime_mcmc.diagnostics import plots
+from partime_mcmc.diagnostics import arviz, plots
 from tests import fakes
 
 X = fakes.chains(0, dim=5, num_samples=800)
@@ -28,85 +28,73 @@ def data(line):
 
 
 def test_traces_hold_both_runs(runs):
-    figure = plots.trace_overlay(*runs, names=["theta[2]"], chain=3, num_draws=50)
-    (axis,) = figure.axes
-    np.testing.assert_array_equal(data(axis.lines[0]), runs[0].constrained["theta"][3, :50, 2])
-    np.testing.assert_array_equal(data(axis.lines[1]), runs[1].constrained["theta"][3, :50, 2])
-    assert axis.get_ylabel() == "theta[2]" and axis.get_legend() is not None
+    *traces, distances = plots.path_overlay(*runs).axes
+    assert [axis.get_ylabel() for axis in traces] == ["mu", "theta[0]", "theta[1]"]
+    for axis, values in zip(traces, [X[0, :, 0], *np.exp(X[0, :, 1:3].T)], strict=True):
+        np.testing.assert_allclose(data(axis.lines[0]), values[:300], rtol=1e-9)
+        np.testing.assert_array_equal(data(axis.lines[1]), values[:300])
+    assert distances.get_ylabel() == "difference [sd]"
 
 
-def test_names_may_be_variables_and_default_to_a_few(runs):
-    assert [axis.get_ylabel() for axis in plots.trace_overlay(*runs, names=["theta"]).axes] == [
-        f"theta[{i}]" for i in range(4)
-    ]
-    assert len(plots.trace_overlay(*runs).axes) == 4
-    assert plots.demo_figure(*runs).axes[0].get_ylabel() == "mu"
-
-
-def test_wrong_names_and_chains_are_named(runs):
-    with pytest.raises(ValueError, match="tau"):
-        plots.trace_overlay(*runs, names=["mu", "tau"])
-    with pytest.raises(ValueError, match="chain: got 9"):
-        plots.trace_overlay(*runs, chain=9)
+def test_runs_without_a_common_coordinate_are_refused(runs):
     other = types.SimpleNamespace(constrained={"other": X[..., 0]})
     with pytest.raises(ValueError, match="share no coordinate"):
-        plots.demo_figure(runs[0], other)
-
-
-def test_residuals_leave_out_padding_and_show_the_tolerance(runs):
-    axis = plots.residual_by_iteration(runs[0]).axes[0]
-    curves = [data(line) for line in axis.lines]
-    assert len(curves) == 5 and axis.get_yscale() == "log"
-    assert (
-        np.isnan(curves[0][0])
-        and np.isnan(curves[0][12:]).all()
-        and np.isfinite(curves[0][1:12]).all()
-    )
-    assert curves[-1][0] == 1e-8
-    assert axis.get_xlim()[1] < 17  # chain 3 took 15 of the 20 iterations there was room for
-
-
-def test_a_bare_history_and_an_exact_zero_are_drawn():
-    axis = plots.residual_by_iteration(np.array([[1.0, 0.0, np.nan]])).axes[0]
-    assert 0 < data(axis.lines[0])[1] < 1e-16
-
-
-@pytest.mark.parametrize("history", [None, np.full((4, 3), np.nan), np.zeros((4, 0))])
-def test_no_iterations_is_said(runs, history):
-    runs[0].report.residual_history = history
-    axis = plots.residual_by_iteration(runs[0]).axes[0]
-    assert [text.get_text() for text in axis.texts] == ["no iterations recorded"]
+        plots.path_overlay(runs[0], other)
 
 
 def test_distances_show_every_peak(runs):
     runs[0].constrained["mu"] = runs[0].constrained["mu"].copy()
     runs[0].constrained["mu"][2, 613] += 0.5
-    axis = panel(plots.demo_figure(*runs), "Distance")
+    axis = panel(plots.path_overlay(*runs), "Distance")
     peaks = [data(line).max() for line in axis.lines[:4]]
     assert abs(peaks[2] - 0.5 / runs[1].constrained["mu"].std()) < 1e-6 and max(peaks[:2]) < 1e-10
 
 
-def test_runs_of_other_lengths_are_said_to_be_so(runs):
-    axis = panel(plots.demo_figure(runs[0], fakes.draws(X[:, :100])), "Distance")
-    assert "no steps to compare" in axis.texts[0].get_text()
+def test_runs_of_other_lengths_have_no_distances(runs):
+    axis = panel(plots.path_overlay(runs[0], fakes.draws(X[:, :100])), "Distance")
+    assert "no steps to compare" in axis.texts[0].get_text() and not axis.lines
 
 
 def test_equal_runs_and_missing_reports_can_be_drawn(runs, tmp_path):
     same = types.SimpleNamespace(positions=runs[1].positions)
-    plots.save(plots.demo_figure(same, same), tmp_path / "figure.png")
+    plots.path_overlay(same, same).savefig(tmp_path / "figure.png")
+    blob = (tmp_path / "figure.png").read_bytes()
+    assert blob.startswith(b"\x89PNG") and len(blob) > 30_000
 
 
-def test_a_figure_is_a_real_png(runs, tmp_path):
-    path = plots.save(plots.demo_figure(*runs), tmp_path / "figure.png")
-    blob = path.read_bytes()
-    assert blob.startswith(b"\x89PNG") and len(blob) > 50_000
+def test_the_residual_map_shows_peaks_and_what_is_not_finite():
+    residuals = np.full((3, 900), 1e-6)
+    residuals[1, 601], residuals[0, 5], residuals[2, 7] = 1e-2, np.nan, 0.0
+    shown = plots.residual_map(residuals).axes[0].images[0].get_array()
+    assert shown.shape == (3, 300) and shown[1].max() == pytest.approx(-2)
+    assert np.argwhere(np.ma.getmaskarray(shown)).tolist() == [[0, 1]]
+    with pytest.raises(ValueError, match="num_passes, num_steps"):
+        plots.residual_map(np.zeros(3))
+
+
+def test_coalescence_counts_pairs_that_have_not_met_for_good():
+    distances = np.array([[1.0, 1e-9, 0.5, 1e-9, 1e-9], [1.0, 1.0, np.nan, 0.0, 0.0]])
+    share = data(plots.coalescence(distances).axes[1].lines[0])
+    np.testing.assert_array_equal(share, [1, 1, 1, 0, 0])
+    with pytest.raises(ValueError, match="num_pairs, num_steps"):
+        plots.coalescence(np.zeros(3))
+
+
+def test_arvizs_own_figures_are_taken_from_pyplot(runs):
+    from matplotlib import pyplot
+
+    series = {"mu": runs[0].constrained["mu"], "$x_1$/y": runs[0].constrained["theta"][..., 0]}
+    for draw in (arviz.trace_plot, arviz.rank_plot):
+        figure = draw(series)
+        assert len(figure.axes) >= 2 and figure.canvas is not None
+        assert not pyplot.get_fignums()
 
 
 def test_importing_is_light_and_drawing_leaves_pyplot_alone():
     script = (
         "import sys, partime_mcmc.diagnostics.plots as p, numpy as np\n"
         "assert 'matplotlib' not in sys.modules\n"
-        "p.residual_by_iteration(np.ones((1, 3)))\n"
+        "p.residual_map(np.ones((1, 3)))\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     done = subprocess.run(

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from partime_mcmc.sampling.chains import check_fits
 
 from partime_mcmc import HMC, ParallelMCMC, Store, Target, hmc, sample
+from partime_mcmc.certify.recorded import CertifyIndependently, CertifyWhileRolling
 from partime_mcmc.diagnostics.checks import TooLarge
-from partime_mcmc.kernels import Independent, Recorded
-from partime_mcmc.sampling import memory as arguments
-from partime_mcmc.sampling import chains
-from partime_mcmc.sampling.chains import check_fits
 from partime_mcmc.numpyro import mcmc as parallel
 from partime_mcmc.numpyro import stored
+from partime_mcmc.sampling import chains
+from partime_mcmc.sampling import memory as arguments
 
 # Modules whose names their functions hide.
 sampling, resume = (
@@ -76,7 +76,7 @@ def test_numpyros_front_refuses_at_once(tmp_path):
         mcmc.run(jax.random.key(0), store=Store(tmp_path / "run", chunk=10**8))
 
 
-def fits(target, certificate=Independent(), num_samples=10_000):
+def fits(target, certificate=CertifyIndependently(), num_samples=10_000):
     try:
         check_fits(target, num_samples, 4, solver=None, schedule=None, certificate=certificate)
     except TooLarge:
@@ -98,6 +98,6 @@ def test_what_the_model_makes_of_a_position_counts():
 
 def test_what_steps_say_of_themselves_counts():
     # 4 chains x 10,000 draws x 1,000 numbers in 6 copies are 960 MB; a defect of each number makes a seventh.
-    assert fits(target_of(1_000)) and not fits(target_of(1_000), Recorded())
+    assert fits(target_of(1_000)) and not fits(target_of(1_000), CertifyWhileRolling())
     # 10^7 draws of one number: 24 bytes of copies each, and 36 of what is said.
     assert not fits(target_of(1), num_samples=5 * 10**6) and 5 * 10**6 * 4 * 24 < LIMIT

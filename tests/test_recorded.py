@@ -11,11 +11,11 @@ import pytest
 from kernel_catalogue import KERNELS, logdensity_of, start_of
 
 from partime_mcmc import (
-    Independent,
-    Recorded,
-    Stretches,
+    CertifyIndependently,
+    CertifyWhileRolling,
     Target,
     Tolerance,
+    Windows,
     hmc,
     jacobi,
     mala,
@@ -23,10 +23,12 @@ from partime_mcmc import (
     sample,
     shooting,
 )
-from partime_mcmc.kernels import Kernel, certify_recorded, certify_with_records, from_blackjax
-from partime_mcmc.recipes import sequential
-from partime_mcmc.solution import Status
-from partime_mcmc.solve import solve
+from partime_mcmc.certify.independent import certify_with_records
+from partime_mcmc.certify.recorded import certify_recorded
+from partime_mcmc.engine.recipes import sequential
+from partime_mcmc.engine.solution import Status
+from partime_mcmc.engine.solve import solve
+from partime_mcmc.kernels import Kernel, from_blackjax
 from partime_mcmc.solvers.shooting import Shooting
 
 T = 120
@@ -186,10 +188,8 @@ def test_the_draws_do_not_depend_on_the_evidence(stretch):
     with jax.enable_x64(True):
         kernel = hmc(TARGET.logdensity, 0.7, jnp.ones(4), 2)
     mine, theirs = (
-        draws_of(
-            kernel, solver=shooting(steps=16), schedule=Stretches(stretch), certificate=evidence
-        )
-        for evidence in (Recorded(), Independent())
+        draws_of(kernel, solver=shooting(steps=16), schedule=Windows(stretch), certificate=evidence)
+        for evidence in (CertifyWhileRolling(), CertifyIndependently())
     )
     assert np.array_equal(mine.positions, theirs.positions)
     assert not mine.certificate.independent.any() and theirs.certificate.independent.all()

@@ -15,8 +15,9 @@ from catalogue import QUICK
 from jax import lax
 from trained import trained
 
+from partime_mcmc.engine.recipes import deer, elk, jacobi, sequential, shooting
+from partime_mcmc.engine.solution import Status, Tolerance
 from partime_mcmc.linearize import Clipped
-from partime_mcmc.recipes import deer, elk, jacobi, sequential, shooting
 from partime_mcmc.rnn import (
     ClosedForm,
     elman,
@@ -31,9 +32,9 @@ from partime_mcmc.rnn import (
     unroll,
     unroll_with_status,
 )
-from partime_mcmc.rnn.batches import batch_around
-from partime_mcmc.solution import Status, Tolerance
-from partime_mcmc.solvers import Newton, relay_plan
+from partime_mcmc.rnn import plan as rnn_plan
+from partime_mcmc.rnn.unroll import batch_around
+from partime_mcmc.solvers import Newton
 
 # The module, whose name the function hides.
 unrolling = sys.modules[unroll.__module__]
@@ -44,8 +45,8 @@ quick = functools.partial(jax.jit, compiler_options=QUICK)
 
 @pytest.fixture
 def batches_in_lanes(monkeypatch):
-    """Batches go through a relay, which on a CPU would leave them to `lax.scan`."""
-    monkeypatch.setattr(relay_plan, "_FILLS_A_CORE", float("inf"))
+    """BatchMeans go through a relay, which on a CPU would leave them to `lax.scan`."""
+    monkeypatch.setattr(rnn_plan, "_MOST_CHAINS_ON_CPU", None)
 
 
 CELLS = {
@@ -457,7 +458,7 @@ def test_a_batch_by_vmap_is_one_loop_over_the_steps_on_a_cpu(mapped, through):
 def test_vmaps_within_vmaps_are_counted():
     seen = []
     leaves = jnp.ones((2, 3, 4)), jnp.ones((2, 5))
-    look = lambda a, b: seen.append(batch_around((a, b))) or a.sum() + b.sum()  # noqa: E731
+    look = lambda a, b: seen.append(batch_around((a, b))) or a.sum() + b.sum()
     look(*leaves)
     jax.vmap(look)(*leaves)
     jax.vmap(jax.vmap(look, in_axes=(0, None)))(*leaves)

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from kernel_catalogue import logdensity_of
 
-import partime_mcmc.sampling.plan as ready
 import partime_mcmc.sampling.executor as streaming
+import partime_mcmc.sampling.plan as ready
 from partime_mcmc.diagnostics.checks import InvalidStart, NonDeterministicTarget
+from partime_mcmc.engine.recipes import jacobi, quasi_deer, sequential
+from partime_mcmc.engine.solution import SolveError, Status
+from partime_mcmc.engine.windows import AllAtOnce, SlidingWindow, Windows
 from partime_mcmc.kernels import Kernel, from_blackjax, hmc, mala
+from partime_mcmc.models.eight_schools import make_target as eight_schools
 from partime_mcmc.sampling.progress import progress_line, quiet
 from partime_mcmc.sampling.sample import sample
 from partime_mcmc.sampling.target import Target
-from partime_mcmc.models.eight_schools import make_target as eight_schools
-from partime_mcmc.recipes import jacobi, quasi_deer, sequential
-from partime_mcmc.schedule import Sliding, Stretches, Whole
-from partime_mcmc.solution import SolveError, Status
 
 T, CHAINS, STEP = 90, 3, 0.35
 
@@ -53,7 +53,7 @@ def run(key=None, **changes):
         "num_samples": T,
         "num_chains": CHAINS,
         "solver": jacobi(),
-        "schedule": Stretches(32),
+        "schedule": Windows(32),
     } | changes
     return sample(jax.random.key(0) if key is None else key, target(), kernel(), **arguments)
 
@@ -144,10 +144,10 @@ def test_same_seed_and_plan_same_bits_with_progress_and_a_legacy_key(base, capsy
 @pytest.mark.parametrize(
     ("solver", "schedule"),
     [
-        (None, Stretches(41)),
-        (quasi_deer(damping=0.1), Stretches(45)),
+        (None, Windows(41)),
+        (quasi_deer(damping=0.1), Windows(45)),
         (sequential(), None),
-        (jacobi(), Sliding(20)),
+        (jacobi(), SlidingWindow(20)),
     ],
     ids=["default", "quasi-deer", "sequential", "sliding"],
 )
@@ -163,7 +163,7 @@ def test_another_solver_and_schedule_give_the_same_chains(solver, schedule):
 
 
 def test_a_solver_that_cannot_converge_falls_back_to_the_exact_chain_and_says_so():
-    draws = run(schedule=Stretches(15), max_iterations=1)
+    draws = run(schedule=Windows(15), max_iterations=1)
     assert_same_chains(draws, by_hand()[0], atol=1e-12)
     report = draws.or_raise().report
     # One pass of Jacobi makes the first step of a stretch right, at least: what is right is kept.
@@ -181,7 +181,7 @@ def test_a_solver_that_cannot_converge_falls_back_to_the_exact_chain_and_says_so
 
 
 def test_one_chain_and_one_step():
-    draws = run(num_chains=1, num_samples=1, schedule=Whole())
+    draws = run(num_chains=1, num_samples=1, schedule=AllAtOnce())
     assert draws.positions["position"].shape == (1, 1, 2) and bool(
         draws.or_raise().certificate.certified[0]
     )
@@ -193,7 +193,7 @@ def test_one_chain_and_one_step():
     )
 
 
-@pytest.mark.parametrize("schedule", [Stretches(8), Whole()], ids=["stretches", "whole"])
+@pytest.mark.parametrize("schedule", [Windows(8), AllAtOnce()], ids=["stretches", "whole"])
 def test_no_steps(schedule):
     draws = run(num_samples=0, num_chains=2, schedule=schedule)
     assert {leaf.shape for leaf in jax.tree.leaves(draws.positions)} == {(2, 0, 2), (2, 0)}
@@ -236,7 +236,7 @@ def test_one_bad_chain_leaves_the_others_bit_for_bit():
             num_samples=60,
             num_chains=8,
             solver=jacobi(),
-            schedule=Stretches(12),
+            schedule=Windows(12),
         )
         for far in (1.0, 60.0)
     }
@@ -355,7 +355,7 @@ def test_eight_schools_from_end_to_end():
         num_samples=60,
         num_chains=4,
         solver=jacobi(),
-        schedule=Stretches(30),
+        schedule=Windows(30),
     )
     assert draws.or_raise().report.status == (Status.CONVERGED,) * 4
     assert {name: value.shape for name, value in draws.constrained.items()} == {
@@ -588,7 +588,7 @@ def test_good_arguments_do_begin(nothing_runs):
             num_chains=1,
             num_warmup=20,
             solver=jacobi(),
-            schedule=Whole(),
+            schedule=AllAtOnce(),
             max_iterations=1,
             progress=quiet,
         )

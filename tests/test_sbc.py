@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from partime_mcmc.kernels import CoalescingDice, Whitening, coalescing_hmc, hmc, mala, nuts
-from partime_mcmc.recipes import shooting
-from partime_mcmc.solution import Status
-from partime_mcmc.solve import solve
+from partime_mcmc.engine.recipes import shooting
+from partime_mcmc.engine.solution import Status
+from partime_mcmc.engine.solve import solve
+from partime_mcmc.kernels import MultishiftCoupling, Whitening, coalescing_hmc, hmc, mala, nuts
 
 D, COUNT, BINS = 2, 3, 8
 BURN_IN, STRIDE, KEPT = 20, 4, 31  # 32 possible ranks, four to a bin
@@ -32,7 +32,7 @@ def in_float64():
 
 
 KERNELS = {
-    "mala": lambda density, metric: mala(density, 0.6, metric, dice=CoalescingDice()),
+    "mala": lambda density, metric: mala(density, 0.6, metric, coupling=MultishiftCoupling()),
     "hmc": lambda density, metric: hmc(density, 0.9, metric, 2),
     "nuts": lambda density, metric: nuts(density, 0.8, metric, 4),
     "coalescing hmc": lambda density, metric: coalescing_hmc(density, 0.7, metric, 2),

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from partime_mcmc.engine.time_axis import LocalTime
 from partime_mcmc.scan import (
     AssociativeScan,
     ChunkedScan,
@@ -25,7 +26,6 @@ from partime_mcmc.scan import (
     DiagonalBelief,
     DiagonalMessage,
     Identity,
-    LocalTime,
     SequentialScan,
     Zero,
     default_scan,
@@ -38,7 +38,7 @@ MESSAGES = [DenseMessage, DiagonalMessage]
 SCANS = [SequentialScan(), AssociativeScan(), ChunkedScan(1), ChunkedScan(3), ChunkedScan(100)]
 quick = functools.partial(jax.jit, compiler_options=QUICK)
 
-# Numbers of one size, with exact zeros and ties among them: rounding errors are then bounded by one scale.
+# KernelParams of one size, with exact zeros and ties among them: rounding errors are then bounded by one scale.
 numbers = st.floats(-2, 2, width=32, allow_subnormal=False)
 
 

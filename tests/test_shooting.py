@@ -13,15 +13,15 @@ from partime_mcmc import (
     DenseJacobian,
     Dynamics,
     HutchinsonDiagonal,
-    Sliding,
+    SlidingWindow,
     Status,
-    Stretches,
     Target,
     Tolerance,
+    Windows,
+    blackjax_loop,
     certify,
     deer,
     from_blackjax,
-    loop,
     mala,
     random_walk,
     residual,
@@ -30,9 +30,9 @@ from partime_mcmc import (
     shooting,
     solve,
 )
-from partime_mcmc.solvers.ahead import split
-from partime_mcmc.solvers.lanes import widths
-from partime_mcmc.solvers.rollout import roll_on
+from partime_mcmc.solvers.hoist import hoist_drive_only
+from partime_mcmc.solvers.narrowing import widths
+from partime_mcmc.solvers.sequential import finish_sequentially
 
 
 @pytest.fixture(autouse=True)
@@ -164,16 +164,16 @@ def test_lanes_that_have_met_are_let_go():
 
 def test_dice_are_thrown_ahead_and_are_the_same():
     kernel, state, tape = mala_chain(50)
-    memo, first = kernel.dynamics().memo, jax.tree.map(lambda leaf: leaf[0], tape)
-    memory = jax.eval_shape(memo.enter, None, state.position, first)
-    ahead, rest = split(memo.advance, None, memory, first)
+    cached, first = kernel.dynamics().cached, jax.tree.map(lambda leaf: leaf[0], tape)
+    memory = jax.eval_shape(cached.init, None, state.position, first)
+    ahead, rest = hoist_drive_only(cached.step, None, memory, first)
 
     @jax.jit
     def both(position, tape):
         values = jax.vmap(ahead, in_axes=(None, 0))(None, tape)
         at = functools.partial(jax.tree.map, lambda leaf: leaf[7])
-        start = memo.enter(None, position, at(tape))
-        return values, memo.advance(None, start, at(tape)), rest(None, start, at(values))
+        start = cached.init(None, position, at(tape))
+        return values, cached.step(None, start, at(tape)), rest(None, start, at(values))
 
     values, wanted, got = both(state.position, tape)
     assert sorted(leaf.shape for leaf in jax.tree.leaves(values)) == [(50,), (50, 3)], (
@@ -186,9 +186,9 @@ def test_dice_are_thrown_ahead_and_are_the_same():
 
     # 200 rows per step are better gathered when they are needed: only what is small is kept.
     arguments = jnp.ones((1000, 3)), jnp.ones(3), jax.random.key(0)
-    small = jax.eval_shape(split(minibatch, *arguments)[0], arguments[0], arguments[2])
+    small = jax.eval_shape(hoist_drive_only(minibatch, *arguments)[0], arguments[0], arguments[2])
     assert sum(leaf.size for leaf in jax.tree.leaves(small)) <= 3
-    kept, _ = split(
+    kept, _ = hoist_drive_only(
         lambda data, state, key: data[jax.random.randint(key, (200,), 0, 1000)] @ state, *arguments
     )
     assert kept(arguments[0], arguments[2]) is arguments[2]
@@ -200,7 +200,7 @@ def test_paths_are_finished_from_where_they_stop_being_exact():
     wanted = jax.vmap(functools.partial(rollout, dynamics))(starts, drives)
     exact = jnp.array([0, 17, 40])
     spoiled = jnp.where((jnp.arange(40) < exact[:, None])[..., None], wanted, jnp.nan)
-    got = roll_on(dynamics, starts, spoiled, drives, exact)
+    got = finish_sequentially(dynamics, starts, spoiled, drives, exact)
     np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-15)
     np.testing.assert_array_equal(got[1, :17], wanted[1, :17])
     np.testing.assert_array_equal(got[2], wanted[2])
@@ -215,7 +215,9 @@ def test_proposals_outside_the_support_are_rejected():
     kernel = from_blackjax(blackjax.mala(logdensity, 0.3))
     state = kernel.init(jnp.full(2, 0.5))
     tape = kernel.tape(jax.random.key(3), 400, state)
-    carries, info = jax.jit(lambda start, keys: loop(kernel, start, keys))(state, tape.dice)
+    carries, info = jax.jit(lambda start, keys: blackjax_loop(kernel, start, keys))(
+        state, tape.randomness
+    )
     found = solve(kernel.dynamics(), kernel.carry(state), tape, solver=shooting(8)).or_raise()
     np.testing.assert_allclose(found.states, carries, rtol=0, atol=1e-10)
     certificate = certify(kernel, kernel.carry(state), found.states, tape)
@@ -226,7 +228,9 @@ def test_proposals_outside_the_support_are_rejected():
 
 def test_the_chain_is_blackjaxs_own_with_rejections():
     kernel, state, tape = mala_chain(2000)
-    carries, info = jax.jit(lambda start, keys: loop(kernel, start, keys))(state, tape.dice)
+    carries, info = jax.jit(lambda start, keys: blackjax_loop(kernel, start, keys))(
+        state, tape.randomness
+    )
     found = solve(kernel.dynamics(), kernel.carry(state), tape, solver=shooting(16)).or_raise()
     np.testing.assert_allclose(found.states, carries, rtol=0, atol=1e-10)
     certificate = certify(kernel, kernel.carry(state), found.states, tape)
@@ -278,7 +282,7 @@ def test_derivatives_do_not_depend_on_the_solver():
     np.testing.assert_allclose(got, wanted, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("schedule", [Stretches(150), Sliding(150)], ids=str)
+@pytest.mark.parametrize("schedule", [Windows(150), SlidingWindow(150)], ids=str)
 def test_time_can_be_cut(schedule):
     dynamics, drives = tanh_network(), jax.random.normal(jax.random.key(1), (500, 3))
     found = solve(dynamics, jnp.zeros(3), drives, solver=shooting(4), schedule=schedule).or_raise()
@@ -347,7 +351,9 @@ def test_a_chain_that_never_moves_is_the_same_chain():
 
 def test_segments_shorter_than_a_burst_of_rejections():
     kernel, state, tape = mala_chain(600, step_size=1.2)
-    carries, info = jax.jit(lambda start, keys: loop(kernel, start, keys))(state, tape.dice)
+    carries, info = jax.jit(lambda start, keys: blackjax_loop(kernel, start, keys))(
+        state, tape.randomness
+    )
     runs = np.split(np.asarray(info.is_accepted), np.flatnonzero(np.asarray(info.is_accepted)))
     assert max(map(len, runs)) > 6
     found = solve(kernel.dynamics(), kernel.carry(state), tape, solver=shooting(steps=4)).or_raise()
@@ -376,5 +382,5 @@ def test_sampling_follows_the_advice_and_says_why_when_chains_do_not_forget():
     assert forgetful.advice.parallel and "shooting" in forgetful.plan["solver"].lower()
     assert forgetful.report.evaluations_per_sample < 3
     walk = run(random_walk(target.logdensity, 0.8)).or_raise()
-    assert not walk.advice.parallel and "Rollout" in walk.plan["solver"]
+    assert not walk.advice.parallel and "Sequential" in walk.plan["solver"]
     assert "forget" in str(walk.advice)

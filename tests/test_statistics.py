@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from partime_mcmc.dynamics import rollout
+from partime_mcmc.engine.dynamics import rollout
+from partime_mcmc.engine.recipes import quasi_deer
+from partime_mcmc.engine.windows import Windows
 from partime_mcmc.kernels import (
-    CoalescingDice,
     Kernel,
+    MultishiftCoupling,
     Whitening,
     coalescing_hmc,
     hmc,
@@ -26,11 +28,9 @@ from partime_mcmc.kernels import (
     nuts,
     random_walk,
 )
+from partime_mcmc.models import banana
 from partime_mcmc.sampling.sample import sample
 from partime_mcmc.sampling.target import Target
-from partime_mcmc.models import banana
-from partime_mcmc.recipes import quasi_deer
-from partime_mcmc.schedule import Stretches
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +88,7 @@ def test_moments_of_a_correlated_normal_by_whitened_mala():
         num_samples=4000,
         num_chains=4,
         solver=quasi_deer(),
-        schedule=Stretches(500),
+        schedule=Windows(500),
     ).or_raise()
     assert draws.report.fallbacks == () and (np.asarray(draws.certificate.num_rejected) > 400).all()
     x = np.asarray(draws.positions)
@@ -123,7 +123,7 @@ def test_moments_of_the_banana_by_hmc():
         kernel,
         num_samples=num_samples,
         num_chains=num_chains,
-        schedule=Stretches(250),
+        schedule=Windows(250),
     ).or_raise()
     assert draws.report.num_sequential.mean() < num_samples / 2, (
         "most of it was solved in parallel time"
@@ -221,19 +221,19 @@ CONSERVING = {
     "hmc": lambda: hmc(conjugate().logdensity, 0.9, metric("dense"), 2),
     "nuts": lambda: nuts(conjugate().logdensity, 0.7, metric("dense"), 4),
     "mala, coalescing": lambda: mala(
-        conjugate().logdensity, 0.7, metric("dense"), dice=CoalescingDice()
+        conjugate().logdensity, 0.7, metric("dense"), coupling=MultishiftCoupling()
     ),
     "hmc, steered": lambda: hmc(
-        conjugate().logdensity, 0.9, metric("diagonal"), 2, dice=CoalescingDice()
+        conjugate().logdensity, 0.9, metric("diagonal"), 2, coupling=MultishiftCoupling()
     ),
     "coalescing hmc": lambda: coalescing_hmc(
         conjugate().logdensity, 0.9, metric("dense"), 2, every=3
     ),
     "random walk, coalescing": lambda: random_walk(
-        conjugate().logdensity, 1.2, metric("dense"), dice=CoalescingDice()
+        conjugate().logdensity, 1.2, metric("dense"), coupling=MultishiftCoupling()
     ),
     "random walk, blocks": lambda: random_walk(
-        conjugate().logdensity, 1.2, metric("dense"), dice=CoalescingDice(), block=2
+        conjugate().logdensity, 1.2, metric("dense"), coupling=MultishiftCoupling(), block=2
     ),
 }
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from catalogue import DYNAMICS, SOLVERS, by_name, flat, measured_residual, run
 
-from partime_mcmc.dynamics import ravel
-from partime_mcmc.schedule import Whole
-from partime_mcmc.solution import Status, Tolerance
+from partime_mcmc.engine.dynamics import ravel
+from partime_mcmc.engine.solution import Status, Tolerance
+from partime_mcmc.engine.windows import AllAtOnce
 
-NEWTON_LIKE = [row for row in SOLVERS if row.newton_like and row.schedule == Whole()]
+NEWTON_LIKE = [row for row in SOLVERS if row.newton_like and row.schedule == AllAtOnce()]
 NUM_STEPS, NUM_PASSES = 12, 6
 
 

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from partime_mcmc.dynamics import Dynamics
+from partime_mcmc.engine.dynamics import Dynamics
+from partime_mcmc.engine.recipes import deer, elk, jacobi, quasi_deer, quasi_elk
+from partime_mcmc.engine.solution import Tolerance
+from partime_mcmc.engine.solve import solve
+from partime_mcmc.engine.windows import SlidingWindow, Windows
 from partime_mcmc.linearize import DenseJacobian, HutchinsonDiagonal
-from partime_mcmc.recipes import deer, elk, jacobi, quasi_deer, quasi_elk
 from partime_mcmc.scan import ChunkedScan
-from partime_mcmc.schedule import Sliding, Stretches
-from partime_mcmc.solution import Tolerance
-from partime_mcmc.solve import solve
 from partime_mcmc.solvers import Kalman
 from partime_mcmc.types import pytree
 
@@ -38,7 +38,7 @@ def nothing_compiles(monkeypatch):
         raise AssertionError("the loop was reached")
 
     # By its module: the package's own attribute `solve` is the function.
-    monkeypatch.setattr(sys.modules["partime_mcmc.solve"], "_solve", reached)
+    monkeypatch.setattr(sys.modules["partime_mcmc.engine.solve"], "_solve", reached)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_guesses_of_the_wrong_structure():
         solve(Dynamics(step), {"a": START, "b": START}, DRIVES, guess={"a": DRIVES})
 
 
-@pytest.mark.parametrize("schedule", [Stretches, Sliding])
+@pytest.mark.parametrize("schedule", [Windows, SlidingWindow])
 @pytest.mark.parametrize("size", [0, -3, 2.0, None, True])
 def test_schedules(schedule, size):
     with refused(ValueError, "size", "at least 1", str(size)):
@@ -229,5 +229,5 @@ def test_good_arguments_reach_the_loop():
             max_iterations=1,
             guess=np.zeros((5, 2), np.float32),
             tolerance=Tolerance(1e-6, np.full(2, 1e-6)),
-            schedule=Stretches(2),
+            schedule=Windows(2),
         )

@@ -21,11 +21,11 @@ from catalogue import (
     within,
 )
 
-from partime_mcmc.dynamics import Dynamics
-from partime_mcmc.recipes import deer, elk, jacobi
-from partime_mcmc.schedule import Whole
-from partime_mcmc.solution import DEFAULT_ULPS, SolveError, Status, Tolerance
-from partime_mcmc.solve import solve
+from partime_mcmc.engine.dynamics import Dynamics
+from partime_mcmc.engine.recipes import deer, elk, jacobi
+from partime_mcmc.engine.solution import DEFAULT_ULPS, SolveError, Status, Tolerance
+from partime_mcmc.engine.solve import solve
+from partime_mcmc.engine.windows import AllAtOnce
 from partime_mcmc.types import pytree
 
 every_solver = pytest.mark.parametrize("row", SOLVERS, ids=lambda row: row.name)
@@ -138,7 +138,7 @@ def test_chaos_is_never_called_converged_wrongly(row):
     problem = scalar(NUM_STEPS, jnp.float32, logistic=4.0)
     solution = run(row, problem)
     assert_honest(problem, solution, NUM_STEPS)
-    if row.name == "sequential" or row.newton_like and row.schedule != Whole():
+    if row.name == "sequential" or row.newton_like and row.schedule != AllAtOnce():
         # A window shorter than the bound on passes is exact by the theorem, chaos or not.
         assert verdict(solution) is Status.CONVERGED
     else:
@@ -251,7 +251,7 @@ def _root(params, state, drive):
 
 
 @pytest.mark.parametrize(
-    "row", [row for row in SOLVERS if row.schedule == Whole()][:6], ids=lambda row: row.name
+    "row", [row for row in SOLVERS if row.schedule == AllAtOnce()][:6], ids=lambda row: row.name
 )
 def test_a_nan_jacobian_is_counted_and_poisons_nothing(row):
     noise = jnp.asarray(np.random.default_rng(0).normal(size=40), jnp.float32)

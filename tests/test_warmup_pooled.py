@@ -10,7 +10,13 @@ import pytest
 from partime_mcmc.kernels import hmc
 from partime_mcmc.warmup import hmc_batch as trajectories
 from partime_mcmc.kernels.kernel_program import density_of
-from partime_mcmc.warmup.metric import DenseMetric, DiagonalMetric, LowRankMetric, metric_for, root_of
+from partime_mcmc.warmup.metric import (
+    DenseMetric,
+    DiagonalMetric,
+    LowRankMetric,
+    metric_for,
+    root_of,
+)
 from partime_mcmc.warmup.trajectory_length import Path, TrajectoryRule, boldest_step
 from partime_mcmc.warmup.pooled import Pool, PooledAdaptation, rescue
 from partime_mcmc.warmup.host_rng import SeedTree
@@ -117,7 +123,9 @@ def test_a_path_is_accepted_from_nearly_everywhere_or_very_often():
 def test_a_lost_chain_goes_on_from_a_good_one():
     x = np.zeros((STEPS, C, D)) + np.arange(C)[:, None]
     level = np.where(np.arange(C) == 5, -1e6, -1.0) * np.ones((STEPS, 1))
-    pool = Pool(x[-1], np.eye(D), np.zeros(D), HMCBatchResult(x, x, level, level, np.ones(C)), 0, [])
+    pool = Pool(
+        x[-1], np.eye(D), np.zeros(D), HMCBatchResult(x, x, level, level, np.ones(C)), 0, []
+    )
     rescue(pool, SeedTree((0, 0)))
     assert pool.num_rescued == 1 and pool.positions[5, 0] != 5 and pool.positions[4, 0] == 4
     np.testing.assert_array_equal(pool.draws.positions[-1], pool.positions)

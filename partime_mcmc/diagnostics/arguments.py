@@ -111,16 +111,18 @@ def check_dtypes(position: PyTree, name: str = "initial") -> PyTree:
             )
         leaves.append(jnp.asarray(leaf))
         labels.append(label)
-    as_committed_array = {}
+    strong = {}
     for leaf, label in zip(leaves, labels, strict=True):
         if jnp.issubdtype(leaf.dtype, jnp.floating) and not leaf.weak_type:
-            as_committed_array.setdefault(jnp.dtype(leaf.dtype), []).append(label)
-    if len(as_committed_array) > 1:
-        found = "; ".join(f"{dtype} in {', '.join(where)}" for dtype, where in as_committed_array.items())
+            strong.setdefault(jnp.dtype(leaf.dtype), []).append(label)
+    if len(strong) > 1:
+        found = "; ".join(
+            f"{dtype} in {', '.join(where)}" for dtype, where in strong.items()
+        )
         raise InvalidStart(
             f"{name}: got a mix of floating dtypes ({found}); wanted one dtype in every leaf"
         )
-    dtype = next(iter(as_committed_array), jnp.dtype(jnp.result_type(float)))
+    dtype = next(iter(strong), jnp.dtype(jnp.result_type(float)))
     for leaf, label in zip(leaves, labels, strict=True):
         if jnp.issubdtype(leaf.dtype, jnp.integer):
             warnings.warn(
@@ -146,7 +148,7 @@ def check_bytes(
         dimension: Flat state size D.
         itemsize: Bytes of one number: 4 or 8.
         max_bytes: The limit.
-        per_step: Numbers in the linear map of one step: D² for dense Jacobians, D for diagonal ones, 0 for none.
+        per_step: KernelParams in the linear map of one step: D² for dense Jacobians, D for diagonal ones, 0 for none.
         num_chains: Chains solved at once, C.
         more: Further bytes per step and chain.
 
@@ -162,7 +164,7 @@ def check_bytes(
         return total
     fits = max_bytes // one_step
     advice = (
-        f"solve in stretches, schedule=Stretches({1 << (fits.bit_length() - 1)})"
+        f"solve in stretches, schedule=Windows({1 << (fits.bit_length() - 1)})"
         if fits
         else "take fewer chains: not even one step fits"
     )

@@ -8,8 +8,8 @@ Two generations are served and agree to rounding: ArviZ 0.23 (``InferenceData``,
 ``DataTree``, Python 3.12 and later). ArviZ is imported at the first call, never when this module is imported.
 
 A chain that never moves deceives the usual diagnostics: ArviZ calls a constant coordinate N effective draws. Here it is
-NaN, and tables and attributes carry a ``frozen`` flag of their own. Left out: warm-up draws, and all plots but that of
-ranks (ArviZ has them: give it :func:`to_arviz`).
+NaN, and tables and attributes carry a ``frozen`` flag of their own. Left out: warm-up draws, and plots other than those
+of a page (ArviZ has them: give it :func:`to_arviz`).
 """
 
 import functools
@@ -23,19 +23,21 @@ from typing import Any
 
 import numpy as np
 
-from partime_mcmc.diagnostics import canvas
-from partime_mcmc.diagnostics.named import (
+from partime_mcmc.diagnostics.formatting import plain
+from partime_mcmc.diagnostics.plots import adopt_figure, figure
+from partime_mcmc.diagnostics.values import (
     coordinates,
     frozen_chains,
+    is_constant,
     named_draws,
     partly_constant,
     stuck,
 )
-from partime_mcmc.diagnostics.report import plain
 
 _TAILS = (0.05, 0.95)
+_PER_DRAW = ("accepted", "residual")  # of a certificate, written to sample_stats
 STAT_NAMES = {"num_steps": "n_steps", "logdensity": "lp"}
-"""What ArviZ calls some of the things that kernels say."""
+"""ArviZ's names of some things that kernels record."""
 
 
 @functools.cache
@@ -58,12 +60,7 @@ def _statistic(name: str, x: np.ndarray, min_chains: int, **options: Any) -> flo
     x = np.asarray(x, dtype=np.float64)
     if x.ndim != 2:
         raise ValueError(f"x must have shape (num_chains, num_draws), got {x.shape}")
-    if (
-        x.shape[0] < min_chains
-        or x.shape[1] < 4
-        or not np.isfinite(x).all()
-        or (x == x[0, 0]).all()
-    ):
+    if x.shape[0] < min_chains or x.shape[1] < 4 or not np.isfinite(x).all() or is_constant(x):
         return float("nan")
     # A constant half of a chain divides 0 by 0 inside; the NaN that results is the answer.
     with np.errstate(all="ignore"):
@@ -113,21 +110,11 @@ def summary_table(draws: Any) -> list[dict[str, Any]]:
         with np.errstate(all="ignore"):
             q05, q50, q95 = np.quantile(x, [0.05, 0.5, 0.95]) if x.size else [np.nan] * 3
             sd = x.std(ddof=1) if x.size > 1 else np.nan
-        rows.append(
-            {
-                "name": name,
-                "mean": float(x.mean()) if x.size else float("nan"),
-                "sd": float(sd),
-                "q05": float(q05),
-                "q50": float(q50),
-                "q95": float(q95),
-                "mcse_mean": mcse_mean(x),
-                "ess_bulk": ess_bulk(x),
-                "ess_tail": ess_tail(x),
-                "r_hat": rhat(x),
-                "frozen": bool((stuck(x) & frozen).any() or partly_constant(x)),
-            }
-        )
+        row = {"mean": x.mean() if x.size else np.nan, "sd": sd, "q05": q05, "q50": q50, "q95": q95}
+        row |= {"mcse_mean": mcse_mean(x), "ess_bulk": ess_bulk(x), "ess_tail": ess_tail(x)}
+        numbers = {key: float(value) for key, value in row.items()} | {"r_hat": rhat(x)}
+        never_moved = bool((stuck(x) & frozen).any() or partly_constant(x))
+        rows.append({"name": name, **numbers, "frozen": never_moved})
     return rows
 
 
@@ -165,42 +152,45 @@ def to_arviz(
     return tree
 
 
+def trace_plot(series: Mapping[str, np.ndarray]) -> Any:
+    """ArviZ's plot of the draws of every chain, and of their densities.
+
+    Args:
+        series: Coordinates by label, `(C, T)` each, all finite.
+
+    Returns:
+        `matplotlib.figure.Figure`, drawn by pyplot and then taken from it.
+
+    Raises:
+        NoPlots: If matplotlib is missing.
+    """
+    return _drawn("plot_trace", series, compact=False)
+
+
 def rank_plot(series: Mapping[str, np.ndarray]) -> Any:
     """ArviZ's plot of the ranks that every chain's draws have among those of all: uniform where chains agree.
 
-    Args:
-        series: coordinates by label, (C, T) each, all finite.
-
-    Returns:
-        ``matplotlib.figure.Figure``, a panel per coordinate, drawn by pyplot and then taken from it.
-
-    Raises:
-        NoPlots: if matplotlib is missing.
+    Args and the rest: As :func:`trace_plot`.
     """
-    canvas.figure(1, 1)
-    # In a DataTree a slash would be a path.
-    converters, posterior = (
-        _arviz()[1],
-        {canvas.label(name).replace("/", "\u2044"): x for name, x in series.items()},
-    )
+    return _drawn("plot_rank", series, kind="vlines")
+
+
+def _drawn(name: str, series: Mapping[str, np.ndarray], **options: Any) -> Any:
+    """A figure by ArviZ's function of this name, which takes the options in generation 0.23."""
+    figure(1, 1)  # refuses before ArviZ does
+    # A user's name is no formula, and no path in a DataTree.
+    posterior = {label.replace("$", r"\$").replace("/", "\u2044"): x for label, x in series.items()}
+    converters = _arviz()[1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # both generations remark on their own insides
         if hasattr(converters, "InferenceData"):
-            axes = converters.plot_rank(
-                converters.from_dict(posterior=posterior),
-                kind="vlines",
-                figsize=(11, 3),
-                grid=(1, len(posterior)),
-            )
-            return canvas.taken(np.ravel(axes)[0].figure)
+            axes = getattr(converters, name)(converters.from_dict(posterior=posterior), **options)
+            return adopt_figure(np.ravel(axes)[0].figure)
         import arviz_plots
 
-        drawn = arviz_plots.plot_rank(
-            converters.from_dict({"posterior": posterior}),
-            backend="matplotlib",
-            figure_kwargs={"figsize": (11, 3)},
-        )
-        return canvas.taken(drawn.viz["figure"].item())
+        plot = getattr(arviz_plots, name)
+        drawn = plot(converters.from_dict({"posterior": posterior}), backend="matplotlib")
+        return adopt_figure(drawn.viz["figure"].item())
 
 
 def tree_of(groups: Mapping[str, Any], attributes: Mapping[str, Any]) -> Any:
@@ -226,10 +216,9 @@ def tree_of(groups: Mapping[str, Any], attributes: Mapping[str, Any]) -> Any:
 
 
 def _sample_stats(draws: Any) -> dict[str, np.ndarray]:
-    certificate, stats = getattr(draws, "certificate", None), {}
-    for name in ("accepted", "residual"):
-        stats[name] = getattr(certificate, name, None)
-    stats.update(getattr(draws, "info", None) or {})
+    certificate = getattr(draws, "certificate", None)
+    stats = {name: getattr(certificate, name, None) for name in _PER_DRAW}
+    stats |= getattr(draws, "info", None) or {}
     return {
         STAT_NAMES.get(name, name): np.asarray(values)
         for name, values in stats.items()
@@ -238,7 +227,7 @@ def _sample_stats(draws: Any) -> dict[str, np.ndarray]:
 
 
 def _attributes(draws: Any) -> dict[str, str | int | float]:
-    """What a file must say about itself: strings and numbers only."""
+    """A file's attributes: strings and numbers only."""
     report, certificate = getattr(draws, "report", None), getattr(draws, "certificate", None)
     frozen = np.flatnonzero(frozen_chains(draws))
     attributes: dict[str, str | int | float] = {
@@ -249,8 +238,7 @@ def _attributes(draws: Any) -> dict[str, str | int | float]:
         "plan": json.dumps(plain(getattr(draws, "plan", None) or {})),
     }
     if certificate is not None:
-        per_draw = ("accepted", "residual")  # these are in sample_stats
-        fields = {name: value for name, value in vars(certificate).items() if name not in per_draw}
+        fields = {name: value for name, value in vars(certificate).items() if name not in _PER_DRAW}
         attributes["certificate"] = json.dumps(plain(fields))
         attributes["certified"] = int(np.all(np.asarray(certificate.certified)))
         attributes["max_residual"] = float(

@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.closures import explicit
 from partime_mcmc.diagnostics.arguments import (
     InvalidStart,
     TooLarge,
@@ -31,6 +30,7 @@ from partime_mcmc.diagnostics.arguments import (
     check_dtypes,
     check_key,
 )
+from partime_mcmc.tracing import explicit
 from partime_mcmc.types import Array, PyTree
 
 __all__ = [

@@ -1,25 +1,25 @@
 """Does a chain solved in parallel agree with a sequential one? Step by step if that can be asked, in distribution else.
 
-With dice ``u_t`` thrown the chain ``x_t = f(x_{t-1}, u_t)`` has one solution, so agreement is a matter of paths. Runs
-*share their dice* if their plans agree on key, numbers of samples and chains (and on kernel, dice, thinning and warm-up
-as far as both say) and their states have one dtype. The level is then found so:
+With the random numbers ``u_t`` drawn the chain ``x_t = f(x_{t-1}, u_t)`` has one solution, so agreement is a matter of paths. Runs
+*share their random numbers* if their plans agree on key, numbers of samples and chains (and on kernel, coupling, thinning
+and warm-up as far as both have them) and their states have one dtype. The levels:
 
 * ``FAIL``: a chain of either side is not finite or never moved, or different keys gave one and the same path.
 * ``BITWISE``: every state holds the same bits.
-* ``CERTIFIED_PATH``: the parallel run's certificate holds for every chain, the dice are shared, and the paths are the
-  same: within 1e-3 posterior sd at every step, with equal accept decisions, means and sds equal to 0.1 MCSE.
+* ``CERTIFIED_PATH``: the parallel run's certificate holds for every chain, the random numbers are shared, and the
+  paths are the same: within 1e-3 posterior sd at every step, with equal accept decisions, means and sds equal to 0.1 MCSE.
   A batched and an unbatched ``f`` round differently, so in float32 a decision on a knife's edge falls the other way now
   and then; both paths then obey the recurrence, and on a forgetful chain they meet again. Such excursions are allowed,
   and counted, if (a) every one of them has re-merged by the last step, (b) there are no more of them than rounding
   explains (the 99.9% quantile of a Poisson count with 5e-4 a step in float32, none in float64), (c) the paired test of
   means and sds still holds, (d) no distributional test fails. If not, the certificate may well be right (in chaos two
   paths of exact residual differ everywhere), but no claim about *this* sequential chain is left, and:
-* ``STATISTICAL``, ``INCONCLUSIVE`` or ``FAIL``: what the distributional tests say; they are all there is to ask of runs
-  with different dice. Four chains and a bulk and tail ESS of 400 a side are required first, else ``INCONCLUSIVE``.
+* ``STATISTICAL``, ``INCONCLUSIVE`` or ``FAIL``: the outcome of the distributional tests, which is all there is to ask of
+  runs with different random numbers. Four chains and a bulk and tail ESS of 400 a side are required first, else ``INCONCLUSIVE``.
 
 The certificate is a claim about the parallel path alone; the sequential run is a second witness, and may refute it.
 z-scores, Kolmogorov-Smirnov and joint test each err with probability ``family_alpha`` at most, and a pass is worth what
-``min_detectable_shift`` says (:mod:`partime_mcmc.diagnostics.distribution` has the tests).
+``min_detectable_shift`` states (:mod:`partime_mcmc.diagnostics.distribution` has the tests).
 
 Left out: estimates of forward error, conditioning and Lyapunov exponent; and the second, ten times longer run that a
 suspicious verdict deserves.
@@ -36,7 +36,7 @@ from partime_mcmc.diagnostics.paths import (
     compare_paths,
     equal_bits,
     plan_entry,
-    same_dice,
+    same_random_numbers,
 )
 from partime_mcmc.diagnostics.report import Level, PathComparison, Report
 
@@ -47,7 +47,7 @@ def compare(parallel: Any, sequential: Any, *, family_alpha: float = 1e-3) -> Re
     Args:
         parallel: draws with ``constrained`` or ``positions`` (C, T, ...), and ``certificate``, ``info``, ``plan`` and
             ``report`` as far as there are any; without a certificate or a plan no path can be certified.
-        sequential: likewise; its certificate is not looked at. Same dice or not, same numbers of draws or not.
+        sequential: likewise; its certificate is not looked at. Same random numbers or not, as many draws or not.
         family_alpha: probability with which each family of tests may fail on runs of the same law.
 
     Returns:
@@ -68,9 +68,13 @@ def compare(parallel: Any, sequential: Any, *, family_alpha: float = 1e-3) -> Re
     distribution, path = Distribution([], [], [], {}, [], None, float("nan")), None
     if not faults:
         distribution = compare_distributions(ours, theirs, names, family_alpha)
-        path = compare_paths(ours, theirs, distribution.table) if same_dice(ours, theirs) else None
+        path = (
+            compare_paths(ours, theirs, distribution.table)
+            if same_random_numbers(ours, theirs)
+            else None
+        )
     level, reasons = _judge(ours, theirs, faults, path, distribution)
-    notes = distribution.notes + _notes(ours, theirs, names, path)
+    notes = distribution.notes + _notes(ours, theirs, path)
     if (
         level >= Level.CERTIFIED_PATH
     ):  # equal states cannot fail a test, but what was recorded along with them can
@@ -79,14 +83,12 @@ def compare(parallel: Any, sequential: Any, *, family_alpha: float = 1e-3) -> Re
 
 
 def _faults(side: Side) -> list[str]:
-    faults = []
-    for what, chains in (
-        ("hold values that are not finite", side.nonfinite),
-        ("never moved", side.frozen),
-    ):
-        if chains.any():
-            faults.append(f"{side.title}: chains {np.flatnonzero(chains).tolist()} {what}")
-    return faults
+    kinds = {"hold values that are not finite": side.nonfinite, "never moved": side.frozen}
+    return [
+        f"{side.title}: chains {np.flatnonzero(chains).tolist()} {what}"
+        for what, chains in kinds.items()
+        if chains.any()
+    ]
 
 
 def _judge(
@@ -123,11 +125,10 @@ def _judge(
 
 def _same_values(ours: Side, theirs: Side) -> bool:
     """Whether equal positions were turned into equal values, up to rounding."""
-    for name in set(ours.named) & set(theirs.named):
-        a, b = ours.named[name], theirs.named[name]
-        if not np.allclose(a, b, rtol=PATH_TOLERANCE, atol=PATH_TOLERANCE * b.std()):
-            return False
-    return True
+    pairs = ((ours.named[name], b) for name, b in theirs.named.items() if name in ours.named)
+    return all(
+        np.allclose(a, b, rtol=PATH_TOLERANCE, atol=PATH_TOLERANCE * b.std()) for a, b in pairs
+    )
 
 
 def _uncertified(side: Side) -> list[str]:
@@ -141,7 +142,10 @@ def _uncertified(side: Side) -> list[str]:
 def _path_reasons(ours: Side, path: PathComparison | None) -> list[str]:
     reasons = _uncertified(ours)
     if path is None:
-        return [*reasons, "the runs do not share their dice, so there is no path to compare"]
+        return [
+            *reasons,
+            "the runs do not share their random numbers, so there is no path to compare",
+        ]
     if path.num_knife_edges > path.max_knife_edges:
         reasons.append(
             f"{sum(path.num_excursions)} excursions and {max(sum(path.num_flips), 0)} different accept decisions, where"
@@ -156,7 +160,7 @@ def _path_reasons(ours: Side, path: PathComparison | None) -> list[str]:
     return reasons
 
 
-def _notes(ours: Side, theirs: Side, names: list[str], path: PathComparison | None) -> list[str]:
+def _notes(ours: Side, theirs: Side, path: PathComparison | None) -> list[str]:
     notes = []
     lonely = sorted(set(ours.named) ^ set(theirs.named))
     if lonely:
@@ -168,18 +172,14 @@ def _notes(ours: Side, theirs: Side, names: list[str], path: PathComparison | No
             f"{sum(path.num_excursions)} knife-edge decisions fell the other way by rounding; the paths met again after"
             f" at most {max(path.longest_excursion)} steps"
         )
-    certificate = getattr(ours.draws, "certificate", None)
     counted = {
         "num_ambiguous": "accept decisions within rounding of their threshold",
         "num_nonfinite_proposals": "proposals that were not finite, and rejected",
     }
-    for name, text in counted.items():
-        count = _total(certificate, name)
-        if count > 0:
-            notes.append(f"{count} {text}")
-    return notes + [
-        f"fallback: {entry}" for entry in _entries(getattr(ours.draws, "report", None), "fallbacks")
-    ]
+    totals = {name: _total(getattr(ours.draws, "certificate", None), name) for name in counted}
+    notes += [f"{total} {counted[name]}" for name, total in totals.items() if total > 0]
+    fallbacks = getattr(getattr(ours.draws, "report", None), "fallbacks", None) or []
+    return notes + [f"fallback: {entry}" for entry in fallbacks]
 
 
 def _total(certificate: Any, name: str) -> int:
@@ -192,11 +192,6 @@ def _values(source: Any, name: str) -> np.ndarray:
     """A numeric field as a float array with one axis, empty if there is no such thing."""
     value = getattr(source, name, None)
     return np.atleast_1d(np.asarray([] if value is None else value, np.float64))
-
-
-def _entries(source: Any, name: str) -> list[Any]:
-    value = getattr(source, name, None)
-    return [] if value is None else list(value)
 
 
 def _verdict(level: Level, path: PathComparison | None, distribution: Distribution) -> str:
@@ -240,7 +235,7 @@ def _report(
         verdict=_verdict(level, path, distribution),
         reasons=reasons,
         notes=notes,
-        status=[getattr(status, "name", str(status)) for status in _entries(run, "status")],
+        status=[getattr(one, "name", str(one)) for one in getattr(run, "status", None) or []],
         dtype=getattr(run, "dtype", None) or str(np.result_type(*ours.leaves)),
         device=getattr(run, "device", None),
         versions=dict(getattr(run, "versions", None) or {}),
@@ -256,7 +251,7 @@ def _report(
         min_margin=float(margin.min()) if margin.size else float("nan"),
         num_nonfinite_proposals=_total(certificate, "num_nonfinite_proposals"),
         num_frozen=int(ours.frozen.sum() + theirs.frozen.sum()),
-        fallbacks=[str(entry) for entry in _entries(run, "fallbacks")],
+        fallbacks=[str(entry) for entry in getattr(run, "fallbacks", None) or []],
         path=path,
         tests=distribution.tests,
         table=distribution.table,

@@ -17,7 +17,7 @@ import numpy as np
 from scipy import special
 
 from partime_mcmc.diagnostics import arviz
-from partime_mcmc.diagnostics import named as by_name
+from partime_mcmc.diagnostics import values as by_name
 from partime_mcmc.diagnostics.paths import Side
 
 MIN_CHAINS, MIN_ESS = 4, 400
@@ -28,7 +28,7 @@ _MAX_THINNED = 400
 
 @dataclasses.dataclass(frozen=True)
 class Distribution:
-    """Outcome of the distributional tests: reasons to fail, reasons to say nothing, and the numbers."""
+    """Outcome of the distributional tests: reasons to fail, reasons to judge nothing, and the numbers."""
 
     failures: list[str]
     gates: list[str]
@@ -63,8 +63,7 @@ def compare_distributions(ours: Side, theirs: Side, names: list[str], alpha: flo
         failures.append(
             f"joint test (energy distance): p = {joint_p:.3g}, at least {alpha:g} wanted"
         )
-    for found, said in _row_verdicts(rows, alpha):
-        (failures if found else gates).append(said)
+    _judge_rows(rows, alpha, failures, gates)
     least = [
         min((row[f"ess_bulk_{side.title}"] for row in rows), default=np.nan)
         for side in (ours, theirs)
@@ -92,7 +91,7 @@ def _rows(
     rows, failures, gates, notes = [], [], [], []
     for name in names:
         a, b = ours.named[name], theirs.named[name]
-        constant = [bool((x == x[0, 0]).all()) for x in (a, b)]
+        constant = [by_name.is_constant(x) for x in (a, b)]
         if all(constant) and a.size > 1 and np.isclose(a[0, 0], b[0, 0]):
             notes.append(f"{name} is constant, equal on both sides, and left out of the tests")
             continue
@@ -107,23 +106,22 @@ def _rows(
     return rows, failures, gates, notes
 
 
-def _row_verdicts(rows: list[dict[str, Any]], alpha: float) -> list[tuple[bool, str]]:
-    """Reasons of KS and R-hat: (True, reason to fail) or (False, reason to say nothing)."""
-    reasons = []
+def _judge_rows(
+    rows: list[dict[str, Any]], alpha: float, failures: list[str], gates: list[str]
+) -> None:
+    """Add what Kolmogorov-Smirnov and R-hat find."""
     for row in rows:
         if row["ks_p"] < alpha / len(rows):
-            reasons.append(
-                (
-                    True,
-                    f"{row['name']}: Kolmogorov-Smirnov distance {row['ks']:.3f}, p = {row['ks_p']:.2g}",
-                )
+            failures.append(
+                f"{row['name']}: Kolmogorov-Smirnov distance {row['ks']:.3f}, p = {row['ks_p']:.2g}"
             )
         if row["r_hat"] > row["max_r_hat"]:
-            # Chains of one side that disagree among themselves say nothing about the other side.
-            own = max(row["r_hat_parallel"], row["r_hat_sequential"]) > row["max_r_hat"]
-            said = f"{row['name']}: R-hat over both sides {row['r_hat']:.3f}, allowed {row['max_r_hat']:.3f}"
-            reasons.append((not own, said + (", and above it within a side" if own else "")))
-    return reasons
+            text = f"{row['name']}: R-hat over both sides {row['r_hat']:.3f}, allowed {row['max_r_hat']:.3f}"
+            # Chains of one side that disagree among themselves are no evidence against the other side.
+            if max(row["r_hat_parallel"], row["r_hat_sequential"]) > row["max_r_hat"]:
+                gates.append(f"{text}, and above it within a side")
+            else:
+                failures.append(text)
 
 
 def _estimates(x: np.ndarray) -> dict[str, tuple[float, float]]:

@@ -1,4 +1,4 @@
-"""Two runs step by step: did they throw the same dice, and are they the same path?
+"""Two runs step by step: do they share their random numbers, and are they the same path?
 
 With states a, b of shape (C, T, D) and posterior sds s of shape (D,), all over coordinates j:
 
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from partime_mcmc.diagnostics import named as by_name
+from partime_mcmc.diagnostics import values as by_name
 from partime_mcmc.diagnostics.report import PathComparison
 
 PATH_TOLERANCE = 1e-3  # posterior sd: how far a certified path may be from the exact one
@@ -26,6 +26,8 @@ FLIPS_PER_STEP = {
 }  # ten times the largest |difference of acceptance probabilities| seen
 FLIPS_PER_STEP_ELSE = 5e-4  # the largest mean seen in healthy float32
 MAX_PAIRED_SHIFT = 0.1  # MCSE
+# Of a plan: what decides about random numbers and how they are used.
+_ENTRIES = ("key", "num_samples", "num_chains", "kernel", "coupling", "thinning", "num_warmup")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,18 +101,16 @@ def _forms(side: Side) -> list[tuple[tuple[int, ...], np.dtype]]:
     return [(leaf.shape, leaf.dtype) for leaf in side.leaves]
 
 
-def same_dice(ours: Side, theirs: Side) -> bool:
-    """Whether both plans name the same dice and the states have the same shapes and dtypes."""
+def same_random_numbers(ours: Side, theirs: Side) -> bool:
+    """Whether both plans name the same random numbers and the states have the same shapes and dtypes."""
     if _forms(ours) != _forms(theirs):
         return False
-    for name in ("key", "num_samples", "num_chains"):
-        if plan_entry(ours, name) is None or plan_entry(ours, name) != plan_entry(theirs, name):
-            return False
-    both = [
-        (plan_entry(ours, name), plan_entry(theirs, name))
-        for name in ("kernel", "dice", "thinning", "num_warmup")
-    ]
-    return all(a == b for a, b in both if a is not None and b is not None)
+    entries = {name: (plan_entry(ours, name), plan_entry(theirs, name)) for name in _ENTRIES}
+    unknown = [name for name, pair in entries.items() if None in pair]
+    needed = ("key", "num_samples", "num_chains")
+    return not set(needed) & set(unknown) and all(
+        a == b for name, (a, b) in entries.items() if name not in unknown
+    )
 
 
 def equal_bits(ours: Side, theirs: Side) -> np.ndarray | None:
@@ -127,7 +127,7 @@ def equal_bits(ours: Side, theirs: Side) -> np.ndarray | None:
 
 
 def compare_paths(ours: Side, theirs: Side, table: list[dict[str, Any]]) -> PathComparison:
-    """Compare two runs that share their dice.
+    """Compare two runs that share their random numbers.
 
     Args:
         ours: the parallel run.
@@ -173,15 +173,13 @@ def _shift(table: list[dict[str, Any]], what: str, error: str) -> float:
     """Largest difference of ``what`` in the sequential run's MCSE; infinite where that is unknown and they differ."""
     worst = 0.0
     for row in table:
-        difference, unit = (
-            abs(row[f"{what}_parallel"] - row[f"{what}_sequential"]),
-            row[f"{error}_sequential"],
-        )
+        difference = abs(row[f"{what}_parallel"] - row[f"{what}_sequential"])
+        unit = row[f"{error}_sequential"]
         if unit > 0:
             worst = max(worst, difference / unit)
         elif (
             difference > PATH_TOLERANCE**2 * row["sd_sequential"]
-        ):  # less than that is nothing, however short the run
+        ):  # less is nothing, however short the run
             worst = np.inf
     return float(worst)
 

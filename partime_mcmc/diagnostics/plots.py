@@ -1,254 +1,202 @@
-"""Figures of a run: parallel over sequential draws, how far apart they are, and the residual by iteration.
+"""Figures that ArviZ does not have: two runs step by step, how coupled chains meet, how a solve converges.
 
-The distance of two runs at draw t of a chain is max_j |a_tj - b_tj| / s_j, with s_j the sequential run's standard
-deviation of coordinate j. On logarithmic axes a distance or residual of exactly 0 is drawn on the floor of the axis.
+    distance of two runs    max_j |a_tj - b_tj| / s_j at draw t, with s_j the sequential run's standard deviation
+    distance of a pair      max_j |x_tj - y_tj| / s_j after t steps with the same random numbers
 
-Figures are ``matplotlib.figure.Figure`` objects made without pyplot (:mod:`partime_mcmc.diagnostics.canvas`). Left
-out: what ArviZ draws well (densities, ranks, pairs), and pictures of a single run (``run_plots``).
+On logarithmic axes an exact 0 is drawn on the floor of the axis. Along time the largest value of every block of steps
+is drawn, so that no peak is lost. Figures are `matplotlib.figure.Figure` objects made without pyplot, so that no global
+state, window or backend is touched; this is the one module that imports matplotlib.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from partime_mcmc.diagnostics import canvas
-from partime_mcmc.diagnostics import named as by_name
-from partime_mcmc.diagnostics.canvas import NoPlots, save
+from partime_mcmc.diagnostics.values import coordinates, named_draws
 
-__all__ = [
-    "NoPlots",
-    "demo_figure",
-    "paths_overlay",
-    "residual_by_iteration",
-    "save",
-    "trace_overlay",
-]
+_INK, _GRID, _BLUE, _RED = "#1b2a41", "#e6e6e6", "#4c9be8", "#c8553d"
+_CHAINS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7f7f7f", "#a6761d")
+_FLOOR, _SHOWN_DRAWS = 1e-17, 300
 
 
-def trace_overlay(
-    parallel: Any,
-    sequential: Any,
-    names: Sequence[str] | None = None,
-    *,
-    chain: int = 0,
-    num_draws: int = 300,
-) -> Any:
-    """The first draws of one chain, the sequential run as a thin line upon the parallel one.
+class NoPlots(ImportError):
+    """There is nothing to draw with."""
 
-    Args:
-        parallel: draws with ``constrained`` or ``positions`` (C, T, ...).
-        sequential: likewise.
-        names: variables (``"theta"``, shown coordinate by coordinate) or coordinates (``"theta[3]"``); the first four
-            coordinates if None.
-        chain: which chain to show.
-        num_draws: how many draws to show.
 
-    Returns:
-        ``matplotlib.figure.Figure``, a panel per coordinate.
+def figure(width: float, height: float) -> Any:
+    """An empty figure of this size in inches.
 
     Raises:
-        NoPlots: if matplotlib is missing, here and in all that draws.
-        ValueError: if a name, or all of them, is not in both runs, or there is no such chain.
+        NoPlots: If matplotlib is missing, which the extra `plots` brings.
     """
-    pairs = _pairs(parallel, sequential, names, 4, chain)
-    figure = canvas.figure(10, 1.2 + 1.5 * len(pairs))
-    axes = figure.subplots(len(pairs), 1, sharex=True, squeeze=False)[:, 0]
-    _draw_traces(axes, pairs, chain, num_draws)
-    return figure
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise NoPlots('figures need matplotlib: pip install "partime_mcmc[plots]"') from error
+    return Figure(figsize=(width, height), layout="constrained")
 
 
-def paths_overlay(parallel: Any, sequential: Any) -> Any:
-    """Traces of three coordinates, the sequential run upon the parallel one, and how far apart the paths are.
+def adopt_figure(drawn: Any) -> Any:
+    """A figure that somebody else made with pyplot, which forgets it."""
+    from matplotlib import pyplot
+
+    pyplot.close(drawn)
+    drawn.set_layout_engine("constrained")
+    return drawn
+
+
+def first_coordinates(labels: Sequence[str], limit: int) -> list[str]:
+    """At most `limit` labels: the first coordinate of every variable before the second one of any."""
+    seen: Counter[str] = Counter()
+
+    def number(label: str) -> int:
+        variable = label.split("[")[0]
+        seen[variable] += 1
+        return seen[variable]
+
+    return sorted(labels, key=number)[:limit]
+
+
+def drawable_coordinates(named: Mapping[str, np.ndarray], limit: int) -> dict[str, np.ndarray]:
+    """At most `limit` coordinates that are finite and vary, `(C, T)` by label, in the order of `first_coordinates`."""
+    every = {
+        label: x
+        for label, x in coordinates(named)
+        if x.shape[1] > 3 and np.isfinite(x).all() and np.ptp(x) > 0
+    }
+    return {label: every[label] for label in first_coordinates(list(every), limit)}
+
+
+def path_overlay(parallel: Any, sequential: Any) -> Any:
+    """The first draws of one chain, the sequential run upon the parallel one, and the distance of all chains.
 
     Args:
-        parallel: draws with ``constrained`` or ``positions`` (C, T, ...).
-        sequential: likewise.
+        parallel: Draws with `constrained` or `positions`, `(C, T, ...)`.
+        sequential: Likewise; without the same shapes no distances are drawn.
 
     Returns:
-        ``matplotlib.figure.Figure``.
+        `matplotlib.figure.Figure`, a panel for each of three coordinates and one with the distances.
 
     Raises:
-        ValueError: if the runs share no coordinate.
+        NoPlots: If matplotlib is missing, here and in all that draws.
+        ValueError: If the runs share no coordinate.
     """
-    pairs = _pairs(parallel, sequential, None, 3, 0)
-    figure = canvas.figure(11, 2.4 + 1.5 * len(pairs))
-    *axes, last = figure.subplots(len(pairs) + 1, 1, height_ratios=[1] * len(pairs) + [1.6])
-    _draw_traces(axes, pairs, 0, 300)
-    _draw_distances(last, parallel, sequential)
-    return figure
-
-
-def residual_by_iteration(draws: Any) -> Any:
-    """The residual of every chain's path after each iteration of the solver, down to its tolerance.
-
-    Args:
-        draws: a run with ``report.residual_history``, or such a history itself: (C, max_iterations), where NaN stands
-            for iterations that did not happen and infinity for a path that was not finite (neither is drawn).
-
-    Returns:
-        ``matplotlib.figure.Figure``; one that says so if no iteration was recorded.
-    """
-    figure = canvas.figure(7, 4.2)
-    draw_residuals(figure.subplots(), draws)
-    return figure
-
-
-def demo_figure(parallel: Any, sequential: Any) -> Any:
-    """All there is to see at a glance: traces of three coordinates, distances of the paths, residuals by iteration.
-
-    Args:
-        parallel: draws with ``constrained`` or ``positions`` (C, T, ...) and ``report.residual_history``.
-        sequential: draws with the same dice, else the panel of distances says that there are none.
-
-    Returns:
-        ``matplotlib.figure.Figure``.
-
-    Raises:
-        ValueError: if the runs share no coordinate.
-    """
-    pairs = _pairs(parallel, sequential, None, 3, 0)
-    figure = canvas.figure(11, 2.9 + 1.5 * len(pairs))
-    grid = figure.add_gridspec(len(pairs) + 1, 2, height_ratios=[1] * len(pairs) + [2.1])
-    axes = [figure.add_subplot(grid[0, :])]
-    axes += [figure.add_subplot(grid[row, :], sharex=axes[0]) for row in range(1, len(pairs))]
-    for axis in axes[:-1]:
-        axis.tick_params(labelbottom=False)
-    _draw_traces(axes, pairs, 0, 300)
-    _draw_distances(figure.add_subplot(grid[-1, 0]), parallel, sequential)
-    draw_residuals(figure.add_subplot(grid[-1, 1]), parallel)
-    return figure
-
-
-def _pairs(
-    parallel: Any, sequential: Any, names: Sequence[str] | None, limit: int, chain: int
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Coordinates of both runs, (C, T) each, by label."""
-    ours, theirs = (
-        dict(by_name.coordinates(by_name.named_draws(draws))) for draws in (parallel, sequential)
-    )
-    both = [label for label in ours if label in theirs]
-    if names is None:
-        wanted = spread(both, limit)
-    else:
-        wanted = [
-            label
-            for name in names
-            for label in both
-            if label == name or label.startswith(f"{name}[")
-        ]
-        missing = [
-            name for name in names if not any(w == name or w.startswith(f"{name}[") for w in wanted)
-        ]
-        if missing:
-            raise ValueError(f"names: {missing} not in both runs, which share {both[:12]}")
-    if not wanted:
+    ours, theirs = (dict(coordinates(named_draws(draws))) for draws in (parallel, sequential))
+    labels = first_coordinates([label for label in ours if label in theirs], 3)
+    if not labels:
         raise ValueError(f"the runs share no coordinate: {list(ours)[:5]} and {list(theirs)[:5]}")
-    for label in wanted:
-        if not 0 <= chain < min(len(ours[label]), len(theirs[label])):
-            raise ValueError(
-                f"chain: got {chain}, and there are {len(ours[label])} and {len(theirs[label])} chains"
-            )
-    return {label: (ours[label], theirs[label]) for label in wanted}
+    drawn = figure(11, 2.4 + 1.5 * len(labels))
+    *axes, last = drawn.subplots(len(labels) + 1, 1, height_ratios=[1] * len(labels) + [1.6])
+    for axis, label in zip(axes, labels, strict=True):
+        for runs, width, colour in ((ours, 3.2, _BLUE), (theirs, 0.9, _INK)):
+            values = runs[label][0, :_SHOWN_DRAWS]
+            axis.plot(np.arange(1, values.size + 1), values, color=colour, linewidth=width)
+        _finish(axis, "", label.replace("$", r"\$"))  # a user's name is no formula
+    _finish(axes[0], "First draws of one chain: parallel (thick), sequential (thin)")
+    _draw_distances(last, ours, theirs)
+    return drawn
 
 
-def spread(labels: list[str], limit: int) -> list[str]:
-    """The first coordinates of different variables before second ones of any."""
-    variables: dict[str, list[str]] = {}
-    for label in labels:
-        variables.setdefault(label.split("[")[0], []).append(label)
-    first = [entries[0] for entries in variables.values()][:limit]
-    rest = [label for label in labels if label not in first][: limit - len(first)]
-    return [label for label in labels if label in first or label in rest]
+def residual_map(residuals: np.ndarray) -> Any:
+    """How a solve converged: the residual of every time step after every pass, as colours.
+
+    Args:
+        residuals: Shape `(P, T)`, of passes in order; NaN, drawn in red, where the path was not finite.
+
+    Returns:
+        `matplotlib.figure.Figure`.
+
+    Raises:
+        ValueError: If `residuals` is not of that shape, or empty.
+    """
+    residuals = _matrix(residuals, "residuals", "num_passes, num_steps")
+    drawn = figure(11, 1.8 + 0.06 * min(max(len(residuals), 10), 40))
+    axis = drawn.subplots()
+    blocks = np.stack([_block_maxima(one, 300)[1] for one in residuals])
+    shown = np.log10(np.maximum(np.ma.masked_invalid(blocks), _FLOOR))
+    place = (0.5, residuals.shape[1] + 0.5, len(residuals) + 0.5, 0.5)
+    image = axis.imshow(shown, aspect="auto", interpolation="nearest", extent=place, cmap="viridis")
+    drawn.colorbar(image, ax=axis, label="log10 residual")
+    axis.yaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    _finish(axis, "Residual by pass and step", "pass", "step")
+    axis.set_facecolor(_RED)
+    axis.grid(False)
+    return drawn
 
 
-def _draw_traces(
-    axes: Sequence[Any], pairs: dict[str, tuple[np.ndarray, np.ndarray]], chain: int, num_draws: int
-) -> None:
-    for axis, (label, (a, b)) in zip(axes, pairs.items(), strict=True):
-        a, b = a[chain, :num_draws], b[chain, :num_draws]
-        axis.plot(
-            np.arange(1, a.size + 1),
-            a,
-            color=canvas.PARALLEL,
-            linewidth=3.2,
-            alpha=0.75,
-            label="parallel",
-        )
-        axis.plot(np.arange(1, b.size + 1), b, color=canvas.INK, linewidth=0.9, label="sequential")
-        axis.set_ylabel(canvas.label(label), fontsize=10)
-        axis.margins(x=0.005)
-        canvas.tidy(axis)
-    axes[0].set_title(f"First draws of chain {chain}", fontsize=11, loc="left")
-    axes[0].legend(
-        loc="lower right",
-        bbox_to_anchor=(1, 1),
-        ncols=2,
-        frameon=False,
-        fontsize=9,
-        borderaxespad=0.2,
+def coalescence(distances: np.ndarray, tolerance: float = 1e-8) -> Any:
+    """How fast pairs of chains with the same random numbers become one.
+
+    Args:
+        distances: Of each pair after each step, in standard deviations, `(K, T)`.
+        tolerance: Below which a pair counts as one, for the panel of how many still are two.
+
+    Returns:
+        `matplotlib.figure.Figure` of two panels: all distances and their median; the share of pairs that have not met
+        yet.
+
+    Raises:
+        ValueError: If `distances` is not of that shape, or empty.
+    """
+    distances = _matrix(distances, "distances", "num_pairs, num_steps")
+    drawn = figure(11, 3.4)
+    apart, open_pairs = drawn.subplots(1, 2)
+    steps = np.arange(1, distances.shape[1] + 1)
+    apart.plot(steps, np.maximum(distances, _FLOOR).T, color=_BLUE, linewidth=0.8, alpha=0.5)
+    apart.plot(steps, np.maximum(np.median(distances, axis=0), _FLOOR), color=_INK, linewidth=1.8)
+    apart.set_yscale("log")
+    # A pair that was within tolerance once, and left again, has not met. NaN is never within.
+    outside = ~(distances <= tolerance)
+    later_apart = np.logical_or.accumulate(outside[:, ::-1], axis=1)[:, ::-1]
+    open_pairs.step(steps, later_apart.mean(axis=0), where="post", color=_BLUE, linewidth=2)
+    open_pairs.set_ylim(-0.03, 1.03)
+    last = np.flatnonzero(later_apart.any(axis=0)).max(initial=0) + 1
+    for axis in (apart, open_pairs):
+        axis.set_xlim(0, min(max(10, 1.3 * last), distances.shape[1]))
+    _finish(apart, "Pairs with the same random numbers", "largest difference [sd]", "step")
+    _finish(
+        open_pairs, f"Pairs still apart by more than {tolerance:g} sd", "share of pairs", "step"
     )
-    axes[-1].set_xlabel("draw", fontsize=10)
+    return drawn
 
 
-def _draw_distances(axis: Any, parallel: Any, sequential: Any) -> None:
-    canvas.title(axis, "Distance of the two paths")
-    ours, theirs = (
-        dict(by_name.coordinates(by_name.named_draws(draws))) for draws in (parallel, sequential)
-    )
-    shapes = {x.shape for x in (*ours.values(), *theirs.values())}
-    if len(shapes) != 1 or list(ours) != list(theirs):
-        canvas.say(axis, "runs of different shapes:\nno steps to compare")
+def _matrix(values: np.ndarray, name: str, shape: str) -> np.ndarray:
+    values = np.asarray(values, np.float64)
+    if values.ndim != 2 or not values.size:
+        raise ValueError(f"{name}: got shape {values.shape}, wanted ({shape})")
+    return values
+
+
+def _draw_distances(axis: Any, ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
+    _finish(axis, "Distance of the two paths", "difference [sd]", "draw")
+    if {name: x.shape for name, x in ours.items()} != {name: x.shape for name, x in theirs.items()}:
+        axis.text(0.5, 0.5, "runs of different shapes:\nno steps to compare", ha="center")
         return
-    distance = np.zeros(shapes.pop())
-    for label, b in theirs.items():
-        sd = b.std()
-        distance = np.maximum(distance, np.abs(ours[label] - b) / (sd if sd > 0 else 1.0))
+    distance = np.max([abs(ours[name] - b) / (b.std() or 1.0) for name, b in theirs.items()], 0)
     for chain, values in enumerate(distance):
-        steps, values = canvas.envelope(values)
-        colour = canvas.CHAINS[chain % len(canvas.CHAINS)]
-        axis.plot(steps, np.maximum(values, canvas.FLOOR), color=colour, linewidth=0.9, alpha=0.85)
+        steps, values = _block_maxima(values, 600)
+        colour = _CHAINS[chain % len(_CHAINS)]
+        axis.plot(steps, np.maximum(values, _FLOOR), color=colour, linewidth=0.9, alpha=0.85)
+    axis.axhline(1.0, color=_RED, linewidth=1.2, linestyle="--")
     axis.set_yscale("log")
     top = float(np.nanmax(distance, initial=0.0, where=np.isfinite(distance)))
-    canvas.level(axis, 1.0, "one posterior sd")
-    axis.set_ylim(canvas.FLOOR / 3, max(30.0, 10 * top))
+    axis.set_ylim(_FLOOR / 3, max(30.0, 10 * top))
+
+
+def _block_maxima(values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Maxima over at most `most` blocks: (step numbers, maxima)."""
+    starts = np.arange(0, values.size, max(1, -(-values.size // most)))
+    return starts + 1, np.maximum.reduceat(values, starts) if values.size else values
+
+
+def _finish(axis: Any, title: str, ylabel: str = "", xlabel: str = "") -> None:
+    """The titles and the look of all axes; an empty text leaves what is there."""
+    axis.set_title(title or axis.get_title(loc="left"), fontsize=11, loc="left")
+    axis.set_ylabel(ylabel or axis.get_ylabel(), fontsize=10)
+    axis.set_xlabel(xlabel or axis.get_xlabel(), fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(True, color=_GRID, linewidth=0.6)
+    axis.set_axisbelow(True)
     axis.margins(x=0.01)
-    axis.set_xlabel("draw", fontsize=10)
-    axis.set_ylabel("difference [sd]", fontsize=10)
-    canvas.tidy(axis)
-
-
-def draw_residuals(axis: Any, draws: Any) -> None:
-    """The panel of :func:`residual_by_iteration`."""
-    bare = isinstance(draws, (list, tuple)) or hasattr(draws, "__array__")
-    history = draws if bare else getattr(getattr(draws, "report", None), "residual_history", None)
-    history = np.atleast_2d(np.asarray([] if history is None else history, dtype=np.float64))
-    canvas.title(axis, "Residual by iteration")
-    if not np.isfinite(history).any():
-        canvas.say(axis, "no iterations recorded")
-        return
-    iterations = np.arange(1, history.shape[1] + 1)
-    for chain, values in enumerate(history):
-        shown = np.where(np.isfinite(values), np.maximum(values, canvas.FLOOR), np.nan)
-        thin = chain / max(
-            1, len(history) - 1
-        )  # later chains are drawn thinner, so that equal curves stay visible
-        style = {"marker": "o", "markersize": 6.5 - 4 * thin, "linewidth": 3.2 - 2.2 * thin}
-        axis.plot(
-            iterations,
-            shown,
-            color=canvas.CHAINS[chain % len(canvas.CHAINS)],
-            label=f"chain {chain}",
-            **style,
-        )
-    axis.set_yscale("log")
-    tolerance = getattr(getattr(draws, "certificate", None), "tolerance", None)
-    if tolerance is not None:
-        canvas.level(axis, float(np.max(np.asarray(tolerance))), "tolerance")
-    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    axis.set_xlim(0.5, np.flatnonzero(np.isfinite(history).any(axis=0)).max() + 1.5)
-    axis.set_xlabel("iteration", fontsize=10)
-    axis.set_ylabel("largest residual", fontsize=10)
-    if len(history) <= len(canvas.CHAINS):
-        axis.legend(frameon=False, fontsize=9, loc="best")
-    canvas.tidy(axis)

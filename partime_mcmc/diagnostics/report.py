@@ -1,14 +1,15 @@
-"""What a comparison of two runs found: levels of agreement, the report, its text and its JSON.
+"""What a comparison of two runs found: levels of agreement, the report, its text, its HTML and its JSON.
 
-Levels, from worst to best (a report says one of them and why it is not a better one):
+Levels, from worst to best (a report has one of them, and the reasons why it is not a better one):
 
 * ``FAIL``: the runs disagree, or one of them is broken (not finite, frozen).
 * ``INCONCLUSIVE``: too few chains or effective draws to say anything; never to be read as a pass.
 * ``STATISTICAL``: only distributional tests pass.
-* ``CERTIFIED_PATH``: the parallel path obeys the recurrence, and is the path of the sequential run with the same dice.
+* ``CERTIFIED_PATH``: the parallel path obeys the recurrence, and is the path of the sequential run with the same
+  random numbers.
 * ``BITWISE``: the two runs hold the same bits.
 
-Left out: how a level is reached, which is :mod:`partime_mcmc.diagnostics.compare`'s affair.
+Left out: how a level is reached; :mod:`partime_mcmc.diagnostics.compare` has that.
 """
 
 import dataclasses
@@ -16,17 +17,31 @@ import enum
 import json
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-WIDTH = 100
-MAX_ROWS, MAX_REASONS = 30, 8
+from partime_mcmc.diagnostics import html
+from partime_mcmc.diagnostics.formatting import WIDTH, plain, text_table
+
+_MAX_ROWS, _MAX_REASONS = 30, 8
+_COLUMNS = {
+    "coordinate": "name",
+    "mean par": "mean_parallel",
+    "mean seq": "mean_sequential",
+    "sd par": "sd_parallel",
+    "sd seq": "sd_sequential",
+    "ESS par": "ess_bulk_parallel",
+    "ESS seq": "ess_bulk_sequential",
+    "R-hat": "r_hat",
+    "max |z|": "worst_z",
+    "KS": "ks",
+}
 
 
 class Level(enum.IntEnum):
-    """How well two runs agree; levels are ordered, so ``level >= Level.STATISTICAL`` reads as it says."""
+    """How well two runs agree; levels are ordered, as in ``level >= Level.STATISTICAL``."""
 
     FAIL = 0
     INCONCLUSIVE = 1
@@ -45,9 +60,9 @@ class Disagreement(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class PathComparison:
-    """Two runs with the same dice, step by step; lists hold one entry per chain.
+    """Two runs with the same random numbers, step by step; lists hold one entry per chain.
 
-    Distances are maxima over coordinates in posterior standard deviations. An *excursion* is a stretch of consecutive
+    Distances are maxima over coordinates in posterior standard deviations. An *excursion* is a run of consecutive
     steps at which the paths are further apart than ``tolerance``.
 
     Attributes:
@@ -86,6 +101,15 @@ class PathComparison:
     paired_ok: bool
     ok: bool
 
+    def __str__(self) -> str:
+        flips = "not recorded" if min(self.num_flips) < 0 else f"{sum(self.num_flips)}"
+        return (
+            f"{np.mean(self.fraction_equal):.1%} of the steps equal bit for bit, {np.mean(self.fraction_within):.2%} "
+            f"within {self.tolerance:g} sd; largest distance {max(self.max_distance):.2g} sd; accept decisions that "
+            f"differ: {flips}; excursions: {sum(self.num_excursions)}; first difference per chain "
+            f"{self.first_difference}; means differ by {self.mean_shift:.2g} MCSE, sds by {self.sd_shift:.2g}"
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -108,7 +132,7 @@ class Report:
         num_nonfinite_proposals: proposals that were not finite (and were rejected), -1 unknown.
         num_frozen: chains of either side that never moved.
         fallbacks: what the parallel run had to fall back on.
-        path: step-by-step comparison, or None for runs with different dice.
+        path: step-by-step comparison, or None for runs with different random numbers.
         tests: outcome of the tests over all coordinates: counts, thresholds, the joint test, run statistics.
         table: one dict per scalar coordinate: name, mean, sd, mcse_mean, ess_bulk and ess_tail of either side, ``z`` by
             quantity, ``worst_z``, ``r_hat`` over both sides' chains, ``ks`` and ``ks_p``.
@@ -163,149 +187,62 @@ class Report:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return json.dumps(plain({**fields, "ok": self.ok}), indent=2, allow_nan=False)
 
+    def save(self, path: str | Path) -> Path:
+        """Write the report to one HTML file that needs nothing else.
+
+        Returns:
+            The path written.
+
+        Raises:
+            OSError: if the file cannot be written.
+        """
+        return html.save(path, self._repr_html_())
+
     def __str__(self) -> str:
         lines = [self.verdict]
         for label, entries in (("reason", self.reasons), ("note", self.notes)):
-            lines += [f"{label}: {entry}" for entry in entries[:MAX_REASONS]]
-            if len(entries) > MAX_REASONS:
-                lines.append(f"{label}s: {len(entries) - MAX_REASONS} more, in to_json()")
+            lines += [f"{label}: {entry}" for entry in entries[:_MAX_REASONS]]
+            if len(entries) > _MAX_REASONS:
+                lines.append(f"{label}s: {len(entries) - _MAX_REASONS} more, in to_json()")
         lines += [f"{label}: {text}" for label, text in self._facts()]
         wrapped = [
-            piece
-            for line in lines
-            for piece in textwrap.wrap(line, WIDTH, subsequent_indent="    ")
+            part for line in lines for part in textwrap.wrap(line, WIDTH, subsequent_indent="    ")
         ]
-        return "\n".join([*wrapped, "", *self._table()])
+        rows = self._rows()
+        table = text_table(rows[:_MAX_ROWS])
+        if len(rows) > _MAX_ROWS:
+            more = len(rows) - _MAX_ROWS
+            table.append(f"... and {more} more with smaller |z|; to_json() has them all")
+        return "\n".join([*wrapped, "", *table])
+
+    def _repr_html_(self) -> str:
+        entries = (("reason", self.reasons), ("note", self.notes))
+        facts = [(label, entry) for label, listed in entries for entry in listed]
+        return html.report_html(self.verdict, facts + self._facts(), self._rows())
 
     def _facts(self) -> list[tuple[str, str]]:
-        """The lines between verdict and table."""
+        """The sentences between verdict and table, with their labels."""
         facts = []
         if self.path is not None:
-            path = self.path
-            flips = "not recorded" if min(path.num_flips) < 0 else f"{sum(path.num_flips)}"
-            facts.append(
-                (
-                    "path",
-                    f"{np.mean(path.fraction_equal):.1%} of the steps equal bit for bit, "
-                    f"{np.mean(path.fraction_within):.2%} within {path.tolerance:g} sd; "
-                    f"largest distance {max(path.max_distance):.2g} sd; accept decisions that differ: {flips}; "
-                    f"excursions: {sum(path.num_excursions)}; first difference per chain {path.first_difference}; "
-                    f"means differ by {path.mean_shift:.2g} MCSE, sds by {path.sd_shift:.2g}",
-                )
-            )
+            facts.append(("path", str(self.path)))
         if math.isfinite(self.residual_tolerance):
-            where = (
-                f" at chain {self.worst_step[0]}, step {self.worst_step[1]}"
-                if self.worst_step
-                else ""
-            )
-            facts.append(
-                (
-                    "certificate",
-                    f"residual {self.max_residual:.2g}{where}, allowed {self.residual_tolerance:.2g}",
-                )
-            )
+            worst = self.worst_step
+            where = f" at chain {worst[0]}, step {worst[1]}" if worst else ""
+            text = f"residual {self.max_residual:.2g}{where}, allowed {self.residual_tolerance:.2g}"
+            facts.append(("certificate", text))
         if self.tests:
-            tests = self.tests
-            facts.append(
-                (
-                    "distribution",
-                    f"{tests['num_z']} z-scores, largest {abs(self.worst['z']) if self.worst else math.nan:.2f} of "
-                    f"{tests['max_z']:.2f} allowed; R-hat up to {tests['r_hat']:.4f}; smallest KS p "
-                    f"{tests['ks_p']:.2g}; joint test p {tests['joint_p']:.3g}; a shift of "
-                    f"{self.min_detectable_shift:.2g} sd would be found",
-                )
+            tests, largest = self.tests, abs(self.worst["z"]) if self.worst else math.nan
+            text = (
+                f"{tests['num_z']} z-scores, largest {largest:.2f} of {tests['max_z']:.2f} allowed; R-hat up to "
+                f"{tests['r_hat']:.4f}; smallest KS p {tests['ks_p']:.2g}; joint test p {tests['joint_p']:.3g}; a "
+                f"shift of {self.min_detectable_shift:.2g} sd would be found"
             )
+            facts.append(("distribution", text))
         return facts
 
-    def _table(self) -> list[str]:
+    def _rows(self) -> list[dict[str, Any]]:
+        """The table of all coordinates; a long one begins with the largest z-scores."""
         rows = self.table
-        if len(rows) > MAX_ROWS:
-            rows = sorted(rows, key=lambda row: -_or_zero(row["worst_z"]))
-        columns = {
-            "coordinate": "name",
-            "mean par": "mean_parallel",
-            "mean seq": "mean_sequential",
-            "sd par": "sd_parallel",
-            "sd seq": "sd_sequential",
-            "ESS par": "ess_bulk_parallel",
-            "ESS seq": "ess_bulk_sequential",
-            "R-hat": "r_hat",
-            "max |z|": "worst_z",
-            "KS": "ks",
-        }
-        lines = text_table(
-            [{title: row[key] for title, key in columns.items()} for row in rows[:MAX_ROWS]]
-        )
-        if len(rows) > MAX_ROWS:
-            lines.append(
-                f"... and {len(rows) - MAX_ROWS} more with smaller |z|; to_json() has them all"
-            )
-        return lines
-
-
-def text_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines of a table within 100 columns: the first column left-aligned, numbers in four digits, right-aligned.
-
-    Args:
-        rows: dicts with the same keys, which become the titles.
-    """
-    if not rows:
-        return []
-    titles = list(rows[0])
-    cells = [titles, *([cell(row[title]) for title in titles] for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(titles))]
-    widths[0] = max(10, min(widths[0], WIDTH - sum(widths[1:]) - 2 * len(widths[1:])))
-    lines = []
-    for first, *rest in cells:
-        first = first if len(first) <= widths[0] else first[: widths[0] - 1] + "…"
-        lines.append(
-            "  ".join(
-                [
-                    first.ljust(widths[0]),
-                    *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True)),
-                ]
-            )
-        )
-    return [line.rstrip() for line in lines]
-
-
-def cell(value: Any) -> str:
-    """A value as it stands in a table: text as it is, yes and no, numbers in four digits, `-` for NaN."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    value = float(value)
-    if not math.isfinite(value):
-        return "-" if math.isnan(value) else str(value)
-    if value == round(value) and abs(value) < 1e6:
-        return str(round(value))
-    return f"{value:.0f}" if 1e3 <= abs(value) < 1e7 else f"{value:#.4g}"
-
-
-def _or_zero(value: float) -> float:
-    return 0.0 if math.isnan(value) else abs(value)
-
-
-def plain(value: Any) -> Any:
-    """``value`` in Python's own types, fit for strict JSON: dicts by string, lists, NaN as "nan", enums by name."""
-    if isinstance(value, enum.Enum):
-        return value.name
-    if value is None or isinstance(value, (str, bool)):
-        return value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)
-        }
-    if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(entry) for entry in value]
-    if isinstance(value, (int, float)) or hasattr(value, "__array__"):
-        value = np.asarray(value)
-        if value.ndim:
-            return [plain(entry) for entry in value.tolist()]
-        value = value.item()
-        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-    return str(value)
+        if len(rows) > _MAX_ROWS:
+            rows = sorted(rows, key=lambda row: -np.nan_to_num(row["worst_z"]))
+        return [{title: row[key] for title, key in _COLUMNS.items()} for row in rows]

@@ -24,11 +24,11 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from partime_mcmc.closures import Named
 from partime_mcmc.distributed.sharded_solve import time_axis
+from partime_mcmc.engine.windows import Windows
 from partime_mcmc.sampling.plan import SampleArguments
-from partime_mcmc.schedule import Stretches
 from partime_mcmc.storage.fingerprint import fingerprint_of, name_of
+from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import PyTree
 
 # (arrays with leaves (C, n, ...), the mesh, how all of them lie on it, what runs a program) -> the same as NumPy arrays on
@@ -44,14 +44,16 @@ def check_mesh(mesh: Mesh, num_chains: int, schedule: Any) -> None:
         ValueError: If an axis is missing, or does not divide the number of chains, or would only repeat work, or a host has
             no device in it, or the schedule has a moving window.
     """
-    if schedule is not None and not isinstance(schedule, Stretches):
-        raise ValueError(f"schedule: got {schedule!r} with a mesh, wanted Stretches(size) or None")
+    if schedule is not None and not isinstance(schedule, Windows):
+        raise ValueError(f"schedule: got {schedule!r} with a mesh, wanted Windows(size) or None")
     time_axis(mesh)
     if "chains" not in mesh.shape or num_chains % mesh.shape["chains"]:
         raise ValueError(
             f"num_chains: got {num_chains} on a mesh of {dict(mesh.shape)}, wanted a multiple of its axis 'chains'"
         )
-    idle = [name for name, size in mesh.shape.items() if name not in ("chains", "time") and size > 1]
+    idle = [
+        name for name, size in mesh.shape.items() if name not in ("chains", "time") and size > 1
+    ]
     if idle:
         raise ValueError(
             f"mesh: got the axes {dict(mesh.shape)}, wanted chains and time only: along {', '.join(idle)} all "
@@ -177,7 +179,7 @@ class GatherToHost0:
         return jax.tree.unflatten(structure, found) if first else None
 
 
-class _Send(Named):
+class _Send(HashableFunction):
     """Shards of arrays from some devices to others, zeros everywhere else; the parts are the mesh, how the arrays lie, and
     pairs of places in the mesh."""
 
@@ -187,7 +189,9 @@ class _Send(Named):
         def here(leaves):
             return [lax.ppermute(leaf, mesh.axis_names, pairs) for leaf in leaves]
 
-        return jax.shard_map(here, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(leaves)
+        return jax.shard_map(here, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(
+            leaves
+        )
 
 
 def _rounds(devices: list) -> list[tuple[tuple[int, int], ...]]:

@@ -35,9 +35,12 @@ from partime_mcmc.distributed.shard_programs import (
     SolveWindow,
 )
 from partime_mcmc.distributed.sharded_solve import time_axis
-from partime_mcmc.kernels.drawn import Drawn
+from partime_mcmc.engine.recipes import sequential
+from partime_mcmc.engine.solution import Status
+from partime_mcmc.engine.time_axis import LocalTime
+from partime_mcmc.engine.windows import Schedule, Windows
+from partime_mcmc.kernels.explicit_randomness import ExplicitRandomnessKernel
 from partime_mcmc.kernels.kernel_program import program_and_params
-from partime_mcmc.recipes import sequential
 from partime_mcmc.sampling.chunk import ChainState, Chunk
 from partime_mcmc.sampling.executor import MAX_HALVINGS, ProgressReporter, iterate_chunks
 from partime_mcmc.sampling.merge import merge_shard_certificates
@@ -45,9 +48,6 @@ from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.sampling.progress import Progress
 from partime_mcmc.sampling.randomness import splits_by_counting
 from partime_mcmc.sampling.run_recorder import RunRecorder, without_nonfinite
-from partime_mcmc.scan.time_axis import LocalTime
-from partime_mcmc.schedule import Schedule, Stretches
-from partime_mcmc.solution import Status
 from partime_mcmc.solvers import Shooting, Solver
 from partime_mcmc.types import PyTree
 
@@ -96,7 +96,7 @@ class MeshExecutor:
             ValueError: If hosts disagree about what to run, or counters of the kernel follow from stepping only.
         """
         kernel = self.plan.kernel
-        counts = isinstance(kernel.algorithm, Drawn) and kernel.algorithm.count
+        counts = isinstance(kernel.algorithm, ExplicitRandomnessKernel) and kernel.algorithm.count
         if state.discrete and not counts:
             raise ValueError(
                 f"kernel: {kernel.name} has counters that follow from stepping only, so no device can begin in the "
@@ -240,7 +240,7 @@ def layouts(
         schedule: Steps of a window, over all devices; a run begun on one device may have another schedule, which is then
             one window.
     """
-    size = schedule.size if isinstance(schedule, Stretches) else num_samples
+    size = schedule.size if isinstance(schedule, Windows) else num_samples
     num_devices, found = whole.axis.length(1), []
 
     def fitting(steps):

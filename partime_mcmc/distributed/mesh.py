@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-AXES = ("chains", "time", "data")
+CHAINS, TIME, DATA = AXES = ("chains", "time", "data")
 
 
 def time_mesh(

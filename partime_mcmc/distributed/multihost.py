@@ -41,9 +41,7 @@ class FirstHostSink(StoreSink):
 
     gather = GatherToHost0()
 
-    def start(
-        self, make_plan: Callable[[], tuple[Plan, ChainState]]
-    ) -> tuple[Plan, ChainState]:
+    def start(self, make_plan: Callable[[], tuple[Plan, ChainState]]) -> tuple[Plan, ChainState]:
         """As `Sink.start`; the other hosts wait for it."""
         plan, state = super().start(make_plan)
         broadcast_bytes(self.saved_bytes)
@@ -77,9 +75,7 @@ class OtherHostSink:
     def __exit__(self, *error: Any) -> None:
         pass
 
-    def start(
-        self, make_plan: Callable[[], tuple[Plan, ChainState]]
-    ) -> tuple[Plan, ChainState]:
+    def start(self, make_plan: Callable[[], tuple[Plan, ChainState]]) -> tuple[Plan, ChainState]:
         """The plan and the state of the first host."""
         del make_plan
         asked = self._arguments

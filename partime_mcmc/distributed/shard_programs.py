@@ -22,18 +22,18 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 
-from partime_mcmc.closures import Named
-from partime_mcmc.distributed.sharded_solve import AsFound
-from partime_mcmc.kernels.certify import certify_with_records
+from partime_mcmc.certify.independent import certify_with_records
+from partime_mcmc.certify.step_record import info_dict
+from partime_mcmc.engine.adjoint import NoDerivatives
+from partime_mcmc.engine.solution import Solution, Stats
+from partime_mcmc.engine.solve import solve
+from partime_mcmc.engine.time_axis import TimeAxis
 from partime_mcmc.kernels.kernel import Carry
-from partime_mcmc.kernels.records import said_by
 from partime_mcmc.sampling.randomness import step_keys
 from partime_mcmc.scan.affine import Diagonal
-from partime_mcmc.scan.time_axis import TimeAxis
-from partime_mcmc.solution import Solution, Stats
-from partime_mcmc.solve import solve
 from partime_mcmc.solvers import Solver
-from partime_mcmc.solvers.rollout import roll_on
+from partime_mcmc.solvers.sequential import finish_sequentially
+from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import Array, PyTree
 
 CHAINS, SAME = PartitionSpec("chains"), PartitionSpec()
@@ -67,7 +67,7 @@ class Layout:
         )
 
 
-class DrawTapes(Named):
+class DrawTapes(HashableFunction):
     """The tape of a window, and the counters after it; parts are the program, a layout, the keys' kind, and what `step_keys`
     wants to know of T."""
 
@@ -92,10 +92,12 @@ class DrawTapes(Named):
             return jax.vmap(one)(words, carries, counters)
 
         given = (SAME, CHAINS, CHAINS, CHAINS, SAME)
-        return layout.run(here, given, (layout.along, CHAINS))(params, words, carries, counters, first)
+        return layout.run(here, given, (layout.along, CHAINS))(
+            params, words, carries, counters, first
+        )
 
 
-class SolveWindow(Named):
+class SolveWindow(HashableFunction):
     """One window of every chain; parts are the program, a layout and `max_iterations`."""
 
     def __call__(self, solver: Solver, tolerance, params, carries, tape) -> Solution:
@@ -111,7 +113,7 @@ class SolveWindow(Named):
                     solver=solver,
                     tolerance=tolerance,
                     max_iterations=max_iterations,
-                    adjoint=AsFound(),
+                    adjoint=NoDerivatives(),
                     axis=layout.axis,
                 )
             )(carries, tape)
@@ -120,7 +122,7 @@ class SolveWindow(Named):
         return layout.run(here, (SAME, CHAINS, layout.along), found)(params, carries, tape)
 
 
-class FinishChains(Named):
+class FinishChains(HashableFunction):
     """Paths rolled by one device after another from where they stop being exact, and how many steps are then finite;
     the parts are the program and a layout."""
 
@@ -132,7 +134,7 @@ class FinishChains(Named):
             exact = jnp.clip(num_exact - axis.index(layout.steps)[0], 0, layout.steps)
 
             def roll(first):
-                return _swapped(roll_on(dynamics, first, states, tape, exact))
+                return _swapped(finish_sequentially(dynamics, first, states, tape, exact))
 
             states = _swapped(axis.in_turn(roll, carries))
             finite = [
@@ -142,10 +144,12 @@ class FinishChains(Named):
             return states, jax.vmap(axis.length_of_true)(functools.reduce(jnp.logical_and, finite))
 
         given = (SAME, CHAINS, layout.along, layout.along, CHAINS)
-        return layout.run(here, given, (layout.along, CHAINS))(params, carries, tape, states, num_exact)
+        return layout.run(here, given, (layout.along, CHAINS))(
+            params, carries, tape, states, num_exact
+        )
 
 
-class Certify(Named):
+class Certify(HashableFunction):
     """Certificates of all parts `(C, P)`, what the kernel says of each step, and the path standing still where its
     kernel does.
 
@@ -159,7 +163,9 @@ class Certify(Named):
 
         def here(params, carries, states, tape):
             kernel = program.kernel(params)
-            return jax.vmap(functools.partial(_certified_shard, kernel, layout.axis))(carries, states, tape)
+            return jax.vmap(functools.partial(_certified_shard, kernel, layout.axis))(
+                carries, states, tape
+            )
 
         steps, parts = layout.along, layout.along
         found = (steps, parts, steps, steps, steps, CHAINS, parts)
@@ -195,7 +201,7 @@ def _certified_shard(kernel, axis: TimeAxis, carry: PyTree, states: PyTree, tape
     }
     of_part = jax.tree.map(lambda leaf: leaf[None], {**of_part, "runs": runs})
     positions, end = jax.vmap(kernel.position)(still), axis.last(still)
-    return of_steps, of_part, said_by(records, flat.shape[:1]), still, positions, end, same[None]
+    return of_steps, of_part, info_dict(records, flat.shape[:1]), still, positions, end, same[None]
 
 
 def _swapped(tree: PyTree) -> PyTree:

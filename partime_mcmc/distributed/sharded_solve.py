@@ -26,17 +26,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from partime_mcmc.adjoint import Adjoint, Implicit, ImplicitRelay
-from partime_mcmc.closures import Named
+from partime_mcmc.distributed.mesh import CHAINS, TIME
 from partime_mcmc.distributed.sharded_time import ShardedTime, TimeOnMesh
-from partime_mcmc.dynamics import Dynamics, Memo, check_state, ravel
-from partime_mcmc.recipes import deer
-from partime_mcmc.solution import Solution, Stats, Tolerance
-from partime_mcmc.solve import check_step, count_steps, flat_guess, solve
+from partime_mcmc.engine.adjoint import Adjoint, Implicit, ImplicitSegmented, NoDerivatives
+from partime_mcmc.engine.dynamics import CachedStep, Dynamics, check_state, ravel
+from partime_mcmc.engine.recipes import deer
+from partime_mcmc.engine.solution import Solution, Stats, Tolerance
+from partime_mcmc.engine.solve import check_step, count_steps, flat_guess, solve
 from partime_mcmc.solvers import Shooting, Solver
-from partime_mcmc.types import Array, Key, PyTree, pytree
-
-TIME, CHAINS = "time", "chains"
+from partime_mcmc.tracing import HashableFunction
+from partime_mcmc.types import Array, Key, PyTree
 
 
 def sharded_solve(
@@ -80,9 +79,9 @@ def sharded_solve(
         ValueError: As `solve` does; or if the mesh has no axis `time`, or `params_spec` names an axis that it cannot.
     """
     axis = time_axis(mesh)
-    if isinstance(adjoint, ImplicitRelay):
+    if isinstance(adjoint, ImplicitSegmented):
         raise TypeError(
-            "adjoint: got ImplicitRelay, wanted Implicit(): a relay does not go across devices"
+            "adjoint: got ImplicitSegmented, wanted Implicit(): a segmented scan does not go across devices"
         )
     if params_spec is not None:
         _check_spec(params_spec, mesh)
@@ -111,7 +110,9 @@ def sharded_solve(
     path = None if guess is None else flat_guess(guess, initial, start, num_steps)
     filled, solver = _filled_up(num_steps, solver, axis.num_parts)
     still, tape, path = _standing_still(flat, drives, path, num_steps, filled)
-    spec = _Fixed.of(PartitionSpec() if params_spec is None else params_spec)
+    # As leaves and structure, which `jit` can compare.
+    leaves, structure = jax.tree.flatten(params_spec, is_leaf=_is_spec)
+    spec = None if params_spec is None else (tuple(leaves), structure)
     found = _solve_on(
         *lax.stop_gradient((still, start, tape, path)),
         solver,
@@ -199,8 +200,8 @@ def time_axis(mesh: Mesh) -> ShardedTime:
 def _check_spec(params_spec: PyTree, mesh: Mesh) -> None:
     """Refuse what is no spec, or names an axis that the mesh lacks, or time: all steps have the same parameters."""
     wanted = [name for name in mesh.axis_names if name != TIME]
-    for spec in jax.tree.leaves(params_spec, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)):
-        if not isinstance(spec, PartitionSpec):
+    for spec in jax.tree.leaves(params_spec, is_leaf=_is_spec):
+        if not _is_spec(spec):
             raise TypeError(
                 f"params_spec: got {spec!r}, wanted PartitionSpecs, e.g. PartitionSpec('data')"
             )
@@ -214,6 +215,10 @@ def _check_spec(params_spec: PyTree, mesh: Mesh) -> None:
             raise ValueError(
                 f"params_spec: got {spec} on a mesh of {dict(mesh.shape)}, wanted axes of {wanted}"
             )
+
+
+def _is_spec(leaf: Any) -> bool:
+    return isinstance(leaf, PartitionSpec)
 
 
 @jax.custom_jvp
@@ -231,16 +236,6 @@ def _no_derivatives(primals, tangents):
     )
 
 
-@pytree()
-class AsFound:
-    """No derivatives: the path as it was found, and where it was."""
-
-    def __call__(
-        self, dynamics: Dynamics, initial: Array, drives: PyTree, states: Array, axis: Any
-    ) -> Array:
-        return states
-
-
 @functools.partial(jax.jit, static_argnames=("mesh", "axis", "spec", "max_iterations"))
 def _solve_on(
     dynamics: Dynamics,
@@ -253,51 +248,32 @@ def _solve_on(
     *,
     mesh: Mesh,
     axis: ShardedTime,
-    spec: _Fixed,
+    spec: tuple | None,
     max_iterations: int | None,
 ) -> Solution:
-    def here(params, memo_params, start, drives, guess):
-        memo = dynamics.memo and dataclasses.replace(dynamics.memo, params=memo_params)
+    def here(params, cached_params, start, drives, guess):
+        cached = dynamics.cached and dataclasses.replace(dynamics.cached, params=cached_params)
         return solve(
-            dataclasses.replace(dynamics, params=params, memo=memo),
+            dataclasses.replace(dynamics, params=params, cached=cached),
             start,
             drives,
             solver=solver,
             tolerance=tolerance,
             max_iterations=max_iterations,
             guess=guess,
-            adjoint=AsFound(),
+            adjoint=NoDerivatives(),
             axis=axis,
             key=key,
         )
 
     along, same = PartitionSpec(axis.name), PartitionSpec()
     out = Solution(along, *[same] * 4, Stats(*[same] * 7))
-    memo_params = dynamics.memo and dynamics.memo.params
-    given = (spec.value, (spec.value,) * 3 if memo_params else same, same, along, along)
+    cached_params = dynamics.cached and dynamics.cached.params
+    params_spec = same if spec is None else jax.tree.unflatten(spec[1], spec[0])
+    given = (params_spec, (params_spec,) * 3 if cached_params else same, same, along, along)
     return jax.shard_map(here, mesh=mesh, in_specs=given, out_specs=out, check_vma=False)(
-        dynamics.params, memo_params, start, drives, guess
+        dynamics.params, cached_params, start, drives, guess
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Fixed:
-    """A pytree of partition specs that `jit` can compare."""
-
-    leaves: tuple
-    structure: Any
-
-    @classmethod
-    def of(cls, specs: PyTree) -> _Fixed:
-        leaves, structure = jax.tree.flatten(
-            specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
-        )
-        return cls(tuple(leaves), structure)
-
-    @property
-    def value(self) -> PyTree:
-        """The specs."""
-        return jax.tree.unflatten(self.structure, self.leaves)
 
 
 def _filled_up(num_steps: int, solver: Solver, num_parts: int) -> tuple[int, Solver]:
@@ -319,18 +295,20 @@ def _standing_still(
     def longer(leaf):
         return jnp.concatenate([leaf, jnp.repeat(leaf[-1:], filled - num_steps, axis=0)])
 
-    memo = dynamics.memo
-    if memo is not None:
-        memo = Memo(_EnterFirst(memo.enter), _MoveOrStay(memo.advance), memo.leave, memo.params)
+    cached = dynamics.cached
+    if cached is not None:
+        cached = CachedStep(
+            _EnterFirst(cached.init), _MoveOrStay(cached.step), cached.state, cached.params
+        )
     moves = jnp.arange(filled) < num_steps
     return (
-        Dynamics(_MoveOrStay(dynamics.step), dynamics.params, memo),
+        Dynamics(_MoveOrStay(dynamics.step), dynamics.params, cached),
         (moves, jax.tree.map(longer, drives)),
         None if guess is None else longer(guess),
     )
 
 
-class _MoveOrStay(Named):
+class _MoveOrStay(HashableFunction):
     """A step that moves where its drive says so."""
 
     def __call__(self, params, state, drive):
@@ -340,8 +318,8 @@ class _MoveOrStay(Named):
         )
 
 
-class _EnterFirst(Named):
-    """`Memo.enter` with a drive that says whether to move."""
+class _EnterFirst(HashableFunction):
+    """`CachedStep.init` with a drive that says whether to move."""
 
     def __call__(self, params, state, drive):
         return self.parts[0](params, state, drive[1])

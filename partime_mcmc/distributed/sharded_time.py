@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from partime_mcmc.reduction import largest
+from partime_mcmc.engine.solution import nanaware_max
 from partime_mcmc.scan.prefix import Scan, composition, default_scan
 from partime_mcmc.types import Array, PyTree, pytree
 
@@ -53,9 +53,7 @@ class ShardedTime:
     def previous(self, initial: PyTree, states: PyTree) -> PyTree:
         before = self._shift(jax.tree.map(lambda leaf: leaf[-1], states), 1)
         first = _where(self._part() == 0, initial, before)
-        return jax.tree.map(
-            lambda one, rest: jnp.concatenate([one[None], rest[:-1]]), first, states
-        )
+        return _begins(first, states)
 
     def following(self, states: PyTree, final: PyTree) -> PyTree:
         after = self._shift(jax.tree.map(lambda leaf: leaf[0], states), -1)
@@ -72,7 +70,7 @@ class ShardedTime:
 
     def maximum(self, values: Array) -> Array:
         # NaN has a number of its own: what an all-reduce makes of it differs between backends.
-        here = largest(values, axis=0)
+        here = nanaware_max(values, axis=0)
         missing = jnp.isnan(here)
         missing, top = lax.pmax(
             jnp.stack([missing.astype(here.dtype), jnp.where(missing, 0, here)]), self.name
@@ -138,9 +136,7 @@ class ShardedTime:
         scan = self.scan or default_scan(elements)
         parts = jax.tree.map(lambda leaf: lax.all_gather(leaf, self.name), composition(elements))
         ends = scan(arranged(parts), start)
-        starts = jax.tree.map(
-            lambda one, rest: jnp.concatenate([one[None], rest[:-1]]), start, ends
-        )
+        starts = _begins(start, ends)
         return scan(elements, jax.tree.map(lambda leaf: leaf[place], starts))
 
     def _part(self) -> Array:
@@ -191,6 +187,11 @@ class TimeOnMesh:
 
 
 _WHOLE = PartitionSpec()
+
+
+def _begins(first: PyTree, states: PyTree) -> PyTree:
+    """The state before each of these."""
+    return jax.tree.map(lambda one, rest: jnp.concatenate([one[None], rest[:-1]]), first, states)
 
 
 def _where(flag: Array, one: PyTree, other: PyTree) -> PyTree:

@@ -1,42 +1,22 @@
 """Markov kernels as dynamical systems, and the certificate of a chain."""
 
-from partime_mcmc.kernels.blackjax import (
-    coalescing_hmc,
-    from_blackjax,
-    hmc,
-    mala,
-    nuts,
-    random_walk,
-)
-from partime_mcmc.kernels.certificate import Certificate
-from partime_mcmc.kernels.certify import certify, certify_held, certify_with_records, hold
-from partime_mcmc.kernels.dice import CoalescingDice, PlainDice
-from partime_mcmc.kernels.kernel import Carry, Kernel, Tape, loop
-from partime_mcmc.kernels.recorded import Evidence, Independent, Recorded, certify_recorded
-from partime_mcmc.kernels.records import Records
-from partime_mcmc.kernels.whiten import Whitening
+from partime_mcmc.kernels.blackjax import from_blackjax
+from partime_mcmc.kernels.builders import coalescing_hmc, hmc, mala, nuts, random_walk
+from partime_mcmc.kernels.coupling import CommonRandomNumbers, MultishiftCoupling
+from partime_mcmc.kernels.kernel import Carry, Kernel, Tape, blackjax_loop
+from partime_mcmc.kernels.whitening import Whitening
 
 __all__ = [
     "Carry",
-    "Certificate",
-    "CoalescingDice",
-    "Evidence",
-    "Independent",
+    "MultishiftCoupling",
     "Kernel",
-    "PlainDice",
-    "Recorded",
-    "Records",
+    "CommonRandomNumbers",
     "Tape",
     "Whitening",
-    "certify",
-    "certify_held",
-    "certify_recorded",
-    "certify_with_records",
     "coalescing_hmc",
     "from_blackjax",
     "hmc",
-    "hold",
-    "loop",
+    "blackjax_loop",
     "mala",
     "nuts",
     "random_walk",

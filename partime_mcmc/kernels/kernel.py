@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from partime_mcmc.dynamics import Dynamics, Memo
-from partime_mcmc.kernels.drawn import Drawn
-from partime_mcmc.kernels.records import Said, decision_uniform, record
+from partime_mcmc.certify.step_record import StepRecord, decision_uniform, record
+from partime_mcmc.engine.dynamics import CachedStep, Dynamics
+from partime_mcmc.kernels.explicit_randomness import ExplicitRandomnessKernel
 from partime_mcmc.types import Array, Key, PyTree, pytree
 
 _DERIVED = ("logdensity", "logdensity_grad")
@@ -34,11 +34,11 @@ class Tape:
     """The dice of a chain, leaves with leading axis `T`.
 
     Attributes:
-        dice: One key per step; for a kernel that draws first and acts afterwards, the numbers drawn from these keys.
+        randomness: One key per step; for a kernel that draws first and acts afterwards, the numbers drawn from these keys.
         discrete: The leaves of the state before each step that are not floating point, by field name; often empty.
     """
 
-    dice: PyTree
+    randomness: PyTree
     discrete: PyTree
 
 
@@ -63,7 +63,7 @@ class Kernel:
 
     Attributes:
         algorithm: Anything with `init(position[, rng_key]) -> state` and `step(rng_key, state) -> (state, info)`. States
-            are named tuples with a field `position`, or positions themselves. A `Drawn` one gets its dice
+            are named tuples with a field `position`, or positions themselves. A `ExplicitRandomnessKernel` one gets its dice
             drawn in bulk.
         enter: From the user's position to the kernel's; None where they are the same.
         leave: From the kernel's position to the user's; None where they are the same.
@@ -131,33 +131,35 @@ class Kernel:
 
     def transition(self, carry: PyTree, drive: Tape) -> tuple[PyTree, PyTree, PyTree]:
         """One step on carries: the new carry, the new state and the kernel's info."""
-        state, info = self.act(drive.dice, self.state(carry, drive.discrete))
+        state, info = self.act(drive.randomness, self.state(carry, drive.discrete))
         return self.carry(state), state, info
 
-    def act(self, dice: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
+    def act(self, randomness: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
         """One transition with the dice of a tape, `(new_state, info)`."""
-        return (self.algorithm.apply if isinstance(self.algorithm, Drawn) else self.algorithm.step)(
-            dice, state
-        )
+        return (
+            self.algorithm.step_with
+            if isinstance(self.algorithm, ExplicitRandomnessKernel)
+            else self.algorithm.step
+        )(randomness, state)
 
     def dynamics(self) -> Dynamics:
         """The kernel as a recurrence on carries, driven by a `Tape`; with the kernel's own memory for sequential use."""
-        memo = Memo(
-            _Method(self, "_enter_memo"),
-            _Method(self, "_advance_memo"),
-            _Method(self, "_leave_memo"),
+        cached = CachedStep(
+            _Method(self, "_init_cached"),
+            _Method(self, "_step_cached"),
+            _Method(self, "_state_cached"),
         )
-        return Dynamics(_Method(self, "_step_carry"), None, memo)
+        return Dynamics(_Method(self, "_step_carry"), None, cached)
 
     def recording(self) -> Dynamics:
         """As `dynamics`, and every step notes what the kernel says of it: see `certify_recorded`."""
-        memo = Memo(
+        cached = CachedStep(
             *(_Method(self, f"_{name}_noting") for name in ("enter", "advance", "leave")),
-            note=noted,
+            aux=noted,
         )
-        return dataclasses.replace(self.dynamics(), memo=memo)
+        return dataclasses.replace(self.dynamics(), cached=cached)
 
-    def said(self, carry: PyTree, drive: Tape) -> Said:
+    def step_record(self, carry: PyTree, drive: Tape) -> StepRecord:
         """What one step says."""
         return self._say(self.state(carry, drive.discrete), drive)[1]
 
@@ -179,15 +181,15 @@ class Kernel:
 
     def stretch_of(self, keys: Key, state: PyTree) -> tuple[Tape, dict]:
         """As `tape_of`, with the discrete leaves after the last step: what the next tape of the chain starts from."""
-        start, dice, num_steps = self.discrete(state), keys, keys.shape[0]
-        if isinstance(self.algorithm, Drawn):
-            dice = self.algorithm.throw(keys, state)
+        start, randomness, num_steps = self.discrete(state), keys, keys.shape[0]
+        if isinstance(self.algorithm, ExplicitRandomnessKernel):
+            randomness = self.algorithm.sample_randomness(keys, state)
         if not start:
-            return Tape(dice, start), start
-        if isinstance(self.algorithm, Drawn):
+            return Tape(randomness, start), start
+        if isinstance(self.algorithm, ExplicitRandomnessKernel):
             counted = self.algorithm.count(start, num_steps + 1)
             return (
-                Tape(dice, jax.tree.map(lambda leaf: leaf[:num_steps], counted)),
+                Tape(randomness, jax.tree.map(lambda leaf: leaf[:num_steps], counted)),
                 jax.tree.map(lambda leaf: leaf[num_steps], counted),
             )
 
@@ -197,7 +199,7 @@ class Kernel:
             return self.discrete(new_state), discrete
 
         after, before = lax.scan(advance, start, keys)
-        return Tape(dice, before), after
+        return Tape(randomness, before), after
 
     def _init(self, position: PyTree, rng_key: Key | None) -> PyTree:
         if _takes_key(self.algorithm.init):
@@ -207,34 +209,34 @@ class Kernel:
     def _step_carry(self, carry, drive):
         return self.transition(carry, drive)[0]
 
-    def _enter_memo(self, carry, drive):
+    def _init_cached(self, carry, drive):
         return self.state(carry, drive.discrete)
 
-    def _advance_memo(self, state, drive):
-        return self.act(drive.dice, state)[0]
+    def _step_cached(self, state, drive):
+        return self.act(drive.randomness, state)[0]
 
-    def _leave_memo(self, state):
+    def _state_cached(self, state):
         return self.carry(state)
 
     def _say(self, state, drive):
-        new, info = self.act(drive.dice, state)
+        new, info = self.act(drive.randomness, state)
         pairs = zip(jax.tree.leaves(self.discrete(state)), jax.tree.leaves(drive.discrete))
         consistent = functools.reduce(
             jnp.logical_and, [jnp.all(raw(a) == raw(b)) for a, b in pairs], jnp.ones((), bool)
         )
         records = dataclasses.replace(record(new, info), held=None)
-        return new, Said(records, decision_uniform(drive.dice, info), consistent)
+        return new, StepRecord(records, decision_uniform(drive.randomness, info), consistent)
 
-    def _enter_noting(self, carry, drive):
+    def _init_recording(self, carry, drive):
         state = self.state(carry, drive.discrete)
         said = jax.eval_shape(self._say, state, drive)[1]
         return state, jnp.zeros(len(jax.tree.leaves(said)), self._dtype(state))
 
-    def _advance_noting(self, memory, drive):
+    def _step_recording(self, memory, drive):
         new, said = self._say(memory[0], drive)
         return new, said.packed(self._dtype(new))
 
-    def _leave_noting(self, memory):
+    def _state_recording(self, memory):
         return self.carry(memory[0])
 
     def _dtype(self, state):
@@ -242,11 +244,11 @@ class Kernel:
 
 
 # Methods that a user's own carry and drives reach first.
-_BEGINNINGS = ("_step_carry", "_enter_memo", "_enter_noting")
+_BEGINNINGS = ("_step_carry", "_init_cached", "_init_recording")
 
 
 def noted(memory: tuple[PyTree, Array]) -> Array:
-    """`Memo.note` of a kernel that records."""
+    """`CachedStep.aux` of a kernel that records."""
     return memory[1]
 
 
@@ -279,7 +281,7 @@ class _Method:
         return hash(self._identity())
 
 
-def loop(kernel: Kernel, state: PyTree, keys: Key) -> tuple[PyTree, PyTree]:
+def blackjax_loop(kernel: Kernel, state: PyTree, keys: Key) -> tuple[PyTree, PyTree]:
     """BlackJAX's own loop: `lax.scan` over `kernel.step` with full states, gradients cached.
 
     Args:

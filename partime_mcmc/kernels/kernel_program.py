@@ -16,10 +16,10 @@ from typing import Any, Callable
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.closures import Named, explicit
-from partime_mcmc.dynamics import Dynamics, Memo
+from partime_mcmc.engine.dynamics import CachedStep, Dynamics
 from partime_mcmc.kernels import Kernel, Whitening
 from partime_mcmc.kernels.kernel import noted
+from partime_mcmc.tracing import HashableFunction, explicit
 from partime_mcmc.types import Array, PyTree, pytree
 
 Builder = Callable[..., Kernel]
@@ -74,15 +74,17 @@ class ParametrisedKernel(Kernel):
     def dynamics(self) -> Dynamics:
         """As `Kernel.dynamics`, with the numbers as parameters."""
         part = functools.partial(_Part, self.family)
-        memo = Memo(
-            part("_enter_memo"), part("_advance_memo"), part("_leave_memo"), (self.numbers,) * 3
+        cached = CachedStep(
+            part("_init_cached"), part("_step_cached"), part("_state_cached"), (self.numbers,) * 3
         )
-        return Dynamics(part("_step_carry"), self.numbers, memo)
+        return Dynamics(part("_step_carry"), self.numbers, cached)
 
     def recording(self) -> Dynamics:
         """As `Kernel.recording`, with the numbers as parameters."""
         parts = (_Part(self.family, f"_{name}_noting") for name in ("enter", "advance", "leave"))
-        return dataclasses.replace(self.dynamics(), memo=Memo(*parts, (self.numbers,) * 3, noted))
+        return dataclasses.replace(
+            self.dynamics(), cached=CachedStep(*parts, (self.numbers,) * 3, noted)
+        )
 
 
 def parametrised_kernel(
@@ -111,7 +113,7 @@ def parametrised_kernel(
     return ParametrisedKernel(**fields, family=family, numbers=numbers)
 
 
-class _Part(Named):
+class _Part(HashableFunction):
     """A method of the kernels of a family, numbers first."""
 
     def __call__(self, numbers: KernelParams, *args: PyTree) -> PyTree:
@@ -119,7 +121,7 @@ class _Part(Named):
         return getattr(family.kernel(numbers), name)(*args)
 
 
-class _Density(Named):
+class _Density(HashableFunction):
     """A log density with parameters first."""
 
     def __call__(self, params: None, position: PyTree) -> Array:
@@ -132,7 +134,7 @@ def density_of(logdensity: Callable[[PyTree], Array], example: PyTree) -> tuple[
     return explicit(_Density(logdensity), None, example)
 
 
-class _Alone(Named):
+class _Alone(HashableFunction):
     """The family of a kernel that came tuned: itself, with its coordinates and the unit in which it is judged."""
 
     def __init__(self, kernel: Kernel):
@@ -151,4 +153,8 @@ class _Alone(Named):
 
 def program_and_params(kernel: Kernel) -> tuple[Any, PyTree]:
     """What makes a kernel again inside a program, `family.kernel(numbers)`, and the numbers."""
-    return (kernel.family, kernel.numbers) if isinstance(kernel, ParametrisedKernel) else (_Alone(kernel), None)
+    return (
+        (kernel.family, kernel.numbers)
+        if isinstance(kernel, ParametrisedKernel)
+        else (_Alone(kernel), None)
+    )

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import jax.numpy as jnp
 
-from partime_mcmc.dynamics import Dynamics
+from partime_mcmc.engine.dynamics import Dynamics
 from partime_mcmc.scan.affine import AffineMap
 from partime_mcmc.types import Array, Key, PyTree
 
@@ -45,7 +45,7 @@ class Linearizer(Protocol):
         ...
 
     def map_size(self, dimension: int) -> int:
-        """Numbers in the linear part of one step's map: what memory per step is estimated from."""
+        """KernelParams in the linear part of one step's map: what memory per step is estimated from."""
         ...
 
 

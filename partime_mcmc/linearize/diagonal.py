@@ -14,7 +14,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from partime_mcmc.dynamics import Dynamics
+from partime_mcmc.engine.dynamics import Dynamics
 from partime_mcmc.linearize.base import no_shift
 from partime_mcmc.scan.affine import Diagonal
 from partime_mcmc.types import Array, Key, PyTree, pytree

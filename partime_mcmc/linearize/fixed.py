@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import jax
 
-from partime_mcmc.dynamics import Dynamics
+from partime_mcmc.engine.dynamics import Dynamics
 from partime_mcmc.linearize.base import no_shift
 from partime_mcmc.scan.affine import Identity, Zero
 from partime_mcmc.types import Array, Key, PyTree, pytree

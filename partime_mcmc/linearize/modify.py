@@ -16,7 +16,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from partime_mcmc.dynamics import Dynamics
+from partime_mcmc.engine.dynamics import Dynamics
 from partime_mcmc.linearize.base import Linearizer
 from partime_mcmc.scan.affine import AffineMap, Dense, Diagonal, Identity, Zero
 from partime_mcmc.types import Array, Key, PyTree, pytree

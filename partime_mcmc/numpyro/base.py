@@ -12,7 +12,7 @@ whitened coordinates, as NumPyro's are with an adapted mass matrix.
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,6 @@ from numpyro.infer.mcmc import MCMCKernel
 
 from partime_mcmc.kernels import Kernel, Tape, Whitening
 from partime_mcmc.kernels.kernel_program import KernelParams, ParametrisedKernel
-from partime_mcmc.warmup.metric import DiagonalMetric, FrozenMetric
 from partime_mcmc.numpyro.arguments import (
     check_alone,
     check_positive,
@@ -29,31 +28,14 @@ from partime_mcmc.numpyro.arguments import (
     is_typed,
     warn_without_effect,
 )
+from partime_mcmc.numpyro.hmc_state import hmc_state, keys_of, sample_arguments
 from partime_mcmc.numpyro.target import Posterior, forward_only
-from partime_mcmc.warmup.pooled import PooledAdaptation
+from partime_mcmc.sampling.plan import prepare
 from partime_mcmc.sampling.progress import quiet
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.types import Key, PyTree
-
-
-class AdaptState(NamedTuple):
-    """What warm-up chose, the same for every chain.
-
-    Attributes:
-        step_size: Of the builder's main step.
-        inverse_mass_matrix: The metric, `(D, D)` or `(D,)`.
-        center: Of the whitened coordinates, `(D,)`.
-        mass_matrix_sqrt_inv: The metric's root, `(D, D)` or `(D,)`.
-        settings: All settings by the builder's argument names.
-        discrete: Counters that the kernel carries, by name.
-    """
-
-    step_size: Any
-    inverse_mass_matrix: Any
-    center: Any
-    mass_matrix_sqrt_inv: Any
-    settings: dict
-    discrete: dict
+from partime_mcmc.warmup.metric import DiagonalMetric, FrozenMetric
+from partime_mcmc.warmup.pooled import PooledAdaptation
 
 
 class ParallelKernel(MCMCKernel):
@@ -228,23 +210,19 @@ class ParallelKernel(MCMCKernel):
         Raises:
             TypeError: Under `pmap` or `vmap`: warm-up looks at numbers. Take chain_method "vectorized" or "sequential".
         """
-        from partime_mcmc.numpyro.warm import begin, keys_of, state_of
-
         if isinstance(rng_key, jax.core.Tracer):
             raise TypeError(
                 "chain_method: got one that traces `init`; wanted 'vectorized' or 'sequential', or ParallelMCMC"
             )
-        keys, single = (
-            keys_of(rng_key),
-            jnp.shape(jax.random.key_data(rng_key) if is_typed(rng_key) else rng_key),
-        )
-        is_single = len(single) == 1
+        keys = keys_of(rng_key)
+        is_single = jnp.ndim(rng_key) == (0 if is_typed(rng_key) else 1)
         if is_single and init_params is not None:
             init_params = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], init_params)
         target = self.target(model_args, model_kwargs, keys[0], init_params)
-        ready = begin(self, target, keys, num_warmup, init_params, quiet)
-        state = state_of(ready, keys)
-        self.adopt(ready.kernel)
+        arguments = sample_arguments(self, target, keys, num_warmup, init_params, num_samples=0)
+        plan, chain_state = prepare(arguments, quiet)
+        self.adopt(plan.kernel)
+        state = hmc_state(plan, chain_state, self)
         return jax.tree.map(lambda leaf: leaf[0], state) if is_single else state
 
     def adopt(self, kernel: ParametrisedKernel) -> None:
@@ -260,8 +238,8 @@ class ParallelKernel(MCMCKernel):
         kernel = self._kernel_of(state)
         key = jax.random.fold_in(state.rng_key, state.i)
         full = kernel.state(state.r, state.adapt_state.discrete)
-        dice = jax.tree.map(lambda leaf: leaf[0], kernel.tape_of(key[None], full).dice)
-        carry, full, info = kernel.transition(state.r, Tape(dice, state.adapt_state.discrete))
+        randomness = jax.tree.map(lambda leaf: leaf[0], kernel.tape_of(key[None], full).randomness)
+        carry, full, info = kernel.transition(state.r, Tape(randomness, state.adapt_state.discrete))
         said = {
             name: jnp.asarray(value, getattr(state, name).dtype)
             for name, value in info_fields(full, info).items()

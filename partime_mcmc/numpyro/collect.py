@@ -1,6 +1,6 @@
 """What NumPyro collects from a run: fields of `HMCState` by name, for every kept draw, and the state after the last one.
 
-Also here: the shapes that NumPyro wants where there is nothing to collect, and far-apart draws for pilot chains.
+Of draws in a store the fields that it has are read when they are asked for.
 """
 
 from __future__ import annotations
@@ -13,15 +13,12 @@ import numpy as np
 from numpyro.infer.hmc import HMCState
 
 from partime_mcmc.sampling.draws import Draws
-from partime_mcmc.kernels.kernel_program import ParametrisedKernel
+from partime_mcmc.storage.stored_draws import StoredDraws
 from partime_mcmc.types import PyTree
-
-_NUM_POOL = 32
 
 
 def collect(
     draws: Draws,
-    kernel: ParametrisedKernel,
     state: HMCState,
     postprocess: Callable | None,
     names: tuple[str, ...],
@@ -32,7 +29,6 @@ def collect(
 
     Args:
         draws: Of all chains, `(C, T, ...)`; T may be 0.
-        kernel: The kernel.
         state: Before the first draw.
         postprocess: The user's own map of one unconstrained draw; None is the model's.
         names: Fields to collect, the draws' own field `z` first.
@@ -45,7 +41,7 @@ def collect(
     Raises:
         ValueError: For a field that there is not, naming those that there are.
     """
-    everything = _fields(draws, kernel, state)
+    everything = _fields(draws, state)
     kept = _kept(draws, thinning)
     fields = {}
     for name in names:
@@ -79,7 +75,7 @@ def collect(
     return jax.device_put(fields), _last(draws, state, everything)
 
 
-def nothing(state: HMCState, num_chains: int) -> tuple[dict[str, PyTree], HMCState]:
+def empty_collection(state: HMCState, num_chains: int) -> tuple[dict[str, PyTree], HMCState]:
     """No draws, as NumPyro wants them, empty arrays, and the state, without its axis of chains if there is one chain."""
     shape = (0,) if num_chains == 1 else (0, num_chains)
     none = {
@@ -93,34 +89,15 @@ def with_chains(tree: PyTree, num_chains: int) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[None], tree) if num_chains == 1 else tree
 
 
-def far_apart(starts: PyTree, positions: PyTree) -> PyTree:
-    """Where chains came from and some of their draws, at least two: far-apart starts for pilot chains.
-
-    Args:
-        starts: Leaves `(C, ...)`.
-        positions: Leaves `(C, T, ...)`, T at least 1.
-
-    Returns:
-        Leaves `(K, ...)`.
-    """
-    num_chains, num_steps = jax.tree.leaves(positions)[0].shape[:2]
-    count = min(_NUM_POOL, num_chains * num_steps)
-    # Neighbours are paired, so that they come from different chains, and from different times of one.
-    chains, steps = np.arange(count) % num_chains, np.linspace(num_steps - 1, 0, count).astype(int)
-    return jax.tree.map(
-        lambda first, leaf: jnp.concatenate([first, leaf[chains, steps]]), starts, positions
-    )
-
-
 def _kept(draws: Draws, thinning: int) -> np.ndarray | None:
     """Which draws are kept; None for all."""
     if thinning == 1:
         return None
-    num_steps = draws.plan["num_samples"]
+    num_steps = draws.num_samples
     return np.arange(num_steps % thinning + thinning - 1, num_steps, thinning)
 
 
-def _fields(draws: Draws, kernel: ParametrisedKernel, state: HMCState) -> dict[str, Any]:
+def _fields(draws: Draws, state: HMCState) -> dict[str, Any]:
     """All fields, `(C, T, ...)`, on the host: what is the same in all steps (metrics) is not written out."""
     info = draws.info
     shape = draws.certificate.residual.shape
@@ -154,7 +131,7 @@ def _fields(draws: Draws, kernel: ParametrisedKernel, state: HMCState) -> dict[s
 
 
 def _last(draws: Draws, state: HMCState, everything: dict[str, Any]) -> HMCState:
-    if not draws.plan["num_samples"]:
+    if not draws.num_samples:
         return state
     own = {
         name: everything[name][:, -1].astype(getattr(state, name).dtype)
@@ -170,7 +147,103 @@ def _last(draws: Draws, state: HMCState, everything: dict[str, Any]) -> HMCState
     }
     z = jax.tree.map(lambda leaf: np.asarray(leaf)[:, -1], draws.positions)
     return state._replace(
-        r=draws.end.carries,
+        r=draws.state.carries,
         **jax.device_put({"z": z} | own),
-        adapt_state=state.adapt_state._replace(discrete=draws.end.discrete),
+        adapt_state=state.adapt_state._replace(discrete=draws.state.discrete),
+    )
+
+
+# --- of draws in a store ---------------------------------------------------------------------------------------------
+
+_FIELDS = {
+    "diverging": "diverging",
+    "energy": "energy",
+    "num_steps": "n_steps",
+    "accept_prob": "acceptance_rate",
+    "residual": "residual",
+    "accepted": "accepted",
+}
+
+
+def read_fields(
+    draws: StoredDraws, names: tuple[str, ...], removed: tuple[str, ...], is_dict: bool
+) -> dict[str, Any]:
+    """Collected fields of the kept draws, in memory, leaves `(C, T', ...)`.
+
+    Args:
+        draws: Stored.
+        names: Fields, the draws' own field `z` first.
+        removed: Sites to leave out of `z`.
+        is_dict: Whether positions are named.
+
+    Raises:
+        ValueError: For a field that a store does not have.
+    """
+    found, stats = {}, draws.sample_stats
+    potential = (
+        -jnp.asarray(stats["lp"].values)
+        if "lp" in stats
+        else jnp.full(stats["residual"].shape, jnp.nan)
+    )
+    for name in names:
+        if name == "z":
+            sites = {
+                site: jnp.asarray(one.values)
+                for site, one in draws.posterior.data_vars.items()
+                if site not in removed
+            }
+            found[name] = sites if is_dict or set(sites) != {"x"} else sites["x"]
+        elif name == "potential_energy":
+            found[name] = potential
+        elif _FIELDS[name] in stats:
+            found[name] = jnp.asarray(stats[_FIELDS[name]].values)
+        else:
+            # As in memory: what the kernel does not say.
+            found[name] = {
+                "diverging": jnp.zeros(potential.shape, bool),
+                "energy": potential,
+                "num_steps": jnp.ones(potential.shape, jnp.int32),
+            }.get(name, jnp.ones(potential.shape))
+    return found
+
+
+def check_fields(names: tuple[str, ...], postprocess: Callable | None) -> None:
+    """Refuse what a store does not have.
+
+    Raises:
+        ValueError: For an unknown field, naming those that there are, or a `postprocess_fn` of the user's.
+    """
+    if postprocess is not None:
+        raise ValueError(
+            "postprocess_fn: got a function with a store, wanted None: a store holds the model's own values"
+        )
+    for name in names:
+        if name not in ("z", "potential_energy", *_FIELDS):
+            known = sorted(["potential_energy", *_FIELDS])
+            raise ValueError(f"extra_fields: got {name!r} with a store; wanted some of {known}")
+
+
+def last_stored_state(draws: StoredDraws, state: HMCState) -> HMCState:
+    """NumPyro's state after the last draw in a store.
+
+    Args:
+        draws: Stored.
+        state: Where its chains stand, without what the last step reported.
+    """
+    reported = {}
+    if draws.num_samples:
+        reported["mean_accept_prob"] = draws.mean_acceptance
+    if draws.finished and draws.posterior.sizes.get("draw"):
+        # The last draw of a finished run is always kept.
+        last = draws.sample_stats.isel(draw=-1)
+        reported |= {
+            name: last[stored].values
+            for name, stored in _FIELDS.items()
+            if stored in last and hasattr(state, name)
+        }
+    return state._replace(
+        i=jnp.full(state.i.shape, draws.state.num_steps, jnp.int32),
+        **{
+            name: jnp.asarray(value, getattr(state, name).dtype) for name, value in reported.items()
+        },
     )

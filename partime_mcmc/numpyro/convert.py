@@ -36,7 +36,7 @@ _CARRIED = (
 _OWN = {TheirHMC: ("num_steps", "trajectory_length"), TheirNUTS: ("max_tree_depth",)}
 
 
-def ours(sampler: MCMCKernel) -> ParallelKernel:
+def from_numpyro_kernel(sampler: MCMCKernel) -> ParallelKernel:
     """A kernel of ours for one of ours, or for NumPyro's `HMC` or `NUTS`.
 
     Args:

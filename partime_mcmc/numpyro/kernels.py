@@ -6,7 +6,15 @@ import functools
 from typing import Any, Callable
 
 from partime_mcmc.diagnostics.checks import check_count
-from partime_mcmc.kernels import CoalescingDice, Kernel, Whitening, coalescing_hmc, hmc, mala, nuts
+from partime_mcmc.kernels import (
+    Kernel,
+    MultishiftCoupling,
+    Whitening,
+    coalescing_hmc,
+    hmc,
+    mala,
+    nuts,
+)
 from partime_mcmc.numpyro.arguments import check_positive
 from partime_mcmc.numpyro.base import ParallelKernel
 
@@ -74,7 +82,7 @@ class CoalescingHMC(HMC):
 class MALA(ParallelKernel):
     """The Metropolis-adjusted Langevin algorithm with dice that coalesce; step sizes are BlackJAX's ε."""
 
-    builder = staticmethod(functools.partial(mala, dice=CoalescingDice()))
+    builder = staticmethod(functools.partial(mala, coupling=MultishiftCoupling()))
 
 
 class NUTS(ParallelKernel):

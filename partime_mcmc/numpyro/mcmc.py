@@ -2,55 +2,69 @@
 
     mcmc = ParallelMCMC(CoalescingHMC(model), num_warmup=1000, num_samples=5000, num_chains=4)
 
-NumPyro's class does everything around the chains (arguments, summaries, resuming, thinning); what is replaced is the
-one method that moves them, `_single_chain_mcmc`, which here gets all chains at once whatever `chain_method` says: they
-are warmed up together and solved together, so nothing is mapped over devices and no warning appears. The draws are
-those of NumPyro's own loop over the same kernel with the same keys, certified; `report` says so, or why not.
+NumPyro's class does everything around the chains (arguments, summaries, resuming, thinning); what is replaced is the one
+method that moves them, `_single_chain_mcmc`, which here gets all chains at once whatever `chain_method` says. It maps
+NumPyro's arguments and states to ours (`hmc_state`) and runs the same pipeline as `sample`. The draws are those of
+NumPyro's own loop over the same kernel with the same keys, certified; `report` says so, or why not.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpyro.infer import MCMC
 from numpyro.infer.mcmc import MCMCKernel
 
-from partime_mcmc.contracts import check_has
+from partime_mcmc.certify.recorded import Certification, CertifyWhileRolling
 from partime_mcmc.diagnostics.checks import check_count
-from partime_mcmc.kernels import Evidence, Recorded
-from partime_mcmc.sampling.memory import chosen_progress
-from partime_mcmc.sampling.chains import check_fits, draw_chains, pilot_advice
-from partime_mcmc.sampling.draws import Draws, End
+from partime_mcmc.engine.solution import SolveError
+from partime_mcmc.engine.windows import Schedule
+from partime_mcmc.forgetting.advise import Advice
 from partime_mcmc.numpyro.arguments import check_keys, check_leading
-from partime_mcmc.numpyro.collect import collect, far_apart, nothing, with_chains
+from partime_mcmc.numpyro.collect import (
+    check_fields,
+    collect,
+    empty_collection,
+    last_stored_state,
+    read_fields,
+    with_chains,
+)
+from partime_mcmc.numpyro.convert import from_numpyro_kernel
 from partime_mcmc.numpyro.data import Data
+from partime_mcmc.numpyro.hmc_state import (
+    chain_state_of,
+    hmc_state,
+    keys_of,
+    sample_arguments,
+)
 from partime_mcmc.numpyro.report import ParallelReport, without_kernel
-from partime_mcmc.numpyro.stored import ReadsStore, check_fields, run_on_disk
-from partime_mcmc.numpyro.convert import ours
-from partime_mcmc.numpyro.warm import begin, kernel_from, keys_of, state_of
-from partime_mcmc.sampling.resume import as_store
-from partime_mcmc.storage.stored_draws import StoredDraws
-from partime_mcmc.storage.stored_run import Store
+from partime_mcmc.sampling.draws import Draws, spread_positions
+from partime_mcmc.sampling.pilots import advise_plan
+from partime_mcmc.sampling.plan import Plan, prepare
+from partime_mcmc.sampling.progress import chosen_progress
+from partime_mcmc.sampling.sample import as_store, run
 from partime_mcmc.sampling.target import Target
-from partime_mcmc.warmup.warmup import Warmup
-from partime_mcmc.predict.advise import Advice
-from partime_mcmc.schedule import Schedule
-from partime_mcmc.solution import SolveError
 from partime_mcmc.solvers import Solver
-from partime_mcmc.types import PyTree
+from partime_mcmc.storage.store import Store
+from partime_mcmc.storage.stored_draws import StoredDraws
+from partime_mcmc.types import Key, PyTree
+from partime_mcmc.validation import check_has
+from partime_mcmc.warmup.warmup import Warmup
+
+__all__ = ["ParallelMCMC", "ParallelReport", "SolveError"]
 
 
-class ParallelMCMC(ReadsStore):
+class ParallelMCMC(MCMC):
     """NumPyro's `MCMC` with chains solved in parallel time.
 
     Args:
         sampler: `CoalescingHMC(model)`, `HMC`, `NUTS`, `MALA` of this package, `BlackJAXKernel(build, model)`, or
-            NumPyro's own `HMC` or `NUTS`, for which ours stand in (see `theirs`).
+            NumPyro's own `HMC` or `NUTS`, for which ours stand in (see `convert`).
         num_warmup: Warm-up steps per chain at most, but 20; warm-up stops when it is done. 0 adapts nothing.
         num_samples: Draws per chain.
         num_chains: Chains, all advanced together.
@@ -61,8 +75,8 @@ class ParallelMCMC(ReadsStore):
         progress_rate: Accepted and ignored.
         jit_model_args: Accepted and ignored: data are always arguments of what is compiled.
         solver: A recipe; None is shooting with as many segments as fill the device.
-        schedule: How time is cut; None is stretches of 16,384 steps.
-        certificate: What it rests on, as for `sample`: `Recorded()` or `Independent()`.
+        schedule: How time is cut; None is windows of 16,384 steps.
+        certificate: What it rests on, as for `sample`: `CertifyWhileRolling()` or `CertifyIndependently()`.
 
     Raises:
         TypeError: If the sampler is none of these, or a count has the wrong type.
@@ -84,11 +98,16 @@ class ParallelMCMC(ReadsStore):
         jit_model_args: bool = False,
         solver: Solver | None = None,
         schedule: Schedule | None = None,
-        certificate: Evidence = Recorded(),
+        certificate: Certification = CertifyWhileRolling(),
     ):
-        check_has(certificate, "certificate", ("dynamics",), "Recorded() or Independent()")
+        check_has(
+            certificate,
+            "certificate",
+            ("dynamics",),
+            "CertifyWhileRolling() or CertifyIndependently()",
+        )
         super().__init__(
-            ours(sampler),
+            from_numpyro_kernel(sampler),
             num_warmup=check_count(num_warmup, "num_warmup", 0),
             num_samples=check_count(num_samples, "num_samples", 1),
             num_chains=check_count(num_chains, "num_chains", 1),
@@ -103,7 +122,9 @@ class ParallelMCMC(ReadsStore):
         self._known: tuple[Data, Target, Any] | None = None
         self._store: Store | None = None
         self._draws: Draws | StoredDraws | None = None
-        self._asked: Callable[[], Advice] | None = None
+        self._stored_fields: tuple[tuple[str, ...], tuple[str, ...]] | None = None
+        self._plan: Plan | None = None
+        self._advice: Advice | None = None
         self._warmed: Warmup | None = None
         self._warmed_on: Target | None = None
         self._pool: PyTree = None
@@ -137,11 +158,10 @@ class ParallelMCMC(ReadsStore):
             raise TypeError(
                 f"extra_fields: got the string {extra_fields!r}; wanted a tuple of field names"
             )
-        self._store = None if store is None else as_store(store)
+        self._store = as_store(store)
+        fields = tuple(extra_fields)
         try:
-            super().run(
-                rng_key, *args, extra_fields=tuple(extra_fields), init_params=init_params, **kwargs
-            )
+            super().run(rng_key, *args, extra_fields=fields, init_params=init_params, **kwargs)
         finally:
             self._store = None
 
@@ -152,34 +172,19 @@ class ParallelMCMC(ReadsStore):
         Raises:
             RuntimeError: Before the first run.
         """
-        draws = self._need_draws()
-        needed = self.solver is None and draws.report.fallbacks
-        return ParallelReport(
-            draws.report,
-            draws.certificate,
-            draws.warmup,
-            draws.plan,
-            self._advise() if needed else None,
-        )
+        draws = self.draws
+        ask = self._advise if self.solver is None and draws.report.fallbacks else None
+        return ParallelReport(draws.report, draws.certificate, draws.warmup, draws.plan, ask)
 
     @property
     def advice(self) -> Advice:
-        """What pilot chains and the cost model say of this posterior; worked out when it is first asked for.
+        """What pilot chains say of this posterior; worked out when it is first asked for.
 
         Raises:
             RuntimeError: Before the first run.
         """
-        self._need_draws()
-        return self._advise()()
-
-    def _advise(self) -> Callable[[], Advice]:
-        if self._asked is None:
-            # Unpickled: the kernel is made again from the last state.
-            state = with_chains(self.last_state, self.num_chains)
-            target = self._target(self._args, self._kwargs, state.rng_key, state.z)
-            kernel = kernel_from(self.sampler, target, state)
-            self._ask_later(kernel, self._pool, state.rng_key, self._draws.plan["num_samples"])
-        return self._asked
+        self.draws  # says so before the first run
+        return self._advise()
 
     @property
     def draws(self) -> Draws | StoredDraws:
@@ -188,17 +193,14 @@ class ParallelMCMC(ReadsStore):
         Raises:
             RuntimeError: Before the first run.
         """
-        return self._need_draws()
+        if self._draws is None:
+            raise RuntimeError("run must be called first")
+        return self._draws
 
     @property
     def warmed(self) -> Warmup | None:
         """The last warm-up: what was chosen, why, and what it cost; None before there was one."""
         return self._warmed
-
-    def _need_draws(self) -> Draws | StoredDraws:
-        if self._draws is None:
-            raise RuntimeError("run must be called first")
-        return self._draws
 
     def or_raise(self) -> ParallelMCMC:
         """This object, if every chain of the last run is certified and moves.
@@ -206,120 +208,144 @@ class ParallelMCMC(ReadsStore):
         Raises:
             SolveError: Naming the first chain that is not.
         """
-        self._need_draws().or_raise()
+        self.draws.or_raise()
         return self
+
+    def get_samples(self, group_by_chain: bool = False) -> Any:
+        """As NumPyro's; draws in a store are read when they are asked for, and not kept."""
+        if self._stored_fields is None:
+            return super().get_samples(group_by_chain)
+        return self._read_store(group_by_chain)["z"]
+
+    def get_extra_fields(self, group_by_chain: bool = False) -> dict[str, Any]:
+        """As NumPyro's; likewise."""
+        if self._stored_fields is None:
+            return super().get_extra_fields(group_by_chain)
+        fields = self._read_store(group_by_chain)
+        return {name: value for name, value in fields.items() if name != "z"}
+
+    def print_summary(self, prob: float = 0.9, exclude_deterministic: bool = True) -> None:
+        """As NumPyro's; of draws in a store, which are in memory meanwhile, too."""
+        in_memory = self._states
+        try:
+            if self._stored_fields is not None:
+                self._states = self._read_store(True)
+            super().print_summary(prob, exclude_deterministic)
+        finally:
+            self._states = in_memory
 
     def __getstate__(self) -> dict[str, Any]:
         """As NumPyro's, without what is compiled or traced: the next run, or `advice`, makes it again."""
-        dropped = {
-            "_known": None,
-            "_asked": None,
-            "_warmed": without_kernel(self._warmed),
-            "_warmed_on": None,
-        }
         draws = self._draws
         if isinstance(draws, Draws):
-            draws = dataclasses.replace(draws, warmup=without_kernel(draws.warmup))
-        return super().__getstate__() | dropped | {"_draws": draws}
+            draws = dataclasses.replace(draws, warmup=without_kernel(draws.warmup), ask=None)
+        return super().__getstate__() | {
+            "_known": None,
+            "_plan": None,
+            "_warmed": without_kernel(self._warmed),
+            "_warmed_on": None,
+            "_draws": draws,
+        }
 
     # --- the method of NumPyro's that moves chains
 
     def _single_chain_mcmc(self, init, args, kwargs, collect_fields, remove_sites):
         rng_key, state, init_params = init
-        keys, progress = keys_of(rng_key), chosen_progress(self.progress_bar)
+        keys = keys_of(rng_key)
         init_params = with_chains(init_params, self.num_chains)
         target = self._target(args, kwargs, keys, init_params)
         params = self._collection_params
         num_steps = params["upper"] - params["lower"]
-        if state is not None:
-            state = with_chains(
-                state._replace(rng_key=keys if self.num_chains > 1 else keys[0]), self.num_chains
-            )
-        if self._store is not None:
-            return self._on_disk(
-                target, keys, state, init_params, num_steps, collect_fields, remove_sites
-            )
-        check_fits(
-            target,
-            num_steps,
-            self.num_chains,
-            solver=self.solver,
-            schedule=self.schedule,
-            certificate=self.certificate,
-        )
-        warmup = None
-        if state is None:
-            ready = begin(self.sampler, target, keys, self.num_warmup, init_params, progress)
-            kernel, warmup, state = ready.kernel, ready.warmup, state_of(ready, keys)
-            self._warmed, self._warmed_on = warmup, target
-        else:
-            kernel = kernel_from(self.sampler, target, state)
-        self.sampler.adopt(kernel)
         if params["phase"] == "warmup" and num_steps:
             raise ValueError(
                 "collect_warmup: got True, wanted False: warm-up pools chains and keeps no draws; see report.warmup"
             )
+        if state is not None:
+            own = keys if self.num_chains > 1 else keys[0]
+            state = with_chains(state._replace(rng_key=own), self.num_chains)
+        if self._store is not None:
+            check_fields(collect_fields, self.postprocess_fn)
+        arguments = self._arguments(target, keys, num_steps, init_params, state)
+        progress = chosen_progress(self.progress_bar)
+        self._stored_fields = None
         if not num_steps:
             # `warmup()` collects nothing.
-            self._shelf = None
-            return nothing(state, self.num_chains)
-        end = End(state.r, state.adapt_state.discrete, int(np.asarray(state.i)[0]))
-        # Without a solver the default one runs at once, unlike in `sample`: pilots are compiled for seconds, which would be
-        # most of a short run. Where it had to give up, `report` asks for the advice afterwards.
-        draws = draw_chains(
-            target,
-            kernel,
-            state.z,
-            keys,
-            num_steps,
-            warmup=warmup,
-            solver=self.solver,
-            schedule=self.schedule,
-            end=end,
-            certificate=self.certificate,
-            progress=progress,
-        )
-        self._draws, self._shelf = draws, None
-        known = self._warmed if self._warmed_on is target else None
-        self._ask_later(
-            kernel,
-            far_apart(state.z, draws.positions) if known is None else known.pool,
-            keys,
-            num_steps,
-        )
+            plan, chain_state = prepare(arguments, progress)
+            self._adopt(plan)
+            if state is None:
+                state = hmc_state(plan, chain_state, self.sampler)
+            return empty_collection(state, self.num_chains)
+        plan, self._draws = run(arguments, progress)
+        self._adopt(plan)
+        if self._store is not None:
+            self._stored_fields = (collect_fields, remove_sites)
+            stands = chain_state_of(self._draws.state, plan.kernel, target.example())
+            stands = hmc_state(dataclasses.replace(plan, warmup=None), stands, self.sampler)
+            last = last_stored_state(self._draws, stands)
+            self._pool = self._pool_of(plan, jax.tree.map(lambda leaf: leaf[:, None], last.z))
+            return empty_collection(last, self.num_chains)
+        self._pool = self._pool_of(plan, self._draws.positions)
+        if state is None:
+            state = hmc_state(plan, self._draws.state, self.sampler)
         fields, last = collect(
-            draws, kernel, state, self.postprocess_fn, collect_fields, remove_sites, self.thinning
+            self._draws, state, self.postprocess_fn, collect_fields, remove_sites, self.thinning
         )
         if self.num_chains == 1:
             return jax.tree.map(lambda leaf: leaf[0], (fields, last))
         return _swapped(fields), last
 
-    def _on_disk(self, target, keys, state, init_params, num_steps, names, removed):
-        """Sample to a store; NumPyro's own memory of the draws stays empty."""
-        check_fields(names)
-        self._draws, state, kernel, pool = run_on_disk(
-            self._store,
+    def _arguments(self, target, keys, num_samples, init_params, state):
+        return sample_arguments(
             self.sampler,
             target,
             keys,
-            state,
+            self.num_warmup,
             init_params,
-            num_steps,
-            self,
-            chosen_progress(self.progress_bar),
-        )
-        self.sampler.adopt(kernel)
-        self._ask_later(kernel, pool, keys, num_steps)
-        self._shelf = (self._draws, names, removed)
-        return nothing(state, self.num_chains)
-
-    def _ask_later(self, kernel, pool, keys, num_steps):
-        self._pool = pool
-        self._asked = functools.cache(
-            functools.partial(pilot_advice, kernel, pool, keys, num_steps)
+            state,
+            num_samples=num_samples,
+            solver=self.solver,
+            schedule=self.schedule,
+            thinning=self.thinning,
+            certificate=self.certificate,
+            store=self._store,
         )
 
-    def _target(self, args, kwargs, keys, init_params) -> Target:
+    def _adopt(self, plan: Plan) -> None:
+        """Remember the plan, and what its warm-up chose."""
+        self._plan, self._advice = plan, None
+        self.sampler.adopt(plan.kernel)
+        if plan.warmup is not None:
+            self._warmed, self._warmed_on = plan.warmup, plan.target
+
+    def _pool_of(self, plan: Plan, positions: PyTree) -> PyTree:
+        """Far-apart positions for pilot chains, from the warm-up or from draws `(C, T, ...)`."""
+        if self._warmed is not None and self._warmed_on is plan.target:
+            return self._warmed.pool
+        starts = plan.target.starts(jax.random.split(plan.keys[0]))
+        spread = spread_positions(positions)
+        return jax.tree.map(lambda a, b: np.concatenate([a, b]), starts, spread)
+
+    def _advise(self) -> Advice:
+        if self._advice is None:
+            if self._plan is None:
+                # Unpickled: the kernel is made again from the last state.
+                state = with_chains(self.last_state, self.num_chains)
+                target = self._target(self._args, self._kwargs, state.rng_key, state.z)
+                arguments = self._arguments(
+                    target, state.rng_key, self.draws.num_samples, None, state
+                )
+                self._plan = prepare(arguments, chosen_progress(False))[0]
+            self._advice = advise_plan(self._plan, self._pool)
+        return self._advice
+
+    def _read_store(self, group_by_chain: bool) -> dict[str, Any]:
+        names, removed = self._stored_fields
+        fields = read_fields(self._draws, names, removed, isinstance(self.last_state.z, dict))
+        if group_by_chain:
+            return fields
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), fields)
+
+    def _target(self, args: tuple, kwargs: dict, keys: Key, init_params: PyTree) -> Target:
         """The target of these data; the same object for the same data, so that nothing is traced or compiled twice."""
         if self._known is None or not self._known[0].are(args, kwargs):
             first = None if init_params is None else jax.tree.map(lambda leaf: leaf[0], init_params)
@@ -333,6 +359,3 @@ class ParallelMCMC(ReadsStore):
 def _swapped(fields: PyTree) -> PyTree:
     """Leaves `(C, T, ...)` as `(T, C, ...)`, as NumPyro collects them."""
     return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), fields)
-
-
-__all__ = ["ParallelMCMC", "ParallelReport", "SolveError"]

@@ -1,4 +1,4 @@
-"""Running a NumPyro model: with its data, traced, and what went wrong when it fails."""
+"""StreamingStatistics a NumPyro model: with its data, traced, and what went wrong when it fails."""
 
 import inspect
 from typing import Any, Callable

@@ -7,11 +7,11 @@ from typing import Any, Callable
 
 import numpy as np
 
+from partime_mcmc.certify.certificate import Certificate
 from partime_mcmc.diagnostics.report import Level
-from partime_mcmc.kernels import Certificate
+from partime_mcmc.forgetting.advise import Advice
 from partime_mcmc.sampling.draws import RunReport
 from partime_mcmc.warmup.warmup import Warmup
-from partime_mcmc.predict.advise import Advice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class ParallelReport:
     @property
     def parallel(self) -> bool:
         """Whether the solver did it, without a sequential fallback."""
-        return not self.run.fallbacks and "Rollout" not in self.plan["solver"]
+        return not self.run.fallbacks and "Sequential" not in self.plan["solver"]
 
     @property
     def advice(self) -> Advice | None:

@@ -27,7 +27,6 @@ from numpyro.infer.util import constrain_fn, initialize_model, potential_energy
 from partime_mcmc.diagnostics.checks import InvalidStart, check_key
 from partime_mcmc.numpyro.model import WithData, diagnosis, traced
 from partime_mcmc.compile_cache import compiler_options
-from partime_mcmc.numpyro.sites import plate_dims, reported
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.types import Array, Key, PyTree
 
@@ -124,7 +123,7 @@ class Posterior:
             for name, site in sites.items()
             if site["type"] == "sample" and not site["is_observed"]
         ]
-        names = reported(sites)
+        names = _reported(sites)
 
         def logdensity(position: PyTree) -> Array:
             return -potential_energy(prepared, (), {}, position)
@@ -138,7 +137,7 @@ class Posterior:
         self.shapes = _shapes(sites, latent)
         _check_traceable(lambda position: -logdensity(position), self.shapes)
         density = forward_only(logdensity) if forward_mode_differentiation else logdensity
-        self.target = Target(density, initial, constrain, names, plate_dims(sites, names))
+        self.target = Target(density, initial, constrain, names, _plate_dims(sites, names))
 
     def _search(self, key: Key) -> tuple[PyTree, Array]:
         with warnings.catch_warnings():
@@ -312,3 +311,26 @@ def _base(distribution: dist.Distribution) -> dist.Distribution:
 
 def _first(flags: np.ndarray) -> tuple[int, ...]:
     return tuple(int(index) for index in np.argwhere(flags)[0])
+
+
+# --- what a trace says of its sites -------------------------------------------------------------------------------------
+
+
+def _reported(sites: dict) -> tuple[str, ...]:
+    """Names of the latent and deterministic sites of a trace, in its order."""
+    latent = {
+        name for name, site in sites.items() if site["type"] == "sample" and not site["is_observed"]
+    }
+    return tuple(
+        name for name, site in sites.items() if name in latent or site["type"] == "deterministic"
+    )
+
+
+def _plate_dims(sites: dict, names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Axis names, by site, for those of `names` whose axes are exactly their plates."""
+    dims = {}
+    for name in names:
+        frames = sorted(sites[name].get("cond_indep_stack", ()), key=lambda frame: frame.dim)
+        if frames and len(frames) == np.ndim(sites[name]["value"]):
+            dims[name] = tuple(frame.name for frame in frames)
+    return dims

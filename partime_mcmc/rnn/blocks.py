@@ -11,10 +11,10 @@ from typing import Callable
 import jax
 import jax.numpy as jnp
 
-from partime_mcmc.dynamics import Dynamics, ravel
+from partime_mcmc.engine.dynamics import Dynamics, ravel
 from partime_mcmc.linearize.base import no_shift
 from partime_mcmc.linearize.modify import bounded, scaled
-from partime_mcmc.rnn.masks import Packed
+from partime_mcmc.rnn.unroll import Packed
 from partime_mcmc.scan.affine import AffineMap
 from partime_mcmc.types import Array, Key, PyTree, pytree
 
@@ -64,7 +64,7 @@ class ClosedForm:
     Attributes:
         linear_part: `(params, carry, x) -> AffineMap` with shift 0, such as `gru_diagonal` or `lstm_pairs`.
         carry: An example carry, for its structure.
-        numbers_per_state: Numbers that the linear part keeps per number of the state: 1 for a diagonal, 2 for `Pairs`.
+        numbers_per_state: KernelParams that the linear part keeps per number of the state: 1 for a diagonal, 2 for `Pairs`.
     """
 
     linear_part: Callable

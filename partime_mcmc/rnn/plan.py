@@ -13,26 +13,27 @@ product in the relay (55 against 23 ms for 64 units, 64 inputs, 32,768 steps) an
 
 from __future__ import annotations
 
-from typing import Callable
-
 import jax
 import jax.numpy as jnp
 
-from partime_mcmc.predict.cost import lane_work
-from partime_mcmc.solution import Tolerance
-from partime_mcmc.solvers.relay_plan import LEAN_LOOPS, RelayPlan
+from partime_mcmc.engine.solution import Tolerance
+from partime_mcmc.solvers.segmented_scan import LEAN_LOOPS, SegmentedScanConfig
 from partime_mcmc.types import PyTree
 
 # Residual allowed per step, in units in the last place: a network's step rounds a few times, and its states are of size 1.
 _ULPS = 32
 # Where 32 of them are a quarter of the state, as in bfloat16, only what rounding itself leaves is let pass.
 _COARSE_ULPS = 4
-# Numbers of state per step that all lanes together should have, and how many lanes at least and at most. On a CPU more
+# KernelParams of state per step that all lanes together should have, and how many lanes at least and at most. On a CPU more
 # lanes read time at more places at once, which costs more than they save; a state of one number fills one vector register
 # with 16 lanes, and its products stay inside the loop (0.20 ms, against 0.73 ms with 256 lanes, 32,768 steps).
 _NUMBERS = {"cpu": (1024, 64, 256)}
 _NUMBERS_ELSEWHERE = 262_144, 16, 1024
 _SINGLE = 16
+# A CPU leaves larger batches to `lax.scan`: products of matrices already run at full speed there, and narrow batches fill
+# vectors (one unit, 16 sequences: the relay took four times as long; see benchmarks/gru.py). A single chain gains, however
+# wide: a product with one vector runs at half the speed of one with many.
+_MOST_CHAINS_ON_CPU = 1
 # Bytes of a state that lean loops keep in one or two registers (16 or 32 units of float32): it is rolled as fast alone as in
 # lanes, and its gradient faster (0.7 times the time).
 _IN_REGISTERS = (64, 128) if LEAN_LOOPS else ()
@@ -50,14 +51,11 @@ def network_tolerance(dtype: jnp.dtype) -> Tolerance:
     return Tolerance(unit, unit)
 
 
-def plan_for(cell: Callable, params: PyTree, carry: PyTree, x: PyTree) -> RelayPlan:
-    """How a relay of a cell is run.
+def plan_for(carry: PyTree) -> SegmentedScanConfig:
+    """How a relay of a cell with such a carry is run.
 
     Args:
-        cell: `(params, carry, x) -> (carry, y)`.
-        params: Its parameters, or their shapes and types.
         carry: One carry.
-        x: One step's inputs, or their shapes and types.
     """
     size = sum(jnp.size(leaf) for leaf in jax.tree.leaves(carry))
     backend = jax.default_backend()
@@ -67,7 +65,7 @@ def plan_for(cell: Callable, params: PyTree, carry: PyTree, x: PyTree) -> RelayP
         lanes = _SINGLE
     if backend == "cpu" and _fits_registers(carry):
         lanes = 1
-    return RelayPlan(lanes, lane_work(cell, params, carry, x))
+    return SegmentedScanConfig(lanes, _MOST_CHAINS_ON_CPU if backend == "cpu" else None)
 
 
 def _fits_registers(carry: PyTree) -> bool:

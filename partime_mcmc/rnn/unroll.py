@@ -19,28 +19,260 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Callable
+from collections.abc import Callable
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from partime_mcmc.adjoint import Adjoint, Implicit, ImplicitRelay
-from partime_mcmc.closures import explicit
-from partime_mcmc.dynamics import Dynamics, ravel
-from partime_mcmc.reduction import largest
-from partime_mcmc.rnn.arguments import check_carry, check_inputs, check_mask, check_solver
-from partime_mcmc.rnn.batches import batch_around
-from partime_mcmc.rnn.masks import PackedStep, Packing, silence, without_masked
-from partime_mcmc.rnn.outputs import read_outputs
+from partime_mcmc.engine.adjoint import Adjoint, Implicit, ImplicitSegmented, NoDerivatives
+from partime_mcmc.engine.dynamics import Dynamics, check_state, ravel
+from partime_mcmc.engine.solution import Status, Tolerance, nanaware_max
+from partime_mcmc.engine.solve import check_iterations, solve
+from partime_mcmc.engine.time_axis import LocalTime
 from partime_mcmc.rnn.plan import is_coarse, network_tolerance, plan_for
-from partime_mcmc.scan.time_axis import LocalTime
-from partime_mcmc.solution import Status, Tolerance
-from partime_mcmc.solve import solve
 from partime_mcmc.solvers import Solver
-from partime_mcmc.solvers.relay import one_after_another, relay
-from partime_mcmc.solvers.relay_plan import RelayPlan
+from partime_mcmc.solvers.segmented_scan import (
+    SegmentedScanConfig,
+    one_after_another,
+    segmented_scan,
+)
+from partime_mcmc.tracing import HashableFunction, explicit
 from partime_mcmc.types import Array, PyTree, pytree
+from partime_mcmc.validation import check_has, describe
+
+
+def read_outputs(
+    cell: Callable, params: PyTree, carry: PyTree, states: PyTree, inputs: PyTree
+) -> PyTree:
+    """`y_1..y_T`.
+
+    Args:
+        cell: A cell as `closures.explicit` returns it: with its `jaxpr` and `structure`.
+        params: Its parameters.
+        carry: The initial carry.
+        states: The path of the carry, leaves `(T, ...)`.
+        inputs: Leaves `(T, ...)`.
+    """
+    shape = jax.tree.unflatten(cell.structure, cell.jaxpr.outvars)
+    path = jax.tree.leaves(states)
+    places = {id(variable): index for index, variable in enumerate(jax.tree.leaves(shape[0]))}
+    sources = [places.get(id(variable)) for variable in jax.tree.leaves(shape[1])]
+    outputs = jax.tree.structure(shape[1])
+    if None not in sources:
+        return jax.tree.unflatten(outputs, [path[index] for index in sources])
+    previous = jax.tree.map(
+        lambda first, rest: jnp.concatenate([first[None], rest[:-1]]), carry, states
+    )
+    return jax.vmap(lambda state, x: cell(params, state, x)[1])(previous, inputs)
+
+
+def without_masked(inputs: PyTree, mask: Array | None) -> PyTree:
+    """Inputs `(T, ...)` with 0 where `mask` `(T,)` is False; floating-point leaves only."""
+
+    def clean(leaf):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return leaf
+        return jnp.where(mask.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, 0)
+
+    return inputs if mask is None else jax.tree.map(clean, inputs)
+
+
+def silence(outputs: PyTree, mask: Array | None) -> PyTree:
+    """Outputs `(T, ...)` with 0 where `mask` `(T,)` is False."""
+    if mask is None:
+        return outputs
+    return jax.tree.map(
+        lambda leaf: jnp.where(
+            mask.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, jnp.zeros((), leaf.dtype)
+        ),
+        outputs,
+    )
+
+
+class Packed(NamedTuple):
+    """Drives of a packed sequence: inputs `(T, ...)`, and whether each step counts, `(T,)`."""
+
+    x: PyTree
+    counts: Array
+
+
+@pytree()
+class Packing:
+    """Where steps go.
+
+    Attributes:
+        order: The steps that count, in their order, then the others; shape `(T,)`.
+        count: k_t, shape `(T,)`.
+    """
+
+    order: Array
+    count: Array
+
+    @classmethod
+    def of(cls, mask: Array) -> Packing:
+        """The packing for a mask `(T,)`."""
+        return cls(jnp.argsort(~mask, stable=True), jnp.cumsum(mask))
+
+    def pack(self, inputs: PyTree) -> Packed:
+        """Inputs in packed order."""
+        counts = jnp.arange(self.order.shape[0]) < self.count[-1]
+        return Packed(jax.tree.map(lambda leaf: leaf[self.order], inputs), counts)
+
+    def unpack(self, initial: Array, path: Array) -> Array:
+        """States `(T, D)` at their own steps, from the packed path `(T, D)` and the initial state `(D,)`."""
+        return jnp.concatenate([initial[None], path])[self.count]
+
+
+class PackedStep(HashableFunction):
+    """The carry's part of a cell as the step of a recurrence; parts: the cell, and whether the drive says if a step counts."""
+
+    def __call__(self, params: PyTree, carry: PyTree, drive: PyTree) -> PyTree:
+        cell, counted = self.parts
+        if not counted:
+            return cell(params, carry, drive)[0]
+        x, counts = drive
+        new = cell(params, carry, x)[0]
+        return jax.tree.map(lambda leaf: jnp.where(counts, leaf, jnp.zeros((), leaf.dtype)), new)
+
+
+def batch_around(tree: PyTree) -> int:
+    """The product of the sizes of all mapped axes that some array is mapped along; 1 where none is.
+
+    Args:
+        tree: Arrays.
+    """
+    sizes = []
+
+    @jax.custom_batching.custom_vmap
+    def look(*leaves):
+        return jnp.zeros(())
+
+    @look.def_vmap
+    def _(axis_size, in_batched, *leaves):
+        sizes.append(axis_size)
+        # The next `vmap` outside of this one, if there is one.
+        return look(*leaves), False
+
+    # Nothing is to be differentiated here, and a function with a rule of its own could not be.
+    look(*lax.stop_gradient(jax.tree.leaves(tree)))
+    return math.prod(sizes)
+
+
+def check_inputs(
+    carry: PyTree, inputs: PyTree, batch_axes: int
+) -> tuple[tuple[int, ...], int, PyTree, PyTree]:
+    """The batch's shape, T, and the shapes and types of one sequence's carry and of one step's inputs.
+
+    Raises:
+        TypeError: If the carry is not floating point of one type.
+        ValueError: If there are no inputs, or axes do not fit.
+    """
+    if isinstance(batch_axes, bool) or not isinstance(batch_axes, int) or batch_axes < 0:
+        raise ValueError(f"batch_axes must be an integer of at least 0, got {batch_axes!r}")
+    leaves = jax.tree.leaves(inputs)
+    if not leaves:
+        raise ValueError(
+            "inputs: no arrays, wanted at least one leaf with leading axis T (use jnp.arange(T) if the cell "
+            "ignores its input)"
+        )
+    check_state(carry)
+    heads = {leaf.shape[: batch_axes + 1] for leaf in leaves}
+    short = min(map(len, heads)) <= batch_axes
+    if len(heads) > 1 or short:
+        raise ValueError(
+            f"inputs: leading axes {sorted(heads)}, wanted one common "
+            f"{'(batch..., T)' if batch_axes else '(T,)'} with batch_axes={batch_axes}"
+        )
+    *batch, num_steps = heads.pop()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(carry):
+        if leaf.shape[:batch_axes] != tuple(batch):
+            raise ValueError(
+                f"carry: {jax.tree_util.keystr(path) or 'the array'} has shape {leaf.shape}, wanted the batch "
+                f"axes {tuple(batch)} of `inputs` in front"
+            )
+    one, x = (
+        jax.tree.map(
+            lambda leaf, drop=drop: jax.ShapeDtypeStruct(leaf.shape[drop:], leaf.dtype), tree
+        )
+        for tree, drop in ((carry, batch_axes), (inputs, batch_axes + 1))
+    )
+    return tuple(batch), num_steps, one, x
+
+
+def check_mask(mask: Array | None, shape: tuple[int, ...]) -> Array | None:
+    """The mask as an array.
+
+    Raises:
+        TypeError: If it is not Boolean.
+        ValueError: If its shape is not `shape`.
+    """
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask)
+    if mask.dtype != np.bool_:
+        raise TypeError(f"mask: got type {mask.dtype}, wanted bool (True where the step counts)")
+    if mask.shape != shape:
+        raise ValueError(
+            f"mask: got shape {mask.shape}, wanted {shape}, the leading axes of `inputs`"
+        )
+    return mask
+
+
+def check_solver(solver: Any, tolerance: Any, max_iterations: Any, carry: PyTree) -> None:
+    """Refuse a solver, a tolerance or a bound on passes that cannot be meant.
+
+    Raises:
+        TypeError: If `solver` is no solver or `tolerance` no `Tolerance`.
+        ValueError: If a tolerance has a bad value or shape, or `max_iterations` is given without a solver or is not a
+            positive integer.
+    """
+    if solver is not None:
+        check_has(
+            solver,
+            "solver",
+            ("init", "step", "map_size"),
+            "a recipe such as shooting() or quasi_deer(), or None",
+        )
+    elif max_iterations is not None:
+        raise ValueError(
+            f"max_iterations: got {max_iterations!r} with solver=None, which makes no passes; give a solver, "
+            "or leave it out"
+        )
+    check_iterations(max_iterations)
+    if tolerance is not None:
+        if not isinstance(tolerance, Tolerance):
+            raise TypeError(
+                f"tolerance: got {describe(tolerance)}, wanted Tolerance(relative, absolute) or None"
+            )
+        tolerance.check(sum(leaf.size for leaf in jax.tree.leaves(carry)))
+
+
+def check_carry(cell: Callable, params: PyTree, carry: PyTree, x: PyTree) -> None:
+    """Refuse a cell that does not return `(carry, y)` with a carry like the one it was given.
+
+    Raises:
+        TypeError: Naming the first difference.
+    """
+    result = jax.eval_shape(cell, params, carry, x)
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(f"cell: returns {jax.tree.structure(result)}, wanted a pair (carry, y)")
+    got, wanted = jax.tree.structure(result[0]), jax.tree.structure(carry)
+    if got != wanted:
+        raise TypeError(
+            f"cell: returns a carry of structure {got}, wanted that of `carry`, {wanted}"
+        )
+    for (path, new), old in zip(
+        jax.tree_util.tree_leaves_with_path(result[0]), jax.tree.leaves(carry)
+    ):
+        if new.shape != old.shape or new.dtype != old.dtype:
+            raise TypeError(
+                f"cell: returns {jax.tree_util.keystr(path) or 'a carry'} with shape {new.shape} and type "
+                f"{new.dtype}, wanted {old.shape} and {old.dtype} as in `carry`"
+            )
+
 
 # Up to here the Jacobians of all steps fit beside the path, and a scan over them beats a relay.
 _NARROW = 4
@@ -181,8 +413,7 @@ def _one_sequence(
     cell, solver, tolerance, reverse, num_chains, max_iterations, params, carry, inputs, mask
 ):
     num_steps = jax.tree.leaves(inputs)[0].shape[0]
-    x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), inputs)
-    plan = plan_for(cell, params, carry, x)
+    plan = plan_for(carry)
     inputs = without_masked(inputs, mask)
     if (
         num_steps == 0
@@ -230,7 +461,7 @@ def _by_scan(cell, params, carry, inputs, mask, reverse):
 def _verdict(final, ys):
     """The status of what is returned, the same whichever way it was found."""
     sizes = [
-        largest(jnp.abs(leaf))
+        nanaware_max(jnp.abs(leaf))
         for leaf in jax.tree.leaves((final, ys))
         if leaf.size and jnp.issubdtype(leaf.dtype, jnp.inexact)
     ]
@@ -243,14 +474,14 @@ def _solved(
     initial: Array,
     drives: PyTree,
     solver: Solver | None,
-    plan: RelayPlan,
+    plan: SegmentedScanConfig,
     tolerance: Tolerance,
     max_iterations: int | None,
 ) -> tuple[Array, UnrollStatus]:
     """The path `(T, D)` with its derivatives, and how it was found; what is returned is judged later."""
     fixed, first, tape = lax.stop_gradient((dynamics, initial, drives))
     if solver is None:
-        path, report = relay(
+        path, report = segmented_scan(
             fixed.step, fixed.params, first, tape, tolerance.parts(first.dtype), plan
         )
         mine = jnp.where(
@@ -267,7 +498,8 @@ def _solved(
             solver=solver,
             tolerance=tolerance,
             max_iterations=max_iterations,
-            adjoint=_Detached(),
+            # Derivatives are attached once it is settled which path is returned.
+            adjoint=NoDerivatives(),
         )
         converged = solution.status == Status.CONVERGED
         path, converged = one_after_another(
@@ -282,14 +514,6 @@ def _solved(
             solution.stats.evaluations + ~converged,
         )
     # In coarse numbers a meeting proves nothing: their derivatives go one step after another.
-    plan = RelayPlan(1) if is_coarse(initial) else plan
-    adjoint: Adjoint = Implicit() if initial.size <= _NARROW else ImplicitRelay(plan)
+    plan = SegmentedScanConfig(1) if is_coarse(initial) else plan
+    adjoint: Adjoint = Implicit() if initial.size <= _NARROW else ImplicitSegmented(plan)
     return adjoint(dynamics, initial, drives, path, LocalTime()), found
-
-
-@pytree()
-class _Detached:
-    """No derivatives yet: they are attached once it is settled which path is returned."""
-
-    def __call__(self, dynamics, initial, drives, states, axis):
-        return states

@@ -27,9 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.closures import explicit, primitives_of
-from partime_mcmc.dynamics import Dynamics
 from partime_mcmc.compile_cache import Timings, compiled
+from partime_mcmc.engine.dynamics import Dynamics
+from partime_mcmc.tracing import explicit, primitives_of
 from partime_mcmc.types import PyTree
 
 _MOST_PER_CORE = 8
@@ -48,8 +48,8 @@ def num_groups(num_chains: int, dynamics: Dynamics) -> int:
         num_chains: C.
         dynamics: Their recurrence, without captured arrays.
     """
-    memo = dynamics.memo
-    parts = (dynamics.step, *(() if memo is None else (memo.enter, memo.advance, memo.leave)))
+    cached = dynamics.cached
+    parts = (dynamics.step, *(() if cached is None else (cached.init, cached.step, cached.state)))
     if jax.default_backend() != "cpu" or num_chains == 1 or any(map(_calls_library, parts)):
         return 1
     cores = num_cores()

@@ -16,15 +16,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from partime_mcmc.contracts import kind
-from partime_mcmc.kernels import CoalescingDice, Kernel, PlainDice
-from partime_mcmc.kernels.dice import Dice, check_dice
+from partime_mcmc.engine.solution import Tolerance
+from partime_mcmc.forgetting.coalescence import meeting_times
+from partime_mcmc.kernels import CommonRandomNumbers, Kernel, MultishiftCoupling
+from partime_mcmc.kernels.coupling import Coupling, check_coupling
 from partime_mcmc.kernels.kernel_program import Builder, ParametrisedKernel, parametrised_kernel
-from partime_mcmc.predict.coalescence import meeting_times
 from partime_mcmc.sampling.defaults import default_tolerance
 from partime_mcmc.sampling.randomness import coupled_chains
-from partime_mcmc.solution import Tolerance
 from partime_mcmc.types import Key
+from partime_mcmc.validation import describe
 from partime_mcmc.warmup.tuning import unwrapped
 from partime_mcmc.warmup.warmup import Warmup
 
@@ -32,30 +32,30 @@ _NUM_PAIRS, _HORIZON = 16, 512
 
 
 @functools.cache
-def with_coupling(builder: Builder, coupling: Dice) -> Builder:
+def with_coupling(builder: Builder, coupling: Coupling) -> Builder:
     """A builder with its coupling fixed; the same object each time, so that compiled code is found again."""
-    return functools.partial(builder, dice=coupling)
+    return functools.partial(builder, coupling=coupling)
 
 
 def takes_coupling(builder: Any) -> bool:
-    """Whether a builder has an argument `dice` that nobody has fixed."""
+    """Whether a builder has an argument `coupling` that nobody has fixed."""
     builder, fixed = unwrapped(builder)
     try:
-        return "dice" in inspect.signature(builder).parameters and "dice" not in fixed
+        return "coupling" in inspect.signature(builder).parameters and "coupling" not in fixed
     except (TypeError, ValueError):
         return False
 
 
-def fixed_coupling(kernel: Kernel | Builder | Warmup, coupling: Dice) -> Builder:
+def fixed_coupling(kernel: Kernel | Builder | Warmup, coupling: Coupling) -> Builder:
     """The builder with the coupling that was asked for.
 
     Raises:
         TypeError: If `coupling` is none, or the kernel has no choice left.
     """
-    check_dice(coupling)
+    check_coupling(coupling)
     if isinstance(kernel, (Kernel, Warmup)) or not takes_coupling(kernel):
         raise TypeError(
-            f"dice: got {coupling!r} with {kind(kernel)}, wanted a builder that takes dice (mala, hmc, random_walk): the "
+            f"coupling: got {coupling!r} with {describe(kernel)}, wanted a builder that takes dice (mala, hmc, random_walk): the "
             "dice of other kernels are fixed"
         )
     return with_coupling(kernel, coupling)
@@ -74,7 +74,7 @@ def choose_coupling_by_pilots(warmup: Warmup, key: Key) -> Warmup:
     plain = warmup.kernel
     if not isinstance(plain, ParametrisedKernel) or not takes_coupling(plain.family.builder):
         return warmup
-    builder = with_coupling(plain.family.builder, CoalescingDice())
+    builder = with_coupling(plain.family.builder, MultishiftCoupling())
     family = dataclasses.replace(plain.family, builder=builder, counts=())
     other = parametrised_kernel(family, plain.numbers.data, warmup.whitening, warmup.settings)
     dtype = jax.tree.leaves(warmup.positions)[0].dtype
@@ -92,7 +92,7 @@ def coupling_of(kernel: Kernel) -> str:
     """The coupling of a tuned kernel in words, for plans."""
     if not isinstance(kernel, ParametrisedKernel):
         return "the kernel's own"
-    return repr(unwrapped(kernel.family.builder)[1].get("dice", PlainDice()))
+    return repr(unwrapped(kernel.family.builder)[1].get("coupling", CommonRandomNumbers()))
 
 
 def _median_meeting_time(kernel: Kernel, warmup: Warmup, tolerance: Tolerance, key: Key) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from partime_mcmc.kernels import Certificate
+from partime_mcmc.certify.certificate import Certificate
 from partime_mcmc.sampling.report import RunReport
 from partime_mcmc.types import Array, PyTree
 

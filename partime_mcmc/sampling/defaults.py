@@ -8,20 +8,28 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from partime_mcmc.engine.recipes import shooting
+from partime_mcmc.engine.solution import Tolerance
 from partime_mcmc.kernels import Kernel
-from partime_mcmc.recipes import shooting
-from partime_mcmc.solution import Tolerance
 from partime_mcmc.solvers import Solver
-from partime_mcmc.solvers.shooting import SHORTEST_SEGMENT, device_lanes
 
 DEFAULT_WINDOW = 16384
 # Runs too short to be worth pilot chains.
 SHORT_RUN = 1024
 # Lanes that fill one core. From 32 to 128 times differ by a tenth, and the fewer, the less is evaluated twice.
 _CORE_LANES = 64
+SHORTEST_SEGMENT = 64
 
 
-def default_solver(num_chains: int = 1, num_samples: int = DEFAULT_WINDOW, groups: int = 1) -> Solver:
+def device_lanes() -> int:
+    import jax
+
+    return {"cpu": 128}.get(jax.default_backend(), 4096)
+
+
+def default_solver(
+    num_chains: int = 1, num_samples: int = DEFAULT_WINDOW, groups: int = 1
+) -> Solver:
     """Shooting, the lanes of the device shared by all chains: near one evaluation per draw where chains forget.
 
     Segments are a multiple of four steps long, so that kernels with a counter are at the same point of it in all lanes.
@@ -32,9 +40,7 @@ def default_solver(num_chains: int = 1, num_samples: int = DEFAULT_WINDOW, group
         groups: How many groups of so many chains there are, each with a core of its own.
     """
     lanes = device_lanes() if groups == 1 else _CORE_LANES
-    steps = max(
-        SHORTEST_SEGMENT, math.ceil(min(num_samples, DEFAULT_WINDOW) * num_chains / lanes)
-    )
+    steps = max(SHORTEST_SEGMENT, math.ceil(min(num_samples, DEFAULT_WINDOW) * num_chains / lanes))
     return shooting(steps=4 * math.ceil(steps / 4))
 
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Callable
 import jax
 import numpy as np
 
-from partime_mcmc.predict.advise import Advice
-from partime_mcmc.kernels import Certificate
+from partime_mcmc.certify.certificate import Certificate
+from partime_mcmc.engine.solution import SolveError, Status
+from partime_mcmc.forgetting.advise import Advice
 from partime_mcmc.sampling.chunk import ChainState, Chunk
 from partime_mcmc.sampling.merge import merge_certificates, merge_reports
 from partime_mcmc.sampling.report import RunReport
-from partime_mcmc.solution import SolveError, Status
 from partime_mcmc.types import Array, PyTree
 from partime_mcmc.warmup.warmup import Warmup
 
@@ -80,6 +80,11 @@ class Draws:
         """One verdict per chain."""
         return self.report.status
 
+    @property
+    def warmup_notes(self) -> str:
+        """What the warm-up says of itself; empty if there was none."""
+        return str(self.warmup or "")
+
     @functools.cached_property
     def posterior(self) -> Any:
         """Named values in the model's space, an `xarray.Dataset` with the dimensions `chain` and `draw` first."""
@@ -131,7 +136,9 @@ class Draws:
         return f"Draws({self.num_chains} chains x {self.num_samples:,} draws of {_some(self.constrained)}; {self})"
 
     def __str__(self) -> str:
-        before = "" if self.finished else f"interrupted after {self.num_samples:,} draws per chain; "
+        before = (
+            "" if self.finished else f"interrupted after {self.num_samples:,} draws per chain; "
+        )
         return before + certified_sentence(self.certificate, self.report)
 
     def _repr_html_(self) -> str:

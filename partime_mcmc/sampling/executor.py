@@ -77,9 +77,7 @@ def _fitting_chunk(
     """The next chunk, in as many steps at once as the device can hold."""
     notes: tuple[str, ...] = ()
     while True:
-        steps = min(
-            plan.chunk, plan.last_step - state.num_steps, state.max_window or plan.chunk
-        )
+        steps = min(plan.chunk, plan.last_step - state.num_steps, state.max_window or plan.chunk)
         try:
             chunk = solve(state, steps, reporter)
             break

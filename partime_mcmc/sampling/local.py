@@ -21,13 +21,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.closures import Named
+from partime_mcmc.certify.certificate import Certificate
+from partime_mcmc.certify.independent import certify_held
+from partime_mcmc.certify.recorded import certify_recorded
+from partime_mcmc.certify.step_record import info_dict
 from partime_mcmc.compile_cache import Timings
-from partime_mcmc.dynamics import Dynamics
-from partime_mcmc.kernels import Certificate, Tape, certify_held, certify_recorded
+from partime_mcmc.engine.dynamics import Dynamics
+from partime_mcmc.engine.recipes import sequential
+from partime_mcmc.engine.solution import Solution, Status
+from partime_mcmc.engine.solve import solve
+from partime_mcmc.engine.windows import AllAtOnce, Schedule, Windows
+from partime_mcmc.kernels import Tape
 from partime_mcmc.kernels.kernel_program import program_and_params
-from partime_mcmc.kernels.records import said_by
-from partime_mcmc.recipes import sequential
 from partime_mcmc.sampling.chain_groups import (
     concat_chains,
     run_explicit_groups,
@@ -41,11 +46,9 @@ from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.sampling.progress import Progress
 from partime_mcmc.sampling.randomness import draw_tapes
 from partime_mcmc.sampling.run_recorder import RunRecorder
-from partime_mcmc.schedule import Schedule, Stretches, Whole
-from partime_mcmc.solution import Solution, Status
-from partime_mcmc.solve import solve
-from partime_mcmc.solvers import Rollout, Solver
-from partime_mcmc.solvers.rollout import roll_on
+from partime_mcmc.solvers import Sequential, Solver
+from partime_mcmc.solvers.sequential import finish_sequentially
+from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import PyTree
 
 
@@ -128,10 +131,10 @@ def solve_windows(
         zip(*draw_tapes(plan.kernel, plan.keys, state, num_steps, timings, plan.num_groups)),
     )
     size = min(_window_size(plan, num_steps), state.max_window or max(num_steps, 1))
-    inside = Whole() if isinstance(plan.schedule, Stretches) else plan.schedule
+    inside = AllAtOnce() if isinstance(plan.schedule, Windows) else plan.schedule
     tolerance, dynamics = plan.tolerance, plan.recurrence
     solve_window = _solve_groups(plan.solver, inside, tolerance, plan.max_iterations, timings)
-    roll_window = _solve_groups(sequential(), Whole(), tolerance, None, timings)
+    roll_window = _solve_groups(sequential(), AllAtOnce(), tolerance, None, timings)
     current, windows, discrete = initial, [], concat_chains(discrete)
     try:
         for start in range(0, num_steps, size):
@@ -166,7 +169,7 @@ def _steps(tree: PyTree, start: int, stop: int | None = None) -> PyTree:
 
 def _window_size(plan: Plan, num_steps: int) -> int:
     # A sequential run gains nothing from windows, and neither does an empty one.
-    if isinstance(plan.schedule, Stretches) and not isinstance(plan.solver, Rollout):
+    if isinstance(plan.schedule, Windows) and not isinstance(plan.solver, Sequential):
         return plan.schedule.size
     return max(num_steps, 1)
 
@@ -205,7 +208,7 @@ def _finished(
 
 def _finish(dynamics, initial, tape, states, num_exact):
     """Chains finished sequentially after their exact steps; how many steps are then finite, shape `(C,)`."""
-    states = roll_on(dynamics, initial, states, tape, num_exact)
+    states = finish_sequentially(dynamics, initial, states, tape, num_exact)
     finite = [
         jnp.isfinite(leaf).reshape(*leaf.shape[:2], -1).all(axis=2)
         for leaf in jax.tree.leaves(states)
@@ -240,7 +243,7 @@ def _concat_windows(initial: list[PyTree], windows: list[list[PyTree]]) -> list[
     ]
 
 
-class _Solve(Named):
+class _Solve(HashableFunction):
     """One window of every chain; parts are `max_iterations` and strategies that are no pytrees."""
 
     def __call__(self, solver, schedule, tolerance, dynamics, initial, tape) -> Solution:
@@ -299,7 +302,7 @@ def _certified(
     )
     certificate, records, last, positions = concat_chains(groups)
     constrained = plan.target.constrained_values(positions, timings)
-    info = said_by(records, certificate.residual.shape) | {"residual": certificate.residual}
+    info = info_dict(records, certificate.residual.shape) | {"residual": certificate.residual}
     dtype = jax.tree.leaves(chains.states)[0].dtype
     after = ChainState(
         last, chains.discrete, state.num_steps + chains.num_steps, recorder.num_failed_windows
@@ -308,13 +311,11 @@ def _certified(
     return Chunk(positions, constrained, info, certificate, report, after)
 
 
-class _CertifyPath(Named):
+class _CertifyPath(HashableFunction):
     """Certificate, records, the last carries of the path standing still where its kernel does, and its positions; the part
     is the kernel's program."""
 
-    def __call__(
-        self, params, initial, states, tape
-    ) -> tuple[Certificate, PyTree, PyTree, PyTree]:
+    def __call__(self, params, initial, states, tape) -> tuple[Certificate, PyTree, PyTree, PyTree]:
         kernel = self.parts[0].kernel(params)
         certificate, records, still = certify_held(kernel, initial, states, tape)
         return (
@@ -325,7 +326,7 @@ class _CertifyPath(Named):
         )
 
 
-class _ReadRecordedCertificate(Named):
+class _ReadRecordedCertificate(HashableFunction):
     """As `_CertifyPath`, from what steps recorded."""
 
     def __call__(

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import jax
 from jax.sharding import Mesh
 
+from partime_mcmc.certify.recorded import CertifyWhileRolling
 from partime_mcmc.diagnostics.checks import TooLarge, check_bytes, check_count
-from partime_mcmc.kernels import Recorded
-from partime_mcmc.recipes import sequential
+from partime_mcmc.engine.recipes import sequential
+from partime_mcmc.engine.windows import Windows
 from partime_mcmc.sampling.defaults import DEFAULT_WINDOW
-from partime_mcmc.schedule import Stretches
 
 if TYPE_CHECKING:
     from partime_mcmc.sampling.plan import SampleArguments
@@ -27,7 +27,7 @@ _SHARE = 0.6
 _CHUNK, _CHUNK_BYTES = 65536, 2**29
 # Bytes of its draws, where many devices share a chunk and one host writes it.
 _WRITTEN_BYTES = 2**31
-# Numbers that a kernel reports of a step: decision, probability, energy, margins and the like.
+# KernelParams that a kernel reports of a step: decision, probability, energy, margins and the like.
 _NUM_INFO = 9
 
 
@@ -51,15 +51,15 @@ def chunk_steps(asked: SampleArguments) -> int:
     return choose(asked, dimension, itemsize, limit, _bytes_of_info(asked, dimension, itemsize))
 
 
-def _whole_run(
-    asked: SampleArguments, dimension: int, itemsize: int, limit: int, more: int
-) -> int:
+def _whole_run(asked: SampleArguments, dimension: int, itemsize: int, limit: int, more: int) -> int:
     """All steps, if they fit with `more` bytes per draw beside positions."""
     rows, parts = _mesh_shape(asked.mesh)
     num_chains, steps = asked.num_chains // rows, -(-asked.num_samples // parts)
-    window = getattr(asked.schedule or Stretches(DEFAULT_WINDOW), "size", steps)
+    window = getattr(asked.schedule or Windows(DEFAULT_WINDOW), "size", steps)
     per_step = (asked.solver or sequential()).map_size(dimension)
-    check_bytes(min(window, steps), dimension, itemsize, limit, per_step=per_step, num_chains=num_chains)
+    check_bytes(
+        min(window, steps), dimension, itemsize, limit, per_step=per_step, num_chains=num_chains
+    )
     total = check_bytes(
         steps, dimension, itemsize, 2**63, per_step=0, num_chains=num_chains, more=more
     )
@@ -84,8 +84,8 @@ def _stored_chunk(
         1, dimension, itemsize, 2**63, per_step=per_step, num_chains=asked.num_chains // rows
     )
     one += asked.num_chains // rows * more
-    schedule = asked.schedule or (Stretches(DEFAULT_WINDOW) if mesh is None else None)
-    unit = schedule.size if isinstance(schedule, Stretches) else 1
+    schedule = asked.schedule or (Windows(DEFAULT_WINDOW) if mesh is None else None)
+    unit = schedule.size if isinstance(schedule, Windows) else 1
     # A chunk wants as much again for its random numbers and for what is reported of its draws.
     fits, steps = parts * (limit // (2 * one)), wanted
     if wanted is not None:
@@ -114,7 +114,7 @@ def _stored_chunk(
 
 def _bytes_of_info(asked: SampleArguments, dimension: int, itemsize: int) -> int:
     """Bytes per draw of what is kept besides positions: values in the model's space, and what a step reports."""
-    recorded = isinstance(asked.certificate, Recorded) and asked.mesh is None
+    recorded = isinstance(asked.certificate, CertifyWhileRolling) and asked.mesh is None
     numbers = _NUM_INFO + (dimension if recorded else 0)
     values = asked.target.constrained_shapes()
     return numbers * itemsize + sum(leaf.size * leaf.dtype.itemsize for leaf in values)

@@ -13,10 +13,9 @@ import dataclasses
 import jax
 import numpy as np
 
-from partime_mcmc.kernels import Certificate
-from partime_mcmc.kernels.certificate import FEWEST_TO_FREEZE
+from partime_mcmc.certify.certificate import FEWEST_TO_FREEZE, Certificate
+from partime_mcmc.engine.solution import Status
 from partime_mcmc.sampling.report import RunReport
-from partime_mcmc.solution import Status
 
 # A run that falls back in every window must not fill the memory with sentences about it.
 _MAX_SENTENCES = 200
@@ -65,9 +64,7 @@ def merge_certificates(first: Certificate, then: Certificate) -> Certificate:
 
 def _num_ambiguous(a: Certificate, b: Certificate, both: np.ndarray) -> np.ndarray:
     """`num_ambiguous` of two chunks: of one alone, where the other has no rejections that would tell."""
-    a_unknown, b_unknown = (
-        (one.num_ambiguous < 0) & (one.num_rejected == 0) for one in (a, b)
-    )
+    a_unknown, b_unknown = ((one.num_ambiguous < 0) & (one.num_rejected == 0) for one in (a, b))
     return np.where(a_unknown, b.num_ambiguous, np.where(b_unknown, a.num_ambiguous, both))
 
 
@@ -103,9 +100,7 @@ def merge_reports(
     ]
     status = tuple(
         Status.FROZEN if still and s == Status.CONVERGED else s
-        for still, s in zip(
-            frozen, [b if a == Status.CONVERGED else a for a, b in zip(*moving)]
-        )
+        for still, s in zip(frozen, [b if a == Status.CONVERGED else a for a, b in zip(*moving)])
     )
     fallbacks = (*first.fallbacks, *then.fallbacks)
     if len(fallbacks) > _MAX_SENTENCES:
@@ -113,7 +108,14 @@ def merge_reports(
             *fallbacks[: _MAX_SENTENCES - 1],
             "... and more: num_sequential counts all steps that were finished sequentially",
         )
-    sums = ("iterations", "depth", "num_sequential", "seconds_compile", "seconds_run", "seconds_certify")
+    sums = (
+        "iterations",
+        "depth",
+        "num_sequential",
+        "seconds_compile",
+        "seconds_run",
+        "seconds_certify",
+    )
     parts = zip(first.evaluations_by_part, then.evaluations_by_part)
     return dataclasses.replace(
         first,

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.predict.advise import Advice, advise
-from partime_mcmc.predict.coalescence import distances
-from partime_mcmc.predict.passes import residuals_by_pass
+from partime_mcmc.diagnostics.passes import residuals_by_pass
+from partime_mcmc.forgetting.advise import Advice, advise
+from partime_mcmc.forgetting.coalescence import distances
 from partime_mcmc.sampling.defaults import default_tolerance
 from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.sampling.randomness import coupled_chains
-from partime_mcmc.solvers import Rollout, Solver
+from partime_mcmc.solvers import Sequential, Solver
 from partime_mcmc.types import Key, PyTree
 from partime_mcmc.warmup.warmup import Warmup
 
@@ -95,7 +95,7 @@ def solve_by_pass(
     Returns:
         Shape `(P, T)`; None without a warm-up, or for the sequential solver, which has nothing to find.
     """
-    if warmup is None or isinstance(solver, Rollout):
+    if warmup is None or isinstance(solver, Sequential):
         return None
     position = jax.tree.map(lambda leaf: leaf[:1], warmup.positions)
     dynamics, carries, tape = coupled_chains(

@@ -15,14 +15,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from partime_mcmc.certify.recorded import Certification, CertifyWhileRolling
 from partime_mcmc.compile_cache import Timings
 from partime_mcmc.diagnostics.checks import looks_improper
-from partime_mcmc.dynamics import Dynamics
-from partime_mcmc.kernels import Evidence, Kernel, Recorded
-from partime_mcmc.kernels.dice import Dice
+from partime_mcmc.engine.dynamics import Dynamics
+from partime_mcmc.engine.solution import Tolerance
+from partime_mcmc.engine.windows import Schedule, Windows
+from partime_mcmc.kernels import Kernel
+from partime_mcmc.kernels.coupling import Coupling
 from partime_mcmc.kernels.kernel_program import Builder
-from partime_mcmc.sampling.choose_coupling import coupling_of
 from partime_mcmc.sampling.chain_groups import num_groups
+from partime_mcmc.sampling.choose_coupling import coupling_of
 from partime_mcmc.sampling.chunk import ChainState
 from partime_mcmc.sampling.defaults import (
     DEFAULT_WINDOW,
@@ -33,8 +36,6 @@ from partime_mcmc.sampling.memory import chunk_steps
 from partime_mcmc.sampling.progress import Progress
 from partime_mcmc.sampling.randomness import begin, recurrence
 from partime_mcmc.sampling.target import Target
-from partime_mcmc.schedule import Schedule, Stretches
-from partime_mcmc.solution import Tolerance
 from partime_mcmc.solvers import Solver
 from partime_mcmc.types import Key, PyTree
 from partime_mcmc.warmup.pooled import PooledAdaptation
@@ -60,7 +61,7 @@ class SampleArguments:
         num_samples: T, draws per chain.
         num_warmup: Warm-up steps per chain at most.
         adaptation: How a builder's chains find the typical set and a metric; None is `PooledAdaptation()`.
-        dice: The coupling that the user fixed, None otherwise.
+        coupling: The coupling that the user fixed, None otherwise.
         choose_coupling: From a warm-up to the same with a coupling chosen for its kernel; None leaves the kernel's own.
         solver: A recipe; None is the default.
         schedule: How a chunk is cut into windows; None is the default.
@@ -86,7 +87,7 @@ class SampleArguments:
     num_samples: int
     num_warmup: int = 0
     adaptation: Adaptation | None = None
-    dice: Dice | None = None
+    coupling: Coupling | None = None
     choose_coupling: Callable[[Warmup], Warmup] | None = None
     solver: Solver | None = None
     schedule: Schedule | None = None
@@ -94,7 +95,7 @@ class SampleArguments:
     max_iterations: int | None = None
     max_bytes: int | None = None
     thinning: int = 1
-    certificate: Evidence = Recorded()
+    certificate: Certification = CertifyWhileRolling()
     mesh: Mesh | None = None
     store: Any = None
     state: ChainState | None = None
@@ -112,7 +113,7 @@ class Plan:
 
     Attributes:
         target: What is sampled.
-        kernel: Tuned.
+        kernel: ParametrisedKernel.
         recurrence: Of the kernel, without captured arrays.
         keys: One per chain, shape `(C,)`.
         first_step: Steps that the chains had behind them when the run began: the keys may have been used before.
@@ -141,7 +142,7 @@ class Plan:
     schedule: Schedule
     tolerance: Tolerance
     max_iterations: int | None
-    certificate: Evidence
+    certificate: Certification
     chunk: int
     num_groups: int
     thinning: int
@@ -164,7 +165,7 @@ class Plan:
         """The plan in plain values: with the same target and versions they give the same draws again."""
         return {
             "kernel": self.kernel.name,
-            "dice": coupling_of(self.kernel),
+            "coupling": coupling_of(self.kernel),
             "solver": repr(self.solver),
             "schedule": repr(self.schedule),
             "num_samples": self.num_samples,
@@ -207,7 +208,7 @@ def prepare(arguments: SampleArguments, progress: Progress) -> tuple[Plan, Chain
         num_samples=asked.num_samples,
         solver=asked.solver
         or default_solver(asked.num_chains // (rows * groups), -(-steps // parts), groups),
-        schedule=asked.schedule or Stretches(DEFAULT_WINDOW * parts),
+        schedule=asked.schedule or Windows(DEFAULT_WINDOW * parts),
         tolerance=asked.tolerance or default_tolerance(kernel, dtype),
         max_iterations=asked.max_iterations,
         certificate=asked.certificate,
@@ -222,9 +223,7 @@ def prepare(arguments: SampleArguments, progress: Progress) -> tuple[Plan, Chain
     return plan, state
 
 
-def _tuned(
-    asked: SampleArguments, progress: Progress
-) -> tuple[Kernel, Warmup | None, ChainState]:
+def _tuned(asked: SampleArguments, progress: Progress) -> tuple[Kernel, Warmup | None, ChainState]:
     """The tuned kernel, the warm-up behind it, and where the chains stand."""
     kernel, num_chains = asked.kernel, asked.num_chains
     if asked.state is not None:
@@ -239,8 +238,10 @@ def _tuned(
         return kernel, None, begin(kernel, asked.starts(num_chains), asked.chain_keys, Timings())
     else:
         warmup = _warmed_up(asked, progress)
-    return warmup.kernel, warmup, begin(
-        warmup.kernel, warmup.positions, asked.chain_keys, Timings()
+    return (
+        warmup.kernel,
+        warmup,
+        begin(warmup.kernel, warmup.positions, asked.chain_keys, Timings()),
     )
 
 

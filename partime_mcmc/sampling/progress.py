@@ -14,7 +14,7 @@ from typing import Callable, ContextManager, Iterator, Protocol
 
 from tqdm import tqdm
 
-from partime_mcmc.contracts import check_has
+from partime_mcmc.validation import check_has
 
 
 class Progress(Protocol):
@@ -87,5 +87,7 @@ def chosen_progress(progress: Progress | bool | None) -> Progress:
         return progress_line if progress and sys.stderr.isatty() else quiet
     if progress is None:
         return quiet
-    check_has(progress, "progress", ("stage", "note", "warn"), "True, False, quiet or progress_line")
+    check_has(
+        progress, "progress", ("stage", "note", "warn"), "True, False, quiet or progress_line"
+    )
     return progress

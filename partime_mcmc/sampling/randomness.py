@@ -17,13 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.closures import Named, explicit
+from partime_mcmc.certify.recorded import Certification, CertifyIndependently
 from partime_mcmc.compile_cache import Timings, run_explicit
-from partime_mcmc.dynamics import Dynamics, without_captures
-from partime_mcmc.kernels import Evidence, Independent, Kernel, Tape
+from partime_mcmc.engine.dynamics import Dynamics, without_captures
+from partime_mcmc.kernels import Kernel, Tape
 from partime_mcmc.kernels.kernel_program import program_and_params
 from partime_mcmc.sampling.chain_groups import run_explicit_groups, split_chains
 from partime_mcmc.sampling.chunk import ChainState
+from partime_mcmc.tracing import HashableFunction, explicit
 from partime_mcmc.types import Array, Key, PyTree
 
 # Steps fold the numbers from 0 on into a chain's key.
@@ -78,7 +79,7 @@ def recurrence(
     keys: Key,
     state: ChainState,
     timings: Timings,
-    certificate: Evidence = Independent(),
+    certificate: Certification = CertifyIndependently(),
 ) -> Dynamics:
     """The recurrence of a kernel, without captured arrays; nothing is computed.
 
@@ -127,9 +128,7 @@ def splits_by_counting(keys: Key) -> bool:
 def _splits_by_counting(impl: str, partitionable: bool) -> bool:
     # Two keys are split and one at a time is folded, by programs that a run has compiled before.
     key = jax.random.key(0, impl=impl)
-    folded = [
-        np.asarray(jax.random.key_data(jax.random.fold_in(key, place))) for place in range(2)
-    ]
+    folded = [np.asarray(jax.random.key_data(jax.random.fold_in(key, place))) for place in range(2)]
     return partitionable and np.array_equal(folded, jax.random.key_data(jax.random.split(key, 2)))
 
 
@@ -147,7 +146,7 @@ def step_keys(key: Key, places: Array, total: int | None) -> Key:
     return jax.random.split(key, total)[places]
 
 
-class _DrawTapes(Named):
+class _DrawTapes(HashableFunction):
     """Carries, tapes and last discrete leaves of all chains; parts: the kernel's program, n, and the first step where that
     is part of what is compiled."""
 
@@ -163,7 +162,7 @@ class _DrawTapes(Named):
         return jax.vmap(one)(carries, discrete, keys)
 
 
-class _Begin(Named):
+class _Begin(HashableFunction):
     """Carries and discrete leaves of all chains before their first step; the part is the kernel's program."""
 
     def __call__(self, params, positions, keys):

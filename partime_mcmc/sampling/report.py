@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from partime_mcmc.solution import Status
+from partime_mcmc.engine.solution import Status
 
 
 @dataclasses.dataclass(frozen=True)

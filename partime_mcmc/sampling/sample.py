@@ -26,10 +26,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from partime_mcmc.contracts import check_has, kind
-from partime_mcmc.distributed.collectives import check_mesh, check_same_arguments
-from partime_mcmc.distributed.executor import MeshExecutor
-from partime_mcmc.distributed.multihost import open_shared_sink
+from partime_mcmc.certify.recorded import Certification, CertifyWhileRolling
 from partime_mcmc.diagnostics.checks import (
     check_count,
     check_deterministic,
@@ -37,8 +34,13 @@ from partime_mcmc.diagnostics.checks import (
     check_precision,
     check_starts,
 )
-from partime_mcmc.kernels import Evidence, Kernel, Recorded
-from partime_mcmc.kernels.dice import Dice
+from partime_mcmc.distributed.collectives import check_mesh, check_same_arguments
+from partime_mcmc.distributed.executor import MeshExecutor
+from partime_mcmc.distributed.multihost import open_shared_sink
+from partime_mcmc.engine.solution import Tolerance
+from partime_mcmc.engine.windows import Schedule
+from partime_mcmc.kernels import Kernel
+from partime_mcmc.kernels.coupling import Coupling
 from partime_mcmc.kernels.kernel_program import Builder
 from partime_mcmc.sampling.choose_coupling import choose_coupling_by_pilots, fixed_coupling
 from partime_mcmc.sampling.defaults import SHORT_RUN
@@ -48,14 +50,13 @@ from partime_mcmc.sampling.plan import FEWEST_WARMUP, Plan, SampleArguments, pre
 from partime_mcmc.sampling.progress import Progress, chosen_progress
 from partime_mcmc.sampling.sink import MemorySink, Sink
 from partime_mcmc.sampling.target import Target
-from partime_mcmc.schedule import Schedule
-from partime_mcmc.solution import Tolerance
 from partime_mcmc.solvers import Solver
 from partime_mcmc.storage.fingerprint import StoreMismatch
 from partime_mcmc.storage.sink import StoreSink, read_arguments
 from partime_mcmc.storage.store import Store
 from partime_mcmc.storage.streaming_statistics import Fold
 from partime_mcmc.types import Key, PyTree
+from partime_mcmc.validation import check_has, describe
 from partime_mcmc.warmup.warmup import Adaptation, Warmup
 
 
@@ -68,7 +69,7 @@ def sample(
     num_chains: int = 4,
     num_warmup: int = 1000,
     adaptation: Adaptation | None = None,
-    dice: Dice | None = None,
+    coupling: Coupling | None = None,
     solver: Solver | None = None,
     schedule: Schedule | None = None,
     tolerance: Tolerance | None = None,
@@ -77,7 +78,7 @@ def sample(
     store: Store | str | os.PathLike | None = None,
     thinning: int = 1,
     mesh: Mesh | None = None,
-    certificate: Evidence = Recorded(),
+    certificate: Certification = CertifyWhileRolling(),
     progress: Progress | bool = True,
 ) -> Draws:
     """Sample a target with exact chains, parallel over time.
@@ -92,8 +93,8 @@ def sample(
         num_chains: Chains, C ≥ 1.
         num_warmup: Warm-up steps per chain at most, at least 20, for a builder; ignored where the kernel comes tuned.
         adaptation: How a builder's chains find the typical set and a metric; None is `PooledAdaptation()`.
-        dice: For a builder, how its noise is drawn: `PlainDice()` gives BlackJAX's own draws bit for bit,
-            `CoalescingDice()` the same law with a shorter memory. None: in runs of 1,024 draws or more with the default
+        coupling: For a builder, how its noise is drawn: `CommonRandomNumbers()` gives BlackJAX's own draws bit for bit,
+            `MultishiftCoupling()` the same law with a shorter memory. None: in runs of 1,024 draws or more with the default
             solver the coupling with which pilot pairs meet sooner, and the warm-up's notes say so; plain otherwise.
         solver: A recipe; None is shooting with as many segments as fill the device. Chains that do not forget fall back
             to the sequential loop after two windows; `draws.advice` says why.
@@ -109,8 +110,8 @@ def sample(
             draws to rounding, as NumPy arrays on every host. With a store, all hosts see its folder and the first one
             writes. Its axis `data` must be 1: a density over data spread over devices is for `sharded_solve`. None is the
             default device alone.
-        certificate: What it rests on: `Recorded()` on what every step reported while it was rolled, at no cost;
-            `Independent()` on one more evaluation of every step, apart from the solver. Other solvers than shooting and
+        certificate: What it rests on: `CertifyWhileRolling()` on what every step reported while it was rolled, at no cost;
+            `CertifyIndependently()` on one more evaluation of every step, apart from the solver. Other solvers than shooting and
             the loop, chains that fell back and those on a mesh have the latter in any case;
             `draws.certificate.independent` says which.
         progress: True shows one line per stage on a terminal; or `quiet`, `progress_line`, or your own.
@@ -148,7 +149,7 @@ def sample(
         num_samples=num_samples,
         num_warmup=num_warmup,
         adaptation=adaptation,
-        dice=dice,
+        coupling=coupling,
         solver=solver,
         schedule=schedule,
         tolerance=tolerance,
@@ -249,14 +250,14 @@ def _arguments(
     kernel: Kernel | Builder | Warmup,
     num_chains: int,
     *,
-    dice: Dice | None,
+    coupling: Coupling | None,
     **others: Any,
 ) -> SampleArguments:
     """The arguments of `sample` with all that follows from its key."""
     start_key, warmup_key, chains_key = jax.random.split(key, 3)
     choose, tuned = None, isinstance(kernel, (Kernel, Warmup))
-    if dice is not None:
-        kernel = fixed_coupling(kernel, dice)
+    if coupling is not None:
+        kernel = fixed_coupling(kernel, coupling)
     elif others["solver"] is None and others["num_samples"] >= SHORT_RUN and not tuned:
         pilots_key = jax.random.fold_in(warmup_key, 1)
         choose = functools.partial(choose_coupling_by_pilots, key=pilots_key)
@@ -271,7 +272,7 @@ def _arguments(
         chain_keys=jax.random.split(chains_key, num_chains),
         key_words=key_words(key),
         key_impl=str(jax.random.key_impl(key)),
-        dice=dice,
+        coupling=coupling,
         choose_coupling=choose,
         **others,
     )
@@ -294,7 +295,7 @@ def check_strategies(
     schedule: Any = None,
     tolerance: Any = None,
     max_iterations: Any = None,
-    certificate: Any = Recorded(),
+    certificate: Any = CertifyWhileRolling(),
 ) -> None:
     """Refuse arguments of the wrong kind.
 
@@ -304,27 +305,29 @@ def check_strategies(
     """
     if not isinstance(target, Target):
         raise TypeError(
-            f"target: got {kind(target)}, wanted a Target, e.g. from_numpyro(model, ..., key=key) or "
+            f"target: got {describe(target)}, wanted a Target, e.g. from_numpyro(model, ..., key=key) or "
             "Target(logdensity, initial)"
         )
     if not callable(kernel) and not isinstance(kernel, (Kernel, Warmup)):
         raise TypeError(
-            f"kernel: got {kind(kernel)}, wanted a Kernel (from_blackjax(...)), a builder such as hmc, or the "
+            f"kernel: got {describe(kernel)}, wanted a Kernel (from_blackjax(...)), a builder such as hmc, or the "
             "warm-up of another run"
         )
     if solver is not None:
         wanted = "a recipe such as shooting() or quasi_deer(), or None"
         check_has(solver, "solver", ("init", "step", "map_size"), wanted)
     if schedule is not None:
-        wanted = "Whole(), Stretches(size), Sliding(size), or None"
+        wanted = "AllAtOnce(), Windows(size), SlidingWindow(size), or None"
         check_has(schedule, "schedule", ("window", "advance"), wanted)
     if tolerance is not None and not isinstance(tolerance, Tolerance):
         raise TypeError(
-            f"tolerance: got {kind(tolerance)}, wanted Tolerance(relative, absolute) or None"
+            f"tolerance: got {describe(tolerance)}, wanted Tolerance(relative, absolute) or None"
         )
     if max_iterations is not None:
         check_count(max_iterations, "max_iterations", 1)
-    check_has(certificate, "certificate", ("dynamics",), "Recorded() or Independent()")
+    check_has(
+        certificate, "certificate", ("dynamics",), "CertifyWhileRolling() or CertifyIndependently()"
+    )
 
 
 def key_words(key: Key) -> list[int]:
@@ -341,7 +344,9 @@ def as_store(store: Store | str | os.PathLike | None) -> Store | None:
     if store is None or isinstance(store, Store):
         return store
     if not isinstance(store, (str, os.PathLike)):
-        raise TypeError(f"store: got {kind(store)}, wanted a folder's path or a Store(path, ...)")
+        raise TypeError(
+            f"store: got {describe(store)}, wanted a folder's path or a Store(path, ...)"
+        )
     return Store(store)
 
 

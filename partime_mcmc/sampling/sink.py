@@ -1,10 +1,10 @@
 """Where chunks of draws go: memory, or a store on disk (`storage.sink`).
 
-    with sink:
-        plan, state = sink.start(make_plan)      a plan that was stored, or one made now
-        for chunk in executor.chunks(state):
-            sink.write(chunk)
-        draws = sink.close()
+with sink:
+    plan, state = sink.start(make_plan)      a plan that was stored, or one made now
+    for chunk in executor.chunks(state):
+        sink.write(chunk)
+    draws = sink.close()
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ class Sink(Protocol):
 
     gather: Gather
 
-    def start(
-        self, make_plan: Callable[[], tuple[Plan, ChainState]]
-    ) -> tuple[Plan, ChainState]:
+    def start(self, make_plan: Callable[[], tuple[Plan, ChainState]]) -> tuple[Plan, ChainState]:
         """The plan of the run and where its chains stand; `make_plan` is called where no run has begun yet."""
         ...
 
@@ -58,9 +56,7 @@ class MemorySink:
     def __exit__(self, *error: Any) -> None:
         pass
 
-    def start(
-        self, make_plan: Callable[[], tuple[Plan, ChainState]]
-    ) -> tuple[Plan, ChainState]:
+    def start(self, make_plan: Callable[[], tuple[Plan, ChainState]]) -> tuple[Plan, ChainState]:
         """A new plan: nothing in memory was begun before."""
         self._plan, state = make_plan()
         self._chunks: list[Chunk] = []

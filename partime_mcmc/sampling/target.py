@@ -15,9 +15,9 @@ from typing import Any, Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from partime_mcmc.closures import Named
-from partime_mcmc.diagnostics.checks import InvalidStart, check_dtypes, check_key
 from partime_mcmc.compile_cache import Timings, run_explicit
+from partime_mcmc.diagnostics.checks import InvalidStart, check_dtypes, check_key
+from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import Array, Key, PyTree
 
 
@@ -102,7 +102,9 @@ class Target:
         """
         if callable(self.initial):
             try:
-                return check_dtypes(run_explicit(_Starts(self.initial), None, keys, timings=Timings()))
+                return check_dtypes(
+                    run_explicit(_Starts(self.initial), None, keys, timings=Timings())
+                )
             except InvalidStart:
                 raise
             except (
@@ -112,11 +114,12 @@ class Target:
         starts = [self.start(key) for key in keys]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
 
-
     def example(self) -> PyTree:
         """Structure, shapes and types of a position, without computing one where that can be avoided."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what there is to say of starts is said where they are made
+            warnings.simplefilter(
+                "ignore"
+            )  # what there is to say of starts is said where they are made
             if callable(self.initial):
                 try:
                     return _shapes_of(self.initial, jax.config.jax_enable_x64)
@@ -149,14 +152,14 @@ class Target:
         return jax.tree.leaves(jax.eval_shape(self.constrain, self.example()))
 
 
-class _Starts(Named):
+class _Starts(HashableFunction):
     """One start per key; the part is the target's function."""
 
     def __call__(self, nothing, keys):
         return jax.vmap(self.parts[0])(keys)
 
 
-class _Constrain(Named):
+class _Constrain(HashableFunction):
     """Named values in the model's space of all draws; the part is the target's function."""
 
     def __call__(self, params, positions):

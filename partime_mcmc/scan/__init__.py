@@ -2,7 +2,6 @@
 
 from partime_mcmc.scan.affine import AffineMap, Dense, Diagonal, Identity, Zero
 from partime_mcmc.scan.gaussian import DenseBelief, DenseMessage, DiagonalBelief, DiagonalMessage
-from partime_mcmc.scan.pallas import PallasScan
 from partime_mcmc.scan.prefix import (
     AssociativeScan,
     ChunkedScan,
@@ -10,7 +9,6 @@ from partime_mcmc.scan.prefix import (
     SequentialScan,
     default_scan,
 )
-from partime_mcmc.scan.time_axis import LocalTime, TimeAxis
 
 __all__ = [
     "AffineMap",
@@ -23,11 +21,8 @@ __all__ = [
     "DiagonalBelief",
     "DiagonalMessage",
     "Identity",
-    "LocalTime",
-    "PallasScan",
     "Scan",
     "SequentialScan",
-    "TimeAxis",
     "Zero",
     "default_scan",
 ]

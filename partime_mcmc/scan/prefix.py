@@ -7,11 +7,11 @@ Given maps M_1..M_T and a start x_0, a scan returns x_t = M_t(… M_1(x_0)) for 
     ChunkedScan(n)    T/n chunks composed side by side (sequential inside), then chunk starts passed along:
                       T compositions and T applications, depth n + T/n
 
-(`scan.pallas` has a fourth, for GPUs.) Applying costs D² for dense maps where composing costs D³, and a CPU has few
-lanes, so there the sequential scan wins by an order of magnitude although it is "not parallel" (the expensive part,
-evaluating the dynamics, still is). On accelerators depth is what counts. `default_scan` chooses.
+Applying costs D² for dense maps where composing costs D³, and a CPU has few lanes, so there the sequential scan wins by
+an order of magnitude although it is "not parallel" (the expensive part, evaluating the dynamics, still is). On
+accelerators depth is what counts. `default_scan` chooses.
 
-Elements are any monoid with `after(earlier)` and `__call__(start)`: affine maps and Kalman messages. Numbers of two
+Elements are any monoid with `after(earlier)` and `__call__(start)`: affine maps and Kalman messages. KernelParams of two
 bytes (bfloat16, float16) are added up in float32 and rounded once, in the result: a sum of some hundred of them has
 no digits left otherwise.
 """

@@ -4,7 +4,7 @@ from partime_mcmc.solvers.base import Proposal, Solver
 from partime_mcmc.solvers.damping import ConstantDamping, DampingPolicy, RelaxingDamping
 from partime_mcmc.solvers.kalman import Kalman
 from partime_mcmc.solvers.newton import Newton
-from partime_mcmc.solvers.rollout import Rollout
+from partime_mcmc.solvers.sequential import Sequential
 from partime_mcmc.solvers.shooting import Shooting
 
 __all__ = [
@@ -14,7 +14,7 @@ __all__ = [
     "Newton",
     "Proposal",
     "RelaxingDamping",
-    "Rollout",
+    "Sequential",
     "Shooting",
     "Solver",
 ]

@@ -12,10 +12,10 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from partime_mcmc.dynamics import Dynamics
+from partime_mcmc.engine.dynamics import Dynamics
+from partime_mcmc.engine.solution import Tolerance
+from partime_mcmc.engine.time_axis import TimeAxis
 from partime_mcmc.scan.affine import AffineMap
-from partime_mcmc.scan.time_axis import TimeAxis
-from partime_mcmc.solution import Tolerance
 from partime_mcmc.types import Array, Key, PyTree, pytree
 
 
@@ -34,7 +34,7 @@ class Proposal:
         jvps: Jacobian-vector products of `f` in this pass, over all steps of the window; a scalar.
         gave_up: Whether the solver sees that further passes will not help; a scalar.
         num_passes: Passes that this step stands for, for solvers that make several at once; a scalar.
-        notes: What the steps of `judged` noted (`Memo.note`), shape `(T, R)`; None from solvers that keep no notes.
+        notes: What the steps of `judged` noted (`CachedStep.aux`), shape `(T, R)`; None from solvers that keep no notes.
     """
 
     states: Array
@@ -89,7 +89,7 @@ class Solver(Protocol):
         ...
 
     def map_size(self, dimension: int) -> int:
-        """Numbers kept per step besides the states: what memory is estimated from."""
+        """KernelParams kept per step besides the states: what memory is estimated from."""
         ...
 
 

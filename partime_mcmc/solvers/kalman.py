@@ -18,12 +18,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from partime_mcmc.dynamics import Dynamics
+from partime_mcmc.engine.dynamics import Dynamics
+from partime_mcmc.engine.solution import Tolerance
+from partime_mcmc.engine.time_axis import TimeAxis
 from partime_mcmc.linearize.base import Linearizer
 from partime_mcmc.scan.affine import Dense, Diagonal, Identity, Zero
 from partime_mcmc.scan.gaussian import DenseMessage, DiagonalMessage
-from partime_mcmc.scan.time_axis import TimeAxis
-from partime_mcmc.solution import Tolerance
 from partime_mcmc.solvers.base import (
     Proposal,
     defect,

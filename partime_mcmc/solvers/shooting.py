@@ -34,29 +34,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from partime_mcmc.dynamics import Dynamics
+from partime_mcmc.engine.dynamics import Dynamics
+from partime_mcmc.engine.solution import Tolerance
+from partime_mcmc.engine.time_axis import TimeAxis
 from partime_mcmc.linearize import Linearizer, ZeroJacobian
-from partime_mcmc.scan.time_axis import TimeAxis
-from partime_mcmc.solution import Tolerance
-from partime_mcmc.solvers.ahead import split
 from partime_mcmc.solvers.base import Proposal
-from partime_mcmc.solvers.junctions import Joints, corrector
-from partime_mcmc.solvers.lanes import Lanes, Segments, roll_until_met, same, widths
-from partime_mcmc.solvers.rollout import enter_as_is, memo_of
+from partime_mcmc.solvers.hoist import hoist_drive_only
+from partime_mcmc.solvers.interfaces import SegmentInterfaces, corrector
+from partime_mcmc.solvers.narrowing import Lanes, Segments, roll_until_met, same, widths
+from partime_mcmc.solvers.segment_rule import segment_length
+from partime_mcmc.solvers.sequential import cached_step_of, enter_as_is
 from partime_mcmc.types import Array, Key, PyTree, pytree
 
-# Lanes that fill a device: chains × segments. Two CPU cores are full with some hundred, a GPU with thousands.
-_LANES = {"cpu": 128}
-_LANES_ELSEWHERE = 4096
 # Steps after which segments of which fewer than one in twenty has met are taken for chains that do not forget.
 _TRIAL = 256
-# Segments shorter than this meet too late to be worth their start.
-SHORTEST_SEGMENT = 64
-
-
-def device_lanes() -> int:
-    """How many chains × segments fill the default device."""
-    return _LANES.get(jax.default_backend(), _LANES_ELSEWHERE)
 
 
 @pytree(static=("num_segments", "steps", "max_evaluations"))
@@ -64,7 +55,7 @@ class Shooting:
     """Segments side by side until they coalesce.
 
     Attributes:
-        num_segments: C; None chooses by the device and the length of the path.
+        num_segments: C; None leaves it to `segment_rule`, or to `steps`.
         steps: n, instead of `num_segments`; at most one of the two is given.
         correction: What stands for the Jacobian of a whole segment when starts are corrected; zero hands over ends.
         max_evaluations: How many segments' lengths deep to go before giving up if more than half of the segments are still
@@ -119,14 +110,14 @@ class Shooting:
             )
         absolute, relative = tolerance.parts(states.dtype)
         absolute = jnp.broadcast_to(absolute, initial.shape)
-        memo = memo_of(dynamics)
+        cached = cached_step_of(dynamics)
         budget = 4 + 256 / steps if self.max_evaluations is None else self.max_evaluations
         budget = (
             math.ceil(budget * steps),
             math.inf if self.max_evaluations is not None else max(2 * steps, _TRIAL),
         )
-        shoot = _shoot_for(memo.enter, memo.advance, memo.leave, memo.note, steps, budget, axis)
-        shared = jax.tree.map(jnp.asarray, (memo.params, self.correction)), key
+        shoot = _shoot_for(cached.init, cached.step, cached.state, cached.aux, steps, budget, axis)
+        shared = jax.tree.map(jnp.asarray, (cached.params, self.correction)), key
         batched = jax.tree.map(
             lambda leaf: leaf[None], (initial, states, drives, absolute, relative)
         )
@@ -134,7 +125,7 @@ class Shooting:
         path, notes, residual, evaluations, jvps, depth, gave_up, num_passes = jax.tree.map(
             lambda leaf: leaf[0], found
         )
-        none, notes = jnp.zeros((), jnp.int32), notes if memo.note else None
+        none, notes = jnp.zeros((), jnp.int32), notes if cached.aux else None
         return Proposal(
             path, path, residual, none, none, depth, evaluations, jvps, gave_up, num_passes, notes
         ), state
@@ -149,7 +140,7 @@ class Shooting:
             return min(self.steps, here)
         if self.num_segments is not None:
             return math.ceil(here / math.ceil(min(self.num_segments, num_steps) / num_devices))
-        return min(here, max(SHORTEST_SEGMENT, math.ceil(here / device_lanes())))
+        return min(here, segment_length(here))
 
 
 @functools.lru_cache(maxsize=256)
@@ -197,10 +188,10 @@ def _shoot_for(enter, advance, leave, note, steps: int, budget: tuple[int, float
             lambda leaf, is_in: _merge(leaf, is_in, axis_size), chains, tuple(in_batched[1:])
         )
         found = shoot(shared, *merged)
-        split = jax.tree.map(
+        hoist_drive_only = jax.tree.map(
             lambda leaf: leaf.reshape(axis_size, leaf.shape[0] // axis_size, *leaf.shape[1:]), found
         )
-        return split, (True,) * 8
+        return hoist_drive_only, (True,) * 8
 
     return shoot
 
@@ -236,7 +227,7 @@ def _shoot(
     num_lanes = num_chains * num_segments
     drives = jax.tree.map(lambda leaf: _to_segments(leaf, num_segments, steps), drives)
     bound = jnp.repeat(absolute, num_segments, axis=0), jnp.repeat(relative, num_segments)[:, None]
-    joints = Joints(axis, initial)
+    joints = SegmentInterfaces(axis, initial)
     ends = guess[:, jnp.minimum(jnp.arange(1, num_segments + 1) * steps, num_steps) - 1]
     guessed = joints.hand_over(ends.reshape(num_lanes, dimension))
     (params, correction), key = shared
@@ -334,7 +325,7 @@ def _segments(enter, advance, leave, note, params, state, drives, bound) -> tupl
     """The recurrence in lanes, with whatever steps compute from their drives alone computed for all steps at once, and R."""
     drive = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), drives)
     memory = jax.eval_shape(enter, params[0], state, drive)
-    ahead, rest = split(advance, params[1], memory, drive)
+    ahead, rest = hoist_drive_only(advance, params[1], memory, drive)
     # Time in front, then one flat batch: moving drives costs less than moving what is made of them.
     shape = jax.tree.leaves(drives)[0].shape[1::-1]
     tape = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0).reshape(-1, *leaf.shape[2:]), drives)

@@ -1,6 +1,6 @@
 """What the draws of a run hang on, as hashes and plain values that can be compared.
 
-A log density is traced, and the arrays it captures are taken out of it (`closures.explicit`): what is left is the
+A log density is traced, and the arrays it captures are taken out of it (`tracing.explicit`): what is left is the
 model, a program, and the arrays are the data. Either has a hash of its own, so that an error can say which of both has
 changed. Numbers that a model has written into itself belong to the program.
 
@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from partime_mcmc.closures import Named, explicit, inner_arrays
 from partime_mcmc.compile_cache import compiler_options
-from partime_mcmc.dynamics import Dynamics
+from partime_mcmc.engine.dynamics import Dynamics
 from partime_mcmc.kernels import Kernel
 from partime_mcmc.kernels.kernel_program import ParametrisedKernel, density_of
 from partime_mcmc.sampling.environment import device, versions
 from partime_mcmc.sampling.randomness import MAX_STEPS
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.storage.serialize import digest_arrays, encode
+from partime_mcmc.tracing import HashableFunction, explicit, inner_arrays
 from partime_mcmc.types import PyTree
 from partime_mcmc.warmup.tuning import unwrapped
 from partime_mcmc.warmup.warmup import Warmup
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from partime_mcmc.sampling.plan import SampleArguments
     from partime_mcmc.storage.store import Store
 
-STRATEGIES = ("adaptation", "dice", "solver", "schedule", "tolerance", "certificate")
+STRATEGIES = ("adaptation", "coupling", "solver", "schedule", "tolerance", "certificate")
 """Arguments of a run that are objects of this package."""
 PLAIN = (
     "front",
@@ -105,7 +105,7 @@ def name_of(kernel: Any) -> str:
     said = ", ".join(
         f"{name}={_ADDRESS.sub('', repr(value))}"
         for name, value in sorted(fixed.items())
-        if name != "dice"
+        if name != "coupling"
     )
     return f"{builder.__module__}.{getattr(builder, '__qualname__', type(builder).__qualname__)}({said})"
 
@@ -251,7 +251,7 @@ def _initial(target: Target) -> str:
     )
 
 
-class _Constrain(Named):
+class _Constrain(HashableFunction):
     """Named values in the model's space of one position; the part is the target's function."""
 
     def __call__(self, params, position):
@@ -259,7 +259,7 @@ class _Constrain(Named):
         return dict(self.parts[0](position))
 
 
-class _Start(Named):
+class _Start(HashableFunction):
     """A start; the part is the target's function."""
 
     def __call__(self, params, key):

@@ -22,7 +22,7 @@ from partime_mcmc.kernels.kernel_program import (
     density_of,
     parametrised_kernel,
 )
-from partime_mcmc.kernels.whiten import LowRank
+from partime_mcmc.kernels.whitening import LowRank
 from partime_mcmc.sampling.choose_coupling import takes_coupling, with_coupling
 from partime_mcmc.sampling.chunk import ChainState
 from partime_mcmc.sampling.plan import Plan
@@ -80,7 +80,7 @@ def pack_plan(plan: Plan, state: ChainState) -> bytes:
         "plan": encode(plan.describe(), "plan"),
         "state": counters,
         "settings": None,
-        "dice": None,
+        "coupling": None,
     }
     if isinstance(kernel, ParametrisedKernel):
         whitening = kernel.numbers.whitening
@@ -88,7 +88,7 @@ def pack_plan(plan: Plan, state: ChainState) -> bytes:
             arrays |= pack_leaves(name, getattr(whitening, name))
         settings = dict(kernel.numbers.settings) | dict(kernel.family.counts)
         words["settings"] = encode(settings, "kernel")
-        words["dice"] = encode(unwrapped(kernel.family.builder)[1].get("dice"), "dice")
+        words["coupling"] = encode(unwrapped(kernel.family.builder)[1].get("coupling"), "coupling")
     return pack_arrays(arrays, words)[0]
 
 
@@ -152,7 +152,7 @@ def _kernel_of(
                 "kernel: got a builder, wanted the tuned Kernel that this run was begun with"
             )
         return given
-    builder, coupling = _builder_of(given), decode(words["dice"])
+    builder, coupling = _builder_of(given), decode(words["coupling"])
     if builder is None:
         raise TypeError("kernel: got a Kernel, wanted the builder that this run was begun with")
     if coupling is not None and takes_coupling(builder):

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from partime_mcmc.certify.certificate import Certificate
 from partime_mcmc.diagnostics.arviz import STAT_NAMES, tree_of
-from partime_mcmc.kernels import Certificate
+from partime_mcmc.engine.solution import Status
 from partime_mcmc.sampling.chunk import ChainState
 from partime_mcmc.sampling.draws import Draws, certified_sentence, raise_unless_good
 from partime_mcmc.sampling.report import RunReport
-from partime_mcmc.solution import Status
 from partime_mcmc.storage.checkpoint import Checkpoint
 from partime_mcmc.storage.draws_group import kept_steps, open_group
 from partime_mcmc.storage.files import StoreError
@@ -138,6 +138,11 @@ class StoredDraws:
         if self.checkpoint is None:
             return self.saved_plan.get("state")
         return leaves_state(self.checkpoint.state, self.checkpoint.words)
+
+    @property
+    def warmup_notes(self) -> str:
+        """What the warm-up said of itself; empty if there was none, or it is not over."""
+        return self.saved_plan.get("choices", {}).get("warmup_notes", "")
 
     @property
     def names(self) -> tuple[str, ...] | None:

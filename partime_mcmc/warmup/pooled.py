@@ -122,7 +122,9 @@ class PooledAdaptation:
             0,
             [],
         )
-        return pool, self._windows(walker, SeedTree.of(key), pool, rule, num_steps, path_rule, advance)
+        return pool, self._windows(
+            walker, SeedTree.of(key), pool, rule, num_steps, path_rule, advance
+        )
 
     def _windows(self, walker, seed, pool, rule, num_steps, path_rule, advance) -> Path:
         sizes, left = [], num_steps

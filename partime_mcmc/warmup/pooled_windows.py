@@ -20,16 +20,16 @@ import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.closures import Named
-from partime_mcmc.dynamics import Dynamics, Memo
-from partime_mcmc.kernels.dice import normal_of
-from partime_mcmc.warmup.trajectory_length import Path
 from partime_mcmc.compile_cache import Timings, run_program
+from partime_mcmc.engine.dynamics import CachedStep, Dynamics
+from partime_mcmc.engine.recipes import shooting
+from partime_mcmc.engine.solution import Status, Tolerance
+from partime_mcmc.engine.solve import solve
+from partime_mcmc.kernels.coupling import normal_of
+from partime_mcmc.tracing import HashableFunction
+from partime_mcmc.warmup.hmc_batch import STEPS, HMCBatch, HMCBatchResult, max_batch_steps
 from partime_mcmc.warmup.host_rng import SeedTree
-from partime_mcmc.warmup.hmc_batch import STEPS, HMCBatchResult, HMCBatch, max_batch_steps
-from partime_mcmc.recipes import shooting
-from partime_mcmc.solution import Status, Tolerance
-from partime_mcmc.solve import solve
+from partime_mcmc.warmup.trajectory_length import Path
 
 _PIECE, _SEGMENT = 128, 32
 # Adaptation asks for less than sampling: a millionth of the width of a posterior.
@@ -86,7 +86,11 @@ def in_parallel_time(
     for number in range(size // _PIECE):
         one = seed.child(number)
         found, depth, status, evaluations = run_program(
-            _Piece(walker.density), numbers, jnp.asarray(positions, dtype), one.key, timings=Timings()
+            _Piece(walker.density),
+            numbers,
+            jnp.asarray(positions, dtype),
+            one.key,
+            timings=Timings(),
         )
         if (np.asarray(status) != Status.CONVERGED).any():
             pieces.append(side_by_side(walker, one, positions, root, path, _PIECE))
@@ -105,7 +109,7 @@ def in_parallel_time(
     )
 
 
-class _Piece(Named):
+class _Piece(HashableFunction):
     """All chains over one piece: positions, gradients, log densities and acceptance, then depth, status and work."""
 
     def __call__(self, numbers, positions, key):
@@ -113,7 +117,9 @@ class _Piece(Named):
         num_chains, dimension = positions.shape
         drives = jax.random.uniform(key, (num_chains, _PIECE, dimension + 1), positions.dtype)
         parts = [_Hamiltonian(density, name) for name in ("enter", "advance", "leave")]
-        dynamics = Dynamics(_Hamiltonian(density, "step"), numbers, Memo(*parts, (numbers,) * 3))
+        dynamics = Dynamics(
+            _Hamiltonian(density, "step"), numbers, CachedStep(*parts, (numbers,) * 3)
+        )
         found = jax.vmap(
             lambda first, drive: solve(
                 dynamics,
@@ -132,7 +138,7 @@ class _Piece(Named):
         return across, found.stats.depth, found.status, found.stats.evaluations
 
 
-class _Hamiltonian(Named):
+class _Hamiltonian(HashableFunction):
     """One HMC transition as a recurrence on flat positions, driven by D + 1 uniforms; parts: the density, a name."""
 
     def __call__(self, numbers, *args):

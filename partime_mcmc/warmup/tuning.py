@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from partime_mcmc.compile_cache import compiler_options
 from partime_mcmc.kernels import (
-    CoalescingDice,
+    MultishiftCoupling,
     Whitening,
     coalescing_hmc,
     hmc,
@@ -32,11 +33,10 @@ from partime_mcmc.kernels import (
     nuts,
     random_walk,
 )
-from partime_mcmc.kernels.kernel_program import Builder, KernelProgram, KernelParams
-from partime_mcmc.warmup.trajectory_length import Path, TrajectoryRule, boldest_step
-from partime_mcmc.compile_cache import compiler_options
-from partime_mcmc.warmup.hmc_batch import STEPS
+from partime_mcmc.kernels.kernel_program import Builder, KernelParams, KernelProgram
 from partime_mcmc.types import Key
+from partime_mcmc.warmup.hmc_batch import STEPS
+from partime_mcmc.warmup.trajectory_length import Path, TrajectoryRule, boldest_step
 
 _TARGETS = {hmc: 0.8, coalescing_hmc: 0.8, nuts: 0.8, mala: 0.8, random_walk: 0.3}
 _COALESCING_MALA, _OTHERS = 0.65, 0.7
@@ -75,7 +75,7 @@ def target_of(builder: Builder) -> float:
     base, fixed = unwrapped(builder)
     return (
         _COALESCING_MALA
-        if base is mala and isinstance(fixed.get("dice"), CoalescingDice)
+        if base is mala and isinstance(fixed.get("coupling"), MultishiftCoupling)
         else _TARGETS.get(base, _OTHERS)
     )
 
@@ -85,7 +85,9 @@ def path_rule_of(builder: Builder, target: float, length: float | None) -> Traje
     base, fixed = unwrapped(builder)
     if base not in (hmc, coalescing_hmc):
         return TrajectoryRule()
-    return TrajectoryRule(target, fixed.get("step_size"), fixed.get("num_integration_steps"), length)
+    return TrajectoryRule(
+        target, fixed.get("step_size"), fixed.get("num_integration_steps"), length
+    )
 
 
 def choose(

@@ -22,7 +22,12 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.kernels import Kernel, Whitening
-from partime_mcmc.kernels.kernel_program import Builder, KernelProgram, density_of, parametrised_kernel
+from partime_mcmc.kernels.kernel_program import (
+    Builder,
+    KernelProgram,
+    density_of,
+    parametrised_kernel,
+)
 from partime_mcmc.warmup.trajectory_length import Path, TrajectoryRule
 from partime_mcmc.warmup.pooled import Pool, PooledAdaptation
 from partime_mcmc.compile_cache import compiler_options

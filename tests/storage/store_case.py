@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.kernels import from_blackjax
 from partime_mcmc import compile_cache
+from partime_mcmc.engine.recipes import jacobi
+from partime_mcmc.engine.windows import Windows
+from partime_mcmc.kernels import from_blackjax
 from partime_mcmc.sampling.progress import quiet
 from partime_mcmc.sampling.sample import sample
-from partime_mcmc.storage.store import Store
 from partime_mcmc.sampling.target import Target
-from partime_mcmc.recipes import jacobi
-from partime_mcmc.schedule import Stretches
+from partime_mcmc.storage.store import Store
 
 STEP, CHAINS, CHUNK = 0.35, 2, 24
 DATA = np.array([0.5, -1.0, 2.0])
@@ -62,7 +62,7 @@ def run(store=None, num_samples=120, key=0, **changes):
         "num_samples": num_samples,
         "num_chains": CHAINS,
         "solver": jacobi(),
-        "schedule": Stretches(CHUNK),
+        "schedule": Windows(CHUNK),
         "progress": False,
     } | changes
     store = store if store is None or isinstance(store, Store) else Store(store, chunk=CHUNK)

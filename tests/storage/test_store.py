@@ -28,19 +28,21 @@ import partime_mcmc.sampling.local as local
 import partime_mcmc.sampling.sample as sampling
 import partime_mcmc.storage.files as files
 from partime_mcmc import (
+    AllAtOnce,
     Clipped,
     DiagonalJacobian,
     Newton,
-    Whole,
     elk,
     open_draws,
     resume,
     shooting,
     summary_table,
 )
-from partime_mcmc.cli.runs import of_store
 from partime_mcmc.compile_cache import Timings
 from partime_mcmc.diagnostics.checks import TooLarge
+from partime_mcmc.engine.recipes import sequential
+from partime_mcmc.engine.solution import SolveError, Status, Tolerance
+from partime_mcmc.engine.windows import Windows
 from partime_mcmc.kernels import Whitening, from_blackjax, mala
 from partime_mcmc.kernels.kernel_program import (
     KernelProgram,
@@ -48,15 +50,12 @@ from partime_mcmc.kernels.kernel_program import (
     parametrised_kernel,
     program_and_params,
 )
-from partime_mcmc.recipes import sequential
 from partime_mcmc.sampling.memory import chunk_steps
 from partime_mcmc.sampling.merge import merge_certificates, merge_reports, without_steps
 from partime_mcmc.sampling.progress import progress_line, quiet
 from partime_mcmc.sampling.randomness import begin, draw_tapes
 from partime_mcmc.sampling.run_recorder import RunRecorder
 from partime_mcmc.sampling.target import Target
-from partime_mcmc.schedule import Stretches
-from partime_mcmc.solution import SolveError, Status, Tolerance
 from partime_mcmc.storage import serialize
 from partime_mcmc.storage.draws_group import (
     draws_per_file,
@@ -292,7 +291,7 @@ def test_an_interrupt_is_heard_when_all_chains_are_lost(tmp_path, memory, monkey
 
 def test_what_is_not_kept_yet_is_not_read(tmp_path):
     part = run(tmp_path / "run", thinning=50, progress=Interrupting(30))
-    for read in (part.load, of_store(part).view):
+    for read in (part.load, lambda: part.constrained):
         with pytest.raises(
             StoreError, match="has 24 draws per chain, and with thinning=50 none of them is kept"
         ):
@@ -768,13 +767,13 @@ def test_chunks_fit_and_divide_the_run():
 
     assert steps(2_500_000) == 62_500 and steps(1_000) == 1_000
     assert steps(10**7, max_bytes=2**20) * 2 * 4 * 10 * 8 * 6 <= 2**20
-    assert steps(10**7, Stretches(1000)) % 1000 == 0 and steps(100, wanted=24) == 24
+    assert steps(10**7, Windows(1000)) % 1000 == 0 and steps(100, wanted=24) == 24
     lean, rich = (
         chunk_steps(shooting(), None, 10**7, 4, 10, 8, 2**20, None, more) for more in (0, 10**4)
     )
     assert rich * 2 * 4 * 10**4 <= 2**20 < lean * 2 * 4 * 10**4
     for words, arguments in (
-        ("schedule: ", {"schedule": Stretches(10**6)}),
+        ("schedule: ", {"schedule": Windows(10**6)}),
         ("store.chunk: ", {"wanted": 10**6}),
         ("num_chains: .* fewer chains", {"chains": 10**6, "dimension": 10**3}),
     ):
@@ -794,7 +793,8 @@ def test_tapes_start_anywhere():
                 for steps, state in ((50, first), (20, dataclasses.replace(first, num_steps=30)))
             )
             np.testing.assert_array_equal(
-                jax.random.key_data(everything.dice)[:, 30:], jax.random.key_data(later.dice)
+                jax.random.key_data(everything.randomness)[:, 30:],
+                jax.random.key_data(later.randomness),
             )
 
 
@@ -802,7 +802,7 @@ def test_strategies_go_into_files_and_foreign_names_do_not_come_out():
     for value in (
         elk(),
         Newton(Clipped(DiagonalJacobian(), 0.5)),
-        Whole(),
+        AllAtOnce(),
         Status.FROZEN,
         (1, [2.5, None]),
         Tolerance(1e-9, np.arange(3.0)),
@@ -846,7 +846,7 @@ def test_others_read_the_group(whole):
         serialize.decode(attributes[name]) for name in ("solver", "schedule", "tolerance")
     )
     choices = whole.saved_plan["choices"]
-    assert solver == choices["solver"] and schedule == Stretches(CHUNK)
+    assert solver == choices["solver"] and schedule == Windows(CHUNK)
     assert tolerance.relative == choices["tolerance"].relative
 
 

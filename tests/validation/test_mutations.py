@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 import reference
 
-from partime_mcmc.dynamics import rollout
-from partime_mcmc.kernels import Kernel, certify, mala
-from partime_mcmc.kernels.drawn import DrawnState
+from partime_mcmc.certify.independent import certify
+from partime_mcmc.engine.dynamics import rollout
+from partime_mcmc.engine.recipes import jacobi, sequential
+from partime_mcmc.engine.solution import SolveError, Status
+from partime_mcmc.engine.solve import solve
+from partime_mcmc.kernels import Kernel, mala
+from partime_mcmc.kernels.explicit_randomness import GradientState
 from partime_mcmc.numpyro import HMC, ParallelMCMC
 from partime_mcmc.sampling.sample import sample
 from partime_mcmc.sampling.target import Target
-from partime_mcmc.recipes import jacobi, sequential
-from partime_mcmc.solution import SolveError, Status
-from partime_mcmc.solve import solve
 
 STEP, STEPS = 0.7, 200
 
@@ -107,7 +108,7 @@ def langevin(correction):
     """MALA on a standard normal, hand-written, with the Hastings correction counted `correction` times."""
 
     def init(position):
-        return DrawnState(position, density(position), -position)
+        return GradientState(position, density(position), -position)
 
     def step(key, state):
         noise_key, accept_key = jax.random.split(key)

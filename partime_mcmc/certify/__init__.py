@@ -1,0 +1,1 @@
+"""Certificates: the check that a path obeys its kernel, step by step."""

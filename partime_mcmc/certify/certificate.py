@@ -1,0 +1,247 @@
+"""What a certificate says of a path, and how it is judged, whoever evaluated its steps.
+
+All steps are compared with what the kernel makes of the state before them, x_t against f(x_{t-1}, k_t), and
+
+    ρ_t = max_j |f(x_{t-1}, k_t) − x_t|_j / scale_j
+
+is reported in units that mean something: standard deviations of the proposal's noise where the kernel knows it (an
+accepted step of MALA with ρ_t is *exactly* a step whose noise was shifted by ρ_t standard deviations), standard deviations
+of the chain otherwise. A wrong accept decision shows as ρ_t of order 1.
+
+The margin of a decision is |acceptance probability − uniform|. Where it is smaller than what rounding can change, the
+decision is *ambiguous*: another compilation of the same kernel may decide otherwise.
+
+The values come from `certify`, one more pass that is independent of the solver, or from `recorded`, where every step said
+what it made of its state while the path was rolled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from partime_mcmc.certify.step_record import Records
+from partime_mcmc.engine.solution import nanaware_max
+from partime_mcmc.kernels.kernel import Carry
+from partime_mcmc.types import Array, PyTree, pytree
+
+# Noise units. The floors seen are 4e-15 and 2e-6; a flipped decision shows as 1 or more.
+_TOLERANCE = {jnp.dtype("float64"): 1e-8, jnp.dtype("float32"): 1e-4}
+# A healthy chain may reject as many proposals in a row.
+FEWEST_TO_FREEZE = 10
+# Ten times the difference in acceptance probability that was seen between two compilations of one kernel.
+_AMBIGUOUS = {jnp.dtype("float64"): 1e-11, jnp.dtype("float32"): 2e-3}
+
+
+@pytree()
+class Certificate:
+    """What an independent pass found; one number per chain, shape `(C,)` where chains are batched.
+
+    Attributes:
+        certified: All finite, and every step within `tolerance`.
+        max_residual: The largest ρ_t.
+        worst_step: Where it is, counted from 0.
+        tolerance: The bound on ρ_t.
+        num_steps: T.
+        finite: Whether all states are finite.
+        frozen: Whether the chain never moves in ten steps or more.
+        num_rejected: Rejected proposals; −1 where the kernel makes no such decision.
+        longest_rejection: Longest run of steps without movement.
+        num_nonfinite_proposals: Proposals with a log density or energy that is not finite (they are rejected). Kernels
+            without an energy do not all show their proposals: there, an acceptance probability of exactly 0 counts, too.
+        num_ambiguous: Decisions with a margin below `10 ×` rounding; −1 where margins are not known.
+        min_margin: The smallest margin; NaN where margins are not known.
+        min_lattice_margin: With coalescing dice, the smallest distance to where the noise jumps, in its standard deviations;
+            NaN without.
+        discrete_consistent: Whether the tape's discrete leaves are the ones that the path produces.
+        independent: Whether steps were evaluated once more, apart from the solver; otherwise all of this was recorded while the
+            path was rolled.
+        accepted: Decisions, shape `(..., T)`; all True where the kernel makes none.
+        residual: ρ_t, shape `(..., T)`.
+    """
+
+    certified: Array
+    max_residual: Array
+    worst_step: Array
+    tolerance: Array
+    num_steps: Array
+    finite: Array
+    frozen: Array
+    num_rejected: Array
+    longest_rejection: Array
+    num_nonfinite_proposals: Array
+    num_ambiguous: Array
+    min_margin: Array
+    min_lattice_margin: Array
+    discrete_consistent: Array
+    independent: Array
+    accepted: Array
+    residual: Array
+
+    @property
+    def evidence(self) -> str:
+        """What it rests on, in words (not under tracing)."""
+        return describe_certification(self.independent)
+
+
+def describe_certification(independent: Array | bool) -> str:
+    """What certificates rest on.
+
+    Args:
+        independent: Whether steps were evaluated once more, of each chain.
+    """
+    independent = np.asarray(independent)
+    some = "" if independent.all() or not independent.any() else "partly "
+    return (
+        f"{some}by an independent pass"
+        if independent.any()
+        else "recorded while the chains were rolled"
+    )
+
+
+def before_steps(initial: PyTree, states: PyTree) -> PyTree:
+    """The state before each step of a path, leaves with leading axis `T`."""
+    return jax.tree.map(
+        lambda a, b: jnp.concatenate([a[None], b[:-1]])[: b.shape[0]], initial, states
+    )
+
+
+def flat_steps(carries: PyTree) -> Array:
+    """Carries with a leading axis `T` as vectors, shape `(T, D)`."""
+    return jax.vmap(lambda carry: ravel_pytree(carry)[0])(carries)
+
+
+def judged(
+    values: PyTree,
+    consistent: Array,
+    records: Records,
+    uniform: Array | None,
+    initial: PyTree,
+    states: PyTree,
+    unit: Array | float | None,
+    independent: bool = True,
+) -> tuple[Certificate, Records]:
+    """The certificate of one path, given what its kernel makes of each state.
+
+    Args:
+        values: `f(x_{t-1}, k_t)`, a pytree like the carry with leading axis `T`.
+        consistent: Whether discrete leaves are the tape's.
+        records: What the kernel says of each step.
+        uniform: The uniforms behind its decisions, shape `(T,)`; None where they are not known.
+        initial: The carry before the first step.
+        states: The path.
+        unit: Of the residual; None is the path's spread.
+        independent: Whether the values were computed apart from the path.
+    """
+    before, flatten = before_steps(initial, states), flat_steps
+    path, expected, previous = flatten(states), flatten(values), flatten(before)
+    num_steps, dtype = path.shape[0], path.dtype
+    if num_steps == 0:
+        path, expected, previous = (
+            jnp.zeros((0, ravel_pytree(initial)[0].size), dtype) for _ in range(3)
+        )
+    unit = _spread(path) if unit is None else jnp.asarray(unit, dtype)
+    # A unit that is not positive and finite would let anything pass.
+    usable = (unit > 0) & jnp.isfinite(unit)
+    residual = nanaware_max(jnp.where(usable, jnp.abs(expected - path) / unit, jnp.nan), axis=1)
+    finite = jnp.isfinite(path).all()
+    tolerance = jnp.asarray(_TOLERANCE.get(dtype, 1e-4), dtype)
+    positions = [
+        carry.position if isinstance(carry, Carry) else carry for carry in (states, before)
+    ]
+    moved = (
+        (flatten(positions[0]) != flatten(positions[1])).any(axis=1)
+        if num_steps
+        else jnp.zeros(0, bool)
+    )
+    accepted = (
+        jnp.ones(num_steps, bool)
+        if records.accepted is None
+        else jnp.broadcast_to(records.accepted, (num_steps,))
+    )
+    held = ~moved | ~accepted
+    num_ambiguous, min_margin = _margins(uniform, records, dtype)
+    worst = (
+        jnp.argmax(jnp.where(jnp.isnan(residual), jnp.inf, residual))
+        if num_steps
+        else jnp.zeros((), jnp.int32)
+    )
+    certificate = Certificate(
+        certified=finite & jnp.all(residual <= tolerance) & consistent,
+        max_residual=nanaware_max(residual),
+        worst_step=worst,
+        tolerance=tolerance,
+        num_steps=jnp.asarray(num_steps),
+        finite=finite,
+        frozen=(num_steps >= FEWEST_TO_FREEZE) & held.all(),
+        num_rejected=jnp.asarray(-1) if records.accepted is None else jnp.sum(~accepted),
+        longest_rejection=_longest_run(held),
+        num_nonfinite_proposals=jnp.sum(records.nonfinite),
+        num_ambiguous=num_ambiguous,
+        min_margin=min_margin,
+        min_lattice_margin=jnp.asarray(jnp.nan, dtype)
+        if records.lattice_margin is None
+        else jnp.min(records.lattice_margin, initial=jnp.inf),
+        discrete_consistent=consistent,
+        independent=jnp.asarray(independent),
+        accepted=accepted,
+        residual=residual,
+    )
+    return certificate, dataclasses.replace(records, held=(expected == previous).all(axis=1))
+
+
+# Steps whose quartiles are looked at.
+_SORTED = 1024
+
+
+def _spread(path: Array) -> Array:
+    """Standard deviation of each coordinate; 1 where it does not move, so that any residual there shows.
+
+    The interquartile range speaks where it is the smaller one: a path that explodes somewhere must not set the unit by which
+    it is judged.
+    """
+    if not path.shape[0]:
+        return jnp.ones(path.shape[1:], path.dtype)
+    # Quartiles of steps all along the path, to the nearest rank: a unit needs no more, and sorting all would take as long as
+    # sampling does.
+    ordered = jnp.sort(path[:: -(-path.shape[0] // _SORTED)], axis=0)
+    last = ordered.shape[0] - 1
+    low, high = ordered[round(0.25 * last)], ordered[round(0.75 * last)]
+    spread, middle = jnp.std(path, axis=0), (high - low) / 1.349
+    spread = jnp.where((middle > 0) & ~(middle > spread), middle, spread)
+    return jnp.where(jnp.isfinite(spread) & (spread > 0), spread, 1)
+
+
+def _margins(uniform, records, dtype):
+    unknown = jnp.asarray(-1), jnp.asarray(jnp.nan, dtype)
+    threshold = _AMBIGUOUS.get(dtype, 2e-3)
+    if records.decision_margin is not None:
+        return jnp.sum(records.decision_margin < threshold), jnp.min(
+            records.decision_margin, initial=jnp.inf
+        )
+    if uniform is None or records.accepted is None:
+        return unknown
+    margin = jnp.abs(records.acceptance_rate - uniform)
+    # Only if this uniform explains every decision is it the kernel's own.
+    explains = jnp.all((uniform < records.acceptance_rate) == records.accepted) & jnp.any(
+        ~records.accepted
+    )
+    ambiguous = jnp.sum(margin < threshold)
+    return (
+        jnp.where(explains, ambiguous, -1),
+        jnp.where(explains, jnp.min(margin, initial=jnp.inf), jnp.nan).astype(dtype),
+    )
+
+
+def _longest_run(flags: Array) -> Array:
+    def advance(carry, flag):
+        run = jnp.where(flag, carry[0] + 1, 0)
+        return (run, jnp.maximum(carry[1], run)), None
+
+    nothing = jnp.zeros((), jnp.int32)
+    # Steps cost nothing but the loop around them.
+    return jax.lax.scan(advance, (nothing, nothing), flags, unroll=16)[0][1]

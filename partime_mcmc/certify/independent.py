@@ -1,0 +1,164 @@
+"""The independent pass: every step of a path is evaluated once more, all at once, whatever solver made it.
+
+What it finds is judged as `certificate` says. Chains that `sample` returns can have their steps recorded while they are
+rolled (`recorded`), at no cost; this pass shares nothing with the solver but the kernel, and costs one evaluation per step.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from partime_mcmc.certify.certificate import Certificate, before_steps, flat_steps, judged
+from partime_mcmc.certify.step_record import Records
+from partime_mcmc.kernels.evaluate_steps import Observe, in_pieces, reevaluate, steps_at_once
+from partime_mcmc.kernels.kernel import Kernel, Tape, raw
+from partime_mcmc.tracing import explicit
+from partime_mcmc.types import Array, PyTree
+from partime_mcmc.validation import check_scale
+
+
+def certify(
+    kernel: Kernel, initial: PyTree, states: PyTree, drives: Tape, *, scale: Array | None = None
+) -> Certificate:
+    """Check a path of carries against its kernel, all steps at once.
+
+    Args:
+        kernel: The kernel.
+        initial: The carry before the first step.
+        states: The path of carries, leading axis `T`.
+        drives: The tape, leading axis `T`.
+        scale: The unit of the residual in flat coordinates, a scalar or shape `(D,)`; None takes the kernel's noise
+            scale, or the standard deviation of the path.
+
+    Returns:
+        The certificate.
+
+    Raises:
+        ValueError: If `scale` is not positive and finite.
+    """
+    return certify_with_records(kernel, initial, states, drives, scale=scale)[0]
+
+
+def certify_with_records(
+    kernel: Kernel, initial: PyTree, states: PyTree, drives: Tape, *, scale: Array | None = None
+) -> tuple[Certificate, Records]:
+    """As `certify`, with what the kernel says of each step of the path."""
+    observe, params, unit = _observer(kernel, initial, states, drives, scale)
+    return _certify(observe, params, initial, states, drives, unit)
+
+
+def certify_held(
+    kernel: Kernel, initial: PyTree, states: PyTree, drives: Tape, *, scale: Array | None = None
+) -> tuple[Certificate, Records, PyTree]:
+    """As `certify_with_records`, of the path made to stand still by `hold`, which comes third.
+
+    Only the steps that start from another state for that are evaluated again. Chains have a leading axis `C` everywhere, and all
+    their steps share one set of lanes.
+    """
+    observe, params, unit = _observer(
+        kernel,
+        *(jax.tree.map(lambda leaf: leaf[0], tree) for tree in (initial, states, drives)),
+        scale,
+    )
+    return _certify_held(observe, params, initial, states, drives, unit)
+
+
+def _observer(kernel, initial, states, drives, scale):
+    _check_path(initial, states, drives)
+    first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), drives)
+    observe, params = explicit(Observe(kernel), None, initial, first)
+    return observe, params, kernel.noise_scale if scale is None else check_scale(scale, "scale")
+
+
+def hold(initial: PyTree, states: PyTree, held: Array) -> PyTree:
+    """Make a path stand still to the last bit where its kernel does.
+
+    A solver stops within a tolerance, so a rejected step may differ from the state before it by some ulp; no noise of the
+    proposal can explain that. Every such step takes the last state that moved.
+
+    Args:
+        initial: The carry before the first step.
+        states: The path, leading axis `T`.
+        held: Where the kernel returns the state it was given, shape `(T,)`.
+
+    Returns:
+        The path, exact on rejected steps.
+    """
+    index = jnp.arange(held.shape[0]) + 1
+    last = jax.lax.cummax(jnp.where(held, 0, index))
+    everything = jax.tree.map(
+        lambda first, rest: jnp.concatenate([first[None], rest]), initial, states
+    )
+    return jax.tree.map(lambda leaf: leaf[last], everything)
+
+
+def _check_path(initial: PyTree, states: PyTree, drives: Tape) -> None:
+    if not isinstance(drives, Tape):
+        raise TypeError(
+            f"drives: got a {type(drives).__name__}, wanted a Tape: kernel.tape(key, num_steps, state)"
+        )
+    if hasattr(initial, "_asdict") and hasattr(initial, "logdensity"):
+        raise TypeError(
+            f"initial: got a {type(initial).__name__}, wanted its carry: kernel.carry(state)"
+        )
+    steps = {leaf.shape[0] for leaf in (*jax.tree.leaves(states), *jax.tree.leaves(drives))}
+    if len(steps) > 1:
+        raise ValueError(
+            f"states and drives: leading axes {sorted(steps)}, wanted one common length T"
+        )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _certify(observe, params, initial, states, drives, unit):
+    seen = in_pieces(functools.partial(observe, params), before_steps(initial, states), drives)
+    return _judge(seen, initial, states, drives, unit)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _certify_held(observe, params, initial, states, drives, unit):
+    look = functools.partial(observe, params)
+    # One axis of steps: with chains as an axis of their own, products of matrices took twice as long.
+    shape = jax.tree.leaves(drives)[0].shape[:2]
+    one_axis = jax.tree.map(
+        lambda leaf: leaf.reshape(math.prod(shape), *leaf.shape[2:]),
+        (jax.vmap(before_steps)(initial, states), drives),
+    )
+    seen = in_pieces(look, *one_axis, piece=4 * steps_at_once())
+    seen = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), seen)
+    return jax.vmap(functools.partial(_hold_and_judge, look), in_axes=(0, 0, 0, 0, None))(
+        seen, initial, states, drives, unit
+    )
+
+
+def _hold_and_judge(look, seen, initial, states, drives, unit):
+    before = before_steps(initial, states)
+    still = hold(initial, states, (flat_steps(seen[0]) == flat_steps(before)).all(axis=1))
+    moved = [
+        (new != old) & ~(jnp.isnan(new) & jnp.isnan(old))
+        for new, old in zip(jax.tree.leaves(before_steps(initial, still)), jax.tree.leaves(before))
+    ]
+    again = functools.reduce(
+        jnp.logical_or, [flags.any(axis=tuple(range(1, flags.ndim))) for flags in moved]
+    )
+    seen = reevaluate(look, seen, before_steps(initial, still), drives, again)
+    return *_judge(seen, initial, still, drives, unit), still
+
+
+def _judge(seen, initial, states, drives, unit):
+    values, discrete, records, uniform = seen
+    return judged(
+        values, _consistent(discrete, drives.discrete), records, uniform, initial, states, unit
+    )
+
+
+def _consistent(produced, taped):
+    """Whether the discrete leaves after each step are the tape's before the next one."""
+    same = [
+        jnp.all(raw(new)[:-1] == raw(old)[1:])
+        for new, old in zip(jax.tree.leaves(produced), jax.tree.leaves(taped))
+    ]
+    return functools.reduce(jnp.logical_and, same, jnp.ones((), bool))

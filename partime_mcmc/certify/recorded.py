@@ -1,0 +1,78 @@
+"""Certificates recorded while a path is rolled, and the choice between these and an independent pass.
+
+A solver that rolls computes every step of the path that it returns from the very state before it, so
+
+    x_t = f(x_{t-1}, k_t)      holds to the last bit inside a segment, as the program that rolled it evaluates f;
+    x_t = f(x_{t-1}, k_t) − r_t  where a rolled path met a stored one, or a segment its successor, with |r_t| known
+                                 (of two meetings in one segment the larger |r| stands at the place of the later one),
+
+and the kernel's decision, energy and margins of each step are those of the transition that is in the path. Nothing needs to
+be evaluated again: the certificate costs the memory of a few numbers per step. An independent pass costs one more evaluation
+of every step and shares nothing with the solver but the kernel; it is there for the sceptical, for solvers that do not
+roll, and for chains that were finished some other way.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from partime_mcmc.certify.certificate import Certificate, judged
+from partime_mcmc.certify.step_record import Records, unpacked
+from partime_mcmc.engine.dynamics import Dynamics
+from partime_mcmc.kernels.kernel import Kernel, Tape
+from partime_mcmc.types import Array, PyTree, pytree
+
+
+@pytree()
+class CertifyWhileRolling:
+    """Record while rolling, where the solver rolls; an independent pass elsewhere, and where a chain fell back."""
+
+    def dynamics(self, kernel: Kernel) -> Dynamics:
+        """The recurrence to solve."""
+        return kernel.recording()
+
+
+@pytree()
+class CertifyIndependently:
+    """Evaluate every step of the finished path once more."""
+
+    def dynamics(self, kernel: Kernel) -> Dynamics:
+        """The recurrence to solve."""
+        return kernel.dynamics()
+
+
+Certification = CertifyWhileRolling | CertifyIndependently
+
+
+def certify_recorded(
+    kernel: Kernel, initial: PyTree, states: PyTree, drives: Tape, notes: Array, defects: Array
+) -> tuple[Certificate, Records]:
+    """The certificate of a path that was recorded.
+
+    Args:
+        kernel: Whose `recording()` was solved.
+        initial: The carry before the first step.
+        states: The path, leading axis `T`, at least one step.
+        drives: The tape.
+        notes: Of the `Solution`, shape `(T, R)`.
+        defects: Of the `Solution`, shape `(T, D)`.
+
+    Returns:
+        The certificate, not `independent`, and what the kernel said of each step.
+    """
+    drive = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), drives)
+    said = unpacked(notes, jax.eval_shape(kernel.step_record, initial, drive))
+    _, unravel = ravel_pytree(initial)
+    values = jax.tree.map(jnp.add, states, jax.vmap(unravel)(defects))
+    return judged(
+        values,
+        said.consistent.all(),
+        said.records,
+        said.uniform,
+        initial,
+        states,
+        kernel.noise_scale,
+        independent=False,
+    )

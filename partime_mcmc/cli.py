@@ -1,0 +1,396 @@
+"""The command line: `partime-mcmc COMMAND`, or `python -m partime_mcmc COMMAND`.
+
+Exit codes: 0, the chains are certified and, where two runs are compared, agree. 1, they are not, or do not. 2, arguments,
+files or a model that cannot work: one sentence on standard error says why, and --traceback shows where. As for other
+programs: 130 after an interrupt. What is in a store is safe.
+
+MODEL is a NumPyro model, a `Target`, or a function that returns a `Target` or `(logdensity, initial)`; data are its
+keyword arguments by name. Loading a file runs it, as Python would. The command line is the only part of the package
+that may switch JAX to float64, and does so when asked to, and for built-in models that need it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import inspect
+import json
+import os
+import runpy
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+import partime_mcmc
+from partime_mcmc import StoredDraws, Target, hosts, open_draws, save_netcdf, time_mesh
+from partime_mcmc.diagnostics import describe, html, plots
+from partime_mcmc.diagnostics.checks import check_count
+from partime_mcmc.diagnostics.read_netcdf import read_draws
+from partime_mcmc.diagnostics.report import Level, Report
+from partime_mcmc.models import MODELS
+from partime_mcmc.numpyro.model import called
+from partime_mcmc.sampling.memory import default_max_bytes
+from partime_mcmc.sampling.pilots import coupled_distances, solve_by_pass
+from partime_mcmc.storage.store import Folder
+from partime_mcmc.types import Key
+
+_GOOD, _BAD, _WRONG_ARGUMENTS, _INTERRUPTED = 0, 1, 2, 130
+_KERNELS = ("coalescing_hmc", "hmc", "mala", "nuts", "random_walk")
+_SOLVERS = ("sequential", "shooting", "deer", "quasi_deer", "elk", "quasi_elk", "picard", "jacobi")
+_LEVELS = ("statistical", "certified-path", "bitwise")
+_COPIES = 4  # a comparison, or a file that is written, copies draws on its way
+
+_FLAG: dict[str, Any] = {"action": "store_true"}
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "model": {"metavar": "FILE.py:MODEL", "help": f"or a built-in model: {', '.join(MODELS)}"},
+    "run": {"type": Path, "metavar": "RUN", "help": "a store, or a NetCDF file"},
+    "other": {"type": Path, "metavar": "OTHER", "help": "likewise; the sequential run"},
+    "--model": {"choices": sorted(MODELS), "default": "eight_schools"},
+    "--data": {"type": Path, "help": "a file .npz or .json with the model's arguments by name"},
+    "--kernel": {"choices": _KERNELS, "default": "coalescing_hmc"},
+    "--num-samples": {"type": int, "default": 4096, "help": "draws per chain"},
+    "--num-chains": {"type": int, "default": 4},
+    "--num-warmup": {"type": int, "default": 1000, "help": "steps per chain at most"},
+    "--solver": {"choices": _SOLVERS, "help": "default: the library's own choice"},
+    "--seed": {"type": int, "default": 0},
+    "--float64": _FLAG | {"help": "sample in double precision"},
+    "--independent": _FLAG | {"help": "certify by evaluating every step once more"},
+    "--compare": _FLAG | {"help": "also sample one step after another, and compare"},
+    "--store": {"type": Path, "help": "a folder for draws as they come; memory stays bounded"},
+    "--thinning": {"type": int, "default": 1, "help": "keep every K-th draw in a store"},
+    "--out": {"type": Path, "help": "write draws to this file .nc for ArviZ (demo: a folder)"},
+    "--report": {"type": Path, "help": "write a page .html with table and figures"},
+    "--quiet": _FLAG | {"help": "no progress"},
+    "--json": _FLAG | {"help": "print JSON"},
+    "--at-least": {"choices": _LEVELS, "help": "what counts as agreement"},
+    "--traceback": _FLAG | {"help": "show where an error came from"},
+    "--all-devices": _FLAG | {"help": "spread the chains over all devices of this machine"},
+    "--coordinator": {"metavar": "HOST:PORT", "help": "of host 0; the same command on every host"},
+    "--num-hosts": {"type": int, "help": "how many processes"},
+    "--host-id": {"type": int, "help": "which of them this is, from 0"},
+    "--cluster": _FLAG | {"help": "hosts of Slurm, Open MPI, Kubernetes, TPUs; srun needs no flag"},
+    "--alone": _FLAG | {"help": "not one run with the other tasks of srun or mpirun"},
+}
+_CHAINS = "--num-samples --num-chains --num-warmup --solver --seed"
+_MODEL = "model --data --kernel --float64 --quiet --report"
+_DEVICES = "--all-devices --coordinator --num-hosts --host-id --cluster --alone"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments after the program's name; None takes those of the process.
+
+    Returns:
+        The exit code.
+    """
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help(sys.stderr)
+        return _WRONG_ARGUMENTS
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda text, *rest: print(f"warning: {text}", file=sys.stderr)
+            return arguments.command(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except Exception as error:  # a user's model may raise anything
+        if arguments.traceback:
+            raise
+        print(f"partime_mcmc: {_sentence(error)}", file=sys.stderr)
+        return _WRONG_ARGUMENTS
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("partime-mcmc", description=__doc__, formatter_class=raw)
+    parser.set_defaults(command=None, quiet=False, float64=False, thinning=1)
+    commands = parser.add_subparsers(metavar="COMMAND")
+    for command, options in {
+        _demo: f"--model --kernel {_CHAINS} --out",
+        _sample: f"{_MODEL} {_CHAINS} --store --thinning --independent --compare --out {_DEVICES}",
+        _resume: f"run {_MODEL} {_DEVICES}",
+        _summary: "run --json --report",
+        _compare: "run other --at-least --json",
+    }.items():
+        text = inspect.getdoc(command)
+        added = commands.add_parser(command.__name__[1:], help=text, description=text)
+        for name in [*options.split(), "--traceback"]:
+            added.add_argument(name, **_OPTIONS[name])
+        added.set_defaults(command=command)
+    demo = {"data": None, "store": None, "out": Path("partime_demo"), "independent": True}
+    commands.choices["demo"].set_defaults(kernel="hmc", **demo)
+    commands.choices["resume"].set_defaults(out=None, solver="shooting")
+    return parser
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    """Sample a built-in model both ways, and prove that the chains are the same."""
+    key = jax.random.key(arguments.seed)
+    target = _load_target(arguments, key)
+    folder = arguments.out
+    folder.mkdir(parents=True, exist_ok=True)
+    draws = _draw(arguments, key, target)
+    print(describe.run_text(draws))
+    sequential, report = _compare_ways(arguments, key, target, draws)
+    save_netcdf(draws, folder / "draws.nc")
+    (folder / "report.json").write_text(report.to_json())
+    try:
+        plots.path_overlay(draws, sequential).savefig(folder / "demo.png", dpi=150)
+    except plots.NoPlots as error:
+        print(f"no figure: {error}")
+    print("written:", *sorted(map(str, folder.iterdir())))
+    return _GOOD if report.ok else _BAD
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    """Sample a model of your own, in memory or to a store."""
+    _check_files(arguments)
+    if arguments.store is not None and arguments.compare:
+        raise ValueError("--compare: got --store with it; `compare` takes two runs on disk")
+    if arguments.store is not None and (arguments.store / "run.json").exists():
+        raise ValueError(f"--store: {arguments.store} holds a run; `resume` goes on with it")
+    with machines(arguments) as mesh:
+        key = jax.random.key(arguments.seed)
+        target = _load_target(arguments, key)
+        draws = _draw(arguments, key, target, mesh)
+        code = _finish(arguments, key, draws)
+        if not arguments.compare or code == _INTERRUPTED:
+            return code
+        _, report = _compare_ways(arguments, key, target, draws, mesh)
+        return code if report.ok else _BAD
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    """Go on with the run in a store; model, data, kernel and precision are those of its beginning."""
+    _check_files(arguments)
+    with machines(arguments) as mesh:
+        run = Folder(arguments.run).read_run()
+        words = np.asarray(run["key_words"], np.uint32)
+        key = jax.random.wrap_key_data(words, impl=run["key_impl"])
+        target, kernel = _load_target(arguments, key), getattr(partime_mcmc, arguments.kernel)
+        progress = not arguments.quiet
+        draws = partime_mcmc.resume(arguments.run, target, kernel, mesh=mesh, progress=progress)
+        return _finish(arguments, key, draws)
+
+
+def _summary(arguments: argparse.Namespace) -> int:
+    """Show what a store or a file of draws holds; its model is not needed."""
+    _check_files(arguments)
+    run = _open_run(arguments.run)
+    print(describe.run_json(run) if arguments.json else describe.run_text(run))
+    if arguments.report is not None:
+        html.save_page(arguments.report, run, str(arguments.run))
+    return _GOOD if describe.is_certified(run) else _BAD
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    """Compare two runs: as paths if they share their random numbers, in distribution otherwise."""
+    first, second = (_loaded(_open_run(path)) for path in (arguments.run, arguments.other))
+    report = partime_mcmc.compare(first, second)
+    print(report.to_json() if arguments.json else report)
+    default = "statistical" if report.path is None else "certified-path"
+    wanted = Level[(arguments.at_least or default).upper().replace("-", "_")]
+    return _GOOD if report.level >= wanted else _BAD
+
+
+def started_together(environment: Mapping[str, str]) -> bool:
+    """Whether this process is one of several tasks that `srun` or `mpirun` started with one command.
+
+    Args:
+        environment: Of the process. `SLURM_NTASKS` does not count: a batch script has it, too, and is one process.
+    """
+    counts = map(environment.get, ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+    return any(count is not None and count.isdigit() and int(count) > 1 for count in counts)
+
+
+@contextlib.contextmanager
+def machines(arguments: argparse.Namespace) -> Iterator[Mesh | None]:
+    """The devices that the options mean, hosts joined; None is the default device alone."""
+    given = arguments.coordinator, arguments.num_hosts, arguments.host_id
+    by_hand = given != (None, None, None)
+    if arguments.alone + arguments.cluster + by_hand > 1:
+        ways = "--alone, --cluster, --coordinator with --num-hosts and --host-id"
+        raise ValueError(f"{ways}: got more than one of these three, wanted at most one")
+    if not (arguments.cluster or by_hand) and (arguments.alone or not started_together(os.environ)):
+        yield time_mesh() if arguments.all_devices else None
+        return
+    with hosts(*given):
+        with contextlib.redirect_stdout(None if jax.process_index() else sys.stdout):
+            yield time_mesh()
+
+
+def _check_files(arguments: argparse.Namespace) -> None:
+    """Refuse files to write before anything is loaded."""
+    for option, suffix in (("out", ".nc"), ("report", ".html")):
+        path = getattr(arguments, option, None)
+        if path is not None and (path.suffix != suffix or not path.parent.is_dir()):
+            wanted = f"wanted a file that ends in {suffix}, in a folder that exists"
+            raise ValueError(f"--{option}: got {path}, {wanted}")
+
+
+def _draw(arguments: Any, key: Key, target: Target, mesh: Any = None, **options: Any) -> Any:
+    solver = arguments.solver and getattr(partime_mcmc, arguments.solver)()
+    evidence = (
+        partime_mcmc.CertifyIndependently
+        if arguments.independent
+        else partime_mcmc.CertifyWhileRolling
+    )
+    print(
+        f"{arguments.model}: {arguments.num_chains} chains of {arguments.num_samples} draws with {arguments.kernel}, "
+        f"{jax.dtypes.canonicalize_dtype(float)}, on {1 if mesh is None else mesh.size} "
+        f"{jax.devices()[0].platform} device(s)",
+        flush=True,
+    )
+    names = ("num_samples", "num_chains", "num_warmup", "thinning", "store")
+    given = {name: getattr(arguments, name) for name in names}
+    given |= {"kernel": getattr(partime_mcmc, arguments.kernel), "solver": solver, "mesh": mesh}
+    given |= {"progress": not arguments.quiet, "certificate": evidence()}
+    return partime_mcmc.sample(key, target, **given | options)
+
+
+def _compare_ways(
+    arguments: Any, key: Key, target: Target, draws: Any, mesh: Any = None
+) -> tuple[Any, Report]:
+    """The same chains one step after another, and whether they are the same; prints both times."""
+    way = {"kernel": draws.warmup, "solver": partime_mcmc.sequential()}
+    sequential = _draw(arguments, key, target, mesh, **way)
+    if draws.report.interrupted or sequential.report.interrupted:
+        raise KeyboardInterrupt
+    report = partime_mcmc.compare(draws, sequential)
+    seconds = [run.report.seconds_run for run in (draws, sequential)]
+    print(f"parallel {seconds[0]:.3f} s, sequential {seconds[1]:.3f} s")
+    print(report.verdict, *report.reasons, sep="\n")
+    return sequential, report
+
+
+def _finish(arguments: argparse.Namespace, key: Key, draws: Any) -> int:
+    """Print and write what was sampled, all of it or what there was before an interrupt."""
+    interrupted = not draws.finished
+    if interrupted:
+        stored = isinstance(draws, StoredDraws)
+        print("interrupted" + "; `resume` goes on with it" * stored, file=sys.stderr)
+        if not draws.num_samples:
+            return _INTERRUPTED
+    print(describe.run_text(draws))
+    if arguments.out is not None and not jax.process_index():
+        print(f"written: {save_netcdf(_loaded(draws), arguments.out)}")
+    if arguments.report is not None and not jax.process_index():
+        solver = getattr(partime_mcmc, arguments.solver or "shooting")()
+        figures = {
+            "distances": coupled_distances(draws.warmup, jax.random.fold_in(key, 1)),
+            "passes": solve_by_pass(draws.warmup, jax.random.fold_in(key, 2), solver),
+        }
+        print(f"written: {html.save_page(arguments.report, draws, arguments.model, **figures)}")
+    return _INTERRUPTED if interrupted else _GOOD if describe.is_certified(draws) else _BAD
+
+
+def _sentence(error: Exception) -> str:
+    """An error in one sentence, on one line."""
+    known = isinstance(error, ValueError | TypeError | OSError | ImportError)
+    # JAX's note on what its traceback leaves out is of no use to those who see no traceback.
+    notes = [note for note in getattr(error, "__notes__", ()) if "JAX_TRACEBACK" not in note]
+    parts = [str(error).strip().split("\n\n")[0] or type(error).__name__, *notes]
+    text = " ".join(". ".join(part.rstrip().removesuffix(".") for part in parts).split())
+    return text if known else f"{type(error).__name__}: {text}"
+
+
+def _open_run(path: Path) -> Any:
+    """The run in a folder or a file; that of a folder stays on the disk."""
+    if path.is_dir():
+        return open_draws(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is neither a store nor a file at {path}")
+    return read_draws(path)
+
+
+def _loaded(draws: Any) -> Any:
+    """Draws in memory, if it can hold what comparing or writing them takes."""
+    if not isinstance(draws, StoredDraws):
+        return draws
+    needed = _COPIES * (draws.posterior.nbytes + draws.sample_stats.nbytes) / 2**30
+    limit = default_max_bytes() / 2**30
+    if needed > limit:
+        wanted = f"wanted at most {limit:.3g} GiB: keep fewer with a larger thinning"
+        raise ValueError(f"{draws.path}: its draws take {needed:.3g} GiB in work, {wanted}")
+    return draws.load()
+
+
+def _load_target(arguments: argparse.Namespace, key: Key) -> Target:
+    """The target that the options mean: counts are checked first, then files, then the model runs."""
+    for name, least in (("num_samples", 1), ("num_chains", 1), ("num_warmup", 20)):
+        check_count(getattr(arguments, name, least), "--" + name.replace("_", "-"), least)
+    data, built_in = _load_data(arguments.data), MODELS.get(arguments.model, lambda: None)()
+    if arguments.float64 or (built_in and built_in.needs_float64):
+        jax.config.update("jax_enable_x64", True)
+    model = built_in or _load_model(arguments.model)
+    if data and (built_in or isinstance(model, Target)):
+        raise ValueError(f"--data: {sorted(data)} given, but this model takes no data")
+    # Stream 0 is for the model: starts, warm-up and chains split the key.
+    key = jax.random.fold_in(key, 0)
+    if built_in:
+        return model.make_target(key)
+    return model if isinstance(model, Target) else _call_model(model, data, key)
+
+
+def _load_model(source: str) -> Any:
+    """The object that `FILE.py:MODEL` names."""
+    file, _, name = source.rpartition(":")
+    if not file.endswith(".py"):
+        built_in = ", ".join(MODELS)
+        raise ValueError(f"model: got {source!r}, wanted FILE.py:MODEL, or one of {built_in}")
+    sys.path.insert(0, str(Path(file).resolve().parent))  # as for `python FILE.py`
+    try:
+        found = runpy.run_path(file, run_name="model")
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f" (line {one.lineno})" for one in frames if one.filename == file]
+        reason = f"{type(error).__name__}: {error}{''.join(lines[-1:])}"
+        raise ValueError(f"model: running {file} failed: {reason}") from error
+    models = [one for one in found if one[0] != "_" and isinstance(found[one], Callable | Target)]
+    if name not in models:
+        raise ValueError(f"model: {file} has no model {name!r}; it has {', '.join(models)}")
+    return found[name]
+
+
+def _call_model(model: Any, data: dict[str, Any], key: Key) -> Target:
+    """The target of a function, given its data."""
+    name = f"{getattr(model, '__name__', 'model')}{inspect.signature(model)}"
+    try:
+        inspect.signature(model).bind(**data)
+    except TypeError as error:
+        raise TypeError(f"--data: {name}: {error}") from error
+    returned, is_numpyro = called(model, data, key)
+    if is_numpyro:
+        return partime_mcmc.from_numpyro(model, key=key, **data)
+    if isinstance(returned, tuple) and len(returned) == 2 and callable(returned[0]):
+        return Target(*returned)
+    if isinstance(returned, Target):
+        return returned
+    wanted = "wanted a NumPyro model, or a function that returns a Target or (logdensity, initial)"
+    raise ValueError(f"model: got {name}, which returns a {type(returned).__name__}; {wanted}")
+
+
+def _load_data(path: Path | None) -> dict[str, Any]:
+    """Data by name; pickled ones, which would run code of their own, are refused."""
+    if path is None:
+        return {}
+    try:
+        is_json = path.suffix == ".json"
+        found = json.loads(path.read_text()) if is_json else dict(np.load(path, allow_pickle=False))
+        found = {name: np.asarray(v) if isinstance(v, list) else v for name, v in found.items()}
+    except Exception as error:  # zip, pickle, text and JSON all have errors of their own
+        wanted = "wanted .npz, or .json with an object of values by name"
+        raise ValueError(f"--data: {path} cannot be read ({error}); {wanted}") from error
+    # A number may be a size, which NumPyro wants as Python's own.
+    return {name: v.item() if getattr(v, "shape", None) == () else v for name, v in found.items()}

@@ -1,0 +1,1 @@
+"""The engine: recurrences, the loop that solves them, and what it returns."""

@@ -1,0 +1,155 @@
+"""The time axis: the only place that knows where the steps of a path live.
+
+Solvers ask a few things of time and never slice, concatenate or communicate themselves:
+
+    previous(x_0, x_1..x_T) = x_0..x_{T-1}       prefix(M, x) = M_t(… M_1(x)) for all t
+    maximum(v) = max over all steps              suffix(M, x) = M_t(… M_T(x)) for all t
+
+`LocalTime` keeps the whole path on one device. An axis spread over devices answers the same questions with collectives, and
+no solver changes: arrays then hold the T / P steps of one device, `length` says how many there are in all and `index` which
+of them these are. Devices that exchange something in a loop must leave it together: such loops go through `repeat`, or
+hang on `anyone`.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from partime_mcmc.engine.solution import nanaware_max
+from partime_mcmc.scan.prefix import Scan, default_scan
+from partime_mcmc.types import Array, PyTree, pytree
+
+
+class TimeAxis(Protocol):
+    """What solvers may ask of time; leaves have leading axis `T`."""
+
+    def previous(self, initial: PyTree, states: PyTree) -> PyTree:
+        """The states before each step."""
+        ...
+
+    def following(self, states: PyTree, final: PyTree) -> PyTree:
+        """The states after each step, `final` standing after the last."""
+        ...
+
+    def prefix(self, elements: PyTree, start: PyTree) -> PyTree:
+        """All prefixes of the maps applied to `start`."""
+        ...
+
+    def suffix(self, elements: PyTree, end: PyTree) -> PyTree:
+        """All suffixes of the maps applied to `end`, the last map acting first."""
+        ...
+
+    def maximum(self, values: Array) -> Array:
+        """The largest of `values ≥ 0`, shape `(T, ...)`, over the first axis; NaN if any is NaN."""
+        ...
+
+    def total(self, values: Array) -> Array:
+        """The sum of `values`, shape `(T, ...)`, over the first axis."""
+        ...
+
+    def length_of_true(self, flags: Array) -> Array:
+        """How many steps from the start on are true, `flags` of shape `(T,)`."""
+        ...
+
+    def length(self, num_steps: int) -> int:
+        """Steps of all of time, where `num_steps` of them are here."""
+        ...
+
+    def index(self, num_steps: int) -> Array:
+        """The places in time, counted from 0, of the `num_steps` steps that are here."""
+        ...
+
+    def in_turn(self, roll: Callable[[PyTree], PyTree], initial: PyTree) -> PyTree:
+        """The path of what can only go step by step: `roll(x)` gives the steps that are here from the state before them."""
+        ...
+
+    def last(self, states: PyTree) -> PyTree:
+        """The state at the end of time."""
+        ...
+
+    def by_part(self, value: Array) -> Array:
+        """`value` of each part of time, one part per device, shape `(P, ...)`."""
+        ...
+
+    def anyone(self, flag: Array) -> Array:
+        """Whether a scalar flag is set on any device that takes part, those with other chains included."""
+        ...
+
+    def repeat(
+        self,
+        unfinished: Callable[[PyTree], Array],
+        advance: Callable[[PyTree], PyTree],
+        begin: PyTree,
+    ) -> PyTree:
+        """`lax.while_loop` for bodies that ask this axis something."""
+        ...
+
+
+@pytree(static=("scan",))
+class LocalTime:
+    """The whole path on one device.
+
+    Attributes:
+        scan: How prefixes are computed; None takes `default_scan` of the maps when tracing.
+    """
+
+    scan: Scan | None = None
+
+    def previous(self, initial: PyTree, states: PyTree) -> PyTree:
+        return jax.tree.map(
+            lambda first, rest: jnp.concatenate([first[None], rest[:-1]])[: rest.shape[0]],
+            initial,
+            states,
+        )
+
+    def following(self, states: PyTree, final: PyTree) -> PyTree:
+        return jax.tree.map(
+            lambda rest, last: jnp.concatenate([rest[1:], last[None]])[: rest.shape[0]],
+            states,
+            final,
+        )
+
+    def prefix(self, elements: PyTree, start: PyTree) -> PyTree:
+        return (self.scan or default_scan(elements))(elements, start)
+
+    def suffix(self, elements: PyTree, end: PyTree) -> PyTree:
+        return (self.scan or default_scan(elements)).suffix(elements, end)
+
+    def maximum(self, values: Array) -> Array:
+        return nanaware_max(values, axis=0)
+
+    def total(self, values: Array) -> Array:
+        return jnp.sum(values, axis=0)
+
+    def length_of_true(self, flags: Array) -> Array:
+        return jnp.sum(jnp.cumprod(flags.astype(jnp.int32)))
+
+    def length(self, num_steps: int) -> int:
+        return num_steps
+
+    def index(self, num_steps: int) -> Array:
+        return jnp.arange(num_steps)
+
+    def in_turn(self, roll: Callable[[PyTree], PyTree], initial: PyTree) -> PyTree:
+        return roll(initial)
+
+    def last(self, states: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: leaf[-1], states)
+
+    def by_part(self, value: Array) -> Array:
+        return value[None]
+
+    def anyone(self, flag: Array) -> Array:
+        return flag
+
+    def repeat(
+        self,
+        unfinished: Callable[[PyTree], Array],
+        advance: Callable[[PyTree], PyTree],
+        begin: PyTree,
+    ) -> PyTree:
+        return lax.while_loop(unfinished, advance, begin)

@@ -1,0 +1,322 @@
+"""BlackJAX kernels as dynamical systems.
+
+`from_blackjax` wraps any BlackJAX sampling algorithm as it is, in its own coordinates. The builders `mala`, `hmc`, `nuts`
+and `random_walk` make tuned kernels from a log density, a step size and a metric, in the shape that warm-up tunes; with a
+`Whitening` as the metric the kernel runs in whitened coordinates and still speaks positions to its user. `coupling` chooses how the
+noise is drawn: `CommonRandomNumbers()` is BlackJAX's own kernel with its own draws, `MultishiftCoupling()` a kernel of the same law whose chains
+forget their past within some steps (`coupling`), and `coalescing_hmc` the cycle of both that suits most posteriors.
+
+Step sizes follow BlackJAX: MALA moves by `ε ∇log p + √(2ε) N(0, I)`, HMC's leapfrog by `ε` per step.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Callable
+
+import blackjax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from blackjax.mcmc.random_walk import normal
+from jax.flatten_util import ravel_pytree
+
+from partime_mcmc.kernels.coupling import (
+    CommonRandomNumbers,
+    Coupling,
+    MultishiftCoupling,
+    check_coupling,
+)
+from partime_mcmc.kernels.kernel import Kernel
+from partime_mcmc.kernels.multishift_hmc import hmc_cycle, leapfrogs, steered_hmc
+from partime_mcmc.kernels.multishift_mala import coalescing_mala
+from partime_mcmc.kernels.multishift_random_walk import coalescing_random_walk
+from partime_mcmc.kernels.whitening import Whitening, checked_root
+from partime_mcmc.types import Array, PyTree
+
+# A quarter of the period of a standard normal's Hamiltonian flow: the path length that forgets the start best.
+QUARTER_PERIOD = math.pi / 2
+
+
+def mala(
+    logdensity: Callable[[PyTree], Array],
+    step_size: float,
+    metric: Whitening | None = None,
+    *,
+    coupling: Coupling = CommonRandomNumbers(),
+) -> Kernel:
+    """The Metropolis-adjusted Langevin algorithm (Besag 1994; Roberts & Tweedie 1996).
+
+    Args:
+        logdensity: `position -> scalar`.
+        step_size: BlackJAX's ε, positive.
+        metric: Whitened coordinates; None uses the position's own.
+        coupling: How the noise is drawn.
+
+    Raises:
+        ValueError: If the step size is not positive and finite.
+        TypeError: If `coupling` is no strategy for dice.
+    """
+    check_step_size(step_size)
+    check_coupling(coupling)
+    build = coalescing_mala if isinstance(coupling, MultishiftCoupling) else blackjax.mala
+    noise = jnp.sqrt(2 * jnp.asarray(step_size))
+    return _whitened(lambda density: build(density, step_size), logdensity, metric, noise, "mala")
+
+
+def hmc(
+    logdensity: Callable[[PyTree], Array],
+    step_size: float,
+    metric: Whitening | Array,
+    num_integration_steps: int | None = None,
+    *,
+    coupling: Coupling = CommonRandomNumbers(),
+) -> Kernel:
+    """Hamiltonian Monte Carlo (Duane et al. 1987; Neal 2011).
+
+    Args:
+        logdensity: `position -> scalar`.
+        step_size: The leapfrog's step, positive.
+        metric: Whitened coordinates, or an inverse mass matrix of shape `(D,)` or `(D, D)` in BlackJAX's sense.
+        num_integration_steps: Leapfrog steps per transition; None takes a path of a quarter period.
+        coupling: How momenta are drawn; coalescing ones want a `Whitening`, because they are aimed at the trajectory's end as on
+            a standard normal, and a step size below 2.
+
+    Raises:
+        ValueError: If the step size or the metric is unusable.
+        TypeError: If `coupling` is no strategy for dice, or wants a `Whitening` and gets none.
+    """
+    check_step_size(step_size)
+    check_coupling(coupling)
+    if num_integration_steps is None:
+        num_integration_steps = quarter_period_steps(step_size)
+    _check_positive_integer(num_integration_steps, "num_integration_steps")
+    if isinstance(coupling, MultishiftCoupling):
+        _check_whitening(metric, "a Whitening for hmc with MultishiftCoupling()")
+        return _whitened(
+            lambda density: steered_hmc(density, step_size, num_integration_steps),
+            logdensity,
+            metric,
+            None,
+            "hmc",
+        )
+    return _with_metric(
+        lambda density, inverse_mass: _plain_hmc(
+            density, step_size, inverse_mass, num_integration_steps
+        ),
+        logdensity,
+        metric,
+        "hmc",
+    )
+
+
+def _plain_hmc(density, step_size, inverse_mass, num_steps) -> blackjax.SamplingAlgorithm:
+    """BlackJAX's HMC, which takes all leapfrogs as one step of its integrator."""
+    algorithm = blackjax.hmc(density, step_size, inverse_mass, 1, integrator=leapfrogs(num_steps))
+
+    def step(rng_key, state):
+        state, info = algorithm.step(rng_key, state)
+        return state, info._replace(num_integration_steps=num_steps)
+
+    return blackjax.SamplingAlgorithm(algorithm.init, step)
+
+
+def coalescing_hmc(
+    logdensity: Callable[[PyTree], Array],
+    step_size: float,
+    metric: Whitening,
+    num_integration_steps: int | None = None,
+    *,
+    mala_step_size: float | None = None,
+    every: int = 4,
+) -> Kernel:
+    """Quarter-period HMC with a coalescing MALA step after every `every`-th trajectory, in whitened coordinates.
+
+    The trajectories bring nearly independent draws, the MALA step lands chains with the same dice on the same floats: the
+    kernel to choose where one long chain is to be solved in parallel over time.
+
+    Args:
+        logdensity: `position -> scalar`.
+        step_size: The leapfrog's step, positive.
+        metric: Whitened coordinates.
+        num_integration_steps: Leapfrog steps per trajectory; None takes a path of a quarter period.
+        mala_step_size: BlackJAX's ε of the MALA step; None takes h²/2 with h = min(√2, 2.2 step_size).
+        every: k, at least 1.
+
+    Raises:
+        ValueError: If a step size or a count is unusable.
+        TypeError: If the metric is not a `Whitening`.
+    """
+    check_step_size(step_size)
+    if num_integration_steps is None:
+        num_integration_steps = quarter_period_steps(step_size)
+    if mala_step_size is None:
+        mala_step_size = jnp.minimum(math.sqrt(2), 2.2 * jnp.asarray(step_size)) ** 2 / 2
+    check_step_size(mala_step_size)
+    _check_positive_integer(num_integration_steps, "num_integration_steps")
+    _check_positive_integer(every, "every")
+    _check_whitening(metric, "a Whitening for coalescing_hmc")
+    return _whitened(
+        lambda density: hmc_cycle(density, step_size, num_integration_steps, mala_step_size, every),
+        logdensity,
+        metric,
+        None,
+        "coalescing_hmc",
+    )
+
+
+def nuts(
+    logdensity: Callable[[PyTree], Array],
+    step_size: float,
+    metric: Whitening | Array,
+    max_num_doublings: int = 10,
+) -> Kernel:
+    """The No-U-Turn sampler (Hoffman & Gelman 2014; Betancourt 2017).
+
+    Args:
+        logdensity: `position -> scalar`.
+        step_size: The leapfrog's step, positive.
+        metric: As for `hmc`.
+        max_num_doublings: Depth limit of the tree.
+
+    Raises:
+        ValueError: If the step size or the metric is unusable.
+    """
+    check_step_size(step_size)
+    _check_positive_integer(max_num_doublings, "max_num_doublings")
+    return _with_metric(
+        lambda density, inverse_mass: blackjax.nuts(
+            density, step_size, inverse_mass, max_num_doublings=max_num_doublings
+        ),
+        logdensity,
+        metric,
+        "nuts",
+    )
+
+
+def random_walk(
+    logdensity: Callable[[PyTree], Array],
+    step_size: float,
+    metric: Whitening | None = None,
+    *,
+    coupling: Coupling = CommonRandomNumbers(),
+    block: int | None = None,
+) -> Kernel:
+    """Random-walk Metropolis with Gaussian increments of standard deviation `step_size` in each coordinate.
+
+    With plain dice chains never forget their starts: expect to be told to stay sequential. With coalescing dice they do, up to
+    some ten coordinates, or in blocks.
+
+    Args:
+        logdensity: `position -> scalar`.
+        step_size: Standard deviation, positive.
+        metric: Whitened coordinates; None uses the position's own.
+        coupling: How the noise is drawn.
+        block: With coalescing dice, how many coordinates move in a step, chosen at random; None moves all.
+
+    Raises:
+        ValueError: If the step size is not positive and finite, or `block` is no count or given with plain dice.
+        TypeError: If `coupling` is no strategy for dice.
+    """
+    check_step_size(step_size)
+    check_coupling(coupling)
+    if block is not None:
+        _check_positive_integer(block, "block")
+    if isinstance(coupling, MultishiftCoupling):
+        return _whitened(
+            lambda density: coalescing_random_walk(density, step_size, block),
+            logdensity,
+            metric,
+            jnp.asarray(step_size),
+            "random_walk",
+        )
+    if block is not None:
+        raise ValueError(
+            f"block: got {block} with {coupling!r}, wanted None: blocks are moved with MultishiftCoupling() only"
+        )
+
+    def build(density):
+        return blackjax.additive_step_random_walk(density, _gaussian_step(step_size))
+
+    return _whitened(build, logdensity, metric, jnp.asarray(step_size), "random_walk")
+
+
+def quarter_period_steps(step_size: float) -> int:
+    """The number of leapfrog steps nearest to a quarter period: `h = 2 sin(π / 4L)` solved for L."""
+    return max(1, round(QUARTER_PERIOD / (2 * math.asin(min(float(step_size), math.sqrt(2)) / 2))))
+
+
+def check_step_size(step_size: float) -> None:
+    """Refuse a step size with which every proposal would silently be rejected.
+
+    Raises:
+        ValueError: If a concrete step size is not a positive finite number (traced ones pass).
+    """
+    try:
+        value = np.asarray(step_size, float)
+    except Exception:  # traced: its value is not known here
+        return
+    if value.ndim != 0 or not np.isfinite(value) or value <= 0:
+        raise ValueError(f"step_size: got {step_size!r}, wanted one positive finite number")
+
+
+def _check_positive_integer(value, name: str) -> None:
+    if isinstance(value, jax.core.Tracer):
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{name}: got {value!r}, wanted an integer of at least 1")
+
+
+def _gaussian_step(step_size):
+    def draw(key, position):
+        return normal(step_size * jnp.ones_like(ravel_pytree(position)[0]))(key, position)
+
+    return draw
+
+
+def _check_whitening(metric, wanted: str) -> None:
+    if not isinstance(metric, Whitening):
+        raise TypeError(
+            f"metric: got {type(metric).__name__}, wanted {wanted}; use "
+            "Whitening.of_covariance(position, center, covariance)"
+        )
+
+
+def _whitened(
+    build: Callable, logdensity: Callable, metric: Whitening | None, noise: Array, name: str
+) -> Kernel:
+    if metric is None:
+        return Kernel(build(logdensity), noise_scale=noise, name=name)
+    _check_whitening(metric, "a Whitening or None")
+    return Kernel(
+        build(lambda z: logdensity(metric.leave(z))), metric.enter, metric.leave, noise, name
+    )
+
+
+def _with_metric(
+    build: Callable, logdensity: Callable, metric: Whitening | Array, name: str
+) -> Kernel:
+    if isinstance(metric, Whitening):
+        ones = jnp.ones_like(metric.center)
+        return Kernel(
+            build(lambda z: logdensity(metric.leave(z)), ones),
+            metric.enter,
+            metric.leave,
+            None,
+            name,
+        )
+    metric = jnp.asarray(metric)
+    if metric.ndim not in (1, 2):
+        raise ValueError(
+            f"metric: shape {metric.shape}, wanted an inverse mass matrix of shape (D,) or (D, D)"
+        )
+    checked_root(metric, metric.shape[0], "metric")
+    algorithm = build(logdensity, metric)
+
+    def init(position, rng_key=None):
+        size = ravel_pytree(position)[0].size
+        if size != metric.shape[0]:
+            raise ValueError(f"metric: shape {metric.shape}, but the position has {size} numbers")
+        return algorithm.init(position, rng_key)
+
+    return Kernel(blackjax.SamplingAlgorithm(init, algorithm.step), name=name)

@@ -1,0 +1,300 @@
+"""Hamiltonian Monte Carlo with dice that coalesce: by its momentum, or by a Langevin step in every k-th transition.
+
+**Momentum.** In whitened coordinates the leapfrog end point of a standard normal is c x + s p, with (c, s) from
+cos(Lθ) and sin(Lθ), 2 sin(θ/2) = h. Choose p so that this end point is multishift noise around c x:
+
+    p(x) = (y(c x) − c x) / s,   y ~ N(c x, s²)                     still N(0, I) for every x,
+
+and the end points of two nearby chains nearly coincide (exactly on a standard normal). `steered_hmc`.
+
+**A cycle.** Quarter-period paths (L h ≈ π/2, c ≈ 0) bring nearly independent draws and contract; every k-th transition then makes
+a MALA step around the exact gradient with multishift noise, which lands both chains on the same floats. Each transition is a
+composition of kernels that keep p invariant, and which one it is follows from a counter, i.e. from time alone. `coalescing_hmc`.
+
+Trajectories and energies are BlackJAX's; momenta and uniforms come from our dice.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from blackjax.mcmc import hmc, integrators, metrics
+from jax import lax
+from jax.flatten_util import ravel_pytree
+
+from partime_mcmc.kernels.coupling import (
+    MultishiftNoise,
+    draw_multishift_noise,
+    multishift,
+    normal_of,
+)
+from partime_mcmc.kernels.explicit_randomness import (
+    ExplicitRandomnessKernel,
+    GradientState,
+    decide,
+    flat_of,
+    initial_state,
+    select,
+    when_anyone,
+)
+from partime_mcmc.kernels.multishift_mala import LangevinRandomness, draw_langevin, langevin_step
+from partime_mcmc.types import Array, PyTree
+
+# Up to so many leapfrog steps are written out one after another: a loop costs more than a small gradient.
+_UNROLLED = 8
+
+
+class HamiltonianInfo(NamedTuple):
+    """What a transition says of itself, in BlackJAX's words.
+
+    Attributes:
+        acceptance_rate: Of the trajectory.
+        is_accepted: Whether the trajectory's end was accepted, or the Langevin step if there was one.
+        is_divergent: Whether the energy rose by more than 1,000.
+        energy: At the trajectory's end.
+        num_integration_steps: Leapfrog steps.
+        decision_margin: The smallest |acceptance probability − uniform| of the decisions.
+        lattice_margin: As for `ProposalInfo`; infinite where no lattice was used.
+        langevin_acceptance_rate: Of the Langevin step; NaN where there was none.
+        proposal: The trajectory's end.
+    """
+
+    acceptance_rate: Array
+    is_accepted: Array
+    is_divergent: Array
+    energy: Array
+    num_integration_steps: int
+    decision_margin: Array
+    lattice_margin: Array
+    langevin_acceptance_rate: Array
+    proposal: PyTree
+
+
+class SteeredRandomness(NamedTuple):
+    """Layers for the momentum, shape `(D,)` each, and the uniform of the decision."""
+
+    layers: MultishiftNoise
+    uniform: Array
+
+
+class CycleState(NamedTuple):
+    """As `GradientState`, with `phase`: transitions since the last Langevin step, 0 to k − 1."""
+
+    position: PyTree
+    logdensity: Array
+    logdensity_grad: PyTree
+    phase: Array
+
+
+class CycleRandomness(NamedTuple):
+    """The dice of one transition.
+
+    Attributes:
+        momentum: Shape `(D,)`.
+        uniform: Of the trajectory's decision.
+        langevin: Of the Langevin step.
+    """
+
+    momentum: Array
+    uniform: Array
+    langevin: LangevinRandomness
+
+
+def leapfrog_row(step_size: Array | float, num_steps: int) -> tuple[Array, Array]:
+    """(c, s): L leapfrog steps of a standard normal end at c x + s p.
+
+    One step is x' = (1 − h²/2) x + h p; with sin(θ/2) = h/2 its powers rotate by Lθ, with momenta scaled by √(1 − h²/4).
+
+    Raises:
+        ValueError: If a concrete step size is 2 or more, where the leapfrog of a standard normal is unstable.
+    """
+    if not isinstance(step_size, jax.core.Tracer) and not 0 < step_size < 2:
+        raise ValueError(
+            f"step_size: got {float(step_size)!r}, wanted one below 2, the leapfrog's limit of stability"
+        )
+    angle = 2 * num_steps * jnp.arcsin(jnp.asarray(step_size) / 2)
+    return jnp.cos(angle), jnp.sin(angle) / jnp.sqrt(1 - jnp.asarray(step_size) ** 2 / 4)
+
+
+def steered_hmc(
+    logdensity: Callable[[PyTree], Array], step_size: float, num_steps: int
+) -> ExplicitRandomnessKernel:
+    """HMC whose momentum is multishift noise at the trajectory's end, in whitened coordinates.
+
+    Args:
+        logdensity: `position -> scalar`, roughly standard normal.
+        step_size: Leapfrog step, below 2.
+        num_steps: L.
+
+    Raises:
+        ValueError: If the step size is not below 2.
+    """
+    c, s = leapfrog_row(step_size, num_steps)
+    init, propose = initial_state(logdensity), _trajectory(logdensity, step_size, num_steps)
+
+    def draw(key, state):
+        flat = flat_of(state.position)
+        return SteeredRandomness(*draw_multishift_noise(key, flat.size, flat.dtype))
+
+    def apply(randomness, state):
+        flat = flat_of(state.position)
+        center, gain = (c * flat).astype(flat.dtype), s.astype(flat.dtype)
+        aimed, lattice_margin = multishift(center, jnp.abs(gain), randomness.layers)
+        new, info = propose(state, (aimed - center) / gain, randomness.uniform)
+        return new, info._replace(lattice_margin=lattice_margin)
+
+    return ExplicitRandomnessKernel(init, draw, apply)
+
+
+def hmc_cycle(
+    logdensity: Callable[[PyTree], Array],
+    step_size: float,
+    num_steps: int,
+    langevin_step_size: float,
+    every: int,
+) -> ExplicitRandomnessKernel:
+    """HMC with plain momenta, and a coalescing Langevin step after every `every`-th trajectory.
+
+    Args:
+        logdensity: `position -> scalar`.
+        step_size: Leapfrog step, positive.
+        num_steps: L.
+        langevin_step_size: BlackJAX's ε of the Langevin step, positive.
+        every: k, at least 1.
+    """
+    evaluate, propose = initial_state(logdensity), _trajectory(logdensity, step_size, num_steps)
+
+    def init(position, rng_key=None):
+        return CycleState(*evaluate(position, rng_key), jnp.zeros((), jnp.int32))
+
+    def momentum(key, flat):
+        uniforms = jax.random.uniform(jax.random.split(key)[0], (flat.size + 1,), flat.dtype)
+        return normal_of(uniforms[1:]), uniforms[0]
+
+    def landing(key, flat):
+        return draw_langevin(jax.random.split(key)[1], flat)
+
+    def draw(key, state):
+        flat = flat_of(state.position)
+        return CycleRandomness(*momentum(key, flat), landing(key, flat))
+
+    def draw_many(keys, state):
+        # Layers are the dearest dice, and only every k-th transition looks at them: the others get those of the next.
+        flat, num_steps = flat_of(state.position), keys.shape[0]
+        count = -(-num_steps // every) + 1
+        when = jnp.minimum(every * (1 + jnp.arange(count)) - 1 - state.phase, num_steps - 1)
+        layers = jax.vmap(landing, in_axes=(0, None))(keys[when], flat)
+
+        def spread(leaf):
+            # Not by indices: the compiler would then make each of them `every` times.
+            copies = jnp.broadcast_to(leaf[:, None], (count, every, *leaf.shape[1:]))
+            return lax.dynamic_slice_in_dim(
+                copies.reshape(-1, *leaf.shape[1:]), state.phase, num_steps
+            )
+
+        return CycleRandomness(
+            *jax.vmap(momentum, in_axes=(0, None))(keys, flat), jax.tree.map(spread, layers)
+        )
+
+    def apply(randomness, state):
+        phase = (state.phase + 1) % every
+        inner, info = propose(GradientState(*state[:3]), randomness.momentum, randomness.uniform)
+
+        def langevin(value):
+            inner, info = value
+            inner, said = langevin_step(evaluate, langevin_step_size, randomness.langevin, inner)
+            return inner, info._replace(
+                is_accepted=info.is_accepted | said.is_accepted,
+                lattice_margin=said.lattice_margin,
+                decision_margin=jnp.minimum(info.decision_margin, said.decision_margin),
+                langevin_acceptance_rate=said.acceptance_rate,
+            )
+
+        inner, info = when_anyone(phase == 0, langevin, (inner, info))
+        return CycleState(*inner, phase), info
+
+    def count(discrete, num_steps):
+        return {"phase": (discrete["phase"] + jnp.arange(num_steps, dtype=jnp.int32)) % every}
+
+    return ExplicitRandomnessKernel(init, draw, apply, draw_many, count)
+
+
+def leapfrogs(num_steps: int) -> Callable:
+    """BlackJAX's velocity Verlet, `num_steps` times, as one of BlackJAX's integrators.
+
+    A proposal is judged by the density at the trajectory's end. On the way only gradients are looked at, and the density's
+    value is not handed from step to step, so that the compiler leaves it out: the softplus of a logistic regression costs
+    more than its gradient.
+
+    Args:
+        num_steps: L, at least 1.
+    """
+
+    def integrator(logdensity, kinetic_energy):
+        one = integrators.velocity_verlet(logdensity, kinetic_energy)
+
+        def steps(state, step_size):
+            unknown = jnp.zeros_like(state.logdensity)
+
+            def advance(_, path):
+                position, momentum, gradient = path
+                new = one(
+                    integrators.IntegratorState(position, momentum, unknown, gradient), step_size
+                )
+                return new.position, new.momentum, new.logdensity_grad
+
+            path = state.position, state.momentum, state.logdensity_grad
+            if not isinstance(num_steps, jax.core.Tracer) and num_steps <= _UNROLLED:
+                for step in range(num_steps - 1):
+                    path = advance(step, path)
+            else:
+                path = lax.fori_loop(0, num_steps - 1, advance, path)
+            position, momentum, gradient = path
+            return one(
+                integrators.IntegratorState(position, momentum, unknown, gradient), step_size
+            )
+
+        return steps
+
+    return integrator
+
+
+def _trajectory(logdensity, step_size, num_steps):
+    """`(state, momentum (D,), uniform) -> (state, info)`: BlackJAX's trajectory with given dice."""
+    kinetic = metrics.gaussian_euclidean
+
+    def propose(state, momentum, uniform):
+        flat, unravel = ravel_pytree(state.position)
+        energy = kinetic(jnp.ones_like(flat)).kinetic_energy
+        generate = hmc.hmc_proposal(
+            leapfrogs(num_steps)(logdensity, energy), energy, step_size, 1, sample_proposal=_decided
+        )
+        start = integrators.IntegratorState(
+            state.position, unravel(momentum), state.logdensity, state.logdensity_grad
+        )
+        end, said, margin = generate(uniform, start)
+        nothing = jnp.full((), jnp.inf, flat.dtype)
+        info = HamiltonianInfo(
+            said.acceptance_rate,
+            said.is_accepted,
+            said.is_divergent,
+            said.energy,
+            num_steps,
+            margin,
+            nothing,
+            jnp.full((), jnp.nan, flat.dtype),
+            GradientState(
+                said.proposal.position, said.proposal.logdensity, said.proposal.logdensity_grad
+            ),
+        )
+        return GradientState(end.position, end.logdensity, end.logdensity_grad), info
+
+    return propose
+
+
+def _decided(uniform, log_ratio, state, proposal):
+    """BlackJAX's place for a decision, with a uniform where it passes a key."""
+    rate, accepted, margin = decide(log_ratio, uniform)
+    return select(accepted, proposal, state), (accepted, rate, margin)

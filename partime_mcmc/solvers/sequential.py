@@ -1,0 +1,145 @@
+"""The sequential solver: one step after another, whatever the guess.
+
+The oracle in the shape of a solver, so that a sequential run goes through the same loop, schedules, verdicts and
+records as every parallel one. Its path obeys the recurrence as evaluated by the scan that made it, with residual 0 up to
+the first step that is not finite, so one pass is enough.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from partime_mcmc.engine.dynamics import CachedStep, Dynamics, rollout, rollout_with_notes
+from partime_mcmc.engine.solution import Tolerance
+from partime_mcmc.engine.time_axis import TimeAxis
+from partime_mcmc.solvers.base import Proposal
+from partime_mcmc.types import Array, Key, PyTree, pytree
+
+
+@pytree()
+class Sequential:
+    """`x_t = f(x_{t-1}, u_t)` by `lax.scan`."""
+
+    keeps_notes: ClassVar[bool] = True
+
+    def init(self, initial: Array, states: Array) -> PyTree:
+        del initial, states
+        return ()
+
+    def step(
+        self,
+        dynamics: Dynamics,
+        initial: Array,
+        states: Array,
+        drives: PyTree,
+        state: PyTree,
+        *,
+        axis: TimeAxis,
+        key: Key,
+        tolerance: Tolerance,
+    ) -> tuple[Proposal, PyTree]:
+        del key
+        if dynamics.cached and dynamics.cached.aux:
+            path, notes = rollout_with_notes(dynamics, initial, drives)
+        else:
+            path, notes = (
+                axis.in_turn(lambda first: rollout(dynamics, first, drives), initial),
+                None,
+            )
+        finite = jnp.isfinite(path)
+        residual = jnp.where(finite, 0, jnp.nan).astype(path.dtype)
+        path = jnp.where(finite, path, states)
+        none = jnp.zeros((), jnp.int32)
+        num_steps = states.shape[0]
+        return Proposal(
+            path,
+            path,
+            residual,
+            none,
+            none,
+            jnp.asarray(axis.length(num_steps), jnp.int32),
+            jnp.asarray(num_steps, jnp.float32),
+            jnp.zeros((), jnp.float32),
+            notes=notes,
+        ), state
+
+    def map_size(self, dimension: int) -> int:
+        del dimension
+        return 0
+
+
+def finish_sequentially(
+    dynamics: Dynamics, initial: PyTree, states: PyTree, drives: PyTree, num_exact: Array
+) -> PyTree:
+    """Finish paths one step after another from where they stop being exact.
+
+    Args:
+        dynamics: The recurrence.
+        initial: `x_0` of every path, leaves `(B, ...)`.
+        states: Paths, leaves `(B, T, ...)`; only their exact steps are looked at. T is at least 1.
+        drives: Leaves `(B, T, ...)`.
+        num_exact: How many leading steps of each path are right, shape `(B,)`; T leaves a path as it is, to the last bit.
+
+    Returns:
+        The paths, leaves `(B, T, ...)`. The loop begins at the smallest `num_exact`.
+    """
+    cached = cached_step_of(dynamics)
+    num_paths, num_steps = jax.tree.leaves(states)[0].shape[:2]
+    every = jnp.arange(num_paths)
+
+    def select(flags, new, old):
+        return jax.tree.map(
+            lambda a, b: jnp.where(flags.reshape(-1, *(1,) * (a.ndim - 1)), a, b), new, old
+        )
+
+    last = jax.tree.map(lambda leaf: leaf[every, jnp.maximum(num_exact - 1, 0)], states)
+    following = jax.tree.map(
+        lambda leaf: leaf[every, jnp.minimum(num_exact, num_steps - 1)], drives
+    )
+    memory = jax.vmap(cached.init, in_axes=(None, 0, 0))(
+        cached.params[0], select(num_exact == 0, initial, last), following
+    )
+
+    def one_step(step, carry):
+        memory, rolled = carry
+        at_step = lambda leaf: lax.dynamic_index_in_dim(leaf, step, axis=1, keepdims=False)  # noqa: E731
+        new = jax.vmap(cached.step, in_axes=(None, 0, 0))(
+            cached.params[1], memory, jax.tree.map(at_step, drives)
+        )
+        memory = select(step >= num_exact, new, memory)
+        state = jax.vmap(cached.state, in_axes=(None, 0))(cached.params[2], memory)
+        state = select(step >= num_exact, state, jax.tree.map(at_step, states))
+        return memory, jax.tree.map(
+            lambda leaf, row: lax.dynamic_update_index_in_dim(leaf, row, step, 1), rolled, state
+        )
+
+    begin = num_exact.min()
+    _, rolled = lax.fori_loop(
+        begin, num_steps, one_step, (memory, jax.tree.map(jnp.zeros_like, states))
+    )
+    seen = jnp.arange(num_steps) < begin
+    return jax.tree.map(
+        lambda old, new: jnp.where(seen.reshape(-1, *(1,) * (old.ndim - 2)), old, new),
+        states,
+        rolled,
+    )
+
+
+def cached_step_of(dynamics: Dynamics) -> CachedStep:
+    """The dynamics' memory; where steps share nothing, the state itself in the shape of one."""
+    return dynamics.cached or CachedStep(
+        enter_as_is, dynamics.step, _leave_as_is, (None, dynamics.params, None)
+    )
+
+
+def enter_as_is(params: PyTree, state: PyTree, drive: PyTree) -> PyTree:
+    """`CachedStep.init` of dynamics whose steps share nothing."""
+    return state
+
+
+def _leave_as_is(params, memory):
+    return memory

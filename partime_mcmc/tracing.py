@@ -1,0 +1,214 @@
+"""Functions that capture arrays, made explicit.
+
+XLA folds captured constants for tens of seconds, recompiles for every new data set, and no derivative reaches what a
+`custom_jvp` captured. `explicit` traces a function once and returns it with the captured arrays, concrete or traced, as
+part of its first argument. `jax.closure_convert` does this for tracers only, and arrays captured by a `jit` *inside* the
+function stay hidden from it; here those inner calls are inlined first.
+
+Results are remembered by function and shapes, so the same function gives the same object and nothing is compiled twice.
+As with `jax.jit`, a captured array is read once: changing a NumPy array in place afterwards goes unnoticed.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+from typing import Any, Callable
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+
+from partime_mcmc.types import PyTree
+
+
+class HashableFunction:
+    """A function object that equals others of its class with equal parts, so that compiled code is found again."""
+
+    def __init__(self, *parts: Any):
+        self.parts = parts
+
+    def __eq__(self, other: Any) -> bool:
+        return type(self) is type(other) and self.parts == other.parts
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.parts))
+
+
+class _Explicit:
+    """A traced function with its captured arrays as the first part of its first argument."""
+
+    def __init__(self, jaxpr, structure):
+        self.jaxpr, self.structure = jaxpr, structure
+
+    def __call__(self, captured_and_params, *rest):
+        captured, params = captured_and_params
+        leaves = jax.tree.leaves((params, *rest))
+        return jax.tree.unflatten(
+            self.structure, jax.core.eval_jaxpr(self.jaxpr, captured, *leaves)
+        )
+
+    @property
+    def result(self) -> PyTree:
+        """Structure, shapes and types of what it returns."""
+        types = [variable.aval for variable in self.jaxpr.outvars]
+        return jax.tree.unflatten(
+            self.structure,
+            [jax.ShapeDtypeStruct(one.shape, one.dtype, weak_type=one.weak_type) for one in types],
+        )
+
+
+_CACHE: collections.OrderedDict = collections.OrderedDict()
+_CACHE_SIZE = 256
+_CACHE_LOCK = threading.Lock()
+
+
+def explicit(function: Callable, params: PyTree, *rest: PyTree) -> tuple[_Explicit, tuple]:
+    """A function without captured arrays, and the arrays it captured.
+
+    Args:
+        function: `(params, *rest) -> anything`, pure.
+        params: Example of the first argument.
+        *rest: Examples of the others; only structure, shapes and types matter.
+
+    Returns:
+        `(explicit_function, first_argument)`: `explicit_function(first_argument, *rest)` is `function(params, *rest)`,
+        and `first_argument` holds the captured arrays and `params`.
+    """
+    if isinstance(function, _Explicit):
+        return function, params
+    examples = (params, *rest)
+    leaves, tree = jax.tree.flatten(examples)
+    shapes = tuple(
+        (jnp.shape(leaf), jnp.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype)
+        for leaf in leaves
+    )
+    # Read while tracing: settings, and inside `jax.shard_map` the mesh.
+    entry = (
+        function,
+        tree,
+        shapes,
+        jax.config.jax_enable_x64,
+        jax.config.jax_default_matmul_precision,
+        jax.sharding.get_abstract_mesh(),
+    )
+    with _CACHE_LOCK:
+        found = _CACHE.get(entry)
+        if found:
+            _CACHE.move_to_end(entry)
+    if not found:
+        abstract = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
+        closed, result = jax.make_jaxpr(function, return_shape=True)(*abstract)
+        if _hides_arrays(closed.jaxpr):
+            inlined = lambda *args: evaluate(closed.jaxpr, closed.consts, *jax.tree.leaves(args))  # noqa: E731
+            closed = jax.make_jaxpr(inlined)(*abstract)
+        found = (
+            _Explicit(closed.jaxpr, jax.tree.structure(result)),
+            [_as_array(const) for const in closed.consts],
+        )
+        if not any(isinstance(const, jax.core.Tracer) for const in found[1]):
+            with _CACHE_LOCK:
+                _CACHE[entry] = found
+                while len(_CACHE) > _CACHE_SIZE:
+                    _CACHE.popitem(last=False)
+    step, captured = found
+    return step, (captured, params)
+
+
+def inner_arrays(jaxpr: Any) -> list:
+    """Arrays that are written into a jaxpr somewhere inside: captured by a `jit` within a loop, a branch, a checkpoint.
+
+    Args:
+        jaxpr: What to look through, jaxprs inside jaxprs included.
+    """
+    found = []
+    for equation in jaxpr.eqns:
+        found += [
+            _as_array(atom.val)
+            for atom in equation.invars
+            if isinstance(atom, jax.extend.core.Literal) and np.shape(atom.val)
+        ]
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(inner, (jax.extend.core.ClosedJaxpr, jax.extend.core.Jaxpr)):
+                    found += [*map(_as_array, getattr(inner, "consts", ())), *inner_arrays(inner)]
+    return found
+
+
+def primitives_of(jaxpr: Any) -> set[str]:
+    """Names of the operations in a jaxpr, those inside loops, branches and nested functions included."""
+    names = {equation.primitive.name for equation in jaxpr.eqns}
+    for equation in jaxpr.eqns:
+        for value in jax.tree.leaves(tuple(equation.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(value):
+                names |= primitives_of(getattr(value, "jaxpr", value))
+    return names
+
+
+def is_jaxpr(value: Any) -> bool:
+    """Whether a parameter of an operation is a function of its own, closed or not."""
+    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+
+
+def _as_array(const):
+    return (
+        const if isinstance(const, (jax.Array, jax.core.Tracer)) else jnp.asarray(np.asarray(const))
+    )
+
+
+def _inner_jit(equation):
+    """The jaxpr of a nested `jit`, or None."""
+    return equation.params.get("jaxpr") if equation.primitive.name in ("jit", "pjit") else None
+
+
+def _hides_arrays(jaxpr) -> bool:
+    """Whether a `jit` inside captured arrays that are not among the outer captured arrays."""
+    inner = [found for found in map(_inner_jit, jaxpr.eqns) if found is not None]
+    return any(closed.consts or _hides_arrays(closed.jaxpr) for closed in inner)
+
+
+def evaluate(jaxpr, consts, *args, opens: Callable | None = None) -> list:
+    """Evaluate a jaxpr with some of the nested `jit`s inlined, so that a new trace sees what is inside.
+
+    Args:
+        jaxpr: What to evaluate.
+        consts: Values of its constants.
+        *args: Values of its arguments.
+        opens: Which nested `jit`s to inline, by their closed jaxprs; None: those that capture arrays.
+    """
+    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args)))
+    opens = _captures if opens is None else opens
+
+    def read(atom):
+        return atom.val if isinstance(atom, jax.extend.core.Literal) else values[atom]
+
+    for equation in jaxpr.eqns:
+        inputs = [read(atom) for atom in equation.invars]
+        inner = _inner_jit(equation)
+        if inner is not None and opens(inner):
+            outputs = evaluate(
+                inner.jaxpr, [_as_array(const) for const in inner.consts], *inputs, opens=opens
+            )
+        else:
+            outputs = _evaluate_one(jaxpr, equation, inputs)
+        values.update(zip(equation.outvars, outputs))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _captures(inner) -> bool:
+    return bool(inner.consts) or _hides_arrays(inner.jaxpr)
+
+
+def _evaluate_one(jaxpr, equation, inputs) -> list:
+    """Evaluate one equation: a jaxpr of its own, because the way to bind a primitive differs between JAX versions."""
+    named = {
+        atom: value
+        for atom, value in zip(equation.invars, inputs)
+        if not isinstance(atom, jax.extend.core.Literal)
+    }
+    dropped = [isinstance(atom, jax.extend.core.DropVar) for atom in equation.outvars]
+    kept = [atom for atom, drop in zip(equation.outvars, dropped) if not drop]
+    single = jaxpr.replace(constvars=[], invars=list(named), outvars=kept, eqns=[equation])
+    results = iter(jax.core.eval_jaxpr(single, [], *named.values()))
+    return [None if drop else next(results) for drop in dropped]
