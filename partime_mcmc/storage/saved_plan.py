@@ -93,7 +93,7 @@ def pack_plan(plan: Plan, state: ChainState) -> bytes:
 
 
 def unpack_plan(
-    data: bytes, target: Target, given_kernel: Kernel | Builder | Warmup, where: str = "plan"
+    data: bytes, target: Target, given_kernel: Kernel | Builder | Warmup, where: str = "."
 ) -> tuple[Plan, ChainState]:
     """The plan that was packed, and where its chains start.
 
@@ -108,7 +108,7 @@ def unpack_plan(
         TypeError: If a tuned kernel is needed and a builder was given, or the other way round.
         StoreMismatch: If the same model and the same name of a kernel are another program.
     """
-    arrays, words, _ = unpack_arrays(data, where)
+    arrays, words, _ = unpack_arrays(data, f"{where}/plan.npz")
     example = target.example()
     choices = {name: decode(value) for name, value in words["choices"].items()}
     kernel = _kernel_of(arrays, words, target, given_kernel, example)
@@ -130,7 +130,7 @@ def read_choices(data: bytes, where: str) -> dict[str, Any]:
     Raises:
         Damaged: As `unpack_plan`.
     """
-    arrays, words, _ = unpack_arrays(data, where)
+    arrays, words, _ = unpack_arrays(data, f"{where}/plan.npz")
     return {
         "plan": decode(words["plan"]),
         "choices": {name: decode(value) for name, value in words["choices"].items()},

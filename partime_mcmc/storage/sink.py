@@ -99,9 +99,7 @@ class StoreSink:
             folder.write_run(run)
             folder.write_plan(pack_plan(*make_plan()))
         self.saved_bytes = folder.read_plan()
-        plan, state = unpack_plan(
-            self.saved_bytes, asked.target, asked.kernel, str(folder.path / "plan.npz")
-        )
+        plan, state = unpack_plan(self.saved_bytes, asked.target, asked.kernel, str(folder.path))
         last, warning = folder.recover()
         if warning:
             self._progress.warn(warning)

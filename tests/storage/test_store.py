@@ -52,6 +52,7 @@ from partime_mcmc.kernels.kernel_program import (
 )
 from partime_mcmc.sampling.memory import chunk_steps
 from partime_mcmc.sampling.merge import merge_certificates, merge_reports, without_steps
+from partime_mcmc.sampling.plan import SampleArguments
 from partime_mcmc.sampling.progress import progress_line, quiet
 from partime_mcmc.sampling.randomness import begin, draw_tapes
 from partime_mcmc.sampling.run_recorder import RunRecorder
@@ -760,22 +761,41 @@ def test_a_full_device_gets_half_as_many_steps_at_once(tmp_path, memory, monkeyp
 
 
 def test_chunks_fit_and_divide_the_run():
-    def steps(num_samples, schedule=None, max_bytes=2**30, wanted=None, chains=4, dimension=10):
-        return chunk_steps(
-            shooting(), schedule, num_samples, chains, dimension, 8, max_bytes, wanted
+    def steps(
+        num_samples, schedule=None, max_bytes=2**30, wanted=None, chains=4, dimension=10, values=0
+    ):
+        target = Target(
+            lambda x: -jnp.sum(x**2),
+            np.zeros(dimension),
+            constrain=lambda x: {"values": jnp.zeros(values)},
         )
+        asked = SampleArguments(
+            front="sample",
+            target=target,
+            kernel=mala,
+            starts=None,
+            warmup_key=None,
+            chain_keys=np.zeros(chains),
+            key_words=[],
+            key_impl="",
+            num_samples=num_samples,
+            solver=shooting(),
+            schedule=schedule,
+            max_bytes=max_bytes,
+            store=Store("run", wanted),
+        )
+        return chunk_steps(asked)
 
     assert steps(2_500_000) == 62_500 and steps(1_000) == 1_000
-    assert steps(10**7, max_bytes=2**20) * 2 * 4 * 10 * 8 * 6 <= 2**20
+    assert steps(10**7, max_bytes=2**21) * 2 * 4 * 10 * 8 * 6 <= 2**21
     assert steps(10**7, Windows(1000)) % 1000 == 0 and steps(100, wanted=24) == 24
-    lean, rich = (
-        chunk_steps(shooting(), None, 10**7, 4, 10, 8, 2**20, None, more) for more in (0, 10**4)
-    )
+    short = {"max_bytes": 2**20, "schedule": Windows(1)}
+    lean, rich = (steps(10**7, values=values, **short) for values in (0, 1250))
     assert rich * 2 * 4 * 10**4 <= 2**20 < lean * 2 * 4 * 10**4
     for words, arguments in (
         ("schedule: ", {"schedule": Windows(10**6)}),
         ("store.chunk: ", {"wanted": 10**6}),
-        ("num_chains: .* fewer chains", {"chains": 10**6, "dimension": 10**3}),
+        ("num_chains: .* fewer chains", {"chains": 10**6, "dimension": 10**3, **short}),
     ):
         with pytest.raises(TooLarge, match=words):
             steps(10**8, **arguments)
