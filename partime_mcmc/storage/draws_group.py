@@ -96,26 +96,26 @@ class DrawsWriter:
         """
         import zarr
 
-        if not self.files.metadata:
-            self._create(groups)
-        digests, tail = {}, {} if draws.size else self.files.tail
-        for group, variables in groups.items() if draws.size else ():
+        digests = {} if self.files.metadata else self._create(groups)
+        if not draws.size:
+            return digests
+        tail: dict[str, bytes] = {}
+        for group, variables in groups.items():
             for name, values in (variables | {"draw": draws}).items():
                 path, axis = f"{group}/{escaped(name)}", int(name != "draw")
                 with zarr.config.set({"array.write_empty_chunks": True}):
                     array = zarr.open_array(self.files, path=path, mode="r+", zarr_format=3)
                     array.append(values, axis=axis)
-                for key, data in self.files.written.items():
+                for key, data in self.files.take_written().items():
                     number = int(key.removeprefix(f"{path}/c.").split(".")[axis])
                     if (number + 1) * array.chunks[axis] <= array.shape[axis]:
                         digests[key] = digest_of(data)
                     else:
                         tail[key] = data
-                self.files.written.clear()
         self.files.tail = tail
         return digests
 
-    def _create(self, groups: Groups) -> None:
+    def _create(self, groups: Groups) -> dict[str, str]:
         import zarr
         from zarr.codecs import Crc32cCodec, ZstdCodec
 
@@ -147,7 +147,8 @@ class DrawsWriter:
                     chunk_key_encoding={"name": "default", "separator": "."},
                 )
             with zarr.config.set({"array.write_empty_chunks": True}):
-                zarr.open_array(self.files, path=f"{group}/chain", mode="r+")[:] = chains
+                place["chain"][:] = chains
+        return {key: digest_of(data) for key, data in self.files.take_written().items()}
 
 
 def open_group(path: Path, checkpoint: Checkpoint, digests: Mapping[str, str], group: str) -> Any:

@@ -197,7 +197,7 @@ class StoreSink:
                 statistics=statistics.to_arrays(),
                 files=files,
                 tail=self._writer.files.tail,
-                metadata=self._writer.files.metadata,
+                metadata=dict(self._writer.files.metadata),
             )
         )
         self._statistics = statistics
