@@ -1,27 +1,31 @@
 """partime_mcmc: Markov chain Monte Carlo and recurrent systems, parallel over time.
 
-engine        Dynamics, solve, rollout, residual; Solution, Status, Tolerance, Stats
-derivatives   Implicit, ImplicitSegmented
+engine        Dynamics, solve, rollout, residual; Solution, Status, Tolerance
 recipes       sequential, deer, quasi_deer, elk, quasi_elk, picard, jacobi, shooting
-schedules     Whole, Stretches, Sliding
-linearizers   DenseJacobian, DiagonalJacobian, HutchinsonDiagonal, IdentityJacobian, ZeroJacobian, Clipped, Damped
-kernels       from_blackjax, coalescing_hmc, hmc, mala, nuts, random_walk, CommonRandomNumbers, MultishiftCoupling, Kernel, Whitening,
-              certify
-sampling      Target, from_numpyro, sample, Draws, PooledAdaptation, WindowAdaptation
-long runs     Store, NetCDF, Zarr, resume, open_draws, StoredDraws, StoreError, StoreMismatch, StreamingStatistics, Fold
-NumPyro       ParallelMCMC, CoalescingHMC, HMC, NUTS, MALA, BlackJAXKernel
-networks      unroll; cells, adapters and statuses in `partime_mcmc.rnn`
-devices       time_mesh, sharded_solve, sharded_chains, hosts; more in `partime_mcmc.distributed`
-judging       Certificate, Recorded, Independent, compare, to_arviz
+windows       AllAtOnce, Windows, SlidingWindow
+kernels       from_blackjax, coalescing_hmc, hmc, mala, nuts, random_walk, Kernel
+coupling      CommonRandomNumbers, MultishiftCoupling
+sampling      Target, from_numpyro, sample, resume, Draws, PooledAdaptation, WindowAdaptation
+long runs     Store, open_draws, StoredDraws
+NumPyro       ParallelMCMC, CoalescingHMC; HMC, NUTS, MALA, BlackJAXKernel in `partime_mcmc.numpyro`
+networks      unroll; cells and adapters in `partime_mcmc.rnn`
+devices       time_mesh, sharded_solve, hosts; more in `partime_mcmc.distributed`
+certificates  certify, Certificate, CertifyWhileRolling, CertifyIndependently
+judging       compare, to_arviz
+
+Linearizers are in `partime_mcmc.linearize`, solvers and damping in `partime_mcmc.solvers`, derivatives in
+`partime_mcmc.engine`, statistics of long runs in `partime_mcmc.storage`, tables and files in `partime_mcmc.diagnostics`.
 """
+
+import importlib as _importlib
+import warnings as _warnings
 
 from partime_mcmc.certify.certificate import Certificate
 from partime_mcmc.certify.independent import certify
 from partime_mcmc.certify.recorded import CertifyIndependently, CertifyWhileRolling
-from partime_mcmc.diagnostics.arviz import read_netcdf, save_netcdf, summary_table, to_arviz
+from partime_mcmc.diagnostics.arviz import to_arviz
 from partime_mcmc.diagnostics.compare import compare
-from partime_mcmc.distributed import hosts, sharded_chains, sharded_solve, time_mesh
-from partime_mcmc.engine.adjoint import Implicit, ImplicitSegmented
+from partime_mcmc.distributed import hosts, sharded_solve, time_mesh
 from partime_mcmc.engine.dynamics import Dynamics, residual, rollout
 from partime_mcmc.engine.recipes import (
     deer,
@@ -33,15 +37,13 @@ from partime_mcmc.engine.recipes import (
     sequential,
     shooting,
 )
-from partime_mcmc.engine.solution import Solution, SolveError, Stats, Status, Tolerance
+from partime_mcmc.engine.solution import Solution, Status, Tolerance
 from partime_mcmc.engine.solve import solve
 from partime_mcmc.engine.windows import AllAtOnce, SlidingWindow, Windows
 from partime_mcmc.kernels import (
     CommonRandomNumbers,
     Kernel,
     MultishiftCoupling,
-    Whitening,
-    blackjax_loop,
     coalescing_hmc,
     from_blackjax,
     hmc,
@@ -49,84 +51,40 @@ from partime_mcmc.kernels import (
     nuts,
     random_walk,
 )
-from partime_mcmc.linearize import (
-    Clipped,
-    Damped,
-    DenseJacobian,
-    DiagonalJacobian,
-    HutchinsonDiagonal,
-    IdentityJacobian,
-    ZeroJacobian,
-)
-from partime_mcmc.numpyro import (
-    HMC,
-    MALA,
-    NUTS,
-    BlackJAXKernel,
-    CoalescingHMC,
-    ParallelMCMC,
-    from_numpyro,
-)
+from partime_mcmc.numpyro import CoalescingHMC, ParallelMCMC, from_numpyro
 from partime_mcmc.rnn.unroll import unroll
 from partime_mcmc.sampling.draws import Draws
-from partime_mcmc.sampling.progress import progress_line, quiet
 from partime_mcmc.sampling.sample import resume, sample
 from partime_mcmc.sampling.target import Target
-from partime_mcmc.solvers import ConstantDamping, Kalman, Newton, RelaxingDamping
-from partime_mcmc.storage.fingerprint import StoreMismatch
 from partime_mcmc.storage.store import Store
 from partime_mcmc.storage.stored_draws import StoredDraws, open_draws
-from partime_mcmc.storage.streaming_statistics import Fold, StreamingStatistics
 from partime_mcmc.warmup.pooled import PooledAdaptation
 from partime_mcmc.warmup.warmup import WindowAdaptation
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
-    "BlackJAXKernel",
+    "AllAtOnce",
     "Certificate",
-    "Clipped",
-    "MultishiftCoupling",
+    "CertifyIndependently",
+    "CertifyWhileRolling",
     "CoalescingHMC",
-    "ConstantDamping",
-    "Damped",
-    "DenseJacobian",
-    "DiagonalJacobian",
+    "CommonRandomNumbers",
     "Draws",
     "Dynamics",
-    "Fold",
-    "HMC",
-    "HutchinsonDiagonal",
-    "IdentityJacobian",
-    "Implicit",
-    "ImplicitSegmented",
-    "CertifyIndependently",
-    "Kalman",
     "Kernel",
-    "MALA",
-    "NUTS",
-    "Newton",
+    "MultishiftCoupling",
     "ParallelMCMC",
-    "CommonRandomNumbers",
     "PooledAdaptation",
-    "CertifyWhileRolling",
-    "RelaxingDamping",
-    "StreamingStatistics",
     "SlidingWindow",
     "Solution",
-    "SolveError",
-    "Stats",
     "Status",
     "Store",
-    "StoreMismatch",
     "StoredDraws",
-    "Windows",
     "Target",
     "Tolerance",
-    "Whitening",
-    "AllAtOnce",
     "WindowAdaptation",
-    "ZeroJacobian",
+    "Windows",
     "certify",
     "coalescing_hmc",
     "compare",
@@ -137,29 +95,81 @@ __all__ = [
     "hmc",
     "hosts",
     "jacobi",
-    "blackjax_loop",
     "mala",
     "nuts",
     "open_draws",
     "picard",
-    "progress_line",
     "quasi_deer",
     "quasi_elk",
-    "quiet",
     "random_walk",
-    "read_netcdf",
     "residual",
     "resume",
     "rollout",
     "sample",
-    "save_netcdf",
     "sequential",
-    "sharded_chains",
     "sharded_solve",
     "shooting",
     "solve",
-    "summary_table",
     "time_mesh",
     "to_arviz",
     "unroll",
 ]
+
+# Where names of version 0.1 are now, as module and name; they work here for one more release.
+_MOVED = {
+    "Sliding": "engine.windows.SlidingWindow",
+    "Stretches": "engine.windows.Windows",
+    "Whole": "engine.windows.AllAtOnce",
+    "CoalescingDice": "kernels.coupling.MultishiftCoupling",
+    "PlainDice": "kernels.coupling.CommonRandomNumbers",
+    "Independent": "certify.recorded.CertifyIndependently",
+    "Recorded": "certify.recorded.CertifyWhileRolling",
+    "Implicit": "engine.adjoint.Implicit",
+    "ImplicitRelay": "engine.adjoint.ImplicitSegmented",
+    "SolveError": "engine.solution.SolveError",
+    "Stats": "engine.solution.Stats",
+    "Whitening": "kernels.whitening.Whitening",
+    "loop": "kernels.kernel.blackjax_loop",
+    "Clipped": "linearize.Clipped",
+    "Damped": "linearize.Damped",
+    "DenseJacobian": "linearize.DenseJacobian",
+    "DiagonalJacobian": "linearize.DiagonalJacobian",
+    "HutchinsonDiagonal": "linearize.HutchinsonDiagonal",
+    "IdentityJacobian": "linearize.IdentityJacobian",
+    "ZeroJacobian": "linearize.ZeroJacobian",
+    "ConstantDamping": "solvers.ConstantDamping",
+    "Kalman": "solvers.Kalman",
+    "Newton": "solvers.Newton",
+    "RelaxingDamping": "solvers.RelaxingDamping",
+    "HMC": "numpyro.HMC",
+    "MALA": "numpyro.MALA",
+    "NUTS": "numpyro.NUTS",
+    "BlackJAXKernel": "numpyro.BlackJAXKernel",
+    "sharded_chains": "distributed.sharded_chains",
+    "progress_line": "sampling.progress.progress_line",
+    "quiet": "sampling.progress.quiet",
+    "Running": "storage.streaming_statistics.StreamingStatistics",
+    "Fold": "storage.streaming_statistics.Fold",
+    "StoreError": "storage.files.StoreError",
+    "StoreMismatch": "storage.fingerprint.StoreMismatch",
+    "read_netcdf": "diagnostics.arviz.read_netcdf",
+    "save_netcdf": "diagnostics.arviz.save_netcdf",
+    "summary_table": "diagnostics.arviz.summary_table",
+}
+
+
+def __getattr__(name: str):
+    """What a name of version 0.1 stands for now.
+
+    Raises:
+        AttributeError: If there is no such name, old or new.
+    """
+    if name not in _MOVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, new = _MOVED[name].rpartition(".")
+    _warnings.warn(
+        f"partime_mcmc.{name} is now partime_mcmc.{_MOVED[name]}; the old name goes with the next release",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return getattr(_importlib.import_module(f"partime_mcmc.{module}"), new)

@@ -5,7 +5,7 @@ XLA folds captured constants for tens of seconds, recompiles for every new data 
 part of its first argument. `jax.closure_convert` does this for tracers only, and arrays captured by a `jit` *inside* the
 function stay hidden from it; here those inner calls are inlined first.
 
-Results are remembered by function and shapes, so the same function gives the same object and nothing is compiled twice.
+Results are cached by function and shapes, so the same function gives the same object and nothing is compiled twice.
 As with `jax.jit`, a captured array is read once: changing a NumPy array in place afterwards goes unnoticed.
 """
 
@@ -24,7 +24,7 @@ from partime_mcmc.types import PyTree
 
 
 class HashableFunction:
-    """A function object that equals others of its class with equal parts, so that compiled code is found again."""
+    """A function object that equals others of its class with equal parts, so that equal functions are compiled once."""
 
     def __init__(self, *parts: Any):
         self.parts = parts
@@ -84,7 +84,7 @@ def explicit(function: Callable, params: PyTree, *rest: PyTree) -> tuple[_Explic
         (jnp.shape(leaf), jnp.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype)
         for leaf in leaves
     )
-    # Read while tracing: settings, and inside `jax.shard_map` the mesh.
+    # A trace depends on these settings, and inside `jax.shard_map` on the mesh.
     entry = (
         function,
         tree,
@@ -202,13 +202,13 @@ def _captures(inner) -> bool:
 
 def _evaluate_one(jaxpr, equation, inputs) -> list:
     """Evaluate one equation: a jaxpr of its own, because the way to bind a primitive differs between JAX versions."""
-    named = {
+    inputs_of = {
         atom: value
         for atom, value in zip(equation.invars, inputs)
         if not isinstance(atom, jax.extend.core.Literal)
     }
     dropped = [isinstance(atom, jax.extend.core.DropVar) for atom in equation.outvars]
     kept = [atom for atom, drop in zip(equation.outvars, dropped) if not drop]
-    single = jaxpr.replace(constvars=[], invars=list(named), outvars=kept, eqns=[equation])
-    results = iter(jax.core.eval_jaxpr(single, [], *named.values()))
+    single = jaxpr.replace(constvars=[], invars=list(inputs_of), outvars=kept, eqns=[equation])
+    results = iter(jax.core.eval_jaxpr(single, [], *inputs_of.values()))
     return [None if drop else next(results) for drop in dropped]

@@ -1,8 +1,8 @@
 """Type aliases, and the decorator that makes a frozen dataclass a pytree.
 
 Everything that travels through `jit` and `vmap` is a frozen dataclass whose array fields are leaves and whose other
-fields (functions, numbers that fix shapes) are static. `pytree` says both in one line, so that a reader sees at a
-class's head what is data and what is structure.
+fields (functions, numbers that fix shapes) are static. `pytree` declares both in one line, so that the head of a class
+shows what is data and what is structure.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Refusing an argument of the wrong kind, by name, before anything is traced."""
+"""Checks that refuse a wrong argument by name, before anything is traced."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from partime_mcmc.types import Array
+from partime_mcmc.types import Array, PyTree
 
 
 def check_has(value: Any, name: str, methods: tuple[str, ...], wanted: str) -> None:
@@ -28,6 +28,42 @@ def check_has(value: Any, name: str, methods: tuple[str, ...], wanted: str) -> N
         raise TypeError(f"{name}: got {describe(value)}, wanted {wanted}")
 
 
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Refuse anything but an integer of at least `least`.
+
+    Raises:
+        ValueError: Naming the argument, what it got and what it wanted.
+    """
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def check_like(what: str, got: PyTree, wanted: PyTree, reference: str) -> None:
+    """Refuse a pytree that differs in structure, shapes or types from another one.
+
+    Args:
+        what: The beginning of the message, such as "dynamics: step returns".
+        got: Arrays, or their shapes and types.
+        wanted: Likewise.
+        reference: The name of the argument that `wanted` is.
+
+    Raises:
+        TypeError: Naming the first difference.
+    """
+    structures = jax.tree.structure(got), jax.tree.structure(wanted)
+    if structures[0] != structures[1]:
+        raise TypeError(
+            f"{what} structure {structures[0]}, wanted {structures[1]} as in `{reference}`"
+        )
+    for (path, new), old in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(wanted)):
+        if new.shape != old.shape or new.dtype != old.dtype:
+            raise TypeError(
+                f"{what} {jax.tree_util.keystr(path) or 'an array'} with shape {new.shape} and type {new.dtype}, "
+                f"wanted {old.shape} and {old.dtype} as in `{reference}`"
+            )
+
+
 def describe(value: Any) -> str:
     """A value in an error message: plain values as they are, others by their type."""
     if isinstance(value, type):
@@ -42,7 +78,7 @@ def describe(value: Any) -> str:
 
 
 def check_scale(scale: Array | float, name: str) -> Array | float:
-    """Refuse a unit with which any path would pass.
+    """Refuse a scale of residuals with which any path would pass.
 
     Raises:
         ValueError: Naming `name`, if a concrete scale is not positive and finite (traced ones pass).

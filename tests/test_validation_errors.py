@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import partime_mcmc
 from partime_mcmc.engine.dynamics import Dynamics
 from partime_mcmc.engine.recipes import deer, elk, jacobi, quasi_deer, quasi_elk
 from partime_mcmc.engine.solution import Tolerance
@@ -231,3 +232,28 @@ def test_good_arguments_reach_the_loop():
             tolerance=Tolerance(1e-6, np.full(2, 1e-6)),
             schedule=Windows(2),
         )
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("Whole", partime_mcmc.AllAtOnce),
+        ("Stretches", partime_mcmc.Windows),
+        ("Sliding", partime_mcmc.SlidingWindow),
+        ("CommonRandomNumbers", partime_mcmc.CommonRandomNumbers),
+        ("MultishiftCoupling", partime_mcmc.MultishiftCoupling),
+        ("Recorded", partime_mcmc.CertifyWhileRolling),
+        ("Independent", partime_mcmc.CertifyIndependently),
+        ("ImplicitSegmented", partime_mcmc.ImplicitSegmented),
+        ("loop", partime_mcmc.blackjax_loop),
+    ],
+)
+def test_old_names_work_and_warn(old, new):
+    with pytest.warns(DeprecationWarning, match=rf"{old} is now partime_mcmc\.{new.__name__};"):
+        assert getattr(partime_mcmc, old) is new
+    assert old not in partime_mcmc.__all__
+
+
+def test_a_name_that_never_was_is_refused():
+    with pytest.raises(AttributeError, match="no attribute 'Halves'"):
+        _ = partime_mcmc.Halves

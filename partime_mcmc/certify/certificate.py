@@ -1,4 +1,4 @@
-"""What a certificate says of a path, and how it is judged, whoever evaluated its steps.
+"""The certificate of a path, and the rule by which a path is judged, whichever pass evaluated its steps.
 
 All steps are compared with what the kernel makes of the state before them, x_t against f(x_{t-1}, k_t), and
 
@@ -11,8 +11,8 @@ of the chain otherwise. A wrong accept decision shows as ρ_t of order 1.
 The margin of a decision is |acceptance probability − uniform|. Where it is smaller than what rounding can change, the
 decision is *ambiguous*: another compilation of the same kernel may decide otherwise.
 
-The values come from `certify`, one more pass that is independent of the solver, or from `recorded`, where every step said
-what it made of its state while the path was rolled.
+The values come from `independent`, one more pass that shares nothing with the solver, or from `recorded`, where every step
+was recorded while the path was rolled.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _AMBIGUOUS = {jnp.dtype("float64"): 1e-11, jnp.dtype("float32"): 2e-3}
 
 @pytree()
 class Certificate:
-    """What an independent pass found; one number per chain, shape `(C,)` where chains are batched.
+    """Whether a path obeys its kernel, and by how much it fails to; one number per chain, shape `(C,)` where chains are batched.
 
     Attributes:
         certified: All finite, and every step within `tolerance`.
@@ -55,11 +55,11 @@ class Certificate:
             without an energy do not all show their proposals: there, an acceptance probability of exactly 0 counts, too.
         num_ambiguous: Decisions with a margin below `10 ×` rounding; −1 where margins are not known.
         min_margin: The smallest margin; NaN where margins are not known.
-        min_lattice_margin: With coalescing dice, the smallest distance to where the noise jumps, in its standard deviations;
+        min_lattice_margin: With multishift coupling, the smallest distance to where the noise jumps, in its standard deviations;
             NaN without.
         discrete_consistent: Whether the tape's discrete leaves are the ones that the path produces.
-        independent: Whether steps were evaluated once more, apart from the solver; otherwise all of this was recorded while the
-            path was rolled.
+        independent: Whether steps were evaluated once more, apart from the solver; otherwise they were recorded while the path
+            was rolled.
         accepted: Decisions, shape `(..., T)`; all True where the kernel makes none.
         residual: ρ_t, shape `(..., T)`.
     """
@@ -84,12 +84,12 @@ class Certificate:
 
     @property
     def evidence(self) -> str:
-        """What it rests on, in words (not under tracing)."""
+        """How it was made, in words (not under tracing)."""
         return describe_certification(self.independent)
 
 
 def describe_certification(independent: Array | bool) -> str:
-    """What certificates rest on.
+    """How certificates were made, in words.
 
     Args:
         independent: Whether steps were evaluated once more, of each chain.
@@ -125,12 +125,12 @@ def judged(
     unit: Array | float | None,
     independent: bool = True,
 ) -> tuple[Certificate, Records]:
-    """The certificate of one path, given what its kernel makes of each state.
+    """The certificate of one path, given the kernel's next state of each state.
 
     Args:
         values: `f(x_{t-1}, k_t)`, a pytree like the carry with leading axis `T`.
         consistent: Whether discrete leaves are the tape's.
-        records: What the kernel says of each step.
+        records: What the kernel reports of each step.
         uniform: The uniforms behind its decisions, shape `(T,)`; None where they are not known.
         initial: The carry before the first step.
         states: The path.
@@ -194,15 +194,15 @@ def judged(
     return certificate, dataclasses.replace(records, held=(expected == previous).all(axis=1))
 
 
-# Steps whose quartiles are looked at.
+# Quartiles are taken from so many steps.
 _SORTED = 1024
 
 
 def _spread(path: Array) -> Array:
     """Standard deviation of each coordinate; 1 where it does not move, so that any residual there shows.
 
-    The interquartile range speaks where it is the smaller one: a path that explodes somewhere must not set the unit by which
-    it is judged.
+    It is estimated from the interquartile range where that is smaller: a path that explodes somewhere must not set the unit
+    by which it is judged.
     """
     if not path.shape[0]:
         return jnp.ones(path.shape[1:], path.dtype)

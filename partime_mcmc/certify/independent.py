@@ -1,6 +1,6 @@
 """The independent pass: every step of a path is evaluated once more, all at once, whatever solver made it.
 
-What it finds is judged as `certificate` says. Chains that `sample` returns can have their steps recorded while they are
+Its results are judged as `certificate` describes. Chains that `sample` returns can have their steps recorded while they are
 rolled (`recorded`), at no cost; this pass shares nothing with the solver but the kernel, and costs one evaluation per step.
 """
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from partime_mcmc.certify.certificate import Certificate, before_steps, flat_steps, judged
 from partime_mcmc.certify.step_record import Records
-from partime_mcmc.kernels.evaluate_steps import Observe, in_pieces, reevaluate, steps_at_once
+from partime_mcmc.kernels.evaluate_steps import Observe, in_batches, reevaluate, steps_at_once
 from partime_mcmc.kernels.kernel import Kernel, Tape, raw
 from partime_mcmc.tracing import explicit
 from partime_mcmc.types import Array, PyTree
@@ -46,7 +46,7 @@ def certify(
 def certify_with_records(
     kernel: Kernel, initial: PyTree, states: PyTree, drives: Tape, *, scale: Array | None = None
 ) -> tuple[Certificate, Records]:
-    """As `certify`, with what the kernel says of each step of the path."""
+    """As `certify`, with the records of the steps of the path."""
     observe, params, unit = _observer(kernel, initial, states, drives, scale)
     return _certify(observe, params, initial, states, drives, unit)
 
@@ -114,27 +114,27 @@ def _check_path(initial: PyTree, states: PyTree, drives: Tape) -> None:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _certify(observe, params, initial, states, drives, unit):
-    seen = in_pieces(functools.partial(observe, params), before_steps(initial, states), drives)
+    seen = in_batches(functools.partial(observe, params), before_steps(initial, states), drives)
     return _judge(seen, initial, states, drives, unit)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _certify_held(observe, params, initial, states, drives, unit):
-    look = functools.partial(observe, params)
+    evaluate = functools.partial(observe, params)
     # One axis of steps: with chains as an axis of their own, products of matrices took twice as long.
     shape = jax.tree.leaves(drives)[0].shape[:2]
     one_axis = jax.tree.map(
         lambda leaf: leaf.reshape(math.prod(shape), *leaf.shape[2:]),
         (jax.vmap(before_steps)(initial, states), drives),
     )
-    seen = in_pieces(look, *one_axis, piece=4 * steps_at_once())
+    seen = in_batches(evaluate, *one_axis, size=4 * steps_at_once())
     seen = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), seen)
-    return jax.vmap(functools.partial(_hold_and_judge, look), in_axes=(0, 0, 0, 0, None))(
+    return jax.vmap(functools.partial(_hold_and_judge, evaluate), in_axes=(0, 0, 0, 0, None))(
         seen, initial, states, drives, unit
     )
 
 
-def _hold_and_judge(look, seen, initial, states, drives, unit):
+def _hold_and_judge(evaluate, seen, initial, states, drives, unit):
     before = before_steps(initial, states)
     still = hold(initial, states, (flat_steps(seen[0]) == flat_steps(before)).all(axis=1))
     moved = [
@@ -144,7 +144,7 @@ def _hold_and_judge(look, seen, initial, states, drives, unit):
     again = functools.reduce(
         jnp.logical_or, [flags.any(axis=tuple(range(1, flags.ndim))) for flags in moved]
     )
-    seen = reevaluate(look, seen, before_steps(initial, still), drives, again)
+    seen = reevaluate(evaluate, seen, before_steps(initial, still), drives, again)
     return *_judge(seen, initial, still, drives, unit), still
 
 

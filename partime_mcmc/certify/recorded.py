@@ -8,8 +8,8 @@ A solver that rolls computes every step of the path that it returns from the ver
 
 and the kernel's decision, energy and margins of each step are those of the transition that is in the path. Nothing needs to
 be evaluated again: the certificate costs the memory of a few numbers per step. An independent pass costs one more evaluation
-of every step and shares nothing with the solver but the kernel; it is there for the sceptical, for solvers that do not
-roll, and for chains that were finished some other way.
+of every step and shares nothing with the solver but the kernel. It serves users who doubt the recording, solvers that do
+not go step by step, and chains that were finished sequentially.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from partime_mcmc.types import Array, PyTree, pytree
 
 @pytree()
 class CertifyWhileRolling:
-    """Record while rolling, where the solver rolls; an independent pass elsewhere, and where a chain fell back."""
+    """Record while rolling, where the solver goes step by step; an independent pass elsewhere, and after a fallback."""
 
     def dynamics(self, kernel: Kernel) -> Dynamics:
         """The recurrence to solve."""
@@ -49,7 +49,7 @@ Certification = CertifyWhileRolling | CertifyIndependently
 def certify_recorded(
     kernel: Kernel, initial: PyTree, states: PyTree, drives: Tape, notes: Array, defects: Array
 ) -> tuple[Certificate, Records]:
-    """The certificate of a path that was recorded.
+    """The certificate of a path that was recorded while it was rolled.
 
     Args:
         kernel: Whose `recording()` was solved.
@@ -60,17 +60,17 @@ def certify_recorded(
         defects: Of the `Solution`, shape `(T, D)`.
 
     Returns:
-        The certificate, not `independent`, and what the kernel said of each step.
+        The certificate, not `independent`, and the record of each step.
     """
     drive = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), drives)
-    said = unpacked(notes, jax.eval_shape(kernel.step_record, initial, drive))
+    steps = unpacked(notes, jax.eval_shape(kernel.step_record, initial, drive))
     _, unravel = ravel_pytree(initial)
     values = jax.tree.map(jnp.add, states, jax.vmap(unravel)(defects))
     return judged(
         values,
-        said.consistent.all(),
-        said.records,
-        said.uniform,
+        steps.consistent.all(),
+        steps.records,
+        steps.uniform,
         initial,
         states,
         kernel.noise_scale,

@@ -1,7 +1,7 @@
-"""What a kernel says of each step, whatever its info is called.
+"""What a kernel reports of each step, whatever its info is called.
 
 BlackJAX's infos share names (`acceptance_rate`, `is_accepted`, `is_divergent`, `energy`, `num_integration_steps`, `proposal`)
-and none has all of them. `Records` holds what there is.
+and none has all of them. `Records` holds those that a kernel has.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from partime_mcmc.types import Array, PyTree, pytree
 
 @pytree()
 class Records:
-    """What a kernel says of each step, shape `(T,)` each; None where it does not say.
+    """What a kernel reports of each step, shape `(T,)` each; None where it does not.
 
     Attributes:
         accepted: Whether the proposal was accepted.
@@ -45,7 +45,7 @@ class Records:
 
 
 def record(state: Any, info: Any) -> Records:
-    """What a BlackJAX-like info and the new state say of one step; `held` is filled in by whoever compares states."""
+    """The record of one step from a BlackJAX-like info and the new state; the caller that compares states fills in `held`."""
 
     def of(name, source=info):
         value = getattr(source, name, None)
@@ -62,7 +62,7 @@ def record(state: Any, info: Any) -> Records:
     )
     if energy is None and rate is not None:
         # MALA does not show its proposal, and a random walk shows the state that it returned; BlackJAX turns a proposal
-        # that is not finite into probability exactly 0. A proposal that is shown has been looked at above.
+        # that is not finite into probability exactly 0. A proposal that is shown was tested above.
         position = getattr(state, "position", state)
         hidden = _equal(getattr(proposal, "position", position), position)
         nonfinite = nonfinite | ((rate == 0) & hidden)
@@ -82,10 +82,10 @@ def record(state: Any, info: Any) -> Records:
 
 @pytree()
 class StepRecord:
-    """All that one step says, as it is made.
+    """The record of one step, made with the step.
 
     Attributes:
-        records: What the kernel says; `held` is left out: the path shows it.
+        records: What the kernel reports; `held` is left out, because the path shows it.
         uniform: The uniform behind its decision, where that is known.
         consistent: Whether the discrete leaves of the state before it are those on the tape.
     """
@@ -100,7 +100,7 @@ class StepRecord:
 
 
 def unpacked(notes: Array, example: StepRecord) -> StepRecord:
-    """What steps said, fields `(...)`, from their packed numbers `(..., R)`.
+    """The records of steps, fields `(...)`, from their packed numbers `(..., R)`.
 
     Args:
         notes: From `StepRecord.packed`.
@@ -114,14 +114,14 @@ def unpacked(notes: Array, example: StepRecord) -> StepRecord:
     return jax.tree.unflatten(structure, back)
 
 
-_SAID = ("accepted", "acceptance_rate", "diverging", "energy", "num_steps", "logdensity")
+_INFO = ("accepted", "acceptance_rate", "diverging", "energy", "num_steps", "logdensity")
 
 
 def info_dict(records: Records, shape: tuple[int, ...]) -> dict[str, Array]:
-    """What a user wants to know of each step, by name, as far as the kernel says it, every value of `shape`."""
+    """The results of each step that users read, by name, as far as the kernel reports them, every value of `shape`."""
     return {
         name: jnp.broadcast_to(getattr(records, name), shape)
-        for name in _SAID
+        for name in _INFO
         if getattr(records, name) is not None
     }
 

@@ -116,9 +116,7 @@ def check_dtypes(position: PyTree, name: str = "initial") -> PyTree:
         if jnp.issubdtype(leaf.dtype, jnp.floating) and not leaf.weak_type:
             strong.setdefault(jnp.dtype(leaf.dtype), []).append(label)
     if len(strong) > 1:
-        found = "; ".join(
-            f"{dtype} in {', '.join(where)}" for dtype, where in strong.items()
-        )
+        found = "; ".join(f"{dtype} in {', '.join(where)}" for dtype, where in strong.items())
         raise InvalidStart(
             f"{name}: got a mix of floating dtypes ({found}); wanted one dtype in every leaf"
         )

@@ -8,11 +8,11 @@ A path is defined by x_t = f(θ, x_{t-1}, u_t), so its derivative along (θ̇, �
 y_t = J_{t+1}ᵀ y_{t+1} + b_t. No derivative goes through the solver's iterations, and the rule is itself differentiable, so
 second derivatives follow. Two ways to solve the recurrence and its transpose:
 
-    Implicit          Jacobians in full and a prefix or suffix scan                       memory O(T D²)
-    ImplicitSegmented     products J_t δ and J_tᵀ y as they are needed, in a relay            memory O(T D)
+    Implicit           Jacobians in full and a prefix or suffix scan                         memory O(T D²)
+    ImplicitSegmented  products J_t δ and J_tᵀ y as they are needed, in a segmented scan     memory O(T D)
 
-The recurrence of δ forgets exactly as the path itself does, hence the relay; its products are recomputed from the path,
-so nothing but states is kept.
+The recurrence of δ forgets exactly as the path itself does, hence the segmented scan; its products are recomputed from the
+path, so nothing but states is kept.
 """
 
 from __future__ import annotations
@@ -56,16 +56,12 @@ class Implicit:
     def __call__(
         self, dynamics: Dynamics, initial: Array, drives: PyTree, states: Array, axis: TimeAxis
     ) -> Array:
-        if states.shape[0] == 0:
-            return states
-        return _attach(
-            dynamics.step, axis, None, dynamics.params, initial, drives, lax.stop_gradient(states)
-        )
+        return _with_derivatives(dynamics, initial, drives, states, axis, None)
 
 
 @pytree(static=("plan",))
 class ImplicitSegmented:
-    """Derivatives by the implicit function theorem, with Jacobian products in a relay: for wide states that forget.
+    """Derivatives by the implicit function theorem, with Jacobian products in a segmented scan: for wide states that forget.
 
     Where the recurrence does not forget it is solved one step after another; the result is the same. Along an axis that
     is spread over devices take `Implicit`.
@@ -79,17 +75,14 @@ class ImplicitSegmented:
     def __call__(
         self, dynamics: Dynamics, initial: Array, drives: PyTree, states: Array, axis: TimeAxis
     ) -> Array:
-        if states.shape[0] == 0:
-            return states
-        return _attach(
-            dynamics.step,
-            axis,
-            self.plan,
-            dynamics.params,
-            initial,
-            drives,
-            lax.stop_gradient(states),
-        )
+        return _with_derivatives(dynamics, initial, drives, states, axis, self.plan)
+
+
+def _with_derivatives(dynamics, initial, drives, states, axis, plan):
+    if states.shape[0] == 0:
+        return states
+    states = lax.stop_gradient(states)
+    return _attach(dynamics.step, axis, plan, dynamics.params, initial, drives, states)
 
 
 @pytree()
@@ -134,7 +127,7 @@ def _attach_jvp(step, axis, plan, primals, tangents):
             previous, drives
         )
         return path, _solve_recurrence(matrices, force, axis)
-    return path, _relay_recurrence(step, plan, params, previous, drives, force, axis)
+    return path, _segmented_recurrence(step, plan, params, previous, drives, force, axis)
 
 
 def _all_steps(step, params, previous, drives):
@@ -183,7 +176,7 @@ def _solve_recurrence(matrices: Array, force: Array, axis: TimeAxis) -> Array:
     return lax.custom_linear_solve(apply, force, solve, transpose_solve)
 
 
-def _relay_recurrence(step, plan, params, previous, drives, force, axis):
+def _segmented_recurrence(step, plan, params, previous, drives, force, axis):
     """The same with products in place of matrices: J_t is that of `step` at `previous[t]`, `drives[t]`."""
     nothing = jnp.zeros_like(force[0])
 
@@ -228,7 +221,7 @@ def pulled_back(
         right: b, the derivative of a loss in each state, shape `(T, D)`.
 
     Returns:
-        z, shape `(T, D)`, and the relay's report: products with J_tᵀ per step among it.
+        z, shape `(T, D)`, and the report of the scan, with products with J_tᵀ per step in `evaluations`.
     """
     return segmented_scan(
         _Pull(step),
@@ -244,8 +237,7 @@ def pulled_back(
 def _bound(right):
     """Tolerances at a meeting, against the size of what drives the recurrence: it is linear, so it has no other scale."""
     unit = DEFAULT_ULPS / 4 * jnp.finfo(right.dtype).eps
-    largest = jnp.max(jnp.where(jnp.isfinite(right), jnp.abs(right), 0))
-    return unit * largest, unit
+    return unit * jnp.max(jnp.where(jnp.isfinite(right), jnp.abs(right), 0)), unit
 
 
 class _Push(HashableFunction):

@@ -1,6 +1,7 @@
 """Dynamics: the recurrence x_t = f(θ, x_{t-1}, u_t), its sequential solution, and its residual.
 
-`θ` are the parameters, `u_1..u_T` the drives (dice of a chain, inputs of a network), `x_0` the initial state. States are
+`θ` are the parameters, `u_1..u_T` the drives (the random numbers of a chain, the inputs of a network), `x_0` the initial
+state. States are
 any pytree of floating-point arrays of one type; inside the engine they are flat vectors of shape `(D,)`, and `ravel`
 is the border between the two. Keys, counters and other discrete things belong to the drives.
 
@@ -25,18 +26,18 @@ from partime_mcmc.types import Array, PyTree, pytree
 
 @pytree(static=("init", "step", "state", "aux"))
 class CachedStep:
-    """The same recurrence for those who go through it step by step: what one step computes for the next is kept.
+    """The same recurrence for sequential evaluation: what one step computes for the next is kept in a memory.
 
     A gradient-based kernel evaluates the gradient at the end of a step; the next step begins with that very gradient.
-    All functions take parameters first; `leave(advance(enter(x, u), u))` is `step(x, u)` up to rounding.
+    All functions take parameters first; `state(step(init(x, u), u))` is `Dynamics.step(x, u)` up to rounding.
 
     Attributes:
-        enter: `(params, state, first_drive) -> memory`.
-        advance: `(params, memory, drive) -> memory`.
-        leave: `(params, memory) -> state`.
-        params: Parameters of `enter`, `advance` and `leave`, in this order.
-        note: `memory -> (R,)`, numbers that the step just made leaves behind besides its state, of the state's type (what a
-            kernel says of its proposal); solvers that roll keep them for every step of the path. None: nothing.
+        init: `(params, state, first_drive) -> memory`.
+        step: `(params, memory, drive) -> memory`.
+        state: `(params, memory) -> state`.
+        params: Parameters of `init`, `step` and `state`, in this order.
+        aux: `memory -> (R,)`, further results of the step just made, of the state's type (what a kernel reports of its
+            proposal); solvers that go step by step keep them for every step of the path. None: nothing.
     """
 
     init: Callable
@@ -54,7 +55,7 @@ class Dynamics:
         step: A pure function `(params, state, drive) -> state` whose result has the structure, shapes and types of
             `state`. Compared by identity: use one function object for one recurrence, or it is compiled again.
         params: Whatever `step` needs besides; a pytree, differentiable.
-        memo: The same recurrence with a memory, for sequential use; None where steps share nothing.
+        cached: The same recurrence with a memory, for sequential use; None where steps share nothing.
     """
 
     step: Callable[[PyTree, PyTree, PyTree], PyTree]
@@ -94,15 +95,15 @@ def without_captures(dynamics: Dynamics, state: PyTree, drive: PyTree) -> Dynami
     step, params = explicit(dynamics.step, dynamics.params, state, drive)
     cached = dynamics.cached
     if cached is not None:
-        enter, p0 = explicit(cached.init, cached.params[0], state, drive)
-        advance, p1 = explicit(cached.step, cached.params[1], enter.result, drive)
-        leave, p2 = explicit(cached.state, cached.params[2], enter.result)
-        cached = CachedStep(enter, advance, leave, (p0, p1, p2), cached.aux)
+        init, p0 = explicit(cached.init, cached.params[0], state, drive)
+        advance, p1 = explicit(cached.step, cached.params[1], init.result, drive)
+        state_of, p2 = explicit(cached.state, cached.params[2], init.result)
+        cached = CachedStep(init, advance, state_of, (p0, p1, p2), cached.aux)
     return Dynamics(step, params, cached)
 
 
 def rollout(dynamics: Dynamics, initial: PyTree, drives: PyTree) -> PyTree:
-    """The path, one step after another: the oracle for everything else.
+    """The path, one step after another: the reference for every solver.
 
     Args:
         dynamics: The recurrence.
@@ -112,13 +113,13 @@ def rollout(dynamics: Dynamics, initial: PyTree, drives: PyTree) -> PyTree:
     Returns:
         `x_1..x_T`, leaves with leading axis `T`.
     """
-    return rollout_with_notes(dynamics, initial, drives)[0]
+    return rollout_with_aux(dynamics, initial, drives)[0]
 
 
-def rollout_with_notes(
+def rollout_with_aux(
     dynamics: Dynamics, initial: PyTree, drives: PyTree
 ) -> tuple[PyTree, Array | None]:
-    """As `rollout`, and what each step notes, shape `(T, R)`; None where nothing is noted, or there are no steps."""
+    """As `rollout`, and `CachedStep.aux` of each step, shape `(T, R)`; None without `aux`, or without steps."""
     cached = dynamics.cached
     if cached is None or jax.tree.leaves(drives)[0].shape[0] == 0:
 
@@ -189,9 +190,9 @@ def ravel(dynamics: Dynamics, initial: PyTree) -> tuple[Dynamics, Array, Callabl
     border, cached = _Unravel(initial), dynamics.cached
     if cached is not None:
         cached = CachedStep(
-            _FlatEnter(cached.init, border),
+            _FlatInit(cached.init, border),
             cached.step,
-            _FlatLeave(cached.state),
+            _FlatState(cached.state),
             cached.params,
             cached.aux,
         )
@@ -265,15 +266,15 @@ class _FlatStep(HashableFunction):
         return ravel_pytree(step(params, unravel(flat), drive))[0]
 
 
-class _FlatEnter(HashableFunction):
+class _FlatInit(HashableFunction):
     """`CachedStep.init` from a flat state."""
 
     def __call__(self, params, flat, drive):
-        enter, unravel = self.parts
-        return enter(params, unravel(flat), drive)
+        init, unravel = self.parts
+        return init(params, unravel(flat), drive)
 
 
-class _FlatLeave(HashableFunction):
+class _FlatState(HashableFunction):
     """`CachedStep.state` to a flat state."""
 
     def __call__(self, params, memory):

@@ -11,7 +11,8 @@
 | `jacobi`       | zero                                 | Newton            | same                                      |
 | `shooting`     | none                                 | segments          | this package; Bellen & Zennaro 1989       |
 
-Every recipe takes at most `DEFAULT_MAX_ITERATIONS` passes unless told otherwise, and says so when that was not enough.
+Every recipe makes at most `DEFAULT_MAX_ITERATIONS` passes unless `max_iterations` is given; the verdict is
+OUT_OF_ITERATIONS where that was not enough.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from partime_mcmc.solvers import (
     Shooting,
 )
 
-# A stated bound that does not grow with T: a method that needs more passes than this has lost to the sequential loop.
+# A bound that does not grow with T: a method that needs more passes than this is slower than the sequential loop.
 DEFAULT_MAX_ITERATIONS = 200
 
 
@@ -98,7 +99,7 @@ def shooting(
     steps: int | None = None,
     correction: Linearizer = ZeroJacobian(),
 ) -> Shooting:
-    """Segments rolled side by side until they coalesce; near one evaluation per step on a system that forgets.
+    """Segments rolled side by side until they coalesce; about one evaluation per step on a system that forgets.
 
     Args:
         num_segments: C; None chooses by device and path. One segment is the sequential chain.

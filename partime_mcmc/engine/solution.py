@@ -22,6 +22,9 @@ from partime_mcmc.types import Array, PyTree, pytree
 def nanaware_max(values: Array, axis: int | None = None) -> Array:
     """The maximum of non-negative `values` over `axis` (None: all), 0 if there are none, NaN if any is NaN.
 
+    A verdict must not depend on how a backend's `max` treats NaN: some JAX releases return NaN on a CPU, others (0.12.0 is
+    one) skip it, and a path with a NaN in it would then pass as exact.
+
     Args:
         values: Floating point, any shape.
         axis: The axis to reduce.
@@ -59,7 +62,7 @@ _MESSAGES = {
     Status.CONVERGED: "every step obeys the recurrence to within the tolerance",
     Status.OUT_OF_ITERATIONS: (
         "the iterations ran out before every step obeyed the recurrence; raise max_iterations, cut time into "
-        "Stretches, damp or clip the Jacobians, or run sequentially if the system does not forget its past"
+        "Windows, damp or clip the Jacobians, or run sequentially if the system does not forget its past"
     ),
     Status.NONFINITE: (
         "the recurrence itself leaves the finite numbers: the step after the exact prefix maps a finite state to NaN "
@@ -70,7 +73,7 @@ _MESSAGES = {
         "point type can reach, or the linearisation cycles; loosen the tolerance, use float64, or damp"
     ),
     Status.FROZEN: "the chain never moves: no proposal was accepted; check the step size, the metric and the start",
-    Status.INTERRUPTED: "the run was interrupted; what it holds is the certified part",
+    Status.INTERRUPTED: "the run was interrupted; it holds the steps that were certified before that",
 }
 
 
@@ -177,7 +180,8 @@ class Solution:
         residual: `max_t,j |f(x_{t-1}, u_t) − x_t|` of the states returned; a scalar, NaN if any is not finite.
         num_exact: How many steps from the start on are within the tolerance (`T` when converged).
         stats: The work done.
-        notes: What the steps of the path noted (`CachedStep.aux`), shape `(T, R)`; None where nothing is noted or kept.
+        notes: `CachedStep.aux` of every step of the path, shape `(T, R)`; None where the dynamics have no `aux`, or the
+            solver keeps none.
         defects: `f(x_{t-1}, u_t) − x_t` in flat coordinates, shape `(T, D)`; None where there are no notes.
     """
 

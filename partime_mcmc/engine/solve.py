@@ -28,7 +28,7 @@ from partime_mcmc.engine.time_axis import LocalTime, TimeAxis
 from partime_mcmc.engine.windows import AllAtOnce, Schedule
 from partime_mcmc.solvers import Sequential, Solver
 from partime_mcmc.types import Array, Key, PyTree, pytree
-from partime_mcmc.validation import check_has, describe
+from partime_mcmc.validation import check_count, check_has, check_like, describe
 
 _RUNNING = -1
 _MAX_HISTORY = 512
@@ -55,15 +55,15 @@ def solve(
         initial: `x_0`, a pytree of floating-point arrays of one type.
         drives: `u_1..u_T`, a pytree with leading axis `T`, at least one leaf.
         solver: One of the recipes, or your own; `deer()` unless given. For chains take `shooting()`.
-        schedule: All of time at once, or a window that moves.
+        schedule: All of time at once (`AllAtOnce`), or a window that moves (`Windows`, `SlidingWindow`).
         tolerance: How small the residual must be.
         max_iterations: Passes allowed per window's length of time; None is 200. It is a bound, not a plan:
             the loop stops as soon as the path is exact.
         guess: A first path, shaped like the result; None is `x_0` at every step. Values that are not finite are
             replaced by `x_0`.
         adjoint: How derivatives reach the path.
-        axis: Where time lives. With one spread over devices, `initial` is the same on all of them and `drives` and `guess`
-            are the parts that are here (`distributed.sharded_solve` cuts them).
+        axis: Where the steps of time are stored. If they are spread over devices, `initial` is the same on all of them,
+            and `drives` and `guess` hold the steps of this device (`distributed.sharded_solve` cuts them).
         key: For solvers that estimate; None is a fixed key. It never changes the path, only how it is found.
 
     Returns:
@@ -103,16 +103,12 @@ def solve(
         max_iterations=max_iterations * max(1, math.ceil(num_steps / max(window, 1))),
     )
     states = adjoint(flat, start, drives, found.states, axis)
-    return Solution(jax.vmap(unravel)(states), *_fields(found)[1:])
-
-
-def _fields(found: Solution) -> tuple:
-    return tuple(getattr(found, field.name) for field in dataclasses.fields(found))
+    return dataclasses.replace(found, states=jax.vmap(unravel)(states))
 
 
 @pytree()
 class _Loop:
-    """What the loop carries: the path, how much of it is exact, the solver's memory, and the books."""
+    """What the loop carries: the path, how much of it is exact, the solver's memory, and counts of the work."""
 
     states: Array
     start: Array
@@ -182,7 +178,7 @@ def _solve(
         max_iterations,
     )
     if isinstance(solver, Sequential) and window == num_steps > 0:
-        # One pass settles it; under `vmap` a loop would select between old and new books, path included.
+        # One pass is enough; under `vmap` a loop would copy the path to select between the old and the new one.
         end = one_pass(begin)
     else:
         end = (
@@ -210,12 +206,12 @@ def _solve(
 
 
 def _no_notes(dynamics, solver, initial, drives, guess, window):
-    """Room for notes and defects, None where none are kept: by most solvers, or where a window moves."""
+    """Arrays of zeros for `notes` and `defects`; None where none are kept: by most solvers, and where a window moves."""
     cached = dynamics.cached
     if not (
         cached
         and cached.aux
-        and getattr(solver, "keeps_notes", False)
+        and getattr(solver, "keeps_aux", False)
         and window == guess.shape[0] > 0
     ):
         return None, None
@@ -232,9 +228,9 @@ def _one_pass(
 ):
     """One pass over the window: propose, judge, move on."""
     num_steps, length = loop.states.shape[0], axis.length(window)
-    first, states, stretch = _cut(initial, loop.states, drives, loop.start, window)
+    first, states, in_window = _cut(initial, loop.states, drives, loop.start, window)
     proposal, memory = solver.step(
-        dynamics, first, states, stretch, loop.memory, axis=axis, key=key, tolerance=tolerance
+        dynamics, first, states, in_window, loop.memory, axis=axis, key=key, tolerance=tolerance
     )
     num_exact = axis.length_of_true(
         tolerance.ratio(proposal.residual, proposal.judged) <= 1
@@ -260,11 +256,11 @@ def _one_pass(
     over = status != _RUNNING
     ahead = jnp.where(over, 0, schedule.advance(num_exact, length))
     start = jnp.minimum(loop.start + ahead, num_steps - window)
-    # What the window leaves behind, or returns at the end, is what was judged: never a path whose residual nobody saw.
+    # What the window leaves behind, or returns at the end, is the path whose residual was computed, not the new guess.
     counted = (jnp.arange(window) < start - loop.start) | over
     kept = jnp.where(counted[:, None], proposal.judged, proposal.states)
     path = lax.dynamic_update_slice_in_dim(loop.states, kept, loop.start, 0)
-    # A new window knows nothing of the old one's residual, so neither may the solver.
+    # What the solver remembers of the old window's residual is wrong in a new window.
     fresh = solver.init(initial, states)
     memory = jax.tree.map(lambda new, old: jnp.where(ahead == window, new, old), fresh, memory)
     left = axis.maximum(jnp.where(counted, per_step, 0))
@@ -297,7 +293,7 @@ def _cut(initial, states, drives, start, window):
 
 
 def _extend_guess(states, old_end, start, window):
-    """Where the window moves onto steps never seen, guess the last state that was seen."""
+    """Where the window moves onto new steps, guess the last state before them."""
     if window == states.shape[0]:
         return states
     last = lax.dynamic_index_in_dim(states, old_end - 1, keepdims=False)
@@ -307,8 +303,11 @@ def _extend_guess(states, old_end, start, window):
 
 
 def _repeats(loop, per_step, num_exact, memory, axis):
-    """Whether an earlier iterate came back, by numbers of its residual, and of what the solver remembers (a damping that
-    still changes is no cycle), kept since the last power of two."""
+    """Whether the iterate of the last power of two came back.
+
+    Iterates are compared by some numbers of their residual and of the solver's memory: a damping that still changes is no
+    cycle.
+    """
     finite = jnp.where(jnp.isfinite(per_step), per_step, 0)
     remembered = sum(
         (jnp.sum(leaf).astype(finite.dtype) for leaf in jax.tree.leaves(memory)),
@@ -374,19 +373,7 @@ def check_step(dynamics: Dynamics, initial: PyTree, drives: PyTree) -> Dynamics:
     drive = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), drives)
     dynamics = without_captures(dynamics, initial, drive)
     result = jax.eval_shape(dynamics.step, dynamics.params, initial, drive)
-    if jax.tree.structure(result) != jax.tree.structure(initial):
-        raise TypeError(
-            f"dynamics: step returns {jax.tree.structure(result)}, wanted the state's structure "
-            f"{jax.tree.structure(initial)}"
-        )
-    for (path, got), wanted in zip(
-        jax.tree_util.tree_leaves_with_path(result), jax.tree.leaves(initial)
-    ):
-        if got.shape != wanted.shape or got.dtype != wanted.dtype:
-            raise TypeError(
-                f"dynamics: step returns {jax.tree_util.keystr(path) or 'a state'} with shape {got.shape} "
-                f"and type {got.dtype}, wanted {wanted.shape} and {wanted.dtype} as in `initial`"
-            )
+    check_like("dynamics: step returns", result, initial, "initial")
     return dynamics
 
 
@@ -398,14 +385,7 @@ def check_iterations(max_iterations: int | None) -> int:
     """
     if max_iterations is None:
         return DEFAULT_MAX_ITERATIONS
-    if (
-        isinstance(max_iterations, bool)
-        or not isinstance(max_iterations, int)
-        or max_iterations < 1
-    ):
-        raise ValueError(
-            f"max_iterations must be an integer of at least 1 or None, got {max_iterations!r}"
-        )
+    check_count("max_iterations", max_iterations)
     return max_iterations
 
 

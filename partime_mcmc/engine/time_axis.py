@@ -1,14 +1,14 @@
-"""The time axis: the only place that knows where the steps of a path live.
+"""The time axis: the only place that knows where the steps of a path are stored.
 
-Solvers ask a few things of time and never slice, concatenate or communicate themselves:
+Solvers use a few operations along time, and never slice, concatenate or communicate themselves:
 
     previous(x_0, x_1..x_T) = x_0..x_{T-1}       prefix(M, x) = M_t(… M_1(x)) for all t
     maximum(v) = max over all steps              suffix(M, x) = M_t(… M_T(x)) for all t
 
-`LocalTime` keeps the whole path on one device. An axis spread over devices answers the same questions with collectives, and
-no solver changes: arrays then hold the T / P steps of one device, `length` says how many there are in all and `index` which
-of them these are. Devices that exchange something in a loop must leave it together: such loops go through `repeat`, or
-hang on `anyone`.
+`LocalTime` keeps the whole path on one device. An axis spread over devices does the same with collectives, and no solver
+changes: arrays then hold the T / P steps of one device, `length` is the number of all steps and `index` the places of
+these. Devices that exchange something in a loop must leave it together, so such loops go through `repeat`, or end by
+`anyone`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from partime_mcmc.types import Array, PyTree, pytree
 
 
 class TimeAxis(Protocol):
-    """What solvers may ask of time; leaves have leading axis `T`."""
+    """Operations along time; leaves have leading axis `T`."""
 
     def previous(self, initial: PyTree, states: PyTree) -> PyTree:
         """The states before each step."""
@@ -64,7 +64,7 @@ class TimeAxis(Protocol):
         ...
 
     def in_turn(self, roll: Callable[[PyTree], PyTree], initial: PyTree) -> PyTree:
-        """The path of what can only go step by step: `roll(x)` gives the steps that are here from the state before them."""
+        """A path computed one device after another: `roll(x)` gives the steps of this device from the state before them."""
         ...
 
     def last(self, states: PyTree) -> PyTree:
@@ -76,7 +76,7 @@ class TimeAxis(Protocol):
         ...
 
     def anyone(self, flag: Array) -> Array:
-        """Whether a scalar flag is set on any device that takes part, those with other chains included."""
+        """Whether a scalar flag is set on any device of the run, those with other chains included."""
         ...
 
     def repeat(
@@ -85,7 +85,7 @@ class TimeAxis(Protocol):
         advance: Callable[[PyTree], PyTree],
         begin: PyTree,
     ) -> PyTree:
-        """`lax.while_loop` for bodies that ask this axis something."""
+        """`lax.while_loop` for bodies that use this axis."""
         ...
 
 

@@ -1,11 +1,11 @@
-"""Schedules: which stretch of time a solver works on, and when it moves on.
+"""Schedules: which window of time a solver works on, and when it moves on.
 
 A schedule is a window of `size` steps and a rule for moving it, given how many steps at its front are exact:
 
     AllAtOnce()            the window is all of time and never moves
-    Windows(size)    moves on by a whole window once all of it is exact: bounded memory, least work
-    SlidingWindow(size)      moves on at once by however many steps are exact: work follows the front, as in
-                       Shih et al. 2023, "Parallel sampling of diffusion models", arXiv:2305.16317
+    Windows(size)          moves on by a whole window once all of it is exact: bounded memory, least work
+    SlidingWindow(size)    moves on at once by however many steps are exact: work follows the front, as in
+                           Shih et al. 2023, "Parallel sampling of diffusion models", arXiv:2305.16317
 
 A window holds states and nothing else (no running statistics, no "nothing changed, so done" rule), so a window shorter
 than a burst of rejections is slow and never wrong. The last window ends where time ends and may overlap exact steps.
@@ -18,6 +18,7 @@ from typing import Protocol
 import jax.numpy as jnp
 
 from partime_mcmc.types import Array, pytree
+from partime_mcmc.validation import check_count
 
 
 class Schedule(Protocol):
@@ -45,12 +46,12 @@ class AllAtOnce:
 
 @pytree(static=("size",))
 class Windows:
-    """One stretch of `size` steps after another."""
+    """One window of `size` steps after another."""
 
     size: int
 
     def __post_init__(self):
-        _check_size(self.size)
+        check_count("size", self.size)
 
     def window(self, num_steps: int) -> int:
         return min(self.size, num_steps)
@@ -66,15 +67,10 @@ class SlidingWindow:
     size: int
 
     def __post_init__(self):
-        _check_size(self.size)
+        check_count("size", self.size)
 
     def window(self, num_steps: int) -> int:
         return min(self.size, num_steps)
 
     def advance(self, num_exact: Array, window: int) -> Array:
         return num_exact
-
-
-def _check_size(size: int) -> None:
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ValueError(f"size must be an integer of at least 1, got {size!r}")

@@ -1,4 +1,4 @@
-"""Markov kernels as dynamical systems, and the certificate of a chain."""
+"""Markov kernels as dynamical systems."""
 
 from partime_mcmc.kernels.blackjax import from_blackjax
 from partime_mcmc.kernels.builders import coalescing_hmc, hmc, mala, nuts, random_walk
@@ -8,15 +8,15 @@ from partime_mcmc.kernels.whitening import Whitening
 
 __all__ = [
     "Carry",
-    "MultishiftCoupling",
-    "Kernel",
     "CommonRandomNumbers",
+    "Kernel",
+    "MultishiftCoupling",
     "Tape",
     "Whitening",
+    "blackjax_loop",
     "coalescing_hmc",
     "from_blackjax",
     "hmc",
-    "blackjax_loop",
     "mala",
     "nuts",
     "random_walk",

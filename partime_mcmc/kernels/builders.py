@@ -1,10 +1,9 @@
-"""BlackJAX kernels as dynamical systems.
+"""Builders of tuned kernels: a log density, a step size and a metric in, a `Kernel` out; warm-up tunes kernels through them.
 
-`from_blackjax` wraps any BlackJAX sampling algorithm as it is, in its own coordinates. The builders `mala`, `hmc`, `nuts`
-and `random_walk` make tuned kernels from a log density, a step size and a metric, in the shape that warm-up tunes; with a
-`Whitening` as the metric the kernel runs in whitened coordinates and still speaks positions to its user. `coupling` chooses how the
-noise is drawn: `CommonRandomNumbers()` is BlackJAX's own kernel with its own draws, `MultishiftCoupling()` a kernel of the same law whose chains
-forget their past within some steps (`coupling`), and `coalescing_hmc` the cycle of both that suits most posteriors.
+With a `Whitening` as the metric the kernel runs in whitened coordinates; what its user sees are positions. `coupling`
+chooses how the noise is drawn: `CommonRandomNumbers()` is BlackJAX's own kernel with its own draws, `MultishiftCoupling()` a
+kernel of the same law whose chains forget their past within some steps (`kernels.coupling`), and `coalescing_hmc` is the
+cycle of both that suits most posteriors. `kernels.blackjax` makes kernels of BlackJAX's other algorithms.
 
 Step sizes follow BlackJAX: MALA moves by `ε ∇log p + √(2ε) N(0, I)`, HMC's leapfrog by `ε` per step.
 """
@@ -33,6 +32,7 @@ from partime_mcmc.kernels.multishift_mala import coalescing_mala
 from partime_mcmc.kernels.multishift_random_walk import coalescing_random_walk
 from partime_mcmc.kernels.whitening import Whitening, checked_root
 from partime_mcmc.types import Array, PyTree
+from partime_mcmc.validation import check_count
 
 # A quarter of the period of a standard normal's Hamiltonian flow: the path length that forgets the start best.
 QUARTER_PERIOD = math.pi / 2
@@ -55,7 +55,7 @@ def mala(
 
     Raises:
         ValueError: If the step size is not positive and finite.
-        TypeError: If `coupling` is no strategy for dice.
+        TypeError: If `coupling` is not one of the two couplings.
     """
     check_step_size(step_size)
     check_coupling(coupling)
@@ -79,12 +79,12 @@ def hmc(
         step_size: The leapfrog's step, positive.
         metric: Whitened coordinates, or an inverse mass matrix of shape `(D,)` or `(D, D)` in BlackJAX's sense.
         num_integration_steps: Leapfrog steps per transition; None takes a path of a quarter period.
-        coupling: How momenta are drawn; coalescing ones want a `Whitening`, because they are aimed at the trajectory's end as on
-            a standard normal, and a step size below 2.
+        coupling: How momenta are drawn. `MultishiftCoupling()` wants a `Whitening`, because it aims momenta at the end that
+            the trajectory would have on a standard normal, and a step size below 2.
 
     Raises:
         ValueError: If the step size or the metric is unusable.
-        TypeError: If `coupling` is no strategy for dice, or wants a `Whitening` and gets none.
+        TypeError: If `coupling` is not one of the two couplings, or wants a `Whitening` and gets none.
     """
     check_step_size(step_size)
     check_coupling(coupling)
@@ -132,8 +132,8 @@ def coalescing_hmc(
 ) -> Kernel:
     """Quarter-period HMC with a coalescing MALA step after every `every`-th trajectory, in whitened coordinates.
 
-    The trajectories bring nearly independent draws, the MALA step lands chains with the same dice on the same floats: the
-    kernel to choose where one long chain is to be solved in parallel over time.
+    The trajectories bring nearly independent draws, and the MALA step takes chains with the same random numbers to the same
+    floats: the kernel to choose where one long chain is to be solved in parallel over time.
 
     Args:
         logdensity: `position -> scalar`.
@@ -204,19 +204,19 @@ def random_walk(
 ) -> Kernel:
     """Random-walk Metropolis with Gaussian increments of standard deviation `step_size` in each coordinate.
 
-    With plain dice chains never forget their starts: expect to be told to stay sequential. With coalescing dice they do, up to
-    some ten coordinates, or in blocks.
+    With common random numbers chains never forget their starts, and no solver is faster than the sequential loop. With
+    multishift coupling they forget them, in up to some ten coordinates or in blocks of coordinates.
 
     Args:
         logdensity: `position -> scalar`.
         step_size: Standard deviation, positive.
         metric: Whitened coordinates; None uses the position's own.
         coupling: How the noise is drawn.
-        block: With coalescing dice, how many coordinates move in a step, chosen at random; None moves all.
+        block: With multishift coupling, how many coordinates move in a step, chosen at random; None moves all.
 
     Raises:
-        ValueError: If the step size is not positive and finite, or `block` is no count or given with plain dice.
-        TypeError: If `coupling` is no strategy for dice.
+        ValueError: If the step size is not positive and finite, or `block` is no count or given with common random numbers.
+        TypeError: If `coupling` is not one of the two couplings.
     """
     check_step_size(step_size)
     check_coupling(coupling)
@@ -261,10 +261,8 @@ def check_step_size(step_size: float) -> None:
 
 
 def _check_positive_integer(value, name: str) -> None:
-    if isinstance(value, jax.core.Tracer):
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{name}: got {value!r}, wanted an integer of at least 1")
+    if not isinstance(value, jax.core.Tracer):
+        check_count(name, value)
 
 
 def _gaussian_step(step_size):

@@ -1,8 +1,8 @@
-"""Dice: how the noise of a kernel is drawn, which does not change its law but decides how fast chains forget.
+"""Coupling: how the noise of a kernel is drawn, which does not change its law but decides how fast chains forget.
 
 With the same Gaussian noise two chains at different places only creep together. *Layered multishift coupling* (Wilson 2000,
 "Layered multishift coupling for use in perfect sampling algorithms") draws the noise so that nearby chains land on the very
-same number. Throw r ~ χ₃ and u ~ Uniform[0, 1) per coordinate; then for every centre c
+same number. Draw r ~ χ₃ and u ~ Uniform[0, 1) per coordinate; then for every centre c
 
     y(c) = w (k + u),     k = round(c / w − u),     w = 2 σ r                      y(c) ~ N(c, σ²), |y(c) − c| ≤ σ r
 
@@ -17,7 +17,7 @@ centre the noise has its law and is independent of that uniform.
 
 Rounding: y is computed to within an ulp of c or of w, whichever is larger, as c + σ n would be; nothing is lost for
 |c| ≫ σ as long as an ulp of c is small against σ (|c|/σ up to 1e6 in float32 and 1e15 in float64). Where c lies within an
-ulp of the edge of a step two compilations may take different sides: `Throw.margin` says how near it came.
+ulp of the edge of a step two compilations may take different sides: `MultishiftDraw.margin` is the distance to that edge.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Coupling: TypeAlias = CommonRandomNumbers | MultishiftCoupling
 
 
 class MultishiftNoise(NamedTuple):
-    """Dice for multishift noise, one per coordinate.
+    """The random numbers of multishift noise, two per coordinate.
 
     Attributes:
         radius: r ~ χ₃, positive.
@@ -61,7 +61,7 @@ class MultishiftNoise(NamedTuple):
 
 
 class MultishiftDraw(NamedTuple):
-    """What multishift noise made of a centre.
+    """A draw of multishift noise around a centre.
 
     Attributes:
         value: y, shape of the centre.
@@ -73,14 +73,14 @@ class MultishiftDraw(NamedTuple):
 
 
 def draw_multishift_noise(key: Key, size: int, dtype: Any) -> tuple[MultishiftNoise, Array]:
-    """Dice for `size` coordinates, three uniforms each, and a uniform for an accept decision.
+    """Multishift noise for `size` coordinates, three uniforms each, and a uniform for an accept decision.
 
     Args:
         key: One key.
         size: D.
         dtype: float32 or float64.
     """
-    # One call in all: starting the generator costs more than a number, and compiling it more than a model.
+    # A single call: starting the generator costs more than a number, and compiling it more than a model.
     half = (size + 1) // 2
     uniforms = jax.random.uniform(key, (2 * (half + size) + 1,), dtype)
     heights, offsets = uniforms[2 * half : 2 * half + size], uniforms[2 * half + size : -1]
@@ -111,7 +111,7 @@ def multishift(center: Array, scale: Array | float, layers: MultishiftNoise) -> 
     Args:
         center: c, shape `(D,)`.
         scale: σ, a positive scalar or shape `(D,)`.
-        layers: Dice of shape `(D,)`.
+        layers: Shape `(D,)` each.
 
     Returns:
         y(c), and how far c is from where y jumps.
@@ -124,7 +124,7 @@ def multishift(center: Array, scale: Array | float, layers: MultishiftNoise) -> 
 
 
 def check_coupling(coupling: Any) -> None:
-    """Refuse anything that is not a strategy for dice.
+    """Refuse anything that is not one of the two couplings.
 
     Raises:
         TypeError: Naming what was given.

@@ -1,7 +1,7 @@
-"""Looking at every step of a path at once: what its kernel makes of each state, and what it says of it.
+"""Evaluation of all steps of a path at once: the kernel's next state of each, and what the kernel reports of it.
 
-Steps are looked at in pieces of a few lanes, which fills the device and stays in its caches; a few steps can be looked at again
-when the states that they start from have changed.
+Steps are evaluated some at a time, enough to fill the device and few enough for its caches; a few steps can be evaluated
+again when the states that they start from have changed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from partime_mcmc.kernels.kernel import Kernel
 
 
 class Observe:
-    """One step of a kernel with everything worth recording; equal for equal kernels."""
+    """One step of a kernel and its record; equal for equal kernels."""
 
     def __init__(self, kernel: Kernel):
         self.kernel = kernel
@@ -38,18 +38,18 @@ class Observe:
         return hash((self.kernel.algorithm.init, self.kernel.algorithm.step))
 
 
-def in_pieces(function, *args, piece=None):
-    """`vmap(function)(*args)`, where there are many steps one piece after another: what fills the device and stays in its caches.
+def in_batches(function, *args, size=None):
+    """`vmap(function)(*args)`, one batch of `size` steps after another where there are many steps.
 
-    A piece takes every P-th step, P a multiple of four: in a kernel that is a cycle of two or four, all lanes of a piece are then
-    at the same point of it, and what no lane wants is skipped.
+    A batch takes every P-th step, P a multiple of four: in a kernel that is a cycle of two or four, all steps of a batch are
+    then at the same point of it, and work that none of them needs is skipped.
     """
-    num_steps, piece = jax.tree.leaves(args)[0].shape[0], piece or steps_at_once()
-    if num_steps <= 2 * piece:
+    num_steps, size = jax.tree.leaves(args)[0].shape[0], size or steps_at_once()
+    if num_steps <= 2 * size:
         return jax.vmap(function)(*args)
-    num_pieces = 4 * -(-num_steps // (4 * piece))
+    num_batches = 4 * -(-num_steps // (4 * size))
     # The last rows are filled up with the last step.
-    index = jnp.minimum(jnp.arange(num_pieces * piece), num_steps - 1).reshape(piece, num_pieces).T
+    index = jnp.minimum(jnp.arange(num_batches * size), num_steps - 1).reshape(size, num_batches).T
     found = jax.lax.map(
         lambda some: jax.vmap(function)(*some), jax.tree.map(lambda leaf: leaf[index], args)
     )
@@ -59,10 +59,10 @@ def in_pieces(function, *args, piece=None):
 
 
 def reevaluate(function, seen, before, drives, again):
-    """Replace what was seen of some steps, a piece of them at a time."""
+    """Evaluate the steps flagged in `again` once more and replace their results in `seen`, one batch at a time."""
     num_steps = again.shape[0]
 
-    def look(value):
+    def one_batch(value):
         seen, again = value
         index = jnp.nonzero(again, size=steps_at_once(), fill_value=num_steps)[0]
         some = jax.tree.map(lambda leaf: leaf[jnp.minimum(index, num_steps - 1)], (before, drives))
@@ -72,7 +72,7 @@ def reevaluate(function, seen, before, drives, again):
 
     if not num_steps:
         return seen
-    return jax.lax.while_loop(lambda value: anyone(value[1].any()), look, (seen, again))[0]
+    return jax.lax.while_loop(lambda value: anyone(value[1].any()), one_batch, (seen, again))[0]
 
 
 def steps_at_once() -> int:

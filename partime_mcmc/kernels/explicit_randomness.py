@@ -1,10 +1,10 @@
-"""Kernels that draw first and act afterwards: `step(key, state)` is `apply(draw(key, state), state)`.
+"""Kernels with explicit randomness: `step(key, state)` is `step_with(draw(key, state), state)`.
 
-Such a kernel is a BlackJAX sampling algorithm like any other, and runs in BlackJAX's loops. But because all its randomness is
-drawn at once from the step's key, a solver can draw the dice of a whole stretch in one vectorised call, put numbers instead of
-keys on the tape, and never touch a key inside a step: splitting keys costs more than a small log density.
+Such a kernel is a BlackJAX sampling algorithm like any other, and runs in BlackJAX's loops. But because all random numbers of
+a step are drawn at once from its key, a solver can draw those of many steps in one vectorised call, put numbers instead of
+keys on the tape, and use no key inside a step: splitting keys costs more than a small log density.
 
-What is left to the state are counters that follow from time alone (`count`): they drive kernels that are cycles.
+A state may also hold counters that follow from time alone (`count`): they drive kernels that are cycles.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from partime_mcmc.types import Array, Key, PyTree
 
 @dataclasses.dataclass(frozen=True)
 class ExplicitRandomnessKernel:
-    """A sampling algorithm made of a throw and a move.
+    """A sampling algorithm whose steps are deterministic functions of random numbers drawn beforehand.
 
     Attributes:
         init: `position -> state`.
-        draw: `(key, state) -> dice`, of which the state gives shapes only.
-        apply: `(dice, state) -> (state, info)`.
-        draw_many: `(keys (T,), state) -> dice` for T steps from this state, of which `apply` must make the same; None calls
-            `draw` for each key.
+        draw: `(key, state) -> randomness`; the state gives shapes only.
+        step_with: `(randomness, state) -> (state, info)`.
+        draw_many: `(keys (T,), state) -> randomness` for T steps from this state, with the same results of `step_with`; None
+            calls `draw` for each key.
         count: `(discrete, num_steps) -> discrete leaves before each of so many steps`; None where the state has none.
     """
 
@@ -40,7 +40,7 @@ class ExplicitRandomnessKernel:
     count: Callable[[dict, int], dict] | None = None
 
     def sample_randomness(self, keys: Key, state: NamedTuple) -> PyTree:
-        """The dice of all steps from a state on, leading axis `T`."""
+        """The random numbers of all steps from a state on, leading axis `T`."""
         many = jax.vmap(self.draw, in_axes=(0, None)) if self.draw_many is None else self.draw_many
         return many(keys, state)
 
@@ -75,7 +75,7 @@ def initial_state(logdensity: Callable[[PyTree], Array]) -> Callable[..., Gradie
 
 
 class ProposalInfo(NamedTuple):
-    """What a step with drawn dice says of itself, in BlackJAX's words.
+    """The info of a step with multishift noise, in BlackJAX's words.
 
     Attributes:
         acceptance_rate: Probability with which the proposal is accepted.

@@ -1,13 +1,13 @@
-"""Markov kernels as dynamical systems: fix the dice, and a chain is a recurrence.
+"""Markov kernels as dynamical systems: with its random numbers fixed, a chain is a recurrence.
 
 A kernel is two pure functions, `init(position, key) -> state` and `step(key, state) -> (state, info)`, BlackJAX's own
-shape. With the keys k_1..k_T on a tape it becomes x_t = f(x_{t-1}, k_t), and any solver of this package finds the path
-that the kernel's own loop would have walked with the same keys.
+shape. A *tape* holds the randomness of a path, drawn beforehand: with its keys k_1..k_T the kernel becomes
+x_t = f(x_{t-1}, k_t), and any solver of this package finds the path of the kernel's own loop with the same keys.
 
 What travels from step to step is the *carry*: the state without `logdensity` and `logdensity_grad`, which follow from the
 position and which `init` recomputes. A state that holds nothing else than its position has the position itself as its
-carry. Leaves that are not floating point (counters, keys) cannot be solved for; they must follow from the dice alone,
-and the tape holds them.
+carry. Leaves that are not floating point (counters, keys) cannot be solved for; they must follow from the random numbers
+alone, and the tape holds them.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _DERIVED = ("logdensity", "logdensity_grad")
 
 @pytree()
 class Tape:
-    """The dice of a chain, leaves with leading axis `T`.
+    """The randomness of a chain, drawn beforehand, leaves with leading axis `T`.
 
     Attributes:
-        randomness: One key per step; for a kernel that draws first and acts afterwards, the numbers drawn from these keys.
+        randomness: One key per step; for an `ExplicitRandomnessKernel`, the numbers drawn from these keys.
         discrete: The leaves of the state before each step that are not floating point, by field name; often empty.
     """
 
@@ -63,8 +63,8 @@ class Kernel:
 
     Attributes:
         algorithm: Anything with `init(position[, rng_key]) -> state` and `step(rng_key, state) -> (state, info)`. States
-            are named tuples with a field `position`, or positions themselves. A `ExplicitRandomnessKernel` one gets its dice
-            drawn in bulk.
+            are named tuples with a field `position`, or positions themselves. The random numbers of an
+            `ExplicitRandomnessKernel` are drawn in one call.
         enter: From the user's position to the kernel's; None where they are the same.
         leave: From the kernel's position to the user's; None where they are the same.
         noise_scale: Standard deviation of the proposal's noise in the kernel's flat coordinates, a scalar or shape
@@ -135,7 +135,7 @@ class Kernel:
         return self.carry(state), state, info
 
     def act(self, randomness: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
-        """One transition with the dice of a tape, `(new_state, info)`."""
+        """One transition with the randomness of one step of a tape, `(new_state, info)`."""
         return (
             self.algorithm.step_with
             if isinstance(self.algorithm, ExplicitRandomnessKernel)
@@ -152,7 +152,7 @@ class Kernel:
         return Dynamics(_Method(self, "_step_carry"), None, cached)
 
     def recording(self) -> Dynamics:
-        """As `dynamics`, and every step notes what the kernel says of it: see `certify_recorded`."""
+        """As `dynamics`, with the `StepRecord` of every step as its `aux` numbers: see `certify_recorded`."""
         cached = CachedStep(
             *(_Method(self, f"_{name}_noting") for name in ("enter", "advance", "leave")),
             aux=noted,
@@ -160,11 +160,11 @@ class Kernel:
         return dataclasses.replace(self.dynamics(), cached=cached)
 
     def step_record(self, carry: PyTree, drive: Tape) -> StepRecord:
-        """What one step says."""
-        return self._say(self.state(carry, drive.discrete), drive)[1]
+        """The record of one step."""
+        return self._record(self.state(carry, drive.discrete), drive)[1]
 
     def tape(self, key: Key, num_steps: int, state: PyTree) -> Tape:
-        """The dice of one chain.
+        """The tape of one chain.
 
         Step t uses `jax.random.split(key, num_steps)[t]`, the keys a BlackJAX user's loop would use.
 
@@ -218,7 +218,7 @@ class Kernel:
     def _state_cached(self, state):
         return self.carry(state)
 
-    def _say(self, state, drive):
+    def _record(self, state, drive):
         new, info = self.act(drive.randomness, state)
         pairs = zip(jax.tree.leaves(self.discrete(state)), jax.tree.leaves(drive.discrete))
         consistent = functools.reduce(
@@ -229,12 +229,12 @@ class Kernel:
 
     def _init_recording(self, carry, drive):
         state = self.state(carry, drive.discrete)
-        said = jax.eval_shape(self._say, state, drive)[1]
-        return state, jnp.zeros(len(jax.tree.leaves(said)), self._dtype(state))
+        step_record = jax.eval_shape(self._record, state, drive)[1]
+        return state, jnp.zeros(len(jax.tree.leaves(step_record)), self._dtype(state))
 
     def _step_recording(self, memory, drive):
-        new, said = self._say(memory[0], drive)
-        return new, said.packed(self._dtype(new))
+        new, step_record = self._record(memory[0], drive)
+        return new, step_record.packed(self._dtype(new))
 
     def _state_recording(self, memory):
         return self.carry(memory[0])
@@ -243,8 +243,8 @@ class Kernel:
         return jax.tree.leaves(self.carry(state))[0].dtype
 
 
-# Methods that a user's own carry and drives reach first.
-_BEGINNINGS = ("_step_carry", "_init_cached", "_init_recording")
+# Methods that check the carry and the drives that a user gave.
+_CHECKED = ("_step_carry", "_init_cached", "_init_recording")
 
 
 def noted(memory: tuple[PyTree, Array]) -> Array:
@@ -253,18 +253,18 @@ def noted(memory: tuple[PyTree, Array]) -> Array:
 
 
 class _Method:
-    """A method of a kernel as a function with parameters first; equal for equal kernels, so code is found again."""
+    """A method of a kernel as a function with parameters first; equal for equal kernels, so that it is compiled once."""
 
     def __init__(self, kernel: Kernel, name: str):
         self.kernel, self.name = kernel, name
 
     def __call__(self, params, *args):
         del params
-        if self.name in _BEGINNINGS and not isinstance(args[1], Tape):
+        if self.name in _CHECKED and not isinstance(args[1], Tape):
             raise TypeError(
                 f"drives: got a {type(args[1]).__name__}, wanted a Tape: kernel.tape(key, num_steps, state)"
             )
-        if self.name in _BEGINNINGS and hasattr(args[0], "logdensity"):
+        if self.name in _CHECKED and hasattr(args[0], "logdensity"):
             raise TypeError(
                 f"initial: got a {type(args[0]).__name__}, wanted its carry: kernel.carry(state)"
             )

@@ -1,4 +1,4 @@
-"""Hamiltonian Monte Carlo with dice that coalesce: by its momentum, or by a Langevin step in every k-th transition.
+"""Hamiltonian Monte Carlo with multishift noise: in its momentum, or in a Langevin step of every k-th transition.
 
 **Momentum.** In whitened coordinates the leapfrog end point of a standard normal is c x + s p, with (c, s) from
 cos(Lθ) and sin(Lθ), 2 sin(θ/2) = h. Choose p so that this end point is multishift noise around c x:
@@ -11,7 +11,7 @@ and the end points of two nearby chains nearly coincide (exactly on a standard n
 a MALA step around the exact gradient with multishift noise, which lands both chains on the same floats. Each transition is a
 composition of kernels that keep p invariant, and which one it is follows from a counter, i.e. from time alone. `coalescing_hmc`.
 
-Trajectories and energies are BlackJAX's; momenta and uniforms come from our dice.
+Trajectories and energies are BlackJAX's; momenta and uniforms are drawn beforehand.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _UNROLLED = 8
 
 
 class HamiltonianInfo(NamedTuple):
-    """What a transition says of itself, in BlackJAX's words.
+    """The info of a transition, in BlackJAX's words.
 
     Attributes:
         acceptance_rate: Of the trajectory.
@@ -89,7 +89,7 @@ class CycleState(NamedTuple):
 
 
 class CycleRandomness(NamedTuple):
-    """The dice of one transition.
+    """The random numbers of one transition.
 
     Attributes:
         momentum: Shape `(D,)`.
@@ -181,14 +181,14 @@ def hmc_cycle(
         return CycleRandomness(*momentum(key, flat), landing(key, flat))
 
     def draw_many(keys, state):
-        # Layers are the dearest dice, and only every k-th transition looks at them: the others get those of the next.
+        # Multishift noise costs most, and only every k-th transition uses it: the others get the noise of the next that does.
         flat, num_steps = flat_of(state.position), keys.shape[0]
         count = -(-num_steps // every) + 1
         when = jnp.minimum(every * (1 + jnp.arange(count)) - 1 - state.phase, num_steps - 1)
         layers = jax.vmap(landing, in_axes=(0, None))(keys[when], flat)
 
         def spread(leaf):
-            # Not by indices: the compiler would then make each of them `every` times.
+            # Not by indices: the compiler would then compute each of them `every` times.
             copies = jnp.broadcast_to(leaf[:, None], (count, every, *leaf.shape[1:]))
             return lax.dynamic_slice_in_dim(
                 copies.reshape(-1, *leaf.shape[1:]), state.phase, num_steps
@@ -204,12 +204,12 @@ def hmc_cycle(
 
         def langevin(value):
             inner, info = value
-            inner, said = langevin_step(evaluate, langevin_step_size, randomness.langevin, inner)
+            inner, of_step = langevin_step(evaluate, langevin_step_size, randomness.langevin, inner)
             return inner, info._replace(
-                is_accepted=info.is_accepted | said.is_accepted,
-                lattice_margin=said.lattice_margin,
-                decision_margin=jnp.minimum(info.decision_margin, said.decision_margin),
-                langevin_acceptance_rate=said.acceptance_rate,
+                is_accepted=info.is_accepted | of_step.is_accepted,
+                lattice_margin=of_step.lattice_margin,
+                decision_margin=jnp.minimum(info.decision_margin, of_step.decision_margin),
+                langevin_acceptance_rate=of_step.acceptance_rate,
             )
 
         inner, info = when_anyone(phase == 0, langevin, (inner, info))
@@ -224,7 +224,7 @@ def hmc_cycle(
 def leapfrogs(num_steps: int) -> Callable:
     """BlackJAX's velocity Verlet, `num_steps` times, as one of BlackJAX's integrators.
 
-    A proposal is judged by the density at the trajectory's end. On the way only gradients are looked at, and the density's
+    A proposal is judged by the density at the trajectory's end. On the way only gradients are used, and the density's
     value is not handed from step to step, so that the compiler leaves it out: the softplus of a logistic regression costs
     more than its gradient.
 
@@ -262,7 +262,7 @@ def leapfrogs(num_steps: int) -> Callable:
 
 
 def _trajectory(logdensity, step_size, num_steps):
-    """`(state, momentum (D,), uniform) -> (state, info)`: BlackJAX's trajectory with given dice."""
+    """`(state, momentum (D,), uniform) -> (state, info)`: BlackJAX's trajectory with given random numbers."""
     kinetic = metrics.gaussian_euclidean
 
     def propose(state, momentum, uniform):
@@ -274,19 +274,21 @@ def _trajectory(logdensity, step_size, num_steps):
         start = integrators.IntegratorState(
             state.position, unravel(momentum), state.logdensity, state.logdensity_grad
         )
-        end, said, margin = generate(uniform, start)
+        end, theirs, margin = generate(uniform, start)
         nothing = jnp.full((), jnp.inf, flat.dtype)
         info = HamiltonianInfo(
-            said.acceptance_rate,
-            said.is_accepted,
-            said.is_divergent,
-            said.energy,
+            theirs.acceptance_rate,
+            theirs.is_accepted,
+            theirs.is_divergent,
+            theirs.energy,
             num_steps,
             margin,
             nothing,
             jnp.full((), jnp.nan, flat.dtype),
             GradientState(
-                said.proposal.position, said.proposal.logdensity, said.proposal.logdensity_grad
+                theirs.proposal.position,
+                theirs.proposal.logdensity,
+                theirs.proposal.logdensity_grad,
             ),
         )
         return GradientState(end.position, end.logdensity, end.logdensity_grad), info

@@ -1,4 +1,4 @@
-"""MALA around the exact gradient, with dice that coalesce.
+"""MALA with multishift noise around the exact gradient step.
 
     c(x) = x + ε ∇log p(x),   y = c(x) + √(2ε) noise,   accepted with probability min(1, p(y) q(y → x) / p(x) q(x → y)),
 
@@ -30,7 +30,7 @@ from partime_mcmc.types import Array, Key, PyTree
 
 
 class LangevinRandomness(NamedTuple):
-    """The dice of one step.
+    """The random numbers of one step.
 
     Attributes:
         layers: Shape `(D,)` each.
@@ -44,7 +44,7 @@ class LangevinRandomness(NamedTuple):
 def coalescing_mala(
     logdensity: Callable[[PyTree], Array], step_size: float
 ) -> ExplicitRandomnessKernel:
-    """MALA with coalescing dice as a sampling algorithm, in the position's own coordinates.
+    """MALA with multishift noise as a sampling algorithm, in the position's own coordinates.
 
     Args:
         logdensity: `position -> scalar`.
@@ -62,7 +62,7 @@ def coalescing_mala(
 
 
 def draw_langevin(key: Key, flat: Array) -> LangevinRandomness:
-    """Dice for a position of which only shape and type are used, `(D,)`."""
+    """The random numbers of a step from a position of which only shape and type are used, `(D,)`."""
     return LangevinRandomness(*draw_multishift_noise(key, flat.size, flat.dtype))
 
 
@@ -74,7 +74,7 @@ def langevin_step(
     Args:
         init: `position -> state` with the same fields as `state`.
         step_size: ε.
-        randomness: Of this step.
+        coupling: Of this step.
         state: A named tuple with `position`, `logdensity` and `logdensity_grad`.
 
     Returns:

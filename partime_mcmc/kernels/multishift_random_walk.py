@@ -1,11 +1,11 @@
-"""Random-walk Metropolis with dice that coalesce, whole or in blocks of coordinates.
+"""Random-walk Metropolis with multishift noise, in all coordinates or in blocks of them.
 
     y = x + σ noise,   accepted with probability min(1, p(y) / p(x)),   noise ~ N(0, 1) for each x.
 
-With plain dice two chains keep their distance for ever: x and x' move by the same increments. With multishift noise they
+With common random numbers two chains keep their distance for ever: x and x' move by the same increments. With multishift noise they
 propose the same point whenever x and x' lie in one lattice cell in every coordinate, which takes no gradient at all: a
 random walk on a black box becomes parallel in time. The chance that *all* coordinates agree falls geometrically with D,
-so from about ten coordinates on move a block of them per step, chosen by the dice: block b of the cyclic order starts at a
+so from about ten coordinates on move a block of them per step, chosen at random: block b of the cyclic order starts at a
 uniformly random coordinate, independent of x, and each step keeps p invariant.
 """
 
@@ -36,7 +36,7 @@ class WalkState(NamedTuple):
 
 
 class WalkRandomness(NamedTuple):
-    """The dice of one step.
+    """The random numbers of one step.
 
     Attributes:
         layers: Shape `(D,)` each.
@@ -52,7 +52,7 @@ class WalkRandomness(NamedTuple):
 def coalescing_random_walk(
     logdensity: Callable[[PyTree], Array], scale: float, block: int | None
 ) -> ExplicitRandomnessKernel:
-    """Random-walk Metropolis with coalescing dice as a sampling algorithm.
+    """Random-walk Metropolis with multishift noise as a sampling algorithm.
 
     Args:
         logdensity: `position -> scalar`; no derivative is taken.

@@ -18,6 +18,7 @@ from partime_mcmc.engine.dynamics import Dynamics
 from partime_mcmc.linearize.base import no_shift
 from partime_mcmc.scan.affine import Diagonal
 from partime_mcmc.types import Array, Key, PyTree, pytree
+from partime_mcmc.validation import check_count
 
 
 @pytree()
@@ -53,10 +54,7 @@ class HutchinsonDiagonal:
     num_probes: int = 1
 
     def __post_init__(self):
-        if not isinstance(self.num_probes, int) or self.num_probes < 1:
-            raise ValueError(
-                f"num_probes must be an integer of at least 1, got {self.num_probes!r}"
-            )
+        check_count("num_probes", self.num_probes)
 
     def __call__(
         self, dynamics: Dynamics, previous: Array, drives: PyTree, key: Key

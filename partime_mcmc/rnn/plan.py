@@ -1,14 +1,13 @@
-"""Whether lanes pay for a network, from what is known before anything runs.
+"""Whether segments make a network faster, from what is known before anything runs.
 
-What lanes save on a CPU is the overhead of a step and the slowness of a product of a matrix with one vector, which runs at
-less than half the speed of a product with many. A batch has neither to save: it is left to
-`lax.scan`. On an accelerator the number of dependent steps is what costs, and lanes always pay. A sequence too short for the
-relay's pilot to be cheap is left to `lax.scan` everywhere (`solvers.relay_plan`), and so are types below float32: the
+On a CPU segments save the overhead of a step, and the slowness of a product of a matrix with one vector, which runs at less
+than half the speed of a product with many. A batch has neither to save: it is left to `lax.scan`. On an accelerator the number of dependent steps is what costs, and segments are always faster. A sequence too short for the
+probe of the segmented scan to be cheap is left to `lax.scan` everywhere (`solvers.segmented_scan`), and so are types below float32: the
 tolerance at a meeting would be a sizeable part of the state itself.
 
 The products of inputs with input weights stay inside the step: taken out, as one large product before the loop, they make a
 path of 3 D numbers per step that has to be written and read again, which on the CPU it was measured on cost more than the
-product in the relay (55 against 23 ms for 64 units, 64 inputs, 32,768 steps) and in `lax.scan` alike (64 against 40 ms).
+product in the segmented scan (55 against 23 ms for 64 units, 64 inputs, 32,768 steps) and in `lax.scan` alike (64 against 40 ms).
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ def network_tolerance(dtype: jnp.dtype) -> Tolerance:
 
 
 def plan_for(carry: PyTree) -> SegmentedScanConfig:
-    """How a relay of a cell with such a carry is run.
+    """How many segments the sequences of a cell with such a carry are cut into.
 
     Args:
         carry: One carry.

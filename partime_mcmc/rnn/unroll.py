@@ -5,13 +5,22 @@
 The path of the carry is solved as a recurrence; outputs are read off it. Three things decide how:
 
     solver=None     a static choice from shapes, types, the cell's arithmetic and the device (`plan`): `lax.scan` itself
-                    where lanes gain nothing or its numbers are too coarse to be judged, a relay of segments elsewhere
+                    where segments gain nothing or numbers are too coarse to be judged, a segmented scan elsewhere
     solver=...      any solver of the engine, through `solve`
     no convergence  one step after another, whatever the solver: the result is always that of `lax.scan`, and
-                    `unroll_with_status` says how it was found
+                    `unroll_with_status` returns how it was found
 
-Derivatives follow from the implicit function theorem; those of `lax.scan`, where it was chosen, are its own. A masked step
-leaves the carry as it is, bit for bit (`masks`).
+Derivatives follow from the implicit function theorem; those of `lax.scan`, where it was chosen, are its own.
+
+A masked step leaves the carry as it is, bit for bit. Steps that count are moved to the front, in their order, and solved
+there as one shorter sequence; then every step is given the state after the last step that counted,
+
+    k_t = number of counting steps among 1..t,       h_t = path[k_t],     path[0] = h_0,
+
+so a state that stands still is the very same floats. Left in place, masked steps would carry a guessed state through whole
+segments without forgetting it, and every pass of a solver would correct one segment only. After the last counting step the
+packed sequence continues with a state of 0 that nothing depends on. Inputs of masked steps are set to 0 beforehand: in
+practice they are often NaN, and 0 times NaN would reach the derivatives.
 """
 
 from __future__ import annotations
@@ -20,7 +29,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,16 +50,19 @@ from partime_mcmc.solvers.segmented_scan import (
 )
 from partime_mcmc.tracing import HashableFunction, explicit
 from partime_mcmc.types import Array, PyTree, pytree
-from partime_mcmc.validation import check_has, describe
+from partime_mcmc.validation import check_count, check_has, check_like, describe
 
 
 def read_outputs(
     cell: Callable, params: PyTree, carry: PyTree, states: PyTree, inputs: PyTree
 ) -> PyTree:
-    """`y_1..y_T`.
+    """`y_1..y_T`, read off the path of the carry.
+
+    Most cells return part of their new carry as their output: a GRU its state, an LSTM its `h`. The traced cell shows this,
+    and then the outputs are the path itself. Any other cell is evaluated once more, at all steps side by side.
 
     Args:
-        cell: A cell as `closures.explicit` returns it: with its `jaxpr` and `structure`.
+        cell: A cell as `tracing.explicit` returns it, with its `jaxpr` and `structure`.
         params: Its parameters.
         carry: The initial carry.
         states: The path of the carry, leaves `(T, ...)`.
@@ -139,7 +151,11 @@ class PackedStep(HashableFunction):
 
 
 def batch_around(tree: PyTree) -> int:
-    """The product of the sizes of all mapped axes that some array is mapped along; 1 where none is.
+    """How many sequences or networks the `vmap`s around a call run side by side; 1 without any.
+
+    `custom_vmap` gives a function's rule the size of the mapped axis while the program is traced, so a function that only
+    multiplies these sizes finds them. It cannot see a `vmap` outside of a `jit`, because that function is traced once for
+    all callers.
 
     Args:
         tree: Arrays.
@@ -156,7 +172,7 @@ def batch_around(tree: PyTree) -> int:
         # The next `vmap` outside of this one, if there is one.
         return look(*leaves), False
 
-    # Nothing is to be differentiated here, and a function with a rule of its own could not be.
+    # A function with a batching rule of its own could not be differentiated, and nothing here needs to be.
     look(*lax.stop_gradient(jax.tree.leaves(tree)))
     return math.prod(sizes)
 
@@ -170,8 +186,7 @@ def check_inputs(
         TypeError: If the carry is not floating point of one type.
         ValueError: If there are no inputs, or axes do not fit.
     """
-    if isinstance(batch_axes, bool) or not isinstance(batch_axes, int) or batch_axes < 0:
-        raise ValueError(f"batch_axes must be an integer of at least 0, got {batch_axes!r}")
+    check_count("batch_axes", batch_axes, least=0)
     leaves = jax.tree.leaves(inputs)
     if not leaves:
         raise ValueError(
@@ -259,22 +274,10 @@ def check_carry(cell: Callable, params: PyTree, carry: PyTree, x: PyTree) -> Non
     result = jax.eval_shape(cell, params, carry, x)
     if not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(f"cell: returns {jax.tree.structure(result)}, wanted a pair (carry, y)")
-    got, wanted = jax.tree.structure(result[0]), jax.tree.structure(carry)
-    if got != wanted:
-        raise TypeError(
-            f"cell: returns a carry of structure {got}, wanted that of `carry`, {wanted}"
-        )
-    for (path, new), old in zip(
-        jax.tree_util.tree_leaves_with_path(result[0]), jax.tree.leaves(carry)
-    ):
-        if new.shape != old.shape or new.dtype != old.dtype:
-            raise TypeError(
-                f"cell: returns {jax.tree_util.keystr(path) or 'a carry'} with shape {new.shape} and type "
-                f"{new.dtype}, wanted {old.shape} and {old.dtype} as in `carry`"
-            )
+    check_like("cell: returns a carry:", result[0], carry, "carry")
 
 
-# Up to here the Jacobians of all steps fit beside the path, and a scan over them beats a relay.
+# Up to this size of state the Jacobians of all steps fit beside the path, and a scan over them is faster than segments.
 _NARROW = 4
 
 
@@ -321,12 +324,12 @@ def unroll(
         params: What `cell` needs besides; a pytree.
         carry: The initial carry, a pytree of floating-point arrays of one type.
         inputs: Leaves with leading axis `T`, behind the batch axes.
-        solver: Any solver of the engine; None chooses between a relay of segments and `lax.scan`, from static facts:
+        solver: Any solver of the engine; None chooses between a segmented scan and `lax.scan`, from static facts:
             shapes, types, the device, and how many sequences or networks a `vmap` around this call runs side by side. On
             a CPU batches are left to `lax.scan`; types below float32 are everywhere.
         reverse: From the last step to the first, as in `lax.scan`.
         mask: Booleans, shape `(T,)` behind the batch axes: where False the carry stays as it is and `y` is 0. Inputs there
-            have no say, not even NaN.
+            have no effect, not even NaN.
         batch_axes: How many leading axes of `carry`, `inputs` and `mask` (not of `params`) are batches of sequences; the
             cell sees one sequence. `vmap` of `unroll` does the same; `vmap` of a `jit` that holds it is known only after
             the choice: on a CPU sequences and networks then share one loop over the steps, and derivatives are those of the
@@ -478,7 +481,7 @@ def _solved(
     tolerance: Tolerance,
     max_iterations: int | None,
 ) -> tuple[Array, UnrollStatus]:
-    """The path `(T, D)` with its derivatives, and how it was found; what is returned is judged later."""
+    """The path `(T, D)` with its derivatives, and how it was found; the caller judges the values that are returned."""
     fixed, first, tape = lax.stop_gradient((dynamics, initial, drives))
     if solver is None:
         path, report = segmented_scan(
@@ -513,7 +516,7 @@ def _solved(
             solution.residual,
             solution.stats.evaluations + ~converged,
         )
-    # In coarse numbers a meeting proves nothing: their derivatives go one step after another.
+    # In coarse numbers an agreement of states proves nothing: derivatives are computed one step after another.
     plan = SegmentedScanConfig(1) if is_coarse(initial) else plan
     adjoint: Adjoint = Implicit() if initial.size <= _NARROW else ImplicitSegmented(plan)
     return adjoint(dynamics, initial, drives, path, LocalTime()), found

@@ -15,8 +15,8 @@ from typing import Any, Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from partime_mcmc.compile_cache import Timings, run_explicit
 from partime_mcmc.diagnostics.checks import InvalidStart, check_dtypes, check_key
+from partime_mcmc.compile_cache import Timings, run_explicit
 from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import Array, Key, PyTree
 

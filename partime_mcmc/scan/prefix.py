@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from partime_mcmc.types import PyTree, pytree
+from partime_mcmc.validation import check_count
 
 
 class Scan(Protocol):
@@ -86,8 +87,7 @@ class ChunkedScan:
     size: int
 
     def __post_init__(self):
-        if not isinstance(self.size, int) or self.size < 1:
-            raise ValueError(f"size must be an integer of at least 1, got {self.size!r}")
+        check_count("size", self.size)
 
     def __call__(self, elements: PyTree, start: PyTree) -> PyTree:
         num_steps = length(elements)
@@ -98,7 +98,7 @@ class ChunkedScan:
         chunks = jax.tree.map(
             lambda leaf: leaf[:whole].reshape(num_chunks, self.size, *leaf.shape[1:]), elements
         )
-        # Joints stay in the wide type; only the path itself is rounded.
+        # Starts of chunks stay in the wide type; only the path itself is rounded.
         wide = widened(start)
         ends = SequentialScan()(jax.vmap(_compose)(chunks), wide)
         starts = jax.tree.map(

@@ -1,8 +1,8 @@
 """Solvers: one pass over a path, from a guess to a better guess.
 
 A solver evaluates the recurrence along a path and proposes the next one. It hands back the path it evaluated together
-with that path's exact residual, so that the one loop in `solve.py` judges every solver by the same number and none
-judges itself. Newton-like solvers evaluate the guess they were given; solvers that roll evaluate the path they make.
+with that path's exact residual, so that the one loop in `engine/solve.py` judges every solver by the same number and no
+solver judges itself. Newton-like solvers evaluate the guess they were given; solvers that roll evaluate the path they make.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Proposal:
         depth: Dependent evaluations of `f` one after another in this pass; a scalar.
         evaluations: Evaluations of `f` in this pass, over all steps of the window; a scalar.
         jvps: Jacobian-vector products of `f` in this pass, over all steps of the window; a scalar.
-        gave_up: Whether the solver sees that further passes will not help; a scalar.
+        gave_up: Whether the solver stops because further passes would cost more than they gain; a scalar.
         num_passes: Passes that this step stands for, for solvers that make several at once; a scalar.
-        notes: What the steps of `judged` noted (`CachedStep.aux`), shape `(T, R)`; None from solvers that keep no notes.
+        notes: `CachedStep.aux` of the steps of `judged`, shape `(T, R)`; None from solvers that keep none.
     """
 
     states: Array
@@ -53,7 +53,7 @@ class Proposal:
 class Solver(Protocol):
     """One pass from a guess to a better guess."""
 
-    # A class attribute `keeps_notes = True` says that its proposals hold what the steps noted, if the dynamics note anything.
+    # With a class attribute `keeps_aux = True`, proposals hold `CachedStep.aux` of every step, if the dynamics have it.
 
     def init(self, initial: Array, states: Array) -> PyTree:
         """What the solver remembers between passes, at the start."""
@@ -89,7 +89,7 @@ class Solver(Protocol):
         ...
 
     def map_size(self, dimension: int) -> int:
-        """KernelParams kept per step besides the states: what memory is estimated from."""
+        """KernelParams kept per step besides the states, for estimates of memory."""
         ...
 
 

@@ -81,7 +81,7 @@ class RelaxingDamping:
         factor = jnp.where(
             fresh, factor, factor * jnp.where(progress, self.shrink, self.grow).astype(factor.dtype)
         )
-        # Bounded, because near the rounding floor the residual stops falling for a reason no damping can mend.
+        # Bounded, because near the rounding floor the residual stops falling for a reason that no damping can change.
         factor = jnp.clip(factor, 1e-4, 1e4)
         damping = jnp.minimum(self.initial * factor * jnp.minimum(merit / first, 1e6), ceiling)
         return damping.astype(factor.dtype), (

@@ -1,15 +1,16 @@
-"""What a step computes from its drive alone, for all steps at once.
+"""Hoisting: what a step computes from its drive alone is computed for all steps at once.
 
 A step f(θ, x, u) often begins with work that does not need x: a kernel splits its key and draws its noise, a recurrent cell
-multiplies its input with a matrix. Inside a loop over time that work is done step by step, in small pieces, and again
-whenever a segment is rolled again. Here the traced step is cut in two,
+multiplies its input with a matrix. Inside a loop over time that work is done step by step, and again whenever a segment is
+rolled again. Here the traced step is cut in two,
 
     a = ahead(θ, u)      every equation that depends on the drive and not on the state: batched over all of time
     x' = rest(θ, x, a)   every equation that depends on the state
 
-with the same equations on the same numbers, so the dice are the step's own (Jones, Gomard & Sestoft 1993 call this binding
-time). Left alone is whatever hides in a loop or a branch that needs the state (the directions of a NUTS tree), and steps
-that would leave behind much more than a state: a minibatch is better gathered when it is needed.
+with the same equations on the same numbers, so random numbers are the step's own. (This is partial evaluation by binding
+times; Jones, Gomard & Sestoft 1993.) Not hoisted is work inside a loop or a branch that needs the state (the directions of a
+NUTS tree), nor anything from a step that would have to keep much more than a state: a minibatch is better gathered when it
+is needed.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ import numpy as np
 from partime_mcmc.tracing import evaluate
 from partime_mcmc.types import PyTree
 
-# KernelParams of 4 bytes that may be kept per step: so many times the memory of a step, and so many in any case.
+# KernelParams of 4 bytes that may be kept per step: so many times the memory of a step, and so many for any step.
 _STATES, _IN_ANY_CASE = 4, 16
-# Without any of these there is nothing worth doing ahead.
-_DEAR = {
+# Without any of these operations hoisting gains nothing.
+_COSTLY = {
     "random_bits",
     "random_split",
     "random_fold_in",
@@ -45,7 +46,7 @@ _DEAR = {
 def hoist_drive_only(
     function: Callable, params: PyTree, memory: PyTree, drive: PyTree
 ) -> tuple[Callable, Callable]:
-    """Cut a step in what needs its drive alone and what needs its memory too.
+    """Cut a step into what needs its drive alone and what needs its memory too.
 
     Args:
         function: `(params, memory, drive) -> memory`, pure.
@@ -66,7 +67,11 @@ def hoist_drive_only(
     inputs = [closed.jaxpr.invars[sum(sizes[:k]) : sum(sizes[: k + 1])] for k in range(3)]
     early, late, kept = _cut(closed.jaxpr, *inputs)
     allowed = max(_STATES * _bytes(inputs[1]), 4 * _IN_ANY_CASE)
-    if closed.consts or not _dear(early) or _bytes(kept) > allowed + _bytes(inputs[2]):
+    if (
+        closed.consts
+        or not any(equation.primitive.name in _COSTLY for equation in early)
+        or _bytes(kept) > allowed + _bytes(inputs[2])
+    ):
         return (lambda params, drive: drive), function
     first = closed.jaxpr.replace(invars=[*inputs[0], *inputs[2]], outvars=kept, eqns=early)
     second = closed.jaxpr.replace(invars=[*inputs[0], *inputs[1], *kept], eqns=late)
@@ -106,10 +111,6 @@ def _cut(jaxpr, params, memory, drive):
         if not isinstance(atom, jax.extend.core.Literal) and atom in needs_drive
     )
     return early, late, list(dict.fromkeys(used))
-
-
-def _dear(equations) -> bool:
-    return any(equation.primitive.name in _DEAR for equation in equations)
 
 
 def _bytes(variables) -> int:

@@ -8,7 +8,7 @@ which is the mean of δ under the linear Gaussian model `δ_t = A_t δ_{t-1} + r
 filter forwards and a Rauch–Tung–Striebel smoother backwards (Gonzalez et al. 2024, arXiv:2407.19115). The filter is a
 prefix scan of Kalman messages; given its beliefs the smoothed means obey an affine recurrence backwards in time, so the
 smoother is a suffix scan of affine maps. λ = 0 is Newton's step; a large λ stays near the guess, which keeps an
-unstable stretch from overflowing. λ follows a policy that relaxes as the residual falls.
+unstable part of the path from overflowing. λ follows a policy that relaxes as the residual falls.
 """
 
 from __future__ import annotations

@@ -4,14 +4,15 @@
     level k    W_k lanes, the open ones gathered  until at most W_{k+1} are open, or the segments end
 
 The loops of all levels are compiled once, with fixed widths W_k = ⌈L / 4^k⌉; how long each of them runs is decided while
-running. Lanes that have met cost nothing once they are left behind: the work is at most four times that of the open lanes
-instead of L times the slowest. Where a level ends its states are written back, and the next level begins from them.
+running. A lane that has met costs nothing once it is left behind: the work is at most four times that of the open lanes
+instead of L times the slowest. Where a level ends, its states are written back, and the next level begins from them.
 
-Where steps leave notes, and so say which of them stand still, a path meets its stored one on a step that moves, or on equal
-bits: the gap of a meeting is then a change of the proposal's noise and never a rejected step that moves by a rounding error.
+Kernels that record `aux` numbers show which steps stand still. There, a path meets its stored one on a step that moves, or
+on equal bits: the difference at a meeting is then a change of the proposal's noise, and never a rejected step that moves by
+a rounding error.
 
-A narrower program may round otherwise, so nothing is narrowed where only equal bits count as a meeting; and a chain's
-narrowing would depend on its neighbours', so that callers with several chains, whose bits must not, keep one width.
+A program of another width may round differently. So lanes are not narrowed where the tolerance is 0, and not where several
+chains share the lanes, because then the last bits of one chain would depend on when the others meet.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from partime_mcmc.solvers.segments import agree
 from partime_mcmc.types import Array, PyTree
 
 _NARROWER = 4
@@ -33,36 +35,36 @@ _MAX_LEVELS = 4
 
 
 class Segments(NamedTuple):
-    """What the lanes are made of.
+    """The recurrence in lanes.
 
     Attributes:
-        enter: `(states (W, D), drives of one step) -> memory`.
-        roll: `(memory, values of one step) -> (memory, rows (W, D + R))`: states, and behind them what the step notes.
+        init: `(states (W, D), drives of one step) -> memory`.
+        roll: `(memory, values of one step) -> (memory, rows (W, D + R))`: states, and behind them the step's `aux` numbers.
         drives: Drives by segment, leading axes `(L, n)`.
         values: What `roll` needs of each step, leading axes `(n, L)`.
         bound: Absolute and relative tolerance, shapes `(L, D)` and `(L, 1)`.
-        costs_entry: Whether entering costs an evaluation: 1 or 0.
+        init_cost: Evaluations that `init` costs: 1 or 0.
     """
 
-    enter: Callable
+    init: Callable
     roll: Callable
     drives: PyTree
     values: PyTree
     bound: tuple[Array, Array]
-    costs_entry: int
+    init_cost: int
 
 
 class Lanes(NamedTuple):
-    """How far the lanes have come.
+    """The state of all lanes.
 
     Attributes:
-        path: Stored states, and the notes of their steps, shape `(n, L, D + R)`.
+        path: Stored states, and the `aux` numbers of their steps, shape `(n, L, D + R)`.
         step: The next step to roll, the same for all lanes.
         open: Lanes that have not met their stored path, shape `(L,)`.
         where: At which step each lane last met its path, shape `(L,)`.
         gap: By how much they differed there, shape `(L, D)`.
-        evaluations: Steps computed so far, met lanes and all; a floating-point scalar.
-        depth: Of those one after another.
+        evaluations: Steps computed so far, those of lanes that have met included; a floating-point scalar.
+        depth: How many of them one after another.
     """
 
     path: Array
@@ -107,9 +109,8 @@ def roll_until_met(
             return (lanes.step < steps) & (lanes.open.sum() > enough)
 
         level = functools.partial(_level, segments, starts, is_first, width, enough)
-        lanes = lax.while_loop(
-            wanted, level, lanes
-        )  # at most once: a level ends where its condition does
+        # At most one iteration: a level ends where its condition does.
+        lanes = lax.while_loop(wanted, level, lanes)
     return lanes._replace(gap=jnp.where(lanes.open[:, None], 0, lanes.gap))
 
 
@@ -129,7 +130,7 @@ def _level(segments: Segments, starts, is_first, width, enough, lanes: Lanes) ->
         :, :dimension
     ]
     state = take(jnp.where(begin == 0, starts, before))
-    memory = segments.enter(state, jax.tree.map(lambda leaf: take(row(leaf)), segments.drives))
+    memory = segments.init(state, jax.tree.map(lambda leaf: take(row(leaf)), segments.drives))
     bound = tuple(take(part) for part in segments.bound)
     met = ~lanes.open if full else chosen == num_lanes
 
@@ -144,14 +145,14 @@ def _level(segments: Segments, starts, is_first, width, enough, lanes: Lanes) ->
         )
         stored_row = take(at_step(lanes.path))
         new, stored = row[:, :dimension], stored_row[:, :dimension]
-        meets = ~met & same(new, stored, bound).all(axis=1) & ~is_first
+        meets = ~met & agree(new, stored, bound) & ~is_first
         if last is not None:
             meets &= (new != last).any(axis=1) | (new == stored).all(axis=1)
         # An older gap further on is still there; the larger of the two stands for both, at the place of the newer.
         older = jnp.where((where > step)[:, None], jnp.abs(gap), 0)
         gap = jnp.where(meets[:, None], jnp.maximum(jnp.abs(new - stored), older), gap)
         where = jnp.where(meets, step, where)
-        # At the meeting the stored state stays, because what follows was computed from it; the note is of the new step.
+        # At the meeting the stored state stays, because what follows was computed from it; `aux` is of the new step.
         row = jnp.where(met[:, None] | meets[:, None] & is_state, stored_row, row)
         rolled = lax.dynamic_update_index_in_dim(rolled, row, step, 0)
         return step + 1, memory, None if last is None else new, rolled, met | meets, where, gap
@@ -180,7 +181,7 @@ def _level(segments: Segments, starts, is_first, width, enough, lanes: Lanes) ->
             old.at[chosen].set(new, mode="drop")
             for old, new in ((lanes.where, where), (lanes.gap, gap))
         )
-    done = end - begin + segments.costs_entry
+    done = end - begin + segments.init_cost
     return Lanes(path, end, still, where, gap, lanes.evaluations + width * done, lanes.depth + done)
 
 
@@ -197,13 +198,3 @@ def _written_back(path, rolled, chosen, begin, stop):
         )
 
     return lax.fori_loop(0, rolled.shape[1], write, path)
-
-
-def same(new: Array, stored: Array, bound: tuple[Array, Array]) -> Array:
-    """Whether states `(L, D)` agree within the tolerance.
-
-    An infinite stored state has an infinite bound, and infinity minus itself is NaN: equal numbers agree, NaN agrees with
-    NaN, or a lost segment would never close; a finite number never agrees with an infinite one.
-    """
-    near = jnp.isfinite(stored) & (jnp.abs(new - stored) <= bound[0] + bound[1] * jnp.abs(stored))
-    return near | (new == stored) | (jnp.isnan(new) & jnp.isnan(stored))

@@ -1,19 +1,21 @@
-"""A relay: segments rolled side by side with one hand-over, for recurrences that cost little and forget quickly.
+"""A segmented scan: segments rolled side by side and corrected once, for recurrences that cost little and forget quickly.
 
-`Shooting` is ready for anything; its books (residual of every step, guesses, verdicts, transposed tapes) cost more than a
-step of a recurrent network does. Where the state is expected to be forgotten within a segment, this is enough:
+`Shooting` copes with any recurrence, but its bookkeeping (the residual of every step, guesses, verdicts, drives moved to
+the front of time) costs more than a step of a recurrent network does. Where a state is forgotten within a segment, less is
+enough:
 
-    pilot    a few lanes, two plausible starts each, same drives: do they meet within `patience` steps? If not, stop here
-    roll     C segments of n steps from a guessed start                                  n steps deep, T evaluations
-    mend     every segment again from its predecessor's end, until all meet what is stored           some steps deep
-    else     one step after another, from the beginning
+    probe      a few lanes, two plausible starts each, the same drives: do they meet within `patience` steps?
+    roll       C segments of n steps from a guessed start                          n steps deep, T evaluations
+    correct    every segment again from its predecessor's end, until all agree with the stored path
+    otherwise  one step after another, from the beginning
 
-so the path is the recurrence's own to the tolerance, whatever the guess was worth: after the mend the residual is 0 but
-for one step per segment, where it is the gap at the meeting. Phases that are not needed are loops of no trips: no branch,
-no copy of a path, and a lane that never forgets costs the pilot only. Time and segments stay where they are in memory
-(`(C, n, ...)` is a view of `(T, ...)`), because on a CPU moving a path costs as much as computing it.
+The path is the recurrence's own to the tolerance, whatever the guess was worth: after the correction the residual is 0
+except at one step per segment, where it is the difference at the meeting. A phase that is not needed is a loop of no
+iterations, so no path is copied, and a recurrence that never forgets pays for the probe only. Time and segments keep their
+order in memory (`(C, n, ...)` is a view of `(T, ...)`), because on a CPU moving a path costs as much as computing it: this
+is why `Shooting`, which moves time to the front, is not the solver of networks.
 
-Runs backwards in time as well, which is what the transpose of a recurrence asks for.
+The scan also runs backwards in time, as the transpose of a recurrence needs.
 """
 
 from __future__ import annotations
@@ -25,12 +27,24 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from partime_mcmc.solvers.segments import agree, share_lanes, to_segments
 from partime_mcmc.types import Array, PyTree, pytree
+
+# Segments shorter than this meet too late to be worth their start.
+SHORTEST = 128
+# The probe: so many pairs, after so many steps that make the second of each pair typical, for at most so large a share of
+# the run; a run that would leave it less than `_PATIENCE` steps is too short for segments.
+PROBES, PROBE_RUN, PROBE_SHARE, _PATIENCE = 4, 32, 32, 64
+_LEAST = PROBE_SHARE * (PROBE_RUN + _PATIENCE)
+# Whether `lax.scan` on a CPU keeps the products of a narrow step inside its loop, which makes it up to four times as fast.
+LEAN_LOOPS = jax.__version_info__ >= (0, 12)
+# Then probe and correction cost more than a short run gains (32 units, 4,096 steps: 0.65 times the speed of `lax.scan`).
+_LEAST_ON_CPU = 8192 if LEAN_LOOPS else _LEAST
 
 
 @pytree(static=("lanes", "most_chains"))
 class SegmentedScanConfig:
-    """How a relay is run; static, so that it is known when a program is traced.
+    """How many segments a path is cut into; static, so that it is known when a program is traced.
 
     Attributes:
         lanes: Chains × segments wanted side by side.
@@ -46,7 +60,7 @@ class SegmentedScanConfig:
         Args:
             num_chains: B, chains that are solved together.
             num_steps: T.
-            backend: The platform, as `jax.default_backend()` says it.
+            backend: The platform, as `jax.default_backend()` names it.
         """
         if (
             num_steps < (_LEAST_ON_CPU if backend == "cpu" else _LEAST)
@@ -55,38 +69,21 @@ class SegmentedScanConfig:
         ):
             return 1
         most = min(max(self.lanes // num_chains, 1), num_steps // SHORTEST)
-        return _divisor(num_steps, most) if most >= 2 else 1
-
-
-# Segments shorter than this meet too late to be worth their start.
-SHORTEST = 128
-# The pilot: so many pairs, after so many steps that make the second of each pair typical, for at most so large a share of
-# the run; a run that would leave it less than `_PATIENCE` steps is too short for a relay.
-PROBES, PROBE_RUN, PROBE_SHARE, _PATIENCE = 4, 32, 32, 64
-_LEAST = PROBE_SHARE * (PROBE_RUN + _PATIENCE)
-# Whether `lax.scan` on a CPU keeps the products of a narrow step inside its loop, which makes it up to four times as fast.
-LEAN_LOOPS = jax.__version_info__ >= (0, 12)
-# Then the pilot and the mend cost more than a short run gains (32 units, 4,096 steps: 0.65 times the speed of `lax.scan`).
-_LEAST_ON_CPU = 8192 if LEAN_LOOPS else _LEAST
-
-
-def _divisor(num_steps: int, most: int) -> int:
-    """The largest number of segments of at most `most` that leaves no rest, if one is near, else `most`."""
-    for count in range(most, most // 2, -1):
-        if num_steps % count == 0:
-            return count
-    return most
+        if most < 2:
+            return 1
+        # The largest number that divides the steps, if one is near.
+        return next((n for n in range(most, most // 2, -1) if num_steps % n == 0), most)
 
 
 @pytree()
 class SegmentedScanReport:
-    """What happened; scalars, the same for all chains that were solved together.
+    """How a path was found; scalars, the same for all chains that were solved together.
 
     Attributes:
         parallel: Whether the path came from the segments; False if from one step after another.
-        pilot_steps: Steps until the pilot's pairs met, or the patience they had.
-        mended: Steps that every segment was rolled again.
-        gap: The largest difference at a meeting: the largest residual of the path.
+        probe_steps: Steps until the probe's pairs met, or the patience they had.
+        corrected: Steps that every segment was rolled again.
+        gap: The largest difference at a meeting, which is the largest residual of the path.
         evaluations: Evaluations of the step per step of the path.
     """
 
@@ -107,7 +104,7 @@ def segmented_scan(
     *,
     direction: int = 1,
 ) -> tuple[Array, SegmentedScanReport]:
-    """The path of a recurrence, not differentiable; under `vmap` all chains with the same parameters share one set of lanes.
+    """The path of a recurrence, not differentiable; under `vmap` chains with the same parameters share one set of lanes.
 
     Args:
         step: `(params, state, drive) -> state` on flat states; equal functions are compiled once.
@@ -119,15 +116,12 @@ def segmented_scan(
         direction: 1 runs from the first step to the last, -1 from the last to the first.
 
     Returns:
-        The states after each step, shape `(T, D)`, at the steps' places in time; and what happened.
+        The states after each step, shape `(T, D)`, each at its step's place in time; and how they were found.
     """
     absolute, relative = (jnp.asarray(part, initial.dtype) for part in bound)
-    chains = jax.tree.map(
-        lambda leaf: leaf[None],
-        (initial, drives, jnp.broadcast_to(absolute, initial.shape), relative),
-    )
-    path, report = _runner(step, plan, direction)(params, *chains)
-    return path[0], jax.tree.map(lambda leaf: leaf[0], report)
+    chains = (initial, drives, jnp.broadcast_to(absolute, initial.shape), relative)
+    chains = jax.tree.map(lambda leaf: leaf[None], chains)
+    return jax.tree.map(lambda leaf: leaf[0], _runner(step, plan, direction)(params, *chains))
 
 
 def one_after_another(
@@ -154,68 +148,19 @@ def one_after_another(
 def _fallback(step):
     def run(params, initial, drives, states, right):
         advance = functools.partial(jax.vmap(step, in_axes=(None, 0, 0)), params)
-        num_steps = states.shape[1]
-        begin = jnp.where(right.all(), num_steps, 0)
-        return _roll(advance, initial, drives, states, 1, begin, num_steps)[1], jnp.full_like(
-            right, right.all()
-        )
+        num_steps, all_right = states.shape[1], right.all()
+        begin = jnp.where(all_right, num_steps, 0)
+        path = _roll(advance, initial, drives, states, 1, begin, num_steps)[1]
+        return path, jnp.full_like(right, all_right)
 
-    return _with_lanes(run)
+    return share_lanes(run)
 
 
 @functools.lru_cache(maxsize=256)
 def _runner(step, plan: SegmentedScanConfig, direction: int):
     """`(params, initial (B, D), drives (B, T, ...), absolute (B, D), relative (B,))`."""
-    return _with_lanes(
-        functools.partial(_run, step, plan, direction),
-        functools.partial(_run, step, _ONE_LANE, direction),
-    )
-
-
-# One step after another, whatever the device.
-_ONE_LANE = SegmentedScanConfig(1)
-
-
-def _with_lanes(function, plain=None):
-    """A function of shared parameters and of chains with a leading axis, to which `vmap` adds its own axis.
-
-    `plain`, if given, does the same in loops whose length is known beforehand, so that it can be mapped: loops with a
-    condition would copy the path in every step. On a CPU it takes chains with parameters of their own, where lanes have
-    nothing to gain (`relay_plan`).
-    """
-    run = jax.custom_batching.custom_vmap(function)
-
-    @run.def_vmap
-    def _(axis_size, in_batched, params, *chains):
-        if any(jax.tree.leaves(in_batched[0])):
-            if plain is not None and jax.default_backend() == "cpu":
-                axes = jax.tree.map(lambda flag: 0 if flag else None, tuple(in_batched))
-                found = jax.vmap(plain, in_axes=axes, axis_size=axis_size)(params, *chains)
-                return found, jax.tree.map(lambda _: True, found)
-            # Every chain has parameters of its own: one after another, each in its own lanes.
-            spread = jax.tree.map(
-                lambda leaf, flag: (
-                    leaf if flag else jnp.broadcast_to(leaf, (axis_size, *leaf.shape))
-                ),
-                (params, *chains),
-                tuple(in_batched),
-            )
-            found = lax.map(lambda one: run(*one), spread)
-        else:
-            merged = jax.tree.map(
-                lambda leaf, flag: _merge(leaf, flag, axis_size), chains, tuple(in_batched[1:])
-            )
-            found = jax.tree.map(
-                lambda leaf: leaf.reshape(axis_size, -1, *leaf.shape[1:]), run(params, *merged)
-            )
-        return found, jax.tree.map(lambda _: True, found)
-
-    return run
-
-
-def _merge(leaf, is_batched, axis_size):
-    leaf = leaf if is_batched else jnp.broadcast_to(leaf, (axis_size, *leaf.shape))
-    return leaf.reshape(axis_size * leaf.shape[1], *leaf.shape[2:])
+    lanes = functools.partial(_run, step, plan, direction)
+    return share_lanes(lanes, functools.partial(_run, step, SegmentedScanConfig(1), direction))
 
 
 def _run(step, plan, direction, params, initial, drives, absolute, relative):
@@ -224,66 +169,51 @@ def _run(step, plan, direction, params, initial, drives, absolute, relative):
     segments = plan.segments(num_chains, num_steps, jax.default_backend())
     advance = functools.partial(jax.vmap(step, in_axes=(None, 0, 0)), params)
     path = jnp.zeros((num_chains, num_steps, initial.shape[1]), initial.dtype)
-    zero = jnp.zeros((), jnp.int32)
+    zero, forward = jnp.zeros((), jnp.int32), direction > 0
     if segments == 1:
         path = _roll(advance, initial, drives, path, direction, 0, num_steps)[1]
-        each = functools.partial(jnp.broadcast_to, shape=(num_chains,))
-        return path, SegmentedScanReport(
-            each(False),
-            each(zero),
-            each(zero),
-            each(jnp.zeros((), path.dtype)),
-            each(jnp.float32(1)),
-        )
+        nothing = jnp.asarray(False), zero, zero, jnp.zeros((), path.dtype), jnp.float32(1)
+        return path, _for_all(SegmentedScanReport(*nothing), num_chains)
     length = num_steps // segments
     body = segments * length
-    cut = functools.partial(_to_segments, segments=segments, length=length, direction=direction)
+
+    def cut(leaf):
+        # The last steps, in the direction of the scan, are left over.
+        leaf = leaf[:, :body] if forward else leaf[:, num_steps - body :]
+        return to_segments(leaf, segments)
+
     bound = jnp.repeat(absolute, segments, axis=0), jnp.repeat(relative, segments)[:, None]
-    patience = min(length, max(SHORTEST, length // 2))
     tape = jax.tree.map(cut, drives)
-    forgets, looked = _probe(
-        advance,
-        initial,
-        tape,
-        bound,
-        min(length, num_steps // PROBE_SHARE - PROBE_RUN),
-        direction,
-        segments,
-    )
-    lanes = jnp.repeat(initial, segments, axis=0)
-    ends, rolled = _roll(
-        advance, lanes, tape, cut(path), direction, 0, jnp.where(forgets, length, 0)
-    )
+    patience = min(length, num_steps // PROBE_SHARE - PROBE_RUN)
+    forgets, looked = _probe(advance, initial, tape, bound, patience, direction, segments)
+    lanes, to_roll = jnp.repeat(initial, segments, axis=0), jnp.where(forgets, length, 0)
+    ends, rolled = _roll(advance, lanes, tape, cut(path), direction, 0, to_roll)
     starts = _hand_over(initial, ends, direction)
+    patience = min(length, max(SHORTEST, length // 2))
     rolled, met, corrected, gap = _correct(
         advance, starts, tape, rolled, bound, patience, direction, forgets
     )
     rolled = rolled.reshape(num_chains, body, -1)
     if body < num_steps:
         rest = path[:, body:]
-        rolled = jnp.concatenate([rolled, rest] if direction > 0 else [rest, rolled], axis=1)
-    last = ends.reshape(num_chains, segments, -1)[:, -1 if direction > 0 else 0]
+        rolled = jnp.concatenate([rolled, rest] if forward else [rest, rolled], axis=1)
+    last = ends.reshape(num_chains, segments, -1)[:, -1 if forward else 0]
     first = jnp.where(met, body, 0)
-    _, path = _roll(
-        advance, jnp.where(met, last, initial), drives, rolled, direction, first, num_steps
-    )
+    begin = jnp.where(met, last, initial)
+    path = _roll(advance, begin, drives, rolled, direction, first, num_steps)[1]
     work = (
         2.0 * min(PROBES, segments) * (PROBE_RUN + looked)
-        + num_chains * segments * (jnp.where(forgets, length, 0) + corrected)
+        + num_chains * segments * (to_roll + corrected)
         + num_chains * (num_steps - first)
     ) / (num_chains * num_steps)
     report = SegmentedScanReport(
         met, looked, corrected, jnp.where(met, gap, 0), work.astype(jnp.float32)
     )
-    return path, jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num_chains,)), report)
+    return path, _for_all(report, num_chains)
 
 
-def _to_segments(leaf, segments, length, direction):
-    """`(B, T, ...)` as `(B C, n, ...)`, without the rest that the last steps in `direction` are."""
-    body = segments * length
-    if body < leaf.shape[1]:
-        leaf = leaf[:, :body] if direction > 0 else leaf[:, leaf.shape[1] - body :]
-    return leaf.reshape(leaf.shape[0] * segments, length, *leaf.shape[2:])
+def _for_all(report, num_chains):
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num_chains,)), report)
 
 
 def _hand_over(initial, ends, direction):
@@ -303,7 +233,7 @@ def _place(step, length, direction):
 
 
 def _roll(advance, states, tape, path, direction, begin, end):
-    """Lanes from step `begin` to step `end`, written into `path`."""
+    """Roll lanes from step `begin` to step `end`: the last states, and `path` with the states of these steps."""
     length = path.shape[1]
 
     def one(step, carry):
@@ -315,24 +245,15 @@ def _roll(advance, states, tape, path, direction, begin, end):
     return lax.fori_loop(begin, end, one, (states, path))
 
 
-def _same(new, stored, bound):
-    """Whether lanes agree, shape `(L,)`; infinite and NaN states agree with their like only."""
-    near = jnp.isfinite(stored) & (jnp.abs(new - stored) <= bound[0] + bound[1] * jnp.abs(stored))
-    return (near | (new == stored) | (jnp.isnan(new) & jnp.isnan(stored))).all(axis=1)
-
-
 def _probe(advance, initial, tape, bound, patience, direction, segments):
     """Whether pairs of lanes meet within `patience` steps, and after how many.
 
-    One of a pair starts where the relay's segments will, the other at a state that the recurrence itself has reached.
+    One of a pair starts where the segments will, the other at a state that the recurrence itself has reached.
     """
     lanes, length = jax.tree.leaves(tape)[0].shape[:2]
     count = min(PROBES, lanes)
     chosen = jnp.arange(count) * lanes // count
-    few, limit = (
-        jax.tree.map(lambda leaf: leaf[chosen], tape),
-        tuple(part[chosen] for part in bound),
-    )
+    few, limit = jax.tree.map(lambda leaf: leaf[chosen], (tape, bound))
     starts = initial[chosen // segments]
 
     def roll(step, states):
@@ -341,27 +262,27 @@ def _probe(advance, initial, tape, bound, patience, direction, segments):
     typical = lax.fori_loop(0, min(PROBE_RUN, length), roll, starts)
     pairs = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), few)
 
+    def have_met(states):
+        return agree(states[:count], states[count:], limit).all()
+
     def apart(carry):
         step, states = carry
-        return (step < patience) & ~_same(states[:count], states[count:], limit).all()
+        return (step < patience) & ~have_met(states)
 
     def onwards(carry):
         step, states = carry
         return step + 1, advance(states, _row(pairs, _place(step, length, direction)))
 
-    step, states = lax.while_loop(
-        apart,
-        onwards,
-        (jnp.zeros((), jnp.int32), jnp.concatenate([starts, jnp.roll(typical, 1, axis=0)])),
-    )
-    return _same(states[:count], states[count:], limit).all(), step
+    begin = jnp.zeros((), jnp.int32), jnp.concatenate([starts, jnp.roll(typical, 1, axis=0)])
+    step, states = lax.while_loop(apart, onwards, begin)
+    return have_met(states), step
 
 
 def _correct(advance, starts, tape, path, bound, patience, direction, wanted):
     """Roll from `starts` until every lane agrees with `path` at one step; what was rolled until then replaces it.
 
     Returns:
-        The path, whether all agreed, how many steps were rolled, and the largest difference where they agreed.
+        The path, whether all lanes agreed, how many steps were rolled, and the largest difference where they agreed.
     """
     length = path.shape[1]
 
@@ -374,23 +295,16 @@ def _correct(advance, starts, tape, path, bound, patience, direction, wanted):
         at = _place(step, length, direction)
         states = advance(states, _row(tape, at))
         stored = _row(path, at)
-        met = _same(states, stored, bound).all()
+        met = agree(states, stored, bound).all()
         gap = jnp.max(jnp.where(jnp.isfinite(stored), jnp.abs(states - stored), 0))
         # Read from one buffer and write to another: a loop that does both on one would copy all of it in every step.
-        return (
-            step + 1,
-            states,
-            met,
-            gap,
-            lax.dynamic_update_index_in_dim(head, states, _place(step, patience, direction), 1),
-        )
+        place = _place(step, patience, direction)
+        head = lax.dynamic_update_index_in_dim(head, states, place, 1)
+        return step + 1, states, met, gap, head
 
     head = jnp.zeros((path.shape[0], patience, path.shape[2]), path.dtype)
-    step, _, met, gap, head = lax.while_loop(
-        unfinished,
-        onwards,
-        (jnp.zeros((), jnp.int32), starts, jnp.asarray(False), jnp.zeros((), path.dtype), head),
-    )
+    nothing = jnp.zeros((), jnp.int32), starts, jnp.asarray(False), jnp.zeros((), path.dtype), head
+    step, _, met, gap, head = lax.while_loop(unfinished, onwards, nothing)
     # At the meeting the stored state stays, because what follows was computed from it.
     begin = 0 if direction > 0 else length - patience
     order = _place(jnp.arange(patience), patience, direction)

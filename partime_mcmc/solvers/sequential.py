@@ -1,7 +1,6 @@
 """The sequential solver: one step after another, whatever the guess.
 
-The oracle in the shape of a solver, so that a sequential run goes through the same loop, schedules, verdicts and
-records as every parallel one. Its path obeys the recurrence as evaluated by the scan that made it, with residual 0 up to
+It gives a sequential run the same loop, schedules, verdicts and records as every parallel one. Its path obeys the recurrence as evaluated by the scan that made it, with residual 0 up to
 the first step that is not finite, so one pass is enough.
 """
 
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from partime_mcmc.engine.dynamics import CachedStep, Dynamics, rollout, rollout_with_notes
+from partime_mcmc.engine.dynamics import CachedStep, Dynamics, rollout, rollout_with_aux
 from partime_mcmc.engine.solution import Tolerance
 from partime_mcmc.engine.time_axis import TimeAxis
 from partime_mcmc.solvers.base import Proposal
@@ -24,7 +23,7 @@ from partime_mcmc.types import Array, Key, PyTree, pytree
 class Sequential:
     """`x_t = f(x_{t-1}, u_t)` by `lax.scan`."""
 
-    keeps_notes: ClassVar[bool] = True
+    keeps_aux: ClassVar[bool] = True
 
     def init(self, initial: Array, states: Array) -> PyTree:
         del initial, states
@@ -44,7 +43,7 @@ class Sequential:
     ) -> tuple[Proposal, PyTree]:
         del key
         if dynamics.cached and dynamics.cached.aux:
-            path, notes = rollout_with_notes(dynamics, initial, drives)
+            path, notes = rollout_with_aux(dynamics, initial, drives)
         else:
             path, notes = (
                 axis.in_turn(lambda first: rollout(dynamics, first, drives), initial),
@@ -80,7 +79,7 @@ def finish_sequentially(
     Args:
         dynamics: The recurrence.
         initial: `x_0` of every path, leaves `(B, ...)`.
-        states: Paths, leaves `(B, T, ...)`; only their exact steps are looked at. T is at least 1.
+        states: Paths, leaves `(B, T, ...)`; only their exact steps are used. T is at least 1.
         drives: Leaves `(B, T, ...)`.
         num_exact: How many leading steps of each path are right, shape `(B,)`; T leaves a path as it is, to the last bit.
 
@@ -100,26 +99,26 @@ def finish_sequentially(
     following = jax.tree.map(
         lambda leaf: leaf[every, jnp.minimum(num_exact, num_steps - 1)], drives
     )
-    memory = jax.vmap(cached.init, in_axes=(None, 0, 0))(
+    cachedry = jax.vmap(cached.init, in_axes=(None, 0, 0))(
         cached.params[0], select(num_exact == 0, initial, last), following
     )
 
     def one_step(step, carry):
-        memory, rolled = carry
+        cachedry, rolled = carry
         at_step = lambda leaf: lax.dynamic_index_in_dim(leaf, step, axis=1, keepdims=False)  # noqa: E731
         new = jax.vmap(cached.step, in_axes=(None, 0, 0))(
-            cached.params[1], memory, jax.tree.map(at_step, drives)
+            cached.params[1], cachedry, jax.tree.map(at_step, drives)
         )
-        memory = select(step >= num_exact, new, memory)
-        state = jax.vmap(cached.state, in_axes=(None, 0))(cached.params[2], memory)
+        cachedry = select(step >= num_exact, new, cachedry)
+        state = jax.vmap(cached.state, in_axes=(None, 0))(cached.params[2], cachedry)
         state = select(step >= num_exact, state, jax.tree.map(at_step, states))
-        return memory, jax.tree.map(
+        return cachedry, jax.tree.map(
             lambda leaf, row: lax.dynamic_update_index_in_dim(leaf, row, step, 1), rolled, state
         )
 
     begin = num_exact.min()
     _, rolled = lax.fori_loop(
-        begin, num_steps, one_step, (memory, jax.tree.map(jnp.zeros_like, states))
+        begin, num_steps, one_step, (cachedry, jax.tree.map(jnp.zeros_like, states))
     )
     seen = jnp.arange(num_steps) < begin
     return jax.tree.map(
@@ -130,16 +129,16 @@ def finish_sequentially(
 
 
 def cached_step_of(dynamics: Dynamics) -> CachedStep:
-    """The dynamics' memory; where steps share nothing, the state itself in the shape of one."""
+    """The dynamics' cachedry; where steps share nothing, the state itself in the shape of one."""
     return dynamics.cached or CachedStep(
-        enter_as_is, dynamics.step, _leave_as_is, (None, dynamics.params, None)
+        init_as_is, dynamics.step, _state_as_is, (None, dynamics.params, None)
     )
 
 
-def enter_as_is(params: PyTree, state: PyTree, drive: PyTree) -> PyTree:
+def init_as_is(params: PyTree, state: PyTree, drive: PyTree) -> PyTree:
     """`CachedStep.init` of dynamics whose steps share nothing."""
     return state
 
 
-def _leave_as_is(params, memory):
-    return memory
+def _state_as_is(params, cachedry):
+    return cachedry

@@ -21,10 +21,10 @@ import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.compile_cache import compiler_options
 from partime_mcmc.kernels.coupling import normal_of
-from partime_mcmc.types import Array, PyTree
+from partime_mcmc.compile_cache import compiler_options
 from partime_mcmc.warmup.host_rng import SeedTree, key_from
+from partime_mcmc.types import Array, PyTree
 
 STEPS = 16
 """Transitions in a row: the searching phase looks at its chains that often, and windows are multiples of it."""

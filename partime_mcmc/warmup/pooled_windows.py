@@ -20,16 +20,16 @@ import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.compile_cache import Timings, run_program
 from partime_mcmc.engine.dynamics import CachedStep, Dynamics
 from partime_mcmc.engine.recipes import shooting
 from partime_mcmc.engine.solution import Status, Tolerance
 from partime_mcmc.engine.solve import solve
 from partime_mcmc.kernels.coupling import normal_of
-from partime_mcmc.tracing import HashableFunction
-from partime_mcmc.warmup.hmc_batch import STEPS, HMCBatch, HMCBatchResult, max_batch_steps
-from partime_mcmc.warmup.host_rng import SeedTree
 from partime_mcmc.warmup.trajectory_length import Path
+from partime_mcmc.compile_cache import Timings, run_program
+from partime_mcmc.warmup.host_rng import SeedTree
+from partime_mcmc.warmup.hmc_batch import STEPS, HMCBatchResult, HMCBatch, max_batch_steps
+from partime_mcmc.tracing import HashableFunction
 
 _PIECE, _SEGMENT = 128, 32
 # Adaptation asks for less than sampling: a millionth of the width of a posterior.

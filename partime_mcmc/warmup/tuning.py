@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.compile_cache import compiler_options
 from partime_mcmc.kernels import (
     MultishiftCoupling,
     Whitening,
@@ -33,10 +32,11 @@ from partime_mcmc.kernels import (
     nuts,
     random_walk,
 )
-from partime_mcmc.kernels.kernel_program import Builder, KernelParams, KernelProgram
-from partime_mcmc.types import Key
-from partime_mcmc.warmup.hmc_batch import STEPS
+from partime_mcmc.kernels.kernel_program import Builder, KernelProgram, KernelParams
 from partime_mcmc.warmup.trajectory_length import Path, TrajectoryRule, boldest_step
+from partime_mcmc.compile_cache import compiler_options
+from partime_mcmc.warmup.hmc_batch import STEPS
+from partime_mcmc.types import Key
 
 _TARGETS = {hmc: 0.8, coalescing_hmc: 0.8, nuts: 0.8, mala: 0.8, random_walk: 0.3}
 _COALESCING_MALA, _OTHERS = 0.65, 0.7
