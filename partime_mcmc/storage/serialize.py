@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from partime_mcmc.compile_cache import as_committed_array
 from partime_mcmc.storage.files import Damaged, StoreError
 from partime_mcmc.types import PyTree
 
@@ -210,25 +211,6 @@ def unpack_leaves(name: str, arrays: dict[str, np.ndarray]) -> list[jax.Array]:
                 else as_committed_array(value)
             )
     return [found[index] for index in sorted(found)]
-
-
-def unpack_tree(name: str, arrays: dict[str, np.ndarray], template: PyTree) -> PyTree:
-    """A pytree like the template from the arrays of `pack_leaves`.
-
-    Raises:
-        ValueError: If the template has another number of leaves.
-    """
-    leaves, tree = unpack_leaves(name, arrays), jax.tree.structure(template)
-    if len(leaves) != tree.num_leaves:
-        raise ValueError(
-            f"store: {len(leaves)} arrays for {name}, wanted {tree.num_leaves}: another kernel or model"
-        )
-    return jax.tree.unflatten(tree, leaves)
-
-
-def as_committed_array(value: Any) -> jax.Array:
-    """A JAX array that remembers nothing but its numbers: restored ones and computed ones run the same programs."""
-    return value if is_key(value) else jax.device_put(np.asarray(value))
 
 
 def is_key(value: Any) -> bool:
