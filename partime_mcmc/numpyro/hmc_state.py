@@ -19,7 +19,7 @@ from numpyro.infer.mcmc import MCMCKernel
 
 from partime_mcmc.compile_cache import Timings, run_program
 from partime_mcmc.diagnostics.checks import check_dtypes, check_precision, check_starts
-from partime_mcmc.kernels import Kernel, Whitening
+from partime_mcmc.kernels import Whitening
 from partime_mcmc.kernels.kernel_program import (
     KernelProgram,
     ParametrisedKernel,
