@@ -205,6 +205,6 @@ def _zarr_files() -> Any:
         from partime_mcmc.storage import zarr_files
     except ImportError as error:
         raise ImportError(
-            "store: draws on disk need zarr 3; install partime_mcmc[store]"
+            "store: draws on disk need zarr 3.1; install partime_mcmc[store]"
         ) from error
     return zarr_files

@@ -14,7 +14,8 @@ import asyncio
 from pathlib import Path
 from typing import Any, AsyncIterator
 
-from zarr.core.buffer import Buffer, default_buffer_prototype
+from zarr.abc.buffer import Buffer
+from zarr.buffer import default_buffer_prototype
 from zarr.storage import LocalStore
 
 from partime_mcmc.storage.files import Damaged, read_file, write_copy, write_file
