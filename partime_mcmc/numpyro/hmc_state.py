@@ -19,7 +19,7 @@ from numpyro.infer.mcmc import MCMCKernel
 
 from partime_mcmc.compile_cache import Timings, run_program
 from partime_mcmc.diagnostics.checks import check_dtypes, check_precision, check_starts
-from partime_mcmc.kernels import Kernel, Whitening
+from partime_mcmc.kernels import Whitening
 from partime_mcmc.kernels.kernel_program import (
     KernelProgram,
     ParametrisedKernel,
@@ -188,27 +188,6 @@ def kernel_from(sampler: MCMCKernel, target: Target, state: HMCState) -> Paramet
     return parametrised_kernel(
         KernelProgram(density, sampler.tuned_builder()), data, whitening, settings
     )
-
-
-def chain_state_of(leaves: ChainState, kernel: Kernel, example: PyTree) -> ChainState:
-    """A state that was read from a store without its model, with the structure that its kernel wants.
-
-    Args:
-        leaves: The state.
-        kernel: The kernel.
-        example: A position; only structure, shapes and types matter.
-    """
-
-    def parts(position):
-        state = kernel.init(position, jax.random.key(0))
-        return kernel.carry(state), kernel.discrete(state)
-
-    structures = [jax.tree.structure(part) for part in jax.eval_shape(parts, example)]
-    carries, discrete = (
-        jax.tree.unflatten(structure, jax.tree.leaves(part))
-        for structure, part in zip(structures, (leaves.carries, leaves.discrete))
-    )
-    return ChainState(carries, discrete, leaves.num_steps)
 
 
 def log_densities(target: Target, positions: PyTree) -> tuple[np.ndarray, np.ndarray]:

@@ -37,7 +37,6 @@ from partime_mcmc.numpyro.collect import (
 from partime_mcmc.numpyro.convert import from_numpyro_kernel
 from partime_mcmc.numpyro.data import Data
 from partime_mcmc.numpyro.hmc_state import (
-    chain_state_of,
     hmc_state,
     keys_of,
     sample_arguments,
@@ -50,6 +49,7 @@ from partime_mcmc.sampling.progress import chosen_progress
 from partime_mcmc.sampling.sample import as_store, run
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.solvers import Solver
+from partime_mcmc.storage.saved_plan import chain_state_of
 from partime_mcmc.storage.store import Store
 from partime_mcmc.storage.stored_draws import StoredDraws
 from partime_mcmc.types import Key, PyTree

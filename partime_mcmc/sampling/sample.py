@@ -229,7 +229,7 @@ def resume(
         StoreError: If the store cannot be written or is damaged beyond its chunks, or another process writes there.
     """
     check_strategies(target, kernel)
-    asked = read_arguments(path)
+    asked = read_arguments(path, kernel)
     if asked.pop("front") != "sample":
         raise StoreMismatch(
             f"store: {path} was begun by ParallelMCMC.run: go on with it there, with the same arguments"

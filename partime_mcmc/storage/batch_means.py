@@ -1,4 +1,4 @@
-"""BatchMeans of consecutive draws: moments, running R-hat and effective sample size of chains that are not kept.
+"""Batches of consecutive draws: moments, running R-hat and effective sample size of chains that are not kept.
 
 A chain of n draws is cut into b batches of a draws, 64 < b <= 128 once n > 64, and a doubles as the chain grows (two
 neighbours become one batch). Of each batch the mean and the sum of squared deviations M are kept; batches, and

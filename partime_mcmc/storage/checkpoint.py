@@ -27,7 +27,7 @@ class Checkpoint:
         index: The number of the chunk.
         step: Steps per chain up to here.
         previous: The checksum of the checkpoint before; empty for the first.
-        state: The chains, as arrays (`saved_plan.pack_state`).
+        state: The chains, as arrays (`saved_plan.state_arrays`).
         words: Plain values that belong to the state.
         certificate: Of all draws so far, without what it has of single steps.
         report: Of all chunks so far.

@@ -17,6 +17,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
+from partime_mcmc.diagnostics.arviz import axis_names
 from partime_mcmc.storage.checkpoint import Checkpoint
 from partime_mcmc.storage.files import digest_of
 
@@ -95,26 +96,26 @@ class DrawsWriter:
         """
         import zarr
 
-        if not self.files.metadata:
-            self._create(groups)
-        digests, tail = {}, {} if draws.size else self.files.tail
-        for group, variables in groups.items() if draws.size else ():
+        digests = {} if self.files.metadata else self._create(groups)
+        if not draws.size:
+            return digests
+        tail: dict[str, bytes] = {}
+        for group, variables in groups.items():
             for name, values in (variables | {"draw": draws}).items():
                 path, axis = f"{group}/{escaped(name)}", int(name != "draw")
                 with zarr.config.set({"array.write_empty_chunks": True}):
                     array = zarr.open_array(self.files, path=path, mode="r+", zarr_format=3)
                     array.append(values, axis=axis)
-                for key, data in self.files.written.items():
+                for key, data in self.files.take_written().items():
                     number = int(key.removeprefix(f"{path}/c.").split(".")[axis])
                     if (number + 1) * array.chunks[axis] <= array.shape[axis]:
                         digests[key] = digest_of(data)
                     else:
                         tail[key] = data
-                self.files.written.clear()
         self.files.tail = tail
         return digests
 
-    def _create(self, groups: Groups) -> None:
+    def _create(self, groups: Groups) -> dict[str, str]:
         import zarr
         from zarr.codecs import Crc32cCodec, ZstdCodec
 
@@ -128,7 +129,7 @@ class DrawsWriter:
                 "draw": (("draw",), (0,), chains.dtype),
             } | {
                 name: (
-                    ("chain", "draw", *self._own_dims(name, value.ndim - 2)),
+                    ("chain", "draw", *axis_names(name, value.ndim - 2, self._dims)),
                     (num_chains, 0, *value.shape[2:]),
                     value.dtype,
                 )
@@ -146,11 +147,8 @@ class DrawsWriter:
                     chunk_key_encoding={"name": "default", "separator": "."},
                 )
             with zarr.config.set({"array.write_empty_chunks": True}):
-                zarr.open_array(self.files, path=f"{group}/chain", mode="r+")[:] = chains
-
-    def _own_dims(self, name: str, count: int) -> tuple[str, ...]:
-        given = tuple(self._dims.get(name, ()))[:count]
-        return (*given, *(f"{name}_dim_{axis}" for axis in range(len(given), count)))
+                place["chain"][:] = chains
+        return {key: digest_of(data) for key, data in self.files.take_written().items()}
 
 
 def open_group(path: Path, checkpoint: Checkpoint, digests: Mapping[str, str], group: str) -> Any:
@@ -207,6 +205,6 @@ def _zarr_files() -> Any:
         from partime_mcmc.storage import zarr_files
     except ImportError as error:
         raise ImportError(
-            "store: draws on disk need zarr 3; install partime_mcmc[store]"
+            "store: draws on disk need zarr 3.1; install partime_mcmc[store]"
         ) from error
     return zarr_files

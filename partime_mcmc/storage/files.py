@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 from pathlib import Path
-from typing import BinaryIO, Iterator
+from typing import Callable
 
 PARTIAL = ".partial-"
 """What names of unfinished files begin with."""
@@ -44,7 +44,7 @@ def read_file(path: Path, digest: str | None = None) -> bytes:
         raise StoreError(
             error.errno, f"store: {path} could not be read: {error.strerror or error}"
         ) from error
-    if digest is not None and digest_of(data) != digest:
+    if digest not in (None, digest_of(data)):
         raise Damaged(f"store: {path} is damaged (its digest is not the one recorded)")
     return data
 
@@ -55,10 +55,7 @@ def write_file(path: Path, data: bytes) -> None:
     Raises:
         StoreError: If it cannot be written; what was there before is untouched.
     """
-    with _renamed_into_place(path) as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
+    _write(path, data, os.fsync)
 
 
 def write_copy(path: Path, data: bytes) -> None:
@@ -67,19 +64,19 @@ def write_copy(path: Path, data: bytes) -> None:
     Raises:
         StoreError: As `write_file`.
     """
-    with _renamed_into_place(path) as handle:
-        handle.write(data)
+    _write(path, data, lambda handle: None)
 
 
-@contextlib.contextmanager
-def _renamed_into_place(path: Path) -> Iterator[BinaryIO]:
+def _write(path: Path, data: bytes, flush: Callable[[int], None]) -> None:
     partial = path.with_name(PARTIAL + path.name)
     try:
         _make_folder(path.parent)
-        with open(partial, "wb") as handle:
-            yield handle
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            flush(file.fileno())
         os.replace(partial, path)
-        _sync_folder(path.parent)
+        _flush_folder(path.parent, flush)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -91,13 +88,13 @@ def _make_folder(path: Path) -> None:
     if not path.is_dir():
         _make_folder(path.parent)
         path.mkdir(exist_ok=True)
-        _sync_folder(path.parent)
+        _flush_folder(path.parent, os.fsync)
 
 
-def _sync_folder(path: Path) -> None:
+def _flush_folder(path: Path, flush: Callable[[int], None]) -> None:
     """Make renames durable: a folder is a file, too."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        flush(handle)
     finally:
         os.close(handle)

@@ -1,8 +1,8 @@
 """What the draws of a run hang on, as hashes and plain values that can be compared.
 
-A log density is traced, and the arrays it captures are taken out of it (`closures.explicit`): what is left is the
+A log density is traced, and the arrays it captures are taken out of it (`tracing.explicit`): what is left is the
 model, a program, and the arrays are the data. Either has a hash of its own, so that an error can say which of both has
-changed. KernelParams that a model has written into itself belong to the program.
+changed. Numbers that a model has written into itself belong to the program.
 
 Left out: what a program calls outside of JAX (a host callback's code), and settings of the compiler that come from the
 environment.

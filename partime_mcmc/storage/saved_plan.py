@@ -8,12 +8,13 @@ them goes on from what it reads back, so that a resumed run cannot differ from i
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import numpy as np
 
-from partime_mcmc.compile_cache import Timings
+from partime_mcmc.compile_cache import Timings, as_committed_array
 from partime_mcmc.kernels import Kernel, Whitening
 from partime_mcmc.kernels.kernel_program import (
     Builder,
@@ -30,14 +31,12 @@ from partime_mcmc.sampling.randomness import recurrence
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.storage.fingerprint import program_of, require_same
 from partime_mcmc.storage.serialize import (
-    as_committed_array,
     decode,
     encode,
     pack_arrays,
     pack_leaves,
     unpack_arrays,
     unpack_leaves,
-    unpack_tree,
 )
 from partime_mcmc.types import PyTree
 from partime_mcmc.warmup.tuning import unwrapped
@@ -93,7 +92,7 @@ def pack_plan(plan: Plan, state: ChainState) -> bytes:
 
 
 def unpack_plan(
-    data: bytes, target: Target, given_kernel: Kernel | Builder | Warmup, where: str = "plan"
+    data: bytes, target: Target, given_kernel: Kernel | Builder | Warmup, where: str = "."
 ) -> tuple[Plan, ChainState]:
     """The plan that was packed, and where its chains start.
 
@@ -108,12 +107,12 @@ def unpack_plan(
         TypeError: If a tuned kernel is needed and a builder was given, or the other way round.
         StoreMismatch: If the same model and the same name of a kernel are another program.
     """
-    arrays, words, _ = unpack_arrays(data, where)
+    arrays, words, _ = unpack_arrays(data, f"{where}/plan.npz")
     example = target.example()
     choices = {name: decode(value) for name, value in words["choices"].items()}
     kernel = _kernel_of(arrays, words, target, given_kernel, example)
     (keys,) = unpack_leaves("key", arrays)
-    state = restore_state(arrays, words["state"], kernel, example)
+    state = chain_state_of(leaves_state(arrays, words["state"]), kernel, example)
     dynamics = recurrence(kernel, keys, state, Timings(), choices["certificate"])
     require_same(words["program"], program_of(dynamics, kernel), where)
     plan = Plan(target=target, kernel=kernel, recurrence=dynamics, keys=keys, **choices)
@@ -130,7 +129,7 @@ def read_choices(data: bytes, where: str) -> dict[str, Any]:
     Raises:
         Damaged: As `unpack_plan`.
     """
-    arrays, words, _ = unpack_arrays(data, where)
+    arrays, words, _ = unpack_arrays(data, f"{where}/plan.npz")
     return {
         "plan": decode(words["plan"]),
         "choices": {name: decode(value) for name, value in words["choices"].items()},
@@ -159,7 +158,7 @@ def _kernel_of(
         builder = with_coupling(builder, coupling)
     (center,), scale = unpack_leaves("center", arrays), unpack_leaves("scale", arrays)
     whitening = Whitening(
-        unpack_tree("example", arrays, example),
+        jax.tree.unflatten(jax.tree.structure(example), unpack_leaves("example", arrays)),
         center,
         scale[0] if len(scale) == 1 else LowRank(*scale),
     )
@@ -179,50 +178,35 @@ def _builder_of(kernel: Kernel | Builder | Warmup) -> Builder | None:
     return None if isinstance(kernel, Kernel) else kernel
 
 
-def pack_state(state: ChainState) -> bytes:
-    """Where chains stand, as bytes."""
-    return pack_arrays(*state_arrays(state))[0]
-
-
-def unpack_state(data: bytes, kernel: Kernel, example: PyTree) -> ChainState:
-    """Where chains stand, from the bytes of `pack_state`.
-
-    Args:
-        data: The bytes.
-        kernel: What moves the chains.
-        example: A position; only structure, shapes and types matter.
-    """
-    arrays, counters, _ = unpack_arrays(data, "state")
-    return restore_state(arrays, counters, kernel, example)
-
-
 def state_arrays(state: ChainState) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Where chains stand as named arrays and counters."""
     arrays = pack_leaves("carry", state.carries) | pack_leaves("discrete", state.discrete)
     return arrays, {name: getattr(state, name) for name in _COUNTERS}
 
 
-def restore_state(
-    arrays: dict[str, np.ndarray], counters: dict[str, Any], kernel: Kernel, example: PyTree
-) -> ChainState:
-    """Where chains stand, from what `state_arrays` gave.
+def leaves_state(arrays: dict[str, np.ndarray], counters: dict[str, Any]) -> ChainState:
+    """Where chains stand, with lists of leaves, from what `state_arrays` gave."""
+    return ChainState(unpack_leaves("carry", arrays), unpack_leaves("discrete", arrays), **counters)
+
+
+def chain_state_of(leaves: ChainState, kernel: Kernel, example: PyTree) -> ChainState:
+    """A state that was read without its model, with the structure that its kernel wants.
+
+    Args:
+        leaves: The state, with leaves in any structure.
+        kernel: What moves the chains.
+        example: A position; only structure, shapes and types matter.
 
     Raises:
-        ValueError: If the kernel's state has another structure.
+        ValueError: If the kernel's state has another number of leaves.
     """
 
     def parts(position):
         state = kernel.init(position, jax.random.key(0))
         return kernel.carry(state), kernel.discrete(state)
 
-    carry, discrete = jax.eval_shape(parts, example)
-    return ChainState(
-        unpack_tree("carry", arrays, carry),
-        unpack_tree("discrete", arrays, discrete),
-        **counters,
+    carries, discrete = (
+        jax.tree.unflatten(jax.tree.structure(wanted), jax.tree.leaves(found))
+        for wanted, found in zip(jax.eval_shape(parts, example), (leaves.carries, leaves.discrete))
     )
-
-
-def leaves_state(arrays: dict[str, np.ndarray], counters: dict[str, Any]) -> ChainState:
-    """As `restore_state` without the kernel: lists of leaves."""
-    return ChainState(unpack_leaves("carry", arrays), unpack_leaves("discrete", arrays), **counters)
+    return dataclasses.replace(leaves, carries=carries, discrete=discrete)

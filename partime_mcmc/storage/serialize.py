@@ -11,24 +11,25 @@ from __future__ import annotations
 import base64
 import dataclasses
 import enum
-import importlib
 import hashlib
+import importlib
 import inspect
 import io
 import json
-import zipfile
-import zlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.storage.files import Damaged, StoreError
+from partime_mcmc.compile_cache import as_committed_array
+from partime_mcmc.storage.files import Damaged, StoreError, digest_of
 from partime_mcmc.types import PyTree
 
 _PACKAGE = "partime_mcmc"
+_DIGEST_LENGTH = len(digest_of(b""))
 
 
 class NotStorable(TypeError):
@@ -151,16 +152,18 @@ def digest_arrays(arrays: Iterable[Any]) -> str:
 
 
 def pack_arrays(arrays: dict[str, np.ndarray], words: dict[str, Any]) -> tuple[bytes, str]:
-    """Named arrays and plain values as the bytes of an .npz file, and the checksum in it."""
+    """Named arrays and plain values as the bytes of an .npz file, and their digest, which is the archive's comment."""
     text = np.frombuffer(json.dumps(words, sort_keys=True).encode(), np.uint8)
-    arrays, buffer = arrays | {"words": text}, io.BytesIO()
-    checksum = _checksum(arrays)
-    np.savez(buffer, **arrays, checksum=np.asarray(checksum))
-    return buffer.getvalue(), checksum
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays, words=text)
+    data = buffer.getvalue()
+    digest = digest_of(data)
+    # An archive ends with the length of its comment.
+    return data[:-2] + len(digest).to_bytes(2, "little") + digest.encode(), digest
 
 
 def unpack_arrays(data: bytes, where: str) -> tuple[dict[str, np.ndarray], dict[str, Any], str]:
-    """What `pack_arrays` was given, and its checksum; nothing in it is ever executed.
+    """What `pack_arrays` was given, and its digest; nothing in it is ever executed.
 
     Args:
         data: The bytes.
@@ -169,21 +172,25 @@ def unpack_arrays(data: bytes, where: str) -> tuple[dict[str, np.ndarray], dict[
     Raises:
         Damaged: If the bytes are not those that were written.
     """
+    digest = data[-_DIGEST_LENGTH:].decode(errors="replace")
+    if digest_of(data[: -_DIGEST_LENGTH - 2] + b"\0\0") != digest:
+        raise Damaged(f"store: {where} is damaged (its digest is not the one in it)")
+    with np.load(io.BytesIO(data), allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    return arrays, json.loads(arrays.pop("words").tobytes()), digest
+
+
+def read_words(path: Path) -> tuple[dict[str, Any], str]:
+    """The plain values in a file of `pack_arrays`, and its digest, which is not checked.
+
+    Raises:
+        Damaged: If they cannot be found in it.
+    """
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        checksum = str(arrays.pop("checksum"))
-        words = json.loads(arrays["words"].tobytes())
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise Damaged(f"store: {where} is damaged: {error}") from error
-    if checksum != _checksum(arrays):
-        raise Damaged(f"store: {where} is damaged (its checksum is not the one in it)")
-    del arrays["words"]
-    return arrays, words, checksum
-
-
-def _checksum(arrays: dict[str, np.ndarray]) -> str:
-    return digest_arrays([np.asarray(sorted(arrays)), *(arrays[name] for name in sorted(arrays))])
+        with np.load(path, allow_pickle=False) as file:
+            return json.loads(file["words"].tobytes()), file.zip.comment.decode()
+    except Exception as error:  # whatever the readers of archives make of a damaged one
+        raise Damaged(f"store: {path} is damaged: {error}") from error
 
 
 def pack_leaves(name: str, tree: PyTree) -> dict[str, np.ndarray]:
@@ -210,25 +217,6 @@ def unpack_leaves(name: str, arrays: dict[str, np.ndarray]) -> list[jax.Array]:
                 else as_committed_array(value)
             )
     return [found[index] for index in sorted(found)]
-
-
-def unpack_tree(name: str, arrays: dict[str, np.ndarray], template: PyTree) -> PyTree:
-    """A pytree like the template from the arrays of `pack_leaves`.
-
-    Raises:
-        ValueError: If the template has another number of leaves.
-    """
-    leaves, tree = unpack_leaves(name, arrays), jax.tree.structure(template)
-    if len(leaves) != tree.num_leaves:
-        raise ValueError(
-            f"store: {len(leaves)} arrays for {name}, wanted {tree.num_leaves}: another kernel or model"
-        )
-    return jax.tree.unflatten(tree, leaves)
-
-
-def as_committed_array(value: Any) -> jax.Array:
-    """A JAX array that remembers nothing but its numbers: restored ones and computed ones run the same programs."""
-    return value if is_key(value) else jax.device_put(np.asarray(value))
 
 
 def is_key(value: Any) -> bool:

@@ -35,7 +35,13 @@ from partime_mcmc.storage.fingerprint import (
     describe_run,
     require_same,
 )
-from partime_mcmc.storage.saved_plan import pack_plan, restore_state, state_arrays, unpack_plan
+from partime_mcmc.storage.saved_plan import (
+    chain_state_of,
+    leaves_state,
+    pack_plan,
+    state_arrays,
+    unpack_plan,
+)
 from partime_mcmc.storage.serialize import decode, encode
 from partime_mcmc.storage.store import Folder, Store
 from partime_mcmc.storage.stored_draws import StoredDraws, open_draws
@@ -99,9 +105,7 @@ class StoreSink:
             folder.write_run(run)
             folder.write_plan(pack_plan(*make_plan()))
         self.saved_bytes = folder.read_plan()
-        plan, state = unpack_plan(
-            self.saved_bytes, asked.target, asked.kernel, str(folder.path / "plan.npz")
-        )
+        plan, state = unpack_plan(self.saved_bytes, asked.target, asked.kernel, str(folder.path))
         last, warning = folder.recover()
         if warning:
             self._progress.warn(warning)
@@ -109,7 +113,9 @@ class StoreSink:
         self._statistics = StreamingStatistics.start(self._store.folds)
         if last is not None:
             self._statistics = StreamingStatistics.from_arrays(last.statistics, self._store.folds)
-            state = restore_state(last.state, last.words, plan.kernel, asked.target.example())
+            state = chain_state_of(
+                leaves_state(last.state, last.words), plan.kernel, asked.target.example()
+            )
         self._writer = DrawsWriter(
             folder.draws,
             last,
@@ -199,7 +205,7 @@ class StoreSink:
                 statistics=statistics.to_arrays(),
                 files=files,
                 tail=self._writer.files.tail,
-                metadata=self._writer.files.metadata,
+                metadata=dict(self._writer.files.metadata),
             )
         )
         self._statistics = statistics

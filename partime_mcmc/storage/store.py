@@ -19,12 +19,9 @@ import json
 import os
 import re
 import shutil
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple
-
-import numpy as np
+from typing import Any, Iterator
 
 from partime_mcmc.storage.checkpoint import Checkpoint
 from partime_mcmc.storage.files import (
@@ -35,6 +32,7 @@ from partime_mcmc.storage.files import (
     write_copy,
     write_file,
 )
+from partime_mcmc.storage.serialize import read_words
 from partime_mcmc.storage.streaming_statistics import Fold
 
 FORMAT_VERSION = 4
@@ -63,18 +61,6 @@ class Store:
     path: str | os.PathLike
     chunk: int | None = None
     folds: Mapping[str, Fold] | None = None
-
-
-class Recovered(NamedTuple):
-    """What is left of a run after damage.
-
-    Attributes:
-        checkpoint: The newest one that everything vouches for; None before the first.
-        warning: What was dropped, and why; None if nothing was.
-    """
-
-    checkpoint: Checkpoint | None
-    warning: str | None
 
 
 class Folder:
@@ -202,17 +188,21 @@ class Folder:
         files: dict[str, str] = {}
         for index, path in enumerate(paths):
             # Of those before only what is small is read; the newest one vouches for their checksums.
-            words, checksum = _words_of(path)
+            words, checksum = read_words(path)
             if (words["index"], words["previous"]) != (index, previous):
-                raise Damaged(f"store: {path} is damaged: it does not follow the one before it")
-            files, previous = files | words["files"], checksum
+                raise Damaged(f"store: {path} does not follow the checkpoint before it")
+            files.update(words["files"])
+            previous = checksum
         return newest, files
 
-    def recover(self) -> Recovered:
+    def recover(self) -> tuple[Checkpoint | None, str | None]:
         """Read everything, and go back to the newest checkpoint that all files vouch for.
 
         The files of chunks that are dropped, and those that were written without being committed, are taken away; dropped
         ones are kept in the folder `damaged`.
+
+        Returns:
+            That checkpoint, None before the first; and what was dropped and why, None if nothing was.
 
         Raises:
             StoreError: If a file cannot be read, which does not mean that it is damaged: nothing is touched then.
@@ -229,7 +219,8 @@ class Folder:
             except Damaged as error:
                 reason = str(error)
                 break
-            good, files = found, files | found.files
+            good = found
+            files.update(found.files)
         dropped = set(self.path.glob("checkpoint-*.npz")) - set(
             paths[: good.index + 1 if good else 0]
         )
@@ -241,12 +232,11 @@ class Folder:
             message = f"store: {self.path} could not be mended: {error.strerror or error}"
             raise StoreError(error.errno, message) from error
         if not dropped:
-            return Recovered(good, None)
+            return good, None
         count = f"{len(dropped)} chunk{'s' if len(dropped) > 1 else ''}"
-        return Recovered(
-            good,
+        return good, (
             f"{reason}: {count} dropped, and the run goes on from step {good.step if good else 0:,}; what was dropped "
-            f"is kept in {self.path / _DAMAGED}",
+            f"is kept in {self.path / _DAMAGED}"
         )
 
     def _go_back(self, good: Checkpoint | None, files: dict[str, str], dropped: set[Path]) -> None:
@@ -286,15 +276,6 @@ class Folder:
         if (found.index, found.step) != tuple(map(int, _CHECKPOINT.match(path.name).groups())):
             raise Damaged(f"store: {path} is damaged: it holds checkpoint {found.index}")
         return found
-
-
-def _words_of(path: Path) -> tuple[dict[str, Any], str]:
-    """The plain values of a checkpoint, and its checksum, which is not checked."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return json.loads(file["words"].tobytes()), str(file["checksum"])
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise Damaged(f"store: {path} is damaged: {error}") from error
 
 
 def _sum_of(run: dict[str, Any]) -> str:

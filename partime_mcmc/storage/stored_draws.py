@@ -171,12 +171,18 @@ class StoredDraws:
 
     @property
     def constrained(self) -> dict[str, np.ndarray]:
-        """Kept draws by name, in memory, `(C, T', ...)`."""
+        """Kept draws by name, in memory, `(C, T', ...)`.
+
+        Raises:
+            StoreError: If no draws are kept yet, or a file is damaged.
+        """
+        self.require_kept()
         return {name: one.values for name, one in self.posterior.data_vars.items()}
 
     @property
     def info(self) -> dict[str, np.ndarray]:
-        """What the kernel reports of kept draws, and their residuals, in memory, `(C, T')`."""
+        """What the kernel reports of kept draws, and their residuals, in memory, `(C, T')`; errors as `constrained`."""
+        self.require_kept()
         stats = self.sample_stats.data_vars.items()
         return {_OUR_NAMES.get(name, name): one.values for name, one in stats}
 
@@ -199,7 +205,6 @@ class StoredDraws:
         Raises:
             StoreError: If no draws are kept yet, or a file is damaged.
         """
-        self.require_kept()
         info = self.info
         steps = {name: info[name] for name in ("accepted", "residual")}
         return Draws(
@@ -297,7 +302,7 @@ def open_draws(path: str | os.PathLike, *, folds: Mapping[str, Fold] | None = No
     """
     folder = Folder(path)
     run, plan = folder.read_run(), folder.read_plan()
-    saved_plan = {} if plan is None else read_choices(plan, str(folder.path / "plan.npz"))
+    saved_plan = {} if plan is None else read_choices(plan, str(folder.path))
     checkpoint, digests = folder.newest()
     statistics = None
     if checkpoint is not None:

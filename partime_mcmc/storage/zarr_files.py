@@ -14,7 +14,8 @@ import asyncio
 from pathlib import Path
 from typing import Any, AsyncIterator
 
-from zarr.core.buffer import Buffer, default_buffer_prototype
+from zarr.abc.buffer import Buffer
+from zarr.buffer import default_buffer_prototype
 from zarr.storage import LocalStore
 
 from partime_mcmc.storage.files import Damaged, read_file, write_copy, write_file
@@ -44,8 +45,12 @@ class CommittedFiles(LocalStore):
     ):
         super().__init__(root, read_only=read_only)
         self.metadata, self.tail, self.digests = dict(metadata), dict(tail), digests or {}
-        self.written: dict[str, bytes] = {}
-        """What was written, by key, until somebody clears it."""
+        self._written: dict[str, bytes] = {}
+
+    def take_written(self) -> dict[str, bytes]:
+        """What was written since this was called last, by key."""
+        written, self._written = self._written, {}
+        return written
 
     def publish(self) -> None:
         """Write the metadata to where other programs look for it; done after a commit, they see committed draws only."""
@@ -78,7 +83,7 @@ class CommittedFiles(LocalStore):
             self.metadata[key] = data
         else:
             write_file(self.root / key, data)
-            self.written[key] = data
+            self._written[key] = data
 
     async def set(self, key: str, value: Buffer) -> None:
         """As `set_sync`."""

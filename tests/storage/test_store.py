@@ -6,31 +6,27 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import blackjax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import partime_mcmc.distributed.followers as followers
-import partime_mcmc.sampling.resume as resuming
-import partime_mcmc.storage.layout as layout
-import partime_mcmc.storage.stored_run as storing
 import pytest
 import store_case
-from partime_mcmc.storage.formats import Zarr, blocks
-from partime_mcmc.storage.layout import Folder, StoreError
-from partime_mcmc.storage.stored_run import Store
 from store_case import CHAINS, CHUNK, run
 
-import partime_mcmc.sampling.chain_groups as cores
-import partime_mcmc.sampling.executor as streaming
-import partime_mcmc.sampling.local as running
+import partime_mcmc.sampling.chain_groups as chain_groups
+import partime_mcmc.sampling.local as local
+import partime_mcmc.sampling.sample as sampling
+import partime_mcmc.storage.files as files
 from partime_mcmc import (
     AllAtOnce,
     Clipped,
@@ -54,15 +50,25 @@ from partime_mcmc.kernels.kernel_program import (
     parametrised_kernel,
     program_and_params,
 )
-from partime_mcmc.sampling.draws import End
 from partime_mcmc.sampling.memory import chunk_steps
-from partime_mcmc.sampling.merge import join_certificates, join_reports, without_steps
+from partime_mcmc.sampling.merge import merge_certificates, merge_reports, without_steps
+from partime_mcmc.sampling.plan import SampleArguments
 from partime_mcmc.sampling.progress import progress_line, quiet
-from partime_mcmc.sampling.randomness import begin, throw
+from partime_mcmc.sampling.randomness import begin, draw_tapes
 from partime_mcmc.sampling.run_recorder import RunRecorder
 from partime_mcmc.sampling.target import Target
-from partime_mcmc.storage import codec
+from partime_mcmc.storage import serialize
+from partime_mcmc.storage.draws_group import (
+    draws_per_file,
+    escaped,
+    file_shape,
+    kept_steps,
+    original,
+)
+from partime_mcmc.storage.files import StoreError
 from partime_mcmc.storage.fingerprint import StoreMismatch, fingerprint_of
+from partime_mcmc.storage.store import Folder, Store
+from partime_mcmc.storage.stored_draws import concat_draws
 from partime_mcmc.storage.streaming_statistics import Fold
 from partime_mcmc.warmup.warmup import Warmup
 
@@ -98,21 +104,27 @@ def go_on(path, **changes):
     )
 
 
+def checkpoints(path):
+    return sorted(Path(path).glob("checkpoint-*.npz"))
+
+
 def assert_same(draws, wanted):
-    """Equal arrays, to the last bit: draws, what the kernel said, certificate and running statistics."""
+    """Equal arrays, to the last bit: draws, what the kernel reports, certificate and streaming statistics."""
     mine, theirs = draws.load(), wanted.load()
     for group in ("constrained", "info"):
         jax.tree.map(np.testing.assert_array_equal, getattr(mine, group), getattr(theirs, group))
     jax.tree.map(np.testing.assert_array_equal, draws.certificate, wanted.certificate)
     assert draws.status == wanted.status
     jax.tree.map(
-        np.testing.assert_array_equal, draws.running.to_arrays(), wanted.running.to_arrays()
+        np.testing.assert_array_equal, draws.statistics.to_arrays(), wanted.statistics.to_arrays()
     )
 
 
 @pytest.mark.smoke
 def test_what_is_stored_is_what_stays_in_memory(whole, memory):
-    assert whole.finished and len(whole.chunks) == T // CHUNK and whole.or_raise() is whole
+    assert (
+        whole.finished and len(checkpoints(whole.path)) == T // CHUNK and whole.or_raise() is whole
+    )
     loaded = whole.load()
     for name, values in memory.constrained.items():
         np.testing.assert_array_equal(loaded.constrained[name], values)
@@ -136,26 +148,26 @@ def test_what_is_stored_is_what_stays_in_memory(whole, memory):
         memory.report.evaluations_per_sample
     )
     np.testing.assert_allclose(
-        whole.running.mean()[:, 1:], np.mean(memory.constrained["place"], axis=1)
+        whole.statistics.mean()[:, 1:], np.mean(memory.constrained["place"], axis=1)
     )
     assert [row["name"] for row in summary_table(loaded)] == [
-        row["name"] for row in whole.running.summary()
+        row["name"] for row in whole.summary()
     ]
 
 
 @pytest.mark.smoke
 def test_draws_are_read_where_they_are_looked_at(whole, memory, monkeypatch):
+    import partime_mcmc.storage.zarr_files as zarr_files
+
     place = np.asarray(memory.constrained["place"])
     lazy = open_draws(whole.path).posterior["place"]
     assert lazy.dims == ("chain", "draw", "site")
-    read = []
-    packer = type(store_case.Store(whole.path).format)
-    inner = packer.read
+    read, inner = [], zarr_files.read_file
     monkeypatch.setattr(
-        packer, "read", lambda self, path, *rest: read.append(path) or inner(self, path, *rest)
+        zarr_files, "read_file", lambda path, digest: read.append(path) or inner(path, digest)
     )
     np.testing.assert_array_equal(lazy.isel(draw=slice(20, 30), site=1), place[:, 20:30, 1])
-    assert len(set(read)) == 2
+    assert sorted(path.name for path in read) == ["c.0.0.0", "c.0.1.0"]
     np.testing.assert_array_equal(lazy.isel(draw=slice(5, None, 7), chain=1), place[1, 5::7])
     np.testing.assert_array_equal(lazy.isel(draw=-1), place[:, -1])
     np.testing.assert_array_equal(lazy.isel(draw=[3, 99, 50]), place[:, [3, 99, 50]])
@@ -175,8 +187,8 @@ def test_thinning_keeps_the_last_of_each_and_counts_all(tmp_path, memory):
     np.testing.assert_array_equal(
         thin.posterior["place"], np.asarray(memory.constrained["place"])[:, kept]
     )
-    assert (thin.certificate.num_steps == T).all() and thin.running.num_draws == T
-    np.testing.assert_allclose(thin.running.carries["sum"], np.sum(memory.constrained["level"]))
+    assert (thin.certificate.num_steps == T).all() and thin.statistics.num_draws == T
+    np.testing.assert_allclose(thin.statistics.carries["sum"], np.sum(memory.constrained["level"]))
     with pytest.raises(ValueError, match="thinning: got 3 without a store"):
         run(thinning=3)
 
@@ -215,19 +227,19 @@ def test_an_interrupt_keeps_what_is_certified(tmp_path, whole, memory):
     np.testing.assert_array_equal(
         draws.constrained["place"], np.asarray(memory.constrained["place"])[:, :72]
     )
-    assert np.asarray(draws.certificate.certified).all() and draws.end.num_steps == 72
+    assert np.asarray(draws.certificate.certified).all() and draws.state.num_steps == 72
 
 
 def test_an_interrupt_while_draws_are_certified_loses_none(tmp_path, whole, memory, monkeypatch):
-    inner, calls = streaming.finish, []
+    inner, calls = local._certified, []
 
-    def finish(*rest):
+    def certified(*rest):
         calls.append(rest)
         if len(calls) == 1:
             raise KeyboardInterrupt
         return inner(*rest)
 
-    monkeypatch.setattr(streaming, "finish", finish)
+    monkeypatch.setattr(local, "_certified", certified)
     draws = run()
     assert len(calls) == 2 and draws.report.status == (Status.CONVERGED,) * CHAINS, (
         "all had been drawn"
@@ -250,29 +262,29 @@ def test_an_interrupt_while_draws_are_certified_loses_none(tmp_path, whole, memo
 def test_a_run_goes_on_in_the_groups_that_it_was_begun_in(tmp_path, monkeypatch):
     """However many cores there are then: groups decide how sums are rounded."""
     assert CHAINS % 2 == 0
-    inner, groups = running.throw_dice, []
+    inner, groups = local.draw_tapes, []
 
-    def throw_dice(*rest):
+    def recorded(*rest):
         groups.append(rest[-1])
         return inner(*rest)
 
-    monkeypatch.setattr(running, "throw_dice", throw_dice)
-    monkeypatch.setattr(cores, "num_cores", lambda: 2)
+    monkeypatch.setattr(local, "draw_tapes", recorded)
+    monkeypatch.setattr(chain_groups, "num_cores", lambda: 2)
     complete = run(tmp_path / "complete")
     run(tmp_path / "run", progress=Interrupting(70))
-    monkeypatch.setattr(cores, "num_cores", lambda: 1)
+    monkeypatch.setattr(chain_groups, "num_cores", lambda: 1)
     assert_same(go_on(tmp_path / "run"), complete)
     assert set(groups) == {2}
 
 
 def test_an_interrupt_is_heard_when_all_chains_are_lost(tmp_path, memory, monkeypatch):
-    inner = RunRecorder.enter
+    inner = RunRecorder.record
 
-    def enter(self, *rest):
+    def record(self, *rest):
         self.status = [Status.NONFINITE] * CHAINS
         return inner(self, *rest)
 
-    monkeypatch.setattr(RunRecorder, "enter", enter)
+    monkeypatch.setattr(RunRecorder, "record", record)
     assert run(tmp_path / "run", progress=Interrupting(70)).num_samples == 48
     draws = run(progress=Interrupting(70))
     assert draws.plan["num_samples"] == 72 and draws.report.status == (Status.NONFINITE,) * CHAINS
@@ -301,38 +313,125 @@ def flip(path):
     path.write_bytes(data)
 
 
+def swap_with_next(path):
+    head, number, tail = re.match(r"(c\.0\.)(\d+)(.*)", path.name).groups()
+    other = path.with_name(f"{head}{int(number) + 1}{tail}")
+    mine = path.read_bytes()
+    path.write_bytes(other.read_bytes())
+    other.write_bytes(mine)
+
+
+def rename_to_last(path):
+    path.rename(path.with_name("c.0.99.0"))
+
+
+def duplicate_of_first(path):
+    path.write_bytes(path.with_name("c.0.0.0").read_bytes())
+
+
+DAMAGE = {
+    "truncated": truncate,
+    "flipped": flip,
+    "missing": Path.unlink,
+    "swapped": swap_with_next,
+    "renamed": rename_to_last,
+    "duplicated": duplicate_of_first,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_of_draws_is_found_and_drawn_again(damage, tmp_path, whole):
+    path = tmp_path / "run"
+    shutil.copytree(whole.path, path)
+    DAMAGE[damage](path / "draws.zarr" / "posterior" / "place" / "c.0.2.0")
+    draws = open_draws(path)
+    np.testing.assert_array_equal(draws.posterior["level"], whole.posterior["level"])
+    for read in (lambda: draws.posterior["place"].values, draws.load):
+        with pytest.raises(StoreError, match=r"place/c\.0\.2\.0 is (missing|damaged)"):
+            read()
+    said = r"place/c\.0\.2\.0 is .*: 3 chunks dropped, and the run goes on from step 48"
+    with pytest.warns(UserWarning, match=said):
+        assert_same(go_on(path), whole)
+    assert len(checkpoints(path / "damaged")) == 3 and len(checkpoints(path)) == T // CHUNK
+    assert_same(go_on(path), whole)
+
+
 @pytest.mark.parametrize(
     "damage, which, said",
     [
-        (
-            truncate,
-            4,
-            "chunk-000004 does not have the checksum in its name: 1 chunk dropped, and the run goes on from step 96",
-        ),
-        (
-            flip,
-            2,
-            "chunk-000002 does not have the checksum in its name: 3 chunks dropped, and the run goes on from step 48",
-        ),
+        (truncate, 4, "000004.* is damaged.*: 1 chunk dropped, and the run goes on from step 96"),
+        (flip, 2, "000002.* is damaged.*: 3 chunks dropped, and the run goes on from step 48"),
         (
             Path.unlink,
             2,
-            "chunk-000002 is missing: 2 chunks dropped, and the run goes on from step 48",
+            "checkpoint 2 is missing: 2 chunks dropped, and the run goes on from step 48",
         ),
     ],
 )
-def test_a_damaged_chunk_is_found_and_drawn_again(damage, which, said, tmp_path, whole):
-    run(tmp_path / "run")
-    damage(Folder(tmp_path / "run").chunks()[which].path)
-    if damage is not Path.unlink:
+def test_a_damaged_checkpoint_is_found_and_its_chunk_drawn_again(
+    damage, which, said, tmp_path, whole
+):
+    path = tmp_path / "run"
+    shutil.copytree(whole.path, path)
+    damage(checkpoints(path)[which])
+    if which == 4:
         with pytest.raises(StoreError, match="is damaged"):
-            open_draws(tmp_path / "run").posterior["level"].values
+            open_draws(path)
     with pytest.warns(UserWarning, match=said):
-        assert_same(go_on(tmp_path / "run"), whole)
-    aside = sorted(path.name[:12] for path in (tmp_path / "run").glob("*.damaged"))
-    assert aside == [
-        f"chunk-{index:06d}" for index in range(which + (damage is Path.unlink), T // CHUNK)
-    ]
+        assert_same(go_on(path), whole)
+
+
+def test_a_checkpoint_of_another_run_is_no_checkpoint_of_this_one(tmp_path, whole):
+    path, other = tmp_path / "run", run(tmp_path / "other", key=1)
+    shutil.copytree(whole.path, path)
+    shutil.copy(checkpoints(other.path)[1], checkpoints(path)[1])
+    with pytest.raises(StoreError, match="does not follow"):
+        open_draws(path)
+    with pytest.warns(UserWarning, match="000001.* does not follow .* goes on from step 24"):
+        assert_same(go_on(path), whole)
+    shutil.copy(checkpoints(path)[3], checkpoints(path)[4])
+    with pytest.raises(StoreError, match="it holds checkpoint 3"):
+        open_draws(path)
+
+
+def test_what_was_not_committed_is_not_read_and_drawn_again(tmp_path, whole):
+    """A run that died between the last file of draws and its checkpoint."""
+    path = tmp_path / "run"
+    shutil.copytree(whole.path, path)
+    checkpoints(path)[-1].unlink()
+    draws = open_draws(path)
+    assert draws.num_samples == 96 and draws.posterior.sizes["draw"] == 96
+    np.testing.assert_array_equal(draws.posterior["place"], whole.posterior["place"][:, :96])
+    (path / "draws.zarr" / ".partial-c").write_bytes(b"half")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same(go_on(path), whole)
+
+
+def test_files_that_do_not_end_with_chunks_are_written_again(tmp_path, memory):
+    """Thinning by 7 of 120: kept draws do not divide into chunks, and one file takes those of all."""
+    path = tmp_path / "run"
+    kept = kept_steps(0, T, 7, T)
+    part = run(path, thinning=7, progress=Interrupting(70))
+    place = np.asarray(memory.constrained["place"])
+    np.testing.assert_array_equal(part.posterior["place"], place[:, kept[kept < 48]])
+    # As if it had died after writing the next draws.
+    file = path / "draws.zarr" / "posterior" / "place" / "c.0.0.0"
+    flip(file)
+    np.testing.assert_array_equal(part.load().constrained["place"], place[:, kept[kept < 48]])
+    done = go_on(path)
+    np.testing.assert_array_equal(done.posterior["place"], place[:, kept])
+    np.testing.assert_array_equal(part.posterior["place"], place[:, kept[kept < 48]])
+    checkpoints(path)[-1].unlink()
+    np.testing.assert_array_equal(open_draws(path).posterior["place"], place[:, kept[kept < 96]])
+    assert_same(go_on(path), done)
+
+
+def test_draws_per_file():
+    assert draws_per_file(62_500, 1, 10**7 + 1) == 62_500, "the last chunk alone is shorter"
+    assert draws_per_file(62_500, 10, 10**7) == 6_250
+    assert draws_per_file(62_500, 10, 10**7 + 1) == 781
+    assert draws_per_file(24, 50, 120) == 256
 
 
 def edited(path, change):
@@ -349,7 +448,10 @@ def edited(path, change):
         (lambda words: words.update(num_samples=124), "run.json has changed since it was written"),
         (lambda words: words.update(thinning=3), "run.json has changed since it was written"),
         (lambda words: words.pop("sha256"), "run.json has changed since it was written"),
-        (lambda words: words.update(format_version=1), "has format 1, wanted 3"),
+        (
+            lambda words: words.update(format_version=3),
+            "has format 3, wanted 4: read it with partime_mcmc 0.1.0",
+        ),
     ],
     ids=["num_samples", "thinning", "checksum", "version"],
 )
@@ -365,41 +467,52 @@ def test_a_description_that_was_edited_is_refused(change, said, tmp_path, whole)
             read(tmp_path / "run")
 
 
-def test_a_chunk_that_cannot_be_read_is_not_damaged(whole, monkeypatch):
+def test_a_file_that_cannot_be_read_is_not_damaged(whole, monkeypatch):
     def away(*_):
         raise OSError(errno.EIO, "Input/output error")
 
-    before = sorted(Path(whole.path).iterdir())
-    monkeypatch.setattr(layout.hashlib, "file_digest", away)
-    with pytest.raises(StoreError, match="chunk-000000.* could not be read: Input/output error"):
-        go_on(whole.path)
-    assert sorted(Path(whole.path).iterdir()) == before
-
-
-def test_a_full_disk_leaves_the_last_good_state(tmp_path, whole, monkeypatch):
-    inner, calls = os.fsync, []
-
-    def full(handle):
-        calls.append(handle)
-        if len(calls) == 9:  # run, start, two chunks: a file and its folder each
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return inner(handle)
-
-    monkeypatch.setattr(layout.os, "fsync", full)
-    with pytest.raises(
-        StoreError,
-        match="No space left on device.* 48 draws per chain are safe in .* goes on from there",
-    ):
-        run(tmp_path / "run")
-    assert open_draws(tmp_path / "run").num_samples == 48 and not list(
-        (tmp_path / "run").glob(".partial*")
+    before = sorted(Path(whole.path).rglob("*"))
+    inner = Path.read_bytes
+    monkeypatch.setattr(
+        Path, "read_bytes", lambda self: away() if self.name == "c.0.0.0" else inner(self)
     )
+    with pytest.raises(StoreError, match=r"c\.0\.0\.0 could not be read: Input/output error"):
+        go_on(whole.path)
+    assert sorted(Path(whole.path).rglob("*")) == before
+
+
+def no_space(handle):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("failing", ["c.0.2.0", "checkpoint-000002"])
+def test_a_full_disk_leaves_the_last_good_state(failing, tmp_path, whole, monkeypatch):
+    from partime_mcmc.storage import store, zarr_files
+
+    inner = files.write_file
+
+    def full(path, data):
+        if failing in path.name:
+            with monkeypatch.context() as patch:
+                patch.setattr(files.os, "fsync", no_space)
+                inner(path, data)
+        else:
+            inner(path, data)
+
+    for module in (store, zarr_files):
+        monkeypatch.setattr(module, "write_file", full)
+    message = "No space left on device.* 48 draws per chain are safe in .* goes on from there"
+    with pytest.raises(StoreError, match=message):
+        run(tmp_path / "run")
+    assert open_draws(tmp_path / "run").num_samples == 48
+    assert not list((tmp_path / "run").rglob(".partial*"))
+    monkeypatch.undo()
     assert_same(go_on(tmp_path / "run"), whole)
 
 
 def test_a_run_that_died_before_its_first_draw_starts_again(tmp_path, whole):
     path = run(tmp_path / "run").path
-    for file in (*Path(path).glob("chunk-*"), *Path(path).glob("start-*")):
+    for file in (*checkpoints(path), Path(path) / "plan.npz"):
         file.unlink()
     assert open_draws(path).status == (Status.INTERRUPTED,) * CHAINS
     assert_same(go_on(path), whole)
@@ -409,8 +522,8 @@ def test_chains_that_do_not_forget_are_not_tried_again_after_a_resume(tmp_path):
     """Two stretches without convergence make the rest sequential, wherever the run was cut."""
     whole, memory = run(tmp_path / "whole", max_iterations=1), run(max_iterations=1)
     run(tmp_path / "run", max_iterations=1)
-    for chunk in Folder(tmp_path / "run").chunks()[1:]:
-        chunk.path.unlink()
+    for file in checkpoints(tmp_path / "run")[1:]:
+        file.unlink()
     resumed = go_on(tmp_path / "run")
     assert_same(resumed, whole)
     assert resumed.report.fallbacks == whole.report.fallbacks == memory.report.fallbacks
@@ -419,7 +532,7 @@ def test_chains_that_do_not_forget_are_not_tried_again_after_a_resume(tmp_path):
 
 
 def test_a_finished_run_is_returned_at_once(whole, monkeypatch):
-    monkeypatch.setattr(streaming, "run_chains", None)
+    monkeypatch.setattr(local, "solve_windows", None)
     assert go_on(whole.path).finished and run(whole.path).finished
 
 
@@ -471,7 +584,7 @@ def warmup_of(step=0.3, scale=1.0, place=0.0):
 
 
 def test_another_warmup_is_refused_and_its_builder_will_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(storing, "_sample_on", lambda *_: None)
+    monkeypatch.setattr(sampling.LocalExecutor, "chunks", lambda *_: ())
     path = tmp_path / "run"
     run(path, kernel=warmup_of())
     for other in (warmup_of(step=0.31), warmup_of(scale=1.1), warmup_of(place=0.1), mala):
@@ -479,7 +592,7 @@ def test_another_warmup_is_refused_and_its_builder_will_do(tmp_path, monkeypatch
             run(path, kernel=other)
     for same in (warmup_of(), mala):
         assert go_on(path, kernel=same).num_samples == 0
-    next(path.glob("start-*")).unlink()
+    (path / "plan.npz").unlink()
     with pytest.raises(StoreMismatch, match="the warm-up behind it"):
         go_on(path, kernel=mala)
 
@@ -536,8 +649,8 @@ def test_pieces_that_stand_still_stand_still_together(memory):
         (((24, 23), (24, 24)), Status.CONVERGED),
     ):
         (first, begun), (then, ended) = (piece(*one) for one in pieces)
-        report = join_reports(
-            begun, ended, (pieces[0][0], pieces[1][0]), join_certificates(first, then)
+        report = merge_reports(
+            begun, ended, (pieces[0][0], pieces[1][0]), merge_certificates(first, then)
         )
         assert report.status == (wanted,) * CHAINS
 
@@ -557,13 +670,13 @@ def test_a_piece_without_rejections_leaves_the_count_of_close_calls_known(memory
         ((-1, 0), (-1, 0), -1),
         ((2, 5), (-1, 4), -1),
     ):
-        assert (join_certificates(piece(*first), piece(*then)).num_ambiguous == wanted).all()
+        assert (merge_certificates(piece(*first), piece(*then)).num_ambiguous == wanted).all()
 
 
 def test_a_limit_of_memory_is_remembered_until_chunks_are_chosen(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        resuming, "_make_start", lambda store, request, *_: seen.append(request.max_bytes) or 1 / 0
+        sampling, "prepare", lambda arguments, _: seen.append(arguments.max_bytes) or 1 / 0
     )
     path = tmp_path / "run"
     for attempt in (
@@ -576,16 +689,6 @@ def test_a_limit_of_memory_is_remembered_until_chunks_are_chosen(tmp_path, monke
     assert seen == [2**20, 2**21, 2**21]
 
 
-@pytest.mark.parametrize("stretch", [None, 6])
-def test_other_hosts_are_told_how_many_steps_fit(stretch, monkeypatch):
-    said = []
-    monkeypatch.setattr(
-        followers.multihost_utils, "broadcast_one_to_all", lambda tree: said.append(tree) or said[0]
-    )
-    followers.say_end(End(np.ones(2), {}, 48, 1, stretch), 0, 96)
-    assert followers.say_end(End(np.zeros(2), {}), 0, 0)[0].stretch == stretch
-
-
 def test_type_versions_and_arguments_are_refused_by_name(whole, monkeypatch):
     # Data of its own: JAX remembers a captured NumPy array by identity, in the type it first had.
     target = store_case.target_of(store_case.DATA.copy())
@@ -595,7 +698,7 @@ def test_type_versions_and_arguments_are_refused_by_name(whole, monkeypatch):
     ):
         go_on(whole.path, target=target, kernel=store_case.kernel_of(target))
     for changes, message in (
-        ({"key": 1}, "key: "),
+        ({"key": 1}, "key_words: "),
         ({"num_samples": 96}, "num_samples: the store has 120, got 96"),
         ({"thinning": 2}, "thinning"),
         ({"solver": sequential()}, "solver"),
@@ -629,70 +732,89 @@ class Exhausted:
     """A device that runs out of memory so many times."""
 
     def __init__(self, times):
-        self.times, self.inner, self.steps = times, streaming.run_chains, []
+        self.times, self.inner, self.steps = times, local.solve_windows, []
 
-    def __call__(self, kernel, positions, keys, steps, **more):
+    def __call__(self, plan, state, steps, *rest):
         self.steps.append(steps)
         if len(self.steps) <= self.times:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
-        return self.inner(kernel, positions, keys, steps, **more)
+        return self.inner(plan, state, steps, *rest)
 
 
 def test_a_full_device_gets_half_as_many_steps_at_once(tmp_path, memory, monkeypatch):
     for store in (None, tmp_path / "run"):
         device = Exhausted(2)
-        monkeypatch.setattr(streaming, "run_chains", device)
+        monkeypatch.setattr(local, "solve_windows", device)
         draws = run(store, num_samples=CHUNK)
-        monkeypatch.setattr(streaming, "run_chains", device.inner)
+        monkeypatch.setattr(local, "solve_windows", device.inner)
         assert device.steps == [24, 12, 6, 6, 6, 6]
         np.testing.assert_allclose(
-            draws.load().constrained["place"] if store else draws.constrained["place"],
+            draws.constrained["place"],
             np.asarray(memory.constrained["place"])[:, :CHUNK],
             atol=1e-8,
         )
         assert sum("ran out of memory" in said for said in draws.report.fallbacks) == 2
         assert np.asarray(draws.certificate.num_steps == CHUNK).all()
-    monkeypatch.setattr(streaming, "run_chains", Exhausted(4))
+    monkeypatch.setattr(local, "solve_windows", Exhausted(4))
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         run(num_samples=CHUNK)
 
 
 def test_chunks_fit_and_divide_the_run():
-    def steps(num_samples, schedule=None, max_bytes=2**30, wanted=None, chains=4, dimension=10):
-        return chunk_steps(
-            shooting(), schedule, num_samples, chains, dimension, 8, max_bytes, wanted
+    def steps(
+        num_samples, schedule=None, max_bytes=2**30, wanted=None, chains=4, dimension=10, values=0
+    ):
+        target = Target(
+            lambda x: -jnp.sum(x**2),
+            np.zeros(dimension),
+            constrain=lambda x: {"values": jnp.zeros(values)},
         )
+        asked = SampleArguments(
+            front="sample",
+            target=target,
+            kernel=mala,
+            starts=None,
+            warmup_key=None,
+            chain_keys=np.zeros(chains),
+            key_words=[],
+            key_impl="",
+            num_samples=num_samples,
+            solver=shooting(),
+            schedule=schedule,
+            max_bytes=max_bytes,
+            store=Store("run", wanted),
+        )
+        return chunk_steps(asked)
 
     assert steps(2_500_000) == 62_500 and steps(1_000) == 1_000
-    assert steps(10**7, max_bytes=2**20) * 2 * 4 * 10 * 8 * 6 <= 2**20
+    assert steps(10**7, max_bytes=2**21) * 2 * 4 * 10 * 8 * 6 <= 2**21
     assert steps(10**7, Windows(1000)) % 1000 == 0 and steps(100, wanted=24) == 24
-    lean, rich = (
-        chunk_steps(shooting(), None, 10**7, 4, 10, 8, 2**20, None, more) for more in (0, 10**4)
-    )
+    short = {"max_bytes": 2**20, "schedule": Windows(1)}
+    lean, rich = (steps(10**7, values=values, **short) for values in (0, 1250))
     assert rich * 2 * 4 * 10**4 <= 2**20 < lean * 2 * 4 * 10**4
     for words, arguments in (
         ("schedule: ", {"schedule": Windows(10**6)}),
         ("store.chunk: ", {"wanted": 10**6}),
-        ("num_chains: .* fewer chains", {"chains": 10**6, "dimension": 10**3}),
+        ("num_chains: .* fewer chains", {"chains": 10**6, "dimension": 10**3, **short}),
     ):
         with pytest.raises(TooLarge, match=words):
             steps(10**8, **arguments)
 
 
 def test_tapes_start_anywhere():
-    """The dice from step 30 on are those of the whole, whichever way keys are split."""
+    """The random numbers from step 30 on are those of the whole, whichever way keys are split."""
     kernel, keys = store_case.kernel(), jax.random.split(jax.random.key(5), CHAINS)
     positions = {"place": jnp.zeros((CHAINS, 3)), "level": jnp.zeros(CHAINS)}
     for partitionable in (True, False):
         with jax.threefry_partitionable(partitionable):
             first = begin(kernel, positions, keys, Timings())
-            everything, part = (
-                throw(kernel, positions, keys, steps, end)[2]
-                for steps, end in ((50, None), (20, type(first)(first.carries, first.discrete, 30)))
+            everything, later = (
+                draw_tapes(kernel, keys, state, steps, Timings())[0][1]
+                for steps, state in ((50, first), (20, dataclasses.replace(first, num_steps=30)))
             )
             np.testing.assert_array_equal(
                 jax.random.key_data(everything.randomness)[:, 30:],
-                jax.random.key_data(part.randomness),
+                jax.random.key_data(later.randomness),
             )
 
 
@@ -705,59 +827,129 @@ def test_strategies_go_into_files_and_foreign_names_do_not_come_out():
         (1, [2.5, None]),
         Tolerance(1e-9, np.arange(3.0)),
     ):
-        back = codec.from_json(codec.to_json(value, "value"))
+        back = serialize.decode(json.loads(json.dumps(serialize.encode(value, "value"))))
         jax.tree.map(np.testing.assert_array_equal, back, value)
         assert type(back) is type(value)
-    with pytest.raises(codec.NotStorable, match="solver: got Opaque"):
-        codec.to_json(type("Opaque", (), {})(), "solver")
-    older = codec.encode(Tolerance(1e-9), "tolerance")
+    with pytest.raises(serialize.NotStorable, match="solver: got Opaque"):
+        serialize.encode(type("Opaque", (), {})(), "solver")
+    older = serialize.encode(Tolerance(1e-9), "tolerance")
     older["fields"]["other"] = 1
     with pytest.raises(
         StoreError, match=r"holds a Tolerance with the fields \['absolute', 'other', 'relative'\]"
     ):
-        codec.decode(older)
+        serialize.decode(older)
     for place in (
         "os:system",
-        "partime_mcmc.storage.codec:json",
-        "partime_mcmc.storage.layout:os",
+        "partime_mcmc.storage.serialize:json",
+        "partime_mcmc.storage.files:os",
     ):
         with pytest.raises(ValueError, match="a stored value names"):
-            codec.decode({"function": place})
+            serialize.decode({"function": place})
 
 
 @pytest.mark.smoke
-def test_a_chunk_is_a_file_that_others_read(whole):
-    xarray = pytest.importorskip("xarray")
-    arviz = pytest.importorskip("arviz")
-    chunk = whole.chunks[1]
-    with xarray.open_dataset(chunk.path, group="posterior", engine="h5netcdf") as posterior:
-        np.testing.assert_array_equal(posterior["draw"], np.arange(chunk.start, chunk.stop))
-        np.testing.assert_array_equal(
-            posterior["place"], whole.posterior["place"][:, chunk.start : chunk.stop]
-        )
-    table = arviz.summary(arviz.from_netcdf(str(chunk.path)))
+def test_others_read_the_group(whole):
+    xarray, arviz = pytest.importorskip("xarray"), pytest.importorskip("arviz")
+    path = whole.folder.draws
+    with xarray.open_zarr(path, group="posterior", consolidated=False, chunks=None) as posterior:
+        np.testing.assert_array_equal(posterior["draw"], np.arange(T))
+        np.testing.assert_array_equal(posterior["chain"], np.arange(CHAINS))
+        np.testing.assert_array_equal(posterior["place"], whole.posterior["place"])
+        assert posterior["place"].dims == ("chain", "draw", "site")
+    table = arviz.summary(whole.to_arviz())
     assert {"level", "place[0]", "place[2]"} <= set(table.index) and np.isfinite(
         table["mean"].astype(float)
     ).all()
-    with xarray.open_dataset(chunk.path, engine="h5netcdf") as root:
-        found = {
-            name: json.loads(root.attrs[name])
-            for name in ("solver", "schedule", "tolerance", "settings")
-        }
-    assert codec.decode(found["solver"]) == whole.settled.solver and found["settings"] is None
-    assert codec.decode(found["schedule"]) == Windows(CHUNK)
-    assert codec.decode(found["tolerance"]).relative == whole.settled.tolerance.relative
+    zarr = pytest.importorskip("zarr")
+    attributes = zarr.open_group(path, mode="r").attrs
+    solver, schedule, tolerance = (
+        serialize.decode(attributes[name]) for name in ("solver", "schedule", "tolerance")
+    )
+    choices = whole.saved_plan["choices"]
+    assert solver == choices["solver"] and schedule == Windows(CHUNK)
+    assert tolerance.relative == choices["tolerance"].relative
 
 
-def test_blocks_are_as_large_as_hdf5_takes():
-    assert blocks(np.zeros((4, 24, 3))) == (4, 24, 3)
-    large = blocks(np.broadcast_to(0.0, (4, 10**6, 1000)))
-    assert large[0] == 4 and large[2] == 1000 and 2**30 <= np.prod(large) * 8 <= 2**31
+def test_others_see_what_is_committed_while_the_run_goes_on(tmp_path):
+    xarray = pytest.importorskip("xarray")
+    part = run(tmp_path / "run", progress=Interrupting(70))
+    path = part.folder.draws
+    with xarray.open_zarr(path, group="posterior", consolidated=False, chunks=None) as posterior:
+        assert posterior.sizes["draw"] == part.num_samples == 48
 
 
-def test_zarr(tmp_path, whole):
-    pytest.importorskip("zarr")
-    assert_same(run(Store(tmp_path / "run", Zarr(), CHUNK)), whole)
+def test_files_are_not_too_large():
+    assert file_shape([4, 24, 3], 8) == (4, 24, 3)
+    large = file_shape([4, 10**6, 1000], 8)
+    assert large[0] == 4 and large[2] == 1000 and 2**27 <= np.prod(large) * 8 <= 2**28
+    assert file_shape([4, 24, 0], 8) == (4, 24, 1)
+
+
+def test_any_name_can_be_that_of_a_value(tmp_path):
+    names = ("a/b", "a%2Fb", ".", "..", "", "%", "zarr.json", "__x", "µ θ")
+    assert [original(escaped(name)) for name in names] == list(names)
+    assert len({escaped(name) for name in names}) == len(names)
+    target = Target(
+        store_case.target().logdensity,
+        store_case.target().initial,
+        constrain=lambda position: {name: position["level"] + i for i, name in enumerate(names)},
+    )
+    draws = run(tmp_path / "run", target=target, kernel=store_case.kernel_of(target))
+    assert set(draws.posterior.data_vars) == set(names)
+    for i, name in enumerate(names):
+        np.testing.assert_array_equal(
+            draws.posterior[name], np.asarray(draws.posterior["a/b"]) + i, strict=False
+        ) if i == 0 else np.testing.assert_allclose(
+            draws.posterior[name], draws.posterior["a/b"] + i
+        )
+    assert set(open_draws(tmp_path / "run").load().constrained) == set(names)
+
+
+def test_values_that_are_all_zero_are_written(tmp_path):
+    """Zarr leaves out what is nothing but its fill value, unless it is told not to."""
+    target = Target(
+        store_case.target().logdensity,
+        store_case.target().initial,
+        constrain=lambda position: {
+            "nothing": 0 * position["level"],
+            "no": position["level"] > 1e9,
+        },
+    )
+    kernel = store_case.kernel_of(target)
+    run(tmp_path / "run", target=target, kernel=kernel, progress=Interrupting(70))
+    draws = go_on(tmp_path / "run", target=target, kernel=kernel)
+    assert (draws.posterior["nothing"].values == 0).all()
+    assert draws.posterior["no"].dtype == bool and not draws.posterior["no"].values.any()
+
+
+def test_runs_that_were_kept_apart_are_opened_together(whole, memory, tmp_path):
+    other = run(tmp_path / "other", key=1)
+    tree = concat_draws([whole, other, memory])
+    place = tree["posterior"]["place"]
+    assert place.shape == (3 * CHAINS, T, 3) and list(place["chain"]) == list(range(3 * CHAINS))
+    np.testing.assert_array_equal(place[CHAINS : 2 * CHAINS], other.posterior["place"])
+    np.testing.assert_array_equal(place[2 * CHAINS :], memory.constrained["place"])
+    assert tree["sample_stats"]["residual"].shape == (3 * CHAINS, T)
+    with pytest.raises(ValueError, match="draws: got none"):
+        concat_draws([])
+
+
+def test_stored_draws_have_what_draws_in_memory_have(whole, memory):
+    for name in ("certificate", "report", "plan", "warmup", "dims", "names", "status"):
+        assert hasattr(whole, name), name
+    assert whole.positions is None and whole.num_chains == memory.num_chains == CHAINS
+    assert whole.plan == memory.plan and set(whole.info) == set(memory.info) | {"accepted"}
+    np.testing.assert_array_equal(whole.constrained["place"], memory.constrained["place"])
+    assert whole.state.num_steps == memory.state.num_steps
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        whole.state.carries,
+        jax.tree.leaves(memory.state.carries),
+    )
+    np.testing.assert_allclose(
+        whole.mean_acceptance, np.mean(memory.info["acceptance_rate"], axis=1)
+    )
+    assert len(repr(whole)) < 300 + len(whole.path) and repr(whole).count("\n") < 2
 
 
 # --- real deaths
@@ -797,8 +989,9 @@ def kill_and_resume(tmp_path, cache, num_kills, num_samples, ending):
         process.send_signal(ending)
         process.wait()
         process.stdout.close()
-        chunks = Folder(tmp_path / "run").chunks()
-        left.append(chunks[-1].stop if chunks else 0)
+        left.append(
+            open_draws(tmp_path / "run").num_samples if Folder(tmp_path / "run").holds_run else 0
+        )
     process = begin_process(tmp_path / "run", cache, num_samples)
     said, _ = process.communicate()
     assert process.returncode == 0 and "CONVERGED" in said

@@ -8,7 +8,7 @@ from partime_mcmc.storage.streaming_statistics import Fold, StreamingStatistics
 from tests import fakes
 
 
-def pieces(n, sizes):
+def cuts_of(n, sizes):
     """Slices of n draws, of these sizes over and over."""
     start, i = 0, 0
     while start < n:
@@ -18,13 +18,13 @@ def pieces(n, sizes):
 
 
 def run(values, info=None, *, sizes=(1000, 1, 317), folds=None):
-    running = StreamingStatistics.start(folds)
-    for piece in pieces(next(iter(values.values())).shape[1], sizes):
-        running = running.update(
-            {name: array[:, piece] for name, array in values.items()},
-            {name: array[:, piece] for name, array in (info or {}).items()},
+    statistics = StreamingStatistics.start(folds)
+    for chunk in cuts_of(next(iter(values.values())).shape[1], sizes):
+        statistics = statistics.update(
+            {name: array[:, chunk] for name, array in values.items()},
+            {name: array[:, chunk] for name, array in (info or {}).items()},
         )
-    return running
+    return statistics
 
 
 X = fakes.chains(3, num_samples=20_000, dim=3, memory=0.5)
@@ -32,18 +32,16 @@ SKEWED = {"mu": 1e3 + X[..., 0], "theta": np.exp(X[..., 1:])}
 
 
 def test_moments_are_those_of_all_draws():
-    running = run(SKEWED)
+    statistics = run(SKEWED)
     flat = np.concatenate([SKEWED["mu"][..., None], SKEWED["theta"]], axis=2)
-    np.testing.assert_allclose(running.mean(), flat.mean(axis=1), rtol=1e-13)
+    np.testing.assert_allclose(statistics.mean(), flat.mean(axis=1), rtol=1e-13)
+    np.testing.assert_allclose(statistics.variance(), flat.var(axis=1, ddof=1), rtol=1e-11)
     np.testing.assert_allclose(
-        running.covariance(), [np.cov(chain.T) for chain in flat], rtol=1e-9, atol=1e-12
+        [row["sd"] for row in statistics.summary()], flat.std(axis=(0, 1), ddof=1), rtol=1e-11
     )
-    np.testing.assert_allclose(
-        [row["sd"] for row in running.summary()], flat.std(axis=(0, 1), ddof=1), rtol=1e-11
-    )
-    assert running.labels == ["mu", "theta[0]", "theta[1]"] and (
-        running.num_chains,
-        running.num_draws,
+    assert statistics.labels == ["mu", "theta[0]", "theta[1]"] and (
+        statistics.num_chains,
+        statistics.num_draws,
     ) == (4, 20_000)
 
 
@@ -81,24 +79,24 @@ def test_a_restored_run_goes_on_bit_for_bit():
             lambda carry, values, _: {"sum": carry["sum"] + values["mu"].sum(axis=1)},
         )
     }
-    cuts = list(pieces(20_000, (4096,)))
+    cuts = list(cuts_of(20_000, (4096,)))
     whole = run(SKEWED, info, sizes=(4096,), folds=fold)
-    running = StreamingStatistics.from_arrays(StreamingStatistics.start(fold).to_arrays(), fold)
+    statistics = StreamingStatistics.from_arrays(StreamingStatistics.start(fold).to_arrays(), fold)
     for cut in cuts:
-        running = running.update(
+        statistics = statistics.update(
             {n: a[:, cut] for n, a in SKEWED.items()}, {n: a[:, cut] for n, a in info.items()}
         )
-        running = StreamingStatistics.from_arrays(
-            {name: array.copy() for name, array in running.to_arrays().items()}, fold
+        statistics = StreamingStatistics.from_arrays(
+            {name: array.copy() for name, array in statistics.to_arrays().items()}, fold
         )
-    ours, theirs = running.to_arrays(), whole.to_arrays()
+    ours, theirs = statistics.to_arrays(), whole.to_arrays()
     assert list(ours) == list(theirs) and all(
         "/" not in name and array.dtype != object for name, array in ours.items()
     )
     for name in ours:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
-    assert running.summary() == whole.summary() and running.totals() == whole.totals()
-    np.testing.assert_allclose(running.carries["ours"]["sum"], SKEWED["mu"].sum(axis=1))
+    assert statistics.summary() == whole.summary() and statistics.totals() == whole.totals()
+    np.testing.assert_allclose(statistics.carries["ours"]["sum"], SKEWED["mu"].sum(axis=1))
     assert sum(array.nbytes for array in ours.values()) < 0.3 * sum(
         array.nbytes for array in SKEWED.values()
     )
@@ -135,8 +133,8 @@ def test_what_is_not_finite_is_not_hidden():
     x, residual = np.stack([X[..., 0]] * 3, axis=2), np.full(X.shape[:2], 1e-12)
     x[1, 7777, 1], x[1, 7777, 2], residual[3, 5005] = np.nan, np.inf, np.nan
     residual[3, 9000] = 1.0  # a NaN is not forgotten over it
-    running = run({"x": x}, {"residual": residual, "diverging": residual > 1})
-    good, nan, infinite = running.summary()
+    statistics = run({"x": x}, {"residual": residual, "diverging": residual > 1})
+    good, nan, infinite = statistics.summary()
     assert all(np.isfinite(value) for name, value in good.items() if name != "name")
     assert all(
         np.isnan(nan[name])
@@ -146,7 +144,7 @@ def test_what_is_not_finite_is_not_hidden():
         not np.isfinite(infinite["mean"]) and np.isnan(infinite["sd"]) and np.isnan(infinite["ess"])
     )
     assert infinite["q50"] < 1
-    totals = running.totals()
+    totals = statistics.totals()
     assert (
         np.isnan(totals["max_residual"])
         and totals["worst"] == (3, 5005)
@@ -169,14 +167,14 @@ def test_frozen_chains_are_flagged_and_constants_are_not():
     assert run({"x": x}, {"accepted": np.zeros(X.shape[:2], bool)}).summary()[1]["frozen"]
 
 
-def test_wrong_pieces_are_named():
-    running = run(SKEWED, {"accepted": X[..., 0] > 0})
+def test_wrong_chunks_are_named():
+    statistics = run(SKEWED, {"accepted": X[..., 0] > 0})
     with pytest.raises(ValueError, match="values: got .*wanted the names and shapes of before"):
-        running.update({"mu": X[..., 0]}, {"accepted": X[..., 0] > 0})
+        statistics.update({"mu": X[..., 0]}, {"accepted": X[..., 0] > 0})
     with pytest.raises(ValueError, match="info: got"):
-        running.update(SKEWED, {})
+        statistics.update(SKEWED, {})
     with pytest.raises(ValueError, match="3 chains, wanted 4"):
-        running.update(
+        statistics.update(
             {name: array[:3] for name, array in SKEWED.items()}, {"accepted": X[:3, :, 0] > 0}
         )
     with pytest.raises(ValueError, match="'accepted' has shape"):
@@ -187,6 +185,8 @@ def test_wrong_pieces_are_named():
         StreamingStatistics.from_arrays(StreamingStatistics.start({"a": Fold(0, max)}).to_arrays())
     assert (
         StreamingStatistics.start().summary() == []
-        and running.update({n: a[:, :0] for n, a in SKEWED.items()}, {"accepted": np.zeros((4, 0))})
-        is running
+        and statistics.update(
+            {n: a[:, :0] for n, a in SKEWED.items()}, {"accepted": np.zeros((4, 0))}
+        )
+        is statistics
     )

@@ -13,15 +13,15 @@ import blackjax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from partime_mcmc.storage.stored_run import Store
 
-from partime_mcmc import compile_cache as programs
+from partime_mcmc import compile_cache
 from partime_mcmc.engine.recipes import jacobi
 from partime_mcmc.engine.windows import Windows
 from partime_mcmc.kernels import from_blackjax
 from partime_mcmc.sampling.progress import quiet
 from partime_mcmc.sampling.sample import sample
 from partime_mcmc.sampling.target import Target
+from partime_mcmc.storage.store import Store
 
 STEP, CHAINS, CHUNK = 0.35, 2, 24
 DATA = np.array([0.5, -1.0, 2.0])
@@ -70,8 +70,8 @@ def run(store=None, num_samples=120, key=0, **changes):
     return sample(jax.random.key(key), *what, store=store, **arguments)
 
 
-class Told(type(quiet)):
-    """A progress that says on standard output when draws were made."""
+class PrintsDraws(type(quiet)):
+    """A progress that writes a line on standard output when draws were made."""
 
     @contextlib.contextmanager
     def stage(self, name, total):
@@ -80,9 +80,9 @@ class Told(type(quiet)):
 
 if __name__ == "__main__":
     if "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", ""):
-        programs.CPU_OPTIONS.clear()  # as in conftest.py: bits depend on how hard the compiler tries
+        compile_cache.CPU_OPTIONS.clear()  # as in conftest.py: bits depend on how hard the compiler tries
     jax.config.update("jax_enable_x64", True)
     # A parent that ignores Ctrl-C, as workers of a parallel test run do, would have its children ignore it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     print("begin", flush=True)
-    print(run(sys.argv[1], int(sys.argv[2]), progress=Told()).status, flush=True)
+    print(run(sys.argv[1], int(sys.argv[2]), progress=PrintsDraws()).status, flush=True)
