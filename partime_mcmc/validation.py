@@ -28,17 +28,6 @@ def check_has(value: Any, name: str, methods: tuple[str, ...], wanted: str) -> N
         raise TypeError(f"{name}: got {describe(value)}, wanted {wanted}")
 
 
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Refuse anything but an integer of at least `least`.
-
-    Raises:
-        ValueError: Naming the argument, what it got and what it wanted.
-    """
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not whole or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-
-
 def check_like(what: str, got: PyTree, wanted: PyTree, reference: str) -> None:
     """Refuse a pytree that differs in structure, shapes or types from another one.
 

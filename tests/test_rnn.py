@@ -491,7 +491,7 @@ def test_short_sequences(num_steps, double):
         (TypeError, "tolerance: got 1e-06, wanted Tolerance", {"tolerance": 1e-6}),
         (ValueError, "tolerance: relative must be finite", {"tolerance": Tolerance(-1.0)}),
         (ValueError, "max_iterations: got 10 with solver=None", {"max_iterations": 10}),
-        (ValueError, "max_iterations must be an integer", {"max_iterations": 0, "solver": deer()}),
+        (ValueError, "max_iterations: got 0", {"max_iterations": 0, "solver": deer()}),
         (TypeError, "bool", {"mask": jnp.ones(NUM_STEPS)}),
         (ValueError, "mask: got shape", {"mask": jnp.ones(3, bool)}),
     ],

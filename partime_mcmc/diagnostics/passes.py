@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from partime_mcmc.validation import check_count
 from partime_mcmc.engine.dynamics import Dynamics, ravel, without_captures
 from partime_mcmc.engine.solution import Tolerance
 from partime_mcmc.engine.time_axis import LocalTime
@@ -46,8 +47,7 @@ def residuals_by_pass(
     Raises:
         ValueError: If `max_passes` is less than one.
     """
-    if max_passes < 1:
-        raise ValueError(f"max_passes must be at least 1, got {max_passes}")
+    check_count(max_passes, "max_passes", 1)
     drive = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), drives)
     flat, start, _ = ravel(without_captures(dynamics, initial, drive), initial)
     states = jnp.broadcast_to(start, (jax.tree.leaves(drives)[0].shape[0], *start.shape))

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 
 import jax
 import jax.extend.backend
+from partime_mcmc.validation import check_count
 import numpy as np
 
 _PREEMPTION = "jax_enable_preemption_service"
@@ -95,9 +96,8 @@ def _check(coordinator, num_hosts, host_id, heartbeat_seconds) -> None:
             "three, or none of them where the cluster says it (Slurm, Open MPI, Kubernetes)"
         )
     if all(given):
-        for name, value, least in (("num_hosts", num_hosts, 1), ("host_id", host_id, 0)):
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        check_count(num_hosts, "num_hosts", 1)
+        check_count(host_id, "host_id", 0)
         if host_id >= num_hosts:
             raise ValueError(f"host_id must be below num_hosts = {num_hosts}, got {host_id}")
         if not re.fullmatch(r".+:\d+", str(coordinator)):

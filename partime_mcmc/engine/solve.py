@@ -385,7 +385,7 @@ def check_iterations(max_iterations: int | None) -> int:
     """
     if max_iterations is None:
         return DEFAULT_MAX_ITERATIONS
-    check_count("max_iterations", max_iterations)
+    check_count(max_iterations, "max_iterations", 1)
     return max_iterations
 
 

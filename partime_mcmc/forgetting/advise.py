@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from partime_mcmc.validation import check_count
 from partime_mcmc.engine.dynamics import Dynamics, ravel, without_captures
 from partime_mcmc.engine.recipes import sequential, shooting
 from partime_mcmc.engine.solution import Tolerance
@@ -117,9 +118,8 @@ def advise(
         ValueError: If counts are not positive, `starts` has fewer than two states or the wrong shapes, or `drives` is
             empty.
     """
-    for name, value in (("num_steps", num_steps), ("num_chains", num_chains)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    check_count(num_steps, "num_steps", 1)
+    check_count(num_chains, "num_chains", 1)
     max_bytes = path_bytes() if max_bytes is None else max_bytes
     initial, drives, starts = (
         jax.tree.map(jnp.asarray, tree) for tree in (initial, drives, starts)

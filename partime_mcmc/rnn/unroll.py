@@ -186,7 +186,7 @@ def check_inputs(
         TypeError: If the carry is not floating point of one type.
         ValueError: If there are no inputs, or axes do not fit.
     """
-    check_count("batch_axes", batch_axes, least=0)
+    check_count(batch_axes, "batch_axes", 0)
     leaves = jax.tree.leaves(inputs)
     if not leaves:
         raise ValueError(

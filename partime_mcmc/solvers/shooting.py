@@ -86,7 +86,7 @@ class Shooting:
         for name in ("num_segments", "steps"):
             value = getattr(self, name)
             if value is not None:
-                check_count(name, value)
+                check_count(value, name, 1)
 
     def init(self, initial: Array, states: Array) -> PyTree:
         del initial, states

@@ -33,7 +33,7 @@ from partime_mcmc.kernels import (
     random_walk,
 )
 from partime_mcmc.kernels.kernel_program import Builder, KernelProgram, KernelParams
-from partime_mcmc.warmup.trajectory_length import Path, TrajectoryRule, boldest_step
+from partime_mcmc.warmup.trajectory_length import Path, Trial, TrajectoryRule, boldest_step
 from partime_mcmc.compile_cache import compiler_options
 from partime_mcmc.warmup.hmc_batch import STEPS
 from partime_mcmc.types import Key
@@ -43,7 +43,6 @@ _COALESCING_MALA, _OTHERS = 0.65, 0.7
 _LANDING, _LANDING_LIMIT, _LANDING_RATIO = 0.6, math.sqrt(2), 2.2
 
 # (step size, leapfrog steps) -> acceptance probabilities of HMC trials, shape (S, C).
-Trial = Callable[[float, int], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
