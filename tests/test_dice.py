@@ -33,7 +33,6 @@ from partime_mcmc.kernels.coupling import MultishiftNoise, draw_multishift_noise
 from partime_mcmc.kernels.multishift_hmc import leapfrog_row
 from partime_mcmc.sampling.sample import sample
 from partime_mcmc.sampling.target import Target
-from partime_mcmc.predict.coalescence import meeting_times
 
 NUM_DRAWS = 1_000_000
 BAND = np.sqrt(np.log(2 / 1e-6) / (2 * NUM_DRAWS))

@@ -21,7 +21,7 @@ from numpyro.infer import MCMC, BarkerMH, Predictive, init_to_median
 
 from partime_mcmc.engine.recipes import jacobi, sequential
 from partime_mcmc.numpyro import HMC, MALA, NUTS, CoalescingHMC, ParallelMCMC
-from partime_mcmc.numpyro.convert import _CARRIED, _OWN, ours
+from partime_mcmc.numpyro.kernels import _CARRIED, _OWN, ours
 from partime_mcmc.warmup.warmup import WindowAdaptation
 
 KEY = jax.random.key(0)

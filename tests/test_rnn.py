@@ -32,7 +32,7 @@ from partime_mcmc.rnn import (
     unroll,
     unroll_with_status,
 )
-from partime_mcmc.rnn import plan as rnn_plan
+from partime_mcmc.rnn import unroll as rnn_plan
 from partime_mcmc.rnn.unroll import batch_around
 from partime_mcmc.solvers import Newton
 

@@ -22,32 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.diagnostics.arguments import (
-    InvalidStart,
-    TooLarge,
-    check_bytes,
-    check_count,
-    check_dtypes,
-    check_key,
-)
 from partime_mcmc.tracing import explicit
 from partime_mcmc.types import Array, PyTree
-
-__all__ = [
-    "InvalidStart",
-    "NonDeterministicTarget",
-    "PrecisionWarning",
-    "TooLarge",
-    "check_bytes",
-    "check_count",
-    "check_deterministic",
-    "check_dtypes",
-    "check_key",
-    "check_precision",
-    "check_start",
-    "check_starts",
-    "looks_improper",
-]
+from partime_mcmc.validation import (
+    InvalidStart,
+)
 
 LogDensity = Callable[[PyTree], Array]
 

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.validation import check_count
 from partime_mcmc.engine.dynamics import Dynamics, ravel, without_captures
 from partime_mcmc.engine.recipes import sequential, shooting
 from partime_mcmc.engine.solution import Tolerance
@@ -32,8 +31,9 @@ from partime_mcmc.forgetting.coalescence import (
 )
 from partime_mcmc.solvers import Solver
 from partime_mcmc.solvers.narrowing import widths
-from partime_mcmc.solvers.segment_rule import choose_segments, device_lanes, segment_length
+from partime_mcmc.solvers.segments import choose_segments, device_lanes, segment_length
 from partime_mcmc.types import PyTree
+from partime_mcmc.validation import check_count
 
 _MIN_PAIRS, _MAX_PAIRS = 16, 32
 # A thirty-second of the run is what the question may cost, within reason at both ends.

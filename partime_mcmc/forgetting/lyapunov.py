@@ -21,10 +21,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.validation import check_count
 from partime_mcmc.engine.dynamics import Dynamics, ravel, without_captures
 from partime_mcmc.engine.solution import nanaware_max
 from partime_mcmc.types import Array, Key, PyTree, pytree
+from partime_mcmc.validation import check_count
 
 _MAX_SEGMENTS = 64
 _MAX_SPIN_UP = 128

@@ -44,8 +44,7 @@ from partime_mcmc.solvers.base import Proposal
 from partime_mcmc.solvers.hoist import hoist_drive_only
 from partime_mcmc.solvers.interfaces import SegmentInterfaces, corrector
 from partime_mcmc.solvers.narrowing import Lanes, Segments, roll_until_met, widths
-from partime_mcmc.solvers.segment_rule import segment_length
-from partime_mcmc.solvers.segments import agree, share_lanes, to_segments
+from partime_mcmc.solvers.segments import agree, segment_length, share_lanes, to_segments
 from partime_mcmc.solvers.sequential import cached_step_of, init_as_is
 from partime_mcmc.types import Array, Key, PyTree, pytree
 from partime_mcmc.validation import check_count
