@@ -185,7 +185,11 @@ BAD = {
     "step inf": (lambda: MALA(level, step_size=float("inf")), ValueError, "step_size: got inf"),
     "step text": (lambda: MALA(level, step_size="small"), ValueError, "step_size: got 'small'"),
     "depth": (lambda: NUTS(level, max_tree_depth=0), ValueError, "max_tree_depth: got 0"),
-    "every": (lambda: CoalescingHMC(level, every=0), ValueError, "every: got 0"),
+    "every": (
+        lambda: CoalescingHMC(level, every=0),
+        ValueError,
+        "every must be an integer of at least 1, got 0",
+    ),
     "blocks": (
         lambda: HMC(level, inverse_mass_matrix={("mu",): np.eye(1)}),
         ValueError,

@@ -38,14 +38,14 @@ from partime_mcmc.solvers import Newton
 
 # The module, whose name the function hides.
 unrolling = sys.modules[unroll.__module__]
-# Long enough for a relay; solvers that are given take a shorter piece.
+# Long enough for a segmented scan; solvers that are given take a shorter sequence.
 NUM_STEPS, SHORT, INPUTS, UNITS = 8192, 384, 3, 6
 quick = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 @pytest.fixture
 def batches_in_lanes(monkeypatch):
-    """BatchMeans go through a relay, which on a CPU would leave them to `lax.scan`."""
+    """Batches go through a segmented scan, which on a CPU would leave them to `lax.scan`."""
     monkeypatch.setattr(rnn_plan, "_MOST_CHAINS_ON_CPU", None)
 
 
