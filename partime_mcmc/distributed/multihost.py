@@ -21,8 +21,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from partime_mcmc.distributed.collectives import GatherToHost0
+from partime_mcmc.sampling.arguments import SampleArguments
 from partime_mcmc.sampling.chunk import ChainState, Chunk
-from partime_mcmc.sampling.plan import Plan, SampleArguments
+from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.sampling.progress import Progress
 from partime_mcmc.storage.saved_plan import unpack_plan
 from partime_mcmc.storage.sink import StoreSink

@@ -29,10 +29,10 @@ from partime_mcmc.kernels.kernel_program import (
     parametrised_kernel,
 )
 from partime_mcmc.numpyro.arguments import check_sites, is_typed
+from partime_mcmc.sampling.arguments import SampleArguments, key_words
 from partime_mcmc.sampling.chunk import ChainState
 from partime_mcmc.sampling.draws import Draws
-from partime_mcmc.sampling.plan import Plan, SampleArguments
-from partime_mcmc.sampling.sample import key_words
+from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.storage.fingerprint import digest_arrays
 from partime_mcmc.storage.stored_draws import StoredDraws

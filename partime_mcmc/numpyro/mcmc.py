@@ -40,11 +40,12 @@ from partime_mcmc.numpyro.hmc_state import (
 )
 from partime_mcmc.numpyro.kernels import from_numpyro_kernel
 from partime_mcmc.numpyro.model import Data
+from partime_mcmc.sampling.arguments import as_store
 from partime_mcmc.sampling.draws import Draws, RunReport, spread_positions
 from partime_mcmc.sampling.pilots import advise_plan
 from partime_mcmc.sampling.plan import Plan, prepare
 from partime_mcmc.sampling.progress import chosen_progress
-from partime_mcmc.sampling.sample import as_store, run
+from partime_mcmc.sampling.sample import run
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.solvers import Solver
 from partime_mcmc.storage.saved_plan import chain_state_of

@@ -7,7 +7,6 @@ divides the run evenly where it can. Either way the solver's linear maps of one 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 import jax
 from jax.sharding import Mesh
@@ -15,11 +14,9 @@ from jax.sharding import Mesh
 from partime_mcmc.certify.recorded import CertifyWhileRolling
 from partime_mcmc.engine.recipes import sequential
 from partime_mcmc.engine.windows import Windows
+from partime_mcmc.sampling.arguments import SampleArguments
 from partime_mcmc.sampling.defaults import DEFAULT_WINDOW
 from partime_mcmc.validation import TooLarge, check_bytes, check_count
-
-if TYPE_CHECKING:
-    from partime_mcmc.sampling.plan import SampleArguments
 
 # Of the memory of the device; the rest is for the compiler, the host and everybody else.
 _SHARE = 0.6

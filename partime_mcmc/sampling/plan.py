@@ -9,21 +9,19 @@ from what it reads back. `SampleArguments` are what a front (`sample`, `Parallel
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Callable
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from partime_mcmc.certify.recorded import Certification, CertifyWhileRolling
+from partime_mcmc.certify.recorded import Certification
 from partime_mcmc.compile_cache import Timings
 from partime_mcmc.diagnostics.checks import looks_improper
 from partime_mcmc.engine.dynamics import Dynamics
 from partime_mcmc.engine.solution import Tolerance
 from partime_mcmc.engine.windows import Schedule, Windows
 from partime_mcmc.kernels import Kernel
-from partime_mcmc.kernels.coupling import Coupling
-from partime_mcmc.kernels.kernel_program import Builder
+from partime_mcmc.sampling.arguments import SampleArguments
 from partime_mcmc.sampling.chain_groups import num_groups
 from partime_mcmc.sampling.choose_coupling import coupling_of
 from partime_mcmc.sampling.chunk import ChainState
@@ -37,74 +35,12 @@ from partime_mcmc.sampling.progress import Progress
 from partime_mcmc.sampling.randomness import begin, recurrence
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.solvers import Solver
-from partime_mcmc.types import Key, PyTree
+from partime_mcmc.types import Key
 from partime_mcmc.warmup.pooled import PooledAdaptation
-from partime_mcmc.warmup.warmup import Adaptation, Warmup, warm_up
+from partime_mcmc.warmup.warmup import Warmup, warm_up
 
 # Fewer steps teach nothing.
 FEWEST_WARMUP = 20
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class SampleArguments:
-    """What a run was asked for, checked.
-
-    Attributes:
-        front: What the user called.
-        target: What to sample.
-        kernel: A tuned `Kernel`, a builder that warm-up tunes, or the warm-up of another run.
-        starts: Makes so many checked starts, leaves `(n, ...)`.
-        warmup_key: One key.
-        chain_keys: One key per chain, shape `(C,)`.
-        key_words: The numbers of the user's key or keys.
-        key_impl: The generator that they belong to.
-        num_samples: T, draws per chain.
-        num_warmup: Warm-up steps per chain at most.
-        adaptation: How a builder's chains find the typical set and a metric; None is `PooledAdaptation()`.
-        coupling: The coupling that the user fixed, None otherwise.
-        choose_coupling: From a warm-up to the same with a coupling chosen for its kernel; None leaves the kernel's own.
-        solver: A recipe; None is the default.
-        schedule: How a chunk is cut into windows; None is the default.
-        tolerance: How small residuals must be; None is the default.
-        max_iterations: Iterations per window; None is the solver's default.
-        max_bytes: Memory that the run may take on each device; None is most of the device's.
-        thinning: In a store the last of so many draws is kept.
-        certificate: What certificates rest on.
-        mesh: Devices to spread the run over; None is the default device alone.
-        store: Where draws are kept on disk; None is in memory.
-        state: Where the chains of a tuned kernel go on from; None is at starts.
-        extra: Further plain values that distinguish the run, by name.
-    """
-
-    front: str
-    target: Target
-    kernel: Kernel | Builder | Warmup
-    starts: Callable[[int], PyTree]
-    warmup_key: Key
-    chain_keys: Key
-    key_words: list[int]
-    key_impl: str
-    num_samples: int
-    num_warmup: int = 0
-    adaptation: Adaptation | None = None
-    coupling: Coupling | None = None
-    choose_coupling: Callable[[Warmup], Warmup] | None = None
-    solver: Solver | None = None
-    schedule: Schedule | None = None
-    tolerance: Tolerance | None = None
-    max_iterations: int | None = None
-    max_bytes: int | None = None
-    thinning: int = 1
-    certificate: Certification = CertifyWhileRolling()
-    mesh: Mesh | None = None
-    store: Any = None
-    state: ChainState | None = None
-    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    @property
-    def num_chains(self) -> int:
-        """C."""
-        return self.chain_keys.shape[0]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

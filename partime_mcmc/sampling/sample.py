@@ -36,11 +36,12 @@ from partime_mcmc.engine.windows import Schedule
 from partime_mcmc.kernels import Kernel
 from partime_mcmc.kernels.coupling import Coupling
 from partime_mcmc.kernels.kernel_program import Builder
+from partime_mcmc.sampling.arguments import SampleArguments, as_store, check_strategies, key_words
 from partime_mcmc.sampling.choose_coupling import choose_coupling_by_pilots, fixed_coupling
 from partime_mcmc.sampling.defaults import SHORT_RUN
 from partime_mcmc.sampling.draws import Draws, hardly_moves
 from partime_mcmc.sampling.local import LocalExecutor
-from partime_mcmc.sampling.plan import FEWEST_WARMUP, Plan, SampleArguments, prepare
+from partime_mcmc.sampling.plan import FEWEST_WARMUP, Plan, prepare
 from partime_mcmc.sampling.progress import Progress, chosen_progress
 from partime_mcmc.sampling.sink import MemorySink, Sink
 from partime_mcmc.sampling.target import Target
@@ -50,7 +51,7 @@ from partime_mcmc.storage.sink import StoreSink, read_arguments
 from partime_mcmc.storage.store import Store
 from partime_mcmc.storage.streaming_statistics import Fold
 from partime_mcmc.types import Key, PyTree
-from partime_mcmc.validation import check_count, check_has, check_key, describe
+from partime_mcmc.validation import check_count, check_key
 from partime_mcmc.warmup.warmup import Adaptation, Warmup
 
 
@@ -280,68 +281,6 @@ def _checked_starts(target: Target, key: Key, count: int) -> PyTree:
     check_deterministic(target.logdensity, first)
     check_precision(target.logdensity, first)
     return positions
-
-
-def check_strategies(
-    target: Any,
-    kernel: Any,
-    solver: Any = None,
-    schedule: Any = None,
-    tolerance: Any = None,
-    max_iterations: Any = None,
-    certificate: Any = CertifyWhileRolling(),
-) -> None:
-    """Refuse arguments of the wrong kind.
-
-    Raises:
-        TypeError: Naming the argument.
-        ValueError: If `max_iterations` is not a positive integer.
-    """
-    if not isinstance(target, Target):
-        raise TypeError(
-            f"target: got {describe(target)}, wanted a Target, e.g. from_numpyro(model, ..., key=key) or "
-            "Target(logdensity, initial)"
-        )
-    if not callable(kernel) and not isinstance(kernel, (Kernel, Warmup)):
-        raise TypeError(
-            f"kernel: got {describe(kernel)}, wanted a Kernel (from_blackjax(...)), a builder such as hmc, or the "
-            "warm-up of another run"
-        )
-    if solver is not None:
-        wanted = "a recipe such as shooting() or quasi_deer(), or None"
-        check_has(solver, "solver", ("init", "step", "map_size"), wanted)
-    if schedule is not None:
-        wanted = "AllAtOnce(), Windows(size), SlidingWindow(size), or None"
-        check_has(schedule, "schedule", ("window", "advance"), wanted)
-    if tolerance is not None and not isinstance(tolerance, Tolerance):
-        raise TypeError(
-            f"tolerance: got {describe(tolerance)}, wanted Tolerance(relative, absolute) or None"
-        )
-    if max_iterations is not None:
-        check_count(max_iterations, "max_iterations", 1)
-    check_has(
-        certificate, "certificate", ("dynamics",), "CertifyWhileRolling() or CertifyIndependently()"
-    )
-
-
-def key_words(key: Key) -> list[int]:
-    """The numbers of a key, or of several."""
-    return [int(word) for word in np.ravel(jax.random.key_data(key))]
-
-
-def as_store(store: Store | str | os.PathLike | None) -> Store | None:
-    """A store from the argument `store`.
-
-    Raises:
-        TypeError: If it is neither None, nor a path, nor a `Store`.
-    """
-    if store is None or isinstance(store, Store):
-        return store
-    if not isinstance(store, (str, os.PathLike)):
-        raise TypeError(
-            f"store: got {describe(store)}, wanted a folder's path or a Store(path, ...)"
-        )
-    return Store(store)
 
 
 def open_sink(arguments: SampleArguments, progress: Progress) -> Sink:

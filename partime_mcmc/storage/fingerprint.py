@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,17 +22,15 @@ from partime_mcmc.compile_cache import compiler_options, device, versions
 from partime_mcmc.engine.dynamics import Dynamics
 from partime_mcmc.kernels import Kernel
 from partime_mcmc.kernels.kernel_program import ParametrisedKernel, density_of
+from partime_mcmc.sampling.arguments import SampleArguments
 from partime_mcmc.sampling.randomness import MAX_STEPS
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.storage.serialize import digest_arrays, encode
+from partime_mcmc.storage.store import Store
 from partime_mcmc.tracing import HashableFunction, explicit, inner_arrays
 from partime_mcmc.types import PyTree
 from partime_mcmc.warmup.tuning import unwrapped
 from partime_mcmc.warmup.warmup import Warmup
-
-if TYPE_CHECKING:
-    from partime_mcmc.sampling.plan import SampleArguments
-    from partime_mcmc.storage.store import Store
 
 STRATEGIES = ("adaptation", "coupling", "solver", "schedule", "tolerance", "certificate")
 """Arguments of a run that are objects of this package."""

@@ -22,9 +22,10 @@ import numpy as np
 from partime_mcmc.diagnostics.arviz import STAT_NAMES
 from partime_mcmc.distributed.collectives import Gather, gather_to_all
 from partime_mcmc.kernels import Kernel
+from partime_mcmc.sampling.arguments import SampleArguments
 from partime_mcmc.sampling.chunk import ChainState, Chunk
 from partime_mcmc.sampling.merge import merge_certificates, merge_reports, without_steps
-from partime_mcmc.sampling.plan import Plan, SampleArguments
+from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.sampling.progress import Progress
 from partime_mcmc.storage.checkpoint import Checkpoint
 from partime_mcmc.storage.draws_group import DrawsWriter, draws_per_file, kept_steps
