@@ -22,6 +22,7 @@ SHORTEST_SEGMENT = 64
 
 
 def device_lanes() -> int:
+    """Lanes of the default device."""
     import jax
 
     return {"cpu": 128}.get(jax.default_backend(), 4096)
