@@ -152,11 +152,10 @@ class StoreSink:
         return open_draws(self._store.path, folds=self._store.folds)
 
     def _wait(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is None:
+        if self._pending is None:
             return
         try:
-            pending.result()
+            self._pending.result()
         except OSError as error:
             safe = 0 if self._last is None else self._last.step
             message = (
@@ -164,6 +163,7 @@ class StoreSink:
                 "resume(path, target, kernel) goes on from there"
             )
             raise StoreError(error.errno, message) from error
+        self._pending = None
 
     def _commit(self, chunk: Chunk, x64: bool) -> None:
         # A thread does not inherit the caller's precision, and the user's folds may be written in JAX.
