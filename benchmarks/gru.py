@@ -31,8 +31,7 @@ from partime_mcmc import Clipped, Dynamics, Newton, Status, deer, quasi_elk, sho
 from partime_mcmc.engine.adjoint import pulled_back
 from partime_mcmc.engine.dynamics import ravel
 from partime_mcmc.rnn import ClosedForm, gru, gru_diagonal, gru_params, unroll, unroll_with_status
-from partime_mcmc.rnn.plan import plan_for
-from partime_mcmc.rnn.unroll import PackedStep
+from partime_mcmc.rnn.unroll import PackedStep, plan_for
 
 LENGTHS = (1024, 4096, 16_384, 65_536, 262_144)
 WIDTHS = (1, 8, 32, 64, 128)

@@ -38,8 +38,8 @@ from partime_mcmc import (
     sample,
     shooting,
 )
-from partime_mcmc.warmup.warmup import Warmup
 from partime_mcmc.models.eight_schools import make_target
+from partime_mcmc.warmup.warmup import Warmup
 
 CHAINS, STRETCH = 4, 62_500
 

@@ -38,7 +38,6 @@ def module_at(path: Path, name: str) -> ModuleType:
 def about() -> dict[str, Any]:
     """Device, versions, commit and memory of this process."""
     import jax
-
     from partime_mcmc.sampling.finish import versions
 
     return {

@@ -1,9 +1,9 @@
-"""Dice that coalesce: the same kernel law, realised so that chains with the same dice become one within a few steps.
+"""Multishift coupling: the same kernel law, but chains with the same random numbers become one within a few steps.
 
 Left: one throw of layered multishift noise, as a map of where the chain is. Plain noise is a shift, x ↦ x + σ n: two chains keep
 their distance. Multishift noise is a staircase around it: both land on the same number unless an edge lies between them, and for
 each fixed x the result has the same normal law. Right: the distance of two chains from far-apart posterior draws, with the same
-dice, step by step. The table says after how many steps pairs are the same floats.
+random numbers, step by step. The table says after how many steps pairs are the same floats.
 
     python examples/dice.py --out dice.png
 """
@@ -123,7 +123,7 @@ def main(argv=None):
         ylabel="distance, median over pairs",
         yscale="log",
         xlim=(0, min(150, args.num_steps)),
-        title=f"Same dice, different starts: {args.models[0]}",
+        title=f"Same random numbers, different starts: {args.models[0]}",
     )
     right.legend(frameon=False, fontsize=8)
     figure.savefig(args.out, dpi=150)

@@ -1,7 +1,7 @@
 """Eight schools in NumPyro: the same chains drawn parallel over time and one step after another, and compared.
 
 What one sees: a NumPyro model becomes a target; the first run warms up (step size, dense metric) and solves four HMC
-chains parallel over time; the second goes on from the very same warm-up with the same dice, step by step, as BlackJAX's
+chains parallel over time; the second goes on from the very same warm-up with the same random numbers, step by step, as BlackJAX's
 own loop would. `compare` then says whether the two are one path: CERTIFIED_PATH or better means that every step of the
 parallel chains obeys the kernel, that every accept decision is the same, and that the states agree. So ESS and R-hat
 are those of the sequential sampler; only the way to the draws differs.
@@ -65,7 +65,7 @@ def main(argv=None):
         num_samples=args.num_samples, num_chains=args.num_chains, num_warmup=args.num_warmup
     )
     parallel = sample(key, target, hmc, **shape, progress=progress_line)
-    # A warm-up is a tuned kernel and one state per chain. With the same key the second run throws the same dice.
+    # A warm-up is a tuned kernel and one state per chain. With the same key the second run draws the same random numbers.
     stepwise = sample(
         key, target, parallel.warmup, **shape, solver=sequential(), progress=progress_line
     )

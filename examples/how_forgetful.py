@@ -1,6 +1,6 @@
-"""How forgetful is a chain? Pairs of chains with the same dice, and the distance between them, step by step.
+"""How forgetful is a chain? Pairs of chains with the same random numbers, and the distance between them, step by step.
 
-What one sees: a chain can be solved in parallel over time if two chains that throw the same dice become one, wherever they
+What one sees: a chain can be solved in parallel over time if two chains with the same random numbers become one, wherever they
 start, and the sooner the better. In whitened coordinates HMC with a path of about a quarter period (π/2) does so fastest; a
 short path forgets slowly, a long one turns around and remembers; MALA and NUTS lie between. Random-walk Metropolis never
 does: both chains take the same increments, so their difference changes only when one accepts and the other does not.
@@ -89,7 +89,7 @@ def main(argv=None):
     axis.set(
         xlabel="step",
         ylabel="log₁₀ distance, mean over pairs",
-        title=f"Same dice, different starts: {args.model}",
+        title=f"Same random numbers, different starts: {args.model}",
     )
     axis.legend(frameon=False)
     figure.savefig(args.out, dpi=150)

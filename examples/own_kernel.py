@@ -2,13 +2,13 @@
 
     y_j ~ N(theta_j, sigma_j²),   theta_j ~ N(mu, tau²),   p(mu, tau) ∝ 1     (the centred form; BDA, section 5.5)
 
-No BlackJAX here: any function of parameters, state and dice is a recurrence. Each conditional distribution is sampled
-by its inverse distribution function at the dice, which is smooth in the state; nothing is ever rejected:
+No BlackJAX here: any function of parameters, state and random numbers is a recurrence. Each conditional distribution is sampled
+by its inverse distribution function at the random numbers, which is smooth in the state; nothing is ever rejected:
 
     theta_j = m_j + s_j Φ⁻¹(u_j),    mu = mean(theta) + tau/√J Φ⁻¹(u'),    tau² = Σ (theta_j - mu)² / Q(u'')
 
 with m_j, s_j of the normal conditional and Q the quantiles of chi-square with J - 1 degrees of freedom. These families
-are moved and scaled copies of one standard distribution, so Φ⁻¹(u) and Q(u'') depend on the dice alone: the tape holds
+are moved and scaled copies of one standard distribution, so Φ⁻¹(u) and Q(u'') depend on the random numbers alone: the tape holds
 these numbers, drawn in bulk. The state is a pytree, with log tau, since a linearised tau may step below zero.
 
 What one sees: the chain mixes slowly and still forgets its start, so DEER finds all 2,000 sweeps in about ten passes,
@@ -31,21 +31,21 @@ EFFECT = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 STANDARD_ERROR = np.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 
 
-def gibbs(data, state, dice):
+def gibbs(data, state, randomness):
     """One sweep: theta given mu, tau; mu given theta, tau; tau given theta, mu."""
     y, sigma = data
     tau_squared = jnp.exp(2 * state["log_tau"])
     precision = 1 / sigma**2 + 1 / tau_squared
-    theta = (y / sigma**2 + state["mu"] / tau_squared) / precision + dice["theta"] / jnp.sqrt(
+    theta = (y / sigma**2 + state["mu"] / tau_squared) / precision + randomness["theta"] / jnp.sqrt(
         precision
     )
-    mu = theta.mean() + jnp.sqrt(tau_squared / y.size) * dice["mu"]
-    log_tau = 0.5 * jnp.log(jnp.sum((theta - mu) ** 2) / dice["chi_square"])
+    mu = theta.mean() + jnp.sqrt(tau_squared / y.size) * randomness["mu"]
+    log_tau = 0.5 * jnp.log(jnp.sum((theta - mu) ** 2) / randomness["chi_square"])
     return {"theta": theta, "mu": mu, "log_tau": log_tau}
 
 
-def throw(key, num_samples, num_schools):
-    """The dice of one chain: standard normals and chi-square numbers with J - 1 degrees of freedom."""
+def draw_randomness(key, num_samples, num_schools):
+    """The randomness of one chain: standard normals and chi-square numbers with J - 1 degrees of freedom."""
     keys = jax.random.split(key, 3)
     return {
         "theta": jax.random.normal(keys[0], (num_samples, num_schools)),
@@ -76,7 +76,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     jax.config.update("jax_enable_x64", True)
 
-    # What the step needs besides state and dice are parameters: arguments, not constants, and open to derivatives.
+    # What the step needs besides state and random numbers are parameters: arguments, not constants, and open to derivatives.
     dynamics = Dynamics(gibbs, params=(jnp.asarray(EFFECT), jnp.asarray(STANDARD_ERROR)))
     start = {
         "theta": jnp.asarray(EFFECT),
@@ -84,7 +84,7 @@ def main(argv=None):
         "log_tau": jnp.log(10.0),
     }
     keys = jax.random.split(jax.random.key(args.seed), args.num_chains)
-    dice = jax.vmap(lambda key: throw(key, args.num_samples, EFFECT.size))(keys)
+    randomness = jax.vmap(lambda key: draw_randomness(key, args.num_samples, EFFECT.size))(keys)
 
     rows, truth = [], None
     methods = [
@@ -94,13 +94,13 @@ def main(argv=None):
     ]
     for name, solver in methods:
         chains = jax.vmap(lambda tape: solve(dynamics, start, tape, solver=solver))  # noqa: B023
-        compiled = jax.jit(chains).lower(dice).compile()
+        compiled = jax.jit(chains).lower(randomness).compile()
         begin = time.perf_counter()
-        found = jax.block_until_ready(compiled(dice))
+        found = jax.block_until_ready(compiled(randomness))
         seconds = time.perf_counter() - begin
         truth = found.states if truth is None else truth
         checked = jax.vmap(lambda path, tape: residual(dynamics, start, path, tape))(
-            found.states, dice
+            found.states, randomness
         )
         gaps = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), found.states, truth)
         row = dict(

@@ -121,8 +121,8 @@ def main(argv=None):
             continue
         compiled = (
             jax.jit(
-                lambda start, dice: solve(
-                    dynamics, start, dice, solver=solver, max_iterations=args.max_iterations
+                lambda start, randomness: solve(
+                    dynamics, start, randomness, solver=solver, max_iterations=args.max_iterations
                 )  # noqa: B023
             )
             .lower(initial, tape)

@@ -2,7 +2,7 @@
 
     log p(x, y) = -((1 - x)² + b (y - x²)²) / 2,      HMC with a plain step size and the unit metric
 
-This chain forgets where it started (two chains with the same dice meet after some 200 steps), yet in the curved valley
+This chain forgets where it started (two chains with the same random numbers meet after some 200 steps), yet in the curved valley
 single steps stretch distances by large factors. Newton's method over the *whole* chain multiplies a thousand such
 Jacobians around a guess that is nowhere near the chain, and overflows: its front of exact steps crawls on, the rest is
 1e100 and worse. Clipping the Jacobians stops the overflow, with or without ELK's trust region, but does not find the
@@ -114,10 +114,10 @@ def main(argv=None):
             continue
         compiled = (
             jax.jit(
-                lambda start, dice: solve(
+                lambda start, randomness: solve(
                     dynamics,
                     start,
-                    dice,
+                    randomness,
                     solver=solver,
                     schedule=schedule,
                     max_iterations=args.max_iterations,

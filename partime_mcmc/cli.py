@@ -31,8 +31,7 @@ from jax.sharding import Mesh
 import partime_mcmc
 from partime_mcmc import StoredDraws, Target, hosts, open_draws, save_netcdf, time_mesh
 from partime_mcmc.diagnostics import describe, html, plots
-from partime_mcmc.diagnostics.checks import check_count
-from partime_mcmc.diagnostics.read_netcdf import read_draws
+from partime_mcmc.diagnostics.arviz import read_draws
 from partime_mcmc.diagnostics.report import Level, Report
 from partime_mcmc.models import MODELS
 from partime_mcmc.numpyro.model import called
@@ -40,6 +39,7 @@ from partime_mcmc.sampling.memory import default_max_bytes
 from partime_mcmc.sampling.pilots import coupled_distances, solve_by_pass
 from partime_mcmc.storage.store import Folder
 from partime_mcmc.types import Key
+from partime_mcmc.validation import check_count
 
 _GOOD, _BAD, _WRONG_ARGUMENTS, _INTERRUPTED = 0, 1, 2, 130
 _KERNELS = ("coalescing_hmc", "hmc", "mala", "nuts", "random_walk")

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import threading
 import time
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Callable
 
 import jax
@@ -125,3 +127,26 @@ def as_committed_array(value: Any) -> jax.Array:
     """A JAX array that keeps nothing but its numbers: restored and computed ones run the same programs."""
     is_key = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
     return value if is_key else jax.device_put(np.asarray(value))
+
+
+@functools.cache
+def device() -> str:
+    """The default device, in words."""
+    first = jax.devices()[0]
+    return f"{first.platform}: {first.device_kind}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides about bits, by package."""
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> tuple[tuple[str, str], ...]:
+    found = {}
+    for package in ("partime_mcmc", "jax", "jaxlib", "blackjax", "numpyro", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return tuple(found.items())

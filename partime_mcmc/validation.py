@@ -1,10 +1,19 @@
-"""Checks that refuse a wrong argument by name, before anything is traced."""
+"""Checks that refuse a wrong argument by name, before anything is traced: what it got, and what was wanted.
+
+Memory is plain arithmetic: with C chains, T steps solved at once, D numbers of state and m numbers per linear map, the
+peak of one iteration is about
+
+    bytes = 6 · C · T · (m + D) · itemsize,     m = D² for dense Jacobians, D for diagonal ones, 0 for none.
+"""
 
 from __future__ import annotations
 
+import operator
+import warnings
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from partime_mcmc.types import Array, PyTree
@@ -26,17 +35,6 @@ def check_has(value: Any, name: str, methods: tuple[str, ...], wanted: str) -> N
         callable(getattr(value, method, None)) for method in methods
     ):
         raise TypeError(f"{name}: got {describe(value)}, wanted {wanted}")
-
-
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Refuse anything but an integer of at least `least`.
-
-    Raises:
-        ValueError: Naming the argument, what it got and what it wanted.
-    """
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not whole or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
 def check_like(what: str, got: PyTree, wanted: PyTree, reference: str) -> None:
@@ -92,3 +90,165 @@ def check_scale(scale: Array | float, name: str) -> Array | float:
         ):
             raise ValueError(f"{name}: got {scale!r}, wanted positive finite numbers")
     return scale
+
+
+# Live copies of the per-step numbers at the peak of one iteration: path, values, maps, scan levels, new path.
+WORKING_COPIES = 6
+
+
+class InvalidStart(ValueError):
+    """A start from which no chain can run."""
+
+
+class TooLarge(ValueError, MemoryError):
+    """A run that would need more memory than allowed. It is both a `ValueError` and a `MemoryError`."""
+
+
+def check_key(key: Any, name: str = "key") -> jax.Array:
+    """Returns one typed PRNG key.
+
+    Args:
+        key: A typed key, shape (), or one legacy key: uint32 of the default generator's width, shape (2,) for threefry.
+        name: The argument's name, for the message.
+
+    Returns:
+        The typed key, shape ().
+
+    Raises:
+        TypeError: For anything that is no key (an int, a float, another dtype).
+        ValueError: For a batch of keys, or a legacy key of another width.
+    """
+    wanted = "wanted one key, as jax.random.key(0) makes it"
+    if not isinstance(key, jax.Array | np.ndarray | np.generic):
+        raise TypeError(f"{name}: got {key!r} of type {type(key).__name__}; {wanted}")
+    if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if key.shape != ():
+            raise ValueError(
+                f"{name}: got a batch of keys of shape {key.shape}; {wanted} (it is split inside)"
+            )
+        return key
+    if key.dtype != jnp.uint32:
+        raise TypeError(
+            f"{name}: got an array of dtype {key.dtype} and shape {key.shape}; {wanted}"
+        )
+    width = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
+    if key.ndim > 1 and key.shape[-1:] == width:
+        raise ValueError(
+            f"{name}: got a batch of legacy keys of shape {key.shape}; {wanted} (it is split inside)"
+        )
+    if key.shape != width:
+        raise ValueError(
+            f"{name}: got uint32 numbers of shape {key.shape}; {wanted}, or a legacy key of shape {width}"
+        )
+    return jax.random.wrap_key_data(jnp.asarray(key))
+
+
+def check_count(value: Any, name: str, minimum: int) -> int:
+    """Returns `value` as a Python int of at least `minimum`.
+
+    Raises:
+        TypeError: For a bool, a float (even 4.0), a string, an array that is no concrete integer scalar.
+        ValueError: For an int below `minimum`.
+    """
+    wanted = f"wanted an int of at least {minimum}"
+    if isinstance(value, bool | np.bool_) or getattr(value, "dtype", None) == bool:
+        raise TypeError(f"{name}: got the bool {value}; {wanted}")
+    try:
+        count = operator.index(value)
+    except TypeError as error:
+        raise TypeError(
+            f"{name}: got {value!r} of type {type(value).__name__}; {wanted}"
+        ) from error
+    if count < minimum:
+        raise ValueError(f"{name}: got {count}; {wanted}")
+    return count
+
+
+def check_dtypes(position: PyTree, name: str = "initial") -> PyTree:
+    """Returns `position` with JAX leaves of one floating dtype, so that no float32 and float64 meet in the carry.
+
+    NumPy arrays become JAX arrays as they do elsewhere in JAX: float64 data become float32 while x64 is off. Python
+    numbers, weakly typed arrays and integers follow the dtype of the other leaves, else the default float; integers
+    with a warning. It works on traced leaves too.
+
+    Raises:
+        InvalidStart: For bool, complex, object or string leaves, and for two floating dtypes in one position.
+    """
+    paths, tree = jax.tree_util.tree_flatten_with_path(position)
+    leaves, labels = [], []
+    for path, leaf in paths:
+        label = name + jax.tree_util.keystr(path)
+        kind = getattr(leaf, "dtype", None) or np.asarray(leaf).dtype
+        if not (jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)):
+            raise InvalidStart(
+                f"{label}: got {leaf!r} of dtype {kind}; wanted real floating-point numbers"
+            )
+        leaves.append(jnp.asarray(leaf))
+        labels.append(label)
+    strong = {}
+    for leaf, label in zip(leaves, labels, strict=True):
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not leaf.weak_type:
+            strong.setdefault(jnp.dtype(leaf.dtype), []).append(label)
+    if len(strong) > 1:
+        found = "; ".join(f"{dtype} in {', '.join(where)}" for dtype, where in strong.items())
+        raise InvalidStart(
+            f"{name}: got a mix of floating dtypes ({found}); wanted one dtype in every leaf"
+        )
+    dtype = next(iter(strong), jnp.dtype(jnp.result_type(float)))
+    for leaf, label in zip(leaves, labels, strict=True):
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            warnings.warn(
+                f"{label}: got integers ({leaf.dtype}); they become {dtype}", stacklevel=2
+            )
+    return jax.tree.unflatten(tree, [jnp.asarray(leaf, dtype=dtype) for leaf in leaves])
+
+
+def check_bytes(
+    num_steps: int,
+    dimension: int,
+    itemsize: int,
+    max_bytes: int,
+    *,
+    per_step: int,
+    num_chains: int = 1,
+    more: int = 0,
+) -> int:
+    """Bytes at the peak of one solver iteration; arithmetic only, nothing is allocated.
+
+    Args:
+        num_steps: Steps solved at once, T.
+        dimension: Flat state size D.
+        itemsize: Bytes of one number: 4 or 8.
+        max_bytes: The limit.
+        per_step: KernelParams in the linear map of one step: D² for dense Jacobians, D for diagonal ones, 0 for none.
+        num_chains: Chains solved at once, C.
+        more: Further bytes per step and chain.
+
+    Returns:
+        C · T · ((per_step + D) · itemsize · `WORKING_COPIES` + more).
+
+    Raises:
+        TooLarge: If that exceeds `max_bytes`, with the longest stretch (a power of two) that fits.
+    """
+    one_step = num_chains * ((per_step + dimension) * itemsize * WORKING_COPIES + more)
+    total = num_steps * one_step
+    if total <= max_bytes:
+        return total
+    fits = max_bytes // one_step
+    advice = (
+        f"solve in stretches, schedule=Windows({1 << (fits.bit_length() - 1)})"
+        if fits
+        else "take fewer chains: not even one step fits"
+    )
+    if per_step > dimension:
+        advice += ", or keep diagonal Jacobians only, solver=quasi_deer()"
+    raise TooLarge(
+        f"num_samples: got {num_steps} steps of dimension {dimension} in {num_chains} chain(s), about "
+        f"{_readable(total)}; wanted at most max_bytes={max_bytes} ({_readable(max_bytes)}): {advice}, or raise "
+        "max_bytes"
+    )
+
+
+def _readable(num_bytes: int) -> str:
+    exponent = min((max(num_bytes, 1).bit_length() - 1) // 10, 6)
+    return f"{num_bytes / 1024**exponent:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB', 'EiB')[exponent]}"

@@ -152,7 +152,7 @@ def test_what_is_allowed_is_not_a_breach(name, source):
 def test_nothing_global_is_set_or_read(path):
     if name_of(path).startswith(("cli.py", "__main__.py")):
         pytest.skip("a program, not a library: it may choose its own settings")
-    if name_of(path) == "distributed/launch.py":
+    if name_of(path) == "distributed/mesh.py":
         pytest.skip(
             "joins processes into one run, with JAX's preemption service off while it does so"
         )

@@ -8,19 +8,21 @@ import numpy as np
 import pytest
 
 from partime_mcmc.diagnostics.checks import (
-    InvalidStart,
     NonDeterministicTarget,
     PrecisionWarning,
-    TooLarge,
-    check_bytes,
-    check_count,
     check_deterministic,
-    check_dtypes,
-    check_key,
     check_precision,
     check_start,
     check_starts,
     looks_improper,
+)
+from partime_mcmc.validation import (
+    InvalidStart,
+    TooLarge,
+    check_bytes,
+    check_count,
+    check_dtypes,
+    check_key,
 )
 
 

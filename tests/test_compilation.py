@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from partime_mcmc import compile_cache as programs
 from partime_mcmc.engine.dynamics import Dynamics, rollout
 from partime_mcmc.engine.recipes import deer, jacobi, picard, quasi_deer, shooting
 from partime_mcmc.engine.solution import Tolerance
@@ -15,11 +16,10 @@ from partime_mcmc.engine.solve import solve
 from partime_mcmc.engine.windows import AllAtOnce, SlidingWindow, Windows
 from partime_mcmc.kernels import hmc
 from partime_mcmc.linearize import DenseJacobian, DiagonalJacobian, IdentityJacobian, ZeroJacobian
-from partime_mcmc import compile_cache as programs
+from partime_mcmc.models import MODELS
 from partime_mcmc.sampling.local import _Solve
 from partime_mcmc.sampling.sample import sample
 from partime_mcmc.sampling.target import Target
-from partime_mcmc.models import MODELS
 from partime_mcmc.scan import Identity, Zero
 from partime_mcmc.types import pytree
 

@@ -8,18 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import partime_mcmc.sampling.chain_groups as cores
 import partime_mcmc.compile_cache as programs
+import partime_mcmc.sampling.chain_groups as cores
+from partime_mcmc.compile_cache import Timings
 from partime_mcmc.engine.dynamics import Dynamics, without_captures
 from partime_mcmc.engine.recipes import jacobi, sequential, shooting
 from partime_mcmc.engine.solution import Status
 from partime_mcmc.engine.windows import Windows
 from partime_mcmc.kernels import from_blackjax
 from partime_mcmc.sampling.chain_groups import cut, joined, num_groups, run_groups
-from partime_mcmc.compile_cache import Timings
 from partime_mcmc.sampling.sample import sample
-from partime_mcmc.warmup.host_rng import SeedTree, key_from
 from partime_mcmc.sampling.target import Target
+from partime_mcmc.warmup.hmc_batch import SeedTree, key_from
 
 T, C, STEP = 96, 6, 0.4
 

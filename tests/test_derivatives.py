@@ -107,7 +107,7 @@ def test_second_derivatives(double):
         {"solver": deer(), "schedule": Windows(4)},
         {"solver": deer(), "adjoint": ImplicitSegmented()},
     ],
-    ids=["elk", "stretches", "relay"],
+    ids=["elk", "windows", "segmented scan"],
 )
 def test_whatever_solved_it(options, double):
     problem = by_name(DYNAMICS, "GRU").build(NUM_STEPS, double)

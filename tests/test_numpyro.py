@@ -9,13 +9,9 @@ import pytest
 from numpyro.infer import init_to_median, init_to_value
 from numpyro.infer.util import initialize_model, potential_energy
 
-from partime_mcmc.diagnostics.checks import (
-    InvalidStart,
-    check_deterministic,
-    check_precision,
-    check_start,
-)
+from partime_mcmc.diagnostics.checks import check_deterministic, check_precision, check_start
 from partime_mcmc.numpyro import from_numpyro
+from partime_mcmc.validation import InvalidStart
 
 KEY = jax.random.key(0)
 

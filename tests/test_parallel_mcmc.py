@@ -19,11 +19,12 @@ from numpyro.infer import MCMC, Predictive, log_likelihood
 from partime_mcmc.storage.stored_run import Store
 
 from partime_mcmc.diagnostics.arviz import to_arviz
-from partime_mcmc.diagnostics.checks import InvalidStart, PrecisionWarning
+from partime_mcmc.diagnostics.checks import PrecisionWarning
 from partime_mcmc.diagnostics.report import Level
 from partime_mcmc.engine.recipes import jacobi, sequential
 from partime_mcmc.numpyro import HMC, MALA, NUTS, BlackJAXKernel, CoalescingHMC, ParallelMCMC
 from partime_mcmc.storage.fingerprint import StoreMismatch
+from partime_mcmc.validation import InvalidStart
 
 WARMUP, SAMPLES, CHAINS = 240, 160, 4
 KEY = jax.random.key(0)

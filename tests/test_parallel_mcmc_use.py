@@ -21,7 +21,7 @@ from numpyro.infer import MCMC, BarkerMH, Predictive, init_to_median
 
 from partime_mcmc.engine.recipes import jacobi, sequential
 from partime_mcmc.numpyro import HMC, MALA, NUTS, CoalescingHMC, ParallelMCMC
-from partime_mcmc.numpyro.convert import _CARRIED, _OWN, ours
+from partime_mcmc.numpyro.kernels import _CARRIED, _OWN, ours
 from partime_mcmc.warmup.warmup import WindowAdaptation
 
 KEY = jax.random.key(0)
@@ -185,7 +185,11 @@ BAD = {
     "step inf": (lambda: MALA(level, step_size=float("inf")), ValueError, "step_size: got inf"),
     "step text": (lambda: MALA(level, step_size="small"), ValueError, "step_size: got 'small'"),
     "depth": (lambda: NUTS(level, max_tree_depth=0), ValueError, "max_tree_depth: got 0"),
-    "every": (lambda: CoalescingHMC(level, every=0), ValueError, "every: got 0"),
+    "every": (
+        lambda: CoalescingHMC(level, every=0),
+        ValueError,
+        "every must be an integer of at least 1, got 0",
+    ),
     "blocks": (
         lambda: HMC(level, inverse_mass_matrix={("mu",): np.eye(1)}),
         ValueError,

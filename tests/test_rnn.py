@@ -32,20 +32,20 @@ from partime_mcmc.rnn import (
     unroll,
     unroll_with_status,
 )
-from partime_mcmc.rnn import plan as rnn_plan
+from partime_mcmc.rnn import unroll as rnn_plan
 from partime_mcmc.rnn.unroll import batch_around
 from partime_mcmc.solvers import Newton
 
 # The module, whose name the function hides.
 unrolling = sys.modules[unroll.__module__]
-# Long enough for a relay; solvers that are given take a shorter piece.
+# Long enough for a segmented scan; solvers that are given take a shorter sequence.
 NUM_STEPS, SHORT, INPUTS, UNITS = 8192, 384, 3, 6
 quick = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 @pytest.fixture
 def batches_in_lanes(monkeypatch):
-    """BatchMeans go through a relay, which on a CPU would leave them to `lax.scan`."""
+    """Batches go through a segmented scan, which on a CPU would leave them to `lax.scan`."""
     monkeypatch.setattr(rnn_plan, "_MOST_CHAINS_ON_CPU", None)
 
 
@@ -491,7 +491,7 @@ def test_short_sequences(num_steps, double):
         (TypeError, "tolerance: got 1e-06, wanted Tolerance", {"tolerance": 1e-6}),
         (ValueError, "tolerance: relative must be finite", {"tolerance": Tolerance(-1.0)}),
         (ValueError, "max_iterations: got 10 with solver=None", {"max_iterations": 10}),
-        (ValueError, "max_iterations must be an integer", {"max_iterations": 0, "solver": deer()}),
+        (ValueError, "max_iterations: got 0", {"max_iterations": 0, "solver": deer()}),
         (TypeError, "bool", {"mask": jnp.ones(NUM_STEPS)}),
         (ValueError, "mask: got shape", {"mask": jnp.ones(3, bool)}),
     ],

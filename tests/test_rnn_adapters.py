@@ -22,7 +22,7 @@ nnx = pytest.importorskip("flax.nnx")
 linen = pytest.importorskip("flax.linen")
 equinox = pytest.importorskip("equinox")
 
-# Long enough for a relay of segments.
+# Long enough for a segmented scan.
 NUM_STEPS, INPUTS, UNITS = 4096, 2, 4
 # Flax starts with orthogonal weights, which take some hundred steps to forget to the last bit of float64.
 LONG = np.random.default_rng(5).normal(size=(2 * NUM_STEPS, INPUTS))

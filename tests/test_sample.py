@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 from kernel_catalogue import logdensity_of
 
-import partime_mcmc.sampling.plan as ready
 import partime_mcmc.sampling.executor as streaming
-from partime_mcmc.diagnostics.checks import InvalidStart, NonDeterministicTarget
+import partime_mcmc.sampling.plan as ready
+from partime_mcmc.diagnostics.checks import NonDeterministicTarget
 from partime_mcmc.engine.recipes import jacobi, quasi_deer, sequential
 from partime_mcmc.engine.solution import SolveError, Status
 from partime_mcmc.engine.windows import AllAtOnce, SlidingWindow, Windows
 from partime_mcmc.kernels import Kernel, from_blackjax, hmc, mala
+from partime_mcmc.models.eight_schools import make_target as eight_schools
 from partime_mcmc.sampling.progress import progress_line, quiet
 from partime_mcmc.sampling.sample import sample
 from partime_mcmc.sampling.target import Target
-from partime_mcmc.models.eight_schools import make_target as eight_schools
+from partime_mcmc.validation import InvalidStart
 
 T, CHAINS, STEP = 90, 3, 0.35
 

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from partime_mcmc.engine.recipes import shooting
-from partime_mcmc.solvers.segment_rule import choose_segments, device_lanes, segment_length
+from partime_mcmc.solvers.segments import choose_segments, device_lanes, segment_length
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 63, 1000, 16384, 65536, 10**7])

@@ -361,15 +361,15 @@ def test_segments_shorter_than_a_burst_of_rejections():
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    "error, arguments, words",
     [
-        (dict(num_segments=0), "num_segments must be an integer of at least 1, got 0"),
-        (dict(num_segments=2, steps=3), "num_segments and steps: got both"),
-        (dict(steps=2.5), "steps must be an integer of at least 1, got 2.5"),
+        (ValueError, dict(num_segments=0), "num_segments: got 0; wanted an int of at least 1"),
+        (ValueError, dict(num_segments=2, steps=3), "num_segments and steps: got both"),
+        (TypeError, dict(steps=2.5), "steps: got 2.5 of type float; wanted an int of at least 1"),
     ],
 )
-def test_bad_arguments(arguments, words):
-    with pytest.raises(ValueError, match=words):
+def test_bad_arguments(error, arguments, words):
+    with pytest.raises(error, match=words):
         shooting(**arguments)
 
 

@@ -28,9 +28,9 @@ from partime_mcmc.kernels import (
     nuts,
     random_walk,
 )
+from partime_mcmc.models import banana
 from partime_mcmc.sampling.sample import sample
 from partime_mcmc.sampling.target import Target
-from partime_mcmc.models import banana
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from partime_mcmc.diagnostics.checks import InvalidStart
 from partime_mcmc.sampling.target import Target
+from partime_mcmc.validation import InvalidStart
 
 
 @pytest.fixture(params=[False, True], ids=["float32", "float64"])

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from partime_mcmc.kernels import hmc
-from partime_mcmc.warmup import hmc_batch as trajectories
 from partime_mcmc.kernels.kernel_program import density_of
+from partime_mcmc.warmup import hmc_batch as trajectories
+from partime_mcmc.warmup.hmc_batch import STEPS, HMCBatch, HMCBatchResult, SeedTree
 from partime_mcmc.warmup.metric import (
     DenseMetric,
     DiagonalMetric,
@@ -17,12 +18,15 @@ from partime_mcmc.warmup.metric import (
     metric_for,
     root_of,
 )
-from partime_mcmc.warmup.trajectory_length import Path, TrajectoryRule, boldest_step
-from partime_mcmc.warmup.pooled import Pool, PooledAdaptation, rescue
-from partime_mcmc.warmup.host_rng import SeedTree
-from partime_mcmc.warmup.hmc_batch import STEPS, HMCBatchResult, HMCBatch
+from partime_mcmc.warmup.pooled import (
+    Pool,
+    PooledAdaptation,
+    in_parallel_time,
+    rescue,
+    side_by_side,
+)
+from partime_mcmc.warmup.tuning import Path, TrajectoryRule, boldest_step
 from partime_mcmc.warmup.warmup import WindowAdaptation, warm_up
-from partime_mcmc.warmup.pooled_windows import in_parallel_time, side_by_side
 
 D, C, SEED = 3, 8, SeedTree((0, 1))
 COVARIANCE = np.array([[4.0, 1.0, 0.0], [1.0, 0.5, 0.003], [0.0, 0.003, 1e-4]])

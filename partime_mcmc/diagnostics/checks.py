@@ -1,6 +1,6 @@
 """Pre-flight checks: refuse, in plain words, what would fail late or be wrong in silence.
 
-A sampler started where log p(x) is -inf, or where its gradient is NaN, rejects every proposal and never says so; a log
+A sampler started where log p(x) is -inf, or where its gradient is NaN, rejects every proposal without a sign; a log
 density that differs between two calls at the same x has no path to converge to. With a position x (a pytree of D
 numbers in all), l(x) = log p(x) and g(x) its gradient, a run may begin where
 
@@ -22,41 +22,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.diagnostics.arguments import (
-    InvalidStart,
-    TooLarge,
-    check_bytes,
-    check_count,
-    check_dtypes,
-    check_key,
-)
 from partime_mcmc.tracing import explicit
 from partime_mcmc.types import Array, PyTree
-
-__all__ = [
-    "InvalidStart",
-    "NonDeterministicTarget",
-    "PrecisionWarning",
-    "TooLarge",
-    "check_bytes",
-    "check_count",
-    "check_deterministic",
-    "check_dtypes",
-    "check_key",
-    "check_precision",
-    "check_start",
-    "check_starts",
-    "looks_improper",
-]
+from partime_mcmc.validation import (
+    InvalidStart,
+)
 
 LogDensity = Callable[[PyTree], Array]
 
+# Largest relative difference between float32 and float64 log densities that passes `check_precision`.
 MAX_RELATIVE_ERROR = 1e-3
-"""Largest relative difference between float32 and float64 log densities that passes `check_precision`."""
-IMPROPER_GROWTH = 1e6
-"""Growth of |x| over the scale of the starts beyond which `looks_improper` speaks."""
-IMPROPER_STEP_SIZE = 1e3
-"""Adapted step size beyond which `looks_improper` speaks."""
+# `looks_improper`: growth of |x| over the scale of the starts, and the adapted step size, beyond which it warns.
+IMPROPER_GROWTH, IMPROPER_STEP_SIZE = 1e6, 1e3
 
 
 class NonDeterministicTarget(ValueError):
@@ -149,7 +126,9 @@ def check_precision(logdensity: LogDensity, position: PyTree) -> float | None:
                 lambda leaf: jnp.asarray(np.asarray(leaf), dtype=jnp.float64), position
             )
             value = _compiled(logdensity, wide)(wide)
-    except Exception:  # whatever a model that insists on float32 raises: then nothing can be said
+    except (
+        Exception
+    ):  # whatever a model that insists on float32 raises: then there is nothing to compare
         return None
     there = float(value)
     if value.dtype != jnp.float64 or not math.isfinite(there):
@@ -228,9 +207,7 @@ def _compiled_derivative(logdensity: LogDensity, position: PyTree, name: str) ->
     for derivative in (jax.value_and_grad(logdensity), forward):
         try:
             return _compiled(derivative, position)
-        except (
-            Exception
-        ):  # no reverse mode through while loops, no derivative at all through host callbacks
+        except Exception:  # no reverse mode through loops, no derivative through host callbacks
             continue
     return _compiled(lambda position: (logdensity(position), ()), position)
 
@@ -265,15 +242,8 @@ def looks_improper(positions_first: PyTree, positions_last: PyTree, step_size: A
         `IMPROPER_STEP_SIZE`. It is a hint for a warning, not a proof: a very wide proper target can trip it (rescale
         it), and a slow drift, or a chain that rejects nearly everything on the way out, passes unseen.
     """
-    scale = max(
-        [
-            1.0,
-            *(
-                float(np.max(np.abs(leaf), initial=0.0))
-                for leaf in jax.tree.leaves(positions_first)
-            ),
-        ]
-    )
+    sizes = [np.max(np.abs(leaf), initial=0.0) for leaf in jax.tree.leaves(positions_first)]
+    scale = float(max([1.0, *sizes]))
     for path, leaf in jax.tree_util.tree_flatten_with_path(positions_last)[0]:
         largest = float(np.max(np.abs(leaf), initial=0.0))
         if largest > IMPROPER_GROWTH * scale:

@@ -19,6 +19,7 @@ from partime_mcmc.engine.solution import Tolerance
 from partime_mcmc.engine.time_axis import LocalTime
 from partime_mcmc.solvers import Solver
 from partime_mcmc.types import PyTree
+from partime_mcmc.validation import check_count
 
 
 def residuals_by_pass(
@@ -46,8 +47,7 @@ def residuals_by_pass(
     Raises:
         ValueError: If `max_passes` is less than one.
     """
-    if max_passes < 1:
-        raise ValueError(f"max_passes must be at least 1, got {max_passes}")
+    check_count(max_passes, "max_passes", 1)
     drive = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), drives)
     flat, start, _ = ravel(without_captures(dynamics, initial, drive), initial)
     states = jnp.broadcast_to(start, (jax.tree.leaves(drives)[0].shape[0], *start.shape))

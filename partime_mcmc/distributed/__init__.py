@@ -1,8 +1,6 @@
 """One chain over many devices and hosts: the mesh, time spread along it, and the solve."""
 
-from partime_mcmc.distributed.data import summed
-from partime_mcmc.distributed.launch import hosts
-from partime_mcmc.distributed.mesh import time_mesh
+from partime_mcmc.distributed.mesh import hosts, summed, time_mesh
 from partime_mcmc.distributed.sharded_solve import sharded_chains, sharded_solve
 from partime_mcmc.distributed.sharded_time import ShardedTime, TimeOnMesh
 

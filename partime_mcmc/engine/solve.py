@@ -145,9 +145,43 @@ def _solve(
 ) -> Solution:
     # Derivatives come from the adjoint; nothing here may be differentiated.
     dynamics, initial, drives, guess = lax.stop_gradient((dynamics, initial, drives, guess))
+    num_steps = guess.shape[0]
+    begin = _at_start(dynamics, initial, drives, guess, solver, window, max_iterations)
+    given = (
+        dynamics,
+        initial,
+        drives,
+        solver,
+        schedule,
+        tolerance,
+        key,
+        axis,
+        window,
+        max_iterations,
+    )
+    one_pass = functools.partial(_one_pass, *given)
+    if isinstance(solver, Sequential) and window == num_steps > 0:
+        # One pass is enough; under `vmap` a loop would copy the path to select between the old and the new one.
+        end = one_pass(begin)
+    elif num_steps:
+        end = axis.repeat(lambda loop: loop.status == _RUNNING, one_pass, begin)
+    else:
+        end = begin
+    work = axis.by_part(jnp.stack([end.evaluations, end.jvps]))
+    evaluations, jvps = work.T / max(axis.length(num_steps), 1)
+    replaced = axis.total(jnp.stack([end.num_jacobians, end.num_updates])[None])
+    stats = Stats(
+        evaluations.sum(), jvps.sum(), end.depth, end.history, replaced[0], replaced[1], evaluations
+    )
+    verdict = end.status, end.iterations, end.residual, end.num_exact
+    return Solution(end.states, *verdict, stats, end.notes, end.defects)
+
+
+def _at_start(dynamics, initial, drives, guess, solver, window, max_iterations) -> _Loop:
+    """What the loop carries before the first pass."""
     num_steps, dtype = guess.shape[0], guess.dtype
     zero = jnp.zeros((), jnp.int32)
-    begin = _Loop(
+    return _Loop(
         guess,
         zero,
         solver.init(initial, guess[:window]),
@@ -163,45 +197,6 @@ def _solve(
         zero,
         zero,
         *_no_notes(dynamics, solver, initial, drives, guess, window),
-    )
-    one_pass = functools.partial(
-        _one_pass,
-        dynamics,
-        initial,
-        drives,
-        solver,
-        schedule,
-        tolerance,
-        key,
-        axis,
-        window,
-        max_iterations,
-    )
-    if isinstance(solver, Sequential) and window == num_steps > 0:
-        # One pass is enough; under `vmap` a loop would copy the path to select between the old and the new one.
-        end = one_pass(begin)
-    else:
-        end = (
-            axis.repeat(lambda loop: loop.status == _RUNNING, one_pass, begin)
-            if num_steps
-            else begin
-        )
-    evaluations, jvps = axis.by_part(jnp.stack([end.evaluations, end.jvps])).T / max(
-        axis.length(num_steps), 1
-    )
-    replaced = axis.total(jnp.stack([end.num_jacobians, end.num_updates])[None])
-    stats = Stats(
-        evaluations.sum(), jvps.sum(), end.depth, end.history, replaced[0], replaced[1], evaluations
-    )
-    return Solution(
-        end.states,
-        end.status,
-        end.iterations,
-        end.residual,
-        end.num_exact,
-        stats,
-        end.notes,
-        end.defects,
     )
 
 
@@ -385,7 +380,7 @@ def check_iterations(max_iterations: int | None) -> int:
     """
     if max_iterations is None:
         return DEFAULT_MAX_ITERATIONS
-    check_count("max_iterations", max_iterations)
+    check_count(max_iterations, "max_iterations", 1)
     return max_iterations
 
 

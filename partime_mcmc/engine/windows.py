@@ -51,7 +51,7 @@ class Windows:
     size: int
 
     def __post_init__(self):
-        check_count("size", self.size)
+        check_count(self.size, "size", 1)
 
     def window(self, num_steps: int) -> int:
         return min(self.size, num_steps)
@@ -67,7 +67,7 @@ class SlidingWindow:
     size: int
 
     def __post_init__(self):
-        check_count("size", self.size)
+        check_count(self.size, "size", 1)
 
     def window(self, num_steps: int) -> int:
         return min(self.size, num_steps)

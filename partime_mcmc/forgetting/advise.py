@@ -31,8 +31,9 @@ from partime_mcmc.forgetting.coalescence import (
 )
 from partime_mcmc.solvers import Solver
 from partime_mcmc.solvers.narrowing import widths
-from partime_mcmc.solvers.segment_rule import choose_segments, device_lanes, segment_length
+from partime_mcmc.solvers.segments import choose_segments, device_lanes, segment_length
 from partime_mcmc.types import PyTree
+from partime_mcmc.validation import check_count
 
 _MIN_PAIRS, _MAX_PAIRS = 16, 32
 # A thirty-second of the run is what the question may cost, within reason at both ends.
@@ -117,9 +118,8 @@ def advise(
         ValueError: If counts are not positive, `starts` has fewer than two states or the wrong shapes, or `drives` is
             empty.
     """
-    for name, value in (("num_steps", num_steps), ("num_chains", num_chains)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    check_count(num_steps, "num_steps", 1)
+    check_count(num_chains, "num_chains", 1)
     max_bytes = path_bytes() if max_bytes is None else max_bytes
     initial, drives, starts = (
         jax.tree.map(jnp.asarray, tree) for tree in (initial, drives, starts)

@@ -25,6 +25,7 @@ from partime_mcmc.engine.dynamics import Dynamics, ravel, without_captures
 from partime_mcmc.engine.solution import Tolerance, nanaware_max
 from partime_mcmc.solvers.sequential import cached_step_of
 from partime_mcmc.types import Array, PyTree, pytree
+from partime_mcmc.validation import check_count
 
 _EULER_GAMMA = 0.5772156649
 
@@ -76,11 +77,7 @@ def meeting_times(
     flat, pairs, tape, shared = _prepared(dynamics, starts, others, drives)
     num_steps = jax.tree.leaves(tape)[0].shape[0]
     if max_steps is not None:
-        if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
-            raise ValueError(
-                f"max_steps must be an integer of at least 1 or None, got {max_steps!r}"
-            )
-        num_steps = min(num_steps, max_steps)
+        num_steps = min(num_steps, check_count(max_steps, "max_steps", 1))
     return _meet(
         flat,
         pairs,

@@ -24,6 +24,7 @@ from jax.flatten_util import ravel_pytree
 from partime_mcmc.engine.dynamics import Dynamics, ravel, without_captures
 from partime_mcmc.engine.solution import nanaware_max
 from partime_mcmc.types import Array, Key, PyTree, pytree
+from partime_mcmc.validation import check_count
 
 _MAX_SEGMENTS = 64
 _MAX_SPIN_UP = 128
@@ -76,12 +77,7 @@ def lyapunov(
     Raises:
         ValueError: If the path has fewer than 2 steps, lengths differ, or `num_directions` is not a positive integer.
     """
-    if (
-        isinstance(num_directions, bool)
-        or not isinstance(num_directions, int)
-        or num_directions < 1
-    ):
-        raise ValueError(f"num_directions must be an integer of at least 1, got {num_directions!r}")
+    check_count(num_directions, "num_directions", 1)
     initial, states, drives = (
         jax.tree.map(jnp.asarray, tree) for tree in (initial, states, drives)
     )

@@ -262,7 +262,7 @@ def check_step_size(step_size: float) -> None:
 
 def _check_positive_integer(value, name: str) -> None:
     if not isinstance(value, jax.core.Tracer):
-        check_count(name, value)
+        check_count(value, name, 1)
 
 
 def _gaussian_step(step_size):

@@ -154,7 +154,7 @@ class Kernel:
     def recording(self) -> Dynamics:
         """As `dynamics`, with the `StepRecord` of every step as its `aux` numbers: see `certify_recorded`."""
         cached = CachedStep(
-            *(_Method(self, f"_{name}_noting") for name in ("enter", "advance", "leave")),
+            *(_Method(self, f"_{name}_recording") for name in ("init", "step", "state")),
             aux=noted,
         )
         return dataclasses.replace(self.dynamics(), cached=cached)

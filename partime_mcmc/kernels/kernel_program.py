@@ -81,7 +81,7 @@ class ParametrisedKernel(Kernel):
 
     def recording(self) -> Dynamics:
         """As `Kernel.recording`, with the numbers as parameters."""
-        parts = (_Part(self.family, f"_{name}_noting") for name in ("enter", "advance", "leave"))
+        parts = (_Part(self.family, f"_{name}_recording") for name in ("init", "step", "state"))
         return dataclasses.replace(
             self.dynamics(), cached=CachedStep(*parts, (self.numbers,) * 3, noted)
         )

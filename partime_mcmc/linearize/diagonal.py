@@ -54,7 +54,7 @@ class HutchinsonDiagonal:
     num_probes: int = 1
 
     def __post_init__(self):
-        check_count("num_probes", self.num_probes)
+        check_count(self.num_probes, "num_probes", 1)
 
     def __call__(
         self, dynamics: Dynamics, previous: Array, drives: PyTree, key: Key

@@ -13,8 +13,8 @@ Probability's Inference Gym.
 import jax
 import jax.numpy as jnp
 
-from partime_mcmc.sampling.target import Target
 from partime_mcmc.models.builtin import BuiltIn
+from partime_mcmc.sampling.target import Target
 from partime_mcmc.types import Array, Key
 
 SCALE = 10.0

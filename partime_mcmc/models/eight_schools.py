@@ -10,8 +10,8 @@ experiments", Journal of Educational Statistics 6(4), 1981; priors as in posteri
 
 import numpy as np
 
-from partime_mcmc.sampling.target import Target
 from partime_mcmc.models.builtin import BuiltIn
+from partime_mcmc.sampling.target import Target
 from partime_mcmc.types import Key
 
 EFFECT = (28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0)

@@ -15,8 +15,8 @@ from importlib import resources
 
 import numpy as np
 
-from partime_mcmc.sampling.target import Target
 from partime_mcmc.models.builtin import BuiltIn
+from partime_mcmc.sampling.target import Target
 from partime_mcmc.types import Key
 
 BASELINES = {"selfLR": 4, "PID": 0, "educ": 3}

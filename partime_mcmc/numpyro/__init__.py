@@ -1,9 +1,15 @@
 """NumPyro at the border: its models as targets, our kernels in its shape, and its `MCMC` in parallel time."""
 
-from partime_mcmc.numpyro.base import ParallelKernel
-from partime_mcmc.numpyro.kernels import HMC, MALA, NUTS, BlackJAXKernel, CoalescingHMC
+from partime_mcmc.numpyro.kernels import (
+    HMC,
+    MALA,
+    NUTS,
+    BlackJAXKernel,
+    CoalescingHMC,
+    ParallelKernel,
+)
 from partime_mcmc.numpyro.mcmc import ParallelMCMC, ParallelReport
-from partime_mcmc.numpyro.target import from_numpyro
+from partime_mcmc.numpyro.model import from_numpyro
 
 __all__ = [
     "BlackJAXKernel",

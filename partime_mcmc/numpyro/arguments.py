@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.diagnostics.checks import check_key
 from partime_mcmc.types import PyTree
+from partime_mcmc.validation import check_key
 
 
 def is_typed(key: Any) -> bool:

@@ -1,22 +1,307 @@
-"""The kernels that a NumPyro user names: what is built and tuned, and which arguments fix what."""
+"""Our kernels as NumPyro's `MCMCKernel`: the same arguments, the same state fields, two ways to run.
+
+In `ParallelMCMC` a kernel only says what is to be tuned and how; chains are warmed up together and solved in parallel time. In
+NumPyro's own `MCMC` the same kernel moves one step per call with the very same random numbers, step t of a chain with
+`jax.random.fold_in(rng_key, t)`, which is `jax.random.split(rng_key, T)[t]`: that is the sequential reference.
+
+States are NumPyro's `HMCState`. Its `adapt_state` holds what warm-up chose, `r` what a kernel carries from step to step; `i`
+counts steps since warm-up, so that the last state of a run goes on with the next random numbers. Step sizes are in whitened
+coordinates, as NumPyro's are with an adapted mass matrix.
+
+NumPyro's own `HMC` and `NUTS` become kernels of ours, so that a script changes the name of one class. What was left at
+NumPyro's default is left to our warm-up: a step size of 1 is where NumPyro's adaptation starts, and a path of 2π, in
+coordinates as well whitened as ours, ends where it began. What was set is kept. Other kernels of NumPyro's, other kinetic
+energies than the Euclidean one, and metrics given by blocks are refused.
+"""
 
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any, Callable
 
-from partime_mcmc.diagnostics.checks import check_count
+import jax
+import jax.numpy as jnp
+from numpyro.infer import HMC as TheirHMC
+from numpyro.infer import NUTS as TheirNUTS
+from numpyro.infer.hmc import HMCState
+from numpyro.infer.hmc_util import euclidean_kinetic_energy
+from numpyro.infer.mcmc import MCMCKernel
+
 from partime_mcmc.kernels import (
     Kernel,
     MultishiftCoupling,
+    Tape,
     Whitening,
     coalescing_hmc,
     hmc,
     mala,
     nuts,
 )
-from partime_mcmc.numpyro.arguments import check_positive
-from partime_mcmc.numpyro.base import ParallelKernel
+from partime_mcmc.kernels.kernel_program import KernelParams, ParametrisedKernel
+from partime_mcmc.numpyro.arguments import (
+    check_alone,
+    check_positive,
+    checked_metric,
+    is_typed,
+    warn_without_effect,
+)
+from partime_mcmc.numpyro.hmc_state import hmc_state, keys_of, sample_arguments
+from partime_mcmc.numpyro.model import Posterior, forward_only
+from partime_mcmc.sampling.plan import prepare
+from partime_mcmc.sampling.progress import quiet
+from partime_mcmc.sampling.target import Target
+from partime_mcmc.types import Key, PyTree
+from partime_mcmc.validation import check_count
+from partime_mcmc.warmup.metric import DiagonalMetric, FrozenMetric
+from partime_mcmc.warmup.pooled import PooledAdaptation
+
+
+class ParallelKernel(MCMCKernel):
+    """What all our kernels share.
+
+    Args:
+        model: A NumPyro model.
+        potential_fn: Instead of a model: minus the log density of a position; give `init_params` to `run` then.
+        step_size: Fixed step size; None lets warm-up choose.
+        inverse_mass_matrix: A first metric for warm-up, `(D, D)` or `(D,)`, in the order of flattened positions.
+        adapt_step_size: False keeps `step_size`, which must be given.
+        adapt_mass_matrix: False keeps `inverse_mass_matrix`.
+        dense_mass: False or an empty list takes a diagonal metric; None, True or a list of blocks a dense one (low-rank
+            beyond 300 dimensions).
+        target_accept_prob: Mean acceptance in trials; None is what suits the kernel.
+        init_strategy: As in NumPyro; None is `init_to_uniform`.
+        find_heuristic_step_size, regularize_mass_matrix: Accepted, without effect.
+        forward_mode_differentiation: True takes gradients in forward mode, for models with loops that know no other.
+        adaptation: A whole warm-up strategy, instead of `inverse_mass_matrix`, `adapt_mass_matrix`, `dense_mass`,
+            `target_accept_prob` and `trajectory_length`.
+
+    Raises:
+        ValueError: If not exactly one of `model` and `potential_fn` is given, or an argument cannot work, alone or with
+            another.
+
+    Warns:
+        UserWarning: For an argument without effect that is not at NumPyro's default.
+    """
+
+    builder: Callable[..., Kernel]
+
+    def __init__(
+        self,
+        model: Callable | None = None,
+        potential_fn: Callable | None = None,
+        *,
+        step_size: float | None = None,
+        inverse_mass_matrix: Any = None,
+        adapt_step_size: bool = True,
+        adapt_mass_matrix: bool = True,
+        dense_mass: bool | list | None = None,
+        target_accept_prob: float | None = None,
+        init_strategy: Callable | None = None,
+        find_heuristic_step_size: bool = False,
+        forward_mode_differentiation: bool = False,
+        regularize_mass_matrix: bool = True,
+        adaptation: Any = None,
+    ):
+        if (model is None) == (potential_fn is None):
+            raise ValueError("model and potential_fn: wanted exactly one of them")
+        if target_accept_prob is not None and not 0 < target_accept_prob < 1:
+            raise ValueError(
+                f"target_accept_prob: got {target_accept_prob!r}, wanted a number between 0 and 1"
+            )
+        if step_size is None and not adapt_step_size:
+            raise ValueError("step_size: got None with adapt_step_size=False, wanted a number")
+        check_alone(
+            adaptation,
+            inverse_mass_matrix=inverse_mass_matrix,
+            adapt_mass_matrix=None if adapt_mass_matrix else False,
+            dense_mass=dense_mass,
+            target_accept_prob=target_accept_prob,
+            trajectory_length=self._path_length(),
+        )
+        warn_without_effect(find_heuristic_step_size, regularize_mass_matrix)
+        self._model, self._potential_fn, self._init_strategy = model, potential_fn, init_strategy
+        self._step_size, self._posterior = check_positive(step_size, "step_size"), None
+        self._forward_mode_differentiation = forward_mode_differentiation
+        rule = DiagonalMetric() if dense_mass is False or dense_mass == [] else None
+        if not adapt_mass_matrix:
+            rule = FrozenMetric()
+        guess = None if inverse_mass_matrix is None else checked_metric(inverse_mass_matrix)
+        self.adaptation = adaptation or PooledAdaptation(
+            target_acceptance=target_accept_prob,
+            path_length=self._path_length(),
+            metric=rule,
+            guess=guess,
+        )
+        self._family, self._data, self._sample_fn = None, None, None
+        self._builder = None
+
+    def _path_length(self) -> float | None:
+        return None
+
+    def _fixed(self) -> dict[str, Any]:
+        """Settings that the user has fixed."""
+        return {} if self._step_size is None else {"step_size": self._step_size}
+
+    def tuned_builder(self) -> Callable[..., Kernel]:
+        """What warm-up tunes, as `sample` takes it."""
+        if self._builder is None:
+            # Made once: a partial equals only itself, and what is compiled is found again by its builder.
+            fixed = self._fixed()
+            self._builder = functools.partial(self.builder, **fixed) if fixed else self.builder
+        return self._builder
+
+    @property
+    def model(self) -> Callable | None:
+        """The model, None for a potential."""
+        return self._model
+
+    @property
+    def sample_field(self) -> str:
+        """Where the state has its draw."""
+        return "z"
+
+    @property
+    def default_fields(self) -> tuple[str, ...]:
+        """What a run collects unasked."""
+        return ("z", "diverging")
+
+    def get_diagnostics_str(self, state: HMCState) -> str:
+        """One line for a progress bar."""
+        return f"{state.num_steps} steps of size {state.adapt_state.step_size:.2e}. acc. prob={state.mean_accept_prob:.2f}"
+
+    def target(
+        self, model_args: tuple, model_kwargs: dict | None, key: Key, init_params: PyTree = None
+    ) -> Target:
+        """What is sampled, with NumPyro's starts.
+
+        Raises:
+            ValueError: If a potential comes without `init_params`, and as `from_numpyro`.
+        """
+        if self._model is None:
+            if init_params is None:
+                raise ValueError(
+                    "init_params: got None, wanted starts: a potential_fn does not say what its positions look like"
+                )
+            minus = _Minus(self._potential_fn)
+            return Target(
+                forward_only(minus) if self._forward_mode_differentiation else minus, init_params
+            )
+        self._posterior = Posterior(
+            self._model,
+            tuple(model_args),
+            dict(model_kwargs or {}),
+            key,
+            self._init_strategy,
+            self._forward_mode_differentiation,
+        )
+        return self._posterior.target
+
+    def postprocess_fn(
+        self, model_args: tuple, model_kwargs: dict | None
+    ) -> Callable[[PyTree], PyTree]:
+        """From one unconstrained draw to named values in the model's space."""
+        if self._model is None or self._posterior is None:
+            return lambda position: position
+        return self._posterior.target.constrain
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As NumPyro's kernels: without what is compiled or traced, which the next run makes again."""
+        return self.__dict__ | {
+            "_posterior": None,
+            "_family": None,
+            "_data": None,
+            "_sample_fn": None,
+        }
+
+    # --- one step at a time, in NumPyro's own MCMC
+
+    def init(
+        self,
+        rng_key: Key,
+        num_warmup: int,
+        init_params: PyTree,
+        model_args: tuple,
+        model_kwargs: dict | None,
+    ) -> HMCState:
+        """A warmed-up state per key, for NumPyro's own `MCMC`.
+
+        Raises:
+            TypeError: Under `pmap` or `vmap`: warm-up looks at numbers. Take chain_method "vectorized" or "sequential".
+        """
+        if isinstance(rng_key, jax.core.Tracer):
+            raise TypeError(
+                "chain_method: got one that traces `init`; wanted 'vectorized' or 'sequential', or ParallelMCMC"
+            )
+        keys = keys_of(rng_key)
+        is_single = jnp.ndim(rng_key) == (0 if is_typed(rng_key) else 1)
+        if is_single and init_params is not None:
+            init_params = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], init_params)
+        target = self.target(model_args, model_kwargs, keys[0], init_params)
+        arguments = sample_arguments(self, target, keys, num_warmup, init_params, num_samples=0)
+        plan, chain_state = prepare(arguments, quiet)
+        self.adopt(plan.kernel)
+        state = hmc_state(plan, chain_state, self)
+        return jax.tree.map(lambda leaf: leaf[0], state) if is_single else state
+
+    def adopt(self, kernel: ParametrisedKernel) -> None:
+        """Take over what a warm-up chose: its states can then be moved, here or in NumPyro's own `MCMC`."""
+        self._family, self._data = kernel.family, kernel.numbers.data
+        self._sample_fn = self.sample
+
+    def sample(self, state: HMCState, model_args: tuple, model_kwargs: dict | None) -> HMCState:
+        """One transition of one chain, or of a batch of them."""
+        return jax.vmap(self._one)(state) if jnp.ndim(state.i) else self._one(state)
+
+    def _one(self, state: HMCState) -> HMCState:
+        kernel = self._kernel_of(state)
+        key = jax.random.fold_in(state.rng_key, state.i)
+        full = kernel.state(state.r, state.adapt_state.discrete)
+        randomness = jax.tree.map(lambda leaf: leaf[0], kernel.tape_of(key[None], full).randomness)
+        carry, full, info = kernel.transition(state.r, Tape(randomness, state.adapt_state.discrete))
+        said = {
+            name: jnp.asarray(value, getattr(state, name).dtype)
+            for name, value in info_fields(full, info).items()
+        }
+        count = state.i + 1
+        return state._replace(
+            i=count,
+            z=kernel.position(carry),
+            r=carry,
+            **said,
+            mean_accept_prob=state.mean_accept_prob
+            + (said["accept_prob"] - state.mean_accept_prob) / count,
+            adapt_state=state.adapt_state._replace(discrete=kernel.discrete(full)),
+        )
+
+    def _kernel_of(self, state: HMCState) -> Kernel:
+        """The tuned kernel of one chain's state."""
+        adapted, counts = state.adapt_state, dict(self._family.counts)
+        settings = {name: value for name, value in adapted.settings.items() if name not in counts}
+        whitening = Whitening(state.z, adapted.center, adapted.mass_matrix_sqrt_inv)
+        return self._family.kernel(KernelParams(self._data, whitening, settings))
+
+
+class _Minus:
+    """A log density from a potential."""
+
+    def __init__(self, potential: Callable):
+        self.potential = potential
+
+    def __call__(self, position: PyTree):
+        return -self.potential(position)
+
+
+def info_fields(state: Any, info: Any) -> dict[str, Any]:
+    """What a step says of itself, by NumPyro's names."""
+    potential = -getattr(state, "logdensity", jnp.nan)
+    return {
+        "accept_prob": getattr(info, "acceptance_rate", 1.0),
+        "potential_energy": potential,
+        "energy": getattr(info, "energy", potential),
+        "num_steps": getattr(info, "num_integration_steps", 1),
+        "diverging": getattr(info, "is_divergent", False),
+    }
 
 
 class HMC(ParallelKernel):
@@ -153,3 +438,67 @@ class _Whitened:
 
     def __hash__(self) -> int:
         return hash(self.build)
+
+
+_OURS = {TheirHMC: HMC, TheirNUTS: NUTS}
+# NumPyro keeps every argument under its name with an underscore; a test holds it to that.
+_CARRIED = (
+    "model",
+    "potential_fn",
+    "inverse_mass_matrix",
+    "dense_mass",
+    "target_accept_prob",
+    "init_strategy",
+    "adapt_mass_matrix",
+    "find_heuristic_step_size",
+    "forward_mode_differentiation",
+    "regularize_mass_matrix",
+)
+_OWN = {TheirHMC: ("num_steps", "trajectory_length"), TheirNUTS: ("max_tree_depth",)}
+
+
+def from_numpyro_kernel(sampler: MCMCKernel) -> ParallelKernel:
+    """A kernel of ours for one of ours, or for NumPyro's `HMC` or `NUTS`.
+
+    Args:
+        sampler: The kernel.
+
+    Raises:
+        TypeError: For any other kernel.
+        ValueError: For a setting that cannot be carried over.
+    """
+    if isinstance(sampler, ParallelKernel):
+        return sampler
+    kind = type(sampler)
+    if kind not in _OURS:
+        raise TypeError(
+            f"sampler: got a {kind.__module__}.{kind.__name__}, wanted one of CoalescingHMC, HMC, NUTS, MALA or "
+            "BlackJAXKernel of partime_mcmc, or NumPyro's own HMC or NUTS"
+        )
+    if _stored(sampler, "kinetic_fn") is not euclidean_kinetic_energy:
+        raise ValueError(
+            f"sampler.kinetic_fn: got {_stored(sampler, 'kinetic_fn')!r}, wanted NumPyro's Euclidean kinetic energy"
+        )
+    parameters = inspect.signature(kind.__init__).parameters
+    said = {name: _stored(sampler, name) for name in (*_CARRIED, *_OWN[kind])}
+    options = {
+        name: value
+        for name, value in said.items()
+        if not _is_default(value, parameters[name].default)
+    }
+    if not _stored(sampler, "adapt_step_size"):
+        options |= {"step_size": _stored(sampler, "step_size"), "adapt_step_size": False}
+    return _OURS[kind](**options)
+
+
+def _stored(sampler: MCMCKernel, name: str) -> Any:
+    try:
+        return getattr(sampler, f"_{name}")
+    except AttributeError:
+        raise TypeError(
+            f"sampler: this version of NumPyro does not say its kernel's {name}; wanted a kernel of partime_mcmc"
+        ) from None
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    return value is default or (isinstance(value, (bool, int, float)) and value == default)

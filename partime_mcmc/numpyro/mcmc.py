@@ -20,29 +20,27 @@ import numpy as np
 from numpyro.infer import MCMC
 from numpyro.infer.mcmc import MCMCKernel
 
+from partime_mcmc.certify.certificate import Certificate
 from partime_mcmc.certify.recorded import Certification, CertifyWhileRolling
-from partime_mcmc.diagnostics.checks import check_count
+from partime_mcmc.diagnostics.report import Level
 from partime_mcmc.engine.solution import SolveError
 from partime_mcmc.engine.windows import Schedule
 from partime_mcmc.forgetting.advise import Advice
 from partime_mcmc.numpyro.arguments import check_keys, check_leading
-from partime_mcmc.numpyro.collect import (
+from partime_mcmc.numpyro.hmc_state import (
     check_fields,
     collect,
     empty_collection,
-    last_stored_state,
-    read_fields,
-    with_chains,
-)
-from partime_mcmc.numpyro.convert import from_numpyro_kernel
-from partime_mcmc.numpyro.data import Data
-from partime_mcmc.numpyro.hmc_state import (
     hmc_state,
     keys_of,
+    last_stored_state,
+    read_fields,
     sample_arguments,
+    with_chains,
 )
-from partime_mcmc.numpyro.report import ParallelReport, without_kernel
-from partime_mcmc.sampling.draws import Draws, spread_positions
+from partime_mcmc.numpyro.kernels import from_numpyro_kernel
+from partime_mcmc.numpyro.model import Data
+from partime_mcmc.sampling.draws import Draws, RunReport, spread_positions
 from partime_mcmc.sampling.pilots import advise_plan
 from partime_mcmc.sampling.plan import Plan, prepare
 from partime_mcmc.sampling.progress import chosen_progress
@@ -53,8 +51,84 @@ from partime_mcmc.storage.saved_plan import chain_state_of
 from partime_mcmc.storage.store import Store
 from partime_mcmc.storage.stored_draws import StoredDraws
 from partime_mcmc.types import Key, PyTree
-from partime_mcmc.validation import check_has
+from partime_mcmc.validation import check_count, check_has
 from partime_mcmc.warmup.warmup import Warmup
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelReport:
+    """What is known of a run.
+
+    Attributes:
+        run: Statuses, work and times.
+        certificate: One entry per chain.
+        warmup: What warm-up chose and why; None if there was none in this run.
+        plan: Solver, schedule, counts and key.
+        ask: Gives advice, and remembers it; None where nothing calls for advice.
+    """
+
+    run: RunReport
+    certificate: Certificate
+    warmup: Warmup | None
+    plan: dict[str, Any]
+    ask: Callable[[], Advice] | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    @property
+    def level(self) -> Level:
+        """CERTIFIED_PATH if every chain is the chain of its kernel and moves, otherwise FAIL."""
+        good = (
+            np.asarray(self.certificate.certified).all()
+            and not np.asarray(self.certificate.frozen).any()
+        )
+        return Level.CERTIFIED_PATH if good else Level.FAIL
+
+    @property
+    def parallel(self) -> bool:
+        """Whether the solver did it, without a sequential fallback."""
+        return not self.run.fallbacks and "Sequential" not in self.plan["solver"]
+
+    @property
+    def advice(self) -> Advice | None:
+        """What pilot chains say, where the default solver had to give up; None elsewhere.
+
+        Pilots are run when this is first looked at, or printed: they are compiled for seconds, which a run that needs no
+        advice should not wait for.
+        """
+        return None if self.ask is None else self.ask()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"warmup": without_kernel(self.warmup), "ask": None}
+
+    def __str__(self) -> str:
+        residual = float(np.max(np.asarray(self.certificate.max_residual)))
+        lines = [
+            f"{self.level.name}: largest residual {residual:.1e} noise units, {self.certificate.evidence}; {self.run}",
+            *self.run.fallbacks,
+        ]
+        if self.advice is not None:
+            lines.append(f"Advice: {self.advice}")
+        return "\n".join([*lines, *([str(self.warmup)] if self.warmup else [])])
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelName:
+    """What is left of a kernel that was pickled: its programs cannot be.
+
+    Attributes:
+        name: As the kernel's.
+    """
+
+    name: str
+
+
+def without_kernel(warmup: Warmup | None) -> Warmup | None:
+    """A warm-up that can be pickled: of its kernel only the name stays."""
+    return (
+        None
+        if warmup is None
+        else dataclasses.replace(warmup, kernel=KernelName(warmup.kernel.name))
+    )
+
 
 __all__ = ["ParallelMCMC", "ParallelReport", "SolveError"]
 

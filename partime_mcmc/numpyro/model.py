@@ -1,15 +1,87 @@
-"""StreamingStatistics a NumPyro model: with its data, traced, and what went wrong when it fails."""
+"""A NumPyro model as a `Target`.
 
+NumPyro maps every latent site z to unconstrained x by the bijection b of its support, z = b(x), and
+
+    logdensity(x) = log p(b(x), data) + log |det b'(x)|,      constrain(x) = {latent and deterministic sites at b(x)}.
+
+Starts are NumPyro's own: `init_strategy`, by default uniform on (-2, 2) in x, up to 100 tries for a finite log density
+and gradient. NumPy data stay NumPy, in the dtypes of the precision that is on while the model runs.
+
+Left out: discrete latent sites (sum them out, e.g. with `MixtureSameFamily`), subsampling plates (the density would be
+random, and NumPyro's fixes one subsample in silence), and fitting `numpyro.param` (held at its initial value).
+"""
+
+from __future__ import annotations
+
+import dataclasses
 import inspect
+import warnings
 from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
+from jax.flatten_util import ravel_pytree
+from numpyro.distributions import biject_to
 from numpyro.handlers import seed, substitute, trace
+from numpyro.infer.initialization import init_to_uniform
+from numpyro.infer.util import constrain_fn, initialize_model, potential_energy
 from numpyro.primitives import Messenger
 
-from partime_mcmc.types import Key
+from partime_mcmc.compile_cache import compiler_options
+from partime_mcmc.sampling.target import Target
+from partime_mcmc.types import Array, Key, PyTree
+from partime_mcmc.validation import InvalidStart, check_key
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Data:
+    """The arguments of a model as they were once.
+
+    Attributes:
+        structure: Of all arguments.
+        leaves: The very objects: kept, so that nothing else gets their ids.
+        copies: Of arrays that can be changed in place; None for other leaves.
+        in_float64: Whether they are seen in 64 bits.
+    """
+
+    structure: Any
+    leaves: tuple[Any, ...]
+    copies: tuple[np.ndarray | None, ...]
+    in_float64: bool
+
+    @classmethod
+    def of(cls, args: tuple, kwargs: dict) -> Data:
+        """The arguments as they are now."""
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        copies = tuple(np.array(leaf, copy=True) if _can_change(leaf) else None for leaf in leaves)
+        return cls(structure, tuple(leaves), copies, jax.config.jax_enable_x64)
+
+    def are(self, args: tuple, kwargs: dict) -> bool:
+        """Whether arguments are the same objects with the same contents."""
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        return (
+            structure == self.structure
+            and jax.config.jax_enable_x64 == self.in_float64
+            and all(one is other for one, other in zip(leaves, self.leaves))
+            and all(
+                copy is None or _equal(copy, np.asarray(leaf))
+                for copy, leaf in zip(self.copies, leaves)
+            )
+        )
+
+
+def _can_change(leaf: Any) -> bool:
+    """NumPy arrays, and what hands one out (a data frame's column); JAX's arrays and scalars stay what they are."""
+    return hasattr(leaf, "__array__") and not isinstance(leaf, (jax.Array, np.generic))
+
+
+def _equal(one: np.ndarray, other: np.ndarray) -> bool:
+    # Bit for bit: NaN equals itself, and any type of entries will do.
+    return (
+        one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+    )
 
 
 class WithData:
@@ -137,3 +209,308 @@ def called(model: Callable, data: dict[str, Any], key: Key) -> tuple[Any, bool]:
             raise
         returned = None
     return returned, bool(recorder.names)
+
+
+def from_numpyro(
+    model: Callable, *args: Any, key: Key, init_strategy: Callable | None = None, **kwargs: Any
+) -> Target:
+    """The posterior of a NumPyro model, ready to sample.
+
+    Args:
+        model: A NumPyro model.
+        *args: Its positional arguments.
+        key: PRNG key, shape (): for tracing the model and one trial start, as in NumPyro's `MCMC.run`.
+        init_strategy: A NumPyro initialisation strategy (`init_to_median`, ...); None: `init_to_uniform`.
+        **kwargs: The model's keyword arguments.
+
+    Returns:
+        A target whose positions are dicts of unconstrained arrays by latent site. `initial(key)` searches a start and
+        may be vmapped (but finds no fault then); `constrain` gives latent and deterministic sites of one position.
+
+    Raises:
+        TypeError: If `model` or `init_strategy` is no function, or the key no key.
+        ValueError: If the model has no latent site, or a latent site that is discrete or a Delta, a site name twice, a
+            subsampling plate, a Python branch on a latent value, or observations that are NaN or outside the support.
+        InvalidStart: If no start with finite log density and gradient is found.
+        Exception: Whatever the model itself raises, with a note on the last site it reached.
+
+    Warns:
+        UserWarning: For a `numpyro.param` site.
+    """
+    posterior = Posterior(model, args, kwargs, key, init_strategy)
+    posterior.check_found(posterior.search(posterior.key)[1])
+    return posterior.target
+
+
+class Posterior:
+    """A NumPyro model with its data, traced and checked; no start is searched yet.
+
+    Args:
+        model: A NumPyro model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        key: PRNG key, shape (), for tracing.
+        init_strategy: As for `from_numpyro`.
+        forward_mode_differentiation: As NumPyro's kernels have it.
+
+    Attributes:
+        target: The target.
+        search: A start and whether it is a good one, by key; NumPyro's own search, compiled.
+        shapes: Shape and type of every latent site's unconstrained value.
+
+    Raises:
+        TypeError, ValueError, Exception: As `from_numpyro`.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        args: tuple,
+        kwargs: dict,
+        key: Key,
+        init_strategy: Callable | None = None,
+        forward_mode_differentiation: bool = False,
+    ):
+        if not callable(model):
+            raise TypeError(
+                f"model: got {model!r} of type {type(model).__name__}; wanted a NumPyro model (a function)"
+            )
+        self.strategy = init_to_uniform if init_strategy is None else init_strategy
+        if not callable(self.strategy):
+            raise TypeError(
+                f"init_strategy: got {self.strategy!r}; wanted a NumPyro initialisation strategy, or None"
+            )
+        self.key, self.forward_mode_differentiation = check_key(key), forward_mode_differentiation
+        self.run = WithData(model, args, kwargs)
+        sites = traced(self.run, self.key, self.strategy)
+        _check_latent_sites(sites)
+        fixed = {name: site["value"] for name, site in sites.items() if site["type"] == "param"}
+        if fixed:
+            warnings.warn(
+                f"numpyro.param sites {sorted(fixed)} are not sampled: they stay at their initial values",
+                stacklevel=3,
+            )
+            self.run = WithData(substitute(model, data=fixed), args, kwargs)
+        _check_observed_sites(self.run, self.key, sites)
+        self.search = jax.jit(self._search, compiler_options=compiler_options())
+        # With options a program cannot be part of another.
+        inside = jax.jit(self._search)
+        # Keys that a model draws for itself are part of the density: one key, once and for all.
+        draws = any(site["type"] == "prng_key" for site in sites.values())
+        prepared = seed(self.run, self.key) if draws else self.run
+        latent = [
+            name
+            for name, site in sites.items()
+            if site["type"] == "sample" and not site["is_observed"]
+        ]
+        names = _reported(sites)
+
+        def logdensity(position: PyTree) -> Array:
+            return -potential_energy(prepared, (), {}, position)
+
+        def initial(key: Key) -> PyTree:
+            return inside(key)[0]
+
+        def constrain(position: PyTree) -> dict[str, Array]:
+            return constrain_fn(prepared, (), {}, position, return_deterministic=True)
+
+        self.shapes = _shapes(sites, latent)
+        _check_traceable(lambda position: -logdensity(position), self.shapes)
+        density = forward_only(logdensity) if forward_mode_differentiation else logdensity
+        self.target = Target(density, initial, constrain, names, _plate_dims(sites, names))
+
+    def _search(self, key: Key) -> tuple[PyTree, Array]:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # NumPyro's remarks on the model were made once, when it was traced
+            found = initialize_model(
+                key,
+                self.run,
+                init_strategy=self.strategy,
+                forward_mode_differentiation=self.forward_mode_differentiation,
+            ).param_info
+        parts = [
+            jnp.isfinite(leaf).all()
+            for leaf in jax.tree.leaves((found.potential_energy, found.z_grad))
+        ]
+        return found.z, jnp.stack(parts).all()
+
+    def check_found(self, good: Array) -> None:
+        """Raise unless all starts are good.
+
+        Raises:
+            InvalidStart: Saying which arguments or sites look bad.
+        """
+        if not np.asarray(good).all():
+            raise InvalidStart(
+                "model: got no start with a finite log density and gradient in 100 tries; wanted one."
+                + diagnosis(self.run, self.key, self.strategy)
+            )
+
+
+def forward_only(logdensity: Callable[[PyTree], Array]) -> Callable[[PyTree], Array]:
+    """A log density whose gradient is always taken in forward mode, also where reverse mode is asked for.
+
+    A `lax.while_loop` in a model has no reverse mode. The derivative is linear in the tangent whatever is inside, so that
+    everything else goes on as ever, at the cost of D evaluations per gradient.
+
+    Args:
+        logdensity: `position -> scalar`.
+    """
+    density = jax.custom_jvp(lambda position: logdensity(position))
+
+    @density.defjvp
+    def _(primals, tangents):
+        flat, unravel = ravel_pytree(primals[0])
+        slope = jax.jacfwd(lambda x: logdensity(unravel(x)))(flat)
+        return logdensity(primals[0]), jnp.vdot(slope, ravel_pytree(tangents[0])[0])
+
+    return density
+
+
+# --- what a model may hold -------------------------------------------------------------------------------------------
+
+
+def _check_latent_sites(sites: dict) -> None:
+    latent = {
+        name: site["fn"]
+        for name, site in sites.items()
+        if site["type"] == "sample" and not site["is_observed"]
+    }
+    for name, site in sites.items():
+        if site["type"] == "plate" and site["args"][0] != len(site["value"]):
+            size, subsample = site["args"][0], len(site["value"])
+            raise ValueError(
+                f"plate {name!r}: got a subsample of {subsample} out of {size}; wanted all of the data"
+            )
+    for name, distribution in latent.items():
+        kind = type(_base(distribution)).__name__
+        if distribution.support.is_discrete:
+            raise ValueError(
+                f"site {name!r}: got a discrete latent variable ({kind}); wanted continuous ones. Sum it out, e.g. "
+                "with MixtureSameFamily, or observe it"
+            )
+        if isinstance(_base(distribution), dist.Delta):
+            raise ValueError(
+                f"site {name!r}: got a latent variable with a Delta distribution; wanted a density. Report the value "
+                "with numpyro.deterministic instead"
+            )
+    if not latent:
+        raise ValueError(
+            f"model: got no latent sites (its sites: {sorted(sites) or 'none'}); wanted at least one"
+        )
+
+
+def _check_observed_sites(run: WithData, key: Key, sites: dict) -> None:
+    """NaN observations, and observations outside a support that does not hang on latent values."""
+    for name in _fixed_supports(run, key):
+        site = sites[name]
+        distribution, value = site["fn"], np.asarray(site["value"])
+        if isinstance(distribution, dist.MaskedDistribution | dist.Unit) or value.dtype == object:
+            continue
+        missing = (
+            np.isnan(value)
+            if np.issubdtype(value.dtype, np.floating)
+            else np.zeros(value.shape, bool)
+        )
+        if missing.any():
+            raise ValueError(
+                f"site {name!r}: got {missing.sum()} NaN among its {value.size} observed values (the first at index "
+                f"{_first(missing)}); wanted numbers. Leave missing values out, or mask them"
+            )
+        outside = ~np.asarray(distribution.support(site["value"]))
+        if outside.any():
+            seen = value.reshape(outside.shape + (-1,))[_first(outside)]
+            raise ValueError(
+                f"site {name!r}: got {outside.sum()} observed value(s) outside the support of "
+                f"{type(_base(distribution)).__name__}, the first {seen.squeeze()} at index {_first(outside)}; wanted "
+                f"values in {distribution.support}"
+            )
+
+
+def _fixed_supports(run: WithData, key: Key) -> list[str]:
+    """Observed sites whose values and support are the same whatever the latent values: looked at twice."""
+    try:
+        first, second = (traced(run, one, init_to_uniform) for one in jax.random.split(key))
+    except Exception:  # a model that fails at random latent values: what is wrong shows elsewhere
+        return []
+    names = []
+    for name, site in first.items():
+        if site["type"] == "sample" and site["is_observed"] and name in second:
+            parts = [
+                jax.tree.leaves((one["value"], one["fn"].support)) for one in (site, second[name])
+            ]
+            if len(parts[0]) == len(parts[1]) and all(
+                np.array_equal(a, b, equal_nan=True) for a, b in zip(*parts)
+            ):
+                names.append(name)
+    return names
+
+
+def _shapes(sites: dict, latent: list[str]) -> dict:
+    """Shapes and types of unconstrained latent values, computed without running anything."""
+    return {
+        name: jax.eval_shape(
+            lambda value, name=name: biject_to(sites[name]["fn"].support).inv(value),
+            sites[name]["value"],
+        )
+        for name in latent
+    }
+
+
+def _check_traceable(potential: Callable, position: dict) -> None:
+    try:
+        jax.eval_shape(potential, position)
+        return
+    except jax.errors.JAXTypeError as error:
+        cause = error
+    culprits = []
+    for name, value in position.items():
+        try:
+            # vmap, not jit: under jit the values that are not traced would be staged too, and every site look guilty
+            fixed = {other: np.ones(one.shape, one.dtype) for other, one in position.items()}
+            jax.vmap(lambda x, name=name: potential({**fixed, name: x}))(
+                np.ones((1, *value.shape), value.dtype)
+            )
+        except jax.errors.JAXTypeError:
+            culprits.append(name)
+    raise ValueError(
+        f"site {', '.join(map(repr, culprits or position))}: got Python control flow, or a NumPy function, on a latent "
+        "value; wanted operations that JAX can trace (jnp.where, jax.lax.cond, jax.numpy)"
+    ) from cause
+
+
+def _base(distribution: dist.Distribution) -> dist.Distribution:
+    while isinstance(
+        distribution, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution
+    ):
+        distribution = distribution.base_dist
+    return distribution
+
+
+def _first(flags: np.ndarray) -> tuple[int, ...]:
+    return tuple(int(index) for index in np.argwhere(flags)[0])
+
+
+# --- what a trace says of its sites -------------------------------------------------------------------------------------
+
+
+def _reported(sites: dict) -> tuple[str, ...]:
+    """Names of the latent and deterministic sites of a trace, in its order."""
+    latent = {
+        name for name, site in sites.items() if site["type"] == "sample" and not site["is_observed"]
+    }
+    return tuple(
+        name for name, site in sites.items() if name in latent or site["type"] == "deterministic"
+    )
+
+
+def _plate_dims(sites: dict, names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Axis names, by site, for those of `names` whose axes are exactly their plates."""
+    dims = {}
+    for name in names:
+        frames = sorted(sites[name].get("cond_indep_stack", ()), key=lambda frame: frame.dim)
+        if frames and len(frames) == np.ndim(sites[name]["value"]):
+            dims[name] = tuple(frame.name for frame in frames)
+    return dims

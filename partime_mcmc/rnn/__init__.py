@@ -1,8 +1,9 @@
 """Recurrent networks through the same engine: evaluate, differentiate, train."""
 
 from partime_mcmc.rnn.adapters import RNN, from_equinox, from_flax_linen, from_flax_nnx
-from partime_mcmc.rnn.blocks import ClosedForm, Pairs
 from partime_mcmc.rnn.cells import (
+    ClosedForm,
+    Pairs,
     elman,
     elman_diagonal,
     elman_params,

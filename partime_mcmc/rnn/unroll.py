@@ -41,9 +41,9 @@ from partime_mcmc.engine.dynamics import Dynamics, check_state, ravel
 from partime_mcmc.engine.solution import Status, Tolerance, nanaware_max
 from partime_mcmc.engine.solve import check_iterations, solve
 from partime_mcmc.engine.time_axis import LocalTime
-from partime_mcmc.rnn.plan import is_coarse, network_tolerance, plan_for
 from partime_mcmc.solvers import Solver
 from partime_mcmc.solvers.segmented_scan import (
+    LEAN_LOOPS,
     SegmentedScanConfig,
     one_after_another,
     segmented_scan,
@@ -51,6 +51,60 @@ from partime_mcmc.solvers.segmented_scan import (
 from partime_mcmc.tracing import HashableFunction, explicit
 from partime_mcmc.types import Array, PyTree, pytree
 from partime_mcmc.validation import check_count, check_has, check_like, describe
+
+# Residual allowed per step, in units in the last place: a network's step rounds a few times, and its states are of size 1.
+_ULPS = 32
+# Where 32 of them are a quarter of the state, as in bfloat16, only what rounding itself leaves is let pass.
+_COARSE_ULPS = 4
+# KernelParams of state per step that all lanes together should have, and how many lanes at least and at most. On a CPU more
+# lanes read time at more places at once, which costs more than they save; a state of one number fills one vector register
+# with 16 lanes, and its products stay inside the loop (0.20 ms, against 0.73 ms with 256 lanes, 32,768 steps).
+_NUMBERS = {"cpu": (1024, 64, 256)}
+_NUMBERS_ELSEWHERE = 262_144, 16, 1024
+_SINGLE = 16
+# A CPU leaves larger batches to `lax.scan`: products of matrices already run at full speed there, and narrow batches fill
+# vectors (one unit, 16 sequences: the relay took four times as long; see benchmarks/gru.py). A single chain gains, however
+# wide: a product with one vector runs at half the speed of one with many.
+_MOST_CHAINS_ON_CPU = 1
+# Bytes of a state that lean loops keep in one or two registers (16 or 32 units of float32): it is rolled as fast alone as in
+# lanes, and its gradient faster (0.7 times the time).
+_IN_REGISTERS = (64, 128) if LEAN_LOOPS else ()
+
+
+def is_coarse(carry: PyTree) -> bool:
+    """Whether a carry is of a type below float32, in which a residual within some units in the last place proves nothing."""
+    return jnp.finfo(jax.tree.leaves(carry)[0].dtype).bits < 32
+
+
+def network_tolerance(dtype: jnp.dtype) -> Tolerance:
+    """The tolerance of a network's path."""
+    found = jnp.finfo(dtype)
+    unit = (_ULPS if found.bits >= 32 else _COARSE_ULPS) * float(found.eps)
+    return Tolerance(unit, unit)
+
+
+def plan_for(carry: PyTree) -> SegmentedScanConfig:
+    """How many segments the sequences of a cell with such a carry are cut into.
+
+    Args:
+        carry: One carry.
+    """
+    size = sum(jnp.size(leaf) for leaf in jax.tree.leaves(carry))
+    backend = jax.default_backend()
+    numbers, fewest, most = _NUMBERS.get(backend, _NUMBERS_ELSEWHERE)
+    lanes = max(fewest, min(most, numbers // max(size, 1)))
+    if backend == "cpu" and size == 1:
+        lanes = _SINGLE
+    if backend == "cpu" and _fits_registers(carry):
+        lanes = 1
+    return SegmentedScanConfig(lanes, _MOST_CHAINS_ON_CPU if backend == "cpu" else None)
+
+
+def _fits_registers(carry: PyTree) -> bool:
+    """Whether every leaf of a carry is so wide that `lax.scan` alone is best."""
+    return all(
+        jnp.size(leaf) * leaf.dtype.itemsize in _IN_REGISTERS for leaf in jax.tree.leaves(carry)
+    )
 
 
 def read_outputs(
@@ -186,7 +240,7 @@ def check_inputs(
         TypeError: If the carry is not floating point of one type.
         ValueError: If there are no inputs, or axes do not fit.
     """
-    check_count("batch_axes", batch_axes, least=0)
+    check_count(batch_axes, "batch_axes", 0)
     leaves = jax.tree.leaves(inputs)
     if not leaves:
         raise ValueError(

@@ -27,8 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.engine.dynamics import Dynamics
 from partime_mcmc.compile_cache import Timings, compiled
+from partime_mcmc.engine.dynamics import Dynamics
 from partime_mcmc.tracing import explicit, primitives_of
 from partime_mcmc.types import PyTree
 

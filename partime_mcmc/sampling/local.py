@@ -25,7 +25,7 @@ from partime_mcmc.certify.certificate import Certificate
 from partime_mcmc.certify.independent import certify_held
 from partime_mcmc.certify.recorded import certify_recorded
 from partime_mcmc.certify.step_record import info_dict
-from partime_mcmc.compile_cache import Timings
+from partime_mcmc.compile_cache import Timings, device
 from partime_mcmc.engine.dynamics import Dynamics
 from partime_mcmc.engine.recipes import sequential
 from partime_mcmc.engine.solution import Solution, Status
@@ -40,7 +40,6 @@ from partime_mcmc.sampling.chain_groups import (
     split_chains,
 )
 from partime_mcmc.sampling.chunk import ChainState, Chunk
-from partime_mcmc.sampling.environment import device
 from partime_mcmc.sampling.executor import MAX_HALVINGS, ProgressReporter, iterate_chunks
 from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.sampling.progress import Progress

@@ -13,10 +13,10 @@ import jax
 from jax.sharding import Mesh
 
 from partime_mcmc.certify.recorded import CertifyWhileRolling
-from partime_mcmc.diagnostics.checks import TooLarge, check_bytes, check_count
 from partime_mcmc.engine.recipes import sequential
 from partime_mcmc.engine.windows import Windows
 from partime_mcmc.sampling.defaults import DEFAULT_WINDOW
+from partime_mcmc.validation import TooLarge, check_bytes, check_count
 
 if TYPE_CHECKING:
     from partime_mcmc.sampling.plan import SampleArguments

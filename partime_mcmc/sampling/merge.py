@@ -15,7 +15,7 @@ import numpy as np
 
 from partime_mcmc.certify.certificate import FEWEST_TO_FREEZE, Certificate
 from partime_mcmc.engine.solution import Status
-from partime_mcmc.sampling.report import RunReport
+from partime_mcmc.sampling.chunk import RunReport
 
 # A run that falls back in every window must not fill the memory with sentences about it.
 _MAX_SENTENCES = 200

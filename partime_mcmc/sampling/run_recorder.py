@@ -15,12 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from partime_mcmc.certify.certificate import Certificate
-from partime_mcmc.compile_cache import Timings
+from partime_mcmc.compile_cache import Timings, versions
 from partime_mcmc.engine.solution import Solution, Status
-from partime_mcmc.sampling.chunk import ChainState
-from partime_mcmc.sampling.environment import versions
+from partime_mcmc.sampling.chunk import ChainState, RunReport
 from partime_mcmc.sampling.plan import Plan
-from partime_mcmc.sampling.report import RunReport
 from partime_mcmc.types import PyTree
 
 _MAX_FAILED_WINDOWS = 2

@@ -27,13 +27,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from partime_mcmc.certify.recorded import Certification, CertifyWhileRolling
-from partime_mcmc.diagnostics.checks import (
-    check_count,
-    check_deterministic,
-    check_key,
-    check_precision,
-    check_starts,
-)
+from partime_mcmc.diagnostics.checks import check_deterministic, check_precision, check_starts
 from partime_mcmc.distributed.collectives import check_mesh, check_same_arguments
 from partime_mcmc.distributed.executor import MeshExecutor
 from partime_mcmc.distributed.multihost import open_shared_sink
@@ -56,7 +50,7 @@ from partime_mcmc.storage.sink import StoreSink, read_arguments
 from partime_mcmc.storage.store import Store
 from partime_mcmc.storage.streaming_statistics import Fold
 from partime_mcmc.types import Key, PyTree
-from partime_mcmc.validation import check_has, describe
+from partime_mcmc.validation import check_count, check_has, check_key, describe
 from partime_mcmc.warmup.warmup import Adaptation, Warmup
 
 

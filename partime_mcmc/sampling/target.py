@@ -15,10 +15,10 @@ from typing import Any, Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from partime_mcmc.diagnostics.checks import InvalidStart, check_dtypes, check_key
 from partime_mcmc.compile_cache import Timings, run_explicit
 from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import Array, Key, PyTree
+from partime_mcmc.validation import InvalidStart, check_dtypes, check_key
 
 
 @dataclass(frozen=True, eq=False)  # positions are arrays: two targets are equal if they are one

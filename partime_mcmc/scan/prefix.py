@@ -87,7 +87,7 @@ class ChunkedScan:
     size: int
 
     def __post_init__(self):
-        check_count("size", self.size)
+        check_count(self.size, "size", 1)
 
     def __call__(self, elements: PyTree, start: PyTree) -> PyTree:
         num_steps = length(elements)

@@ -76,6 +76,20 @@ class Lanes(NamedTuple):
     depth: Array
 
 
+def no_lanes(steps: int, num_lanes: int, dimension: int, num_aux: int, dtype: jnp.dtype) -> Lanes:
+    """The lanes before the first pass: all open, nothing stored."""
+    zero = jnp.zeros((), jnp.int32)
+    return Lanes(
+        jnp.zeros((steps, num_lanes, dimension + num_aux), dtype),
+        zero,
+        jnp.ones(num_lanes, bool),
+        jnp.zeros(num_lanes, jnp.int32),
+        jnp.zeros((num_lanes, dimension), dtype),
+        jnp.zeros((), jnp.float32),
+        zero,
+    )
+
+
 def widths(num_lanes: int, num_chains: int) -> tuple[int, ...]:
     """The widths of the levels."""
     found = [num_lanes]
@@ -119,12 +133,11 @@ def _level(segments: Segments, starts, is_first, width, enough, lanes: Lanes) ->
     (steps, num_lanes, width_of_row), dimension = lanes.path.shape, starts.shape[1]
     is_state = jnp.arange(width_of_row) < dimension
     full, begin = width == num_lanes, lanes.step
-    chosen = (
-        jnp.arange(num_lanes)
-        if full
-        else jnp.nonzero(lanes.open, size=width, fill_value=num_lanes)[0]
-    )
-    take = (lambda leaf: leaf) if full else (lambda leaf: leaf.at[chosen].get(mode="clip"))
+    if full:
+        chosen, take = jnp.arange(num_lanes), lambda leaf: leaf
+    else:
+        chosen = jnp.nonzero(lanes.open, size=width, fill_value=num_lanes)[0]
+        take = lambda leaf: leaf.at[chosen].get(mode="clip")  # noqa: E731
     row = functools.partial(lax.dynamic_index_in_dim, index=begin, axis=1, keepdims=False)
     before = lax.dynamic_index_in_dim(lanes.path, jnp.maximum(begin - 1, 0), keepdims=False)[
         :, :dimension
@@ -164,14 +177,7 @@ def _level(segments: Segments, starts, is_first, width, enough, lanes: Lanes) ->
         going, advance, (begin, memory, last, rolled, met, take(lanes.where), take(lanes.gap))
     )
     if full:
-        path = lax.fori_loop(
-            begin,
-            end,
-            lambda step, path: lax.dynamic_update_index_in_dim(
-                path, lax.dynamic_index_in_dim(rolled, step, keepdims=False), step, 0
-            ),
-            lanes.path,
-        )
+        path = lax.fori_loop(begin, end, functools.partial(_copy_step, rolled), lanes.path)
         still = ~met
     else:
         stop = jnp.where(chosen == num_lanes, 0, jnp.where(met, where + 1, end))
@@ -183,6 +189,11 @@ def _level(segments: Segments, starts, is_first, width, enough, lanes: Lanes) ->
         )
     done = end - begin + segments.init_cost
     return Lanes(path, end, still, where, gap, lanes.evaluations + width * done, lanes.depth + done)
+
+
+def _copy_step(rolled, step, path):
+    row = lax.dynamic_index_in_dim(rolled, step, keepdims=False)
+    return lax.dynamic_update_index_in_dim(path, row, step, 0)
 
 
 def _written_back(path, rolled, chosen, begin, stop):

@@ -43,9 +43,8 @@ from partime_mcmc.linearize import Linearizer, ZeroJacobian
 from partime_mcmc.solvers.base import Proposal
 from partime_mcmc.solvers.hoist import hoist_drive_only
 from partime_mcmc.solvers.interfaces import SegmentInterfaces, corrector
-from partime_mcmc.solvers.narrowing import Lanes, Segments, roll_until_met, widths
-from partime_mcmc.solvers.segment_rule import segment_length
-from partime_mcmc.solvers.segments import agree, share_lanes, to_segments
+from partime_mcmc.solvers.narrowing import Segments, no_lanes, roll_until_met, widths
+from partime_mcmc.solvers.segments import agree, segment_length, share_lanes, to_segments
 from partime_mcmc.solvers.sequential import cached_step_of, init_as_is
 from partime_mcmc.types import Array, Key, PyTree, pytree
 from partime_mcmc.validation import check_count
@@ -86,7 +85,7 @@ class Shooting:
         for name in ("num_segments", "steps"):
             value = getattr(self, name)
             if value is not None:
-                check_count(name, value)
+                check_count(value, name, 1)
 
     def init(self, initial: Array, states: Array) -> PyTree:
         del initial, states
@@ -192,20 +191,9 @@ def _shoot(cached, steps, budget, axis, shared, initial, guess, drives, absolute
         return passes + 1, new, correct(new, ends), lanes._replace(depth=depth), ends, going
 
     zero = jnp.zeros((), jnp.int32)
-    nothing = Lanes(
-        jnp.zeros((steps, num_lanes, dimension + num_aux), guess.dtype),
-        zero,
-        jnp.ones(num_lanes, bool),
-        jnp.zeros(num_lanes, jnp.int32),
-        jnp.zeros((num_lanes, dimension), guess.dtype),
-        jnp.zeros((), jnp.float32),
-        zero,
-    )
-    passes, starts, _, lanes, ends, _ = lax.while_loop(
-        lambda carry: carry[-1],
-        one_pass,
-        (zero, guessed, guessed, nothing, guessed, jnp.ones((), bool)),
-    )
+    nothing = no_lanes(steps, num_lanes, dimension, num_aux, guess.dtype)
+    begin = zero, guessed, guessed, nothing, guessed, jnp.ones((), bool)
+    passes, starts, _, lanes, ends, _ = lax.while_loop(lambda carry: carry[-1], one_pass, begin)
     states = lanes._replace(path=lanes.path[..., :dimension])
     judged = *_judged(states, starts, ends, interfaces), lanes.path[..., dimension:]
     everything, residual, notes = (

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from partime_mcmc.certify.certificate import Certificate
-from partime_mcmc.sampling.report import RunReport
+from partime_mcmc.sampling.chunk import RunReport
 from partime_mcmc.storage.serialize import decode, encode, pack_arrays, unpack_arrays
 
 

@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from partime_mcmc.compile_cache import compiler_options
+from partime_mcmc.compile_cache import compiler_options, device, versions
 from partime_mcmc.engine.dynamics import Dynamics
 from partime_mcmc.kernels import Kernel
 from partime_mcmc.kernels.kernel_program import ParametrisedKernel, density_of
-from partime_mcmc.sampling.environment import device, versions
 from partime_mcmc.sampling.randomness import MAX_STEPS
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.storage.serialize import digest_arrays, encode

@@ -21,9 +21,8 @@ import numpy as np
 from partime_mcmc.certify.certificate import Certificate
 from partime_mcmc.diagnostics.arviz import STAT_NAMES, tree_of
 from partime_mcmc.engine.solution import Status
-from partime_mcmc.sampling.chunk import ChainState
+from partime_mcmc.sampling.chunk import ChainState, RunReport
 from partime_mcmc.sampling.draws import Draws, certified_sentence, raise_unless_good
-from partime_mcmc.sampling.report import RunReport
 from partime_mcmc.storage.checkpoint import Checkpoint
 from partime_mcmc.storage.draws_group import kept_steps, open_group
 from partime_mcmc.storage.files import StoreError

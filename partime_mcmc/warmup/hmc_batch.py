@@ -21,10 +21,53 @@ import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.kernels.coupling import normal_of
 from partime_mcmc.compile_cache import compiler_options
-from partime_mcmc.warmup.host_rng import SeedTree, key_from
-from partime_mcmc.types import Array, PyTree
+from partime_mcmc.kernels.coupling import normal_of
+from partime_mcmc.types import Array, Key, PyTree
+
+_IMPL = "threefry2x32"
+
+
+class SeedTree(NamedTuple):
+    """A node.
+
+    Attributes:
+        root: The words of the key that the tree grows from.
+        path: Which child of which child.
+    """
+
+    root: tuple[int, ...]
+    path: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, key: Key) -> SeedTree:
+        """The root of the tree of a key."""
+        return cls(tuple(np.ravel(jax.random.key_data(key)).tolist()))
+
+    def child(self, number: int) -> SeedTree:
+        """A node below, for each number from 0 on another."""
+        return self._replace(path=(*self.path, number))
+
+    @property
+    def words(self) -> np.ndarray:
+        """Of a key of JAX's own, shape `(2,)`, for `key_from` inside a program."""
+        return np.random.SeedSequence(self.root, spawn_key=self.path).generate_state(2)
+
+    @property
+    def key(self) -> Key:
+        """As a key."""
+        return key_from(self.words)
+
+    @property
+    def generator(self) -> np.random.Generator:
+        """For dice on the host."""
+        return np.random.default_rng(np.random.SeedSequence(self.root, spawn_key=self.path))
+
+
+def key_from(words: Array) -> Key:
+    """The key of a seed's words."""
+    return jax.random.wrap_key_data(words, impl=_IMPL)
+
 
 STEPS = 16
 """Transitions in a row: the searching phase looks at its chains that often, and windows are multiples of it."""

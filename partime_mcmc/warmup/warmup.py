@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from partime_mcmc.compile_cache import compiler_options
 from partime_mcmc.kernels import Kernel, Whitening
 from partime_mcmc.kernels.kernel_program import (
     Builder,
@@ -28,13 +29,17 @@ from partime_mcmc.kernels.kernel_program import (
     density_of,
     parametrised_kernel,
 )
-from partime_mcmc.warmup.trajectory_length import Path, TrajectoryRule
-from partime_mcmc.warmup.pooled import Pool, PooledAdaptation
-from partime_mcmc.compile_cache import compiler_options
-from partime_mcmc.warmup.host_rng import SeedTree
-from partime_mcmc.warmup.hmc_batch import HMCBatch
-from partime_mcmc.warmup.tuning import choose, own_trials, path_rule_of, target_of
 from partime_mcmc.types import Array, Key, PyTree
+from partime_mcmc.warmup.hmc_batch import HMCBatch, SeedTree
+from partime_mcmc.warmup.pooled import Pool, PooledAdaptation
+from partime_mcmc.warmup.tuning import (
+    Path,
+    TrajectoryRule,
+    choose,
+    own_trials,
+    path_rule_of,
+    target_of,
+)
 
 _NUM_POOL = 33
 

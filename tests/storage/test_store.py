@@ -39,7 +39,6 @@ from partime_mcmc import (
     summary_table,
 )
 from partime_mcmc.compile_cache import Timings
-from partime_mcmc.diagnostics.checks import TooLarge
 from partime_mcmc.engine.recipes import sequential
 from partime_mcmc.engine.solution import SolveError, Status, Tolerance
 from partime_mcmc.engine.windows import Windows
@@ -70,6 +69,7 @@ from partime_mcmc.storage.fingerprint import StoreMismatch, fingerprint_of
 from partime_mcmc.storage.store import Folder, Store
 from partime_mcmc.storage.stored_draws import concat_draws
 from partime_mcmc.storage.streaming_statistics import Fold
+from partime_mcmc.validation import TooLarge
 from partime_mcmc.warmup.warmup import Warmup
 
 T = 120

@@ -16,8 +16,8 @@ import reference
 from numpyro.infer import MCMC, NUTS
 
 from partime_mcmc.diagnostics import arviz
-from partime_mcmc.diagnostics.values import coordinates
 from partime_mcmc.diagnostics.report import Level
+from partime_mcmc.diagnostics.values import coordinates
 from partime_mcmc.numpyro import CoalescingHMC, ParallelMCMC
 
 NUM_REFERENCE, NUM_SAMPLES = 2500, 2000
