@@ -47,19 +47,19 @@ _SOLVERS = ("sequential", "shooting", "deer", "quasi_deer", "elk", "quasi_elk", 
 _LEVELS = ("statistical", "certified-path", "bitwise")
 _COPIES = 4  # a comparison, or a file that is written, copies draws on its way
 
-_FLAG: dict[str, Any] = {"action": "store_true"}
+_FLAG, _DEFAULT = {"action": "store_true"}, "default: %(default)s"
 _OPTIONS: dict[str, dict[str, Any]] = {
     "model": {"metavar": "FILE.py:MODEL", "help": f"or a built-in model: {', '.join(MODELS)}"},
     "run": {"type": Path, "metavar": "RUN", "help": "a store, or a NetCDF file"},
     "other": {"type": Path, "metavar": "OTHER", "help": "likewise; the sequential run"},
-    "--model": {"choices": sorted(MODELS), "default": "eight_schools"},
+    "--model": {"choices": sorted(MODELS), "default": "eight_schools", "help": _DEFAULT},
     "--data": {"type": Path, "help": "a file .npz or .json with the model's arguments by name"},
-    "--kernel": {"choices": _KERNELS, "default": "coalescing_hmc"},
-    "--num-samples": {"type": int, "default": 4096, "help": "draws per chain"},
-    "--num-chains": {"type": int, "default": 4},
-    "--num-warmup": {"type": int, "default": 1000, "help": "steps per chain at most"},
+    "--kernel": {"choices": _KERNELS, "default": "coalescing_hmc", "help": _DEFAULT},
+    "--num-samples": {"type": int, "default": 4096, "help": f"per chain; {_DEFAULT}"},
+    "--num-chains": {"type": int, "default": 4, "help": _DEFAULT},
+    "--num-warmup": {"type": int, "default": 1000, "help": f"at most; {_DEFAULT}"},
     "--solver": {"choices": _SOLVERS, "help": "default: the library's own choice"},
-    "--seed": {"type": int, "default": 0},
+    "--seed": {"type": int, "default": 0, "help": _DEFAULT},
     "--float64": _FLAG | {"help": "sample in double precision"},
     "--independent": _FLAG | {"help": "certify by evaluating every step once more"},
     "--compare": _FLAG | {"help": "also sample one step after another, and compare"},
