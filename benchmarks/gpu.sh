@@ -26,7 +26,7 @@ print(f"Python {sys.version.split()[0]}, JAX {jax.__version__}, {jax.default_bac
 if jax.default_backend() == "cpu":
     sys.exit("gpu.sh: JAX sees no GPU: install jax[cuda12] or jax[cuda13], or look at the driver")
 PREFLIGHT
-XLA_FLAGS="${XLA_FLAGS:-}" timeout 150 python3 -m pytest -o addopts="" -p no:xdist -q -m gpu tests/test_gpu.py 2>&1 | tee "$out/tests.txt"
+XLA_FLAGS="${XLA_FLAGS:-}" timeout 150 python3 -m pytest -o addopts="" -p no:xdist -q -m gpu tests/distributed/test_gpu.py 2>&1 | tee "$out/tests.txt"
 tests=${PIPESTATUS[0]}
 timeout 360 python3 -m benchmarks run --suite gpu --out "$out"
 suite=$?

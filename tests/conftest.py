@@ -49,7 +49,7 @@ SMOKE = {
     "test_arviz",
     "test_certify",
     "test_derivatives",
-    "test_numpyro",
+    "test_model",
     "test_selftest",
     "test_shooting",
     "test_theorem",

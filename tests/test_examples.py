@@ -34,7 +34,7 @@ def run(name, *flags):
 
 def test_every_example_is_tested():
     tests = "".join(
-        path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py")
+        path.read_text(encoding="utf-8") for path in Path(__file__).parent.rglob("test_*.py")
     )
     assert [path.stem for path in EXAMPLES.glob("*.py") if f'"{path.stem}"' not in tests] == []
 

@@ -1,4 +1,4 @@
-"""What holds across devices, to be run in a process of its own: `python tests/distributed_checks.py [--all | NAME ...]`.
+"""What holds across devices, to be run in a process of its own: `python tests/distributed/distributed_checks.py [--all | NAME ...]`.
 
 The number of devices is fixed before JAX starts, and all checks share one process, because most of the time is
 compilation. A check is a function that raises; `test_distributed.py` shows what was raised. `--all` adds the checks

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.memory import SOLVERS, copies
 
 STATED = json.loads(
-    (Path(__file__).parent.parent / "benchmarks" / "results" / "memory-cpu.json").read_text()
+    (Path(__file__).parents[2] / "benchmarks" / "results" / "memory-cpu.json").read_text()
 )["rows"]
 
 

@@ -1,4 +1,4 @@
-"""One of several hosts: `python tests/distributed_hosts.py HOST_ID NUM_HOSTS PORT WHAT`.
+"""One of several hosts: `python tests/distributed/distributed_hosts.py HOST_ID NUM_HOSTS PORT WHAT`.
 
 WHAT is `agree` (solve over all hosts and compare this host's parts with the path of one device), `everything` (more
 solvers, and whole chains), `wait` (agree, say so, and go on until something happens), `differ` (ask for another number of
