@@ -30,8 +30,6 @@ from partime_mcmc import (
     MultishiftCoupling,
     Target,
     Tolerance,
-    Whitening,
-    blackjax_loop,
     coalescing_hmc,
     from_numpyro,
     hmc,
@@ -40,6 +38,7 @@ from partime_mcmc import (
 )
 from partime_mcmc.diagnostics.arviz import ess_bulk
 from partime_mcmc.forgetting import meeting_times
+from partime_mcmc.kernels import Whitening, blackjax_loop
 from partime_mcmc.models import MODELS
 
 NUM_PAIRS, HORIZON = 64, 2000

@@ -26,8 +26,6 @@ from partime_mcmc import (
     MultishiftCoupling,
     Status,
     Tolerance,
-    Whitening,
-    blackjax_loop,
     certify,
     coalescing_hmc,
     hmc,
@@ -39,6 +37,7 @@ from partime_mcmc import (
     solve,
 )
 from partime_mcmc.engine.dynamics import without_captures
+from partime_mcmc.kernels import Whitening, blackjax_loop
 from partime_mcmc.kernels.coupling import draw_multishift_noise, multishift
 from partime_mcmc.models import MODELS
 

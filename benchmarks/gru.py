@@ -27,11 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.record import OUT, keep, settled, temporary_bytes
-from partime_mcmc import Clipped, Dynamics, Newton, Status, deer, quasi_elk, shooting
+from partime_mcmc import Dynamics, Status, deer, quasi_elk, shooting
 from partime_mcmc.engine.adjoint import pulled_back
 from partime_mcmc.engine.dynamics import ravel
+from partime_mcmc.linearize import Clipped
 from partime_mcmc.rnn import ClosedForm, gru, gru_diagonal, gru_params, unroll, unroll_with_status
 from partime_mcmc.rnn.unroll import PackedStep, plan_for
+from partime_mcmc.solvers import Newton
 
 LENGTHS = (1024, 4096, 16_384, 65_536, 262_144)
 WIDTHS = (1, 8, 32, 64, 128)

@@ -25,19 +25,9 @@ import numpy as np
 import optax
 
 from benchmarks.record import OUT, keep
-from partime_mcmc import (
-    ConstantDamping,
-    Dynamics,
-    RelaxingDamping,
-    Status,
-    deer,
-    elk,
-    quasi_deer,
-    quasi_elk,
-    rollout,
-    solve,
-)
+from partime_mcmc import Dynamics, Status, deer, elk, quasi_deer, quasi_elk, rollout, solve
 from partime_mcmc.rnn import gru, gru_params
+from partime_mcmc.solvers import ConstantDamping, RelaxingDamping
 
 CONSTANTS = (1e-8, 1e-6, 1e-4, 1e-2)
 QUASI_CONSTANTS = (1e-2, 1e-1, 1.0)

@@ -27,18 +27,10 @@ import jax
 import numpy as np
 
 from benchmarks.record import OUT, keep, peak_resident
-from partime_mcmc import (
-    StoredDraws,
-    Windows,
-    blackjax_loop,
-    coalescing_hmc,
-    open_draws,
-    progress_line,
-    quiet,
-    sample,
-    shooting,
-)
+from partime_mcmc import StoredDraws, Windows, coalescing_hmc, open_draws, sample, shooting
+from partime_mcmc.kernels import blackjax_loop
 from partime_mcmc.models.eight_schools import make_target
+from partime_mcmc.sampling.progress import progress_line, quiet
 from partime_mcmc.warmup.warmup import Warmup
 
 CHAINS, STRETCH = 4, 62_500

@@ -16,8 +16,8 @@ import numpy as np
 from scipy.signal import lfilter
 
 from benchmarks.record import OUT, keep
-from partime_mcmc import StreamingStatistics
 from partime_mcmc.diagnostics import arviz
+from partime_mcmc.storage.streaming_statistics import StreamingStatistics
 
 PIECE = 65_536
 PROBABILITIES = (0.001, 0.05, 0.5, 0.95, 0.999)

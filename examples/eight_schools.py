@@ -24,15 +24,9 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 
-from partime_mcmc import (
-    compare,
-    from_numpyro,
-    hmc,
-    progress_line,
-    sample,
-    sequential,
-    summary_table,
-)
+from partime_mcmc import compare, from_numpyro, hmc, sample, sequential
+from partime_mcmc.diagnostics.arviz import summary_table
+from partime_mcmc.sampling.progress import progress_line
 
 EFFECT = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 STANDARD_ERROR = np.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])

@@ -19,8 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc import Clipped, Newton, Status, deer, shooting
+from partime_mcmc import Status, deer, shooting
+from partime_mcmc.linearize import Clipped
 from partime_mcmc.rnn import ClosedForm, gru, gru_diagonal, gru_params, unroll_with_status
+from partime_mcmc.solvers import Newton
 
 
 def methods(carry: jax.Array) -> dict:

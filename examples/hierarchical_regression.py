@@ -19,7 +19,8 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 
-from partime_mcmc import CoalescingHMC, ParallelMCMC, summary_table
+from partime_mcmc import CoalescingHMC, ParallelMCMC
+from partime_mcmc.diagnostics.arviz import summary_table
 
 
 def patients():

@@ -23,16 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc import (
-    AllAtOnce,
-    Tolerance,
-    Whitening,
-    compare,
-    mala,
-    quasi_deer,
-    sample,
-    sequential,
-)
+from partime_mcmc import AllAtOnce, Tolerance, compare, mala, quasi_deer, sample, sequential
+from partime_mcmc.kernels import Whitening
 from partime_mcmc.models import logistic
 
 

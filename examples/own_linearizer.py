@@ -21,21 +21,17 @@ import time
 import jax
 import jax.numpy as jnp
 
-from partime_mcmc import (
+from partime_mcmc import Status, certify, mala, sequential, solve
+from partime_mcmc.kernels import Whitening
+from partime_mcmc.linearize import (
     DenseJacobian,
     DiagonalJacobian,
     HutchinsonDiagonal,
     IdentityJacobian,
-    Newton,
-    Status,
-    Whitening,
     ZeroJacobian,
-    certify,
-    mala,
-    sequential,
-    solve,
 )
 from partime_mcmc.scan import Diagonal
+from partime_mcmc.solvers import Newton
 from partime_mcmc.types import pytree
 
 

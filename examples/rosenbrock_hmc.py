@@ -34,7 +34,6 @@ from partime_mcmc import (
     SlidingWindow,
     Status,
     Windows,
-    blackjax_loop,
     certify,
     deer,
     elk,
@@ -44,6 +43,7 @@ from partime_mcmc import (
     shooting,
     solve,
 )
+from partime_mcmc.kernels import blackjax_loop
 
 HEADER = (
     f"{'method':32} {'status':18} {'passes':>6} {'exact':>5} {'evals/draw':>10} {'JVPs/draw':>9} {'depth':>6} "

@@ -29,7 +29,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 import partime_mcmc
-from partime_mcmc import StoredDraws, Target, hosts, open_draws, save_netcdf, time_mesh
+from partime_mcmc import StoredDraws, Target, hosts, open_draws, time_mesh
+from partime_mcmc.diagnostics.arviz import save_netcdf
 from partime_mcmc.diagnostics import describe, html, plots
 from partime_mcmc.diagnostics.arviz import read_draws
 from partime_mcmc.diagnostics.report import Level, Report

@@ -10,10 +10,10 @@ import numpyro.distributions as dist
 import pytest
 from partime_mcmc.sampling.chains import check_fits
 
-from partime_mcmc import HMC, ParallelMCMC, Store, Target, hmc, sample
+from partime_mcmc import ParallelMCMC, Store, Target, hmc, sample
 from partime_mcmc.certify.recorded import CertifyIndependently, CertifyWhileRolling
+from partime_mcmc.numpyro import HMC, stored
 from partime_mcmc.numpyro import mcmc as parallel
-from partime_mcmc.numpyro import stored
 from partime_mcmc.sampling import chains
 from partime_mcmc.sampling import memory as arguments
 from partime_mcmc.validation import TooLarge

@@ -46,7 +46,6 @@ from partime_mcmc import (
     Status,
     Target,
     Windows,
-    blackjax_loop,
     deer,
     from_blackjax,
     jacobi,
@@ -64,6 +63,7 @@ from partime_mcmc.distributed import collectives as exchange
 from partime_mcmc.engine import recipes
 from partime_mcmc.engine.adjoint import Implicit, ImplicitSegmented
 from partime_mcmc.engine.time_axis import LocalTime
+from partime_mcmc.kernels import blackjax_loop
 from partime_mcmc.linearize import Clipped, DenseJacobian  # noqa: E402
 from partime_mcmc.sampling.memory import chunk_steps  # noqa: E402
 from partime_mcmc.scan import Dense, DenseMessage, Diagonal

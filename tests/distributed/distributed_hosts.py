@@ -21,18 +21,8 @@ from catalogue import DYNAMICS, SOLVERS, by_name  # noqa: E402
 from partime_mcmc.storage.chunks import parts_of  # noqa: E402
 from partime_mcmc.storage.stored_run import Store  # noqa: E402
 
-from partime_mcmc import (
-    AllAtOnce,
-    EveryHost,
-    FirstHost,
-    Fold,
-    Windows,
-    deer,
-    mala,
-    rollout,
-    sample,  # noqa: E402
-    shooting,
-)
+from partime_mcmc import AllAtOnce, EveryHost, FirstHost, Windows, deer, mala, rollout, sample, # noqa: E402     shooting
+from partime_mcmc.storage.streaming_statistics import Fold
 from partime_mcmc import compile_cache as programs  # noqa: E402
 from partime_mcmc.distributed import hosts, sharded_solve, time_mesh  # noqa: E402
 from partime_mcmc.storage import own

@@ -17,8 +17,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from partime_mcmc import StoreError, cli, open_draws
+from partime_mcmc import cli, open_draws
 from partime_mcmc.distributed import hosts
+from partime_mcmc.storage.files import StoreError
 
 HERE = Path(__file__).parent
 # As in `conftest.py`: what is compiled here runs once.

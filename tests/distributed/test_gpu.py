@@ -15,7 +15,6 @@ from partime_mcmc import (
     Status,
     Target,
     Tolerance,
-    Whitening,
     certify,
     coalescing_hmc,
     deer,
@@ -27,6 +26,7 @@ from partime_mcmc import (
     shooting,
     solve,
 )
+from partime_mcmc.kernels import Whitening
 from partime_mcmc.scan import AssociativeScan, ChunkedScan, SequentialScan
 from partime_mcmc.scan.affine import Dense, Diagonal
 

@@ -244,8 +244,8 @@ def test_good_arguments_reach_the_loop():
         ("MultishiftCoupling", partime_mcmc.MultishiftCoupling),
         ("Recorded", partime_mcmc.CertifyWhileRolling),
         ("Independent", partime_mcmc.CertifyIndependently),
-        ("ImplicitSegmented", partime_mcmc.ImplicitSegmented),
-        ("loop", partime_mcmc.blackjax_loop),
+        ("ImplicitSegmented", partime_mcmc.engine.adjoint.ImplicitSegmented),
+        ("loop", partime_mcmc.kernels.blackjax_loop),
     ],
 )
 def test_old_names_work_and_warn(old, new):

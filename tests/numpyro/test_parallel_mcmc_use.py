@@ -21,7 +21,7 @@ from numpyro.infer import MCMC, BarkerMH, Predictive, init_to_median
 
 from partime_mcmc.engine.recipes import jacobi, sequential
 from partime_mcmc.numpyro import HMC, MALA, NUTS, CoalescingHMC, ParallelMCMC
-from partime_mcmc.numpyro.kernels import _CARRIED, _OWN, ours
+from partime_mcmc.numpyro.kernels import _CARRIED, _OWN, from_numpyro_kernel
 from partime_mcmc.warmup.warmup import WindowAdaptation
 
 KEY = jax.random.key(0)
@@ -312,10 +312,10 @@ def test_numpyros_kernels_keep_their_arguments_where_we_look():
 
 
 def test_what_was_set_is_kept_and_what_was_not_is_left_open():
-    plain = ours(numpyro.infer.HMC(level))
+    plain = from_numpyro_kernel(numpyro.infer.HMC(level))
     assert isinstance(plain, HMC) and plain._fixed() == {} and plain.model is level
     assert plain.adaptation == HMC(level).adaptation
-    found = ours(
+    found = from_numpyro_kernel(
         numpyro.infer.NUTS(
             level,
             target_accept_prob=0.9,
@@ -329,7 +329,7 @@ def test_what_was_set_is_kept_and_what_was_not_is_left_open():
     assert isinstance(found, NUTS) and found._fixed() == {"step_size": 0.2, "max_num_doublings": 5}
     assert found.adaptation.target_acceptance == 0.9 and found._init_strategy is init_to_median
     np.testing.assert_array_equal(found.adaptation.guess, np.ones(2))
-    path = ours(
+    path = from_numpyro_kernel(
         numpyro.infer.HMC(
             level, num_steps=3, trajectory_length=1.5, adapt_step_size=False, step_size=0.5
         )

@@ -16,7 +16,7 @@ from partime_mcmc.engine.recipes import jacobi, sequential, shooting
 from partime_mcmc.engine.solution import Status
 from partime_mcmc.engine.windows import Windows
 from partime_mcmc.kernels import from_blackjax
-from partime_mcmc.sampling.chain_groups import cut, joined, num_groups, run_groups
+from partime_mcmc.sampling.chain_groups import concat_chains, num_groups, run_groups, split_chains 
 from partime_mcmc.sampling.sample import sample
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.warmup.hmc_batch import SeedTree, key_from
@@ -72,12 +72,12 @@ def test_what_is_cut_is_joined_again():
         "keys": jax.random.split(jax.random.key(0), C),
         "path": (jnp.arange(C * 3.0).reshape(C, 3), None),
     }
-    parts = cut(tree, 3)
+    parts = split_chains(tree, 3)
     assert [part["path"][0].shape for part in parts] == [(2, 3)] * 3
-    again = joined(parts)
+    again = concat_chains(parts)
     np.testing.assert_array_equal(again["path"][0], tree["path"][0])
     assert jnp.array_equal(jax.random.key_data(again["keys"]), jax.random.key_data(tree["keys"]))
-    assert joined(cut(tree, 1)) is tree
+    assert concat_chains(split_chains(tree, 1)) is tree
 
 
 # Steps that wait for threads of XLA's while they occupy one; two of them at once can wait for ever.

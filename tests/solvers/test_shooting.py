@@ -9,16 +9,12 @@ import numpy as np
 import pytest
 
 from partime_mcmc import (
-    Clipped,
-    DenseJacobian,
     Dynamics,
-    HutchinsonDiagonal,
     SlidingWindow,
     Status,
     Target,
     Tolerance,
     Windows,
-    blackjax_loop,
     certify,
     deer,
     from_blackjax,
@@ -30,6 +26,8 @@ from partime_mcmc import (
     shooting,
     solve,
 )
+from partime_mcmc.kernels import blackjax_loop
+from partime_mcmc.linearize import Clipped, DenseJacobian, HutchinsonDiagonal
 from partime_mcmc.solvers.hoist import hoist_drive_only
 from partime_mcmc.solvers.narrowing import widths
 from partime_mcmc.solvers.sequential import finish_sequentially

@@ -27,18 +27,9 @@ import partime_mcmc.sampling.chain_groups as chain_groups
 import partime_mcmc.sampling.local as local
 import partime_mcmc.sampling.sample as sampling
 import partime_mcmc.storage.files as files
-from partime_mcmc import (
-    AllAtOnce,
-    Clipped,
-    DiagonalJacobian,
-    Newton,
-    elk,
-    open_draws,
-    resume,
-    shooting,
-    summary_table,
-)
+from partime_mcmc import AllAtOnce, elk, open_draws, resume, shooting
 from partime_mcmc.compile_cache import Timings
+from partime_mcmc.diagnostics.arviz import summary_table
 from partime_mcmc.engine.recipes import sequential
 from partime_mcmc.engine.solution import SolveError, Status, Tolerance
 from partime_mcmc.engine.windows import Windows
@@ -49,6 +40,7 @@ from partime_mcmc.kernels.kernel_program import (
     parametrised_kernel,
     program_and_params,
 )
+from partime_mcmc.linearize import Clipped, DiagonalJacobian
 from partime_mcmc.sampling.memory import chunk_steps
 from partime_mcmc.sampling.merge import merge_certificates, merge_reports, without_steps
 from partime_mcmc.sampling.plan import SampleArguments
@@ -56,6 +48,7 @@ from partime_mcmc.sampling.progress import progress_line, quiet
 from partime_mcmc.sampling.randomness import begin, draw_tapes
 from partime_mcmc.sampling.run_recorder import RunRecorder
 from partime_mcmc.sampling.target import Target
+from partime_mcmc.solvers import Newton
 from partime_mcmc.storage import serialize
 from partime_mcmc.storage.draws_group import (
     draws_per_file,
