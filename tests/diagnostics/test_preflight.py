@@ -1,6 +1,5 @@
 """What cannot fit is refused from shapes alone: before warm-up, in no time, and before anything is allocated."""
 
-import importlib
 import time
 
 import jax
@@ -8,38 +7,36 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from partime_mcmc.sampling.chains import check_fits
 
-from partime_mcmc import ParallelMCMC, Store, Target, hmc, sample
 from partime_mcmc.certify.recorded import CertifyIndependently, CertifyWhileRolling
-from partime_mcmc.numpyro import HMC, stored
-from partime_mcmc.numpyro import mcmc as parallel
-from partime_mcmc.sampling import chains
-from partime_mcmc.sampling import memory as arguments
+from partime_mcmc.kernels import hmc
+from partime_mcmc.numpyro import HMC, ParallelMCMC
+from partime_mcmc.sampling import memory
+from partime_mcmc.sampling.sample import sample
+from partime_mcmc.sampling.target import Target
+from partime_mcmc.storage.store import Store
 from partime_mcmc.validation import TooLarge
 
-# Modules whose names their functions hide.
-sampling, resume = (
-    importlib.import_module(f"partime_mcmc.sampling.{name}") for name in ("sample", "resume")
-)
 LIMIT = 2**30
+INDEPENDENT = CertifyIndependently()
+
+
+class Begun(Exception):
+    """The run began: its first starts were asked for."""
 
 
 @pytest.fixture(autouse=True)
 def too_early(monkeypatch):
-    """A machine of a known size, on which nothing may begin, not even warm-up."""
-    for module in (arguments, chains):
-        monkeypatch.setattr(module, "default_max_bytes", lambda mesh=None: LIMIT)
-    for module, name in (
-        (sampling, "make_ready"),
-        (resume, "make_ready"),
-        (parallel, "begin"),
-        (stored, "begin"),
-    ):
-        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("the run had begun"))
-    begin = time.process_time()
+    """A machine of a known size, on which nothing may begin, not even the search for starts."""
+
+    def begin(target, keys):
+        raise Begun
+
+    monkeypatch.setattr(memory, "default_max_bytes", lambda mesh=None: LIMIT)
+    monkeypatch.setattr(Target, "starts", begin)
+    before = time.process_time()
     yield
-    assert time.process_time() - begin < 2
+    assert time.process_time() - before < 2
 
 
 def target_of(dimension=3, constrain=None):
@@ -76,12 +73,11 @@ def test_numpyros_front_refuses_at_once(tmp_path):
         mcmc.run(jax.random.key(0), store=Store(tmp_path / "run", chunk=10**8))
 
 
-def fits(target, certificate=CertifyIndependently(), num_samples=10_000):
-    try:
-        check_fits(target, num_samples, 4, solver=None, schedule=None, certificate=certificate)
-    except TooLarge:
-        return False
-    return True
+def fits(target, certificate=INDEPENDENT, num_samples=10_000):
+    """Whether a run of four chains begins."""
+    with pytest.raises((TooLarge, Begun)) as raised:
+        sample(jax.random.key(0), target, hmc, num_samples=num_samples, certificate=certificate)
+    return raised.type is Begun
 
 
 def test_what_the_model_makes_of_a_position_counts():
@@ -96,8 +92,8 @@ def test_what_the_model_makes_of_a_position_counts():
     )
 
 
-def test_what_steps_say_of_themselves_counts():
+def test_what_steps_record_counts():
     # 4 chains x 10,000 draws x 1,000 numbers in 6 copies are 960 MB; a defect of each number makes a seventh.
     assert fits(target_of(1_000)) and not fits(target_of(1_000), CertifyWhileRolling())
-    # 10^7 draws of one number: 24 bytes of copies each, and 36 of what is said.
+    # 10^7 draws of one number: 24 bytes of copies each, and 36 of what steps report.
     assert not fits(target_of(1), num_samples=5 * 10**6) and 5 * 10**6 * 4 * 24 < LIMIT

@@ -81,7 +81,7 @@ def test_under_jit_and_vmap():
     starts = jax.vmap(target.start)(keys)
     np.testing.assert_allclose(starts["beta"][2], target.start(keys[2])["beta"], rtol=1e-6)
     values = jax.jit(jax.vmap(target.logdensity))(starts)
-    alone = [target.logdensity(jax.tree.map(lambda leaf: leaf[i], starts)) for i in range(3)]
+    alone = jax.lax.map(target.logdensity, starts)
     np.testing.assert_allclose(values, alone, rtol=1e-5)
     assert jax.jit(jax.vmap(target.constrain))(starts)["mean"].shape == (3, 4)
 

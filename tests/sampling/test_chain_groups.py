@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import partime_mcmc.compile_cache as programs
-import partime_mcmc.sampling.chain_groups as cores
+from partime_mcmc import compile_cache
 from partime_mcmc.compile_cache import Timings
 from partime_mcmc.engine.dynamics import Dynamics, without_captures
 from partime_mcmc.engine.recipes import jacobi, sequential, shooting
 from partime_mcmc.engine.solution import Status
 from partime_mcmc.engine.windows import Windows
 from partime_mcmc.kernels import from_blackjax
-from partime_mcmc.sampling.chain_groups import concat_chains, num_groups, run_groups, split_chains 
+from partime_mcmc.sampling import chain_groups
+from partime_mcmc.sampling.chain_groups import concat_chains, num_groups, run_groups, split_chains
 from partime_mcmc.sampling.sample import sample
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.warmup.hmc_batch import SeedTree, key_from
@@ -33,7 +33,7 @@ def in_float64():
 @pytest.fixture
 def with_cores(monkeypatch):
     def have(count):
-        monkeypatch.setattr(cores, "num_cores", lambda: count)
+        monkeypatch.setattr(chain_groups, "num_cores", lambda: count)
 
     return have
 
@@ -108,7 +108,7 @@ def test_steps_that_call_a_library_are_left_together_and_never_run_side_by_side(
     def no_threads(*args):
         raise AssertionError("a thread was started")
 
-    monkeypatch.setattr(cores.concurrent.futures, "ThreadPoolExecutor", no_threads)
+    monkeypatch.setattr(chain_groups.concurrent.futures, "ThreadPoolExecutor", no_threads)
     states = np.arange(1.0, 13).reshape(4, 3)
     found = run_groups(
         jax.vmap(LIBRARY[name]), (), [(states[:2],), (states[2:],)], timings=Timings()
@@ -144,8 +144,8 @@ def test_groups_overlap_and_one_that_fails_is_heard_after_all_have_ended(with_co
         ended.append(float(x[0]))
         return x
 
-    monkeypatch.setattr(cores, "compiled", lambda *args, clock: program)
-    monkeypatch.setattr(cores, "_overlaps", lambda program: True)
+    monkeypatch.setattr(chain_groups, "compiled", lambda *args, timings: program)
+    monkeypatch.setattr(chain_groups, "_overlaps", lambda program: True)
     with pytest.raises(MemoryError, match="RESOURCE_EXHAUSTED"):
         run_groups(double, (), [(np.zeros(1),), (np.ones(1),)], timings=Timings())
     assert ended == [0.0]
@@ -189,18 +189,18 @@ def test_the_chains_are_the_same_on_any_number_of_cores(solver, with_cores):
             alone.report.evaluations_per_sample, rel=0.5
         )
         assert (
-            several.end.num_steps == T
+            several.state.num_steps == T
             and several.certificate.independent.shape == alone.certificate.independent.shape
         )
 
 
 def test_one_program_serves_all_groups(with_cores, monkeypatch):
     with_cores(3)
-    monkeypatch.setattr(programs, "_PROGRAMS", type(programs._PROGRAMS)())
+    monkeypatch.setattr(compile_cache, "_PROGRAMS", type(compile_cache._PROGRAMS)())
     sample(
         jax.random.key(4), TARGET, KERNEL, num_samples=64, num_chains=C, solver=shooting(steps=16)
     )
-    solves = [entry for entry in programs._PROGRAMS if type(entry[0]).__name__ == "_Solve"]
+    solves = [entry for entry in compile_cache._PROGRAMS if type(entry[0]).__name__ == "_Solve"]
     assert len(solves) == 1 and (C // 3, 2) in [shape for shape, *_ in solves[0][2]], (
         "two chains in each of three groups"
     )

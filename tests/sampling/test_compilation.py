@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from partime_mcmc import compile_cache as programs
+from partime_mcmc import compile_cache
 from partime_mcmc.engine.dynamics import Dynamics, rollout
 from partime_mcmc.engine.recipes import deer, jacobi, picard, quasi_deer, shooting
 from partime_mcmc.engine.solution import Tolerance
@@ -264,9 +264,9 @@ def _solved(step, start):
     return solve(Dynamics(step, jnp.float32(0.5)), start, drives(), solver=jacobi()).states
 
 
-def _of_stretches(num_samples):
-    """Solves among the programs that a run in stretches of 64 steps compiles."""
-    programs._PROGRAMS.clear()
+def _solves_compiled(num_samples):
+    """Solves among the programs that a run in windows of 64 steps compiles."""
+    compile_cache._PROGRAMS.clear()
     target = Target(lambda x: -0.5 * jnp.sum(x**2), jnp.zeros(2))
     kernel = hmc(target.logdensity, 0.5, jnp.ones(2), 2)
     draws = sample(
@@ -284,13 +284,13 @@ def _of_stretches(num_samples):
         num_samples,
         2,
     )
-    return sum(isinstance(entry[0], _Solve) for entry in programs._PROGRAMS)
+    return sum(isinstance(entry[0], _Solve) for entry in compile_cache._PROGRAMS)
 
 
-def test_stretches_are_compiled_once():
-    assert _of_stretches(4 * 64) == 1
-    # A last stretch of another length is another program, which shows that the count can rise.
-    assert _of_stretches(64 + 8) == 2
+def test_windows_are_compiled_once():
+    assert _solves_compiled(4 * 64) == 1
+    # A last window of another length is another program, which shows that the count can rise.
+    assert _solves_compiled(64 + 8) == 2
 
 
 LANES, ROWS = 16, 944

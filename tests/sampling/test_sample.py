@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from kernel_catalogue import logdensity_of
 
-import partime_mcmc.sampling.executor as streaming
-import partime_mcmc.sampling.plan as ready
 from partime_mcmc.diagnostics.checks import NonDeterministicTarget
 from partime_mcmc.engine.recipes import jacobi, quasi_deer, sequential
 from partime_mcmc.engine.solution import SolveError, Status
 from partime_mcmc.engine.windows import AllAtOnce, SlidingWindow, Windows
 from partime_mcmc.kernels import Kernel, from_blackjax, hmc, mala
 from partime_mcmc.models.eight_schools import make_target as eight_schools
+from partime_mcmc.sampling import plan
+from partime_mcmc.sampling.local import LocalExecutor
 from partime_mcmc.sampling.progress import progress_line, quiet
 from partime_mcmc.sampling.sample import sample
 from partime_mcmc.sampling.target import Target
@@ -137,9 +137,9 @@ def test_same_seed_and_plan_same_bits_with_progress_and_a_legacy_key(base, capsy
     jax.tree.map(np.testing.assert_array_equal, again.positions, base.positions)
     jax.tree.map(np.testing.assert_array_equal, again.info, base.info)
     assert again.plan == base.plan
-    said = capsys.readouterr()
-    assert said.out == "" and "sampling" in said.err and f"{T}/{T}" in said.err
-    assert "all chains certified" in said.err
+    printed = capsys.readouterr()
+    assert printed.out == "" and "sampling" in printed.err and f"{T}/{T}" in printed.err
+    assert "all chains certified" in printed.err
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_a_solver_that_cannot_converge_falls_back_to_the_exact_chain_and_says_so
     draws = run(schedule=Windows(15), max_iterations=1)
     assert_same_chains(draws, by_hand()[0], atol=1e-12)
     report = draws.or_raise().report
-    # One pass of Jacobi makes the first step of a stretch right, at least: what is right is kept.
+    # One pass of Jacobi makes the first step of a window right, at least: what is right is kept.
     assert (report.num_sequential < T).all() and (report.num_sequential > T / 2).all()
     first = [sentence for sentence in report.fallbacks if "steps 0 to 15" in sentence]
     assert len(first) == CHAINS
@@ -175,8 +175,8 @@ def test_a_solver_that_cannot_converge_falls_back_to_the_exact_chain_and_says_so
     assert any("steps are exact and kept" in sentence for sentence in report.fallbacks)
     given_up = [
         number
-        for number, said in enumerate(report.fallbacks)
-        if said.startswith("from step 30 on all")
+        for number, sentence in enumerate(report.fallbacks)
+        if sentence.startswith("from step 30 on all")
     ]
     assert given_up == [len(report.fallbacks) - 1], "having given up, it must not try again"
 
@@ -194,7 +194,7 @@ def test_one_chain_and_one_step():
     )
 
 
-@pytest.mark.parametrize("schedule", [Windows(8), AllAtOnce()], ids=["stretches", "whole"])
+@pytest.mark.parametrize("schedule", [Windows(8), AllAtOnce()], ids=["windows", "all at once"])
 def test_no_steps(schedule):
     draws = run(num_samples=0, num_chains=2, schedule=schedule)
     assert {leaf.shape for leaf in jax.tree.leaves(draws.positions)} == {(2, 0, 2), (2, 0)}
@@ -218,8 +218,8 @@ def _walk_into_nan(key, state):
 
 
 def test_one_bad_chain_leaves_the_others_bit_for_bit():
-    """Chain 5 of eight meets NaN in its first stretch: it says so, and seven chains are as if it were well."""
-    walker = Kernel(
+    """Chain 5 of eight meets NaN in its first window: it says so, and seven chains are as if it were well."""
+    kernel = Kernel(
         SimpleNamespace(init=lambda position: _Walk(position), step=_walk_into_nan), noise_scale=1.0
     )
     start_key = jax.random.split(jax.random.key(0), 3)[0]
@@ -233,7 +233,7 @@ def test_one_bad_chain_leaves_the_others_bit_for_bit():
         far: sample(
             jax.random.key(0),
             Target(lambda x: -0.5 * jnp.sum(x**2), functools.partial(initial, far)),
-            walker,
+            kernel,
             num_samples=60,
             num_chains=8,
             solver=jacobi(),
@@ -436,8 +436,8 @@ class _Calls:
 
 @pytest.fixture
 def nothing_runs(monkeypatch):
-    monkeypatch.setattr(ready, "warm_up", _Calls())
-    monkeypatch.setattr(streaming, "run_chains", _Calls())
+    monkeypatch.setattr(plan, "warm_up", _Calls())
+    monkeypatch.setattr(LocalExecutor, "chunks", _Calls())
 
 
 KEYS = {
@@ -523,11 +523,11 @@ def test_one_bad_start_of_several_is_named(nothing_runs):
 
 
 def test_integer_starts_become_floats_with_a_warning(nothing_runs):
-    with pytest.warns(UserWarning, match="initial: got integers .* they become float64"):
-        with pytest.raises(AssertionError, match="the run began"):
-            sample(
-                jax.random.key(0), Target(NORMAL.logdensity, np.array([1, 2])), mala, num_samples=5
-            )
+    with (
+        pytest.warns(UserWarning, match="initial: got integers .* they become float64"),
+        pytest.raises(AssertionError, match="the run began"),
+    ):
+        sample(jax.random.key(0), Target(NORMAL.logdensity, np.array([1, 2])), mala, num_samples=5)
 
 
 ARGUMENTS = {

@@ -135,7 +135,7 @@ def test_a_lost_chain_goes_on_from_a_good_one():
     np.testing.assert_array_equal(pool.draws.positions[-1], pool.positions)
 
 
-def walker():
+def batch():
     density, data = density_of(normal, jnp.zeros(D))
     return HMCBatch(density, data, jnp.zeros(D), C)
 
@@ -144,7 +144,7 @@ def test_windows_in_parallel_time_are_chains_of_the_same_law():
     """Solved, not fallen back; less deep than side by side; and with exact starts still the target's draws."""
     starts, root = draws(1)[0][0], root_of(COVARIANCE * 1.2)
     path = Path(0.7, 2, 0.9)
-    parallel, one_by_one = walker(), walker()
+    parallel, one_by_one = batch(), batch()
     found = in_parallel_time(parallel, SEED, starts, root, path, 512)
     other = side_by_side(one_by_one, SEED, starts, root, path, 512)
     assert (
@@ -183,16 +183,16 @@ def test_a_window_is_one_chain_however_many_calls_it_takes(numbers, monkeypatch)
     monkeypatch.setattr(trajectories, "_MOST_NUMBERS", numbers)
     calls = max(1, 128 // trajectories.max_batch_steps(C * D))
     # Far from the mode and slow: who began anew would leap.
-    starts, h, books = 100.0 + np.arange(C * D, dtype=float).reshape(C, D), 0.01, walker()
-    window = side_by_side(books, SEED, starts, np.eye(D) * 1e-3, Path(h, 3, 1.0), 128)
+    starts, h, chains = 100.0 + np.arange(C * D, dtype=float).reshape(C, D), 0.01, batch()
+    window = side_by_side(chains, SEED, starts, np.eye(D) * 1e-3, Path(h, 3, 1.0), 128)
     path = np.concatenate([starts[None], window.positions])
     leaps = np.abs(np.diff(path, axis=0)).max(axis=(1, 2))
-    assert window.positions.shape == (128, C, D) and books.num_steps == 128
+    assert window.positions.shape == (128, C, D) and chains.num_steps == 128
     assert np.abs(path[-1] - path[0]).max() > 3 * leaps.max() > 0
     np.testing.assert_allclose(window.gradients, -window.positions @ PRECISION, rtol=1e-6)
     np.testing.assert_allclose(
         window.logdensity, -0.5 * np.sum(window.positions @ PRECISION * window.positions, axis=-1)
     )
-    # No two pieces of a window have the same dice.
+    # No two parts of a window have the same random numbers.
     assert len(np.unique(np.diff(path, axis=0)[:, 0, 0])) > 0.8 * 128
-    assert books.num_gradients == 128 * C * 3 + calls * C
+    assert chains.num_gradients == 128 * C * 3 + calls * C
