@@ -228,7 +228,7 @@ def check_bytes(
         C · T · ((per_step + D) · itemsize · `WORKING_COPIES` + more).
 
     Raises:
-        TooLarge: If that exceeds `max_bytes`, with the longest stretch (a power of two) that fits.
+        TooLarge: If that exceeds `max_bytes`, with the longest window (a power of two) that fits.
     """
     one_step = num_chains * ((per_step + dimension) * itemsize * WORKING_COPIES + more)
     total = num_steps * one_step
@@ -236,7 +236,7 @@ def check_bytes(
         return total
     fits = max_bytes // one_step
     advice = (
-        f"solve in stretches, schedule=Windows({1 << (fits.bit_length() - 1)})"
+        f"solve in windows, schedule=Windows({1 << (fits.bit_length() - 1)})"
         if fits
         else "take fewer chains: not even one step fits"
     )

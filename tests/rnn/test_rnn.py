@@ -32,7 +32,6 @@ from partime_mcmc.rnn import (
     unroll,
     unroll_with_status,
 )
-from partime_mcmc.rnn import unroll as rnn_plan
 from partime_mcmc.rnn.unroll import batch_around
 from partime_mcmc.solvers import Newton
 
@@ -46,7 +45,7 @@ quick = functools.partial(jax.jit, compiler_options=QUICK)
 @pytest.fixture
 def batches_in_lanes(monkeypatch):
     """Batches go through a segmented scan, which on a CPU would leave them to `lax.scan`."""
-    monkeypatch.setattr(rnn_plan, "_MOST_CHAINS_ON_CPU", None)
+    monkeypatch.setattr(unrolling, "_MOST_CHAINS_ON_CPU", None)
 
 
 CELLS = {
