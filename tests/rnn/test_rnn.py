@@ -457,7 +457,11 @@ def test_a_batch_by_vmap_is_one_loop_over_the_steps_on_a_cpu(mapped, through):
 def test_vmaps_within_vmaps_are_counted():
     seen = []
     leaves = jnp.ones((2, 3, 4)), jnp.ones((2, 5))
-    look = lambda a, b: seen.append(batch_around((a, b))) or a.sum() + b.sum()
+
+    def look(a, b):
+        seen.append(batch_around((a, b)))
+        return a.sum() + b.sum()
+
     look(*leaves)
     jax.vmap(look)(*leaves)
     jax.vmap(jax.vmap(look, in_axes=(0, None)))(*leaves)

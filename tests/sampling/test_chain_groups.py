@@ -16,7 +16,7 @@ from partime_mcmc.engine.recipes import jacobi, sequential, shooting
 from partime_mcmc.engine.solution import Status
 from partime_mcmc.engine.windows import Windows
 from partime_mcmc.kernels import from_blackjax
-from partime_mcmc.sampling.chain_groups import concat_chains, num_groups, run_groups, split_chains
+from partime_mcmc.sampling.chain_groups import concat_chains, num_groups, run_groups, split_chains 
 from partime_mcmc.sampling.sample import sample
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.warmup.hmc_batch import SeedTree, key_from
