@@ -220,7 +220,7 @@ def check_bytes(
         dimension: Flat state size D.
         itemsize: Bytes of one number: 4 or 8.
         max_bytes: The limit.
-        per_step: KernelParams in the linear map of one step: D² for dense Jacobians, D for diagonal ones, 0 for none.
+        per_step: Numbers in the linear map of one step: D² for dense Jacobians, D for diagonal ones, 0 for none.
         num_chains: Chains solved at once, C.
         more: Further bytes per step and chain.
 

@@ -38,7 +38,7 @@ MESSAGES = [DenseMessage, DiagonalMessage]
 SCANS = [SequentialScan(), AssociativeScan(), ChunkedScan(1), ChunkedScan(3), ChunkedScan(100)]
 quick = functools.partial(jax.jit, compiler_options=QUICK)
 
-# KernelParams of one size, with exact zeros and ties among them: rounding errors are then bounded by one scale.
+# Numbers of one size, with exact zeros and ties among them: rounding errors are then bounded by one scale.
 numbers = st.floats(-2, 2, width=32, allow_subnormal=False)
 
 
