@@ -220,7 +220,7 @@ def check_bytes(
         dimension: Flat state size D.
         itemsize: Bytes of one number: 4 or 8.
         max_bytes: The limit.
-        per_step: KernelParams in the linear map of one step: D² for dense Jacobians, D for diagonal ones, 0 for none.
+        per_step: Numbers in the linear map of one step: D² for dense Jacobians, D for diagonal ones, 0 for none.
         num_chains: Chains solved at once, C.
         more: Further bytes per step and chain.
 
@@ -228,7 +228,7 @@ def check_bytes(
         C · T · ((per_step + D) · itemsize · `WORKING_COPIES` + more).
 
     Raises:
-        TooLarge: If that exceeds `max_bytes`, with the longest stretch (a power of two) that fits.
+        TooLarge: If that exceeds `max_bytes`, with the longest window (a power of two) that fits.
     """
     one_step = num_chains * ((per_step + dimension) * itemsize * WORKING_COPIES + more)
     total = num_steps * one_step
@@ -236,7 +236,7 @@ def check_bytes(
         return total
     fits = max_bytes // one_step
     advice = (
-        f"solve in stretches, schedule=Windows({1 << (fits.bit_length() - 1)})"
+        f"solve in windows, schedule=Windows({1 << (fits.bit_length() - 1)})"
         if fits
         else "take fewer chains: not even one step fits"
     )

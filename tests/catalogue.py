@@ -76,7 +76,7 @@ SOLVERS = [
         variant=True,
     ),
     SolverRow(
-        "quasi-deer, stretches",
+        "quasi-deer, windows",
         quasi_deer(clip=None),
         newton_like=True,
         variant=True,
@@ -262,7 +262,7 @@ class KernelRow:
     Attributes:
         name: For the test's name.
         build: `(logdensity, dimension, dtype) -> Kernel`, tuned by hand for a standard normal target.
-        forgets: Chains with the same dice come together on that target.
+        forgets: Chains with the same random numbers come together on that target.
         decides: A step accepts or rejects, and says so.
     """
 

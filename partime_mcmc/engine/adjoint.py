@@ -135,7 +135,7 @@ def _all_steps(step, params, previous, drives):
     return jax.vmap(step, in_axes=(None, 0, 0))(params, previous, drives)
 
 
-# KernelParams of state in the steps evaluated side by side, where all T at once would keep T times what a step computes on its
+# Numbers of state in the steps evaluated side by side, where all T at once would keep T times what a step computes on its
 # way: as many as a cache holds with what is computed from them (64 units: blocks of 2,048 steps take 6.4 ms, of 512 steps
 # 10 ms, all 16,384 at once 17 ms).
 _BLOCK_NUMBERS = 131_072

@@ -57,7 +57,7 @@ class Advice:
 
     Attributes:
         solver: `shooting(steps=...)`, or `sequential()`.
-        schedule: `AllAtOnce()`, or stretches that fit in memory; S segments are cut from each stretch.
+        schedule: `AllAtOnce()`, or windows that fit in memory; S segments are cut from each window.
         num_segments: S; 1 for the sequential loop.
         evaluations_per_step: Expected evaluations of `f` per step.
         depth: Expected evaluations of `f` one after another.
@@ -79,7 +79,7 @@ class Advice:
         if not self.parallel:
             return f"Run sequentially. {self.reason}"
         whole = isinstance(self.schedule, AllAtOnce)
-        per = "chain" if whole else f"stretch of {self.schedule.size:,} steps"
+        per = "chain" if whole else f"window of {self.schedule.size:,} steps"
         return (
             f"Solve in parallel over time with {self.num_segments:,} segments per {per}: about "
             f"{self.evaluations_per_step:.2f} evaluations per step, {self.depth:,} of them one after another. {self.reason}"
@@ -238,7 +238,7 @@ def _flat_starts(starts, initial, flat):
 def _schedule(
     num_steps: int, num_chains: int, bytes_per_state: int, max_bytes: float
 ) -> tuple[Schedule, int]:
-    """All of time if the path and its copies fit, else the longest stretches that do, a power of two."""
+    """All of time if the path and its copies fit, else the longest windows that do, a power of two."""
     # Shooting holds the path three times over, its residual, and about twice as much in random numbers.
     fitting = max_bytes / (6 * num_chains * bytes_per_state)
     if num_steps <= fitting:

@@ -45,7 +45,7 @@ class Linearizer(Protocol):
         ...
 
     def map_size(self, dimension: int) -> int:
-        """KernelParams in the linear part of one step's map: what memory per step is estimated from."""
+        """Numbers in the linear part of one step's map: what memory per step is estimated from."""
         ...
 
 

@@ -56,7 +56,7 @@ from partime_mcmc.validation import check_count, check_has, check_like, describe
 _ULPS = 32
 # Where 32 of them are a quarter of the state, as in bfloat16, only what rounding itself leaves is let pass.
 _COARSE_ULPS = 4
-# KernelParams of state per step that all lanes together should have, and how many lanes at least and at most. On a CPU more
+# Numbers of state per step that all lanes together should have, and how many lanes at least and at most. On a CPU more
 # lanes read time at more places at once, which costs more than they save; a state of one number fills one vector register
 # with 16 lanes, and its products stay inside the loop (0.20 ms, against 0.73 ms with 256 lanes, 32,768 steps).
 _NUMBERS = {"cpu": (1024, 64, 256)}

@@ -1,6 +1,6 @@
 """Which coupling: the one with which chains of the tuned kernel meet sooner.
 
-Plain and coalescing random numbers realise one law, so nothing but speed hangs on the choice (`kernels.dice`). It is made
+Plain and coalescing random numbers realise one law, so nothing but speed hangs on the choice (`kernels.coupling`). It is made
 where it matters, in long runs: pilot pairs of the warm-up's draws are run under both, and the coupling with the smaller
 median meeting time is kept. Seeds and programs decide, no clock, and the choice is part of the warm-up and of the plan:
 running again from `draws.warmup` draws the same random numbers.
@@ -55,8 +55,8 @@ def fixed_coupling(kernel: Kernel | Builder | Warmup, coupling: Coupling) -> Bui
     check_coupling(coupling)
     if isinstance(kernel, (Kernel, Warmup)) or not takes_coupling(kernel):
         raise TypeError(
-            f"coupling: got {coupling!r} with {describe(kernel)}, wanted a builder that takes dice (mala, hmc, random_walk): the "
-            "dice of other kernels are fixed"
+            f"coupling: got {coupling!r} with {describe(kernel)}, wanted a builder that takes a coupling (mala, hmc, "
+            "random_walk): that of other kernels is fixed"
         )
     return with_coupling(kernel, coupling)
 
@@ -82,9 +82,9 @@ def choose_coupling_by_pilots(warmup: Warmup, key: Key) -> Warmup:
     medians = [_median_meeting_time(one, warmup, tolerance, key) for one in (plain, other)]
     met = ["never" if np.isinf(median) else f"after {median:.0f} steps" for median in medians]
     if medians[1] < medians[0]:
-        note = f"Coalescing dice: pilot pairs met {met[1]} in the median, with plain dice {met[0]}."
+        note = f"Multishift coupling: pilot pairs met {met[1]} in the median, with common random numbers {met[0]}."
         return dataclasses.replace(warmup, kernel=other, notes=(*warmup.notes, note))
-    note = f"Plain dice: pilot pairs met {met[0]} in the median, with coalescing dice {met[1]}."
+    note = f"Common random numbers: pilot pairs met {met[0]} in the median, with multishift coupling {met[1]}."
     return dataclasses.replace(warmup, notes=(*warmup.notes, note))
 
 

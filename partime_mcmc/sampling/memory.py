@@ -24,7 +24,7 @@ _SHARE = 0.6
 _CHUNK, _CHUNK_BYTES = 65536, 2**29
 # Bytes of its draws, where many devices share a chunk and one host writes it.
 _WRITTEN_BYTES = 2**31
-# KernelParams that a kernel reports of a step: decision, probability, energy, margins and the like.
+# Numbers that a kernel reports of a step: decision, probability, energy, margins and the like.
 _NUM_INFO = 9
 
 

@@ -11,7 +11,7 @@ Applying costs D² for dense maps where composing costs D³, and a CPU has few l
 an order of magnitude although it is "not parallel" (the expensive part, evaluating the dynamics, still is). On
 accelerators depth is what counts. `default_scan` chooses.
 
-Elements are any monoid with `after(earlier)` and `__call__(start)`: affine maps and Kalman messages. KernelParams of two
+Elements are any monoid with `after(earlier)` and `__call__(start)`: affine maps and Kalman messages. Numbers of two
 bytes (bfloat16, float16) are added up in float32 and rounded once, in the result: a sum of some hundred of them has
 no digits left otherwise.
 """

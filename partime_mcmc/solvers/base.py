@@ -89,7 +89,7 @@ class Solver(Protocol):
         ...
 
     def map_size(self, dimension: int) -> int:
-        """KernelParams kept per step besides the states, for estimates of memory."""
+        """Numbers kept per step besides the states, for estimates of memory."""
         ...
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from partime_mcmc.tracing import evaluate
 from partime_mcmc.types import PyTree
 
-# KernelParams of 4 bytes that may be kept per step: so many times the memory of a step, and so many for any step.
+# Numbers of 4 bytes that may be kept per step: so many times the memory of a step, and so many for any step.
 _STATES, _IN_ANY_CASE = 4, 16
 # Without any of these operations hoisting gains nothing.
 _COSTLY = {

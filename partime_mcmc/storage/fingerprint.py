@@ -98,7 +98,7 @@ def name_of(kernel: Any) -> str:
     if isinstance(kernel, Kernel):
         return f"the tuned kernel {kernel.name}"
     builder, fixed = unwrapped(kernel)
-    # The dice are chosen by pilots, unless the user fixed them, and are stored apart.
+    # The coupling is chosen by pilots, unless the user fixed them, and are stored apart.
     said = ", ".join(
         f"{name}={_ADDRESS.sub('', repr(value))}"
         for name, value in sorted(fixed.items())

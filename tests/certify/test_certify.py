@@ -221,7 +221,7 @@ def test_tolerance_lies_between_rounding_and_the_smallest_error_that_counts():
         assert bool(certificate.certified) == certified
 
 
-def test_residual_of_hmc_is_in_standard_deviations_of_the_chain_unless_told():
+def test_residual_of_hmc_is_in_standard_deviations_of_the_chain_unless_given():
     run = run_of("hmc")
     wrong = run.path.at[-1, 1].add(1e-3)
     spread = np.std(np.asarray(wrong), axis=0)
@@ -239,7 +239,7 @@ def test_a_flipped_decision_is_never_certified(was):
     at = np.flatnonzero((uniform < rate) == was)[-1]
     before = run.path[at - 1]
     other = before if was else proposals[at]
-    # The rest of the path follows the dice from the wrong state: only the flip itself is wrong.
+    # The rest of the path follows the random numbers from the wrong state: only the flip itself is wrong.
     rest = rollout(
         run.kernel.dynamics(),
         jnp.asarray(other),
@@ -391,7 +391,7 @@ def test_one_accepted_step_is_not_frozen():
     assert not bool(certify(run.kernel, before, run.path[start : start + 2], two).frozen)
     still = jax.tree.map(lambda leaf: leaf[start + 1 : start + 2], run.tape)
     certificate = certify(run.kernel, run.path[start], run.path[start + 1 : start + 2], still)
-    assert not bool(certificate.frozen), "one rejection says nothing"
+    assert not bool(certificate.frozen), "one rejection proves nothing"
     assert int(certificate.longest_rejection) == 1
 
 

@@ -1,4 +1,4 @@
-"""Certificates recorded while chains are rolled say what an independent pass over the same path says."""
+"""Certificates recorded while chains are rolled agree with an independent pass over the same path."""
 
 import functools
 from types import SimpleNamespace
@@ -45,7 +45,7 @@ COUNTS = (
 
 
 def recorded_and_independent(kernel, position, solver, num_steps=T, tolerance=Tolerance()):
-    """Both certificates with what the kernel says, and the path, of one chain."""
+    """Both certificates with the records of the steps, and the path, of one chain."""
     state = kernel.init(position, jax.random.key(1))
     initial, tape = kernel.carry(state), kernel.tape(jax.random.key(0), num_steps, state)
 
@@ -76,9 +76,9 @@ CASES = [
 
 
 @pytest.mark.parametrize("row, name", CASES)
-def test_both_say_the_same(row, name, double):
+def test_both_certificates_agree(row, name, double):
     kernel = row.build(logdensity_of(double), 3, double)
-    found, (mine, said), (theirs, records), _ = recorded_and_independent(
+    found, (mine, recorded), (theirs, records), _ = recorded_and_independent(
         kernel, start_of(double), ROLLING[name]
     )
     assert found.verdict == Status.CONVERGED and bool(mine.certified)
@@ -88,24 +88,24 @@ def test_both_say_the_same(row, name, double):
     # Two programs evaluate the same step, so they differ by rounding.
     np.testing.assert_allclose(mine.residual, theirs.residual, atol=1e-11)
     assert np.array_equal(mine.accepted, theirs.accepted) and np.array_equal(
-        said.held, records.held
+        recorded.held, records.held
     )
     if row.decides:
         assert int(mine.num_rejected) > 0
-    for one, other in zip(jax.tree.leaves(said), jax.tree.leaves(records)):
+    for one, other in zip(jax.tree.leaves(recorded), jax.tree.leaves(records)):
         np.testing.assert_allclose(
             np.asarray(one, float), np.asarray(other, float), rtol=1e-8, atol=1e-9
         )
 
 
-def test_gaps_at_joints_are_told(double):
+def test_gaps_between_segments_are_reported(double):
     """With a tolerance that lets segments meet early, the residual is what an independent pass finds, and too large."""
     kernel = from_blackjax(KERNELS[0].algorithm(logdensity_of(double), 3, double))
-    _, (mine, said), (theirs, records), _ = recorded_and_independent(
+    _, (mine, recorded), (theirs, records), _ = recorded_and_independent(
         kernel, start_of(double), ROLLING["shooting"], tolerance=Tolerance(0.0, 1e-3)
     )
-    # Where paths meet, what is told is of the step in the path, and not of the one that it replaced.
-    np.testing.assert_allclose(said.acceptance_rate, records.acceptance_rate, atol=1e-12)
+    # Where paths meet, what is recorded is of the step in the path, and not of the one that it replaced.
+    np.testing.assert_allclose(recorded.acceptance_rate, records.acceptance_rate, atol=1e-12)
     assert 1e-6 < float(mine.max_residual) < 1e-2 and not bool(mine.certified)
     # Of two gaps that passes left in one segment the larger stands at the place of the newer: the largest of all is exact.
     np.testing.assert_allclose(mine.max_residual, theirs.max_residual, rtol=1e-9)
@@ -128,14 +128,14 @@ def test_rejected_steps_stand_still_to_the_last_bit(steps, double):
 
 
 class Counting(NamedTuple):
-    """A state with a counter of its own moves, which does not follow from the dice."""
+    """A state with a counter of its own moves, which does not follow from the random numbers."""
 
     position: jax.Array
     moves: jax.Array
 
 
-class HMCBatchResult(NamedTuple):
-    """Nothing to say."""
+class Moved(NamedTuple):
+    """Whether a step moved, and nothing else."""
 
     is_accepted: jax.Array
 
@@ -154,7 +154,7 @@ def test_a_counter_that_follows_the_path_is_found(double):
             0.5 * state.position + jax.random.normal(step_key, state.position.shape),
             state.position,
         )
-        return Counting(position, state.moves + moved.astype(jnp.int32)), HMCBatchResult(moved)
+        return Counting(position, state.moves + moved.astype(jnp.int32)), Moved(moved)
 
     kernel = Kernel(SimpleNamespace(init=init, step=step))
     _, (mine, _), (theirs, _), _ = recorded_and_independent(
@@ -183,13 +183,13 @@ def draws_of(kernel, **more):
         )
 
 
-@pytest.mark.parametrize("stretch", [256, 64])
-def test_the_draws_do_not_depend_on_the_evidence(stretch):
+@pytest.mark.parametrize("window", [256, 64])
+def test_the_draws_do_not_depend_on_the_certification(window):
     with jax.enable_x64(True):
         kernel = hmc(TARGET.logdensity, 0.7, jnp.ones(4), 2)
     mine, theirs = (
-        draws_of(kernel, solver=shooting(steps=16), schedule=Windows(stretch), certificate=evidence)
-        for evidence in (CertifyWhileRolling(), CertifyIndependently())
+        draws_of(kernel, solver=shooting(steps=16), schedule=Windows(window), certificate=one)
+        for one in (CertifyWhileRolling(), CertifyIndependently())
     )
     assert np.array_equal(mine.positions, theirs.positions)
     assert not mine.certificate.independent.any() and theirs.certificate.independent.all()
@@ -211,5 +211,5 @@ def test_elsewhere_an_independent_pass_is_made(solver):
 
 
 def test_something_else_is_refused():
-    with pytest.raises(TypeError, match="certificate: got .*wanted Recorded"):
+    with pytest.raises(TypeError, match="certificate: got .*wanted CertifyWhileRolling"):
         draws_of(kernel_of(mala, step_size=0.4), certificate="recorded")

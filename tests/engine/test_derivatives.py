@@ -76,7 +76,7 @@ def test_first_derivatives_in_everything(row, double):
     got = quick(lambda: derivatives(functools.partial(solved, solver=solver)))()
     wanted = quick(lambda: derivatives(rollout))()
     assert_close(got, wanted)
-    # Parameters, initial state and drives all have a say; the accept uniforms, last of all, only by a jump.
+    # Parameters, initial state and drives all matter; the accept uniforms, last of all, only by a jump.
     matters = [float(jnp.abs(leaf).max()) > 1e-3 for leaf in wanted[2]]
     assert all(matters[:-1]) and matters[-1] != row.rejects
 

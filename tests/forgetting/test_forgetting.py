@@ -271,7 +271,7 @@ def _eight_schools(x):
 
 
 def _system(algorithm, dimension, num_steps):
-    """A kernel as dynamics, a start and the dice of one chain."""
+    """A kernel as dynamics, a start and the random numbers of one chain."""
     kernel = from_blackjax(algorithm)
     state = kernel.init(jnp.zeros(dimension))
     return kernel.dynamics(), kernel.carry(state), kernel.tape(jax.random.key(0), num_steps, state)
@@ -348,7 +348,7 @@ def test_chains_that_are_too_short_for_what_they_must_forget_stay_sequential():
 
 
 @pytest.mark.parametrize("name", ["random walk", "long paths on Rosenbrock"])
-def test_chains_that_do_not_forget_stay_sequential_and_are_told_why(name):
+def test_chains_that_do_not_forget_stay_sequential_for_a_stated_reason(name):
     if name == "random walk":
         algorithm, dimension = (
             blackjax.additive_step_random_walk(
@@ -367,7 +367,7 @@ def test_chains_that_do_not_forget_stay_sequential_and_are_told_why(name):
     assert "standard deviations" in advice.reason and "do not forget" in str(advice)
 
 
-def test_starts_that_are_not_finite_are_said():
+def test_starts_that_are_not_finite_are_reported():
     dynamics = Dynamics(_network, 0.3 * _normal(9, (4, 4)))
     advice = advise(
         dynamics, jnp.full(4, jnp.nan), _normal(25, (600, 4)), starts=_starts(4), num_steps=600
@@ -387,7 +387,7 @@ def test_long_paths_are_cut_to_what_memory_holds(double):
     )
     assert isinstance(advice.schedule, Windows)
     assert 2**31 < 6 * advice.schedule.size * 4 * 8 <= 2**32
-    assert f"stretch of {advice.schedule.size:,} steps" in str(advice)
+    assert f"window of {advice.schedule.size:,} steps" in str(advice)
 
 
 def test_starts_may_be_trees_or_flat():

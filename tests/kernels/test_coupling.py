@@ -1,4 +1,4 @@
-"""Dice: the law of multishift noise, exact meetings, paths equal to the last bit, and what is refused.
+"""Couplings: the law of multishift noise, exact meetings, paths equal to the last bit, and what is refused.
 
 Sizes of the gates: with n = 10^6 draws a Kolmogorov-Smirnov distance has band sqrt(log(2/1e-6)/2n) = 0.0027 at a chance of
 1e-6 (Massart), and means of anything with unit variance err by more than 5/sqrt(n) in 6e-7 of all seeds.
@@ -39,7 +39,7 @@ BAND = np.sqrt(np.log(2 / 1e-6) / (2 * NUM_DRAWS))
 EXACT = Tolerance(0.0, 0.0)
 
 
-def layers_of(key, dtype, shape=(1000, 1000)):
+def noise_of(key, dtype, shape=(1000, 1000)):
     return jax.jit(jax.vmap(lambda one: draw_multishift_noise(one, shape[1], dtype)[0]))(
         jax.random.split(key, shape[0])
     )
@@ -63,8 +63,8 @@ def test_noise_is_normal_whatever_the_centre(dtype, place):
     scale = 0.37
     with jax.enable_x64(dtype == "float64"):
         center = jnp.asarray(place * scale, dtype)
-        thrown = multishift(center, scale, layers_of(jax.random.key(1), dtype))
-        noise = np.ravel((np.asarray(thrown.value, float) - float(center)) / scale)
+        drawn = multishift(center, scale, noise_of(jax.random.key(1), dtype))
+        noise = np.ravel((np.asarray(drawn.value, float) - float(center)) / scale)
     assert np.isfinite(noise).all()
     assert distance_to_normal(noise) < BAND
     for power, mean, spread in (
@@ -79,7 +79,7 @@ def test_noise_is_normal_whatever_the_centre(dtype, place):
 def test_float32_beyond_its_precision_rounds_and_loses_nothing_else():
     """At |c| = 1e6 σ an ulp of c is 0.06 σ: y is a multiple of it, and of the right spread, as c + σ n would be."""
     center = jnp.float32(1e6)
-    value = np.asarray(multishift(center, 1.0, layers_of(jax.random.key(1), jnp.float32)).value)
+    value = np.asarray(multishift(center, 1.0, noise_of(jax.random.key(1), jnp.float32)).value)
     assert value.dtype == np.float32 and np.isfinite(value).all()
     noise = np.ravel(value.astype(float) - 1e6)
     assert (noise % 0.0625 == 0).all()
@@ -87,7 +87,7 @@ def test_float32_beyond_its_precision_rounds_and_loses_nothing_else():
 
 
 def test_a_layer_of_two_degrees_of_freedom_would_be_caught():
-    layers = layers_of(jax.random.key(1), jnp.float32)
+    layers = noise_of(jax.random.key(1), jnp.float32)
     heights = jax.random.uniform(jax.random.key(2), layers.radius.shape)
     wrong = MultishiftNoise(jnp.sqrt(-2 * jnp.log1p(-heights)), layers.offset)
     assert (
@@ -108,7 +108,7 @@ def correlations(layers):
 
 def test_coordinates_are_independent_and_so_are_their_squares():
     num_draws = 200_000
-    layers = layers_of(jax.random.key(3), jnp.float32, (num_draws, 5))
+    layers = noise_of(jax.random.key(3), jnp.float32, (num_draws, 5))
     bound = 5 / np.sqrt(num_draws)
     assert max(correlations(layers)) < bound
     # Power: tied layers leave correlations at zero, and are caught by the squares.
@@ -136,15 +136,15 @@ def test_the_noise_is_independent_of_the_decision():
 
 def test_the_map_is_a_staircase_with_the_margin_it_states():
     with jax.enable_x64(True):
-        layers = layers_of(jax.random.key(5), jnp.float64, (500, 1))
+        layers = noise_of(jax.random.key(5), jnp.float64, (500, 1))
         center = jax.random.normal(jax.random.key(6), (500, 1)) * 3
-        throw = jax.vmap(lambda c, one: multishift(c, 0.5, one))
-        value, margin = throw(center, layers)
+        draw = jax.vmap(lambda c, one: multishift(c, 0.5, one))
+        value, margin = draw(center, layers)
         for sign in (1, -1):
-            within = throw(center + sign * 0.999 * 0.5 * margin[:, None], layers).value
+            within = draw(center + sign * 0.999 * 0.5 * margin[:, None], layers).value
             np.testing.assert_array_equal(within, value)
         beyond = [
-            throw(center + sign * 1.001 * 0.5 * margin[:, None], layers).value for sign in (1, -1)
+            draw(center + sign * 1.001 * 0.5 * margin[:, None], layers).value for sign in (1, -1)
         ]
         assert ((beyond[0] != value) | (beyond[1] != value)).all()
         slope = jax.vmap(jax.grad(lambda c, one: multishift(c, 0.5, one).value.sum()))(
@@ -184,7 +184,7 @@ def unit():
 
 
 def meetings(kernel, num_steps=400, num_pairs=256):
-    """Steps until exact equality of pairs from independent starts under the same dice, as (median, worst, all met)."""
+    """Steps until exact equality of pairs from independent starts under the same random numbers, as (median, worst, all met)."""
     starts = jax.random.normal(jax.random.key(7), (2, num_pairs, DIMENSION))
     state = kernel.init(jnp.zeros(DIMENSION))
     tapes = jax.vmap(lambda key: kernel.tape(key, num_steps, state))(
@@ -213,7 +213,7 @@ def test_chains_meet_exactly(name):
     assert all_met and median <= promised and worst < 400
 
 
-def test_plain_dice_never_meet_where_coalescing_ones_do():
+def test_common_random_numbers_do_not_meet_where_the_multishift_coupling_does():
     assert not meetings(random_walk(bowl, 1.0, unit()))[2]
 
 
@@ -262,7 +262,7 @@ def test_jacobi_alone_finds_the_path():
 # --- what is refused
 
 
-def test_bad_dice_and_blocks():
+def test_bad_couplings_and_blocks():
     for builder in (mala, hmc, random_walk):
         with pytest.raises(
             TypeError,
@@ -286,14 +286,14 @@ def test_bad_dice_and_blocks():
 # --- sampling
 
 
-def test_sample_takes_the_dice_with_which_chains_meet_sooner_and_says_so():
+def test_sample_takes_the_coupling_with_which_chains_meet_sooner_and_notes_it():
     with jax.enable_x64(True):
         target = Target(bowl, lambda key: jax.random.normal(key, (DIMENSION,)))
         draws = sample(
             jax.random.key(3), target, mala, num_samples=1024, num_chains=2, num_warmup=64
         ).or_raise()
         assert draws.plan["coupling"] == "MultishiftCoupling()"
-        assert "Coalescing dice: pilot pairs met after" in draws.warmup.notes[-1]
+        assert "Multishift coupling: pilot pairs met after" in draws.warmup.notes[-1]
         assert (np.asarray(draws.certificate.num_rejected) > 10).all()
         assert np.isfinite(np.asarray(draws.certificate.min_lattice_margin)).all()
         # The warm-up keeps the choice: the same chains again, one step after another.
@@ -309,16 +309,16 @@ def test_sample_takes_the_dice_with_which_chains_meet_sooner_and_says_so():
         np.testing.assert_allclose(again.positions, draws.positions, rtol=0, atol=1e-9)
 
 
-def test_dice_are_chosen_where_there_is_a_choice():
+def test_a_coupling_is_refused_where_there_is_no_choice():
     target = Target(bowl, jnp.zeros(DIMENSION))
     with pytest.raises(
         TypeError,
-        match=r"coupling: got MultishiftCoupling\(\) with .*, wanted a builder that takes dice",
+        match=r"coupling: got MultishiftCoupling\(\) with .*, wanted a builder that takes a coupling",
     ):
         sample(jax.random.key(0), target, nuts, num_samples=4, coupling=MultishiftCoupling())
     with pytest.raises(
         TypeError,
-        match=r"coupling: got CommonRandomNumbers\(\) with .*, wanted a builder that takes dice",
+        match=r"coupling: got CommonRandomNumbers\(\) with .*, wanted a builder that takes a coupling",
     ):
         sample(
             jax.random.key(0),

@@ -131,11 +131,11 @@ def test_certificate_and_decisions_agree_with_blackjax(row):
         ("energy", "energy"),
         ("num_steps", "num_integration_steps"),
     ):
-        said, wanted = getattr(found.records, name), getattr(infos, source, None)
-        assert (said is None) == (wanted is None), name
+        recorded, wanted = getattr(found.records, name), getattr(infos, source, None)
+        assert (recorded is None) == (wanted is None), name
         if wanted is not None:
             np.testing.assert_allclose(
-                said, np.broadcast_to(wanted, np.shape(said)), rtol=1e-8, atol=1e-8
+                recorded, np.broadcast_to(wanted, np.shape(recorded)), rtol=1e-8, atol=1e-8
             )
     if hasattr(found.states, "logdensity"):
         np.testing.assert_allclose(
@@ -187,7 +187,7 @@ def test_float32_path_is_certified_and_stays_float32(row):
         )
 
 
-# --- the dice
+# --- the random numbers
 
 
 def test_split_keys_are_prefix_stable(precision):
@@ -431,16 +431,16 @@ def test_trajectories_without_the_densitys_value_are_blackjaxs(num_steps, step_s
 
         @functools.partial(jax.jit, compiler_options=QUICK)
         def run():
-            states, said = users_loop(theirs, start, None, keys)
+            states, infos = users_loop(theirs, start, None, keys)
             path, info = blackjax_loop(ours, ours.init(start), keys)
-            return (jax.vmap(ours.position)(path), info), (states.position, said)
+            return (jax.vmap(ours.position)(path), info), (states.position, infos)
 
-        (path, info), (wanted, said) = run()
+        (path, info), (wanted, infos) = run()
         jax.tree.map(
             functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9), path, wanted
         )
-        np.testing.assert_array_equal(info.is_accepted, said.is_accepted)
-        np.testing.assert_allclose(info.energy, said.energy, rtol=1e-9)
+        np.testing.assert_array_equal(info.is_accepted, infos.is_accepted)
+        np.testing.assert_allclose(info.energy, infos.energy, rtol=1e-9)
         np.testing.assert_array_equal(info.num_integration_steps, num_steps)
         assert 0 < np.sum(~np.asarray(info.is_accepted)) < 40
 
@@ -501,7 +501,7 @@ def test_hmc_takes_a_quarter_period_by_default():
         np.testing.assert_allclose(ends[0], ends[1], atol=1e-4)
 
 
-# --- what is refused, and how it is said
+# --- what is refused, and in which words
 
 BAD_STEPS = [
     0,

@@ -32,7 +32,6 @@ from partime_mcmc.rnn import (
     unroll,
     unroll_with_status,
 )
-from partime_mcmc.rnn import unroll as rnn_plan
 from partime_mcmc.rnn.unroll import batch_around
 from partime_mcmc.solvers import Newton
 
@@ -46,7 +45,7 @@ quick = functools.partial(jax.jit, compiler_options=QUICK)
 @pytest.fixture
 def batches_in_lanes(monkeypatch):
     """Batches go through a segmented scan, which on a CPU would leave them to `lax.scan`."""
-    monkeypatch.setattr(rnn_plan, "_MOST_CHAINS_ON_CPU", None)
+    monkeypatch.setattr(unrolling, "_MOST_CHAINS_ON_CPU", None)
 
 
 CELLS = {
@@ -458,7 +457,11 @@ def test_a_batch_by_vmap_is_one_loop_over_the_steps_on_a_cpu(mapped, through):
 def test_vmaps_within_vmaps_are_counted():
     seen = []
     leaves = jnp.ones((2, 3, 4)), jnp.ones((2, 5))
-    look = lambda a, b: seen.append(batch_around((a, b))) or a.sum() + b.sum()
+
+    def look(a, b):
+        seen.append(batch_around((a, b)))
+        return a.sum() + b.sum()
+
     look(*leaves)
     jax.vmap(look)(*leaves)
     jax.vmap(jax.vmap(look, in_axes=(0, None)))(*leaves)

@@ -1,4 +1,4 @@
-"""The examples of recurrent networks show what they say, in small, and Newton's methods need as few passes as published."""
+"""The examples of recurrent networks show what they promise, in small, and Newton's methods need as few passes as published."""
 
 import importlib
 import importlib.util

@@ -38,7 +38,7 @@ MESSAGES = [DenseMessage, DiagonalMessage]
 SCANS = [SequentialScan(), AssociativeScan(), ChunkedScan(1), ChunkedScan(3), ChunkedScan(100)]
 quick = functools.partial(jax.jit, compiler_options=QUICK)
 
-# KernelParams of one size, with exact zeros and ties among them: rounding errors are then bounded by one scale.
+# Numbers of one size, with exact zeros and ties among them: rounding errors are then bounded by one scale.
 numbers = st.floats(-2, 2, width=32, allow_subnormal=False)
 
 
@@ -338,7 +338,7 @@ def test_the_time_axis_on_small_numbers(precision):
 
 
 def test_the_sequential_and_the_parallel_scan_do_different_work(double):
-    """The laws above would hold if every scan were the same loop: here they are told apart by their depth."""
+    """The laws above would hold if every scan were the same loop: here their depths differ."""
     maps, start = random_maps(Dense, 64, double), jnp.ones(D, double)
     loops = {
         type(scan): str(jax.make_jaxpr(scan)(maps, start)).count("scan[")

@@ -32,7 +32,7 @@ def test_a_gpu_takes_more_segments(monkeypatch):
     assert choose_segments(10**6) > here
 
 
-def test_shooting_follows_the_rule_unless_told():
+def test_shooting_follows_the_rule_unless_segments_are_given():
     for num_steps in (100, 4096, 65_536):
         assert shooting().segment_steps(num_steps) == min(num_steps, segment_length(num_steps))
     assert shooting(8).segment_steps(4096) == 512

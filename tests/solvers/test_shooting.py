@@ -1,4 +1,4 @@
-"""Shooting: its two ends are known methods, its path is the chain, its books are right, and it knows when to give up."""
+"""Shooting: its two ends are known methods, its path is the chain, its counts of work are right, and it knows when to give up."""
 
 import functools
 
@@ -23,6 +23,7 @@ from partime_mcmc import (
     residual,
     rollout,
     sample,
+    sequential,
     shooting,
     solve,
 )
@@ -160,7 +161,7 @@ def test_lanes_that_have_met_are_let_go():
     )
 
 
-def test_dice_are_thrown_ahead_and_are_the_same():
+def test_random_numbers_drawn_ahead_are_the_same():
     kernel, state, tape = mala_chain(50)
     cached, first = kernel.dynamics().cached, jax.tree.map(lambda leaf: leaf[0], tape)
     memory = jax.eval_shape(cached.init, None, state.position, first)
@@ -371,14 +372,24 @@ def test_bad_arguments(error, arguments, words):
         shooting(**arguments)
 
 
-def test_sampling_follows_the_advice_and_says_why_when_chains_do_not_forget():
+def test_sampling_falls_back_where_chains_do_not_forget_and_the_advice_is_why():
     target = Target(lambda x: -0.5 * jnp.sum(x**2), lambda key: jax.random.normal(key, (4,)))
     run = functools.partial(
-        sample, jax.random.key(0), target, num_samples=2048, num_chains=4, progress=False
+        sample,
+        jax.random.key(0),
+        target,
+        num_samples=2048,
+        num_chains=4,
+        schedule=Windows(512),
+        progress=False,
     )
     forgetful = run(mala(target.logdensity, 0.5)).or_raise()
     assert forgetful.advice.parallel and "shooting" in forgetful.plan["solver"].lower()
-    assert forgetful.report.evaluations_per_sample < 3
+    assert forgetful.report.evaluations_per_sample < 3 and not forgetful.report.fallbacks
     walk = run(random_walk(target.logdensity, 0.8)).or_raise()
-    assert not walk.advice.parallel and "Sequential" in walk.plan["solver"]
-    assert "forget" in str(walk.advice)
+    assert not walk.advice.parallel and "forget" in str(walk.advice)
+    # Two windows are tried; the rest of the run is the loop, with the same random numbers.
+    assert "from step 1024 on all chains ran sequentially" in walk.report.fallbacks[-1]
+    assert (np.asarray(walk.report.num_sequential) >= 1024).all()
+    loop = run(random_walk(target.logdensity, 0.8), solver=sequential())
+    np.testing.assert_array_equal(walk.positions, loop.positions)
