@@ -84,7 +84,7 @@ def check_same_arguments(asked: SampleArguments) -> None:
         "mesh": (dict(mesh.shape), [device.id for device in mesh.devices.flat]),
         "jax_enable_x64": bool(jax.config.jax_enable_x64),
     }
-    names = "num_samples num_chains num_warmup adaptation dice solver schedule tolerance max_iterations thinning certificate"
+    names = "num_samples num_chains num_warmup adaptation coupling solver schedule tolerance max_iterations thinning certificate"
     values |= {name: getattr(asked, name) for name in names.split()}
     parts = fingerprint_of(asked.target, asked.target.example())
     values |= {f"the target's {part}": text for part, text in parts.items()}
