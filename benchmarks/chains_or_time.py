@@ -1,7 +1,7 @@
 """For a fixed budget of draws, more chains or longer ones? `python -m benchmarks.chains_or_time --out DIR`.
 
 C chains of B / C draws each, for C from 1 to 256: by the loop over all chains side by side, and parallel in time with
-the plan that is advised for C chains. Every chain starts from the target's own start and has to throw away a burn-in
+the solver that is advised for C chains. Every chain starts from the target's own start and has to throw away a burn-in
 of `BURN_IN` draws, with the metric and step size already known: that is what many short chains pay. Effective draws
 are the bulk ESS of the worst coordinate of what is left. Medians of interleaved runs, compilation apart; the residual
 stands beside them.
@@ -23,7 +23,7 @@ from partime_mcmc import mala, rollout, solve
 from partime_mcmc.diagnostics.arviz import ess_bulk
 from partime_mcmc.engine.dynamics import without_captures
 from partime_mcmc.forgetting import advise
-from partime_mcmc.sampling.sample import default_tolerance
+from partime_mcmc.sampling.defaults import default_tolerance
 
 CASES = {
     "eight schools, MALA": (EIGHT_SCHOOLS, *tuned(mala)),
@@ -103,7 +103,7 @@ def table(rows: list[dict]) -> str:
             f"{row['ess'] / row['loop_seconds']:,.0f} / {row['ess'] / row['parallel_seconds']:,.0f} | "
             f"{row['residual']:.0e} |"
         )
-    return "\n".join(lines) + f"\n\nThe first {BURN_IN} draws of every chain are thrown away.\n"
+    return "\n".join(lines) + f"\n\nThe first {BURN_IN} draws of every chain are left out.\n"
 
 
 def main(argv: list[str] | None = None) -> None:

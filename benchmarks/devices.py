@@ -6,7 +6,7 @@ and everything else can be counted:
 - collectives and their bytes, per pass and once per solve, read from the compiled program (HLO) at two lengths of the
   chain: none may grow with the length, or a path would travel;
 - evaluations of the step by device: how even the work is;
-- a model of as_committed_array scaling, fitted on one device and checked against the times of all meshes.
+- a model of strong scaling, fitted on one device and checked against the times of all meshes.
 
 The model. Shooting with C segments on P devices takes D steps one after another in K passes, both read from the solve
 (they hang on the chain and on C, hardly on P). A step of w = C / P lanes takes a + b w seconds on one device. What is
@@ -64,7 +64,7 @@ from partime_mcmc import (
 from partime_mcmc.distributed import sharded_solve, time_mesh
 from partime_mcmc.distributed.sharded_solve import time_axis
 from partime_mcmc.models import MODELS
-from partime_mcmc.sampling.sample import default_tolerance
+from partime_mcmc.sampling.defaults import default_tolerance
 
 MESHES = (1, 2, 4, 8)
 MOVES = r"(all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter|collective-broadcast)"
@@ -72,7 +72,7 @@ SIZES = {"f64": 8, "f32": 4, "s64": 8, "u64": 8, "s32": 4, "u32": 4, "pred": 1, 
 
 
 def chain(num_steps: int):
-    """Dynamics, start and tape of one chain of eight schools, MALA with coalescing dice."""
+    """Dynamics, start and tape of one chain of eight schools, MALA with multishift coupling."""
     target = MODELS["eight_schools"]().make_target(jax.random.key(0))
     warmup = sample(
         jax.random.key(0),
@@ -197,7 +197,7 @@ def measure(problem, num_parts: int, num_segments: int, repeats: int) -> dict:
         )
     )
     found = program(initial, tape).or_raise()
-    parts = np.asarray(found.stats.evaluations_by_part, float)
+    by_device = np.asarray(found.stats.evaluations_by_part, float)
     return {
         "devices": num_parts,
         "segments": num_segments,
@@ -205,7 +205,7 @@ def measure(problem, num_parts: int, num_segments: int, repeats: int) -> dict:
         "depth": int(found.stats.depth),
         "passes": int(found.iterations) + 1,
         "evaluations": float(found.stats.evaluations),
-        "busiest": float(parts.max() / parts.mean()),
+        "busiest": float(by_device.max() / by_device.mean()),
         "states": np.asarray(found.states),
         "residual": float(found.residual),
     }
@@ -245,16 +245,18 @@ def model(rows: list[dict], widths: list[dict], cores: int) -> dict:
         float(value)
         for value in scipy.optimize.nnls(terms / seconds[:, None], np.ones(len(widths)))[0]
     )
-    said = []
+    predicted = []
     for row in rows:
         compute = row["depth"] * (a + b * row["segments"] / row["devices"])
-        said.append(max(1.0, row["devices"] / cores) * compute + s + row["passes"] * row["waiting"])
+        predicted.append(
+            max(1.0, row["devices"] / cores) * compute + s + row["passes"] * row["waiting"]
+        )
     return {
         "a": a,
         "b": b,
         "s": s,
-        "said": said,
-        "said_of_widths": (terms @ np.array([a, b, s])).tolist(),
+        "predicted": predicted,
+        "predicted_of_widths": (terms @ np.array([a, b, s])).tolist(),
     }
 
 
@@ -289,7 +291,7 @@ def scaling(fitted: dict, row: dict, latency: float, cores: int) -> list[dict]:
 def markdown(results: dict) -> str:
     """The results as tables."""
 
-    def said(kinds):
+    def described(kinds):
         return (
             ", ".join(
                 f"{count} {kind} ({size:,} B)" for kind, (count, size) in sorted(kinds.items())
@@ -309,7 +311,7 @@ def markdown(results: dict) -> str:
     ]
     for row in results["traffic"]:
         lines.append(
-            f"| {row['recipe']} | {said(row['per pass'])} | {said(row['once'])} | "
+            f"| {row['recipe']} | {described(row['per pass'])} | {described(row['once'])} | "
             f"{'YES' if row['grows'] else 'no'} |"
         )
     lines += [
@@ -322,7 +324,7 @@ def markdown(results: dict) -> str:
         "same bits as the loop | largest residual | s | model, s | model / measured | one pass waits, µs |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row, seconds in zip(results["meshes"], results["model"]["said"]):
+    for row, seconds in zip(results["meshes"], results["model"]["predicted"]):
         lines.append(
             f"| {row['devices']} | {row['segments']:,} | {row['passes']} | {row['depth']} | "
             f"{row['evaluations']:.2f} | {row['busiest']:.2f} | {row['same_bits']:.2%} | {row['residual']:.0e} | "
@@ -332,7 +334,7 @@ def markdown(results: dict) -> str:
     fitted = results["model"]
     widths = "; ".join(
         f"{row['segments']}: {row['seconds']:.4f} s, model {seconds:.4f}"
-        for row, seconds in zip(results["widths"], fitted["said_of_widths"])
+        for row, seconds in zip(results["widths"], fitted["predicted_of_widths"])
     )
     lines += [
         "",
@@ -400,7 +402,7 @@ def run(arguments) -> dict:
         ),
     }
     return {
-        "what": f"Eight schools, MALA with coalescing dice, T = {arguments.num_steps:,}, float64, {cores} cores "
+        "what": f"Eight schools, MALA with multishift coupling, T = {arguments.num_steps:,}, float64, {cores} cores "
         "(`python -m benchmarks.devices`).",
         "num_steps": arguments.num_steps,
         "cores": cores,

@@ -38,7 +38,7 @@ from partime_mcmc import (
     solve,
 )
 from partime_mcmc.engine.dynamics import without_captures
-from partime_mcmc.sampling.sample import default_tolerance
+from partime_mcmc.sampling.defaults import default_tolerance
 
 CASES = {
     "eight schools, HMC 4×0.4": (EIGHT_SCHOOLS, *fixed_hmc(0.4, 4)),
@@ -48,7 +48,7 @@ CASES = {
     "logistic regression, HMC 4×0.4": (LOGISTIC, *fixed_hmc(0.4, 4)),
 }
 LENGTHS, CHAINS, LANES = (10_000, 100_000, 1_000_000), (1, 4, 64), (512, 2048, 8192)
-# A path of 10⁷ draws takes some gigabytes with its dice; shooting has both in several copies.
+# A path of 10⁷ draws takes some gigabytes with its random numbers; shooting has both in several copies.
 _MOST_DRAWS, _SHORTEST = 10**7, 32
 
 
@@ -64,7 +64,7 @@ def warmed_up(name: str):
     return kernel, place(warmup.pool)
 
 
-def thrown(name: str, num_steps: int, num_chains: int):
+def chains_and_tapes(name: str, num_steps: int, num_chains: int):
     """Dynamics, starts `(C, ...)`, tapes `(C, T, ...)`."""
     kernel, pool = warmed_up(name)
     starts = jax.tree.map(lambda leaf: leaf[jnp.arange(num_chains) % leaf.shape[0]], pool)
@@ -87,7 +87,7 @@ def over_chains(function):
 
 def measure(name: str, num_steps: int, num_chains: int, loop_steps: int, repeats: int) -> dict:
     """One row."""
-    kernel, dynamics, initial, tape = thrown(name, num_steps, num_chains)
+    kernel, dynamics, initial, tape = chains_and_tapes(name, num_steps, num_chains)
     looked = min(num_steps, loop_steps)
     runs = {
         "loop": (
@@ -153,7 +153,9 @@ def precision(num_steps: int, repeats: int) -> list[dict]:
     for name in ("highest", "tensorfloat32", "default"):
         with jax.default_matmul_precision(name):
             # Traced anew: the precision is read while tracing.
-            kernel, dynamics, initial, tape = thrown("logistic regression, MALA", num_steps, 1)
+            kernel, dynamics, initial, tape = chains_and_tapes(
+                "logistic regression, MALA", num_steps, 1
+            )
             one = jax.tree.map(lambda leaf: leaf[0], (initial, tape))
             run = jax.jit(
                 lambda start, tape: solve(

@@ -8,7 +8,7 @@ Three questions, each answered in a process of its own, on eight schools (D = 10
     progress    a run with a progress line against the same without
 
 Warm-up comes before, compilation is part of the long run only; the certificate of every draw is part of all times but
-the loop's, running statistics, checksums and flushing to the disk of all stored runs. Beside the times stand the
+the loop's, streaming statistics, checksums and flushing to the disk of all stored runs. Beside the times stand the
 largest residual and what the kernel's own loop takes for as many draws.
 """
 
@@ -33,7 +33,7 @@ from partime_mcmc.models.eight_schools import make_target
 from partime_mcmc.sampling.progress import progress_line, quiet
 from partime_mcmc.warmup.warmup import Warmup
 
-CHAINS, STRETCH = 4, 62_500
+CHAINS, WINDOW = 4, 62_500
 
 
 def prepared() -> tuple[Any, Any]:
@@ -62,7 +62,7 @@ def draw(
         num_samples=num_samples,
         num_chains=CHAINS,
         solver=shooting(num_segments=32),
-        schedule=Windows(STRETCH),
+        schedule=Windows(WINDOW),
         store=store,
         thinning=thinning if store else 1,
         progress=progress,
@@ -83,18 +83,20 @@ def memory(num_draws: int, thinning: int, folder: str) -> dict[str, Any]:
         "seconds_compile": draws.report.seconds_compile,
         "peak_bytes": peak_resident(),
         "peak_bytes_before": before,
-        "bytes_on_disk": sum(file.stat().st_size for file in Path(folder).iterdir()),
+        "bytes_on_disk": sum(
+            file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()
+        ),
         **judged(draws),
     }
 
 
 def judged(draws: StoredDraws) -> dict[str, Any]:
-    """What the certificate and the running statistics say."""
-    rows = {row["name"]: row for row in draws.running.summary()}
+    """What the certificate and the streaming statistics show."""
+    rows = {row["name"]: row for row in draws.summary()}
     return {
         "certified": bool(np.all(draws.certificate.certified)),
         "max_residual": float(np.max(draws.certificate.max_residual)),
-        "num_chunks": len(draws.chunks),
+        "num_chunks": draws.checkpoint.index + 1,
         "fallbacks": len(draws.report.fallbacks),
         "evaluations_per_sample": draws.report.evaluations_per_sample,
         "mu": rows["mu"],

@@ -43,7 +43,12 @@ import numpy as np
 
 # --- names that differ between versions: the first one that a version has is taken
 
-MODULES = ("partime_mcmc", "partime_mcmc.numpyro", "partime_mcmc.mcmc.numpyro")
+MODULES = (
+    "partime_mcmc.numpyro",
+    "partime_mcmc.mcmc.numpyro",
+    "partime_mcmc.kernels",
+    "partime_mcmc",
+)
 NAMES = {
     "Windows": ("Windows", "Stretches"),
     "WhileRolling": ("CertifyWhileRolling", "Recorded"),
@@ -167,7 +172,7 @@ def of_draws(draws: Any) -> dict[str, np.ndarray]:
 def of_stored(draws: Any) -> dict[str, np.ndarray]:
     """The arrays of draws on disk."""
     found = parts_of(draws, "posterior sample_stats info certificate report")
-    rows = draws.running.summary()
+    rows = (draws if hasattr(draws, "summary") else draws.running).summary()
     columns = {name: np.asarray([row[name] for row in rows]) for name in rows[0] if name != "name"}
     return found | arrays_of(columns, "summary")
 
@@ -180,7 +185,7 @@ def of_mcmc(mcmc: Any) -> dict[str, np.ndarray]:
         "last_state": mcmc.last_state,
         "warmed": mcmc.warmed,
     }
-    stored = hasattr(mcmc.draws, "running")
+    stored = hasattr(mcmc.draws, "thinning")
     kept = {
         f"draws.{name}": one
         for name, one in (of_stored if stored else of_draws)(mcmc.draws).items()

@@ -76,7 +76,7 @@ SUITES = {
         ),
         Task("advised", ("--only", "random walk", "--repeats", "3"), 20, 40),
         Task(
-            "dice_shooting",
+            "multishift_shooting",
             ("--dtypes", "float32", "--num-numbers", "10000000", "--repeats", "3"),
             85,
             115,
@@ -152,9 +152,9 @@ LEFT_OUT = {
         "gru_autoregressive",
         "iterations",
         "devices",
-        "running",
-        "dice (meeting times)",
-        "dice_shooting in float64",
+        "streaming",
+        "meetings",
+        "multishift_shooting in float64",
         "advised, all other rows",
         "posteriors, the other eight",
         "validation",
@@ -170,7 +170,7 @@ QUOTED = {
     for name, end in (
         ("posteriors-cpu", "<!-- end of posteriors -->"),
         ("dice-meetings", "<!-- end of meetings -->"),
-        ("dice-shooting", "<!-- end of dice shooting -->"),
+        ("dice-shooting", "<!-- end of multishift shooting -->"),
     )
 }
 QUOTED["shooting-cpu"] = (

@@ -7,8 +7,7 @@ parallel chains obeys the kernel, that every accept decision is the same, and th
 are those of the sequential sampler; only the way to the draws differs.
 
 What it costs: the sequential loop evaluates the kernel once per draw, one after another. Asked for no solver, `sample` takes
-advice from pilot chains, and on this posterior that is shooting: segments of the chains rolled side by side until they
-coalesce, 1 to 2 evaluations per draw, of which only `depth` wait for each other. Both times are printed.
+shooting: segments of the chains are rolled side by side until they coalesce, here with 1 to 2 evaluations per draw, of which only `depth` wait for each other. Both times are printed.
 
 Why float64: in float32 the log density of this model is too coarse for HMC. The library never touches JAX's settings, a
 script may. Why the non-centred form: given mu and tau, theta_trans is standard normal a priori, so there is no funnel.

@@ -6,7 +6,7 @@ This chain forgets where it started (two chains with the same random numbers mee
 single steps stretch distances by large factors. Newton's method over the *whole* chain multiplies a thousand such
 Jacobians around a guess that is nowhere near the chain, and overflows: its front of exact steps crawls on, the rest is
 1e100 and worse. Clipping the Jacobians stops the overflow, with or without ELK's trust region, but does not find the
-chain either. Cutting time does: in a short stretch (`Windows`), or behind the front of exact steps (`SlidingWindow`),
+chain either. Cutting time does: in a short window (`Windows`), or behind the front of exact steps (`SlidingWindow`),
 products stay bounded and guesses stay good.
 
 Shooting needs no Jacobians and cannot overflow: its four segments become the chain in a second pass, at less than two
@@ -17,7 +17,7 @@ is the distance from the sequential path. The sequential loop needs one evaluati
 that wait for one another. On a machine with enough lanes time goes with depth, on two cores with evaluations. The best
 depth here is about half of T, at some twenty evaluations per draw: on this target the sequential loop is hard to beat.
 
-With `--step-size 0.3 --num-integration-steps 8` the chain is chaotic: stretches then find *a* path with residual 1e-15
+With `--step-size 0.3 --num-integration-steps 8` the chain is chaotic: windows then find *a* path with residual 1e-15
 that is far from the sequential one. Both obey the kernel; rounding decides which one you get.
 
     python examples/rosenbrock_hmc.py --num-samples 1024
@@ -59,9 +59,9 @@ def methods(size):
         ("quasi-DEER, whole chain", quasi_deer(clip=None), AllAtOnce()),
         ("quasi-DEER clipped, whole", quasi_deer(), AllAtOnce()),
         ("ELK clipped, whole", elk(clip=1.0), AllAtOnce()),
-        (f"DEER, stretches of {size}", deer(), Windows(size)),
-        (f"quasi-DEER, stretches of {size}", quasi_deer(), Windows(size)),
-        (f"ELK clipped, stretches of {size}", elk(clip=1.0), Windows(size)),
+        (f"DEER, windows of {size}", deer(), Windows(size)),
+        (f"quasi-DEER, windows of {size}", quasi_deer(), Windows(size)),
+        (f"ELK clipped, windows of {size}", elk(clip=1.0), Windows(size)),
         (f"DEER, sliding window of {size}", deer(), SlidingWindow(size)),
         ("shooting, 4 segments", shooting(4), AllAtOnce()),
     ]
@@ -77,7 +77,7 @@ def main(argv=None):
     parser.add_argument("--step-size", type=float, default=0.25)
     parser.add_argument("--num-integration-steps", type=int, default=4)
     parser.add_argument(
-        "--window", type=int, default=32, help="size of stretches and of the sliding window"
+        "--window", type=int, default=32, help="size of windows and of the sliding window"
     )
     parser.add_argument(
         "--max-iterations", type=int, default=200, help="passes per window's length of time"

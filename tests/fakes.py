@@ -24,7 +24,7 @@ def draws(
 
     Args:
         x: positions (C, T, D).
-        key: names the dice.
+        key: identifies the random numbers.
         certified: one verdict, or one per chain.
         info: what the kernel recorded, (C, T) each; decisions and acceptance rate are made up unless given.
     """

@@ -62,8 +62,8 @@ def test_a_suite_runs_and_is_reported(tmp_path, monkeypatch, capsys):
         == set(stored["about"])
     )
     assert main(["report", str(tmp_path)]) == 0
-    said = capsys.readouterr().out
-    assert "scan in use / fastest, worst size | ≤ 1.05" in said and "not measured" in said
+    printed = capsys.readouterr().out
+    assert "scan in use / fastest, worst size | ≤ 1.05" in printed and "not measured" in printed
     assert "worst size" in (tmp_path / "targets.md").read_text()
 
 

@@ -78,7 +78,7 @@ def test_logistic_regression_needs_at_most_20_iterations(capsys):
 
 
 @pytest.mark.slow
-def test_rosenbrock_overflows_whole_and_is_solved_in_stretches(capsys):
+def test_rosenbrock_overflows_whole_and_is_solved_in_windows(capsys):
     rows = {
         row["method"]: row
         for row in run(
@@ -90,7 +90,7 @@ def test_rosenbrock_overflows_whole_and_is_solved_in_stretches(capsys):
             "--only",
             "DEER",
             "quasi-DEER clipped",
-            "quasi-DEER, stretches",
+            "quasi-DEER, windows",
             "shooting",
         )
     }
@@ -105,8 +105,8 @@ def test_rosenbrock_overflows_whole_and_is_solved_in_stretches(capsys):
     assert whole["exact"] >= 100  # as many exact steps as passes, even so
     assert rows["quasi-DEER clipped, whole"]["differs"] < 1e3  # clipped: no overflow
     for name in (
-        "DEER, stretches of 32",
-        "quasi-DEER, stretches of 32",
+        "DEER, windows of 32",
+        "quasi-DEER, windows of 32",
         "DEER, sliding window of 32",
     ):
         assert rows[name]["status"] == "CONVERGED", name
@@ -185,7 +185,7 @@ def test_some_chains_forget_and_some_do_not(tmp_path, capsys):
 @pytest.mark.slow
 def test_the_same_law_with_a_shorter_memory(tmp_path, capsys):
     found = run(
-        "dice",
+        "coupling",
         "--models",
         "eight_schools",
         "--kernels",

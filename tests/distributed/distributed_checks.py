@@ -17,7 +17,6 @@ import dataclasses  # noqa: E402
 import functools  # noqa: E402
 import tempfile  # noqa: E402
 import traceback  # noqa: E402
-import warnings  # noqa: E402
 from types import SimpleNamespace  # noqa: E402
 
 import blackjax  # noqa: E402
@@ -33,17 +32,15 @@ from catalogue import (
     sequential_path,
 )
 from jax.sharding import PartitionSpec  # noqa: E402
-from partime_mcmc.storage.chunks import parts_of  # noqa: E402
-from partime_mcmc.storage.stored_run import Store  # noqa: E402
 
 from benchmarks.devices import collectives  # noqa: E402
 from partime_mcmc import (
     AllAtOnce,
     Dynamics,
-    EveryHost,
     Kernel,
     MultishiftCoupling,
     Status,
+    Store,
     Target,
     Windows,
     deer,
@@ -65,6 +62,7 @@ from partime_mcmc.engine.adjoint import Implicit, ImplicitSegmented
 from partime_mcmc.engine.time_axis import LocalTime
 from partime_mcmc.kernels import blackjax_loop
 from partime_mcmc.linearize import Clipped, DenseJacobian  # noqa: E402
+from partime_mcmc.sampling.arguments import SampleArguments  # noqa: E402
 from partime_mcmc.sampling.memory import chunk_steps  # noqa: E402
 from partime_mcmc.scan import Dense, DenseMessage, Diagonal
 from partime_mcmc.solvers import Shooting  # noqa: E402
@@ -80,7 +78,7 @@ def close(got, wanted, bound=1e-10):
 
 
 def checked(row, problem, num_steps, mesh):
-    """Solve over a mesh; the path must be the sequential one and the books must add up."""
+    """Solve over a mesh; the path must be the sequential one, and evaluations must add up."""
     found = sharded_solve(
         problem.dynamics, problem.initial, problem.drives, mesh=mesh, solver=row.solver
     )
@@ -88,14 +86,14 @@ def checked(row, problem, num_steps, mesh):
     wanted = sequential_path(problem)
     close(found.states, wanted, 1e-10)
     assert int(found.num_exact) == num_steps
-    parts = np.asarray(found.stats.evaluations_by_part)
-    assert parts.shape == (mesh.shape["time"],)
-    np.testing.assert_allclose(parts.sum(), float(found.stats.evaluations), rtol=1e-5)
+    by_device = np.asarray(found.stats.evaluations_by_part)
+    assert by_device.shape == (mesh.shape["time"],)
+    np.testing.assert_allclose(by_device.sum(), float(found.stats.evaluations), rtol=1e-5)
     return found
 
 
 @CHECKS.append
-def every_question_has_the_answer_of_one_device():
+def every_operation_along_time_has_the_result_of_one_device():
     rng, mesh, axis = np.random.default_rng(0), time_mesh(), ShardedTime(8)
     matrices, shifts = (
         jnp.asarray(rng.normal(size=(24, 3, 3)) / 3),
@@ -181,7 +179,7 @@ def contracting(params, state, drive):
 
 
 @CHECKS.append
-def joints_can_be_corrected_across_devices():
+def interfaces_of_segments_can_be_corrected_across_devices():
     drives = jnp.asarray(np.random.default_rng(1).normal(size=(64, 2)))
     problem = Problem(Dynamics(contracting, jnp.asarray(0.97)), jnp.ones(2), drives)
     solver = shooting(steps=4, correction=Clipped(DenseJacobian(), 1.0))
@@ -203,7 +201,7 @@ def what_does_not_forget_has_the_verdict_of_one_device():
     one, many = solve(*given, solver=solver), sharded_solve(*given, mesh=time_mesh(), solver=solver)
     assert one.verdict == many.verdict == Status.OUT_OF_ITERATIONS
     assert int(one.num_exact) == int(many.num_exact) < 64 and float(one.residual) > 1e-3
-    # A chaotic path agrees where it is exact; its first wrong step is at the same joint.
+    # A chaotic path agrees where it is exact; its first wrong step is at the same interface.
     close(many.states[: int(one.num_exact)], one.states[: int(one.num_exact)], 1e-3)
     measured = np.abs(measured_residual(problem, np.asarray(many.states))).max()
     np.testing.assert_allclose(measured, float(many.residual), rtol=1e-6)
@@ -380,12 +378,12 @@ def draws_of_coalescing_chains_are_the_same_bits_on_any_number_of_devices():
     for chain in range(2):
         runs = "".join("1" if flag else "0" for flag in accepted[chain]).split("1")
         assert certificate.longest_rejection[chain] == max(map(len, runs))
-    np.testing.assert_array_equal(draws.end.carries, draws.positions[:, -1])
+    np.testing.assert_array_equal(draws.state.carries, draws.positions[:, -1])
     assert len(draws.report.evaluations_by_part) == 4
     np.testing.assert_allclose(
         sum(draws.report.evaluations_by_part), draws.report.evaluations_per_sample, rtol=0.5
     )
-    assert draws.plan["mesh"] == {"chains": 2, "time": 4, "data": 1}
+    assert draws.plan["num_chains"] == 2 and draws.plan["coupling"] == "MultishiftCoupling()"
 
 
 def travelling(solver, num_steps, dimension=4):
@@ -458,7 +456,7 @@ class Interrupting:
 
 
 @CHECKS.append
-def an_interrupt_keeps_the_stretches_that_are_done():
+def an_interrupt_keeps_the_windows_that_are_done():
     kernel = mala(TARGET.logdensity, 0.4, coupling=MultishiftCoupling())
     ask = functools.partial(
         sample,
@@ -472,15 +470,15 @@ def an_interrupt_keeps_the_stretches_that_are_done():
     )
     draws = ask(progress=Interrupting(2))
     assert draws.report.interrupted and set(draws.report.status) == {Status.INTERRUPTED}
-    assert draws.plan["num_samples"] == 256 and draws.end.num_steps == 256
+    assert draws.plan["num_samples"] == 256 and draws.state.num_steps == 256
     np.testing.assert_array_equal(draws.positions, chains(kernel, 512, 2)[:, :256])
-    np.testing.assert_array_equal(draws.end.carries, draws.positions[:, -1])
+    np.testing.assert_array_equal(draws.state.carries, draws.positions[:, -1])
     assert (draws.certificate.num_steps == 256).all() and draws.certificate.certified.all()
 
 
 @CHECKS.append
 def a_stored_run_goes_on_over_a_mesh():
-    """Begun on one device with no cuts in time, as advice may have it, and gone on with on eight."""
+    """Begun on one device with no cuts in time, and gone on with on eight."""
     kernel = mala(TARGET.logdensity, 0.4, coupling=MultishiftCoupling())
     with tempfile.TemporaryDirectory() as folder:
         store = Store(f"{folder}/run", chunk=128)
@@ -503,91 +501,39 @@ def a_stored_run_goes_on_over_a_mesh():
         assert draws.certificate.certified.all()
 
 
-class Parts(EveryHost):
-    """As every one of several hosts does it, on one that has all devices."""
-
-    def among(self, mesh):
-        return self
-
-
-@CHECKS.append
-def a_chunk_in_parts_reads_like_a_whole_one():
-    """Rows of chains of which each has times of its own, a rest that one device computes, and steps that are thinned out."""
-    kernel, mesh = mala(TARGET.logdensity, 0.4, coupling=MultishiftCoupling()), time_mesh(4, 2)
-    with tempfile.TemporaryDirectory() as folder:
-        ask = functools.partial(
-            sample,
-            jax.random.key(0),
-            TARGET,
-            kernel,
-            num_samples=389,
-            num_chains=4,
-            mesh=mesh,
-            thinning=3,
-            schedule=Windows(64),
-            solver=shooting(steps=8),
-            progress=False,
-        )
-        paths = [f"{folder}/parts", f"{folder}/whole"]
-        parts = ask(store=Store(paths[0], chunk=128, writers=Parts()))
-        whole = ask(store=Store(paths[1], chunk=128))
-        for _ in range(2):
-            assert [len(parts_of(chunk)) for chunk in parts.chunks] == [1, 1, 1, 1]
-            assert not any(parts_of(chunk) for chunk in whole.chunks)
-            mine, theirs = (draws.posterior["x"] for draws in (parts, whole))
-            np.testing.assert_array_equal(mine, theirs)
-            for index in (
-                {"draw": slice(40, 50), "chain": 1},
-                {"draw": 77},
-                {"draw": slice(5, None, 7), "x_dim_0": 1},
-                {"draw": [3, 99, 50]},
-                {"draw": slice(None, None, -40)},
-                {"chain": slice(0, 0)},
-                {"chain": [3, 0]},
-            ):
-                np.testing.assert_array_equal(
-                    mine.isel(index), theirs.isel(index), err_msg=str(index)
-                )
-            for name in whole.sample_stats:
-                np.testing.assert_array_equal(
-                    parts.sample_stats[name], whole.sample_stats[name], err_msg=name
-                )
-            for name, array in whole.running.to_arrays().items():
-                np.testing.assert_allclose(
-                    parts.running.to_arrays()[name], array, rtol=1e-11, atol=1e-11, err_msg=name
-                )
-            jax.tree.map(
-                functools.partial(np.testing.assert_allclose, rtol=1e-12),
-                parts.certificate,
-                whole.certificate,
-            )
-            np.testing.assert_allclose(parts.totals.acceptance, whole.totals.acceptance, rtol=1e-12)
-            # A part that is gone makes its chunk a damaged one.
-            (parts.folder.path / parts_of(parts.chunks[2])[0].name).unlink()
-            with warnings.catch_warnings(record=True) as said:
-                warnings.simplefilter("always")
-                parts = resume(paths[0], TARGET, kernel, mesh=mesh, writers=Parts(), progress=False)
-            assert "a part of chunk-000002, is missing" in str(
-                said[-1].message
-            ) and "from step 256" in str(said[-1].message)
+def asked_for(mesh, num_chains, bytes_per_draw, max_bytes):
+    """A stored run of many draws, of a target whose draws take so many bytes more."""
+    numbers = bytes_per_draw // 8
+    target = dataclasses.replace(TARGET, constrain=lambda x: {"x": jnp.zeros(numbers)})
+    keys = jax.random.split(jax.random.key(0), num_chains)
+    return SampleArguments(
+        front="sample",
+        target=target,
+        kernel=mala,
+        starts=TARGET.starts,
+        warmup_key=jax.random.key(1),
+        chain_keys=keys,
+        key_words=[0, 0],
+        key_impl="threefry2x32",
+        num_samples=10**9,
+        max_bytes=max_bytes,
+        solver=shooting(),
+        mesh=mesh,
+        store=Store("nowhere"),
+    )
 
 
 @CHECKS.append
 def chunks_grow_with_the_devices_that_share_them():
-    def steps(mesh, num_chains=4):
-        return chunk_steps(shooting(), None, 10**9, num_chains, 10, 8, 2**20, None, 0, mesh)
+    def steps(mesh, bytes_per_draw=80, max_bytes=2**24):
+        return chunk_steps(asked_for(mesh, 4, bytes_per_draw, max_bytes))
 
-    assert steps(None) > 100
+    alone = dataclasses.replace(asked_for(None, 4, 80, 2**24), schedule=Windows(16))
+    assert chunk_steps(alone) > 100
     for num_time, num_chains in ((8, 1), (4, 2)):
         # Evenness may take some steps away.
-        assert 4 < steps(time_mesh(num_time, num_chains)) / steps(None) < 16
-    assert (
-        chunk_steps(shooting(), None, 10**9, 4, 1000, 8, 2**40, None, 0, time_mesh(8))
-        * 4
-        * 1000
-        * 8
-        <= 2**31
-    )
+        assert 4 < steps(time_mesh(num_time, num_chains)) / chunk_steps(alone) < 16
+    assert steps(time_mesh(8), 8000, 2**40) * 4 * 8000 <= 2**31
     assert len(rounds(2, 8)) == 3 and len(rounds(4, 4)) == 0
 
 

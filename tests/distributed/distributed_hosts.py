@@ -1,38 +1,44 @@
 """One of several hosts: `python tests/distributed/distributed_hosts.py HOST_ID NUM_HOSTS PORT WHAT`.
 
-WHAT is `agree` (solve over all hosts and compare this host's parts with the path of one device), `everything` (more
-solvers, and whole chains), `wait` (agree, say so, and go on until something happens), `differ` (ask for another number of
-draws on every host), `parts:FOLDER` (a stored run whose parts are looked at), `apart:FOLDER` (a stored run of which every
-host has a folder of its own), or a folder: a stored run in it. One host alone goes on with it, and compares the draws with
-those of BlackJAX's loop.
+WHAT is `agree` (solve over all hosts and compare this host's shards with the path of one device), `everything` (more
+solvers, and whole chains), `wait` (agree, print that, and go on until something happens), `differ` (ask for another number
+of draws on every host), `together:FOLDER` (a stored run that is compared with that of one host), or a folder: a stored run
+in it. One host alone goes on with it, and compares the draws with those of BlackJAX's loop.
 """
 
 import contextlib
 import dataclasses
 import os
 import sys
-from pathlib import Path
 
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from catalogue import DYNAMICS, SOLVERS, by_name  # noqa: E402
-from partime_mcmc.storage.chunks import parts_of  # noqa: E402
-from partime_mcmc.storage.stored_run import Store  # noqa: E402
 
-from partime_mcmc import AllAtOnce, EveryHost, FirstHost, Windows, deer, mala, rollout, sample, # noqa: E402     shooting
-from partime_mcmc.storage.streaming_statistics import Fold
+from partime_mcmc import (  # noqa: E402
+    AllAtOnce,
+    Store,
+    Windows,
+    deer,
+    hosts,
+    mala,
+    rollout,
+    sample,
+    sharded_solve,
+    shooting,
+    time_mesh,
+)
 from partime_mcmc import compile_cache as programs  # noqa: E402
-from partime_mcmc.distributed import hosts, sharded_solve, time_mesh  # noqa: E402
-from partime_mcmc.storage import own
+from partime_mcmc.storage.streaming_statistics import Fold  # noqa: E402
 
 # As in `conftest.py`: what is compiled here runs once.
 programs.CPU_OPTIONS.clear()
 
 
 def agrees(mesh, name, solver, num_steps=64):
-    """This host's parts of a path are those of one device, which every host computes for itself."""
+    """This host's shards of a path are those of one device, which every host computes for itself."""
     problem = by_name(DYNAMICS, name).build(num_steps, np.float64)
     given = problem.dynamics, problem.initial, problem.drives
     # Every host gives the same arrays in full; a local array would belong to one host only.
@@ -41,8 +47,10 @@ def agrees(mesh, name, solver, num_steps=64):
     found.or_raise()
     wanted = rollout(*given)
     for got, path in zip(jax.tree.leaves(found.states), jax.tree.leaves(wanted), strict=True):
-        for part in got.addressable_shards:
-            np.testing.assert_allclose(part.data, np.asarray(path)[part.index], rtol=0, atol=1e-10)
+        for shard in got.addressable_shards:
+            np.testing.assert_allclose(
+                shard.data, np.asarray(path)[shard.index], rtol=0, atol=1e-10
+            )
 
 
 def slope(path, problem):
@@ -111,26 +119,22 @@ def summed_up(carry, values, info):
 FOLDS = {"ours": Fold({"sum": np.zeros(2), "last": np.zeros((2, 2))}, summed_up)}
 
 
-def parts(folder, mesh):
-    """Every host writes its own part and sees no more than that; together they are what one host writes alone."""
+def together(folder, mesh):
+    """What the first host writes of a run of several hosts is what one host writes alone, whatever the mesh."""
     from distributed_checks import TARGET
 
-    num_hosts, num_samples, chunk = jax.process_count(), 301, 128
+    num_hosts, chunk = jax.process_count(), 128
     target = dataclasses.replace(
         TARGET, constrain=lambda x: {"place": jax.numpy.exp(x), "size": x @ x}
     )
     kernel = mala(target.logdensity, 0.4)
-    seen, inner = [], own.constrained_values
-    own.constrained_values = lambda target, places, clock: (
-        seen.append(places.shape) or inner(target, places, clock)
-    )
 
     def run(store, **options):
         return sample(
             jax.random.key(0),
             target,
             kernel,
-            num_samples=num_samples,
+            num_samples=301,
             num_chains=2,
             solver=shooting(steps=8),
             schedule=Windows(64),
@@ -142,44 +146,15 @@ def parts(folder, mesh):
 
     draws = run(Store(folder, chunk=chunk, folds=FOLDS), mesh=mesh)
     draws.or_raise()
-    # 128, 128 and 45 steps: of these last some are shared, and the first host has the rest as well.
-    most = [chunk // num_hosts] * 2 + [44]
-    assert len(seen) == 3 and all(shape[1] <= steps for shape, steps in zip(seen, most)), seen
-    written = [parts_of(one) for one in draws.chunks]
-    for of_chunk in written:
-        assert len({part.name.split("-")[2] for part in of_chunk}) == num_hosts
-        for part in of_chunk:
-            sizes = Store(folder).format.describe(Path(folder) / part.name, "posterior")["place"][1]
-            assert sizes == (2, part.draws.size, 2) and sizes[1] <= chunk // num_hosts
     if jax.process_index() == 0:
         same(draws, run(Store(f"{folder}-alone", chunk=chunk, folds=FOLDS)))
     if num_hosts > 2:
-        # The first host writing alone; left out with two of them, where time is short.
-        first = run(
-            Store(f"{folder}-first", chunk=chunk, folds=FOLDS, writers=FirstHost()), mesh=mesh
-        )
-        assert not any(parts_of(one) for one in first.chunks)
-        same(draws, first, draws_to=1e-12)
         # Chains apart, too: two hosts share each of them.
         grid = time_mesh(num_hosts // 2, 2)
-        parted = run(Store(f"{folder}-apart", chunk=chunk), mesh=grid)
-        assert {tuple(part.chains) for one in parted.chunks for part in parts_of(one)} == {
-            (0,),
-            (1,),
-        }
-        np.testing.assert_allclose(
-            parted.posterior["place"].values, draws.posterior["place"].values, rtol=0, atol=1e-9
-        )
-        np.testing.assert_allclose(parted.running.mean(), draws.running.mean(), rtol=1e-9)
-        try:
-            run(Store(f"{folder}-folds", chunk=chunk, folds=FOLDS), mesh=grid)
-        except ValueError as error:
-            assert "store.folds: got ['ours'] with writers=EveryHost()" in str(error), error
-        else:
-            raise AssertionError
+        same(run(Store(f"{folder}-apart", chunk=chunk, folds=FOLDS), mesh=grid), draws)
 
 
-def same(draws, wanted, draws_to=1e-9):
+def same(draws, wanted):
     """Draws of one store are those of another, and so is what is known of them."""
     for name in ("posterior", "sample_stats"):
         ours, theirs = getattr(draws, name), getattr(wanted, name)
@@ -187,41 +162,25 @@ def same(draws, wanted, draws_to=1e-9):
         np.testing.assert_array_equal(ours["draw"], theirs["draw"])
         for value in theirs.data_vars:
             np.testing.assert_allclose(
-                ours[value].values, theirs[value].values, rtol=0, atol=draws_to, err_msg=value
+                ours[value].values, theirs[value].values, rtol=0, atol=1e-9, err_msg=value
             )
-    ours, theirs = draws.running.to_arrays(), wanted.running.to_arrays()
+    ours, theirs = draws.statistics.to_arrays(), wanted.statistics.to_arrays()
     assert list(ours) == list(theirs)
     for name, value in theirs.items():
         # A draw within rounding of a bin's edge may be in either; where a residual is largest hangs on rounding.
         if name.startswith(("histogram_counts", "histogram_first", "info_")):
             continue
         np.testing.assert_allclose(ours[name], value, rtol=1e-8, atol=1e-8, err_msg=name)
-    assert draws.running.histogram.counts.sum() == wanted.running.histogram.counts.sum()
+    assert draws.statistics.histogram.counts.sum() == wanted.statistics.histogram.counts.sum()
     for name in ("accepted", "acceptance_rate"):
         np.testing.assert_allclose(
-            draws.running.info[name].sum, wanted.running.info[name].sum, rtol=1e-9
+            draws.statistics.info[name].sum, wanted.statistics.info[name].sum, rtol=1e-9
         )
-    np.testing.assert_allclose(draws.totals.acceptance, wanted.totals.acceptance, rtol=1e-9)
+    np.testing.assert_allclose(draws.mean_acceptance, wanted.mean_acceptance, rtol=1e-9)
     for name in ("certified", "num_steps", "num_rejected", "longest_rejection", "frozen"):
         np.testing.assert_array_equal(
             getattr(draws.certificate, name), getattr(wanted.certificate, name), err_msg=name
         )
-
-
-def apart(folder, mesh):
-    """Hosts that share no folder."""
-    from distributed_checks import TARGET
-
-    sample(
-        jax.random.key(0),
-        TARGET,
-        mala(TARGET.logdensity, 0.4),
-        num_samples=64,
-        num_chains=2,
-        mesh=mesh,
-        store=Store(f"{folder}-{jax.process_index()}", writers=EveryHost(seconds=0.5)),
-        progress=False,
-    )
 
 
 def differ(mesh):
@@ -248,16 +207,16 @@ def differ(mesh):
 
 def main(host_id, num_hosts, port, what):
     given = f"127.0.0.1:{port}", int(num_hosts), int(host_id)
-    together = (
+    joined = (
         hosts(*given, heartbeat_seconds=5, start_seconds=120)
         if int(num_hosts) > 1
         else contextlib.nullcontext()
     )
-    with together, jax.enable_x64(True):
+    with joined, jax.enable_x64(True):
         mesh = time_mesh()
-        name, _, folder = what.partition(":")
+        _, _, folder = what.partition(":")
         if folder:
-            {"parts": parts, "apart": apart}[name](folder, mesh)
+            together(folder, mesh)
             print("agreed", flush=True)
             return
         if os.path.isabs(what):

@@ -1,9 +1,9 @@
-"""StreamingStatistics statistics: what they cost and how near they come, `python -m benchmarks.running --out DIR`.
+"""Streaming statistics: what they cost and how near they come, `python -m benchmarks.streaming --out DIR`.
 
-First-order autoregressions of known memory and known law (normal, exp of a normal, Cauchy), four chains in pieces of
+First-order autoregressions of known memory and known law (normal, exp of a normal, Cauchy), four chains in chunks of
 65,536 steps. Beside every estimate stands the one from all draws kept in memory: ArviZ's effective sample size and
 R-hat, and quantiles by sorting, whose errors in rank are compared with the bound that the histogram states. The cost
-is the median time of an update, per draw and per number, moments, covariances, quantiles and R-hat together.
+is the median time of an update, per draw and per number, moments, quantiles and R-hat together.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.record import OUT, keep
 from partime_mcmc.diagnostics import arviz
 from partime_mcmc.storage.streaming_statistics import StreamingStatistics
 
-PIECE = 65_536
+CHUNK = 65_536
 PROBABILITIES = (0.001, 0.05, 0.5, 0.95, 0.999)
 LAWS = {
     "normal": lambda z: z,
@@ -47,10 +47,10 @@ def inefficiency(law: str, memory: float) -> float:
 def accuracy(law: str, memory: float, num_draws: int, seed: int) -> dict:
     """One line: errors of everything that is estimated."""
     x = LAWS[law](chains(memory, num_draws, seed))
-    running = StreamingStatistics.start()
-    for start in range(0, num_draws, PIECE):
-        running = running.update({"x": x[:, start : start + PIECE]})
-    (row,), (quantiles, bounds) = running.summary(), running.quantiles(PROBABILITIES)
+    statistics = StreamingStatistics.start()
+    for start in range(0, num_draws, CHUNK):
+        statistics = statistics.update({"x": x[:, start : start + CHUNK]})
+    (row,), (quantiles, bounds) = statistics.summary(), statistics.quantiles(PROBABILITIES)
     ranks = np.stack([(x < quantile).mean() for quantile in quantiles[0]])
     return {
         "law": law,
@@ -63,25 +63,25 @@ def accuracy(law: str, memory: float, num_draws: int, seed: int) -> dict:
         "exact ESS of the mean": x.size / inefficiency(law, memory),
         "R-hat": row["r_hat"],
         "R-hat by ArviZ": arviz.rhat(x),
-        "state, kB": sum(array.nbytes for array in running.to_arrays().values()) / 1e3,
+        "state, kB": sum(array.nbytes for array in statistics.to_arrays().values()) / 1e3,
     }
 
 
 def cost(dimension: int, dtype: str, repeats: int = 9) -> dict:
-    """One line: seconds of an update with a piece of four chains."""
-    x = np.random.default_rng(0).normal(size=(4, PIECE, dimension)).astype(dtype)
+    """One line: seconds of an update with a chunk of four chains."""
+    x = np.random.default_rng(0).normal(size=(4, CHUNK, dimension)).astype(dtype)
     info = {"accepted": x[..., 0] > -1, "residual": np.abs(x[..., 0])}
-    running, seconds = StreamingStatistics.start().update({"x": x}, info), []
+    statistics, seconds = StreamingStatistics.start().update({"x": x}, info), []
     for _ in range(repeats):
         begin = time.perf_counter()
-        running.update({"x": x}, info)
+        statistics.update({"x": x}, info)
         seconds.append(time.perf_counter() - begin)
     median = float(np.median(seconds))
     return {
         "dimension": dimension,
         "dtype": dtype,
         "ns per number": 1e9 * median / x.size,
-        "seconds per 10^7 draws": 1e7 * median / (4 * PIECE),
+        "seconds per 10^7 draws": 1e7 * median / (4 * CHUNK),
     }
 
 
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     keep(
         arguments.out / "running-cpu.json",
         {"accuracy": near, "cost": costs},
-        f"# StreamingStatistics statistics\n\n{text}",
+        f"# Streaming statistics\n\n{text}",
     )
 
 

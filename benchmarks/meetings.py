@@ -1,10 +1,10 @@
-"""Dice that coalesce, measured: `python -m benchmarks.dice --out DIR [--posteriors FOLDER]`.
+"""Meeting times of coupled chains: `python -m benchmarks.meetings --out DIR [--posteriors FOLDER]`.
 
-For every model, in coordinates whitened by the covariance of a long run: steps until two chains with the same dice,
-started from two posterior draws, are *the same floats* (and, for plain dice, equal to 1e-8), over 64 pairs in each of
-some seeds; and the bulk effective sample size per 1,000 gradients, the worse of all coordinates and their squares.
-Kernels of one model share the path length and step size chosen by acceptance on pooled draws, so rows differ in their
-dice and landing steps only.
+For every model, in coordinates whitened by the covariance of a long run: steps until two chains with the same random
+numbers, started from two posterior draws, are *the same floats* (and, for plain noise, equal to 1e-8), over 64 pairs in
+each of some seeds; and the bulk effective sample size per 1,000 gradients, the worse of all coordinates and their
+squares. Kernels of one model share the path length and step size chosen by acceptance on pooled draws, so rows differ in
+their coupling and landing steps only.
 
 `--posteriors` takes a folder with a `models.py` (`MODELS[name] = (model, prepare)`) and one JSON file with `data` per
 name.

@@ -1,11 +1,11 @@
 """Multishift coupling: the same kernel law, but chains with the same random numbers become one within a few steps.
 
-Left: one throw of layered multishift noise, as a map of where the chain is. Plain noise is a shift, x ↦ x + σ n: two chains keep
+Left: one draw of layered multishift noise, as a map of where the chain is. Plain noise is a shift, x ↦ x + σ n: two chains keep
 their distance. Multishift noise is a staircase around it: both land on the same number unless an edge lies between them, and for
 each fixed x the result has the same normal law. Right: the distance of two chains from far-apart posterior draws, with the same
 random numbers, step by step. The table says after how many steps pairs are the same floats.
 
-    python examples/dice.py --out dice.png
+    python examples/coupling.py --out coupling.png
 """
 
 import argparse
@@ -48,14 +48,14 @@ KERNELS = {
 
 
 def staircase(axis):
-    """One throw as a map of the position: plain noise and multishift noise of unit variance."""
+    """One draw as a map of the position: plain noise and multishift noise of unit variance."""
     places = jnp.linspace(-4, 4, 2001)
     for seed, colour in ((3, "C0"), (8, "C1")):
         layers, _ = draw_multishift_noise(jax.random.key(seed), 1, places.dtype)
         value = jax.vmap(lambda x: multishift(x[None], 1.0, layers).value[0])(places)
-        axis.plot(places, value, color=colour, lw=1.5, label=f"multishift, throw {seed}")
+        axis.plot(places, value, color=colour, lw=1.5, label=f"multishift, seed {seed}")
     axis.plot(places, places + 0.8, color="0.6", ls="--", label="plain")
-    axis.set(xlabel="x", ylabel="y(x)", title="One throw, for every x")
+    axis.set(xlabel="x", ylabel="y(x)", title="One draw, for every x")
     axis.legend(frameon=False, fontsize=8)
 
 
@@ -80,7 +80,7 @@ def main(argv=None):
     parser.add_argument("--num-steps", type=int, default=400)
     parser.add_argument("--num-pairs", type=int, default=32)
     parser.add_argument("--num-warmup", type=int, default=600)
-    parser.add_argument("--out", default="dice.png")
+    parser.add_argument("--out", default="coupling.png")
     args = parser.parse_args(argv)
     jax.config.update("jax_enable_x64", True)
 

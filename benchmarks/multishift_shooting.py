@@ -1,9 +1,8 @@
-"""One chain with coalescing dice, by shooting: `python -m benchmarks.dice_shooting --out DIR`.
+"""One chain with multishift coupling, by shooting: `python -m benchmarks.multishift_shooting --out DIR`.
 
-Eight schools in whitened coordinates. The reference is BlackJAX's own `lax.scan` loop of the kernel with plain dice
-(MALA, or HMC with the same path); beside it stands the loop of our kernel with the dice on its tape. Times of
-shooting include drawing the dice of the whole chain, which are drawn in bulk, and leave out compilation and the
-certificate; runs are interleaved, medians reported. A segment has met its stored path when they agree to 128 ulp, and
+Eight schools in whitened coordinates. The reference is BlackJAX's own `lax.scan` loop of the kernel with plain noise
+(MALA, or HMC with the same path); beside it stands the loop of our kernel with the random numbers on its tape. Times of
+shooting include drawing the random numbers of the whole chain, in bulk, and leave out compilation and the certificate; runs are interleaved, medians reported. A segment has met its stored path when they agree to 128 ulp, and
 mostly they are then equal; whether the path is the sequential one to the last bit is a column. Also: passes that
 Jacobi needs alone, the work of a chain of 10^6 steps, and how many of 10^9 numbers of multishift noise are not
 finite.
@@ -61,8 +60,8 @@ def setting():
 
 
 def pairs(density, metric) -> dict[str, tuple[Kernel, Kernel]]:
-    """Kernels with coalescing dice, each with the plain one whose BlackJAX loop it is measured against."""
-    # Accepted with probability 0.65, which suits coalescing dice best: bolder steps meet less often, shorter ones later.
+    """Kernels with multishift coupling, each with the plain one whose BlackJAX loop it is measured against."""
+    # Accepted with probability 0.65, which suits this coupling best: bolder steps meet less often, shorter ones later.
     return {
         "MALA": (
             mala(density, 0.35, metric, coupling=MultishiftCoupling()),
@@ -88,7 +87,7 @@ def measure(kernel: Kernel, plain: Kernel, start, num_steps: int, repeats: int) 
             lambda key: blackjax_loop(plain, state, jax.random.split(key, num_steps))[0],
             (key,),
         ),
-        "dice": (lambda key: kernel.tape(key, num_steps, ours), (key,)),
+        "tape": (lambda key: kernel.tape(key, num_steps, ours), (key,)),
         "loop": (rollout, (dynamics, initial, tape)),
     }
     for num_segments in SEGMENTS:
@@ -99,14 +98,14 @@ def measure(kernel: Kernel, plain: Kernel, start, num_steps: int, repeats: int) 
     found = timed(
         {name: (jax.jit(function), args) for name, (function, args) in runs.items()}, repeats
     )
-    dice, reference = found["dice"]["seconds"], found["BlackJAX"]["seconds"]
+    drawing, reference = found["tape"]["seconds"], found["BlackJAX"]["seconds"]
     path, rows = np.asarray(found["loop"]["value"]), []
     for num_segments in SEGMENTS:
-        solution, seconds = found[num_segments]["value"], found[num_segments]["seconds"] + dice
+        solution, seconds = found[num_segments]["value"], found[num_segments]["seconds"] + drawing
         rows.append(
             {
                 "segments": num_segments,
-                "seconds_with_dice": seconds,
+                "seconds_with_tape": seconds,
                 "ratio": reference / seconds,
                 "evaluations": float(solution.stats.evaluations),
                 "depth": int(solution.stats.depth),
@@ -123,7 +122,7 @@ def measure(kernel: Kernel, plain: Kernel, start, num_steps: int, repeats: int) 
         "num_steps": num_steps,
         "blackjax_seconds": reference,
         "loop_seconds": found["loop"]["seconds"],
-        "dice_seconds": dice,
+        "tape_seconds": drawing,
         "segments": rows,
         "best": best,
         "certified": bool(certificate.certified),
@@ -172,7 +171,7 @@ def not_finite(num_numbers: int, dtype) -> int:
 def table(results: dict) -> str:
     """The Markdown table."""
     lines = [
-        "| kernel | T | BlackJAX's loop, ms | our loop, ms | dice, ms | segments | shooting with dice, ms | ratio | "
+        "| kernel | T | BlackJAX's loop, ms | our loop, ms | random numbers, ms | segments | shooting with these, ms | ratio | "
         "evaluations per draw | depth | residual | steps equal to the last bit |",
         "|---" * 12 + "|",
     ]
@@ -181,8 +180,8 @@ def table(results: dict) -> str:
             ratio = f"**{row['ratio']:.1f}×**" if row is found["best"] else f"{row['ratio']:.1f}×"
             lines.append(
                 f"| {name} | {found['num_steps']:,} | {1e3 * found['blackjax_seconds']:.0f} | "
-                f"{1e3 * found['loop_seconds']:.0f} | {1e3 * found['dice_seconds']:.0f} | "
-                f"{row['segments']} | {1e3 * row['seconds_with_dice']:.0f} | "
+                f"{1e3 * found['loop_seconds']:.0f} | {1e3 * found['tape_seconds']:.0f} | "
+                f"{row['segments']} | {1e3 * row['seconds_with_tape']:.0f} | "
                 f"{ratio} | {row['evaluations']:.2f} | {row['depth']} | {row['residual']:.0e} | "
                 f"{100 * row['equal_bits']:.2f}% |"
             )
@@ -228,7 +227,10 @@ def main(argv: list[str] | None = None) -> None:
         put_between(arguments.readme, BEGIN, END, table(results))
 
 
-BEGIN, END = "<!-- table: benchmarks/results/dice-shooting.md -->", "<!-- end of dice shooting -->"
+BEGIN, END = (
+    "<!-- table: benchmarks/results/dice-shooting.md -->",
+    "<!-- end of multishift shooting -->",
+)
 
 
 if __name__ == "__main__":
