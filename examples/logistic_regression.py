@@ -31,7 +31,7 @@ from partime_mcmc.models import logistic
 def laplace(target, position):
     """Mode and inverse Hessian of a log-concave density, by Newton's method: coordinates to whiten with."""
     mode, unravel = ravel_pytree(position)
-    energy = lambda x: -target.logdensity(unravel(x))  # noqa: E731
+    energy = lambda x: -target.logdensity(unravel(x))
     newton = jax.jit(lambda x: x - jnp.linalg.solve(jax.hessian(energy)(x), jax.grad(energy)(x)))
     for _ in range(8):
         mode = newton(mode)
@@ -71,7 +71,7 @@ def main(argv=None):
     # Step sizes belong to coordinates: unwhitened, this one may be too bold, and the acceptance printed below says so.
     kernel = mala(target.logdensity, args.step_size, metric)
     # A tuned kernel needs no warm-up; draws from Laplace's approximation are good places to start.
-    start = lambda key: whitened.leave(jax.random.normal(key, whitened.center.shape))  # noqa: E731
+    start = lambda key: whitened.leave(jax.random.normal(key, whitened.center.shape))
     target = dataclasses.replace(target, initial=start)
 
     shape = dict(num_samples=args.num_samples, num_chains=args.num_chains)

@@ -17,14 +17,13 @@ Linearizers are in `partime_mcmc.linearize`, solvers and damping in `partime_mcm
 `partime_mcmc.engine`, statistics of long runs in `partime_mcmc.storage`, tables and files in `partime_mcmc.diagnostics`.
 """
 
-import importlib as _importlib
 import warnings as _warnings
+from typing import TYPE_CHECKING
+from typing import Any as _Any
 
 from partime_mcmc.certify.certificate import Certificate
 from partime_mcmc.certify.independent import certify
 from partime_mcmc.certify.recorded import CertifyIndependently, CertifyWhileRolling
-from partime_mcmc.diagnostics.arviz import to_arviz
-from partime_mcmc.diagnostics.compare import compare
 from partime_mcmc.distributed import hosts, sharded_solve, time_mesh
 from partime_mcmc.engine.dynamics import Dynamics, residual, rollout
 from partime_mcmc.engine.recipes import (
@@ -40,26 +39,28 @@ from partime_mcmc.engine.recipes import (
 from partime_mcmc.engine.solution import Solution, Status, Tolerance
 from partime_mcmc.engine.solve import solve
 from partime_mcmc.engine.windows import AllAtOnce, SlidingWindow, Windows
-from partime_mcmc.kernels import (
-    CommonRandomNumbers,
-    Kernel,
-    MultishiftCoupling,
-    coalescing_hmc,
-    from_blackjax,
-    hmc,
-    mala,
-    nuts,
-    random_walk,
-)
-from partime_mcmc.numpyro import CoalescingHMC, ParallelMCMC, from_numpyro
+from partime_mcmc.extras import import_name as _import_name
 from partime_mcmc.rnn.unroll import unroll
-from partime_mcmc.sampling.draws import Draws
-from partime_mcmc.sampling.sample import resume, sample
-from partime_mcmc.sampling.target import Target
-from partime_mcmc.storage.store import Store
-from partime_mcmc.storage.stored_draws import StoredDraws, open_draws
-from partime_mcmc.warmup.pooled import PooledAdaptation
-from partime_mcmc.warmup.warmup import WindowAdaptation
+
+# What needs more than JAX and NumPy is imported when it is first used: the same names once for type checkers here, once
+# for Python in `_LAZY`.
+if TYPE_CHECKING:
+    from partime_mcmc.diagnostics.arviz import to_arviz
+    from partime_mcmc.diagnostics.compare import compare
+    from partime_mcmc.kernels.blackjax import from_blackjax
+    from partime_mcmc.kernels.builders import coalescing_hmc, hmc, mala, nuts, random_walk
+    from partime_mcmc.kernels.coupling import CommonRandomNumbers, MultishiftCoupling
+    from partime_mcmc.kernels.kernel import Kernel
+    from partime_mcmc.numpyro.kernels import CoalescingHMC
+    from partime_mcmc.numpyro.mcmc import ParallelMCMC
+    from partime_mcmc.numpyro.model import from_numpyro
+    from partime_mcmc.sampling.draws import Draws
+    from partime_mcmc.sampling.sample import resume, sample
+    from partime_mcmc.sampling.target import Target
+    from partime_mcmc.storage.store import Store
+    from partime_mcmc.storage.stored_draws import StoredDraws, open_draws
+    from partime_mcmc.warmup.pooled import PooledAdaptation
+    from partime_mcmc.warmup.warmup import WindowAdaptation
 
 __version__ = "0.2.0"
 
@@ -115,6 +116,33 @@ __all__ = [
     "unroll",
 ]
 
+_LAZY = {
+    "CoalescingHMC": "numpyro.kernels",
+    "CommonRandomNumbers": "kernels.coupling",
+    "Draws": "sampling.draws",
+    "Kernel": "kernels.kernel",
+    "MultishiftCoupling": "kernels.coupling",
+    "ParallelMCMC": "numpyro.mcmc",
+    "PooledAdaptation": "warmup.pooled",
+    "Store": "storage.store",
+    "StoredDraws": "storage.stored_draws",
+    "Target": "sampling.target",
+    "WindowAdaptation": "warmup.warmup",
+    "coalescing_hmc": "kernels.builders",
+    "compare": "diagnostics.compare",
+    "from_blackjax": "kernels.blackjax",
+    "from_numpyro": "numpyro.model",
+    "hmc": "kernels.builders",
+    "mala": "kernels.builders",
+    "nuts": "kernels.builders",
+    "open_draws": "storage.stored_draws",
+    "random_walk": "kernels.builders",
+    "resume": "sampling.sample",
+    "sample": "sampling.sample",
+    "to_arviz": "diagnostics.arviz",
+}
+_PACKAGES = ("diagnostics", "kernels", "models", "numpyro", "sampling", "storage", "warmup")
+
 # Where names of version 0.1 are now, as module and name; they work here for one more release.
 _MOVED = {
     "Sliding": "engine.windows.SlidingWindow",
@@ -158,18 +186,29 @@ _MOVED = {
 }
 
 
-def __getattr__(name: str):
-    """What a name of version 0.1 stands for now.
+def __getattr__(name: str) -> _Any:
+    """A name that is imported when it is first used, a sub-package, or what a name of version 0.1 stands for now.
 
     Raises:
         AttributeError: If there is no such name, old or new.
+        ImportError: If it needs a package that is not installed, naming the extra that brings it.
     """
+    asked = f"{__name__}.{name}"
+    if name in _PACKAGES:
+        return _import_name(asked, name)
+    if name in _LAZY:
+        globals()[name] = found = _import_name(asked, _LAZY[name], name)
+        return found
     if name not in _MOVED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, _, new = _MOVED[name].rpartition(".")
     _warnings.warn(
-        f"partime_mcmc.{name} is now partime_mcmc.{_MOVED[name]}; the old name goes with the next release",
+        f"{asked} is now {__name__}.{_MOVED[name]}; the old name goes with the next release",
         DeprecationWarning,
         stacklevel=2,
     )
-    return getattr(_importlib.import_module(f"partime_mcmc.{module}"), new)
+    module, _, new = _MOVED[name].rpartition(".")
+    return _import_name(asked, module, new)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_PACKAGES})

@@ -30,9 +30,8 @@ from jax.sharding import Mesh
 
 import partime_mcmc
 from partime_mcmc import StoredDraws, Target, hosts, open_draws, time_mesh
-from partime_mcmc.diagnostics.arviz import save_netcdf
 from partime_mcmc.diagnostics import describe, html, plots
-from partime_mcmc.diagnostics.arviz import read_draws
+from partime_mcmc.diagnostics.arviz import read_draws, save_netcdf
 from partime_mcmc.diagnostics.report import Level, Report
 from partime_mcmc.models import MODELS
 from partime_mcmc.numpyro.model import called
@@ -177,7 +176,7 @@ def _resume(arguments: argparse.Namespace) -> int:
     _check_files(arguments)
     with machines(arguments) as mesh:
         run = Folder(arguments.run).read_run()
-        words = np.asarray(run["key_words"], np.uint32)
+        words = jax.numpy.asarray(run["key_words"], jax.numpy.uint32)
         key = jax.random.wrap_key_data(words, impl=run["key_impl"])
         target, kernel = _load_target(arguments, key), getattr(partime_mcmc, arguments.kernel)
         progress = not arguments.quiet
@@ -226,9 +225,8 @@ def machines(arguments: argparse.Namespace) -> Iterator[Mesh | None]:
     if not (arguments.cluster or by_hand) and (arguments.alone or not started_together(os.environ)):
         yield time_mesh() if arguments.all_devices else None
         return
-    with hosts(*given):
-        with contextlib.redirect_stdout(None if jax.process_index() else sys.stdout):
-            yield time_mesh()
+    with hosts(*given), contextlib.redirect_stdout(None if jax.process_index() else sys.stdout):
+        yield time_mesh()
 
 
 def _check_files(arguments: argparse.Namespace) -> None:

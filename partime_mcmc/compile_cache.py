@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from partime_mcmc.tracing import explicit
-from partime_mcmc.types import PyTree
+from partime_mcmc.types import PyTree, jax_config
 
 _MOST_PROGRAMS = 128
 _PROGRAMS: collections.OrderedDict = collections.OrderedDict()
@@ -54,7 +54,7 @@ class Timings:
 CPU_OPTIONS: dict[str, int] = {"xla_backend_optimization_level": 2}
 
 
-def compiler_options() -> dict[str, int] | None:
+def compiler_options() -> dict[str, Any] | None:
     """How hard the compiler should try, for programs of this package; None leaves it to the compiler."""
     return CPU_OPTIONS if CPU_OPTIONS and jax.default_backend() == "cpu" else None
 
@@ -80,8 +80,8 @@ def compiled(function: Callable, *args: PyTree, timings: Timings) -> jax.stages.
         function,
         structure,
         shapes,
-        jax.config.jax_enable_x64,
-        jax.config.jax_default_matmul_precision,
+        jax_config.jax_enable_x64,
+        jax_config.jax_default_matmul_precision,
     )
     with _LOCK:
         program = _PROGRAMS.get(entry)

@@ -16,11 +16,12 @@ import threading
 from typing import Any, Callable
 
 import jax
+import jax.core
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.types import PyTree
+from partime_mcmc.types import PyTree, Tracer, jax_config
 
 
 class HashableFunction:
@@ -89,8 +90,8 @@ def explicit(function: Callable, params: PyTree, *rest: PyTree) -> tuple[_Explic
         function,
         tree,
         shapes,
-        jax.config.jax_enable_x64,
-        jax.config.jax_default_matmul_precision,
+        jax_config.jax_enable_x64,
+        jax_config.jax_default_matmul_precision,
         jax.sharding.get_abstract_mesh(),
     )
     with _CACHE_LOCK:
@@ -101,13 +102,13 @@ def explicit(function: Callable, params: PyTree, *rest: PyTree) -> tuple[_Explic
         abstract = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
         closed, result = jax.make_jaxpr(function, return_shape=True)(*abstract)
         if _hides_arrays(closed.jaxpr):
-            inlined = lambda *args: evaluate(closed.jaxpr, closed.consts, *jax.tree.leaves(args))  # noqa: E731
+            inlined = lambda *args: evaluate(closed.jaxpr, closed.consts, *jax.tree.leaves(args))
             closed = jax.make_jaxpr(inlined)(*abstract)
         found = (
             _Explicit(closed.jaxpr, jax.tree.structure(result)),
             [_as_array(const) for const in closed.consts],
         )
-        if not any(isinstance(const, jax.core.Tracer) for const in found[1]):
+        if not any(isinstance(const, Tracer) for const in found[1]):
             with _CACHE_LOCK:
                 _CACHE[entry] = found
                 while len(_CACHE) > _CACHE_SIZE:
@@ -152,9 +153,7 @@ def is_jaxpr(value: Any) -> bool:
 
 
 def _as_array(const):
-    return (
-        const if isinstance(const, (jax.Array, jax.core.Tracer)) else jnp.asarray(np.asarray(const))
-    )
+    return const if isinstance(const, (jax.Array, Tracer)) else jnp.asarray(np.asarray(const))
 
 
 def _inner_jit(equation):

@@ -8,17 +8,26 @@ shows what is data and what is structure.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Callable, TypeAlias, TypeVar
+from typing import Any, Callable, TypeAlias, TypeVar, dataclass_transform
 
 import jax
+import jax.core
+import numpy as np
+from jax.typing import ArrayLike as ArrayLike
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
 Key: TypeAlias = jax.Array
+# Arrays of results, which the host may have put together.
+AnyArray: TypeAlias = jax.Array | np.ndarray
+Tracer: TypeAlias = jax.core.Tracer
+# JAX adds its options to this object at run time, where type checkers do not see them.
+jax_config: Any = jax.config
 
 _Class = TypeVar("_Class", bound=type)
 
 
+@dataclass_transform(frozen_default=True)
 def pytree(*, static: tuple[str, ...] = ()) -> Callable[[_Class], _Class]:
     """Make a class a frozen dataclass and register it as a JAX pytree.
 

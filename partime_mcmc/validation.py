@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.types import Array, PyTree
+from partime_mcmc.types import Array, PyTree, Tracer
 
 
 def check_has(value: Any, name: str, methods: tuple[str, ...], wanted: str) -> None:
@@ -81,7 +81,7 @@ def check_scale(scale: Array | float, name: str) -> Array | float:
     Raises:
         ValueError: Naming `name`, if a concrete scale is not positive and finite (traced ones pass).
     """
-    if not isinstance(scale, jax.core.Tracer):
+    if not isinstance(scale, Tracer):
         values = np.asarray(scale)
         if (
             not np.issubdtype(values.dtype, np.floating)
@@ -121,12 +121,12 @@ def check_key(key: Any, name: str = "key") -> jax.Array:
     wanted = "wanted one key, as jax.random.key(0) makes it"
     if not isinstance(key, jax.Array | np.ndarray | np.generic):
         raise TypeError(f"{name}: got {key!r} of type {type(key).__name__}; {wanted}")
-    if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         if key.shape != ():
             raise ValueError(
                 f"{name}: got a batch of keys of shape {key.shape}; {wanted} (it is split inside)"
             )
-        return key
+        return jnp.asarray(key)
     if key.dtype != jnp.uint32:
         raise TypeError(
             f"{name}: got an array of dtype {key.dtype} and shape {key.shape}; {wanted}"
@@ -151,7 +151,7 @@ def check_count(value: Any, name: str, minimum: int) -> int:
         ValueError: For an int below `minimum`.
     """
     wanted = f"wanted an int of at least {minimum}"
-    if isinstance(value, bool | np.bool_) or getattr(value, "dtype", None) == bool:
+    if isinstance(value, bool | np.bool_) or getattr(value, "dtype", None) == np.bool_:
         raise TypeError(f"{name}: got the bool {value}; {wanted}")
     try:
         count = operator.index(value)

@@ -55,7 +55,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-OPTIONS = "--kernel mala --num-samples 400 --num-warmup 100 --quiet".split()
+OPTIONS = ["--kernel", "mala", "--num-samples", "400", "--num-warmup", "100", "--quiet"]
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from jax.flatten_util import ravel_pytree
 from partime_mcmc.certify.step_record import Records
 from partime_mcmc.engine.solution import nanaware_max
 from partime_mcmc.kernels.kernel import Carry
-from partime_mcmc.types import Array, PyTree, pytree
+from partime_mcmc.types import AnyArray, Array, PyTree, pytree
 
 # Noise units. The floors seen are 4e-15 and 2e-6; a flipped decision shows as 1 or more.
 _TOLERANCE = {jnp.dtype("float64"): 1e-8, jnp.dtype("float32"): 1e-4}
@@ -64,23 +64,23 @@ class Certificate:
         residual: ρ_t, shape `(..., T)`.
     """
 
-    certified: Array
-    max_residual: Array
-    worst_step: Array
-    tolerance: Array
-    num_steps: Array
-    finite: Array
-    frozen: Array
-    num_rejected: Array
-    longest_rejection: Array
-    num_nonfinite_proposals: Array
-    num_ambiguous: Array
-    min_margin: Array
-    min_lattice_margin: Array
-    discrete_consistent: Array
-    independent: Array
-    accepted: Array
-    residual: Array
+    certified: AnyArray
+    max_residual: AnyArray
+    worst_step: AnyArray
+    tolerance: AnyArray
+    num_steps: AnyArray
+    finite: AnyArray
+    frozen: AnyArray
+    num_rejected: AnyArray
+    longest_rejection: AnyArray
+    num_nonfinite_proposals: AnyArray
+    num_ambiguous: AnyArray
+    min_margin: AnyArray
+    min_lattice_margin: AnyArray
+    discrete_consistent: AnyArray
+    independent: AnyArray
+    accepted: AnyArray
+    residual: AnyArray
 
     @property
     def evidence(self) -> str:
@@ -88,18 +88,16 @@ class Certificate:
         return describe_certification(self.independent)
 
 
-def describe_certification(independent: Array | bool) -> str:
+def describe_certification(independent: AnyArray | bool) -> str:
     """How certificates were made, in words.
 
     Args:
         independent: Whether steps were evaluated once more, of each chain.
     """
-    independent = np.asarray(independent)
-    some = "" if independent.all() or not independent.any() else "partly "
+    each = np.asarray(independent)
+    some = "" if each.all() or not each.any() else "partly "
     return (
-        f"{some}by an independent pass"
-        if independent.any()
-        else "recorded while the chains were rolled"
+        f"{some}by an independent pass" if each.any() else "recorded while the chains were rolled"
     )
 
 

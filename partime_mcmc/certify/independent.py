@@ -62,7 +62,7 @@ def certify_held(
     observe, params, unit = _observer(
         kernel,
         *(jax.tree.map(lambda leaf: leaf[0], tree) for tree in (initial, states, drives)),
-        scale,
+        scale=scale,
     )
     return _certify_held(observe, params, initial, states, drives, unit)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import importlib.metadata
 import json
 import os
@@ -48,10 +49,7 @@ STAT_NAMES = {"num_steps": "n_steps", "logdensity": "lp"}
 def _arviz() -> tuple[Any, Any]:
     """The modules that hold the statistics and the converters, whichever generation is installed."""
     if int(importlib.metadata.version("arviz").split(".")[0]) >= 1:
-        import arviz_base
-        import arviz_stats
-
-        return arviz_stats, arviz_base
+        return importlib.import_module("arviz_stats"), importlib.import_module("arviz_base")
     with warnings.catch_warnings():
         # 0.23 announces its successor on every import; both are served here, so the user has nothing to do about it.
         warnings.filterwarnings("ignore", r"\s*ArviZ is undergoing a major refactor", FutureWarning)
@@ -190,9 +188,7 @@ def _drawn(name: str, series: Mapping[str, np.ndarray], **options: Any) -> Any:
         if hasattr(converters, "InferenceData"):
             axes = getattr(converters, name)(converters.from_dict(posterior=posterior), **options)
             return adopt_figure(np.ravel(axes)[0].figure)
-        import arviz_plots
-
-        plot = getattr(arviz_plots, name)
+        plot = getattr(importlib.import_module("arviz_plots"), name)
         drawn = plot(converters.from_dict({"posterior": posterior}), backend="matplotlib")
         return adopt_figure(drawn.viz["figure"].item())
 
@@ -375,7 +371,7 @@ def read_draws(path: str | os.PathLike) -> ReadDraws:
             f"{path} holds no draws: {type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
     stats = tree["sample_stats"].data_vars if "sample_stats" in tree else {}
-    info = {_OWN_NAMES.get(name, name): one.values for name, one in stats.items()}
+    info = {_OWN_NAMES.get(name, str(name)): one.values for name, one in stats.items()}
     certificate = _object(attributes.get("certificate"), info)
     return ReadDraws(
         {name: one.values for name, one in posterior.data_vars.items()},

@@ -115,7 +115,7 @@ def _judge(
         return Level.BITWISE, []
     reasons = _path_reasons(ours, path)
     certified = _uncertified(ours) == [] and path is not None and path.ok
-    if certified and (path.num_knife_edges == 0 or not distribution.failures):
+    if certified and path and (path.num_knife_edges == 0 or not distribution.failures):
         return Level.CERTIFIED_PATH, ["some steps differ in their last bits"]
     reasons += distribution.failures + distribution.gates
     if distribution.gates:

@@ -184,10 +184,9 @@ def _run_statistics(ours: Side, theirs: Side, names: list[str]) -> dict[str, flo
         series[name.replace("_", " ")] = [side.info(name) for side in sides]
     energies = [side.info("energy") for side in sides]
     series["energy"] = energies
-    if all(energy is not None for energy in energies):
-        series["squared energy change"] = [
-            np.diff(energy.astype(np.float64), axis=1) ** 2 for energy in energies
-        ]
+    known = [energy.astype(np.float64) for energy in energies if energy is not None]
+    if len(known) == len(energies):
+        series["squared energy change"] = [np.diff(energy, axis=1) ** 2 for energy in known]
     states = [side.states for side in sides]
     if ours.on_positions != theirs.on_positions or states[0].shape[-1] != states[1].shape[-1]:
         states = [np.stack([side.named[name] for name in names], axis=-1) for side in sides]

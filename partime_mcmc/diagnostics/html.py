@@ -7,6 +7,7 @@ traces and ranks by ArviZ, and the two that it does not have. Without matplotlib
 import base64
 import contextlib
 import io
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -46,7 +47,7 @@ def draws_html(draws: Any, title: str = "Posterior") -> str:
     return report_html(title, describe.run_facts(draws), rows)
 
 
-def save(path: str | Path, body: str, figures: Iterable[Any] = ()) -> Path:
+def save(path: str | os.PathLike, body: str, figures: Iterable[Any] = ()) -> Path:
     """Write HTML text, followed by figures of matplotlib, to one file; returns its path.
 
     Raises:
@@ -64,7 +65,7 @@ def save(path: str | Path, body: str, figures: Iterable[Any] = ()) -> Path:
 
 
 def save_page(
-    path: str | Path,
+    path: str | os.PathLike,
     draws: Any,
     title: str = "Posterior",
     *,

@@ -115,8 +115,10 @@ def same_random_numbers(ours: Side, theirs: Side) -> bool:
 
 def equal_bits(ours: Side, theirs: Side) -> np.ndarray | None:
     """Steps (C, T) whose states hold the same bits, or None for runs of different shapes or dtypes."""
-    if _forms(ours) != _forms(theirs):
-        return None
+    return _same_bits(ours, theirs) if _forms(ours) == _forms(theirs) else None
+
+
+def _same_bits(ours: Side, theirs: Side) -> np.ndarray:
     same = np.ones(ours.shape, bool)
     for a, b in zip(ours.leaves, theirs.leaves, strict=True):
         bits = f"u{a.dtype.itemsize}"  # as integers, so that 0.0 is not -0.0
@@ -134,7 +136,7 @@ def compare_paths(ours: Side, theirs: Side, table: list[dict[str, Any]]) -> Path
         theirs: the sequential run, of equal shapes and dtypes.
         table: rows with either side's ``mean`` and ``sd`` and the sequential run's MCSEs of both.
     """
-    a, b, same = ours.states, theirs.states, equal_bits(ours, theirs)
+    a, b, same = ours.states, theirs.states, _same_bits(ours, theirs)
     sd, size = b.std(axis=(0, 1)), np.abs(b).max(axis=(0, 1))
     scale = np.where(
         sd > 0, sd, np.where(size > 0, size, 1.0)

@@ -29,7 +29,7 @@ from partime_mcmc.engine.windows import Windows
 from partime_mcmc.sampling.arguments import SampleArguments
 from partime_mcmc.storage.fingerprint import fingerprint_of, name_of
 from partime_mcmc.tracing import HashableFunction
-from partime_mcmc.types import PyTree
+from partime_mcmc.types import PyTree, jax_config
 
 # (arrays with leaves (C, n, ...), the mesh, how all of them lie on it, what runs a program) -> the same as NumPy arrays on
 # the hosts that get them, None on the others
@@ -77,12 +77,13 @@ def check_same_arguments(asked: SampleArguments) -> None:
     if jax.process_count() == 1:
         return
     mesh, store = asked.mesh, asked.store
+    assert mesh is not None, "only runs over a mesh have several hosts"
     values = {
         "key": asked.key_words,
         "kernel": name_of(asked.kernel),
         "store": None if store is None else ("a folder", store.chunk, sorted(store.folds or {})),
         "mesh": (dict(mesh.shape), [device.id for device in mesh.devices.flat]),
-        "jax_enable_x64": bool(jax.config.jax_enable_x64),
+        "jax_enable_x64": bool(jax_config.jax_enable_x64),
     }
     names = "num_samples num_chains num_warmup adaptation coupling solver schedule tolerance max_iterations thinning certificate"
     values |= {name: getattr(asked, name) for name in names.split()}

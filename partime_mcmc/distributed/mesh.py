@@ -23,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
-from typing import Callable, Sequence
+from typing import Any, Callable, Sequence
 
 import jax
 import jax.extend.backend
@@ -31,6 +31,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
+from partime_mcmc.engine.solution import Solution, Stats
 from partime_mcmc.types import Array, PyTree
 from partime_mcmc.validation import check_count
 
@@ -42,7 +43,7 @@ def time_mesh(
     num_chains: int = 1,
     num_data: int = 1,
     *,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """A mesh over chains, time and data.
 
@@ -58,21 +59,26 @@ def time_mesh(
     Raises:
         ValueError: If a count is not positive, or does not fit the number of devices.
     """
-    devices = np.asarray(jax.devices() if devices is None else devices)
+    taken = np.asarray(jax.devices() if devices is None else devices)
     for name, count in (("num_time", num_time), ("num_chains", num_chains), ("num_data", num_data)):
         if count is not None and (
             isinstance(count, bool) or not isinstance(count, int) or count < 1
         ):
             raise ValueError(f"{name} must be a positive integer, got {count!r}")
     others = num_chains * num_data
-    num_time = devices.size // others if num_time is None else num_time
+    num_time = taken.size // others if num_time is None else num_time
     needed = num_time * others
-    if not needed or needed > devices.size or (needed < devices.size and devices.size % others):
+    if not needed or needed > taken.size or (needed < taken.size and taken.size % others):
         raise ValueError(
             f"num_time, num_chains, num_data: got {num_time} x {num_chains} x {num_data}, wanted at most "
-            f"{devices.size} devices, and num_chains x num_data to divide them"
+            f"{taken.size} devices, and num_chains x num_data to divide them"
         )
-    return Mesh(devices[:needed].reshape(num_chains, num_time, num_data), AXES)
+    return Mesh(taken[:needed].reshape(num_chains, num_time, num_data), AXES)
+
+
+def solution_specs(along: Any, same: Any) -> Solution:
+    """How a solution lies on the mesh: its path `along` an axis, all else as `same`."""
+    return Solution(along, same, same, same, same, Stats(*[same] * 7))
 
 
 def summed(function: Callable[..., Array], name: str = "data") -> Callable[..., Array]:

@@ -24,8 +24,9 @@ from jax.sharding import Mesh, PartitionSpec
 
 from partime_mcmc.certify.independent import certify_with_records
 from partime_mcmc.certify.step_record import info_dict
+from partime_mcmc.distributed.mesh import solution_specs
 from partime_mcmc.engine.adjoint import NoDerivatives
-from partime_mcmc.engine.solution import Solution, Stats
+from partime_mcmc.engine.solution import Solution
 from partime_mcmc.engine.solve import solve
 from partime_mcmc.engine.time_axis import TimeAxis
 from partime_mcmc.kernels.kernel import Carry
@@ -118,7 +119,7 @@ class SolveWindow(HashableFunction):
                 )
             )(carries, tape)
 
-        found = Solution(layout.along, *[CHAINS] * 4, Stats(*[CHAINS] * 7))
+        found = solution_specs(layout.along, CHAINS)
         return layout.run(here, (SAME, CHAINS, layout.along), found)(params, carries, tape)
 
 
@@ -181,13 +182,13 @@ def _certified_shard(kernel, axis: TimeAxis, carry: PyTree, states: PyTree, tape
     flat = flatten(states)
     unit = kernel.noise_scale if kernel.noise_scale is not None else _spread(flat, axis)
     certificate, records = certify_with_records(kernel, first, states, tape, scale=unit)
-    position = lambda one: one.position if isinstance(one, Carry) else one  # noqa: E731
+    position = lambda one: one.position if isinstance(one, Carry) else one
     moved = (flatten(position(states)) != flatten(position(before))).any(
         axis=1
     ) & certificate.accepted
     # Where its kernel stands still the path takes the last state that moved, which may be on another device: a scan of maps
     # x -> x and x -> state, exact because every product is with 0 or 1.
-    held = records.held[:, None]
+    held = jnp.asarray(records.held)[:, None]
     flat_carry, unravel = ravel_pytree(carry)
     still = axis.prefix(Diagonal(held.astype(flat.dtype), jnp.where(held, 0, flat)), flat_carry)
     same = ((still == flat) | ~jnp.isfinite(flat)).all()

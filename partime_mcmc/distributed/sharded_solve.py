@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from partime_mcmc.distributed.mesh import CHAINS, TIME
+from partime_mcmc.distributed.mesh import CHAINS, TIME, solution_specs
 from partime_mcmc.distributed.sharded_time import ShardedTime, TimeOnMesh
 from partime_mcmc.engine.adjoint import Adjoint, Implicit, ImplicitSegmented, NoDerivatives
 from partime_mcmc.engine.dynamics import CachedStep, Dynamics, check_state, ravel
@@ -267,7 +267,7 @@ def _solve_on(
         )
 
     along, same = PartitionSpec(axis.name), PartitionSpec()
-    out = Solution(along, *[same] * 4, Stats(*[same] * 7))
+    out = solution_specs(along, same)
     cached_params = dynamics.cached and dynamics.cached.params
     params_spec = same if spec is None else jax.tree.unflatten(spec[1], spec[0])
     given = (params_spec, (params_spec,) * 3 if cached_params else same, same, along, along)

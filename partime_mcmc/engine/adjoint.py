@@ -27,7 +27,7 @@ from jax import lax
 
 from partime_mcmc.engine.dynamics import Dynamics
 from partime_mcmc.engine.solution import DEFAULT_ULPS
-from partime_mcmc.engine.time_axis import TimeAxis
+from partime_mcmc.engine.time_axis import ScanAxis
 from partime_mcmc.linearize.dense import jacobian
 from partime_mcmc.scan.affine import Dense
 from partime_mcmc.solvers.segmented_scan import (
@@ -43,7 +43,7 @@ class Adjoint(Protocol):
     """How derivatives reach a solved path."""
 
     def __call__(
-        self, dynamics: Dynamics, initial: Array, drives: PyTree, states: Array, axis: TimeAxis
+        self, dynamics: Dynamics, initial: Array, drives: PyTree, states: Array, axis: ScanAxis
     ) -> Array:
         """`states` itself, with derivatives with respect to `dynamics.params`, `initial` and `drives`."""
         ...
@@ -54,7 +54,7 @@ class Implicit:
     """Derivatives by the implicit function theorem, with the Jacobians of all steps at once: for narrow states."""
 
     def __call__(
-        self, dynamics: Dynamics, initial: Array, drives: PyTree, states: Array, axis: TimeAxis
+        self, dynamics: Dynamics, initial: Array, drives: PyTree, states: Array, axis: ScanAxis
     ) -> Array:
         return _with_derivatives(dynamics, initial, drives, states, axis, None)
 
@@ -73,7 +73,7 @@ class ImplicitSegmented:
     plan: SegmentedScanConfig = SegmentedScanConfig(64)
 
     def __call__(
-        self, dynamics: Dynamics, initial: Array, drives: PyTree, states: Array, axis: TimeAxis
+        self, dynamics: Dynamics, initial: Array, drives: PyTree, states: Array, axis: ScanAxis
     ) -> Array:
         return _with_derivatives(dynamics, initial, drives, states, axis, self.plan)
 
@@ -90,7 +90,7 @@ class NoDerivatives:
     """The path as it was found, for callers that attach derivatives later or need none."""
 
     def __call__(
-        self, dynamics: Dynamics, initial: Array, drives: PyTree, states: Array, axis: TimeAxis
+        self, dynamics: Dynamics, initial: Array, drives: PyTree, states: Array, axis: ScanAxis
     ) -> Array:
         return states
 
@@ -98,7 +98,7 @@ class NoDerivatives:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _attach(
     step: Callable,
-    axis: TimeAxis,
+    axis: ScanAxis,
     plan: SegmentedScanConfig | None,
     params: PyTree,
     initial: Array,
@@ -158,7 +158,7 @@ def _in_blocks(step, params, previous, drives):
     return values.reshape(previous.shape)
 
 
-def _solve_recurrence(matrices: Array, force: Array, axis: TimeAxis) -> Array:
+def _solve_recurrence(matrices: Array, force: Array, axis: ScanAxis) -> Array:
     """δ with δ_t = matrices_t δ_{t-1} + force_t and δ_0 = 0, differentiable and transposable."""
     nothing = jnp.zeros_like(force[0])
 

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import enum
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.types import Array, PyTree, pytree
+from partime_mcmc.types import Array, ArrayLike, PyTree, Tracer, pytree
 
 
 def nanaware_max(values: Array, axis: int | None = None) -> Array:
@@ -90,8 +89,8 @@ class Tolerance:
         absolute: A scalar or an array of shape `(D,)`, in the units of the state; None is the same number.
     """
 
-    relative: Array | float | None = None
-    absolute: Array | float | None = None
+    relative: ArrayLike | None = None
+    absolute: ArrayLike | None = None
 
     def check(self, dimension: int) -> None:
         """Refuse a tolerance that no path, or any path, could meet.
@@ -111,7 +110,7 @@ class Tolerance:
                     f"tolerance: {name} has shape {jnp.shape(value)}, wanted one of {shapes}"
                 )
             if (
-                not isinstance(value, jax.core.Tracer)
+                not isinstance(value, Tracer)
                 and not (np.isfinite(value) & (np.asarray(value) >= 0)).all()
             ):
                 raise ValueError(f"tolerance: {name} must be finite and at least 0, got {value!r}")

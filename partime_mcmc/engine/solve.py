@@ -360,7 +360,7 @@ def count_steps(drives: PyTree) -> int:
         raise ValueError(
             f"drives: leading axes {sorted(map(str, lengths))}, wanted one common length T"
         )
-    return lengths.pop()
+    return leaves[0].shape[0]
 
 
 def check_step(dynamics: Dynamics, initial: PyTree, drives: PyTree) -> Dynamics:

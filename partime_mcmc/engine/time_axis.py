@@ -24,8 +24,8 @@ from partime_mcmc.scan.prefix import Scan, default_scan
 from partime_mcmc.types import Array, PyTree, pytree
 
 
-class TimeAxis(Protocol):
-    """Operations along time; leaves have leading axis `T`."""
+class ScanAxis(Protocol):
+    """Neighbours and scans along time, all that derivatives need; leaves have leading axis `T`."""
 
     def previous(self, initial: PyTree, states: PyTree) -> PyTree:
         """The states before each step."""
@@ -42,6 +42,10 @@ class TimeAxis(Protocol):
     def suffix(self, elements: PyTree, end: PyTree) -> PyTree:
         """All suffixes of the maps applied to `end`, the last map acting first."""
         ...
+
+
+class TimeAxis(ScanAxis, Protocol):
+    """All operations along time that solvers need."""
 
     def maximum(self, values: Array) -> Array:
         """The largest of `values ≥ 0`, shape `(T, ...)`, over the first axis; NaN if any is NaN."""

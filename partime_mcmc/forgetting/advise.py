@@ -22,7 +22,7 @@ from jax.flatten_util import ravel_pytree
 from partime_mcmc.engine.dynamics import Dynamics, ravel, without_captures
 from partime_mcmc.engine.recipes import sequential, shooting
 from partime_mcmc.engine.solution import Tolerance
-from partime_mcmc.engine.windows import AllAtOnce, Schedule, Windows
+from partime_mcmc.engine.windows import AllAtOnce, Windows
 from partime_mcmc.forgetting.coalescence import (
     MeetingTimes,
     expected_max_meeting_time,
@@ -67,7 +67,7 @@ class Advice:
     """
 
     solver: Solver
-    schedule: Schedule
+    schedule: AllAtOnce | Windows
     num_segments: int
     evaluations_per_step: float
     depth: int
@@ -78,8 +78,8 @@ class Advice:
     def __str__(self) -> str:
         if not self.parallel:
             return f"Run sequentially. {self.reason}"
-        whole = isinstance(self.schedule, AllAtOnce)
-        per = "chain" if whole else f"window of {self.schedule.size:,} steps"
+        whole, size = isinstance(self.schedule, AllAtOnce), getattr(self.schedule, "size", 0)
+        per = "chain" if whole else f"window of {size:,} steps"
         return (
             f"Solve in parallel over time with {self.num_segments:,} segments per {per}: about "
             f"{self.evaluations_per_step:.2f} evaluations per step, {self.depth:,} of them one after another. {self.reason}"
@@ -237,8 +237,8 @@ def _flat_starts(starts, initial, flat):
 
 def _schedule(
     num_steps: int, num_chains: int, bytes_per_state: int, max_bytes: float
-) -> tuple[Schedule, int]:
-    """All of time if the path and its copies fit, else the longest windows that do, a power of two."""
+) -> tuple[AllAtOnce | Windows, int]:
+    """All of time if the path and its copies fit, else the longest windowes that do, a power of two."""
     # Shooting holds the path three times over, its residual, and about twice as much in random numbers.
     fitting = max_bytes / (6 * num_chains * bytes_per_state)
     if num_steps <= fitting:

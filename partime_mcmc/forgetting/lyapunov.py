@@ -81,12 +81,13 @@ def lyapunov(
     initial, states, drives = (
         jax.tree.map(jnp.asarray, tree) for tree in (initial, states, drives)
     )
-    lengths = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves((states, drives))}
+    leaves = jax.tree.leaves((states, drives))
+    lengths = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
     if len(lengths) != 1 or None in lengths:
         raise ValueError(
             f"states and drives: leading axes {sorted(map(str, lengths))}, wanted one common length T"
         )
-    num_steps = lengths.pop()
+    num_steps = leaves[0].shape[0]
     if num_steps < 2:
         raise ValueError(f"states: a path of {num_steps} steps, wanted at least 2")
     drive = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), drives)
@@ -114,7 +115,7 @@ def _lyapunov(
         return jax.vmap(lambda tangent: jax.jvp(step, (state,), (tangent,))[1])(tangents)
 
     def advance(tangents, inputs):
-        return _normalised(jax.vmap(push)(*inputs, tangents))
+        return _normalised(jax.vmap(push)(inputs[0], inputs[1], tangents))
 
     tangents, _ = _normalised(
         jax.random.normal(key, (num_segments, num_directions, dimension), path.dtype)

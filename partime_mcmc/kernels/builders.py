@@ -11,10 +11,9 @@ Step sizes follow BlackJAX: MALA moves by `ε ∇log p + √(2ε) N(0, I)`, HMC'
 from __future__ import annotations
 
 import math
-from typing import Callable
+from typing import Any, Callable
 
 import blackjax
-import jax
 import jax.numpy as jnp
 import numpy as np
 from blackjax.mcmc.random_walk import normal
@@ -31,7 +30,7 @@ from partime_mcmc.kernels.multishift_hmc import hmc_cycle, leapfrogs, steered_hm
 from partime_mcmc.kernels.multishift_mala import coalescing_mala
 from partime_mcmc.kernels.multishift_random_walk import coalescing_random_walk
 from partime_mcmc.kernels.whitening import Whitening, checked_root
-from partime_mcmc.types import Array, PyTree
+from partime_mcmc.types import Array, ArrayLike, PyTree, Tracer
 from partime_mcmc.validation import check_count
 
 # A quarter of the period of a standard normal's Hamiltonian flow: the path length that forgets the start best.
@@ -150,14 +149,15 @@ def coalescing_hmc(
     check_step_size(step_size)
     if num_integration_steps is None:
         num_integration_steps = quarter_period_steps(step_size)
-    if mala_step_size is None:
-        mala_step_size = jnp.minimum(math.sqrt(2), 2.2 * jnp.asarray(step_size)) ** 2 / 2
-    check_step_size(mala_step_size)
+    langevin = mala_step_size
+    if langevin is None:
+        langevin = jnp.minimum(math.sqrt(2), 2.2 * jnp.asarray(step_size)) ** 2 / 2
+    check_step_size(langevin)
     _check_positive_integer(num_integration_steps, "num_integration_steps")
     _check_positive_integer(every, "every")
     _check_whitening(metric, "a Whitening for coalescing_hmc")
     return _whitened(
-        lambda density: hmc_cycle(density, step_size, num_integration_steps, mala_step_size, every),
+        lambda density: hmc_cycle(density, step_size, num_integration_steps, langevin, every),
         logdensity,
         metric,
         None,
@@ -246,7 +246,7 @@ def quarter_period_steps(step_size: float) -> int:
     return max(1, round(QUARTER_PERIOD / (2 * math.asin(min(float(step_size), math.sqrt(2)) / 2))))
 
 
-def check_step_size(step_size: float) -> None:
+def check_step_size(step_size: ArrayLike) -> None:
     """Refuse a step size with which every proposal would silently be rejected.
 
     Raises:
@@ -261,7 +261,7 @@ def check_step_size(step_size: float) -> None:
 
 
 def _check_positive_integer(value, name: str) -> None:
-    if not isinstance(value, jax.core.Tracer):
+    if not isinstance(value, Tracer):
         check_count(value, name, 1)
 
 
@@ -281,7 +281,7 @@ def _check_whitening(metric, wanted: str) -> None:
 
 
 def _whitened(
-    build: Callable, logdensity: Callable, metric: Whitening | None, noise: Array, name: str
+    build: Callable, logdensity: Callable, metric: Any, noise: Array | None, name: str
 ) -> Kernel:
     if metric is None:
         return Kernel(build(logdensity), noise_scale=noise, name=name)

@@ -154,7 +154,9 @@ class Kernel:
     def recording(self) -> Dynamics:
         """As `dynamics`, with the `StepRecord` of every step as its `aux` numbers: see `certify_recorded`."""
         cached = CachedStep(
-            *(_Method(self, f"_{name}_recording") for name in ("init", "step", "state")),
+            _Method(self, "_init_recording"),
+            _Method(self, "_step_recording"),
+            _Method(self, "_state_recording"),
             aux=noted,
         )
         return dataclasses.replace(self.dynamics(), cached=cached)
@@ -186,7 +188,7 @@ class Kernel:
             randomness = self.algorithm.sample_randomness(keys, state)
         if not start:
             return Tape(randomness, start), start
-        if isinstance(self.algorithm, ExplicitRandomnessKernel):
+        if isinstance(self.algorithm, ExplicitRandomnessKernel) and self.algorithm.count:
             counted = self.algorithm.count(start, num_steps + 1)
             return (
                 Tape(randomness, jax.tree.map(lambda leaf: leaf[:num_steps], counted)),

@@ -64,12 +64,12 @@ class KernelProgram:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ParametrisedKernel(Kernel):
     """A kernel that knows its family."""
 
-    family: KernelProgram | None = None
-    numbers: KernelParams | None = None
+    family: KernelProgram
+    numbers: KernelParams
 
     def dynamics(self) -> Dynamics:
         """As `Kernel.dynamics`, with the numbers as parameters."""
@@ -81,10 +81,15 @@ class ParametrisedKernel(Kernel):
 
     def recording(self) -> Dynamics:
         """As `Kernel.recording`, with the numbers as parameters."""
-        parts = (_Part(self.family, f"_{name}_recording") for name in ("init", "step", "state"))
-        return dataclasses.replace(
-            self.dynamics(), cached=CachedStep(*parts, (self.numbers,) * 3, noted)
+        part = functools.partial(_Part, self.family)
+        cached = CachedStep(
+            part("_init_recording"),
+            part("_step_recording"),
+            part("_state_recording"),
+            (self.numbers,) * 3,
+            noted,
         )
+        return dataclasses.replace(self.dynamics(), cached=cached)
 
 
 def parametrised_kernel(

@@ -16,7 +16,7 @@ Trajectories and energies are BlackJAX's; momenta and uniforms are drawn beforeh
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ from partime_mcmc.kernels.explicit_randomness import (
     when_anyone,
 )
 from partime_mcmc.kernels.multishift_mala import LangevinRandomness, draw_langevin, langevin_step
-from partime_mcmc.types import Array, PyTree
+from partime_mcmc.types import Array, ArrayLike, PyTree, Tracer
 
 # Up to so many leapfrog steps are written out one after another: a loop costs more than a small gradient.
 _UNROLLED = 8
@@ -110,7 +110,7 @@ def leapfrog_row(step_size: Array | float, num_steps: int) -> tuple[Array, Array
     Raises:
         ValueError: If a concrete step size is 2 or more, where the leapfrog of a standard normal is unstable.
     """
-    if not isinstance(step_size, jax.core.Tracer) and not 0 < step_size < 2:
+    if not isinstance(step_size, Tracer) and not 0 < step_size < 2:
         raise ValueError(
             f"step_size: got {float(step_size)!r}, wanted one below 2, the leapfrog's limit of stability"
         )
@@ -152,7 +152,7 @@ def hmc_cycle(
     logdensity: Callable[[PyTree], Array],
     step_size: float,
     num_steps: int,
-    langevin_step_size: float,
+    langevin_step_size: ArrayLike,
     every: int,
 ) -> ExplicitRandomnessKernel:
     """HMC with plain momenta, and a coalescing Langevin step after every `every`-th trajectory.
@@ -213,7 +213,7 @@ def hmc_cycle(
             )
 
         inner, info = when_anyone(phase == 0, langevin, (inner, info))
-        return CycleState(*inner, phase), info
+        return CycleState(*inner, phase=phase), info
 
     def count(discrete, num_steps):
         return {"phase": (discrete["phase"] + jnp.arange(num_steps, dtype=jnp.int32)) % every}
@@ -236,7 +236,7 @@ def leapfrogs(num_steps: int) -> Callable:
         one = integrators.velocity_verlet(logdensity, kinetic_energy)
 
         def steps(state, step_size):
-            unknown = jnp.zeros_like(state.logdensity)
+            unknown: Any = jnp.zeros_like(state.logdensity)
 
             def advance(_, path):
                 position, momentum, gradient = path
@@ -246,7 +246,7 @@ def leapfrogs(num_steps: int) -> Callable:
                 return new.position, new.momentum, new.logdensity_grad
 
             path = state.position, state.momentum, state.logdensity_grad
-            if not isinstance(num_steps, jax.core.Tracer) and num_steps <= _UNROLLED:
+            if not isinstance(num_steps, Tracer) and num_steps <= _UNROLLED:
                 for step in range(num_steps - 1):
                     path = advance(step, path)
             else:

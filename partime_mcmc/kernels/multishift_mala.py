@@ -26,7 +26,7 @@ from partime_mcmc.kernels.explicit_randomness import (
     initial_state,
     select,
 )
-from partime_mcmc.types import Array, Key, PyTree
+from partime_mcmc.types import Array, ArrayLike, Key, PyTree
 
 
 class LangevinRandomness(NamedTuple):
@@ -67,7 +67,7 @@ def draw_langevin(key: Key, flat: Array) -> LangevinRandomness:
 
 
 def langevin_step(
-    init: Callable, step_size: float, randomness: LangevinRandomness, state: GradientState
+    init: Callable, step_size: ArrayLike, randomness: LangevinRandomness, state: GradientState
 ) -> tuple[GradientState, ProposalInfo]:
     """One MALA step.
 

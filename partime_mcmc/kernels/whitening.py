@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.types import Array, PyTree, pytree
+from partime_mcmc.types import AnyArray, Array, ArrayLike, PyTree, pytree
 
 
 @pytree()
@@ -55,20 +55,20 @@ class Whitening:
     scale: Array | LowRank
 
     @classmethod
-    def of_covariance(cls, example: PyTree, center: Array, covariance: Array) -> Whitening:
+    def of_covariance(cls, example: PyTree, center: ArrayLike, covariance: ArrayLike) -> Whitening:
         """Whitening by a covariance: variances of shape `(D,)` or a matrix of shape `(D, D)`.
 
         Raises:
             ValueError: If shapes do not fit, or the covariance is not symmetric and positive definite.
         """
         flat, _ = ravel_pytree(example)
-        center, covariance = np.asarray(center, flat.dtype), np.asarray(covariance, flat.dtype)
-        if center.shape != flat.shape:
+        middle, matrix = np.asarray(center, flat.dtype), np.asarray(covariance, flat.dtype)
+        if middle.shape != flat.shape:
             raise ValueError(
-                f"center: shape {center.shape}, wanted {flat.shape} as the position has {flat.size} numbers"
+                f"center: shape {middle.shape}, wanted {flat.shape} as the position has {flat.size} numbers"
             )
         return cls(
-            example, *jax.device_put((center, checked_root(covariance, flat.size, "covariance")))
+            example, *jax.device_put((middle, checked_root(matrix, flat.size, "covariance")))
         )
 
     @classmethod
@@ -132,7 +132,7 @@ class Whitening:
         return ravel_pytree(self.example)[1](self.center + moved)
 
 
-def checked_root(covariance: np.ndarray, dimension: int, name: str) -> np.ndarray:
+def checked_root(covariance: AnyArray, dimension: int, name: str) -> np.ndarray:
     """The square root of variances `(D,)`, or the Cholesky factor of a matrix `(D, D)`; on the host, where nothing is compiled.
 
     Raises:

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.types import PyTree
+from partime_mcmc.types import PyTree, Tracer
 from partime_mcmc.validation import check_key
 
 
 def is_typed(key: Any) -> bool:
     """Whether keys are of JAX's new style."""
-    return jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
 
 
 def check_keys(rng_key: Any, num_chains: int) -> Any:
@@ -31,7 +31,7 @@ def check_keys(rng_key: Any, num_chains: int) -> Any:
         TypeError: For a traced value, or anything that is no key.
         ValueError: For another number of keys.
     """
-    if isinstance(rng_key, jax.core.Tracer):
+    if isinstance(rng_key, Tracer):
         raise TypeError(
             "rng_key: got a traced value; call run outside jit and vmap (it compiles what it needs itself)"
         )

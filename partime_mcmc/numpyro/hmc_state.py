@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import Any, Callable, NamedTuple
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from numpyro.infer.hmc import HMCState
-from numpyro.infer.mcmc import MCMCKernel
 
 from partime_mcmc.compile_cache import Timings, run_program
 from partime_mcmc.diagnostics.checks import check_precision, check_starts
@@ -27,6 +26,7 @@ from partime_mcmc.kernels.kernel_program import (
     ParametrisedKernel,
     density_of,
     parametrised_kernel,
+    program_and_params,
 )
 from partime_mcmc.numpyro.arguments import check_sites, is_typed
 from partime_mcmc.sampling.arguments import SampleArguments, key_words
@@ -39,6 +39,10 @@ from partime_mcmc.storage.stored_draws import StoredDraws
 from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import Key, PyTree
 from partime_mcmc.validation import check_dtypes
+
+if TYPE_CHECKING:
+    from partime_mcmc.numpyro.kernels import ParallelKernel
+
 
 _WARMUP_STREAM, _START_STREAM = 2**31 - 1, 2**31 - 2  # steps use the numbers from 0 on
 _UNTUNED_STEP_SIZE = 0.1
@@ -71,7 +75,7 @@ def keys_of(rng_key: Any) -> Key:
 
 
 def sample_arguments(
-    sampler: MCMCKernel,
+    sampler: ParallelKernel,
     target: Target,
     keys: Key,
     num_warmup: int,
@@ -120,7 +124,7 @@ def sample_arguments(
     )
 
 
-def hmc_state(plan: Plan, state: ChainState, sampler: MCMCKernel) -> HMCState:
+def hmc_state(plan: Plan, state: ChainState, sampler: ParallelKernel) -> HMCState:
     """NumPyro's state of every chain, leaves `(C, ...)`, as if it had just been warmed up.
 
     Args:
@@ -129,14 +133,15 @@ def hmc_state(plan: Plan, state: ChainState, sampler: MCMCKernel) -> HMCState:
         sampler: The kernel, which may have a fixed step size.
     """
     kernel, num_chains = plan.kernel, plan.num_chains
-    whitening, counts = kernel.numbers.whitening, dict(kernel.family.counts)
+    family, params = program_and_params(kernel)
+    whitening, counts = params.whitening, dict(family.counts)
     dtype = whitening.center.dtype
 
     def each(value, dtype=dtype):
         value = np.asarray(value, dtype)
         return np.broadcast_to(value, (num_chains, *value.shape))
 
-    settings = {**kernel.numbers.settings, **counts}
+    settings = {**params.settings, **counts}
     fixed = jnp.nan if sampler._step_size is None else sampler._step_size
     step = settings.get("step_size", fixed)
     length = counts.get("num_integration_steps", 1)
@@ -177,7 +182,7 @@ def hmc_state(plan: Plan, state: ChainState, sampler: MCMCKernel) -> HMCState:
     )
 
 
-def kernel_from(sampler: MCMCKernel, target: Target, state: HMCState) -> ParametrisedKernel:
+def kernel_from(sampler: ParallelKernel, target: Target, state: HMCState) -> ParametrisedKernel:
     """The tuned kernel that a batch of states belongs to; counts are read from the state."""
     # On the host: every small operation on arrays of a device is a program of its own.
     one = jax.device_put(
@@ -215,7 +220,7 @@ class _Evaluate(HashableFunction):
 
 
 def _checked_starts(
-    sampler: MCMCKernel, target: Target, key: Key, init_params: PyTree, count: int
+    sampler: ParallelKernel, target: Target, key: Key, init_params: PyTree, count: int
 ) -> PyTree:
     """So many starts: those given first, then the model's own, or the given ones again.
 
@@ -247,12 +252,12 @@ def _checked_starts(
 
 
 def _starts(
-    sampler: MCMCKernel, target: Target, key: Key, init_params: PyTree, count: int
+    sampler: ParallelKernel, target: Target, key: Key, init_params: PyTree, count: int
 ) -> PyTree:
     if init_params is None:
         return target.starts(jax.random.split(key, count))
     given = check_dtypes(init_params, "init_params")
-    if sampler.model is not None:
+    if sampler._posterior is not None:
         check_sites(given, sampler._posterior.shapes)
     have = jax.tree.leaves(given)[0].shape[0]
     if have >= count:
@@ -263,7 +268,7 @@ def _starts(
     return jax.tree.map(lambda a, b: jnp.concatenate([a.astype(b.dtype), b]), given, more)
 
 
-def _untuned(sampler: MCMCKernel, target: Target, starts: PyTree) -> ParametrisedKernel:
+def _untuned(sampler: ParallelKernel, target: Target, starts: PyTree) -> ParametrisedKernel:
     """The kernel as it is without warm-up: the metric given, or none, and the step size given, or a cautious one."""
     first = jax.tree.map(lambda leaf: np.asarray(leaf)[0], starts)
     density, data = density_of(target.logdensity, first)
@@ -403,7 +408,7 @@ def _fields(draws: Draws, state: HMCState) -> dict[str, Any]:
 
 
 def _last(draws: Draws, state: HMCState, everything: dict[str, Any]) -> HMCState:
-    if not draws.num_samples:
+    if not draws.num_samples or draws.state is None:
         return state
     own = {
         name: everything[name][:, -1].astype(getattr(state, name).dtype)
@@ -495,12 +500,13 @@ def check_fields(names: tuple[str, ...], postprocess: Callable | None) -> None:
             raise ValueError(f"extra_fields: got {name!r} with a store; wanted some of {known}")
 
 
-def last_stored_state(draws: StoredDraws, state: HMCState) -> HMCState:
+def last_stored_state(draws: StoredDraws, state: HMCState, num_steps: int) -> HMCState:
     """NumPyro's state after the last draw in a store.
 
     Args:
         draws: Stored.
         state: Where its chains stand, without what the last step reported.
+        num_steps: Steps that they have behind them.
     """
     reported = {}
     if draws.num_samples:
@@ -514,7 +520,7 @@ def last_stored_state(draws: StoredDraws, state: HMCState) -> HMCState:
             if stored in last and hasattr(state, name)
         }
     return state._replace(
-        i=jnp.full(state.i.shape, draws.state.num_steps, jnp.int32),
+        i=jnp.full(state.i.shape, num_steps, jnp.int32),
         **{
             name: jnp.asarray(value, getattr(state, name).dtype) for name, value in reported.items()
         },

@@ -38,7 +38,7 @@ from partime_mcmc.kernels import (
     mala,
     nuts,
 )
-from partime_mcmc.kernels.kernel_program import KernelParams, ParametrisedKernel
+from partime_mcmc.kernels.kernel_program import KernelParams, program_and_params
 from partime_mcmc.numpyro.arguments import (
     check_alone,
     check_positive,
@@ -51,7 +51,7 @@ from partime_mcmc.numpyro.model import Posterior, forward_only
 from partime_mcmc.sampling.plan import prepare
 from partime_mcmc.sampling.progress import quiet
 from partime_mcmc.sampling.target import Target
-from partime_mcmc.types import Key, PyTree
+from partime_mcmc.types import Key, PyTree, Tracer
 from partime_mcmc.validation import check_count
 from partime_mcmc.warmup.metric import DiagonalMetric, FrozenMetric
 from partime_mcmc.warmup.pooled import PooledAdaptation
@@ -121,7 +121,8 @@ class ParallelKernel(MCMCKernel):
         )
         warn_without_effect(find_heuristic_step_size, regularize_mass_matrix)
         self._model, self._potential_fn, self._init_strategy = model, potential_fn, init_strategy
-        self._step_size, self._posterior = check_positive(step_size, "step_size"), None
+        self._step_size = check_positive(step_size, "step_size")
+        self._posterior: Posterior | None = None
         self._forward_mode_differentiation = forward_mode_differentiation
         rule = DiagonalMetric() if dense_mass is False or dense_mass == [] else None
         if not adapt_mass_matrix:
@@ -133,8 +134,8 @@ class ParallelKernel(MCMCKernel):
             metric=rule,
             guess=guess,
         )
-        self._family, self._data, self._sample_fn = None, None, None
-        self._builder = None
+        self._family: Any = None
+        self._data, self._sample_fn, self._builder = None, None, None
 
     def _path_length(self) -> float | None:
         return None
@@ -201,9 +202,8 @@ class ParallelKernel(MCMCKernel):
         self, model_args: tuple, model_kwargs: dict | None
     ) -> Callable[[PyTree], PyTree]:
         """From one unconstrained draw to named values in the model's space."""
-        if self._model is None or self._posterior is None:
-            return lambda position: position
-        return self._posterior.target.constrain
+        constrain = None if self._posterior is None else self._posterior.target.constrain
+        return constrain or (lambda position: position)
 
     def __getstate__(self) -> dict[str, Any]:
         """As NumPyro's kernels: without what is compiled or traced, which the next run makes again."""
@@ -229,7 +229,7 @@ class ParallelKernel(MCMCKernel):
         Raises:
             TypeError: Under `pmap` or `vmap`: warm-up looks at numbers. Take chain_method "vectorized" or "sequential".
         """
-        if isinstance(rng_key, jax.core.Tracer):
+        if isinstance(rng_key, Tracer):
             raise TypeError(
                 "chain_method: got one that traces `init`; wanted 'vectorized' or 'sequential', or ParallelMCMC"
             )
@@ -244,9 +244,10 @@ class ParallelKernel(MCMCKernel):
         state = hmc_state(plan, chain_state, self)
         return jax.tree.map(lambda leaf: leaf[0], state) if is_single else state
 
-    def adopt(self, kernel: ParametrisedKernel) -> None:
+    def adopt(self, kernel: Kernel) -> None:
         """Take over what a warm-up chose: its states can then be moved, here or in NumPyro's own `MCMC`."""
-        self._family, self._data = kernel.family, kernel.numbers.data
+        self._family, params = program_and_params(kernel)
+        self._data = params.data
         self._sample_fn = self.sample
 
     def sample(self, state: HMCState, model_args: tuple, model_kwargs: dict | None) -> HMCState:
@@ -285,7 +286,7 @@ class ParallelKernel(MCMCKernel):
 class _Minus:
     """A log density from a potential."""
 
-    def __init__(self, potential: Callable):
+    def __init__(self, potential: Any):
         self.potential = potential
 
     def __call__(self, position: PyTree):

@@ -197,7 +197,7 @@ class ParallelMCMC(MCMC):
         self._known: tuple[Data, Target, Any] | None = None
         self._store: Store | None = None
         self._draws: Draws | StoredDraws | None = None
-        self._stored_fields: tuple[tuple[str, ...], tuple[str, ...]] | None = None
+        self._stored: tuple[StoredDraws, Any, Any, bool] | None = None
         self._plan: Plan | None = None
         self._advice: Advice | None = None
         self._warmed: Warmup | None = None
@@ -258,7 +258,7 @@ class ParallelMCMC(MCMC):
         Raises:
             RuntimeError: Before the first run.
         """
-        self.draws  # says so before the first run
+        _ = self.draws  # raises before the first run
         return self._advise()
 
     @property
@@ -288,23 +288,21 @@ class ParallelMCMC(MCMC):
 
     def get_samples(self, group_by_chain: bool = False) -> Any:
         """As NumPyro's; draws in a store are read when they are asked for, and not kept."""
-        if self._stored_fields is None:
-            return super().get_samples(group_by_chain)
-        return self._read_store(group_by_chain)["z"]
+        fields = self._read_store(group_by_chain)
+        return super().get_samples(group_by_chain) if fields is None else fields["z"]
 
     def get_extra_fields(self, group_by_chain: bool = False) -> dict[str, Any]:
         """As NumPyro's; likewise."""
-        if self._stored_fields is None:
-            return super().get_extra_fields(group_by_chain)
         fields = self._read_store(group_by_chain)
+        if fields is None:
+            return super().get_extra_fields(group_by_chain)
         return {name: value for name, value in fields.items() if name != "z"}
 
     def print_summary(self, prob: float = 0.9, exclude_deterministic: bool = True) -> None:
         """As NumPyro's; of draws in a store, which are in memory meanwhile, too."""
         in_memory = self._states
         try:
-            if self._stored_fields is not None:
-                self._states = self._read_store(True)
+            self._states = self._read_store(True) or in_memory
             super().print_summary(prob, exclude_deterministic)
         finally:
             self._states = in_memory
@@ -342,7 +340,7 @@ class ParallelMCMC(MCMC):
             check_fields(collect_fields, self.postprocess_fn)
         arguments = self._arguments(target, keys, num_steps, init_params, state)
         progress = chosen_progress(self.progress_bar)
-        self._stored_fields = None
+        self._stored = None
         if not num_steps:
             # `warmup()` collects nothing.
             plan, chain_state = prepare(arguments, progress)
@@ -350,20 +348,22 @@ class ParallelMCMC(MCMC):
             if state is None:
                 state = hmc_state(plan, chain_state, self.sampler)
             return empty_collection(state, self.num_chains)
-        plan, self._draws = run(arguments, progress)
+        plan, draws = run(arguments, progress)
+        self._draws = draws
         self._adopt(plan)
-        if self._store is not None:
-            self._stored_fields = (collect_fields, remove_sites)
-            stands = chain_state_of(self._draws.state, plan.kernel, target.example())
-            stands = hmc_state(dataclasses.replace(plan, warmup=None), stands, self.sampler)
-            last = last_stored_state(self._draws, stands)
+        assert draws.state is not None, "chains that have made steps stand somewhere"
+        if isinstance(draws, StoredDraws):
+            stands = chain_state_of(draws.state, plan.kernel, target.example())
+            stored = hmc_state(dataclasses.replace(plan, warmup=None), stands, self.sampler)
+            last = last_stored_state(draws, stored, stands.num_steps)
+            self._stored = (draws, collect_fields, remove_sites, isinstance(last.z, dict))
             self._pool = self._pool_of(plan, jax.tree.map(lambda leaf: leaf[:, None], last.z))
             return empty_collection(last, self.num_chains)
-        self._pool = self._pool_of(plan, self._draws.positions)
+        self._pool = self._pool_of(plan, draws.positions)
         if state is None:
-            state = hmc_state(plan, self._draws.state, self.sampler)
+            state = hmc_state(plan, draws.state, self.sampler)
         fields, last = collect(
-            self._draws, state, self.postprocess_fn, collect_fields, remove_sites, self.thinning
+            draws, state, self.postprocess_fn, collect_fields, remove_sites, self.thinning
         )
         if self.num_chains == 1:
             return jax.tree.map(lambda leaf: leaf[0], (fields, last))
@@ -413,9 +413,11 @@ class ParallelMCMC(MCMC):
             self._advice = advise_plan(self._plan, self._pool)
         return self._advice
 
-    def _read_store(self, group_by_chain: bool) -> dict[str, Any]:
-        names, removed = self._stored_fields
-        fields = read_fields(self._draws, names, removed, isinstance(self.last_state.z, dict))
+    def _read_store(self, group_by_chain: bool) -> dict[str, Any] | None:
+        """What the last run collected; None where it kept it in memory."""
+        if self._stored is None:
+            return None
+        fields = read_fields(*self._stored)
         if group_by_chain:
             return fields
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), fields)

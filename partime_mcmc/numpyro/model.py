@@ -31,7 +31,7 @@ from numpyro.primitives import Messenger
 
 from partime_mcmc.compile_cache import compiler_options
 from partime_mcmc.sampling.target import Target
-from partime_mcmc.types import Array, Key, PyTree
+from partime_mcmc.types import AnyArray, Array, Key, PyTree, jax_config
 from partime_mcmc.validation import InvalidStart, check_key
 
 
@@ -56,14 +56,14 @@ class Data:
         """The arguments as they are now."""
         leaves, structure = jax.tree.flatten((args, kwargs))
         copies = tuple(np.array(leaf, copy=True) if _can_change(leaf) else None for leaf in leaves)
-        return cls(structure, tuple(leaves), copies, jax.config.jax_enable_x64)
+        return cls(structure, tuple(leaves), copies, jax_config.jax_enable_x64)
 
     def are(self, args: tuple, kwargs: dict) -> bool:
         """Whether arguments are the same objects with the same contents."""
         leaves, structure = jax.tree.flatten((args, kwargs))
         return (
             structure == self.structure
-            and jax.config.jax_enable_x64 == self.in_float64
+            and jax_config.jax_enable_x64 == self.in_float64
             and all(one is other for one, other in zip(leaves, self.leaves))
             and all(
                 copy is None or _equal(copy, np.asarray(leaf))
@@ -116,12 +116,13 @@ class WithData:
             }
         found = []
         for path, leaf in jax.tree_util.tree_flatten_with_path(arguments)[0]:
-            if isinstance(leaf, np.ndarray | jax.Array) and np.issubdtype(leaf.dtype, np.floating):
-                if count := int(np.sum(~np.isfinite(np.asarray(leaf)))):
-                    where = f"{path[0].key!r}{jax.tree_util.keystr(path[1:])}"
-                    found.append(
-                        f"argument {where} has {count} NaN or infinite of {leaf.size} entries"
-                    )
+            if not (
+                isinstance(leaf, np.ndarray | jax.Array) and np.issubdtype(leaf.dtype, np.floating)
+            ):
+                continue
+            if count := int(np.sum(~np.isfinite(np.asarray(leaf)))):
+                where = f"{path[0].key!r}{jax.tree_util.keystr(path[1:])}"
+                found.append(f"argument {where} has {count} NaN or infinite of {leaf.size} entries")
         return found
 
 
@@ -306,7 +307,7 @@ class Posterior:
         names = _reported(sites)
 
         def logdensity(position: PyTree) -> Array:
-            return -potential_energy(prepared, (), {}, position)
+            return -jnp.asarray(potential_energy(prepared, (), {}, position))
 
         def initial(key: Key) -> PyTree:
             return inside(key)[0]
@@ -336,7 +337,7 @@ class Posterior:
         ]
         return found.z, jnp.stack(parts).all()
 
-    def check_found(self, good: Array) -> None:
+    def check_found(self, good: AnyArray) -> None:
         """Raise unless all starts are good.
 
         Raises:

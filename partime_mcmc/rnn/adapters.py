@@ -114,6 +114,8 @@ def _rnn_class():
     class ParallelRNN(nnx.RNN):
         """`flax.nnx.RNN` by `unroll`."""
 
+        solver: Solver | None
+
         def __call__(
             self,
             inputs,

@@ -21,8 +21,9 @@ from typing import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.engine.dynamics import Dynamics, ravel
+from partime_mcmc.engine.dynamics import Dynamics
 from partime_mcmc.linearize.base import no_shift
 from partime_mcmc.linearize.modify import bounded, scaled
 from partime_mcmc.rnn.unroll import Packed
@@ -48,7 +49,7 @@ class Pairs:
     def after(self, earlier: Pairs) -> Pairs:
         return Pairs(jnp.einsum("ijd,jkd->ikd", self.blocks, earlier.blocks), self(earlier.shift))
 
-    def with_shift(self, shift: Array) -> Pairs:
+    def with_shift(self, shift: PyTree) -> Pairs:
         return Pairs(self.blocks, shift)
 
     def transpose(self) -> Pairs:
@@ -89,7 +90,7 @@ class ClosedForm:
         _, (_, params) = (
             dynamics.params
         )  # what the step captures, what the cell captures, the cell's own
-        _, _, unravel = ravel(Dynamics(None), self.carry)
+        _, unravel = ravel_pytree(self.carry)
         x, counts = drives if isinstance(drives, Packed) else (drives, None)
         maps = jax.vmap(lambda state, x: self.linear_part(params, unravel(state), x))(previous, x)
         if counts is not None:

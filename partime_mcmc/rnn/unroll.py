@@ -127,8 +127,9 @@ def read_outputs(
     places = {id(variable): index for index, variable in enumerate(jax.tree.leaves(shape[0]))}
     sources = [places.get(id(variable)) for variable in jax.tree.leaves(shape[1])]
     outputs = jax.tree.structure(shape[1])
-    if None not in sources:
-        return jax.tree.unflatten(outputs, [path[index] for index in sources])
+    found = [path[index] for index in sources if index is not None]
+    if len(found) == len(sources):
+        return jax.tree.unflatten(outputs, found)
     previous = jax.tree.map(
         lambda first, rest: jnp.concatenate([first[None], rest[:-1]]), carry, states
     )
@@ -137,13 +138,15 @@ def read_outputs(
 
 def without_masked(inputs: PyTree, mask: Array | None) -> PyTree:
     """Inputs `(T, ...)` with 0 where `mask` `(T,)` is False; floating-point leaves only."""
+    if mask is None:
+        return inputs
 
     def clean(leaf):
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             return leaf
         return jnp.where(mask.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, 0)
 
-    return inputs if mask is None else jax.tree.map(clean, inputs)
+    return jax.tree.map(clean, inputs)
 
 
 def silence(outputs: PyTree, mask: Array | None) -> PyTree:
@@ -481,10 +484,10 @@ def _one_sequence(
     if reverse:
         inputs, mask = jax.tree.map(lambda leaf: jnp.flip(leaf, 0), (inputs, mask))
     packing = None if mask is None else Packing.of(mask)
-    drives = inputs if mask is None else packing.pack(inputs)
+    drives = inputs if packing is None else packing.pack(inputs)
     flat, start, unravel = ravel(Dynamics(PackedStep(cell, mask is not None), params), carry)
     path, status = _solved(flat, start, drives, solver, plan, tolerance, max_iterations)
-    states = jax.vmap(unravel)(path if mask is None else packing.unpack(start, path))
+    states = jax.vmap(unravel)(path if packing is None else packing.unpack(start, path))
     final = jax.tree.map(lambda leaf: leaf[-1], states)
     ys = silence(read_outputs(cell, params, carry, states, inputs), mask)
     status = dataclasses.replace(status, status=_verdict(final, ys))

@@ -99,7 +99,7 @@ def _calls_library(function: Any) -> bool:
 @functools.lru_cache(maxsize=128)
 def _overlaps(program: jax.stages.Compiled) -> bool:
     """Whether a program may run beside others: what the compiler has made of it is what counts."""
-    return _LIBRARY_COMPILED.search(program.as_text()) is None
+    return _LIBRARY_COMPILED.search(program.as_text() or "") is None
 
 
 def first_group(num_chains: int, dynamics: Dynamics, tree: PyTree) -> tuple[int, PyTree]:

@@ -9,12 +9,13 @@ never stopped: step t of a chain always has the random numbers of its number t (
 from __future__ import annotations
 
 import dataclasses
+from typing import Mapping
 
 import numpy as np
 
 from partime_mcmc.certify.certificate import Certificate
 from partime_mcmc.engine.solution import Status
-from partime_mcmc.types import Array, PyTree
+from partime_mcmc.types import AnyArray, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,7 @@ class ChainState:
     """
 
     carries: PyTree
-    discrete: dict
+    discrete: PyTree
     num_steps: int = 0
     num_failed_windows: int = 0
     max_window: int | None = None
@@ -100,8 +101,8 @@ class Chunk:
     """
 
     positions: PyTree
-    constrained: dict[str, Array]
-    info: dict[str, Array]
+    constrained: Mapping[str, AnyArray]
+    info: Mapping[str, AnyArray]
     certificate: Certificate
     report: RunReport
     state: ChainState

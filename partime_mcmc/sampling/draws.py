@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any, Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from partime_mcmc.engine.solution import SolveError, Status
 from partime_mcmc.forgetting.advise import Advice
 from partime_mcmc.sampling.chunk import ChainState, Chunk, RunReport
 from partime_mcmc.sampling.merge import merge_certificates, merge_reports
-from partime_mcmc.types import Array, PyTree
+from partime_mcmc.types import AnyArray, PyTree
 from partime_mcmc.warmup.warmup import Warmup
 
 if TYPE_CHECKING:
@@ -48,13 +48,13 @@ class Draws:
     """
 
     positions: PyTree
-    constrained: dict[str, Array]
-    info: dict[str, Array]
+    constrained: Mapping[str, AnyArray]
+    info: Mapping[str, AnyArray]
     certificate: Certificate
     report: RunReport
     plan: dict[str, Any]
     warmup: Warmup | None = None
-    dims: dict[str, tuple[str, ...]] | None = None
+    dims: Mapping[str, Sequence[str]] | None = None
     names: tuple[str, ...] | None = None
     state: ChainState | None = None
     ask: Callable[[], Advice] | None = dataclasses.field(default=None, compare=False)
@@ -112,7 +112,7 @@ class Draws:
 
         return to_arviz(self)
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write one HTML file with the report, a summary and figures.
 
         Args:
@@ -227,7 +227,7 @@ def draws_of_chunks(
     target, warmup = plan.target, plan.warmup
 
     @functools.cache
-    def advice():
+    def advice(ask):
         return ask(spread_positions(positions) if warmup is None else warmup.pool)
 
     return Draws(
@@ -241,7 +241,7 @@ def draws_of_chunks(
         dict(target.dims) if target.dims else None,
         tuple(target.names) if target.names else None,
         chunks[-1].state,
-        advice if ask is not None and steps else None,
+        functools.partial(advice, ask) if ask is not None and steps else None,
     )
 
 

@@ -62,8 +62,7 @@ def coupled_distances(
         Largest difference over coordinates in standard deviations of the pool, shape `(K, T)`; None without a warm-up,
         or with a pool of one draw.
     """
-    count = 0 if warmup is None else jax.tree.leaves(warmup.pool)[0].shape[0]
-    if count < 2:
+    if warmup is None or (count := jax.tree.leaves(warmup.pool)[0].shape[0]) < 2:
         return None
     kernel, first = warmup.kernel, np.arange(num_pairs) % count
     second = (first + 1 + np.arange(num_pairs) // count) % count

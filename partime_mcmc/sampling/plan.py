@@ -162,18 +162,20 @@ def prepare(arguments: SampleArguments, progress: Progress) -> tuple[Plan, Chain
 def _tuned(asked: SampleArguments, progress: Progress) -> tuple[Kernel, Warmup | None, ChainState]:
     """The tuned kernel, the warm-up behind it, and where the chains stand."""
     kernel, num_chains = asked.kernel, asked.num_chains
-    if asked.state is not None:
-        return kernel, None, asked.state
+    if isinstance(kernel, Kernel):
+        return (
+            kernel,
+            None,
+            asked.state or begin(kernel, asked.starts(num_chains), asked.chain_keys, Timings()),
+        )
     if isinstance(kernel, Warmup):
         warmup, have = kernel, jax.tree.leaves(kernel.positions)[0].shape[0]
         if have != num_chains:
             raise ValueError(
                 f"num_chains: got {num_chains}, but the warm-up given as `kernel` has {have} chains"
             )
-    elif isinstance(kernel, Kernel):
-        return kernel, None, begin(kernel, asked.starts(num_chains), asked.chain_keys, Timings())
     else:
-        warmup = _warmed_up(asked, progress)
+        warmup = _warmed_up(asked, kernel, progress)
     return (
         warmup.kernel,
         warmup,
@@ -181,7 +183,7 @@ def _tuned(asked: SampleArguments, progress: Progress) -> tuple[Kernel, Warmup |
     )
 
 
-def _warmed_up(asked: SampleArguments, progress: Progress) -> Warmup:
+def _warmed_up(asked: SampleArguments, builder: Builder, progress: Progress) -> Warmup:
     """The warm-up of a builder, with positions for the chains that are asked for."""
     adaptation = PooledAdaptation() if asked.adaptation is None else asked.adaptation
     starts = asked.starts(max(asked.num_chains, adaptation.num_chains))
@@ -190,7 +192,7 @@ def _warmed_up(asked: SampleArguments, progress: Progress) -> Warmup:
         warmup = warm_up(
             asked.warmup_key,
             asked.target.logdensity,
-            asked.kernel,
+            builder,
             starts,
             num_steps,
             adaptation,

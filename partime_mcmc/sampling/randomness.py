@@ -25,7 +25,7 @@ from partime_mcmc.kernels.kernel_program import program_and_params
 from partime_mcmc.sampling.chain_groups import run_explicit_groups, split_chains
 from partime_mcmc.sampling.chunk import ChainState
 from partime_mcmc.tracing import HashableFunction, explicit
-from partime_mcmc.types import Array, Key, PyTree
+from partime_mcmc.types import Array, Key, PyTree, jax_config
 
 # Steps fold the numbers from 0 on into a chain's key.
 _INIT_STREAM = 2**31 - 3
@@ -120,7 +120,7 @@ def coupled_chains(
 def splits_by_counting(keys: Key) -> bool:
     """Whether the keys that `split` gives are those that `fold_in` gives."""
     return _splits_by_counting(
-        str(jax.random.key_impl(keys)), bool(jax.config.jax_threefry_partitionable)
+        str(jax.random.key_impl(keys)), bool(jax_config.jax_threefry_partitionable)
     )
 
 

@@ -23,7 +23,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from partime_mcmc.certify.recorded import Certification, CertifyWhileRolling
@@ -49,8 +48,9 @@ from partime_mcmc.solvers import Solver
 from partime_mcmc.storage.fingerprint import StoreMismatch
 from partime_mcmc.storage.sink import StoreSink, read_arguments
 from partime_mcmc.storage.store import Store
+from partime_mcmc.storage.stored_draws import StoredDraws
 from partime_mcmc.storage.streaming_statistics import Fold
-from partime_mcmc.types import Key, PyTree
+from partime_mcmc.types import Key, PyTree, Tracer
 from partime_mcmc.validation import check_count, check_key
 from partime_mcmc.warmup.warmup import Adaptation, Warmup
 
@@ -75,7 +75,7 @@ def sample(
     mesh: Mesh | None = None,
     certificate: Certification = CertifyWhileRolling(),
     progress: Progress | bool = True,
-) -> Draws:
+) -> Draws | StoredDraws:
     """Sample a target with exact chains, parallel over time.
 
     Args:
@@ -122,7 +122,7 @@ def sample(
         TypeError: If an argument has the wrong type.
         ValueError: If an argument has a value that cannot work, or a start has no finite density or gradient.
     """
-    if isinstance(key, jax.core.Tracer):
+    if isinstance(key, Tracer):
         raise TypeError(
             "key: got a traced value; call sample outside jit and vmap (it compiles what it needs itself)"
         )
@@ -164,7 +164,7 @@ def sample(
     return draws
 
 
-def run(arguments: SampleArguments, progress: Progress) -> tuple[Plan, Draws]:
+def run(arguments: SampleArguments, progress: Progress) -> tuple[Plan, Draws | StoredDraws]:
     """Plan a run, execute it chunk by chunk, and keep its draws in memory or in a store.
 
     Args:
@@ -198,7 +198,7 @@ def resume(
     folds: Mapping[str, Fold] | None = None,
     mesh: Mesh | None = None,
     progress: Progress | bool = True,
-) -> Draws:
+) -> Draws | StoredDraws:
     """Go on with a stored run, to its end.
 
     A run that was killed during warm-up warms up again, with the stored key. A finished run is returned as it is.
@@ -230,7 +230,7 @@ def resume(
             f"store: {path} was begun by ParallelMCMC.run: go on with it there, with the same arguments"
         )
     key = jax.random.wrap_key_data(
-        np.asarray(asked.pop("key_words"), np.uint32), impl=asked.pop("key_impl")
+        jax.numpy.asarray(asked.pop("key_words"), jax.numpy.uint32), impl=asked.pop("key_impl")
     )
     store = Store(path, asked.pop("chunk"), folds)
     arguments = _arguments(

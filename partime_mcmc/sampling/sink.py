@@ -9,6 +9,7 @@ with sink:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any, Callable, Protocol
 
@@ -19,14 +20,12 @@ from partime_mcmc.sampling.pilots import advise_plan
 from partime_mcmc.sampling.plan import Plan
 
 
-class Sink(Protocol):
-    """Takes chunks of draws, in order; a context manager, left once after everything else.
+class Sink(contextlib.AbstractContextManager["Sink"], Protocol):
+    """Takes chunks of draws, in order; a context manager, left once after everything else."""
 
-    Attributes:
-        gather: In a run over a mesh, which hosts get the draws of a chunk (`distributed.collectives`).
-    """
-
-    gather: Gather
+    @property
+    def gather(self) -> Gather:
+        """Which hosts get the draws of a chunk, in a run over a mesh (`distributed.collectives`)."""
 
     def start(self, make_plan: Callable[[], tuple[Plan, ChainState]]) -> tuple[Plan, ChainState]:
         """The plan of the run and where its chains stand; `make_plan` is called where no run has begun yet."""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from partime_mcmc.compile_cache import Timings, run_explicit
 from partime_mcmc.tracing import HashableFunction
-from partime_mcmc.types import Array, Key, PyTree
+from partime_mcmc.types import Array, Key, PyTree, jax_config
 from partime_mcmc.validation import InvalidStart, check_dtypes, check_key
 
 
@@ -122,7 +122,7 @@ class Target:
             )  # what there is to say of starts is said where they are made
             if callable(self.initial):
                 try:
-                    return _shapes_of(self.initial, jax.config.jax_enable_x64)
+                    return _shapes_of(self.initial, jax_config.jax_enable_x64)
                 except Exception:  # a function that JAX cannot trace
                     pass
             return self.start(jax.random.key(0))

@@ -14,17 +14,19 @@ Left out: low-rank and block maps (a new class with these five methods is enough
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, Self
 
 import jax.numpy as jnp
 
-from partime_mcmc.types import Array, pytree
+from partime_mcmc.types import Array, PyTree, pytree
 
 
 class AffineMap(Protocol):
     """A map `x ↦ A x + shift` on states of shape `(D,)`."""
 
-    shift: Array
+    @property
+    def shift(self) -> Array:
+        """The image of 0, shape `(D,)`."""
 
     def __call__(self, x: Array) -> Array:
         """The image of `x`, shape `(D,)`."""
@@ -34,12 +36,12 @@ class AffineMap(Protocol):
         """`A x`, without the shift."""
         ...
 
-    def after(self, earlier: AffineMap) -> AffineMap:
+    def after(self, earlier: Self) -> Self:
         """`self ∘ earlier`, a map of the same class."""
         ...
 
-    def with_shift(self, shift: Array) -> AffineMap:
-        """The same `A` with another shift of shape `(D,)`."""
+    def with_shift(self, shift: PyTree) -> Self:
+        """The same `A` with another shift of shape `(D,)`; with None, whose leaves are those of `A` alone."""
         ...
 
     def transpose(self) -> AffineMap:
@@ -63,7 +65,7 @@ class Dense:
     def after(self, earlier: Dense) -> Dense:
         return Dense(self.matrix @ earlier.matrix, self(earlier.shift))
 
-    def with_shift(self, shift: Array) -> Dense:
+    def with_shift(self, shift: PyTree) -> Dense:
         return Dense(self.matrix, shift)
 
     def transpose(self) -> Dense:
@@ -86,7 +88,7 @@ class Diagonal:
     def after(self, earlier: Diagonal) -> Diagonal:
         return Diagonal(self.diagonal * earlier.diagonal, self(earlier.shift))
 
-    def with_shift(self, shift: Array) -> Diagonal:
+    def with_shift(self, shift: PyTree) -> Diagonal:
         return Diagonal(self.diagonal, shift)
 
     def transpose(self) -> Diagonal:
@@ -108,7 +110,7 @@ class Identity:
     def after(self, earlier: Identity) -> Identity:
         return Identity(earlier.shift + self.shift)
 
-    def with_shift(self, shift: Array) -> Identity:
+    def with_shift(self, shift: PyTree) -> Identity:
         return Identity(shift)
 
     def transpose(self) -> Identity:
@@ -130,7 +132,7 @@ class Zero:
     def after(self, earlier: Zero) -> Zero:
         return self
 
-    def with_shift(self, shift: Array) -> Zero:
+    def with_shift(self, shift: PyTree) -> Zero:
         return Zero(shift)
 
     def transpose(self) -> Zero:

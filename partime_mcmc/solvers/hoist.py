@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import Callable
 
 import jax
+import jax.core
 import jax.extend.core
 import numpy as np
 
@@ -61,7 +62,7 @@ def hoist_drive_only(
     closed, result = jax.make_jaxpr(function, return_shape=True)(params, memory, drive)
     flat = lambda *args: evaluate(
         closed.jaxpr, closed.consts, *jax.tree.leaves(args), opens=lambda inner: True
-    )  # noqa: E731
+    )
     closed = jax.make_jaxpr(flat)(params, memory, drive)
     sizes = [len(jax.tree.leaves(part)) for part in (params, memory, drive)]
     inputs = [closed.jaxpr.invars[sum(sizes[:k]) : sum(sizes[: k + 1])] for k in range(3)]
@@ -118,7 +119,7 @@ def _bytes(variables) -> int:
         # Typed keys have no itemsize of their own.
         return aval.size * (
             8
-            if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key)
+            if jax.numpy.issubdtype(aval.dtype, jax.dtypes.prng_key)
             else np.dtype(aval.dtype).itemsize
         )
 

@@ -14,7 +14,7 @@ unstable part of the path from overflowing. λ follows a policy that relaxes as 
 from __future__ import annotations
 
 import functools
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -184,7 +184,7 @@ def trust_region_step(maps: PyTree, damping: Array, like: Array, axis: TimeAxis)
 
 
 @functools.singledispatch
-def _as_gaussian(maps):
+def _as_gaussian(maps: PyTree) -> tuple[PyTree, Any]:
     """The maps as dense or diagonal ones, and the Kalman message that fits them."""
     raise TypeError(
         f"linearizer: no Kalman message fits {type(maps).__name__} maps; wanted Dense or Diagonal"
@@ -192,20 +192,20 @@ def _as_gaussian(maps):
 
 
 @_as_gaussian.register
-def _(maps: Dense):
+def _(maps: Dense) -> tuple[PyTree, Any]:
     return maps, DenseMessage
 
 
 @_as_gaussian.register
-def _(maps: Diagonal):
+def _(maps: Diagonal) -> tuple[PyTree, Any]:
     return maps, DiagonalMessage
 
 
 @_as_gaussian.register
-def _(maps: Identity):
+def _(maps: Identity) -> tuple[PyTree, Any]:
     return Diagonal(jnp.ones_like(maps.shift), maps.shift), DiagonalMessage
 
 
 @_as_gaussian.register
-def _(maps: Zero):
+def _(maps: Zero) -> tuple[PyTree, Any]:
     return Diagonal(jnp.zeros_like(maps.shift), maps.shift), DiagonalMessage

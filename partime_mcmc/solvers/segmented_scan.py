@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from partime_mcmc.solvers.segments import agree, share_lanes, to_segments
-from partime_mcmc.types import Array, PyTree, pytree
+from partime_mcmc.types import Array, ArrayLike, PyTree, pytree
 
 # Segments shorter than this meet too late to be worth their start.
 SHORTEST = 128
@@ -99,7 +99,7 @@ def segmented_scan(
     params: PyTree,
     initial: Array,
     drives: PyTree,
-    bound: tuple[Array, Array],
+    bound: tuple[ArrayLike, ArrayLike],
     plan: SegmentedScanConfig,
     *,
     direction: int = 1,

@@ -105,7 +105,7 @@ def finish_sequentially(
 
     def one_step(step, carry):
         cachedry, rolled = carry
-        at_step = lambda leaf: lax.dynamic_index_in_dim(leaf, step, axis=1, keepdims=False)  # noqa: E731
+        at_step = lambda leaf: lax.dynamic_index_in_dim(leaf, step, axis=1, keepdims=False)
         new = jax.vmap(cached.step, in_axes=(None, 0, 0))(
             cached.params[1], cachedry, jax.tree.map(at_step, drives)
         )

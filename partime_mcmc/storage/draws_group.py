@@ -101,7 +101,7 @@ class DrawsWriter:
             return digests
         tail: dict[str, bytes] = {}
         for group, variables in groups.items():
-            for name, values in (variables | {"draw": draws}).items():
+            for name, values in {**variables, "draw": draws}.items():
                 path, axis = f"{group}/{escaped(name)}", int(name != "draw")
                 with zarr.config.set({"array.write_empty_chunks": True}):
                     array = zarr.open_array(self.files, path=path, mode="r+", zarr_format=3)
@@ -121,7 +121,7 @@ class DrawsWriter:
 
         root = zarr.create_group(self.files, attributes=dict(self._attributes), zarr_format=3)
         for group, variables in groups.items():
-            place = root.create_group(group)
+            place, created = root.create_group(group), {}
             num_chains = next(iter(variables.values())).shape[0]
             chains = np.arange(num_chains)
             arrays = {
@@ -137,7 +137,7 @@ class DrawsWriter:
             }
             for name, (dims, shape, dtype) in arrays.items():
                 lengths = [self._length if dim == "draw" else n for dim, n in zip(dims, shape)]
-                place.create_array(
+                created[name] = place.create_array(
                     escaped(name),
                     shape=shape,
                     dtype=dtype,
@@ -147,7 +147,7 @@ class DrawsWriter:
                     chunk_key_encoding={"name": "default", "separator": "."},
                 )
             with zarr.config.set({"array.write_empty_chunks": True}):
-                place["chain"][:] = chains
+                created["chain"][:] = chains
         return {key: digest_of(data) for key, data in self.files.take_written().items()}
 
 
@@ -171,7 +171,9 @@ def open_group(path: Path, checkpoint: Checkpoint, digests: Mapping[str, str], g
     found = xarray.open_zarr(
         files, group=group, chunks=None, consolidated=False, zarr_format=3, decode_cf=False
     )
-    return found.rename({name: original(name) for name in found if original(name) != name})
+    return found.rename(
+        {name: original(str(name)) for name in found if original(str(name)) != name}
+    )
 
 
 def file_shape(shape: list[int], itemsize: int) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ from partime_mcmc.sampling.target import Target
 from partime_mcmc.storage.serialize import digest_arrays, encode
 from partime_mcmc.storage.store import Store
 from partime_mcmc.tracing import HashableFunction, explicit, inner_arrays
-from partime_mcmc.types import PyTree
+from partime_mcmc.types import PyTree, jax_config
 from partime_mcmc.warmup.tuning import unwrapped
 from partime_mcmc.warmup.warmup import Warmup
 
@@ -81,10 +81,10 @@ def environment(example: PyTree) -> dict[str, Any]:
     """
     return {
         "dtype": str(jax.tree.leaves(example)[0].dtype),
-        "x64": bool(jax.config.jax_enable_x64),
+        "x64": bool(jax_config.jax_enable_x64),
         "versions": versions(),
         "device": device(),
-        "partitionable": bool(jax.config.jax_threefry_partitionable),
+        "partitionable": bool(jax_config.jax_threefry_partitionable),
         "compiler": compiler_options(),
     }
 
@@ -93,7 +93,9 @@ def name_of(kernel: Any) -> str:
     """A kernel in words that stay the same: of a builder, its name and what is fixed."""
     if isinstance(kernel, Warmup):
         kernel = (
-            getattr(kernel.kernel, "family", None) and kernel.kernel.family.builder or kernel.kernel
+            kernel.kernel.family.builder
+            if isinstance(kernel.kernel, ParametrisedKernel)
+            else kernel.kernel
         )
     if isinstance(kernel, Kernel):
         return f"the tuned kernel {kernel.name}"

@@ -114,8 +114,8 @@ def decode(data: Any) -> Any:
 
 def _place(thing: Any, name: str) -> str:
     ours = thing.__module__.split(".")[0] == _PACKAGE and "<locals>" not in thing.__qualname__
-    frozen = not dataclasses.is_dataclass(thing) or thing.__dataclass_params__.frozen
-    if not (ours and frozen):
+    params = getattr(thing, "__dataclass_params__", None)
+    if not (ours and (params is None or params.frozen)):
         raise _refusal(thing, name)
     return f"{thing.__module__}:{thing.__qualname__}"
 
@@ -155,7 +155,7 @@ def pack_arrays(arrays: dict[str, np.ndarray], words: dict[str, Any]) -> tuple[b
     """Named arrays and plain values as the bytes of an .npz file, and their digest, which is the archive's comment."""
     text = np.frombuffer(json.dumps(words, sort_keys=True).encode(), np.uint8)
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays, words=text)
+    np.savez(buffer, **dict[str, Any](arrays), words=text)
     data = buffer.getvalue()
     digest = digest_of(data)
     # An archive ends with the length of its comment.
@@ -212,7 +212,7 @@ def unpack_leaves(name: str, arrays: dict[str, np.ndarray]) -> list[jax.Array]:
         first, *rest = full.split(".", 2)
         if first == name:
             found[int(rest[0])] = (
-                jax.random.wrap_key_data(value, impl=rest[1])
+                jax.random.wrap_key_data(jnp.asarray(value), impl=rest[1])
                 if len(rest) == 2
                 else as_committed_array(value)
             )

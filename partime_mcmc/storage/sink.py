@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from partime_mcmc.diagnostics.arviz import STAT_NAMES
-from partime_mcmc.distributed.collectives import Gather, gather_to_all
+from partime_mcmc.distributed.collectives import gather_to_all
 from partime_mcmc.kernels import Kernel
 from partime_mcmc.sampling.arguments import SampleArguments
 from partime_mcmc.sampling.chunk import ChainState, Chunk
@@ -47,6 +47,7 @@ from partime_mcmc.storage.serialize import decode, encode
 from partime_mcmc.storage.store import Folder, Store
 from partime_mcmc.storage.stored_draws import StoredDraws, open_draws
 from partime_mcmc.storage.streaming_statistics import StreamingStatistics
+from partime_mcmc.types import jax_config
 from partime_mcmc.warmup.warmup import Warmup
 
 
@@ -59,7 +60,7 @@ class StoreSink:
         progress: Shown meanwhile.
     """
 
-    gather: Gather = staticmethod(gather_to_all)
+    gather = staticmethod(gather_to_all)
 
     def __init__(self, store: Store, arguments: SampleArguments, progress: Progress):
         self._store, self._arguments, self._progress = store, arguments, progress
@@ -105,7 +106,7 @@ class StoreSink:
             # Until chunks are chosen the latest limit of memory counts.
             folder.write_run(run)
             folder.write_plan(pack_plan(*make_plan()))
-        self.saved_bytes = folder.read_plan()
+        self.saved_bytes = folder.read_plan() or b""
         plan, state = unpack_plan(self.saved_bytes, asked.target, asked.kernel, str(folder.path))
         last, warning = folder.recover()
         if warning:
@@ -136,7 +137,7 @@ class StoreSink:
             self._progress.note("interrupted: what is certified is kept")
             return
         self._wait()
-        x64 = bool(jax.config.jax_enable_x64)
+        x64 = bool(jax_config.jax_enable_x64)
         self._pending = self._thread.submit(self._commit, chunk, x64)
 
     def interrupt(self) -> None:
@@ -177,7 +178,7 @@ class StoreSink:
         stop = chunk.state.num_steps - plan.first_step
         constrained = {name: np.asarray(value) for name, value in chunk.constrained.items()}
         steps = {name: getattr(chunk.certificate, name) for name in ("accepted", "residual")}
-        info = {name: np.asarray(value) for name, value in (steps | chunk.info).items()}
+        info = {name: np.asarray(value) for name, value in {**steps, **chunk.info}.items()}
         statistics = self._statistics.update(constrained, info)
         certificate, report = without_steps(chunk.certificate), chunk.report
         if last is not None:

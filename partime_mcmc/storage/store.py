@@ -90,7 +90,7 @@ class Folder:
 
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            handle = open(self.path / _LOCK, "ab")
+            handle = open(self.path / _LOCK, "ab")  # noqa: SIM115 (closed below)
         except OSError as error:
             message = f"store: {self.path} cannot be written: {error.strerror or error}"
             raise StoreError(message) from error
@@ -273,7 +273,8 @@ class Folder:
 
     def _read(self, index: int, path: Path) -> Checkpoint:
         found = Checkpoint.unpack(read_file(path), str(path))
-        if (found.index, found.step) != tuple(map(int, _CHECKPOINT.match(path.name).groups())):
+        named = _CHECKPOINT.match(path.name)
+        if named is None or (found.index, found.step) != tuple(map(int, named.groups())):
             raise Damaged(f"store: {path} is damaged: it holds checkpoint {found.index}")
         return found
 

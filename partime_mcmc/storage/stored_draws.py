@@ -122,8 +122,7 @@ class StoredDraws:
         Raises:
             StoreError: If there are no draws yet.
         """
-        self._begun()
-        sums = self.statistics.info
+        sums = self.statistics.info if self.statistics else {}
         return sums.get("acceptance_rate", sums["accepted"]).sum / self.num_samples
 
     @property
@@ -183,7 +182,7 @@ class StoredDraws:
         """What the kernel reports of kept draws, and their residuals, in memory, `(C, T')`; errors as `constrained`."""
         self.require_kept()
         stats = self.sample_stats.data_vars.items()
-        return {_OUR_NAMES.get(name, name): one.values for name, one in stats}
+        return {_OUR_NAMES.get(name, str(name)): one.values for name, one in stats}
 
     def summary(self) -> list[dict[str, Any]]:
         """A row per coordinate, of all draws, from streaming statistics (`StreamingStatistics.summary`)."""

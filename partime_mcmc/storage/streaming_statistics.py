@@ -270,11 +270,11 @@ class StreamingStatistics:
 
     def mean(self) -> np.ndarray:
         """Mean of every chain, shape `(C, D)`."""
-        return self._begun().per_chain()[0].T
+        return self._begun()[0].per_chain()[0].T
 
     def variance(self) -> np.ndarray:
         """Variance of every chain about its own mean, shape `(C, D)`."""
-        batches = self._begun()
+        batches, _, _ = self._begun()
         with np.errstate(all="ignore"):
             return batches.per_chain()[1].T / np.float64(batches.num_draws - 1)
 
@@ -287,10 +287,8 @@ class StreamingStatistics:
         Returns:
             Both of shape `(D, Q)`; NaN for coordinates with a NaN among their draws.
         """
-        self._begun()
-        return self.histogram.quantiles(
-            probabilities, self.extremes[0].min(axis=1), self.extremes[1].max(axis=1)
-        )
+        _, histogram, (low, high) = self._begun()
+        return histogram.quantiles(probabilities, low.min(axis=1), high.max(axis=1))
 
     def summary(self) -> list[dict[str, Any]]:
         """A row per coordinate, as `summary_table` gives them for draws that are kept.
@@ -328,8 +326,9 @@ class StreamingStatistics:
 
     def _frozen(self) -> np.ndarray:
         """Coordinates that stand still in a chain, unless it is a constant of the model, `(D,)`."""
-        stuck = (self.extremes[0] == self.extremes[1]) & (self.num_draws >= _FEW)
-        constant = self.extremes[0].min(axis=1) == self.extremes[1].max(axis=1)
+        low, high = self._begun()[2]
+        stuck = (low == high) & (self.num_draws >= _FEW)
+        constant = low.min(axis=1) == high.max(axis=1)
         never = (
             self.info["accepted"].sum == 0
             if "accepted" in self.info
@@ -360,11 +359,9 @@ class StreamingStatistics:
             arrays |= {f"fold_{i}_{j}": leaf for j, leaf in enumerate(jax.tree.leaves(carry))}
         if self.batches is None:
             return arrays
-        for part in ("batches", "histogram"):
-            arrays |= {
-                f"{part}_{name}": array for name, array in getattr(self, part).to_arrays().items()
-            }
-        arrays["extremes"] = self.extremes
+        batches, histogram, arrays["extremes"] = self._begun()
+        for part, found in (("batches", batches), ("histogram", histogram)):
+            arrays |= {f"{part}_{name}": array for name, array in found.to_arrays().items()}
         return arrays | {
             f"info_{i}": total.to_array() for i, total in enumerate(self.info.values())
         }
@@ -416,16 +413,16 @@ class StreamingStatistics:
             carries,
         )
 
-    def _begun(self) -> BatchMeans:
-        if self.batches is None:
+    def _begun(self) -> tuple[BatchMeans, Histogram, np.ndarray]:
+        if self.batches is None or self.histogram is None or self.extremes is None:
             raise ValueError("there are no draws yet: update(values, info) first")
-        return self.batches
+        return self.batches, self.histogram, self.extremes
 
 
 def without_folds(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The arrays of `StreamingStatistics.to_arrays` for readers who do not have the functions behind its folds."""
     header = json.loads(arrays["header"].tobytes()) | {"folds": []}
-    return arrays | {"header": np.frombuffer(json.dumps(header).encode(), np.uint8)}
+    return {**arrays, "header": np.frombuffer(json.dumps(header).encode(), np.uint8)}
 
 
 def _part(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

@@ -23,7 +23,7 @@ from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.compile_cache import compiler_options
 from partime_mcmc.kernels.coupling import normal_of
-from partime_mcmc.types import Array, Key, PyTree
+from partime_mcmc.types import Array, ArrayLike, Key, PyTree
 
 _IMPL = "threefry2x32"
 
@@ -56,7 +56,7 @@ class SeedTree(NamedTuple):
     @property
     def key(self) -> Key:
         """As a key."""
-        return key_from(self.words)
+        return key_from(jax.numpy.asarray(self.words))
 
     @property
     def generator(self) -> np.random.Generator:
@@ -209,8 +209,8 @@ class HMCBatch:
         seed: SeedTree,
         starts: np.ndarray,
         root: np.ndarray,
-        step_sizes: np.ndarray,
-        lengths: np.ndarray,
+        step_sizes: ArrayLike,
+        lengths: ArrayLike,
         *,
         size: int = STEPS,
         gain: float = 0.0,
@@ -230,11 +230,11 @@ class HMCBatch:
             target: The acceptance that they follow.
         """
         fresh = starts.ndim == 3
-        lengths = np.broadcast_to(np.asarray(lengths, np.int32), (STEPS, self.num_chains))
+        leapfrogs = np.broadcast_to(np.asarray(lengths, np.int32), (STEPS, self.num_chains))
         starts = np.broadcast_to(
             np.asarray(starts, self.dtype), (STEPS, self.num_chains, self.dimension)
         )
-        step_sizes = np.broadcast_to(np.asarray(step_sizes, self.dtype), (self.num_chains,))
+        sizes = np.broadcast_to(np.asarray(step_sizes, self.dtype), (self.num_chains,))
         longest = max_batch_steps(self.num_chains * self.dimension)
         if size > longest:
             raise ValueError(f"size: got {size}, wanted at most {longest} transitions a call")
@@ -246,17 +246,17 @@ class HMCBatch:
             np.asarray(root, self.dtype),
             starts,
             fresh,
-            step_sizes,
-            lengths,
+            sizes,
+            leapfrogs,
             np.asarray(gain, self.dtype),
             np.asarray(target, self.dtype),
             seed.words,
             np.int32(size // STEPS),
         )
-        self.num_gradients += size // STEPS * int(lengths.sum()) + self.num_chains * (
+        self.num_gradients += size // STEPS * int(leapfrogs.sum()) + self.num_chains * (
             STEPS + 1 if fresh else 1
         )
-        self.depth += size // STEPS * int(lengths.max(axis=1).sum())
+        self.depth += size // STEPS * int(leapfrogs.max(axis=1).sum())
         self.num_steps += 0 if fresh else size
-        *paths, step_sizes = (np.asarray(part) for part in found)
-        return HMCBatchResult(*(path[:size] for path in paths), step_sizes)
+        *paths, last_sizes = (np.asarray(part) for part in found)
+        return HMCBatchResult(*(path[:size] for path in paths), step_sizes=last_sizes)

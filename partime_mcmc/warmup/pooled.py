@@ -68,7 +68,8 @@ def side_by_side(
         pieces.append(found)
         positions = found.positions[-1]
     return HMCBatchResult(
-        *(np.concatenate(parts) for parts in list(zip(*pieces))[:4]), pieces[-1].step_sizes
+        *(np.concatenate(parts) for parts in list(zip(*pieces))[:4]),
+        step_sizes=pieces[-1].step_sizes,
     )
 
 
@@ -103,7 +104,8 @@ def in_parallel_time(
         else:
             pieces.append(
                 HMCBatchResult(
-                    *(np.asarray(part) for part in found), np.full(len(positions), path.step_size)
+                    *(np.asarray(part) for part in found),
+                    step_sizes=np.full(len(positions), path.step_size),
                 )
             )
             walker.num_steps += _PIECE
@@ -111,7 +113,8 @@ def in_parallel_time(
             walker.num_gradients += int(np.sum(evaluations) * _PIECE * path.num_steps)
         positions = pieces[-1].positions[-1]
     return HMCBatchResult(
-        *(np.concatenate(parts) for parts in list(zip(*pieces))[:4]), pieces[-1].step_sizes
+        *(np.concatenate(parts) for parts in list(zip(*pieces))[:4]),
+        step_sizes=pieces[-1].step_sizes,
     )
 
 
@@ -122,10 +125,9 @@ class _Piece(HashableFunction):
         (density,) = self.parts
         num_chains, dimension = positions.shape
         drives = jax.random.uniform(key, (num_chains, _PIECE, dimension + 1), positions.dtype)
-        parts = [_Hamiltonian(density, name) for name in ("enter", "advance", "leave")]
-        dynamics = Dynamics(
-            _Hamiltonian(density, "step"), numbers, CachedStep(*parts, (numbers,) * 3)
-        )
+        part = functools.partial(_Hamiltonian, density)
+        cached = CachedStep(part("enter"), part("advance"), part("leave"), (numbers,) * 3)
+        dynamics = Dynamics(part("step"), numbers, cached)
         found = jax.vmap(
             lambda first, drive: solve(
                 dynamics,
@@ -205,9 +207,19 @@ class Pool:
     positions: np.ndarray
     metric: np.ndarray
     center: np.ndarray
-    draws: HMCBatchResult | None
+    draws: HMCBatchResult
     num_rescued: int
     notes: list[str]
+
+    @classmethod
+    def at(cls, starts: np.ndarray, metric: np.ndarray) -> Pool:
+        """Chains that have not moved yet: their starts stand for draws."""
+        states = np.broadcast_to(starts, (STEPS, *starts.shape))
+        nothing = np.zeros(states.shape)
+        draws = HMCBatchResult(
+            states, nothing, nothing[..., 0], nothing[..., 0], np.ones(len(starts))
+        )
+        return cls(starts, metric, starts.mean(axis=0), draws, 0, [])
 
     def trials(self, walker: HMCBatch, seed: SeedTree) -> Callable[[float, int], np.ndarray]:
         """Acceptance of one trajectory from each of 16 states of every chain, the same for all candidates."""
@@ -276,16 +288,7 @@ class PooledAdaptation:
     ) -> tuple[Pool, Path]:
         """The windows alone, from starts `(C, D)` in the typical set and a metric."""
         rule = metric_for(walker.dimension) if self.metric is None else self.metric
-        states = np.broadcast_to(starts, (STEPS, *starts.shape))
-        nothing = np.zeros(states.shape)
-        pool = Pool(
-            starts,
-            metric,
-            starts.mean(axis=0),
-            HMCBatchResult(states, nothing, nothing[..., 0], nothing[..., 0], np.ones(len(starts))),
-            0,
-            [],
-        )
+        pool = Pool.at(starts, metric)
         return pool, self._windows(
             walker, SeedTree.of(key), pool, rule, num_steps, path_rule, advance
         )
@@ -326,7 +329,7 @@ def search(
         1, _LONGEST_SEARCHED + 1, (_MAX_SEARCH // STEPS, STEPS, num_chains)
     )
     root, steps = root_of(metric), np.full(num_chains, _FIRST_STEP)
-    pool = Pool(starts, metric, starts.mean(axis=0), None, 0, [])
+    pool = Pool.at(starts, metric)
     before = -np.inf
     for batch in range(max(1, min(max_steps, _MAX_SEARCH) // STEPS)):
         found = walker.walk(
@@ -426,7 +429,9 @@ def _lost(draws: HMCBatchResult) -> np.ndarray:
 
 
 def _only(draws: HMCBatchResult, chains: np.ndarray) -> HMCBatchResult:
-    return HMCBatchResult(*(part[:, chains] for part in draws[:4]), draws.step_sizes[chains])
+    return HMCBatchResult(
+        *(part[:, chains] for part in draws[:4]), step_sizes=draws.step_sizes[chains]
+    )
 
 
 def _metric(estimate: Callable, draws: HMCBatchResult, pool: Pool) -> np.ndarray | None:

@@ -45,17 +45,19 @@ _NUM_POOL = 33
 
 
 class Adaptation(Protocol):
-    """How chains find the typical set and a metric.
+    """How chains find the typical set and a metric."""
 
-    Attributes:
-        num_chains: Chains that it wants at least.
-        target_acceptance: Mean acceptance that the kernel is tuned for; None is what suits it.
-        path_length: Of HMC in whitened units; None is a quarter period.
-    """
+    @property
+    def num_chains(self) -> int:
+        """Chains that it wants at least."""
 
-    num_chains: int
-    target_acceptance: float | None
-    path_length: float | None
+    @property
+    def target_acceptance(self) -> float | None:
+        """Mean acceptance that the kernel is tuned for; None is what suits it."""
+
+    @property
+    def path_length(self) -> float | None:
+        """Of HMC in whitened units; None is a quarter period."""
 
     def __call__(
         self,
@@ -108,7 +110,11 @@ class Warmup:
 
     def __str__(self) -> str:
         chosen = ", ".join(f"{name} {value:.3g}" for name, value in self.settings.items())
-        metric = "a dense metric" if self.whitening.scale.ndim == 2 else "a diagonal metric"
+        metric = (
+            "a diagonal metric"
+            if getattr(self.whitening.scale, "ndim", 2) == 1
+            else "a dense metric"
+        )
         rescued = f"{self.num_rescued} chains rescued" if self.num_rescued else "no chain rescued"
         return " ".join(
             [
@@ -261,7 +267,7 @@ def _adapt(
 
     @functools.partial(jax.jit, compiler_options=compiler_options())
     def run(params, starts, keys):
-        adaptation = blackjax.window_adaptation(
+        adaptation: Any = blackjax.window_adaptation(
             blackjax.nuts,
             lambda flat: walker.density(params, unravel(flat)),
             is_mass_matrix_diagonal=False,
@@ -273,5 +279,5 @@ def _adapt(
     return (
         np.asarray(state.position),
         np.asarray(tuned["inverse_mass_matrix"], float).mean(axis=0),
-        int(steps.sum()),
+        int(np.sum(steps)),
     )

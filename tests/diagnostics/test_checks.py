@@ -183,11 +183,11 @@ def test_bad_log_densities(precision, logdensity, words):
 
 
 def test_a_gradient_that_is_nan_while_the_value_is_fine(precision):
-    trap = lambda x: jnp.sum(jnp.where(x["a"] > 1, jnp.sqrt(x["a"] - 1), 0.0)) + normal(x)  # noqa: E731
+    trap = lambda x: jnp.sum(jnp.where(x["a"] > 1, jnp.sqrt(x["a"] - 1), 0.0)) + normal(x)
     with pytest.raises(InvalidStart, match="double-where") as caught:
         check_start(trap, {"a": jnp.array([2.0, 0.5])})
     assert "gradient with respect to initial['a'][1]: got nan" in str(caught.value)
-    safe = lambda x: jnp.sum(jnp.where(x > 1, jnp.sqrt(jnp.where(x > 1, x, 2.0) - 1), 0.0))  # noqa: E731
+    safe = lambda x: jnp.sum(jnp.where(x > 1, jnp.sqrt(jnp.where(x > 1, x, 2.0) - 1), 0.0))
     check_start(safe, jnp.array([2.0, 0.5]))
 
 
@@ -255,7 +255,7 @@ def test_forward_mode_and_densities_without_derivative():
     check_start(loop, jnp.ones(2))
     with pytest.raises(InvalidStart, match="double-where"):
         check_start(loop, jnp.zeros(2))
-    host = lambda x: jax.pure_callback(lambda x: np.float32(-np.sum(x**2)), jnp.float32(0), x)  # noqa: E731
+    host = lambda x: jax.pure_callback(lambda x: np.float32(-np.sum(x**2)), jnp.float32(0), x)
     check_start(host, jnp.ones(2))
 
 
@@ -289,7 +289,7 @@ def test_host_randomness_and_random_callbacks_show(precision):
     check_deterministic(normal, jnp.ones(2))
     check_deterministic(lambda x: jnp.sum(x) * jnp.nan, jnp.ones(2))
     rng = np.random.default_rng(0)
-    draw = lambda: np.float32(rng.normal())  # noqa: E731
+    draw = lambda: np.float32(rng.normal())
     for random in (
         lambda x: normal(x) + rng.normal(),
         lambda x: normal(x) + jax.pure_callback(draw, jax.ShapeDtypeStruct((), jnp.float32)),
@@ -327,7 +327,7 @@ def test_a_density_that_exists_in_float64_only():
 
 
 def test_precision_is_silent_where_it_cannot_say():
-    insists = lambda x: jax.lax.scan(_float32_only, jnp.float32(0), x)[0]  # noqa: E731
+    insists = lambda x: jax.lax.scan(_float32_only, jnp.float32(0), x)[0]
     assert check_precision(insists, jnp.ones(3)) is None
     assert check_precision(lambda x: normal(x).astype(jnp.float32), jnp.ones(3)) is None
     with jax.enable_x64(True):
@@ -338,7 +338,7 @@ def test_precision_is_silent_where_it_cannot_say():
 def test_precision_leaves_captured_data_alone():
     data = np.linspace(0.0, 1.0, 12).reshape(4, 3)
     inner = jax.jit(lambda x: data @ x)
-    logdensity = lambda x: -jnp.sum(inner(x) ** 2)  # noqa: E731
+    logdensity = lambda x: -jnp.sum(inner(x) ** 2)
     assert check_precision(logdensity, jnp.ones(3)) < 1e-6
     assert (
         jnp.asarray(data).dtype == jnp.float32

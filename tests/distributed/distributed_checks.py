@@ -104,7 +104,7 @@ def every_operation_along_time_has_the_result_of_one_device():
     flags = [jnp.arange(24) < n for n in (0, 3, 7, 24)] + [jnp.arange(24) != 11]
 
     def answers(axis, matrices, shifts, states, first, holes, flags):
-        half = lambda matrix: matrix @ jnp.swapaxes(matrix, 1, 2)  # noqa: E731
+        half = lambda matrix: matrix @ jnp.swapaxes(matrix, 1, 2)
         messages = DenseMessage(matrices, shifts, half(matrices), shifts, half(matrices))
         along = (
             axis.previous(first, states),

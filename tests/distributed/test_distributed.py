@@ -143,7 +143,7 @@ def test_a_damaged_chunk_is_drawn_again_by_any_number_of_hosts(num_hosts, tmp_pa
     broken = max(folder.glob("draws.zarr/posterior/x/**/*"), key=lambda path: path.stat().st_size)
     broken.write_bytes(broken.read_bytes()[:-100])
     with pytest.raises(StoreError, match="is damaged"):
-        open_draws(folder).posterior["x"].values
+        _ = open_draws(folder).posterior["x"].values
     for host in start(num_hosts, str(folder)):
         _, errors = host.communicate(timeout=600)
         assert host.returncode == 0, errors
@@ -284,9 +284,11 @@ def test_tasks_of_a_cluster_are_one_run_unless_asked_to_be_alone(
 
 
 def test_two_ways_to_say_which_hosts_are_refused():
-    with pytest.raises(ValueError, match="wanted at most one"):
-        with cli.machines(asked(alone=True, cluster=True)):
-            raise AssertionError
+    with (
+        pytest.raises(ValueError, match="wanted at most one"),
+        cli.machines(asked(alone=True, cluster=True)),
+    ):
+        raise AssertionError
 
 
 @pytest.mark.parametrize(
@@ -302,7 +304,6 @@ def test_two_ways_to_say_which_hosts_are_refused():
 )
 def test_what_cannot_be_joined_is_refused(given, error, message):
     kept = jnp.ones(3)
-    with pytest.raises(error, match=message):
-        with hosts(*given):
-            raise AssertionError
+    with pytest.raises(error, match=message), hosts(*given):
+        raise AssertionError
     assert kept.sum() == 3

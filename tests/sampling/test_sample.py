@@ -254,7 +254,7 @@ def test_one_bad_chain_leaves_the_others_bit_for_bit():
     residuals = [np.asarray(draws.certificate.residual)[well] for draws in (bad, good)]
     np.testing.assert_array_equal(*residuals)
     lost = np.isnan(np.asarray(bad.positions)[5]).any(axis=1)
-    assert 0 < lost.sum() and (np.diff(lost.astype(int)) >= 0).all(), (
+    assert lost.sum() > 0 and (np.diff(lost.astype(int)) >= 0).all(), (
         "what is not finite is not made up"
     )
     np.testing.assert_array_equal(bad.report.iterations[well], good.report.iterations[well])
@@ -312,7 +312,7 @@ def test_warm_up_whitens_and_tunes(tuned):
         np.linalg.cholesky(tuned.covariance), scale
     )  # orthogonal, were the estimate perfect
     singular = np.linalg.svd(root, compute_uv=False)
-    assert 0.6 < singular.min() and singular.max() < 1.6
+    assert singular.min() > 0.6 and singular.max() < 1.6
     # In whitened coordinates MALA's step is of order 1, not of order 0.01² as in the position's own.
     assert 0.25 < warmup.settings["step_size"] <= 1.0
     assert warmup.target_acceptance - 1e-9 <= warmup.acceptance < 0.9

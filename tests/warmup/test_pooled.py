@@ -61,7 +61,7 @@ def test_a_fisher_metric_needs_hardly_more_draws_than_dimensions():
     x, g = draws(16)
     # What was believed before is of the right order, as it is after the first batches.
     low, high = width(DenseMetric().fisher(x, g, np.diag(np.diag(COVARIANCE))))
-    assert 0.5 < low and high < 2
+    assert low > 0.5 and high < 2
     plain = np.cov(x[:1].reshape(-1, D), rowvar=False)
     assert width(plain)[1] > high, "a covariance of few draws is worse"
 
@@ -172,7 +172,7 @@ def test_whole_warm_ups(adaptation):
     starts = jax.random.uniform(jax.random.key(2), (C, D), minval=-2.0, maxval=2.0)
     warmup = warm_up(jax.random.key(3), normal, hmc, starts, 700, adaptation)
     low, high = width(np.asarray(warmup.whitening.scale @ warmup.whitening.scale.T))
-    assert 0.6 < low and high < 1.7
+    assert low > 0.6 and high < 1.7
     assert warmup.settings["num_integration_steps"] <= 2 and warmup.acceptance >= 0.8
     assert warmup.num_steps <= 700 and warmup.num_rescued == 0 and warmup.depth > 0
     assert "one after another" in str(warmup) and dataclasses.asdict(warmup.whitening)
