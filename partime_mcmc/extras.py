@@ -25,7 +25,8 @@ def import_name(asked: str, module: str, name: str | None = None) -> Any:
         if missing == "partime_mcmc":
             raise
         extra = _EXTRAS.get(module.split(".")[0], "mcmc")
-        raise ImportError(
+        # Of the same kind, so that a name which fails within another is reported once, as what the user asked for.
+        raise ModuleNotFoundError(
             f"{asked} needs {missing}; install partime_mcmc[{extra}]", name=missing
         ) from error
     return found if name is None else getattr(found, name)

@@ -21,11 +21,14 @@ from partime_mcmc.sampling.plan import Plan
 
 
 class Sink(contextlib.AbstractContextManager["Sink"], Protocol):
-    """Takes chunks of draws, in order; a context manager, left once after everything else."""
+    """Takes chunks of draws, in order; a context manager, left once after everything else.
+
+    Attributes:
+        gather: In a run over a mesh, which hosts get the draws of a chunk (`distributed.collectives`).
+    """
 
     @property
-    def gather(self) -> Gather:
-        """Which hosts get the draws of a chunk, in a run over a mesh (`distributed.collectives`)."""
+    def gather(self) -> Gather: ...
 
     def start(self, make_plan: Callable[[], tuple[Plan, ChainState]]) -> tuple[Plan, ChainState]:
         """The plan of the run and where its chains stand; `make_plan` is called where no run has begun yet."""

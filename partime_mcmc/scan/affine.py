@@ -22,11 +22,14 @@ from partime_mcmc.types import Array, PyTree, pytree
 
 
 class AffineMap(Protocol):
-    """A map `x ↦ A x + shift` on states of shape `(D,)`."""
+    """A map `x ↦ A x + shift` on states of shape `(D,)`.
+
+    Attributes:
+        shift: The image of 0, shape `(D,)`.
+    """
 
     @property
-    def shift(self) -> Array:
-        """The image of 0, shape `(D,)`."""
+    def shift(self) -> Array: ...
 
     def __call__(self, x: Array) -> Array:
         """The image of `x`, shape `(D,)`."""

@@ -45,19 +45,22 @@ _NUM_POOL = 33
 
 
 class Adaptation(Protocol):
-    """How chains find the typical set and a metric."""
+    """How chains find the typical set and a metric.
+
+    Attributes:
+        num_chains: Chains that it wants at least.
+        target_acceptance: Mean acceptance that the kernel is tuned for; None is what suits it.
+        path_length: Of HMC in whitened units; None is a quarter period.
+    """
 
     @property
-    def num_chains(self) -> int:
-        """Chains that it wants at least."""
+    def num_chains(self) -> int: ...
 
     @property
-    def target_acceptance(self) -> float | None:
-        """Mean acceptance that the kernel is tuned for; None is what suits it."""
+    def target_acceptance(self) -> float | None: ...
 
     @property
-    def path_length(self) -> float | None:
-        """Of HMC in whitened units; None is a quarter period."""
+    def path_length(self) -> float | None: ...
 
     def __call__(
         self,
