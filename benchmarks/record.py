@@ -38,6 +38,7 @@ def module_at(path: Path, name: str) -> ModuleType:
 def about() -> dict[str, Any]:
     """Device, versions, commit and memory of this process."""
     import jax
+
     from partime_mcmc.compile_cache import versions
 
     return {

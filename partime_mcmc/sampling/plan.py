@@ -21,6 +21,7 @@ from partime_mcmc.engine.dynamics import Dynamics
 from partime_mcmc.engine.solution import Tolerance
 from partime_mcmc.engine.windows import Schedule, Windows
 from partime_mcmc.kernels import Kernel
+from partime_mcmc.kernels.kernel_program import Builder
 from partime_mcmc.sampling.arguments import SampleArguments
 from partime_mcmc.sampling.chain_groups import num_groups
 from partime_mcmc.sampling.choose_coupling import coupling_of
