@@ -76,7 +76,8 @@ def chains_of(name: str, num_chains: int, num_steps: int):
     kernel = make(target.logdensity, metric=warmup.whitening, settings=warmup.settings)
     pool = jax.vmap(lambda position: kernel.carry(kernel.init(position)))(warmup.pool)
     initial = jax.tree.map(lambda leaf: leaf[jnp.arange(num_chains) % leaf.shape[0]], pool)
-    tape = jax.jit(jax.vmap(lambda key: kernel.tape(key, num_steps, None)))(
+    state = kernel.init(jax.tree.map(lambda leaf: leaf[0], warmup.positions))
+    tape = jax.jit(jax.vmap(lambda key: kernel.tape(key, num_steps, state)))(
         jax.random.split(jax.random.key(2), num_chains)
     )
     first = jax.tree.map(lambda leaf: leaf[0], initial)
