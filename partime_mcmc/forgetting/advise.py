@@ -31,7 +31,7 @@ from partime_mcmc.forgetting.coalescence import (
 )
 from partime_mcmc.solvers import Solver
 from partime_mcmc.solvers.narrowing import widths
-from partime_mcmc.solvers.segments import choose_segments, device_lanes, segment_length
+from partime_mcmc.solvers.segments import device_lanes, segment_length
 from partime_mcmc.types import PyTree
 from partime_mcmc.validation import check_count
 
@@ -146,9 +146,9 @@ def advise(
         f"{meeting.worst:,} at worst ({met.sum()} of {met.size} pairs)"
     )
     longest = expected_max_meeting_time(steps, met, device_lanes())
-    if choose_segments(size, num_chains, longest) == 1:
-        return _stay(num_steps, meeting, f"{forgets}, but {_why_not(num_chains, longest, size)}.")
     length = segment_length(size, num_chains, longest)
+    if size < 2 * length:
+        return _stay(num_steps, meeting, f"{forgets}, but {_why_not(num_chains, longest, size)}.")
     num_segments = math.ceil(size / length)
     lanes = num_segments * num_chains
     last = expected_max_meeting_time(steps, met, lanes)
@@ -172,7 +172,7 @@ def path_bytes() -> int:
 
 def _why_not(num_chains: int, longest: float, size: int) -> str:
     """Why chains that forget have one segment each."""
-    if choose_segments(size, num_chains) == 1 < choose_segments(size):
+    if segment_length(size) <= size / 2 < segment_length(size, num_chains):
         return f"{num_chains} chains side by side already fill the device"
     return (
         f"{size:,} steps are too short for segments that need up to {longest:.0f} steps to forget"

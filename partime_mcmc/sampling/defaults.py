@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,20 +11,13 @@ from partime_mcmc.engine.recipes import shooting
 from partime_mcmc.engine.solution import Tolerance
 from partime_mcmc.kernels import Kernel
 from partime_mcmc.solvers import Solver
+from partime_mcmc.solvers.segments import segment_length
 
 DEFAULT_WINDOW = 16384
 # Runs too short to be worth pilot chains.
 SHORT_RUN = 1024
 # Lanes that fill one core. From 32 to 128 times differ by a tenth, and the fewer, the less is evaluated twice.
 _CORE_LANES = 64
-SHORTEST_SEGMENT = 64
-
-
-def device_lanes() -> int:
-    """Lanes of the default device."""
-    import jax
-
-    return {"cpu": 128}.get(jax.default_backend(), 4096)
 
 
 def default_solver(
@@ -33,16 +25,13 @@ def default_solver(
 ) -> Solver:
     """Shooting, the lanes of the device shared by all chains: near one evaluation per draw where chains forget.
 
-    Segments are a multiple of four steps long, so that kernels with a counter are at the same point of it in all lanes.
-
     Args:
         num_chains: Chains that share them.
         num_samples: T.
         groups: How many groups of so many chains there are, each with a core of its own.
     """
-    lanes = device_lanes() if groups == 1 else _CORE_LANES
-    steps = max(SHORTEST_SEGMENT, math.ceil(min(num_samples, DEFAULT_WINDOW) * num_chains / lanes))
-    return shooting(steps=4 * math.ceil(steps / 4))
+    lanes = None if groups == 1 else _CORE_LANES
+    return shooting(steps=segment_length(min(num_samples, DEFAULT_WINDOW), num_chains, lanes=lanes))
 
 
 def default_tolerance(kernel: Kernel, dtype: Any) -> Tolerance:

@@ -1,10 +1,10 @@
-"""What the solvers with segments share: how many there are, one set of lanes for all chains, and when two states agree.
+"""What the solvers with segments share: how long they are, one set of lanes for all chains, and when two states agree.
 
-    S    the largest power of two with    C S ≤ lanes    and    T / S ≥ max(64, m)
+    n = max(64, m, C T / lanes)    steps per segment, a multiple of four
 
-for C chains of T steps, m steps being how long the last of all segments takes to meet its stored path. With T / S ≥ m a
-rerun takes no longer than the first pass, so that nearly the best depth costs at most twice the work. A lane is one segment
-of one chain; all lanes take a step together, as one batch.
+for C chains of T steps, m steps being how long the last of all segments takes to meet its stored path. With n ≥ m a rerun
+takes no longer than the first pass, so that nearly the best depth costs at most twice the work. A lane is one segment of one
+chain; all lanes take a step together, as one batch.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from jax import lax
 
 from partime_mcmc.types import Array
 
-# Measured by `python -m benchmarks.advised` on two CPU cores; a GPU takes thousands.
-_LANES = {"cpu": 256}
+# Lanes that fill a device (`python -m benchmarks.advised`): two CPU cores are full with some hundred, a GPU with thousands.
+_LANES = {"cpu": 128}
 _LANES_ELSEWHERE = 4096
 # Shorter segments meet too late to be worth their start.
 _SHORTEST = 64
@@ -30,26 +30,21 @@ def device_lanes() -> int:
     return _LANES.get(jax.default_backend(), _LANES_ELSEWHERE)
 
 
-def choose_segments(num_steps: int, num_chains: int = 1, meeting_time: float = 0.0) -> int:
-    """The number of segments per chain; 1 where the sequential loop is as good.
+def segment_length(
+    num_steps: int, num_chains: int = 1, meeting_time: float = 0.0, lanes: int | None = None
+) -> int:
+    """Steps per segment; where two of them do not fit the sequential loop is as good.
+
+    A multiple of four, so that kernels with a counter are at the same point of it in all lanes.
 
     Args:
         num_steps: T, steps that are solved at once.
         num_chains: C, chains that are solved side by side.
         meeting_time: m, steps until the last segment has met its stored path; 0 if unknown.
+        lanes: Chains × segments wanted side by side; None is `device_lanes()`.
     """
-    shortest = max(_SHORTEST, meeting_time)
-    most = min(device_lanes() / num_chains, num_steps / shortest)
-    return 2 ** max(0, math.floor(math.log2(max(most, 1))))
-
-
-def segment_length(num_steps: int, num_chains: int = 1, meeting_time: float = 0.0) -> int:
-    """Steps per segment with that many segments, a multiple of four; arguments as for `choose_segments`.
-
-    Kernels with a counter are then at the same point of it in all lanes.
-    """
-    num_segments = choose_segments(num_steps, num_chains, meeting_time)
-    return 4 * max(1, math.ceil(num_steps / num_segments / 4))
+    wanted = num_steps * num_chains / (device_lanes() if lanes is None else lanes)
+    return 4 * math.ceil(max(_SHORTEST, meeting_time, wanted) / 4)
 
 
 def share_lanes(function: Callable, one_lane: Callable | None = None) -> Callable:
