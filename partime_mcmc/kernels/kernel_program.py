@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from typing import Any, Callable
 
 import jax.numpy as jnp
@@ -18,9 +19,11 @@ import numpy as np
 
 from partime_mcmc.engine.dynamics import CachedStep, Dynamics
 from partime_mcmc.kernels import Kernel, Whitening
+from partime_mcmc.kernels.coupling import CommonRandomNumbers, Coupling, check_coupling
 from partime_mcmc.kernels.kernel import noted
 from partime_mcmc.tracing import HashableFunction, explicit
 from partime_mcmc.types import Array, PyTree, pytree
+from partime_mcmc.validation import describe
 
 Builder = Callable[..., Kernel]
 
@@ -163,3 +166,52 @@ def program_and_params(kernel: Kernel) -> tuple[Any, PyTree]:
         if isinstance(kernel, ParametrisedKernel)
         else (_Alone(kernel), None)
     )
+
+
+# --- what a builder has fixed ---------------------------------------------------------------------------------------
+
+
+def unwrapped(builder: Builder) -> tuple[Builder, dict[str, Any]]:
+    """A builder and what partial applications have fixed."""
+    fixed: dict[str, Any] = {}
+    while isinstance(builder, functools.partial):
+        fixed = {**builder.keywords, **fixed}
+        builder = builder.func
+    return builder, fixed
+
+
+@functools.cache
+def with_coupling(builder: Builder, coupling: Coupling) -> Builder:
+    """A builder with its coupling fixed; the same object each time, so that compiled code is found again."""
+    return functools.partial(builder, coupling=coupling)
+
+
+def takes_coupling(builder: Any) -> bool:
+    """Whether a builder has an argument `coupling` that nobody has fixed."""
+    builder, fixed = unwrapped(builder)
+    try:
+        return "coupling" in inspect.signature(builder).parameters and "coupling" not in fixed
+    except (TypeError, ValueError):
+        return False
+
+
+def fixed_coupling(kernel: Any, coupling: Coupling) -> Builder:
+    """The builder with the coupling that was asked for.
+
+    Raises:
+        TypeError: If `coupling` is none, or the kernel has no choice left.
+    """
+    check_coupling(coupling)
+    if isinstance(kernel, Kernel) or not takes_coupling(kernel):
+        raise TypeError(
+            f"coupling: got {coupling!r} with {describe(kernel)}, wanted a builder that takes a coupling (mala, hmc, "
+            "random_walk): that of other kernels is fixed"
+        )
+    return with_coupling(kernel, coupling)
+
+
+def coupling_of(kernel: Kernel) -> str:
+    """The coupling of a tuned kernel in words, for plans."""
+    if not isinstance(kernel, ParametrisedKernel):
+        return "the kernel's own"
+    return repr(unwrapped(kernel.family.builder)[1].get("coupling", CommonRandomNumbers()))

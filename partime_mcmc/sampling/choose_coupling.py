@@ -9,56 +9,25 @@ running again from `draws.warmup` draws the same random numbers.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
-from typing import Any
 
 import jax
 import numpy as np
 
 from partime_mcmc.engine.solution import Tolerance
 from partime_mcmc.forgetting.coalescence import meeting_times
-from partime_mcmc.kernels import CommonRandomNumbers, Kernel, MultishiftCoupling
-from partime_mcmc.kernels.coupling import Coupling, check_coupling
-from partime_mcmc.kernels.kernel_program import Builder, ParametrisedKernel, parametrised_kernel
+from partime_mcmc.kernels import Kernel, MultishiftCoupling
+from partime_mcmc.kernels.kernel_program import (
+    ParametrisedKernel,
+    parametrised_kernel,
+    takes_coupling,
+    with_coupling,
+)
 from partime_mcmc.sampling.defaults import default_tolerance
 from partime_mcmc.sampling.randomness import coupled_chains
 from partime_mcmc.types import Key
-from partime_mcmc.validation import describe
-from partime_mcmc.warmup.tuning import unwrapped
 from partime_mcmc.warmup.warmup import Warmup
 
 _NUM_PAIRS, _HORIZON = 16, 512
-
-
-@functools.cache
-def with_coupling(builder: Builder, coupling: Coupling) -> Builder:
-    """A builder with its coupling fixed; the same object each time, so that compiled code is found again."""
-    return functools.partial(builder, coupling=coupling)
-
-
-def takes_coupling(builder: Any) -> bool:
-    """Whether a builder has an argument `coupling` that nobody has fixed."""
-    builder, fixed = unwrapped(builder)
-    try:
-        return "coupling" in inspect.signature(builder).parameters and "coupling" not in fixed
-    except (TypeError, ValueError):
-        return False
-
-
-def fixed_coupling(kernel: Kernel | Builder | Warmup, coupling: Coupling) -> Builder:
-    """The builder with the coupling that was asked for.
-
-    Raises:
-        TypeError: If `coupling` is none, or the kernel has no choice left.
-    """
-    check_coupling(coupling)
-    if isinstance(kernel, (Kernel, Warmup)) or not takes_coupling(kernel):
-        raise TypeError(
-            f"coupling: got {coupling!r} with {describe(kernel)}, wanted a builder that takes a coupling (mala, hmc, "
-            "random_walk): that of other kernels is fixed"
-        )
-    return with_coupling(kernel, coupling)
 
 
 def choose_coupling_by_pilots(warmup: Warmup, key: Key) -> Warmup:
@@ -86,13 +55,6 @@ def choose_coupling_by_pilots(warmup: Warmup, key: Key) -> Warmup:
         return dataclasses.replace(warmup, kernel=other, notes=(*warmup.notes, note))
     note = f"Common random numbers: pilot pairs met {met[0]} in the median, with multishift coupling {met[1]}."
     return dataclasses.replace(warmup, notes=(*warmup.notes, note))
-
-
-def coupling_of(kernel: Kernel) -> str:
-    """The coupling of a tuned kernel in words, for plans."""
-    if not isinstance(kernel, ParametrisedKernel):
-        return "the kernel's own"
-    return repr(unwrapped(kernel.family.builder)[1].get("coupling", CommonRandomNumbers()))
 
 
 def _median_meeting_time(kernel: Kernel, warmup: Warmup, tolerance: Tolerance, key: Key) -> float:

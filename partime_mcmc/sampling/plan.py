@@ -21,10 +21,9 @@ from partime_mcmc.engine.dynamics import Dynamics
 from partime_mcmc.engine.solution import Tolerance
 from partime_mcmc.engine.windows import Schedule, Windows
 from partime_mcmc.kernels import Kernel
-from partime_mcmc.kernels.kernel_program import Builder
+from partime_mcmc.kernels.kernel_program import Builder, coupling_of
 from partime_mcmc.sampling.arguments import SampleArguments
 from partime_mcmc.sampling.chain_groups import num_groups
-from partime_mcmc.sampling.choose_coupling import coupling_of
 from partime_mcmc.sampling.chunk import ChainState
 from partime_mcmc.sampling.defaults import (
     DEFAULT_WINDOW,

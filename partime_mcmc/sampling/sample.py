@@ -34,9 +34,9 @@ from partime_mcmc.engine.solution import Tolerance
 from partime_mcmc.engine.windows import Schedule
 from partime_mcmc.kernels import Kernel
 from partime_mcmc.kernels.coupling import Coupling
-from partime_mcmc.kernels.kernel_program import Builder
+from partime_mcmc.kernels.kernel_program import Builder, fixed_coupling
 from partime_mcmc.sampling.arguments import SampleArguments, as_store, check_strategies, key_words
-from partime_mcmc.sampling.choose_coupling import choose_coupling_by_pilots, fixed_coupling
+from partime_mcmc.sampling.choose_coupling import choose_coupling_by_pilots
 from partime_mcmc.sampling.defaults import SHORT_RUN
 from partime_mcmc.sampling.draws import Draws, hardly_moves
 from partime_mcmc.sampling.local import LocalExecutor

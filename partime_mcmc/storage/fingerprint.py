@@ -21,7 +21,7 @@ import numpy as np
 from partime_mcmc.compile_cache import compiler_options, device, versions
 from partime_mcmc.engine.dynamics import Dynamics
 from partime_mcmc.kernels import Kernel
-from partime_mcmc.kernels.kernel_program import ParametrisedKernel, density_of
+from partime_mcmc.kernels.kernel_program import ParametrisedKernel, density_of, unwrapped
 from partime_mcmc.sampling.arguments import SampleArguments
 from partime_mcmc.sampling.randomness import MAX_STEPS
 from partime_mcmc.sampling.target import Target
@@ -29,7 +29,6 @@ from partime_mcmc.storage.serialize import digest_arrays, encode
 from partime_mcmc.storage.store import Store
 from partime_mcmc.tracing import HashableFunction, explicit, inner_arrays
 from partime_mcmc.types import PyTree, jax_config
-from partime_mcmc.warmup.tuning import unwrapped
 from partime_mcmc.warmup.warmup import Warmup
 
 STRATEGIES = ("adaptation", "coupling", "solver", "schedule", "tolerance", "certificate")

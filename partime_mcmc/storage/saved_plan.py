@@ -22,9 +22,11 @@ from partime_mcmc.kernels.kernel_program import (
     ParametrisedKernel,
     density_of,
     parametrised_kernel,
+    takes_coupling,
+    unwrapped,
+    with_coupling,
 )
 from partime_mcmc.kernels.whitening import LowRank
-from partime_mcmc.sampling.choose_coupling import takes_coupling, with_coupling
 from partime_mcmc.sampling.chunk import ChainState
 from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.sampling.randomness import recurrence
@@ -39,7 +41,6 @@ from partime_mcmc.storage.serialize import (
     unpack_leaves,
 )
 from partime_mcmc.types import PyTree
-from partime_mcmc.warmup.tuning import unwrapped
 from partime_mcmc.warmup.warmup import Warmup
 
 _CHOICES = (

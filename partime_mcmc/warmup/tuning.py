@@ -33,7 +33,7 @@ from partime_mcmc.kernels import (
     nuts,
     random_walk,
 )
-from partime_mcmc.kernels.kernel_program import Builder, KernelParams, KernelProgram
+from partime_mcmc.kernels.kernel_program import Builder, KernelParams, KernelProgram, unwrapped
 from partime_mcmc.types import Key
 from partime_mcmc.warmup.hmc_batch import STEPS
 
@@ -160,15 +160,6 @@ class Choice:
     settings: dict[str, Any]
     acceptance: float
     target: float
-
-
-def unwrapped(builder: Builder) -> tuple[Builder, dict[str, Any]]:
-    """A builder and what partial applications have fixed."""
-    fixed: dict[str, Any] = {}
-    while isinstance(builder, functools.partial):
-        fixed = {**builder.keywords, **fixed}
-        builder = builder.func
-    return builder, fixed
 
 
 def target_of(builder: Builder) -> float:
