@@ -23,7 +23,7 @@ RANKS = [
     {"types"},
     {"validation", "tracing"},
     {"engine", "scan", "linearize", "solvers"},
-    {"compile_cache"},
+    {"compile_cache", "extras"},
     {"rnn", "kernels", "certify"},
     {"forgetting"},
     {"diagnostics"},

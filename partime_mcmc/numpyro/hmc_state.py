@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +40,8 @@ from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import Key, PyTree
 from partime_mcmc.validation import check_dtypes
 
-if TYPE_CHECKING:
-    from partime_mcmc.numpyro.kernels import ParallelKernel
+# One of `numpyro.kernels`, which import this module.
+ParallelKernel = Any
 
 
 _WARMUP_STREAM, _START_STREAM = 2**31 - 1, 2**31 - 2  # steps use the numbers from 0 on

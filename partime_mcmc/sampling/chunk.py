@@ -1,9 +1,14 @@
-"""What passes from one part of a run to the next: where chains stand, the draws of a chunk, and how it went.
+"""What passes from one part of a run to the next: where chains stand, the draws of a chunk, how it went; and chunks as one.
 
     state_k  --executor-->  chunk_k (draws, certificate, report, state_{k+1})  --sink-->  memory or a store
 
 A `ChainState` holds carries and counters to the last bit, so that a run that is taken up again from one is the run that
 never stopped: step t of a chain always has the random numbers of its number t (`randomness`).
+
+Of two chunks a and b, b after a: counts add up, bounds take the worse one, verdicts hold if both do. Only a run of
+rejections that crosses the border between them is counted on either side and not as one, and of close decisions those
+count that are known: a chunk without rejections does not tell. Of shards that devices have certified more is known, and
+runs of rejections are counted through their borders. Everything here is on the host.
 """
 
 from __future__ import annotations
@@ -11,9 +16,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Mapping
 
+import jax
 import numpy as np
 
-from partime_mcmc.certify.certificate import Certificate
+from partime_mcmc.certify.certificate import FEWEST_TO_FREEZE, Certificate
 from partime_mcmc.engine.solution import Status
 from partime_mcmc.types import AnyArray, PyTree
 
@@ -106,3 +112,177 @@ class Chunk:
     certificate: Certificate
     report: RunReport
     state: ChainState
+
+
+# A run that falls back in every window must not fill the memory with sentences about it.
+_MAX_SENTENCES = 200
+
+
+def merge_certificates(first: Certificate, then: Certificate) -> Certificate:
+    """The certificate of two consecutive chunks, fields `(C,)`; `accepted` and `residual`, `(C, T)`, one after the other.
+
+    Args:
+        first: Of the earlier chunk.
+        then: Of the later one.
+    """
+    a, b = (jax.tree.map(np.asarray, one) for one in (first, then))
+    # NaN is worse than any number.
+    worse = ~(b.max_residual <= a.max_residual) & ~np.isnan(a.max_residual)
+    steps = a.num_steps + b.num_steps
+    still = (a.longest_rejection == a.num_steps) & (b.longest_rejection == b.num_steps)
+
+    def total(name):
+        """A sum of counts; −1 where one of them is not known."""
+        one, other = getattr(a, name), getattr(b, name)
+        return np.where((one < 0) | (other < 0), -1, one.astype(np.int64) + other)
+
+    return Certificate(
+        certified=a.certified & b.certified,
+        max_residual=np.where(worse, b.max_residual, a.max_residual),
+        worst_step=np.where(worse, a.num_steps + b.worst_step, a.worst_step),
+        tolerance=np.maximum(a.tolerance, b.tolerance),
+        num_steps=steps,
+        finite=a.finite & b.finite,
+        frozen=still & (steps >= FEWEST_TO_FREEZE),
+        num_rejected=total("num_rejected"),
+        longest_rejection=np.where(
+            still, steps, np.maximum(a.longest_rejection, b.longest_rejection)
+        ),
+        num_nonfinite_proposals=total("num_nonfinite_proposals"),
+        num_ambiguous=_num_ambiguous(a, b, total("num_ambiguous")),
+        min_margin=np.fmin(a.min_margin, b.min_margin),
+        min_lattice_margin=np.fmin(a.min_lattice_margin, b.min_lattice_margin),
+        discrete_consistent=a.discrete_consistent & b.discrete_consistent,
+        independent=a.independent & b.independent,
+        accepted=np.concatenate([a.accepted, b.accepted], axis=1),
+        residual=np.concatenate([a.residual, b.residual], axis=1),
+    )
+
+
+def _num_ambiguous(a: Certificate, b: Certificate, both: np.ndarray) -> np.ndarray:
+    """`num_ambiguous` of two chunks: of one alone, where the other has no rejections that would tell."""
+    a_unknown, b_unknown = ((one.num_ambiguous < 0) & (one.num_rejected == 0) for one in (a, b))
+    return np.where(a_unknown, b.num_ambiguous, np.where(b_unknown, a.num_ambiguous, both))
+
+
+def without_steps(certificate: Certificate) -> Certificate:
+    """The certificate on the host without what it says of each step: `accepted` and `residual` have shape `(C, 0)`."""
+    certificate = jax.tree.map(np.asarray, certificate)
+    return dataclasses.replace(
+        certificate,
+        accepted=certificate.accepted[:, :0],
+        residual=certificate.residual[:, :0],
+        num_steps=certificate.num_steps.astype(np.int64),
+        worst_step=certificate.worst_step.astype(np.int64),
+    )
+
+
+def merge_reports(
+    first: RunReport, then: RunReport, steps: tuple[int, int], certificate: Certificate
+) -> RunReport:
+    """The report of two consecutive chunks.
+
+    Args:
+        first: Of the earlier chunk.
+        then: Of the later one.
+        steps: Of either.
+        certificate: Of both together.
+    """
+    share = steps[1] / max(sum(steps), 1)
+    frozen = certificate.frozen & certificate.certified
+    # Whether a chain stands still throughout is for the certificate of both to say.
+    moving = [
+        [Status.CONVERGED if one == Status.FROZEN else one for one in report.status]
+        for report in (first, then)
+    ]
+    status = tuple(
+        Status.FROZEN if still and s == Status.CONVERGED else s
+        for still, s in zip(frozen, [b if a == Status.CONVERGED else a for a, b in zip(*moving)])
+    )
+    fallbacks = (*first.fallbacks, *then.fallbacks)
+    if len(fallbacks) > _MAX_SENTENCES:
+        fallbacks = (
+            *fallbacks[: _MAX_SENTENCES - 1],
+            "... and more: num_sequential counts all steps that were finished sequentially",
+        )
+    sums = (
+        "iterations",
+        "depth",
+        "num_sequential",
+        "seconds_compile",
+        "seconds_run",
+        "seconds_certify",
+    )
+    parts = zip(first.evaluations_by_part, then.evaluations_by_part)
+    return dataclasses.replace(
+        first,
+        status=status,
+        fallbacks=fallbacks,
+        evaluations_by_part=tuple(_between(a, b, share) for a, b in parts),
+        interrupted=then.interrupted,
+        evaluations_per_sample=_between(
+            first.evaluations_per_sample, then.evaluations_per_sample, share
+        ),
+        jvps_per_sample=_between(first.jvps_per_sample, then.jvps_per_sample, share),
+        **{name: getattr(first, name) + getattr(then, name) for name in sums},
+    )
+
+
+def merge_shard_certificates(steps: dict, shards: dict, num_samples: int) -> Certificate:
+    """One certificate per chain from those of its shards along time.
+
+    Args:
+        steps: `accepted` and `residual` of every step, `(C, T)`.
+        shards: The other fields, of all shards in the order of time, `(C, Q)`, and `runs`, `(C, Q, 2)`: the lengths of
+            the runs without movement with which each shard begins and ends.
+        num_samples: T.
+    """
+    residual = shards["max_residual"]
+    ranked, dtype = np.where(np.isnan(residual), np.inf, residual), residual.dtype
+    # The shard with the first of the largest, and how many steps there are before it.
+    where = np.arange(len(ranked)), ranked.argmax(axis=1)
+    before = np.cumsum(shards["num_steps"], axis=1) - shards["num_steps"]
+
+    def total(name):
+        known = np.maximum(shards[name], 0).sum(axis=1)
+        return np.where((shards[name] < 0).all(axis=1), -1, known)
+
+    def smallest(name):
+        known = np.where(np.isnan(shards[name]), np.inf, shards[name]).min(axis=1)
+        return np.where(np.isnan(shards[name]).all(axis=1), np.nan, known).astype(dtype)
+
+    longest = _longest_rejection(shards)
+    return Certificate(
+        certified=shards["certified"].all(axis=1),
+        max_residual=residual[where],
+        worst_step=(before + shards["worst_step"])[where],
+        tolerance=shards["tolerance"][:, 0],
+        num_steps=np.full(len(ranked), num_samples),
+        finite=shards["finite"].all(axis=1),
+        frozen=(longest == num_samples) & (num_samples >= FEWEST_TO_FREEZE),
+        num_rejected=total("num_rejected"),
+        longest_rejection=longest,
+        num_nonfinite_proposals=shards["num_nonfinite_proposals"].sum(axis=1),
+        num_ambiguous=total("num_ambiguous"),
+        min_margin=smallest("min_margin"),
+        min_lattice_margin=smallest("min_lattice_margin"),
+        discrete_consistent=shards["discrete_consistent"].all(axis=1),
+        independent=shards["independent"].all(axis=1),
+        **steps,
+    )
+
+
+def _longest_rejection(shards: dict) -> np.ndarray:
+    """The longest run without movement, through the borders of shards."""
+    num_chains, num_shards, _ = shards["runs"].shape
+    longest, running = np.zeros(num_chains, int), np.zeros(num_chains, int)
+    for shard in range(num_shards):
+        lead, trail = shards["runs"][:, shard, 0], shards["runs"][:, shard, 1]
+        inside = shards["longest_rejection"][:, shard]
+        longest = np.maximum.reduce([longest, running + lead, inside])
+        running = np.where(lead == shards["num_steps"][:, shard], running + lead, trail)
+    return longest
+
+
+def _between(a: float, b: float, share: float) -> float:
+    return a + (b - a) * share

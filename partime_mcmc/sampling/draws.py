@@ -17,8 +17,13 @@ import numpy as np
 from partime_mcmc.certify.certificate import Certificate
 from partime_mcmc.engine.solution import SolveError, Status
 from partime_mcmc.forgetting.advise import Advice
-from partime_mcmc.sampling.chunk import ChainState, Chunk, RunReport
-from partime_mcmc.sampling.merge import merge_certificates, merge_reports
+from partime_mcmc.sampling.chunk import (
+    ChainState,
+    Chunk,
+    RunReport,
+    merge_certificates,
+    merge_reports,
+)
 from partime_mcmc.types import AnyArray, PyTree
 from partime_mcmc.warmup.warmup import Warmup
 

@@ -40,11 +40,15 @@ from partime_mcmc.sampling.chain_groups import (
     split_chains,
 )
 from partime_mcmc.sampling.chunk import ChainState, Chunk
-from partime_mcmc.sampling.executor import MAX_HALVINGS, ProgressReporter, iterate_chunks
+from partime_mcmc.sampling.executor import (
+    MAX_HALVINGS,
+    ProgressReporter,
+    RunRecorder,
+    iterate_chunks,
+)
 from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.sampling.progress import Progress
 from partime_mcmc.sampling.randomness import draw_tapes
-from partime_mcmc.sampling.run_recorder import RunRecorder
 from partime_mcmc.solvers import Sequential, Solver
 from partime_mcmc.solvers.sequential import finish_sequentially
 from partime_mcmc.tracing import HashableFunction

@@ -36,10 +36,10 @@ from partime_mcmc.kernels import Kernel
 from partime_mcmc.kernels.coupling import Coupling
 from partime_mcmc.kernels.kernel_program import Builder, fixed_coupling
 from partime_mcmc.sampling.arguments import SampleArguments, as_store, check_strategies, key_words
-from partime_mcmc.sampling.choose_coupling import choose_coupling_by_pilots
 from partime_mcmc.sampling.defaults import SHORT_RUN
 from partime_mcmc.sampling.draws import Draws, hardly_moves
 from partime_mcmc.sampling.local import LocalExecutor
+from partime_mcmc.sampling.pilots import choose_coupling_by_pilots
 from partime_mcmc.sampling.plan import FEWEST_WARMUP, Plan, prepare
 from partime_mcmc.sampling.progress import Progress, chosen_progress
 from partime_mcmc.sampling.sink import MemorySink, Sink

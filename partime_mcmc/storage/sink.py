@@ -23,8 +23,13 @@ from partime_mcmc.diagnostics.arviz import STAT_NAMES
 from partime_mcmc.distributed.collectives import gather_to_all
 from partime_mcmc.kernels import Kernel
 from partime_mcmc.sampling.arguments import SampleArguments
-from partime_mcmc.sampling.chunk import ChainState, Chunk
-from partime_mcmc.sampling.merge import merge_certificates, merge_reports, without_steps
+from partime_mcmc.sampling.chunk import (
+    ChainState,
+    Chunk,
+    merge_certificates,
+    merge_reports,
+    without_steps,
+)
 from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.sampling.progress import Progress
 from partime_mcmc.storage.checkpoint import Checkpoint

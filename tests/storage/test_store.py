@@ -41,12 +41,12 @@ from partime_mcmc.kernels.kernel_program import (
     program_and_params,
 )
 from partime_mcmc.linearize import Clipped, DiagonalJacobian
+from partime_mcmc.sampling.chunk import merge_certificates, merge_reports, without_steps
+from partime_mcmc.sampling.executor import RunRecorder
 from partime_mcmc.sampling.memory import chunk_steps
-from partime_mcmc.sampling.merge import merge_certificates, merge_reports, without_steps
 from partime_mcmc.sampling.plan import SampleArguments
 from partime_mcmc.sampling.progress import progress_line, quiet
 from partime_mcmc.sampling.randomness import begin, draw_tapes
-from partime_mcmc.sampling.run_recorder import RunRecorder
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.solvers import Newton
 from partime_mcmc.storage import serialize
