@@ -5,7 +5,7 @@
 The same map takes equal states to equal states, so a pair that has met bit for bit is one path for ever; a pair within
 a tolerance of rounding is treated as one, as shooting treats it. m is what a re-rolled segment of shooting costs, and
 from far-apart starts the time after which the system has forgotten its start. Unlike a Lyapunov exponent it speaks for
-accept/reject decisions and piecewise-constant maps too (coupling by common dice: Johnson 1996; Wilson 2000).
+accept/reject decisions and piecewise-constant maps too (coupling by common random numbers: Johnson 1996; Wilson 2000).
 
 All pairs are rolled side by side, with the dynamics' memory where it has one, and the loop ends when all have met.
 """

@@ -366,7 +366,7 @@ class CoalescingHMC(HMC):
 
 
 class MALA(ParallelKernel):
-    """The Metropolis-adjusted Langevin algorithm with dice that coalesce; step sizes are BlackJAX's ε."""
+    """The Metropolis-adjusted Langevin algorithm with coalescing noise; step sizes are BlackJAX's ε."""
 
     builder = staticmethod(functools.partial(mala, coupling=MultishiftCoupling()))
 

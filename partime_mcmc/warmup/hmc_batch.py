@@ -60,7 +60,7 @@ class SeedTree(NamedTuple):
 
     @property
     def generator(self) -> np.random.Generator:
-        """For dice on the host."""
+        """For random numbers on the host."""
         return np.random.default_rng(np.random.SeedSequence(self.root, spawn_key=self.path))
 
 
@@ -163,7 +163,7 @@ def _walk(
 
     def piece(number, walked):
         carry, buffers = walked
-        # All dice of a piece at once: to start the generator costs as much as a transition.
+        # All random numbers of a batch at once: to start the generator costs as much as a transition.
         key = jax.random.fold_in(key_from(words), number)
         uniforms = jax.random.uniform(key, (STEPS, num_chains, dimension + 1), starts.dtype)
         drives = starts, lengths, uniforms[..., 0], normal_of(uniforms[..., 1:])
@@ -219,7 +219,7 @@ class HMCBatch:
         """S transitions of every chain.
 
         Args:
-            seed: Of the dice.
+            seed: Of the random numbers.
             starts: Shape `(C, D)`, where chains go on from; or `(16, C, D)`: each of 16 steps is a
                 trial from its own start.
             root: Of the metric, `(D, D)` or `(D,)`.

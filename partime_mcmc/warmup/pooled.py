@@ -49,7 +49,7 @@ def side_by_side(
 
     Args:
         walker: The program for trajectories.
-        seed: Of the dice.
+        seed: Of the random numbers.
         positions: Where the chains are, `(C, D)`.
         root: Of the metric.
         path: Step size and leapfrog steps.
@@ -317,7 +317,7 @@ def search(
 
     Args:
         walker: The program.
-        seed: Of the dice.
+        seed: Of the random numbers.
         starts: Shape `(C, D)`.
         metric: A first guess, `(D, D)` or `(D,)`.
         rule: How metrics are estimated.

@@ -3,7 +3,7 @@
     hmc              step size and leapfrog steps of a quarter period (`path`), accepted ≥ 0.8
     coalescing_hmc   the same, and the largest Langevin step h_m ≤ min(√2, 2.2 h) accepted ≥ 0.6; its ε is h_m²/2
     mala             the largest Langevin step accepted ≥ 0.8: where one of two chains rejects, their coupling is lost,
-                     and passes and meeting times grow with the rate of rejections; 0.65 with dice that coalesce
+                     and passes and meeting times grow with the rate of rejections; 0.65 with coalescing noise
     nuts             the largest step size with which a quarter period is accepted ≥ 0.8
     others           the largest step size with which the kernel itself accepts ≥ 0.7 (random walks 0.3), by trials of
     its own
