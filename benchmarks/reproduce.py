@@ -75,7 +75,14 @@ COUPLING = ("coupling", "dice")
 # Where the settings of the compiler are, which the package gives for its programs.
 SETTINGS = ("partime_mcmc.compile_cache", "partime_mcmc.mcmc.programs")
 # One name for each thing, wherever it stands in the name of an array.
-FIELDS = {"end": "state", "failed_running": "num_failed_windows", "stretch": "max_window", "sample_stats": "info", "n_steps": "num_steps", "lp": "logdensity"}
+FIELDS = {
+    "end": "state",
+    "failed_running": "num_failed_windows",
+    "stretch": "max_window",
+    "sample_stats": "info",
+    "n_steps": "num_steps",
+    "lp": "logdensity",
+}
 # The writer of a run on several hosts; None where there is no choice.
 FIRST_HOST = "FirstHost"
 

@@ -156,9 +156,9 @@ def test_numpyros_own_mcmc_walks_the_same_chains():
         chain_method="vectorized",
         progress_bar=False,
     )
-    ready = ParallelMCMC(sampler(), num_warmup=WARMUP, num_samples=SAMPLES, num_chains=CHAINS)
-    ready.warmup(KEY, X, y=Y)
-    theirs.post_warmup_state = ready.post_warmup_state
+    warmed = ParallelMCMC(sampler(), num_warmup=WARMUP, num_samples=SAMPLES, num_chains=CHAINS)
+    warmed.warmup(KEY, X, y=Y)
+    theirs.post_warmup_state = warmed.post_warmup_state
     theirs.run(
         jax.random.split(KEY, CHAINS),
         X,

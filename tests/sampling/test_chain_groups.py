@@ -133,7 +133,7 @@ def test_groups_run_side_by_side_as_they_do_one_by_one(count, with_cores):
         np.testing.assert_array_equal(one["y"], x * (1 / 7))
 
 
-def test_groups_overlap_and_one_that_fails_is_heard_after_all_have_ended(with_cores, monkeypatch):
+def test_groups_overlap_and_an_error_in_one_is_raised_after_all_have_ended(with_cores, monkeypatch):
     with_cores(2)
     meet, ended = threading.Barrier(2, timeout=30), []
 

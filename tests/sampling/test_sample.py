@@ -17,8 +17,9 @@ from partime_mcmc.engine.solution import SolveError, Status
 from partime_mcmc.engine.windows import AllAtOnce, SlidingWindow, Windows
 from partime_mcmc.kernels import Kernel, from_blackjax, hmc, mala
 from partime_mcmc.models.eight_schools import make_target as eight_schools
-from partime_mcmc.sampling import plan
+from partime_mcmc.sampling import plan, sink
 from partime_mcmc.sampling.local import LocalExecutor
+from partime_mcmc.sampling.pilots import advise_plan
 from partime_mcmc.sampling.progress import progress_line, quiet
 from partime_mcmc.sampling.sample import sample
 from partime_mcmc.sampling.target import Target
@@ -131,6 +132,31 @@ def test_what_a_run_returns(base):
     assert "ZeroJacobian" in plan["solver"] and "32" in plan["schedule"]
 
 
+def test_draws_answer_like_stored_ones(base):
+    assert (base.num_samples, base.num_chains) == (T, CHAINS) and base.finished
+    assert base.status == base.report.status and base.warmup_notes == ""
+    assert dict(base.posterior.sizes) == {"chain": CHAINS, "draw": T, "position_dim_0": 2}
+    np.testing.assert_array_equal(base.posterior["slope"], base.constrained["slope"])
+    np.testing.assert_array_equal(base.sample_stats["lp"], base.info["logdensity"])
+    shown = repr(base)
+    assert f"{CHAINS} chains x {T} draws of position, slope" in shown and len(shown) < 200
+
+
+def test_pilots_run_when_advice_is_looked_at(base, monkeypatch):
+    asked = []
+
+    def counted(plan, pool):
+        asked.append(plan)
+        return advise_plan(plan, pool)
+
+    monkeypatch.setattr(sink, "advise_plan", counted)
+    draws = run(num_samples=40, num_chains=2, solver=None)
+    assert not asked and "shooting" in draws.plan["solver"].lower()
+    assert 0 <= draws.advice.meeting.fraction_met <= 1
+    assert draws.advice is draws.advice and len(asked) == 1
+    assert run(num_samples=0, num_chains=2).advice is None
+
+
 def test_same_seed_and_plan_same_bits_with_progress_and_a_legacy_key(base, capsys):
     assert capsys.readouterr().err == ""
     again = run(jax.random.PRNGKey(0), progress=progress_line)
@@ -218,7 +244,7 @@ def _walk_into_nan(key, state):
 
 
 def test_one_bad_chain_leaves_the_others_bit_for_bit():
-    """Chain 5 of eight meets NaN in its first window: it says so, and seven chains are as if it were well."""
+    """Chain 5 of eight meets NaN in its first window: its status is NONFINITE, and seven chains are as if it were well."""
     kernel = Kernel(
         SimpleNamespace(init=lambda position: _Walk(position), step=_walk_into_nan), noise_scale=1.0
     )

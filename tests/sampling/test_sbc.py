@@ -2,9 +2,8 @@
 coalescing cycle.
 
 Draw θ from the prior N(0, I) and data y ~ N(θ, 1) three times, sample the posterior from a far start, thin, and rank
-each θ_j among the
-draws: over many simulations ranks are uniform if the sampler is right. Ranks are counted in eight bins and held to χ²
-at 1e-4 over all coordinates; a density whose likelihood is a quarter too wide must fail, or the test has no power.
+each θ_j among the draws: over many simulations ranks are uniform if the sampler is right. Ranks are counted in eight bins
+and held to χ² at 1e-4 over all coordinates; a density whose likelihood is a quarter too wide must fail, or the test has no power.
 Chains are solved in parallel time. The long form has ten times as many simulations, and finds a tenth.
 """
 

@@ -100,7 +100,7 @@ def test_moments_of_a_correlated_normal_by_whitened_mala():
 
 
 def test_moments_of_the_banana_by_hmc():
-    """In coordinates in which it is standard normal, so that no moment hangs on a few far points.
+    """In coordinates in which it is standard normal, so that no moment depends on a few far points.
 
     The step is short for the curvature of the far ends: with a longer one chains stick there, and a right kernel fails.
     """
