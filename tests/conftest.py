@@ -56,10 +56,29 @@ SMOKE = {
 }
 
 
+# Folders of the tests that are run while one works on the solvers and the kernels, in under two minutes on two cores; without
+# the slow ones among them, by file and by name.
+FAST = {"engine", "scan", "solvers", "kernels"}
+NOT_FAST: set[str] = set()
+
+
+def is_fast(item):
+    """Whether a test is one of those that are run while one works."""
+    name = getattr(item, "originalname", item.name)
+    return (
+        item.path.stem == "test_architecture"
+        or item.path.parent.name in FAST
+        and not {item.path.stem, name} & NOT_FAST
+        and "slow" not in item.keywords
+    )
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem in SMOKE:
             item.add_marker(pytest.mark.smoke)
+        if is_fast(item):
+            item.add_marker(pytest.mark.fast)
 
 
 def pytest_addoption(parser):

@@ -76,7 +76,7 @@ class ClosedForm:
     Attributes:
         linear_part: `(params, carry, x) -> AffineMap` with shift 0, such as `gru_diagonal` or `lstm_pairs`.
         carry: An example carry, for its structure.
-        numbers_per_state: KernelParams that the linear part keeps per number of the state: 1 for a diagonal, 2 for `Pairs`.
+        numbers_per_state: Numbers that the linear part keeps per number of the state: 1 for a diagonal, 2 for `Pairs`.
     """
 
     linear_part: Callable

@@ -277,7 +277,7 @@ def test_bad_couplings_and_blocks():
         coalescing_hmc(bowl, 0.5, np.ones(DIMENSION))
     with pytest.raises(ValueError, match="block: got 2 with CommonRandomNumbers"):
         random_walk(bowl, 0.5, coupling=CommonRandomNumbers(), block=2)
-    with pytest.raises(ValueError, match="every must be an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match="every: got 0; wanted an int of at least 1"):
         coalescing_hmc(bowl, 0.5, unit(), every=0)
     with pytest.raises(ValueError, match="step_size: got nan"):
         coalescing_hmc(bowl, 0.5, unit(), mala_step_size=float("nan"))
