@@ -3,8 +3,9 @@
 Two tables. *The rule*: C chains of T steps each, by the vmapped loop over them, by shooting with 64 to 1,024 lanes
 (chains × segments) and by what `advise` chooses for them. A row's loss is the time of that choice over the least time of
 all that solved the chains, minus one. *Chains that do not forget*: `sample` with `solver=None` against `sample` with
-`solver=sequential()`, run time of four chains; compilation apart, and what advice says of these chains and takes, which
-is no part of a run. Runs are interleaved and medians reported, compilation apart; every row's sequential time is of the same process.
+`solver=sequential()`, run time of four chains, compilation apart; the advice of pilot chains and its seconds, which are no
+part of a run, stand beside it. Runs are interleaved and medians reported; every row's sequential time is of the same
+process.
 """
 
 from __future__ import annotations
@@ -226,7 +227,7 @@ def stays_sequential(name: str, target: Target, kernel, num_samples: int, repeat
         for label, found in runs.items()
     }
     draws = runs["default"][0]
-    advice, *seconds_advise = asked(runs["default"])
+    advice, *seconds_advise = pilots(runs["default"])
     return {
         "name": name,
         "num_steps": num_samples,
@@ -245,8 +246,8 @@ def stays_sequential(name: str, target: Target, kernel, num_samples: int, repeat
     }
 
 
-def asked(runs: list) -> tuple:
-    """What the pilot chains of runs say, the same of all of them, and the seconds that each took; the first one compiles."""
+def pilots(runs: list) -> tuple:
+    """The advice of pilot chains, the same for all of these runs, and the seconds of each; the first one compiles."""
     seconds = []
     for draws in runs:
         begin = time.perf_counter()

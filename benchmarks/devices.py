@@ -1,6 +1,6 @@
 """One chain over many devices: `python -m benchmarks.devices --out DIR`.
 
-On 1, 2, 4 and 8 forced host devices, which share the cores of one machine, so that their times say nothing about speed
+On 1, 2, 4 and 8 forced host devices, which share the cores of one machine, so that their times are no measure of speed
 and everything else can be counted:
 
 - collectives and their bytes, per pass and once per solve, read from the compiled program (HLO) at two lengths of the
@@ -237,7 +237,7 @@ def waiting(num_parts: int, dimension: int, repeats: int) -> float:
 
 
 def model(rows: list[dict], widths: list[dict], cores: int) -> dict:
-    """The model's numbers, from one device, and what it says of the rows measured."""
+    """The model's numbers, from one device, and what it predicts for the rows measured."""
     # Each solve on one device gives one equation, weighed so that relative errors count.
     terms = np.array([[row["depth"], row["depth"] * row["segments"], 1.0] for row in widths])
     seconds = np.array([row["seconds"] for row in widths])
@@ -275,7 +275,7 @@ def longer(results_row: dict, widths: list[dict], num_steps: int, times: int) ->
 
 
 def scaling(fitted: dict, row: dict, latency: float, cores: int) -> list[dict]:
-    """What the model says of more devices, each with a core of its own."""
+    """What the model predicts for more devices, each with a core of its own."""
     found = []
     for parts in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024):
         wait = latency * (1 + 6 * math.ceil(math.log2(parts))) if parts > 1 else 0.0

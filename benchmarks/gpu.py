@@ -4,7 +4,7 @@ Rows are kernel × T × chains, float32. The loop is `lax.scan` with cached grad
 `--loop-steps` steps (NUTS: `--nuts-loop-steps`, each of its steps being a loop of loops) it is timed for that many
 and scaled, and the table marks it so with the number. Against it: shooting with several numbers of segments, of which
 the fastest counts, without the certificate; residual, evaluations and depth of the very run stand beside it, and what
-an independent certificate says. Warm-up runs on the host. A row that would begin after `--budget` seconds is left out
+an independent certificate found. Warm-up runs on the host. A row that would begin after `--budget` seconds is left out
 and listed, and so is one with more draws than memory holds.
 
 The second table comes first in time. It counts accept decisions that change when matrix products of the solve are

@@ -38,7 +38,7 @@ from partime_mcmc.solvers import Newton
 LENGTHS = (1024, 4096, 16_384, 65_536, 262_144)
 WIDTHS = (1, 8, 32, 64, 128)
 BATCHES = (1, 16)
-# KernelParams in a path up to which a row is measured, unless told: `lax.scan` needs seconds for a gradient there.
+# Numbers in a path up to which a row is measured, by default: `lax.scan` needs seconds for a gradient there.
 LARGEST = 2**24
 
 

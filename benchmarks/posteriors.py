@@ -5,7 +5,7 @@ float64, each in a process of its own: `CoalescingHMC` with default settings, an
 1,000 warm-up steps at each of NumPyro's chain methods ("parallel" with four host devices), of which the fastest counts.
 
 Seconds are those of a third warm-up and run with the same key, for which everything is compiled, less the time in
-which JAX says that it traced or compiled all the same; compilation is that time in the first. Reports nest and come
+which JAX reports that it traced or compiled all the same; compilation is that time in the first. Reports nest and come
 from several threads: what counts is the union of their intervals, so no second is taken off twice. `to 20,000` is
 warm-up plus sampling, the latter scaled to a bulk ESS of 20,000 of the worst parameter. The certificate is part of
 our sampling, on what it rests stands in the table. Beside them stands the time in which the same chains are computed
@@ -41,7 +41,7 @@ def load(name: str):
 
 
 class Compilation:
-    """When JAX says that it traced and compiled."""
+    """When JAX reports that it traced and compiled."""
 
     def __init__(self):
         import jax
@@ -53,7 +53,7 @@ class Compilation:
         if name.endswith(
             ("jaxpr_trace_duration", "jaxpr_to_mlir_module_duration", "backend_compile_duration")
         ):
-            # Events are told at their end, by whatever thread.
+            # Events are reported at their end, by whatever thread.
             now = time.perf_counter()
             self.intervals.append((now - seconds, now))
 
@@ -77,7 +77,7 @@ def timed(run, compilation: Compilation) -> tuple[float, float]:
     seconds = end - begin - compiling
     if not seconds > 0:
         raise RuntimeError(
-            f"a call took {end - begin:.3f} s, of which JAX says that it compiled all of the time"
+            f"a call took {end - begin:.3f} s, of which JAX reports that it compiled all of the time"
         )
     return seconds, compiling
 
@@ -199,7 +199,7 @@ def in_a_process(name: str, method: str) -> dict:
         env={**os.environ, "XLA_FLAGS": flags},
     )
     if done.returncode:
-        # After the error JAX may say that it has shortened the traceback.
+        # After the error JAX may note that it has shortened the traceback.
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         return {
             "failed": next(
@@ -241,7 +241,7 @@ def table(rows: dict) -> str:
             f"{sum(r > 1 for r in ratios)} of {len(ratios)}, median {sorted(ratios)[len(ratios) // 2]:.1f}×. Compilation: "
             f"median {sorted(compiles)[len(compiles) // 2]:.1f} times NUTS's."
         )
-    # Records of before certificates were recorded do not say.
+    # Records of before certificates were recorded lack it.
     ours = [row["ours"] for row in rows.values() if "level" in row.get("ours", {})]
     evidence = sorted({one.get("evidence", "by an independent pass") for one in ours})
     methods = [

@@ -1,4 +1,4 @@
-"""What every benchmark shares: how it times, and what a record says beside its numbers.
+"""What every benchmark shares: how it times, and what a record holds beside its numbers.
 
 A stored record is JSON with `about` (device, versions, commit, memory of the process) and the benchmark's own rows,
 with a Markdown table of the same name beside it. Rows have compile seconds and, where a compiled program is at hand,
@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Callable
 
-# Where a run goes unless it is told: never where the tables are that the documentation quotes.
+# Where a run goes by default: never where the tables are that the documentation quotes.
 OUT = Path("benchmark-results")
 # Seconds that short programs are repeated for, and how often at most.
 _SECONDS, _MOST_REPEATS = 1.0, 200
@@ -136,7 +136,7 @@ def in_turn(found: dict[Any, dict], repeats: int) -> None:
 
 
 def timed(runs: dict[Any, tuple[Callable, tuple]], repeats: int) -> dict[Any, dict]:
-    """Compile each, then run them in turn; medians. `settled` says how many repeats make these trustworthy."""
+    """Compile each, then run them in turn; medians. `settled` gives how many repeats make these trustworthy."""
     found = prepared(runs)
     in_turn(found, repeats)
     return found

@@ -91,7 +91,7 @@ def measure(
     )
     found = prepared(runs)
     in_turn(found, 1)
-    # The first round says how long they take, and who is out of the race.
+    # The first round shows how long they take, and who is out of the race.
     fastest = min(found[name]["seconds"] for name in candidates)
     close = {name: one for name, one in found.items() if one["seconds"] < max(20 * fastest, 0.02)}
     in_turn(close, settled(repeats, sum(one["seconds"] for one in close.values())))

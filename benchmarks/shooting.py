@@ -10,7 +10,7 @@ JSON, not part of the ratio). The tolerance is that of `sample`.
 Decisions that differ from those of the loop: both programs round differently in the last place, so a proposal whose
 acceptance probability lies within that of its uniform may go either way; a forgetful chain is back on the other one's
 path after its meeting time. About T times the mean difference of acceptance probabilities are expected: below one per
-run in float64, a few in float32, where the certificate still says that every decision is right under its own batched
+run in float64, a few in float32, where the certificate still shows that every decision is right under its own batched
 evaluation.
 """
 

@@ -2,10 +2,10 @@
 DIR`.
 
 A suite is a list of benchmarks with the options that make them fit its time; each runs in a process of its own, one
-after another, and leaves its JSON and Markdown in DIR, a new folder unless told otherwise, so that a run never
+after another, and leaves its JSON and Markdown in DIR, a new folder by default, so that a run never
 overwrites the tables that the documentation quotes. `suite.json` keeps what ran, for how long, with how much memory,
 what was left out, on which device, with which versions and commit. A benchmark that fails or runs out of its time
-does not stop the others; it is listed, and the exit code says so. `report` checks the figures against
+does not stop the others; it is listed, and the exit code is 1. `report` checks the figures against
 what is wanted (`benchmarks.targets`), and with `--readme` puts the tables of DIR where the README quotes them.
 """
 
@@ -72,7 +72,7 @@ SUITES = {
         _shooting("mixture", 20, 45),
         _shooting("logistic", 65, 90),
         Task(
-            "advised", ("--only", "eight schools, MALA", "--chains", "1", "--repeats", "3"), 40, 80
+            "advised", ("--only", "eight schools, MALA", "--chains", "1", "--repeats", "3"), 40, 70
         ),
         Task("advised", ("--only", "random walk", "--repeats", "3"), 20, 40),
         Task(
@@ -238,7 +238,7 @@ def one(task: Task, out: Path) -> dict:
 
 
 def device() -> dict:
-    """What `record.about` says in a process of its own: this one must not hold the device."""
+    """What `record.about` finds in a process of its own: this one must not hold the device."""
     script = "import json; from benchmarks.record import about; print(json.dumps(about()))"
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     if found.returncode:

@@ -3,7 +3,7 @@
 Every pair draws four chains with one key and is held against the reference's moments and quantiles by the same verdict as in
 `tests/validation`: gates (finite, moving, bulk and tail ESS of at least 400), and the largest |z| of all means, log standard
 deviations and 5, 50 and 95% quantiles against the normal quantile at 1 - 0.001 / 2m of m scores. Kernels that do not mix on
-a posterior fail their gates here: the table says where a kernel is the wrong one.
+a posterior fail their gates here: the table shows where a kernel is the wrong one.
 
 The JSON keeps the seconds of every whole run, warm-up and compilation included; nothing is claimed about speed.
 """

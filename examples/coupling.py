@@ -3,7 +3,7 @@
 Left: one draw of layered multishift noise, as a map of where the chain is. Plain noise is a shift, x ↦ x + σ n: two chains keep
 their distance. Multishift noise is a staircase around it: both land on the same number unless an edge lies between them, and for
 each fixed x the result has the same normal law. Right: the distance of two chains from far-apart posterior draws, with the same
-random numbers, step by step. The table says after how many steps pairs are the same floats.
+random numbers, step by step. The table shows after how many steps pairs are the same floats.
 
     python examples/coupling.py --out coupling.png
 """

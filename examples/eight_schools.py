@@ -2,7 +2,7 @@
 
 What one sees: a NumPyro model becomes a target; the first run warms up (step size, dense metric) and solves four HMC
 chains parallel over time; the second goes on from the very same warm-up with the same random numbers, step by step, as BlackJAX's
-own loop would. `compare` then says whether the two are one path: CERTIFIED_PATH or better means that every step of the
+own loop would. `compare` then decides whether the two are one path: CERTIFIED_PATH or better means that every step of the
 parallel chains obeys the kernel, that every accept decision is the same, and that the states agree. So ESS and R-hat
 are those of the sequential sampler; only the way to the draws differs.
 

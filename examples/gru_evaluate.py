@@ -4,8 +4,8 @@
     python examples/gru_evaluate.py --num-units 32 --num-steps 65536 --only shooting DEER quasi-DEER
 
 For every method: its verdict, passes over the path, evaluations of the cell per step, the largest difference from
-`lax.scan`, and times of the forward pass and of the gradient of a loss in all weights. "chosen" is `unroll` with nothing
-said: segments where they pay, `lax.scan` where they do not. Newton's method needs few passes but D products per step in
+`lax.scan`, and times of the forward pass and of the gradient of a loss in all weights. "chosen" is `unroll` with no
+solver: segments where they pay, `lax.scan` where they do not. Newton's method needs few passes but D products per step in
 each, so on a CPU it only shows that the path is the same; on devices with thousands of lanes it is another matter.
 """
 

@@ -5,7 +5,7 @@ start, and the sooner the better. In whitened coordinates HMC with a path of abo
 short path forgets slowly, a long one turns around and remembers; MALA and NUTS lie between. Random-walk Metropolis never
 does: both chains take the same increments, so their difference changes only when one accepts and the other does not.
 
-The picture is the mean of log10 of the distance over pairs; the table says when pairs met to within the solver's tolerance,
+The picture is the mean of log10 of the distance over pairs; the table shows when pairs met to within the solver's tolerance,
 and what `advise` makes of it.
 
     python examples/how_forgetful.py --out how_forgetful.png

@@ -5,9 +5,9 @@ with a single random probe per step finds a chain of T = 1,024 steps in at most 
 of 944 Americans (1996) with 25 coefficients, in float32, all of time in one window.
 
 Why whitening matters: in coordinates in which the posterior is nearly standard normal, MALA's Jacobian is nearly a
-multiple of the identity, so its diagonal says almost everything. The coordinates come from Laplace's approximation
+multiple of the identity, so its diagonal is almost all of it. The coordinates come from Laplace's approximation
 (mode and Hessian), which for a regression costs less than any warm-up. `--unwhitened` shows what the claim rests on:
-the passes run out, and the library finishes the chains sequentially and says so.
+the passes run out, and the library finishes the chains sequentially and reports it.
 
 Work against depth: every pass is one batch of T independent evaluations. On two CPU cores the sequential loop wins,
 since it evaluates each step once; with enough lanes a batch takes hardly longer than one step. Both times are printed.
@@ -68,7 +68,7 @@ def main(argv=None):
     metric = whitened = laplace(target, jax.tree.map(jnp.zeros_like, target.start(model_key)))
     if args.unwhitened:
         metric = dataclasses.replace(whitened, scale=jnp.linalg.norm(whitened.scale, axis=1))
-    # Step sizes belong to coordinates: unwhitened, this one may be too bold, and the acceptance printed below says so.
+    # Step sizes belong to coordinates: unwhitened, this one may be too bold, and the acceptance printed below shows it.
     kernel = mala(target.logdensity, args.step_size, metric)
     # A tuned kernel needs no warm-up; draws from Laplace's approximation are good places to start.
     start = lambda key: whitened.leave(jax.random.normal(key, whitened.center.shape))

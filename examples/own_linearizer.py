@@ -1,6 +1,6 @@
 """A linearizer of one's own: what one knows about a kernel, in place of its derivatives.
 
-A linearizer says which `A_t` stands in for the Jacobian `J_t` of each step; scan, verdict and certificate stay as they
+A linearizer chooses which `A_t` stands in for the Jacobian `J_t` of each step; scan, verdict and certificate stay as they
 are, so a bad choice costs passes and never exactness. For MALA in whitened coordinates one knows J_t without any
 derivative: an accepted step is x + ε ∇log p(x) + noise with -∇² log p ≈ I, a rejected one stays where it is, so
 

@@ -101,11 +101,11 @@ def test_targets_are_met_or_not(tmp_path):
 
 @pytest.mark.parametrize("target", targets.TARGETS["cpu"], ids=lambda target: target.name)
 def test_targets_find_their_rows_in_the_committed_results(target):
-    if (
-        target.file == "scans-cpu"
-        and "in_use" not in json.loads((RESULTS / "scans-cpu.json").read_text())["rows"][0]
-    ):
+    record = json.loads((RESULTS / f"{target.file}.json").read_text())
+    if target.file == "scans-cpu" and "in_use" not in record["rows"][0]:
         pytest.skip("the committed scans are of before the one in use was named")
+    if target.read is targets._loss and "loss" not in record["chains"][0]:
+        pytest.skip("the committed record is of before segments were chosen by a rule")
     assert target.found(RESULTS) > 0
 
 

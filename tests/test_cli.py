@@ -80,7 +80,7 @@ def sampled(folder):
         yield code, folder / "one.nc", folder / "page.html", seen[0]
 
 
-def test_sample_writes_what_it_was_asked_for(sampled):
+def test_sample_writes_its_files(sampled):
     code, draws, page, _ = sampled
     assert code == 0
     posterior = read_netcdf(draws)["posterior"]["x"]
@@ -132,7 +132,7 @@ def test_summary_and_compare_of_a_file(sampled, capsys):
     assert capsys.readouterr().out.startswith("BITWISE")
 
 
-def test_compare_says_no_by_its_exit_code(sampled, tmp_path, monkeypatch, capsys):
+def test_compare_fails_by_its_exit_code(sampled, tmp_path, monkeypatch, capsys):
     tree = read_netcdf(sampled[1])
     tree["posterior"]["x"].values[:] += 1.0
     tree.to_netcdf(str(tmp_path / "shifted.nc"), engine="h5netcdf")
@@ -147,7 +147,7 @@ def test_compare_says_no_by_its_exit_code(sampled, tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize(
-    "command, said",
+    "command, message",
     [
         ("sample {f}/model.py:modle", "has no model 'modle'; it has Target, model,"),
         ("sample {f}/model.py", "wanted FILE.py:MODEL"),
@@ -180,13 +180,15 @@ def test_compare_says_no_by_its_exit_code(sampled, tmp_path, monkeypatch, capsys
         ("sample {f}/model.py:breaks --data {f}/data.json", "breaks(y): got an unexpected keyword"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_sentence(folder, capsys, command, said):
+def test_what_is_wrong_is_one_sentence(folder, capsys, command, message):
     assert main(command.format(f=folder).split()) == 2
     out, err = capsys.readouterr()
-    assert said in err and err.startswith("partime_mcmc: ") and err.count("\n") == 1 and out == ""
+    assert (
+        message in err and err.startswith("partime_mcmc: ") and err.count("\n") == 1 and out == ""
+    )
 
 
-def test_errors_of_a_model_are_told_and_traced_on_demand(folder, capsys, tmp_path):
+def test_errors_of_a_model_are_one_sentence_and_traced_on_demand(folder, capsys, tmp_path):
     (tmp_path / "y.json").write_text('{"y": [1.0]}')
     command = ["sample", f"{folder}/model.py:breaks", "--data", f"{tmp_path}/y.json"]
     assert main(command) == 2
@@ -198,7 +200,7 @@ def test_errors_of_a_model_are_told_and_traced_on_demand(folder, capsys, tmp_pat
         main([*command, "--traceback"])
 
 
-def test_what_jax_says_of_its_traceback_is_left_out():
+def test_notes_of_jax_on_its_traceback_are_left_out():
     def traced(x):
         raise ValueError("no such thing")
 
@@ -259,7 +261,7 @@ def test_interruption_has_its_own_code(monkeypatch, folder, capsys, sampled):
     monkeypatch.setattr(partime_mcmc, "sample", interrupted)
     assert main(["sample", f"{folder}/model.py:ready"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
-    # What was certified before is told and written all the same.
+    # What was certified before is printed and written all the same.
     report = dataclasses.replace(
         sampled[3].report, status=(Status.INTERRUPTED,) * 4, interrupted=True
     )

@@ -1,4 +1,4 @@
-"""The examples run and show what their docstrings say, with few steps.
+"""The examples run and show what their docstrings promise, with few steps.
 
 Each `main(argv)` is called in this process and returns what it printed the figures from. Some scripts switch 64-bit
 floats on, as scripts may; the fixture switches them back.

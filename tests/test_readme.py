@@ -11,7 +11,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 @pytest.mark.parametrize(
-    "number, words",
+    "number, printed",
     [
         (0, "CERTIFIED_PATH"),
         (1, "BITWISE|CERTIFIED PATH"),
@@ -20,9 +20,9 @@ BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
         (4, "'draw': 5000.*True"),
     ],
 )
-def test_example(number, words, capsys):
+def test_example(number, printed, capsys):
     exec(compile(BLOCKS[number], f"README example {number + 1}", "exec"), {})
-    assert re.search(words, capsys.readouterr().out, re.DOTALL)
+    assert re.search(printed, capsys.readouterr().out, re.DOTALL)
 
 
 def test_there_are_five_examples():

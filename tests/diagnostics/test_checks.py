@@ -1,4 +1,4 @@
-"""Pre-flight checks: every bad input is refused with words that name the argument, what it got and what it wanted."""
+"""Pre-flight checks: every bad input is refused with a message that names the argument, what it got and what it wanted."""
 
 import time
 
@@ -52,7 +52,7 @@ def test_good_keys_become_typed_keys():
 
 
 @pytest.mark.parametrize(
-    "bad, error, words",
+    "bad, error, message",
     [
         (0, TypeError, "got 0 of type int"),
         (np.int64(3), TypeError, "dtype int64"),
@@ -66,8 +66,8 @@ def test_good_keys_become_typed_keys():
         (np.uint32(1), ValueError, r"shape \(\)"),
     ],
 )
-def test_bad_keys(bad, error, words):
-    with pytest.raises(error, match=words) as caught:
+def test_bad_keys(bad, error, message):
+    with pytest.raises(error, match=message) as caught:
         check_key(bad, "key_of_run")
     assert str(caught.value).startswith("key_of_run: got") and "wanted one key" in str(caught.value)
 
@@ -86,7 +86,7 @@ def test_good_counts(good, minimum):
 
 
 @pytest.mark.parametrize(
-    "bad, error, words",
+    "bad, error, message",
     [
         (0, ValueError, "got 0"),
         (-3, ValueError, "got -3"),
@@ -98,8 +98,8 @@ def test_good_counts(good, minimum):
         (np.arange(2), TypeError, "ndarray"),
     ],
 )
-def test_bad_counts(bad, error, words):
-    with pytest.raises(error, match=words) as caught:
+def test_bad_counts(bad, error, message):
+    with pytest.raises(error, match=message) as caught:
         check_count(bad, "num_chains", 1)
     assert str(caught.value).startswith("num_chains: got") and "wanted an int of at least 1" in str(
         caught.value
@@ -164,7 +164,7 @@ def test_a_good_start_passes(precision):
 
 
 @pytest.mark.parametrize(
-    "logdensity, words",
+    "logdensity, message",
     [
         (lambda x: jnp.where(jnp.all(jnp.abs(x) < 0.5), 0.0, -jnp.inf), "log density is -inf"),
         (lambda x: jnp.sum(jnp.log(-x)), "log density is nan"),
@@ -176,8 +176,8 @@ def test_a_good_start_passes(precision):
         (lambda x: jnp.sum(x) * 1j, "wanted one real number"),
     ],
 )
-def test_bad_log_densities(precision, logdensity, words):
-    with pytest.raises(InvalidStart, match=words) as caught:
+def test_bad_log_densities(precision, logdensity, message):
+    with pytest.raises(InvalidStart, match=message) as caught:
         check_start(logdensity, jnp.ones(2))
     assert "wanted" in str(caught.value)
 
@@ -326,8 +326,8 @@ def test_a_density_that_exists_in_float64_only():
         assert check_precision(gaussian_process, jnp.float32(0.0)) == np.inf
 
 
-def test_precision_is_silent_where_it_cannot_say():
-    insists = lambda x: jax.lax.scan(_float32_only, jnp.float32(0), x)[0]
+def test_precision_is_silent_where_it_cannot_be_checked():
+    insists = lambda x: jax.lax.scan(_float32_only, jnp.float32(0), x)[0]  # noqa: E731
     assert check_precision(insists, jnp.ones(3)) is None
     assert check_precision(lambda x: normal(x).astype(jnp.float32), jnp.ones(3)) is None
     with jax.enable_x64(True):
@@ -358,7 +358,7 @@ def test_bytes_are_counted():
     assert check_bytes(0, 5, 8, 0, per_step=25) == 0
 
 
-def test_too_large_says_what_fits_before_allocating():
+def test_too_large_names_what_fits_before_allocating():
     start = time.perf_counter()
     with pytest.raises(TooLarge) as caught:
         check_bytes(10**7, 100, 4, 2**33, per_step=100**2)

@@ -105,13 +105,13 @@ def test_a_knife_edge_in_float32_that_merges_again_is_certified_and_counted():
 
 
 @pytest.mark.parametrize(
-    "start, length, said", [(3996, 4, "apart at the last step"), (1000, 900, "means differ")]
+    "start, length, reason", [(3996, 4, "apart at the last step"), (1000, 900, "means differ")]
 )
-def test_a_path_that_leaves_for_long_is_not_certified(start, length, said):
+def test_a_path_that_leaves_for_long_is_not_certified(start, length, reason):
     x = fakes.chains(0, num_samples=4000).astype(np.float32)
     y = excursion(x, 1, start, length).astype(np.float32)
     report = compare(fakes.draws(y), fakes.draws(x))
-    assert report.level == Level.STATISTICAL and any(said in reason for reason in report.reasons), (
+    assert report.level == Level.STATISTICAL and any(reason in one for one in report.reasons), (
         report.reasons
     )
 
@@ -261,7 +261,7 @@ def test_nothing_that_varies_is_nothing_tested():
     assert compare(parallel, sequential).level == Level.INCONCLUSIVE
 
 
-def stretched(x):
+def scaled(x):
     return 1.35 * x
 
 
@@ -270,7 +270,7 @@ def skewed(x):
 
 
 @pytest.mark.parametrize(
-    "change, quantity", [(lambda x: x + 0.3, "mean"), (stretched, "log sd"), (skewed, "q05")]
+    "change, quantity", [(lambda x: x + 0.3, "mean"), (scaled, "log sd"), (skewed, "q05")]
 )
 def test_another_law_fails(change, quantity):
     report = compare(

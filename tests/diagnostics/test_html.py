@@ -17,7 +17,7 @@ NASTY = "<script>alert('$x_1')</script>"
 
 
 class Reader(html.parser.HTMLParser):
-    """Tags, what is loaded from elsewhere, and text; says whether every tag is closed."""
+    """Tags, what is loaded from elsewhere, and text; and which tags are left open."""
 
     def __init__(self, text):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Figures show what they say they show, on any run, without touching matplotlib's global state."""
+"""Figures show what their titles promise, on any run, without touching matplotlib's global state."""
 
 import subprocess
 import sys

@@ -458,7 +458,7 @@ class Interrupting:
 @CHECKS.append
 def an_interrupt_keeps_the_windows_that_are_done():
     kernel = mala(TARGET.logdensity, 0.4, coupling=MultishiftCoupling())
-    ask = functools.partial(
+    begin = functools.partial(
         sample,
         jax.random.key(0),
         TARGET,
@@ -468,7 +468,7 @@ def an_interrupt_keeps_the_windows_that_are_done():
         mesh=time_mesh(4, 2),
         schedule=Windows(128),
     )
-    draws = ask(progress=Interrupting(2))
+    draws = begin(progress=Interrupting(2))
     assert draws.report.interrupted and set(draws.report.status) == {Status.INTERRUPTED}
     assert draws.plan["num_samples"] == 256 and draws.state.num_steps == 256
     np.testing.assert_array_equal(draws.positions, chains(kernel, 512, 2)[:, :256])
@@ -482,7 +482,7 @@ def a_stored_run_goes_on_over_a_mesh():
     kernel = mala(TARGET.logdensity, 0.4, coupling=MultishiftCoupling())
     with tempfile.TemporaryDirectory() as folder:
         store = Store(f"{folder}/run", chunk=128)
-        ask = functools.partial(
+        begin = functools.partial(
             sample,
             jax.random.key(0),
             TARGET,
@@ -493,7 +493,7 @@ def a_stored_run_goes_on_over_a_mesh():
             solver=shooting(steps=8),
             store=store,
         )
-        begun = ask(progress=Interrupting(4))
+        begun = begin(progress=Interrupting(4))
         kept = begun.num_samples
         assert 0 < kept < 384
         draws = resume(store.path, TARGET, kernel, mesh=time_mesh(4, 2), progress=False)

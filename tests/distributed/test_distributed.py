@@ -185,7 +185,7 @@ def by_hand(host):
 
 def by_slurm(host):
     """What `srun` would set; JAX takes the port from the number of the job."""
-    words = {
+    variables = {
         "JOB_ID": os.getpid(),
         "STEP_NODELIST": "localhost",
         "NTASKS": 2,
@@ -194,7 +194,7 @@ def by_slurm(host):
         "PROCID": host,
         "LOCALID": host,
     }
-    return {f"SLURM_{name}": str(value) for name, value in words.items()}, []
+    return {f"SLURM_{name}": str(value) for name, value in variables.items()}, []
 
 
 @pytest.mark.slow
@@ -224,7 +224,7 @@ def test_one_command_on_two_hosts(launch, tmp_path):
     ]
     port, both = free_port(), []
     for host in range(2):
-        words, options = launch(host)
+        variables, options = launch(host)
         options = [*options, f"127.0.0.1:{port}"] if options else []
         both.append(
             subprocess.Popen(
@@ -232,7 +232,7 @@ def test_one_command_on_two_hosts(launch, tmp_path):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                env={**environment(), **FAST, **words},
+                env={**environment(), **FAST, **variables},
                 cwd=tmp_path,
             )
         )
@@ -249,8 +249,8 @@ def test_one_command_on_two_hosts(launch, tmp_path):
     )
 
 
-def asked(**given):
-    """Options of the command line that say which devices."""
+def device_options(**given):
+    """Options of the command line that name devices."""
     none = dict.fromkeys(("coordinator", "num_hosts", "host_id"))
     flags = dict.fromkeys(("all_devices", "cluster", "alone", "traceback"), False)
     return argparse.Namespace(**none | flags | given)
@@ -267,7 +267,7 @@ def asked(**given):
         ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
     ],
 )
-def test_tasks_of_a_cluster_are_one_run_unless_asked_to_be_alone(
+def test_tasks_of_a_cluster_are_one_run_unless_they_are_to_be_alone(
     environment, together, monkeypatch
 ):
     for name, value in environment.items():
@@ -278,17 +278,15 @@ def test_tasks_of_a_cluster_are_one_run_unless_asked_to_be_alone(
         cli, "hosts", lambda *given: joined.append(given) or contextlib.nullcontext()
     )
     for alone in (False, True):
-        with cli.machines(asked(alone=alone)):
+        with cli.machines(device_options(alone=alone)):
             pass
     assert joined == [(None, None, None)] * together
 
 
-def test_two_ways_to_say_which_hosts_are_refused():
-    with (
-        pytest.raises(ValueError, match="wanted at most one"),
-        cli.machines(asked(alone=True, cluster=True)),
-    ):
-        raise AssertionError
+def test_two_ways_to_name_hosts_are_refused():
+    with pytest.raises(ValueError, match="wanted at most one"):
+        with cli.machines(device_options(alone=True, cluster=True)):
+            raise AssertionError
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_scans_agree(scan, kind):
 
 
 def test_a_lower_precision_in_the_solve_alone_is_never_certified_unseen():
-    """The path of rounded products is judged by exact ones, which say no."""
+    """The path of rounded products is judged by exact ones, which refuse it."""
     kernel, initial, tape = run_of("mala")
     with jax.default_matmul_precision("bfloat16"):
         states = jax.jit(lambda *args: solve(kernel.dynamics(), *args, solver=shooting(64)).states)(

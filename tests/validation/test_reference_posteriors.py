@@ -29,7 +29,7 @@ MATRIX = [
     for kernel in reference.KERNELS
     for name in reference.NAMES
 ]
-# Posteriors on which the default solver may give up and say why: at most one of the nine, and at present none.
+# Posteriors on which the default solver may give up and report why: at most one of the nine, and at present none.
 MAY_RUN_SEQUENTIALLY: frozenset[str] = frozenset()
 
 

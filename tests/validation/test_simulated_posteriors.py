@@ -139,6 +139,6 @@ def test_agrees_with_numpyros_nuts(name, capsys):
     assert report.level == Level.CERTIFIED_PATH and report.parallel, report.run.fallbacks
     assert verdict.ok, verdict
     assert verdict.detectable < 0.4
-    # Draws that are off by what is said to be detectable do fail.
+    # Draws that are off by what is called detectable do fail.
     moved = {key: x + verdict.detectable * x.std() for key, x in draws.items()}
     assert not reference.judge(moved, wanted).ok
