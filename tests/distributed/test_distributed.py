@@ -284,9 +284,11 @@ def test_tasks_of_a_cluster_are_one_run_unless_they_are_to_be_alone(
 
 
 def test_two_ways_to_name_hosts_are_refused():
-    with pytest.raises(ValueError, match="wanted at most one"):
-        with cli.machines(device_options(alone=True, cluster=True)):
-            raise AssertionError
+    with (
+        pytest.raises(ValueError, match="wanted at most one"),
+        cli.machines(device_options(alone=True, cluster=True)),
+    ):
+        raise AssertionError
 
 
 @pytest.mark.parametrize(
