@@ -9,8 +9,6 @@ Results are cached by function and shapes, so the same function gives the same o
 As with `jax.jit`, a captured array is read once: changing a NumPy array in place afterwards goes unnoticed.
 """
 
-from __future__ import annotations
-
 import collections
 import threading
 from typing import Any, Callable

@@ -5,8 +5,6 @@ fields (functions, numbers that fix shapes) are static. `pytree` declares both i
 shows what is data and what is structure.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any, Callable, TypeAlias, TypeVar, dataclass_transform
 

@@ -15,8 +15,6 @@ The values come from `independent`, one more pass that shares nothing with the s
 was recorded while the path was rolled.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax

@@ -4,8 +4,6 @@ Its results are judged as `certificate` describes. Chains that `sample` returns 
 rolled (`recorded`), at no cost; this pass shares nothing with the solver but the kernel, and costs one evaluation per step.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 

@@ -12,8 +12,6 @@ of every step and shares nothing with the solver but the kernel. It serves users
 not go step by step, and chains that were finished sequentially.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree

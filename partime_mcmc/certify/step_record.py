@@ -4,8 +4,6 @@ BlackJAX's infos share names (`acceptance_rate`, `is_accepted`, `is_divergent`, 
 and none has all of them. `Records` holds those that a kernel has.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

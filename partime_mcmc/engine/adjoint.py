@@ -15,8 +15,6 @@ The recurrence of δ forgets exactly as the path itself does, hence the segmente
 path, so nothing but states is kept.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Protocol

@@ -15,8 +15,6 @@ Every recipe makes at most `DEFAULT_MAX_ITERATIONS` passes unless `max_iteration
 OUT_OF_ITERATIONS where that was not enough.
 """
 
-from __future__ import annotations
-
 from partime_mcmc.linearize import (
     Clipped,
     Damped,

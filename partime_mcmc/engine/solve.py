@@ -10,8 +10,6 @@ iteration can help), STALLED when an iterate repeats (compared at powers of two,
 stated bound. Under `vmap` each path has its own verdict, and finished paths keep their values.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

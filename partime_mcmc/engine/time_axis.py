@@ -11,8 +11,6 @@ these. Devices that exchange something in a loop must leave it together, so such
 `anyone`.
 """
 
-from __future__ import annotations
-
 from typing import Callable, Protocol
 
 import jax

@@ -11,8 +11,6 @@ A window holds states and nothing else (no running statistics, no "nothing chang
 than a burst of rejections is slow and never wrong. The last window ends where time ends and may overlap exact steps.
 """
 
-from __future__ import annotations
-
 from typing import Protocol
 
 import jax.numpy as jnp

@@ -1,7 +1,5 @@
 """BlackJAX's sampling algorithms as kernels."""
 
-from __future__ import annotations
-
 import blackjax
 
 from partime_mcmc.kernels.kernel import Kernel

@@ -8,8 +8,6 @@ cycle of both that suits most posteriors. `kernels.blackjax` makes kernels of Bl
 Step sizes follow BlackJAX: MALA moves by `ε ∇log p + √(2ε) N(0, I)`, HMC's leapfrog by `ε` per step.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, Callable
 

@@ -20,8 +20,6 @@ Rounding: y is computed to within an ulp of c or of w, whichever is larger, as c
 ulp of the edge of a step two compilations may take different sides: `MultishiftDraw.margin` is the distance to that edge.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any, NamedTuple, TypeAlias

@@ -7,8 +7,6 @@ keys on the tape, and use no key inside a step: splitting keys costs more than a
 A state may also hold counters that follow from time alone (`count`): they drive kernels that are cycles.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any, Callable, NamedTuple
 

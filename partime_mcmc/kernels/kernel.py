@@ -10,8 +10,6 @@ carry. Leaves that are not floating point (counters, keys) cannot be solved for;
 alone, and the tape holds them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import inspect

@@ -7,8 +7,6 @@ Families compare equal where their kernels differ in numbers only, so that `jit`
 calls.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import inspect

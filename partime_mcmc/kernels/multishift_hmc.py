@@ -14,8 +14,6 @@ composition of kernels that keep p invariant, and which one it is follows from a
 Trajectories and energies are BlackJAX's; momenta and uniforms are drawn beforehand.
 """
 
-from __future__ import annotations
-
 from typing import Any, Callable, NamedTuple
 
 import jax

@@ -9,8 +9,6 @@ x, but nearby chains propose the same point, and if both accept they are one cha
 be exact: two centres that agree to the width of a lattice cell give the same proposal.
 """
 
-from __future__ import annotations
-
 from typing import Callable, NamedTuple
 
 import jax.numpy as jnp

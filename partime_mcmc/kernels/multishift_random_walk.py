@@ -9,8 +9,6 @@ so from about ten coordinates on move a block of them per step, chosen at random
 uniformly random coordinate, independent of x, and each step keeps p invariant.
 """
 
-from __future__ import annotations
-
 from typing import Callable, NamedTuple
 
 import jax

@@ -10,8 +10,6 @@ sets the shift. Derivatives are taken in forward mode only: kernels hold `while`
 rejected proposal multiplies 0 by NaN.
 """
 
-from __future__ import annotations
-
 from typing import Protocol
 
 import jax.numpy as jnp

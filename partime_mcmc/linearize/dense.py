@@ -7,8 +7,6 @@ reject the derivative is that of the branch taken: it exists almost everywhere a
 which costs iterations where it matters and never exactness.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

@@ -9,8 +9,6 @@ the Jacobian is nearly diagonal, as it is in whitened coordinates. The signs dep
 iteration of a solve sees the same estimate of the same Jacobian: a fixed map can converge, a noisy one cannot.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

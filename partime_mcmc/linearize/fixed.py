@@ -7,8 +7,6 @@ Both are the same iteration as DEER with a cruder matrix (Gonzalez et al. 2025, 
 after at most T iterations.
 """
 
-from __future__ import annotations
-
 import jax
 
 from partime_mcmc.engine.dynamics import Dynamics

@@ -9,8 +9,6 @@ each linearisation is. Bounding by 1 makes overflow impossible. The fixed point 
 fast a solver converges, never to what.
 """
 
-from __future__ import annotations
-
 import functools
 
 import jax

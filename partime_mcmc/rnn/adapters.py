@@ -8,8 +8,6 @@ An adapter holds no arrays of the cell: they are `params`, and gradients with re
 cells give equal adapters, so that nothing is compiled twice. Flax and Equinox are imported when they are asked for.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from typing import Any, Callable

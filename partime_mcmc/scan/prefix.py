@@ -16,8 +16,6 @@ bytes (bfloat16, float16) are added up in float32 and rounded once, in the resul
 no digits left otherwise.
 """
 
-from __future__ import annotations
-
 from typing import Protocol
 
 import jax

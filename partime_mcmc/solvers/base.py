@@ -5,8 +5,6 @@ with that path's exact residual, so that the one loop in `engine/solve.py` judge
 solver judges itself. Newton-like solvers evaluate the guess they were given; solvers that roll evaluate the path they make.
 """
 
-from __future__ import annotations
-
 from typing import Protocol
 
 import jax

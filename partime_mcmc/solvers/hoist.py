@@ -13,8 +13,6 @@ NUTS tree), nor anything from a step that would have to keep much more than a st
 is needed.
 """
 
-from __future__ import annotations
-
 from typing import Callable
 
 import jax

@@ -12,8 +12,6 @@ Segments are an axis of time of their own, a coarser one: where time is spread o
 per chain and pass, and nothing else.
 """
 
-from __future__ import annotations
-
 from typing import Callable, NamedTuple
 
 import jax

@@ -11,8 +11,6 @@ smoother is a suffix scan of affine maps. λ = 0 is Newton's step; a large λ st
 unstable part of the path from overflowing. λ follows a policy that relaxes as the residual falls.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any, Protocol
 

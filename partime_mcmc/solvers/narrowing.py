@@ -15,8 +15,6 @@ A program of another width may round differently. So lanes are not narrowed wher
 chains share the lanes, because then the last bits of one chain would depend on when the others meet.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from typing import Callable, NamedTuple

@@ -13,8 +13,6 @@ so a step whose past is right becomes right to the last bit: after k passes at l
 whatever `A_t` is.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

@@ -18,8 +18,6 @@ is why `Shooting`, which moves time to the front, is not the solver of networks.
 The scan also runs backwards in time, as the transpose of a recurrence needs.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Callable
 

@@ -7,8 +7,6 @@ takes no longer than the first pass, so that nearly the best depth costs at most
 chain; all lanes take a step together, as one batch.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Callable
 

@@ -4,8 +4,6 @@ It gives a sequential run the same loop, schedules, verdicts and records as ever
 the first step that is not finite, so one pass is enough.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import jax

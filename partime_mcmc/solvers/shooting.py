@@ -25,8 +25,6 @@ which is a Newton or quasi-Newton step for the starts of segments. `steps=1` wit
 above. A correction costs one more roll of every segment and its JVPs, and may overflow unless it is clipped.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

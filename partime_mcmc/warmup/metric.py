@@ -12,8 +12,6 @@ are enough draws. Everything is computed in units of each coordinate. A diagonal
 coordinate; a low-rank one adds those directions in which draws or gradients differ clearly from the diagonal.
 """
 
-from __future__ import annotations
-
 from typing import Protocol
 
 import numpy as np

@@ -11,8 +11,6 @@
 Settings fixed by the user (`functools.partial(hmc, num_integration_steps=4)`) stay and the others are chosen for them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

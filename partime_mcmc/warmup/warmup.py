@@ -9,8 +9,6 @@ and paths for the kernel by trials, and the report says what was chosen, why, an
     as above
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import time
