@@ -181,7 +181,7 @@ def hmc_cycle(
     def draw_many(keys, state):
         # Multishift noise costs most, and only every k-th transition uses it: the others get the noise of the next that does.
         flat, num_steps = flat_of(state.position), keys.shape[0]
-        count = -(-num_steps // every) + 1
+        count = -(-num_steps // every) + 1 if num_steps else 0
         when = jnp.minimum(every * (1 + jnp.arange(count)) - 1 - state.phase, num_steps - 1)
         layers = jax.vmap(landing, in_axes=(0, None))(keys[when], flat)
 

@@ -594,3 +594,10 @@ def test_algorithm_without_a_function(missing):
 def test_kernels_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         mala(logdensity_of(jnp.float32), 0.1).name = "other"
+
+
+@pytest.mark.parametrize("row", KERNELS, ids=lambda row: row.name)
+def test_no_steps_have_an_empty_tape(row):
+    kernel = row.build(logdensity_of(jnp.float32), DIMENSION, jnp.float32)
+    tape = kernel.tape(jax.random.key(0), 0, kernel.init(start_of(jnp.float32)))
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(tape)} == {0}
