@@ -1,4 +1,5 @@
-"""From NumPyro's arguments and states to ours, and back: keys, starts, tuned kernels, `HMCState`s, and collected fields.
+"""From NumPyro's arguments and states to ours, and back: keys and starts, checked by name before anything is compiled,
+tuned kernels, `HMCState`s, and collected fields.
 
 Both ways to run a kernel of ours go through here: `ParallelMCMC`, and NumPyro's own `MCMC` (`kernels`). Of its random numbers
 chain c has `rng_key` c for its steps; warm-up and starts have streams of their own, folded into the first chain's key.
@@ -6,11 +7,9 @@ Collected fields are those of `HMCState`, for every kept draw; of draws in a sto
 asked for.
 """
 
-from __future__ import annotations
-
 import functools
 import warnings
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, Mapping, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from jax.flatten_util import ravel_pytree
 from numpyro.infer.hmc import HMCState
 
 from partime_mcmc.compile_cache import Timings, run_program
+from partime_mcmc.diagnostics.arviz import STAT_NAMES
 from partime_mcmc.diagnostics.checks import check_precision, check_starts
 from partime_mcmc.kernels import Whitening
 from partime_mcmc.kernels.kernel_program import (
@@ -28,7 +28,6 @@ from partime_mcmc.kernels.kernel_program import (
     parametrised_kernel,
     program_and_params,
 )
-from partime_mcmc.numpyro.arguments import check_sites, is_typed
 from partime_mcmc.sampling.arguments import SampleArguments, key_words
 from partime_mcmc.sampling.chunk import ChainState
 from partime_mcmc.sampling.draws import Draws
@@ -37,8 +36,8 @@ from partime_mcmc.sampling.target import Target
 from partime_mcmc.storage.fingerprint import digest_arrays
 from partime_mcmc.storage.stored_draws import StoredDraws
 from partime_mcmc.tracing import HashableFunction
-from partime_mcmc.types import Key, PyTree
-from partime_mcmc.validation import check_dtypes
+from partime_mcmc.types import Key, PyTree, Tracer
+from partime_mcmc.validation import check_dtypes, check_key
 
 # One of `numpyro.kernels`, which import this module.
 ParallelKernel = Any
@@ -68,6 +67,84 @@ class AdaptState(NamedTuple):
     discrete: dict
 
 
+def is_typed(key: Any) -> bool:
+    """Whether keys are of JAX's new style."""
+    return jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+
+
+def check_keys(rng_key: Any, num_chains: int) -> Any:
+    """One typed key, or a batch of keys as it came.
+
+    Args:
+        rng_key: One key, or one per chain, typed `()` and `(C,)`, or legacy `(2,)` and `(C, 2)`.
+        num_chains: C.
+
+    Raises:
+        TypeError: For a traced value, or anything that is no key.
+        ValueError: For another number of keys.
+    """
+    if isinstance(rng_key, Tracer):
+        raise TypeError(
+            "rng_key: got a traced value; call run outside jit and vmap (it compiles what it needs itself)"
+        )
+    is_array = hasattr(rng_key, "dtype") and hasattr(rng_key, "ndim")
+    # A legacy key is two numbers: shape (2,) is one of these, or two typed keys.
+    own_axes = 0 if is_array and is_typed(rng_key) else 1
+    if num_chains == 1 or not is_array or rng_key.ndim <= own_axes:
+        return check_key(rng_key, "rng_key")
+    if rng_key.ndim > own_axes + 1 or rng_key.shape[0] != num_chains:
+        raise ValueError(
+            f"rng_key: got {' x '.join(map(str, rng_key.shape[: rng_key.ndim - own_axes]))} keys for {num_chains} chains; "
+            "wanted one key, or one per chain"
+        )
+    check_key(rng_key[0], "rng_key")
+    return rng_key
+
+
+def check_leading(init_params: PyTree, num_chains: int) -> None:
+    """Starts have the chains first, in every leaf.
+
+    Raises:
+        ValueError: Naming the first leaf that has not.
+    """
+    if init_params is None or num_chains == 1:
+        return
+    leaves = jax.tree_util.tree_leaves_with_path(init_params)
+    if not leaves:
+        raise ValueError(
+            f"init_params: got {init_params!r}, wanted starts with leaves ({num_chains}, ...), or None"
+        )
+    for path, leaf in leaves:
+        if jnp.shape(leaf)[:1] != (num_chains,):
+            raise ValueError(
+                f"init_params{jax.tree_util.keystr(path)}: got shape {jnp.shape(leaf)}, wanted ({num_chains}, ...): one start per chain"
+            )
+
+
+def check_sites(given: PyTree, shapes: dict[str, jax.ShapeDtypeStruct]) -> None:
+    """Starts are those of a model.
+
+    Args:
+        given: Starts, leaves `(C, ...)`.
+        shapes: Of one start, by site.
+
+    Raises:
+        ValueError: Naming the sites, or the first whose shape is another.
+    """
+    if not isinstance(given, dict) or set(given) != set(shapes):
+        got = f"sites {sorted(given)}" if isinstance(given, dict) else f"a {type(given).__name__}"
+        raise ValueError(
+            f"init_params: got {got}, wanted an unconstrained value for each of {sorted(shapes)}"
+        )
+    have = jax.tree.leaves(given)[0].shape[:1]
+    for name, leaf in given.items():
+        wanted = (*have, *shapes[name].shape)
+        if jnp.shape(leaf) != wanted:
+            raise ValueError(
+                f"init_params[{name!r}]: got shape {jnp.shape(leaf)}, wanted {wanted}: one unconstrained value per chain"
+            )
+
+
 def keys_of(rng_key: Any) -> Key:
     """One typed key per chain, shape `(C,)`, from one key or a batch, typed or legacy."""
     keys = rng_key if is_typed(rng_key) else jax.random.wrap_key_data(jnp.asarray(rng_key))
@@ -94,15 +171,12 @@ def sample_arguments(
         state: Where chains go on from, leaves `(C, ...)`; None warms up.
         **options: Further fields of `SampleArguments`.
     """
-    extra = {}
-    if options.get("store") is not None:
-        extra = {"init_params": _digest(init_params), "post_warmup_state": _digest(state)}
+    resumable = {"init_params": init_params, "post_warmup_state": state}
     starts = functools.partial(_checked_starts, sampler, target, keys[0], init_params)
     kernel, chain_state = sampler.tuned_builder(), None
     if state is not None:
         kernel = kernel_from(sampler, target, state)
-        num_steps = int(np.asarray(state.i)[0])
-        chain_state = ChainState(state.r, state.adapt_state.discrete, num_steps)
+        chain_state = ChainState(state.r, state.adapt_state.discrete, int(np.asarray(state.i)[0]))
     elif not num_warmup:
         # Every chain has its start, and all of them the kernel made at the first.
         starts = functools.cache(starts)
@@ -119,7 +193,9 @@ def sample_arguments(
         num_warmup=num_warmup,
         adaptation=sampler.adaptation,
         state=chain_state,
-        extra=extra,
+        extra={}
+        if options.get("store") is None
+        else {name: _digest(tree) for name, tree in resumable.items()},
         **options,
     )
 
@@ -138,14 +214,11 @@ def hmc_state(plan: Plan, state: ChainState, sampler: ParallelKernel) -> HMCStat
     dtype = whitening.center.dtype
 
     def each(value, dtype=dtype):
-        value = np.asarray(value, dtype)
-        return np.broadcast_to(value, (num_chains, *value.shape))
+        return np.broadcast_to(np.asarray(value, dtype), (num_chains, *np.shape(value)))
 
     settings = {**params.settings, **counts}
     fixed = jnp.nan if sampler._step_size is None else sampler._step_size
-    step = settings.get("step_size", fixed)
-    length = counts.get("num_integration_steps", 1)
-    root = np.asarray(whitening.scale)
+    step, root = settings.get("step_size", fixed), np.asarray(whitening.scale)
     adapted = AdaptState(
         each(step),
         each(root**2 if root.ndim == 1 else root @ root.T),
@@ -171,7 +244,7 @@ def hmc_state(plan: Plan, state: ChainState, sampler: ParallelKernel) -> HMCStat
             potential_energy=potential,
             energy=potential,
             r=state.carries,
-            trajectory_length=each(length * np.asarray(step)),
+            trajectory_length=each(counts.get("num_integration_steps", 1) * np.asarray(step)),
             num_steps=integer,
             accept_prob=zero,
             mean_accept_prob=zero,
@@ -185,25 +258,24 @@ def hmc_state(plan: Plan, state: ChainState, sampler: ParallelKernel) -> HMCStat
 def kernel_from(sampler: ParallelKernel, target: Target, state: HMCState) -> ParametrisedKernel:
     """The tuned kernel that a batch of states belongs to; counts are read from the state."""
     # On the host: every small operation on arrays of a device is a program of its own.
-    one = jax.device_put(
-        jax.tree.map(lambda leaf: np.asarray(leaf)[0], state._replace(rng_key=None, r=None))
-    )
+    one = jax.device_put(_first(state._replace(rng_key=None, r=None)))
     density, data = density_of(target.logdensity, one.z)
     adapted = one.adapt_state
     settings = {
         name: int(value) if jnp.issubdtype(value.dtype, jnp.integer) else value
         for name, value in adapted.settings.items()
     }
-    whitening = Whitening(one.z, adapted.center, adapted.mass_matrix_sqrt_inv)
     return parametrised_kernel(
-        KernelProgram(density, sampler.tuned_builder()), data, whitening, settings
+        KernelProgram(density, sampler.tuned_builder()),
+        data,
+        Whitening(one.z, adapted.center, adapted.mass_matrix_sqrt_inv),
+        settings,
     )
 
 
 def log_densities(target: Target, positions: PyTree) -> tuple[np.ndarray, np.ndarray]:
     """Log densities at positions `(C, ...)`, and whether they and their gradients are finite, each `(C,)`."""
-    first = jax.tree.map(lambda leaf: np.asarray(leaf)[0], positions)
-    density, data = density_of(target.logdensity, first)
+    density, data = density_of(target.logdensity, _first(positions))
     return run_program(_Evaluate(density), data, positions, timings=Timings())
 
 
@@ -228,15 +300,14 @@ def _checked_starts(
         InvalidStart: If no chain could move from one of them.
         ValueError: If `init_params` are those of another model, or the metric given has another dimension.
     """
-    key = jax.random.fold_in(key, _START_STREAM)
-    starts = _starts(sampler, target, key, init_params, count)
+    starts = _starts(sampler, target, jax.random.fold_in(key, _START_STREAM), init_params, count)
     try:
         good = log_densities(target, starts)[1]
     except TypeError:
         # This says what is wrong with a density that has no gradient.
         check_starts(target.logdensity, starts, "init_params")
         raise
-    first = jax.tree.map(lambda leaf: np.asarray(leaf)[0], starts)
+    first = _first(starts)
     dimension = sum(map(np.size, jax.tree.leaves(first)))
     guess = getattr(sampler.adaptation, "guess", None)
     if guess is not None and guess.shape[0] != dimension:
@@ -270,7 +341,7 @@ def _starts(
 
 def _untuned(sampler: ParallelKernel, target: Target, starts: PyTree) -> ParametrisedKernel:
     """The kernel as it is without warm-up: the metric given, or none, and the step size given, or a cautious one."""
-    first = jax.tree.map(lambda leaf: np.asarray(leaf)[0], starts)
+    first = _first(starts)
     density, data = density_of(target.logdensity, first)
     flat, guess = ravel_pytree(first)[0], getattr(sampler.adaptation, "guess", None)
     if guess is None:
@@ -280,18 +351,24 @@ def _untuned(sampler: ParallelKernel, target: Target, starts: PyTree) -> Paramet
             f"{_UNTUNED_STEP_SIZE} and the identity",
             stacklevel=4,
         )
-    whitening = Whitening.of_covariance(first, jnp.zeros_like(flat), guess)
-    settings = {} if sampler._step_size is not None else {"step_size": _UNTUNED_STEP_SIZE}
-    program = KernelProgram(density, sampler.tuned_builder())
-    return parametrised_kernel(program, data, whitening, settings)
+    return parametrised_kernel(
+        KernelProgram(density, sampler.tuned_builder()),
+        data,
+        Whitening.of_covariance(first, jnp.zeros_like(flat), guess),
+        {} if sampler._step_size is not None else {"step_size": _UNTUNED_STEP_SIZE},
+    )
+
+
+def _first(tree: PyTree) -> PyTree:
+    """What belongs to the first chain of leaves `(C, ...)`, on the host."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[0], tree)
 
 
 def _digest(tree: PyTree) -> str | None:
-    if tree is None:
-        return None
-    return digest_arrays(
-        jnp.asarray(leaf) if not hasattr(leaf, "dtype") else leaf for leaf in jax.tree.leaves(tree)
+    leaves = (
+        leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)
     )
+    return None if tree is None else digest_arrays(leaves)
 
 
 def collect(
@@ -318,37 +395,24 @@ def collect(
     Raises:
         ValueError: For a field that there is not, naming those that there are.
     """
-    everything = _fields(draws, state)
-    kept = _kept(draws, thinning)
-    fields = {}
-    for name in names:
-        if name == "z":
-            value = (
-                draws.constrained
-                if postprocess is None
-                else jax.vmap(jax.vmap(postprocess))(draws.positions)
-            )
-            if (
-                not isinstance(draws.positions, dict)
-                and postprocess is None
-                and set(value) == {"x"}
-            ):
-                value = draws.positions
-            if removed:
-                value = {site: one for site, one in value.items() if site not in removed}
-        elif (
-            name.startswith("z.")
-            and isinstance(draws.positions, dict)
-            and name[2:] in draws.positions
-        ):
-            value = draws.positions[name[2:]]
-        elif name in everything:
-            value = everything[name]
-        else:
-            raise ValueError(
-                f"extra_fields: got {name!r}; wanted some of {sorted(everything)}, or z.<site>"
-            )
-        fields[name] = value if kept is None else jax.tree.map(lambda leaf: leaf[:, kept], value)
+    everything, positions = _fields(draws, state), draws.positions
+    sites = positions if isinstance(positions, dict) else {}
+    known = everything | {f"z.{site}": value for site, value in sites.items()}
+    if postprocess is None:
+        known["z"] = _sites(draws.constrained, removed, isinstance(positions, dict))
+    else:
+        value = jax.vmap(jax.vmap(postprocess))(positions)
+        known["z"] = _sites(value, removed, True) if removed else value
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(
+            f"extra_fields: got {unknown[0]!r}; wanted some of {sorted(everything)}, or z.<site>"
+        )
+    fields = {name: known[name] for name in names}
+    if thinning > 1:
+        steps = draws.num_samples
+        kept = np.arange(steps % thinning + thinning - 1, steps, thinning)
+        fields = jax.tree.map(lambda leaf: leaf[:, kept], fields)
     return jax.device_put(fields), _last(draws, state, everything)
 
 
@@ -366,45 +430,62 @@ def with_chains(tree: PyTree, num_chains: int) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[None], tree) if num_chains == 1 else tree
 
 
-def _kept(draws: Draws, thinning: int) -> np.ndarray | None:
-    """Which draws are kept; None for all."""
-    if thinning == 1:
-        return None
-    num_steps = draws.num_samples
-    return np.arange(num_steps % thinning + thinning - 1, num_steps, thinning)
+# Fields of `HMCState` and of certificates that are reported of every step, by our names.
+_REPORTED = {
+    "potential_energy": "logdensity",
+    "energy": "energy",
+    "num_steps": "num_steps",
+    "accept_prob": "acceptance_rate",
+    "diverging": "diverging",
+    "residual": "residual",
+    "accepted": "accepted",
+}
+# What stands for something that the kernel does not report.
+_UNREPORTED = {"potential_energy": np.nan, "num_steps": np.int32(1), "diverging": False}
+
+
+def _reported(name: str, info: Mapping[str, Any], shape: tuple[int, int]) -> np.ndarray:
+    """One of these fields, `(C, T)`, or what stands for it."""
+    if name == "energy" and name not in info:
+        name = "potential_energy"
+    found = info.get(_REPORTED[name])
+    if found is None:
+        found = np.full(shape, _UNREPORTED.get(name, 1.0))
+    return -np.asarray(found) if name == "potential_energy" else np.asarray(found)
+
+
+def _sites(values: Mapping[str, Any], removed: tuple[str, ...], is_dict: bool) -> PyTree:
+    """Values by site without those removed; the one value `x` of positions that are not named."""
+    sites = {site: one for site, one in values.items() if site not in removed}
+    return sites if is_dict or set(sites) != {"x"} else sites["x"]
 
 
 def _fields(draws: Draws, state: HMCState) -> dict[str, Any]:
     """All fields, `(C, T, ...)`, on the host: what is the same in all steps (metrics) is not written out."""
-    info = draws.info
-    shape = draws.certificate.residual.shape
-    num_chains, num_steps = shape
-    ones = np.ones(shape)
-    accept = np.asarray(info.get("acceptance_rate", ones))
-    potential = -np.asarray(info.get("logdensity", np.nan * ones))
-    before = np.asarray(state.i)[:, None]
+    certificate = draws.certificate
+    num_chains, num_steps = shape = certificate.residual.shape
+    info = {**draws.info, "residual": certificate.residual, "accepted": certificate.accepted}
+    found = {name: _reported(name, info, shape) for name in _REPORTED}
+    accept, before = found["accept_prob"], np.asarray(state.i)[:, None]
     mean = np.asarray(state.mean_accept_prob)[:, None] * before + np.cumsum(accept, axis=1)
     index = before + np.arange(1, num_steps + 1)
-
-    def each(value):
-        value = np.asarray(value)
-        return np.broadcast_to(value[:, None], (num_chains, num_steps, *value.shape[1:]))
-
-    found = {
-        "i": index.astype(np.int32),
-        "potential_energy": potential,
-        "energy": info.get("energy", potential),
-        "num_steps": info.get("num_steps", np.ones(shape, np.int32)),
-        "accept_prob": accept,
-        "mean_accept_prob": (mean / np.maximum(index, 1)).astype(accept.dtype),
-        "diverging": info.get("diverging", np.zeros(shape, bool)),
-        "trajectory_length": each(state.trajectory_length),
-        "residual": draws.certificate.residual,
-        "accepted": draws.certificate.accepted,
+    adapted = state.adapt_state
+    same = {
+        "trajectory_length": state.trajectory_length,
+        "adapt_state.step_size": adapted.step_size,
+        "adapt_state.inverse_mass_matrix": adapted.inverse_mass_matrix,
     }
-    for name in ("step_size", "inverse_mass_matrix"):
-        found[f"adapt_state.{name}"] = each(getattr(state.adapt_state, name))
-    return {name: np.asarray(value) for name, value in found.items()}
+    return {
+        **found,
+        "i": index.astype(np.int32),
+        "mean_accept_prob": (mean / np.maximum(index, 1)).astype(accept.dtype),
+        **{
+            name: np.broadcast_to(
+                np.asarray(value)[:, None], (num_chains, num_steps, *value.shape[1:])
+            )
+            for name, value in same.items()
+        },
+    }
 
 
 def _last(draws: Draws, state: HMCState, everything: dict[str, Any]) -> HMCState:
@@ -412,15 +493,8 @@ def _last(draws: Draws, state: HMCState, everything: dict[str, Any]) -> HMCState
         return state
     own = {
         name: everything[name][:, -1].astype(getattr(state, name).dtype)
-        for name in (
-            "i",
-            "potential_energy",
-            "energy",
-            "num_steps",
-            "accept_prob",
-            "mean_accept_prob",
-            "diverging",
-        )
+        for name in (*_REPORTED, "i", "mean_accept_prob")
+        if hasattr(state, name)
     }
     z = jax.tree.map(lambda leaf: np.asarray(leaf)[:, -1], draws.positions)
     return state._replace(
@@ -431,15 +505,6 @@ def _last(draws: Draws, state: HMCState, everything: dict[str, Any]) -> HMCState
 
 
 # --- of draws in a store ---------------------------------------------------------------------------------------------
-
-_FIELDS = {
-    "diverging": "diverging",
-    "energy": "energy",
-    "num_steps": "n_steps",
-    "accept_prob": "acceptance_rate",
-    "residual": "residual",
-    "accepted": "accepted",
-}
 
 
 def read_fields(
@@ -456,32 +521,20 @@ def read_fields(
     Raises:
         ValueError: For a field that a store does not have.
     """
-    found, stats = {}, draws.sample_stats
-    potential = (
-        -jnp.asarray(stats["lp"].values)
-        if "lp" in stats
-        else jnp.full(stats["residual"].shape, jnp.nan)
-    )
-    for name in names:
-        if name == "z":
-            sites = {
-                site: jnp.asarray(one.values)
-                for site, one in draws.posterior.data_vars.items()
-                if site not in removed
-            }
-            found[name] = sites if is_dict or set(sites) != {"x"} else sites["x"]
-        elif name == "potential_energy":
-            found[name] = potential
-        elif _FIELDS[name] in stats:
-            found[name] = jnp.asarray(stats[_FIELDS[name]].values)
-        else:
-            # As in memory: what the kernel does not say.
-            found[name] = {
-                "diverging": jnp.zeros(potential.shape, bool),
-                "energy": potential,
-                "num_steps": jnp.ones(potential.shape, jnp.int32),
-            }.get(name, jnp.ones(potential.shape))
-    return found
+    stats = _stats(draws)
+    found = {
+        name: _sites(draws.posterior.data_vars, removed, is_dict)
+        if name == "z"
+        else _reported(name, stats, stats["residual"].shape)
+        for name in names
+    }
+    return jax.tree.map(lambda one: jnp.asarray(np.asarray(one)), found)
+
+
+def _stats(draws: StoredDraws) -> Any:
+    """What steps reported, an `xarray.Dataset` by our names."""
+    stats = draws.sample_stats
+    return stats.rename({theirs: ours for ours, theirs in STAT_NAMES.items() if theirs in stats})
 
 
 def check_fields(names: tuple[str, ...], postprocess: Callable | None) -> None:
@@ -495,9 +548,10 @@ def check_fields(names: tuple[str, ...], postprocess: Callable | None) -> None:
             "postprocess_fn: got a function with a store, wanted None: a store holds the model's own values"
         )
     for name in names:
-        if name not in ("z", "potential_energy", *_FIELDS):
-            known = sorted(["potential_energy", *_FIELDS])
-            raise ValueError(f"extra_fields: got {name!r} with a store; wanted some of {known}")
+        if name not in ("z", *_REPORTED):
+            raise ValueError(
+                f"extra_fields: got {name!r} with a store; wanted some of {sorted(_REPORTED)}"
+            )
 
 
 def last_stored_state(draws: StoredDraws, state: HMCState, num_steps: int) -> HMCState:
@@ -508,16 +562,14 @@ def last_stored_state(draws: StoredDraws, state: HMCState, num_steps: int) -> HM
         state: Where its chains stand, without what the last step reported.
         num_steps: Steps that they have behind them.
     """
-    reported = {}
-    if draws.num_samples:
-        reported["mean_accept_prob"] = draws.mean_acceptance
+    reported = {"mean_accept_prob": draws.mean_acceptance} if draws.num_samples else {}
     if draws.finished and draws.posterior.sizes.get("draw"):
         # The last draw of a finished run is always kept.
-        last = draws.sample_stats.isel(draw=-1)
+        last = _stats(draws).isel(draw=-1)
         reported |= {
             name: last[stored].values
-            for name, stored in _FIELDS.items()
-            if stored in last and hasattr(state, name)
+            for name, stored in _REPORTED.items()
+            if stored in last and hasattr(state, name) and name != "potential_energy"
         }
     return state._replace(
         i=jnp.full(state.i.shape, num_steps, jnp.int32),

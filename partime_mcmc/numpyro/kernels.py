@@ -14,14 +14,15 @@ coordinates as well whitened as ours, ends where it began. What was set is kept.
 energies than the Euclidean one, and metrics given by blocks are refused.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
+import math
+import warnings
 from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from numpyro.infer import HMC as TheirHMC
 from numpyro.infer import NUTS as TheirNUTS
 from numpyro.infer.hmc import HMCState
@@ -39,18 +40,12 @@ from partime_mcmc.kernels import (
     nuts,
 )
 from partime_mcmc.kernels.kernel_program import KernelParams, program_and_params
-from partime_mcmc.numpyro.arguments import (
-    check_alone,
-    check_positive,
-    checked_metric,
-    is_typed,
-    warn_without_effect,
-)
-from partime_mcmc.numpyro.hmc_state import hmc_state, keys_of, sample_arguments
+from partime_mcmc.numpyro.hmc_state import hmc_state, is_typed, keys_of, sample_arguments
 from partime_mcmc.numpyro.model import Posterior, forward_only
 from partime_mcmc.sampling.plan import prepare
 from partime_mcmc.sampling.progress import quiet
 from partime_mcmc.sampling.target import Target
+from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import Key, PyTree, Tracer
 from partime_mcmc.validation import check_count
 from partime_mcmc.warmup.metric import DiagonalMetric, FrozenMetric
@@ -85,6 +80,7 @@ class ParallelKernel(MCMCKernel):
     """
 
     builder: Callable[..., Kernel]
+    _trajectory_length: float | None = None
 
     def __init__(
         self,
@@ -117,39 +113,31 @@ class ParallelKernel(MCMCKernel):
             adapt_mass_matrix=None if adapt_mass_matrix else False,
             dense_mass=dense_mass,
             target_accept_prob=target_accept_prob,
-            trajectory_length=self._path_length(),
+            trajectory_length=self._trajectory_length,
         )
         warn_without_effect(find_heuristic_step_size, regularize_mass_matrix)
         self._model, self._potential_fn, self._init_strategy = model, potential_fn, init_strategy
         self._step_size = check_positive(step_size, "step_size")
+        self._fixed = {} if step_size is None else {"step_size": step_size}
         self._posterior: Posterior | None = None
         self._forward_mode_differentiation = forward_mode_differentiation
         rule = DiagonalMetric() if dense_mass is False or dense_mass == [] else None
-        if not adapt_mass_matrix:
-            rule = FrozenMetric()
-        guess = None if inverse_mass_matrix is None else checked_metric(inverse_mass_matrix)
         self.adaptation = adaptation or PooledAdaptation(
             target_acceptance=target_accept_prob,
-            path_length=self._path_length(),
-            metric=rule,
-            guess=guess,
+            path_length=self._trajectory_length,
+            metric=rule if adapt_mass_matrix else FrozenMetric(),
+            guess=None if inverse_mass_matrix is None else checked_metric(inverse_mass_matrix),
         )
         self._family: Any = None
         self._data, self._sample_fn, self._builder = None, None, None
-
-    def _path_length(self) -> float | None:
-        return None
-
-    def _fixed(self) -> dict[str, Any]:
-        """Settings that the user has fixed."""
-        return {} if self._step_size is None else {"step_size": self._step_size}
 
     def tuned_builder(self) -> Callable[..., Kernel]:
         """What warm-up tunes, as `sample` takes it."""
         if self._builder is None:
             # Made once: a partial equals only itself, and what is compiled is found again by its builder.
-            fixed = self._fixed()
-            self._builder = functools.partial(self.builder, **fixed) if fixed else self.builder
+            self._builder = (
+                functools.partial(self.builder, **self._fixed) if self._fixed else self.builder
+            )
         return self._builder
 
     @property
@@ -184,7 +172,11 @@ class ParallelKernel(MCMCKernel):
                 raise ValueError(
                     "init_params: got None, wanted starts: a potential_fn does not say what its positions look like"
                 )
-            minus = _Minus(self._potential_fn)
+            potential_fn = self._potential_fn
+
+            def minus(position: PyTree):
+                return -potential_fn(position)
+
             return Target(
                 forward_only(minus) if self._forward_mode_differentiation else minus, init_params
             )
@@ -255,54 +247,35 @@ class ParallelKernel(MCMCKernel):
         return jax.vmap(self._one)(state) if jnp.ndim(state.i) else self._one(state)
 
     def _one(self, state: HMCState) -> HMCState:
-        kernel = self._kernel_of(state)
+        adapted, counts = state.adapt_state, dict(self._family.counts)
+        settings = {name: value for name, value in adapted.settings.items() if name not in counts}
+        whitening = Whitening(state.z, adapted.center, adapted.mass_matrix_sqrt_inv)
+        kernel = self._family.kernel(KernelParams(self._data, whitening, settings))
         key = jax.random.fold_in(state.rng_key, state.i)
-        full = kernel.state(state.r, state.adapt_state.discrete)
+        full = kernel.state(state.r, adapted.discrete)
         randomness = jax.tree.map(lambda leaf: leaf[0], kernel.tape_of(key[None], full).randomness)
-        carry, full, info = kernel.transition(state.r, Tape(randomness, state.adapt_state.discrete))
-        said = {
-            name: jnp.asarray(value, getattr(state, name).dtype)
-            for name, value in info_fields(full, info).items()
+        carry, full, info = kernel.transition(state.r, Tape(randomness, adapted.discrete))
+        potential = -getattr(full, "logdensity", jnp.nan)
+        reported = {
+            "accept_prob": getattr(info, "acceptance_rate", 1.0),
+            "potential_energy": potential,
+            "energy": getattr(info, "energy", potential),
+            "num_steps": getattr(info, "num_integration_steps", 1),
+            "diverging": getattr(info, "is_divergent", False),
+        }
+        reported = {
+            name: jnp.asarray(value, getattr(state, name).dtype) for name, value in reported.items()
         }
         count = state.i + 1
         return state._replace(
             i=count,
             z=kernel.position(carry),
             r=carry,
-            **said,
+            **reported,
             mean_accept_prob=state.mean_accept_prob
-            + (said["accept_prob"] - state.mean_accept_prob) / count,
-            adapt_state=state.adapt_state._replace(discrete=kernel.discrete(full)),
+            + (reported["accept_prob"] - state.mean_accept_prob) / count,
+            adapt_state=adapted._replace(discrete=kernel.discrete(full)),
         )
-
-    def _kernel_of(self, state: HMCState) -> Kernel:
-        """The tuned kernel of one chain's state."""
-        adapted, counts = state.adapt_state, dict(self._family.counts)
-        settings = {name: value for name, value in adapted.settings.items() if name not in counts}
-        whitening = Whitening(state.z, adapted.center, adapted.mass_matrix_sqrt_inv)
-        return self._family.kernel(KernelParams(self._data, whitening, settings))
-
-
-class _Minus:
-    """A log density from a potential."""
-
-    def __init__(self, potential: Any):
-        self.potential = potential
-
-    def __call__(self, position: PyTree):
-        return -self.potential(position)
-
-
-def info_fields(state: Any, info: Any) -> dict[str, Any]:
-    """What a step says of itself, by NumPyro's names."""
-    potential = -getattr(state, "logdensity", jnp.nan)
-    return {
-        "accept_prob": getattr(info, "acceptance_rate", 1.0),
-        "potential_energy": potential,
-        "energy": getattr(info, "energy", potential),
-        "num_steps": getattr(info, "num_integration_steps", 1),
-        "diverging": getattr(info, "is_divergent", False),
-    }
 
 
 class HMC(ParallelKernel):
@@ -325,18 +298,12 @@ class HMC(ParallelKernel):
         trajectory_length: float | None = None,
         **options: Any,
     ):
-        self._num_steps = None if num_steps is None else check_count(num_steps, "num_steps", 1)
+        fixed = {}
+        if num_steps is not None:
+            fixed = {"num_integration_steps": check_count(num_steps, "num_steps", 1)}
         self._trajectory_length = check_positive(trajectory_length, "trajectory_length")
         super().__init__(model, potential_fn, **options)
-
-    def _path_length(self) -> float | None:
-        return self._trajectory_length
-
-    def _fixed(self) -> dict[str, Any]:
-        return {
-            **super()._fixed(),
-            **({} if self._num_steps is None else {"num_integration_steps": self._num_steps}),
-        }
+        self._fixed |= fixed
 
 
 class CoalescingHMC(HMC):
@@ -358,11 +325,9 @@ class CoalescingHMC(HMC):
         every: int = 4,
         **options: Any,
     ):
-        self._every = check_count(every, "every", 1)
+        every = check_count(every, "every", 1)
         super().__init__(model, potential_fn, **options)
-
-    def _fixed(self) -> dict[str, Any]:
-        return {**super()._fixed(), **({} if self._every == 4 else {"every": self._every})}
+        self._fixed |= {} if every == 4 else {"every": every}
 
 
 class MALA(ParallelKernel):
@@ -390,14 +355,9 @@ class NUTS(ParallelKernel):
         **options: Any,
     ):
         depth = max_tree_depth[-1] if isinstance(max_tree_depth, tuple) else max_tree_depth
-        self._max_tree_depth = check_count(depth, "max_tree_depth", 1)
+        depth = check_count(depth, "max_tree_depth", 1)
         super().__init__(model, potential_fn, **options)
-
-    def _fixed(self) -> dict[str, Any]:
-        return {
-            **super()._fixed(),
-            **({} if self._max_tree_depth == 10 else {"max_num_doublings": self._max_tree_depth}),
-        }
+        self._fixed |= {} if depth == 10 else {"max_num_doublings": depth}
 
 
 class BlackJAXKernel(ParallelKernel):
@@ -424,22 +384,95 @@ class BlackJAXKernel(ParallelKernel):
         super().__init__(model, potential_fn, **options)
 
 
-class _Whitened:
-    """A builder in our shape of one in BlackJAX's."""
-
-    def __init__(self, build: Callable):
-        self.build = build
+class _Whitened(HashableFunction):
+    """A builder in our shape of one in BlackJAX's, which is the part."""
 
     def __call__(self, logdensity: Callable, step_size: float, metric: Whitening) -> Kernel:
-        algorithm = self.build(lambda z: logdensity(metric.leave(z)), step_size)
+        algorithm = self.parts[0](lambda z: logdensity(metric.leave(z)), step_size)
         return Kernel(algorithm, metric.enter, metric.leave, None, "blackjax")
 
-    def __eq__(self, other: Any) -> bool:
-        return isinstance(other, _Whitened) and self.build == other.build
 
-    def __hash__(self) -> int:
-        return hash(self.build)
+# --- what is checked before anything is compiled
 
+
+def check_positive(value: Any, name: str) -> Any:
+    """The number, or None, as it came.
+
+    Raises:
+        ValueError: Unless it is None or a finite number above 0.
+    """
+    try:
+        usable = value is None or (math.isfinite(value) and value > 0)
+    except TypeError:
+        usable = False
+    if not usable:
+        raise ValueError(f"{name}: got {value!r}, wanted a finite number above 0")
+    return value
+
+
+def checked_metric(inverse_mass_matrix: Any) -> np.ndarray:
+    """A metric given by the user.
+
+    Raises:
+        ValueError: If it is no vector of positive numbers and no symmetric positive definite matrix.
+    """
+    wanted = "wanted positive variances (D,) or a symmetric positive definite matrix (D, D)"
+    if isinstance(inverse_mass_matrix, dict):
+        raise ValueError(
+            f"inverse_mass_matrix: got blocks by site {sorted(inverse_mass_matrix)}, {wanted}"
+        )
+    metric = np.asarray(inverse_mass_matrix, float)
+    if metric.ndim not in (1, 2) or (metric.ndim == 2 and metric.shape[0] != metric.shape[1]):
+        raise ValueError(f"inverse_mass_matrix: shape {metric.shape}, {wanted}")
+    usable = np.isfinite(metric).all() and (
+        (metric > 0).all()
+        if metric.ndim == 1
+        else np.allclose(metric, metric.T, rtol=1e-3) and np.linalg.eigvalsh(metric).min() > 0
+    )
+    if not usable:
+        raise ValueError(f"inverse_mass_matrix: got {metric!r}, {wanted}")
+    return metric
+
+
+def check_alone(adaptation: Any, **choices: Any) -> None:
+    """A whole warm-up strategy comes without the arguments that would set parts of one.
+
+    Raises:
+        ValueError: Naming those that were given.
+    """
+    given = [name for name, value in choices.items() if value is not None]
+    if adaptation is not None and given:
+        raise ValueError(
+            f"adaptation: got a {type(adaptation).__name__} together with {', '.join(given)}, wanted one or the other: an "
+            "adaptation has its own acceptance, path and metric"
+        )
+
+
+def warn_without_effect(find_heuristic_step_size: bool, regularize_mass_matrix: bool) -> None:
+    """NumPyro's switches of its own warm-up have nothing to switch here.
+
+    Warns:
+        UserWarning: For one that is not at NumPyro's default.
+    """
+    for name, value, default, why in (
+        (
+            "find_heuristic_step_size",
+            find_heuristic_step_size,
+            False,
+            "step sizes are found by trials in any case",
+        ),
+        (
+            "regularize_mass_matrix",
+            regularize_mass_matrix,
+            True,
+            "metrics are always shrunk towards the one before",
+        ),
+    ):
+        if value is not default:
+            warnings.warn(f"{name}: got {value!r}, which has no effect here: {why}", stacklevel=4)
+
+
+# --- NumPyro's own kernels
 
 _OURS = {TheirHMC: HMC, TheirNUTS: NUTS}
 # NumPyro keeps every argument under its name with an underscore; a test holds it to that.
@@ -481,12 +514,13 @@ def from_numpyro_kernel(sampler: MCMCKernel) -> ParallelKernel:
             f"sampler.kinetic_fn: got {_stored(sampler, 'kinetic_fn')!r}, wanted NumPyro's Euclidean kinetic energy"
         )
     parameters = inspect.signature(kind.__init__).parameters
-    said = {name: _stored(sampler, name) for name in (*_CARRIED, *_OWN[kind])}
-    options = {
-        name: value
-        for name, value in said.items()
-        if not _is_default(value, parameters[name].default)
-    }
+    options = {}
+    for name in (*_CARRIED, *_OWN[kind]):
+        value, default = _stored(sampler, name), parameters[name].default
+        if value is not default and not (
+            isinstance(value, (bool, int, float)) and value == default
+        ):
+            options[name] = value
     if not _stored(sampler, "adapt_step_size"):
         options |= {"step_size": _stored(sampler, "step_size"), "adapt_step_size": False}
     return _OURS[kind](**options)
@@ -499,7 +533,3 @@ def _stored(sampler: MCMCKernel, name: str) -> Any:
         raise TypeError(
             f"sampler: this version of NumPyro does not say its kernel's {name}; wanted a kernel of partime_mcmc"
         ) from None
-
-
-def _is_default(value: Any, default: Any) -> bool:
-    return value is default or (isinstance(value, (bool, int, float)) and value == default)

@@ -8,11 +8,10 @@ NumPyro's arguments and states to ours (`hmc_state`) and runs the same pipeline 
 NumPyro's own loop over the same kernel with the same keys, certified; `report` says so, or why not.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
-from typing import Any, Callable
+from types import SimpleNamespace
+from typing import Any, Callable, Self
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +22,12 @@ from numpyro.infer.mcmc import MCMCKernel
 from partime_mcmc.certify.certificate import Certificate
 from partime_mcmc.certify.recorded import Certification, CertifyWhileRolling
 from partime_mcmc.diagnostics.report import Level
-from partime_mcmc.engine.solution import SolveError
 from partime_mcmc.engine.windows import Schedule
 from partime_mcmc.forgetting.advise import Advice
-from partime_mcmc.numpyro.arguments import check_keys, check_leading
 from partime_mcmc.numpyro.hmc_state import (
     check_fields,
+    check_keys,
+    check_leading,
     collect,
     empty_collection,
     hmc_state,
@@ -77,11 +76,11 @@ class ParallelReport:
     @property
     def level(self) -> Level:
         """CERTIFIED_PATH if every chain is the chain of its kernel and moves, otherwise FAIL."""
-        good = (
-            np.asarray(self.certificate.certified).all()
-            and not np.asarray(self.certificate.frozen).any()
+        certified, frozen = (
+            np.asarray(self.certificate.certified),
+            np.asarray(self.certificate.frozen),
         )
-        return Level.CERTIFIED_PATH if good else Level.FAIL
+        return Level.CERTIFIED_PATH if (certified & ~frozen).all() else Level.FAIL
 
     @property
     def parallel(self) -> bool:
@@ -102,36 +101,19 @@ class ParallelReport:
 
     def __str__(self) -> str:
         residual = float(np.max(np.asarray(self.certificate.max_residual)))
+        advice = self.advice
         lines = [
             f"{self.level.name}: largest residual {residual:.1e} noise units, {self.certificate.evidence}; {self.run}",
             *self.run.fallbacks,
+            *([] if advice is None else [f"Advice: {advice}"]),
+            *([str(self.warmup)] if self.warmup else []),
         ]
-        if self.advice is not None:
-            lines.append(f"Advice: {self.advice}")
-        return "\n".join([*lines, *([str(self.warmup)] if self.warmup else [])])
-
-
-@dataclasses.dataclass(frozen=True)
-class KernelName:
-    """What is left of a kernel that was pickled: its programs cannot be.
-
-    Attributes:
-        name: As the kernel's.
-    """
-
-    name: str
+        return "\n".join(lines)
 
 
 def without_kernel(warmup: Warmup | None) -> Warmup | None:
-    """A warm-up that can be pickled: of its kernel only the name stays."""
-    return (
-        None
-        if warmup is None
-        else dataclasses.replace(warmup, kernel=KernelName(warmup.kernel.name))
-    )
-
-
-__all__ = ["ParallelMCMC", "ParallelReport", "SolveError"]
+    """A warm-up that can be pickled: of its kernel, whose programs cannot be, only the name stays."""
+    return warmup and dataclasses.replace(warmup, kernel=SimpleNamespace(name=warmup.kernel.name))
 
 
 class ParallelMCMC(MCMC):
@@ -234,9 +216,10 @@ class ParallelMCMC(MCMC):
                 f"extra_fields: got the string {extra_fields!r}; wanted a tuple of field names"
             )
         self._store = as_store(store)
-        fields = tuple(extra_fields)
         try:
-            super().run(rng_key, *args, extra_fields=fields, init_params=init_params, **kwargs)
+            super().run(
+                rng_key, *args, extra_fields=tuple(extra_fields), init_params=init_params, **kwargs
+            )
         finally:
             self._store = None
 
@@ -277,7 +260,7 @@ class ParallelMCMC(MCMC):
         """The last warm-up: what was chosen, why, and what it cost; None before there was one."""
         return self._warmed
 
-    def or_raise(self) -> ParallelMCMC:
+    def or_raise(self) -> Self:
         """This object, if every chain of the last run is certified and moves.
 
         Raises:
@@ -327,9 +310,8 @@ class ParallelMCMC(MCMC):
         keys = keys_of(rng_key)
         init_params = with_chains(init_params, self.num_chains)
         target = self._target(args, kwargs, keys, init_params)
-        params = self._collection_params
-        num_steps = params["upper"] - params["lower"]
-        if params["phase"] == "warmup" and num_steps:
+        num_steps = self._collection_params["upper"] - self._collection_params["lower"]
+        if self._collection_params["phase"] == "warmup" and num_steps:
             raise ValueError(
                 "collect_warmup: got True, wanted False: warm-up pools chains and keeps no draws; see report.warmup"
             )
@@ -354,8 +336,8 @@ class ParallelMCMC(MCMC):
         assert draws.state is not None, "chains that have made steps stand somewhere"
         if isinstance(draws, StoredDraws):
             stands = chain_state_of(draws.state, plan.kernel, target.example())
-            stored = hmc_state(dataclasses.replace(plan, warmup=None), stands, self.sampler)
-            last = last_stored_state(draws, stored, stands.num_steps)
+            last = hmc_state(dataclasses.replace(plan, warmup=None), stands, self.sampler)
+            last = last_stored_state(draws, last, stands.num_steps)
             self._stored = (draws, collect_fields, remove_sites, isinstance(last.z, dict))
             self._pool = self._pool_of(plan, jax.tree.map(lambda leaf: leaf[:, None], last.z))
             return empty_collection(last, self.num_chains)
@@ -397,8 +379,9 @@ class ParallelMCMC(MCMC):
         if self._warmed is not None and self._warmed_on is plan.target:
             return self._warmed.pool
         starts = plan.target.starts(jax.random.split(plan.keys[0]))
-        spread = spread_positions(positions)
-        return jax.tree.map(lambda a, b: np.concatenate([a, b]), starts, spread)
+        return jax.tree.map(
+            lambda a, b: np.concatenate([a, b]), starts, spread_positions(positions)
+        )
 
     def _advise(self) -> Advice:
         if self._advice is None:
@@ -418,16 +401,19 @@ class ParallelMCMC(MCMC):
         if self._stored is None:
             return None
         fields = read_fields(*self._stored)
-        if group_by_chain:
-            return fields
-        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), fields)
+        return (
+            fields
+            if group_by_chain
+            else jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), fields)
+        )
 
     def _target(self, args: tuple, kwargs: dict, keys: Key, init_params: PyTree) -> Target:
         """The target of these data; the same object for the same data, so that nothing is traced or compiled twice."""
-        if self._known is None or not self._known[0].are(args, kwargs):
+        data = Data.of(args, kwargs)
+        if self._known is None or self._known[0] != data:
             first = None if init_params is None else jax.tree.map(lambda leaf: leaf[0], init_params)
             target = self.sampler.target(args, kwargs, keys[0], first)
-            self._known = (Data.of(args, kwargs), target, self.sampler._posterior)
+            self._known = (data, target, self.sampler._posterior)
         _, target, self.sampler._posterior = self._known
         return target
 

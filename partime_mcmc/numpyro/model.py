@@ -11,12 +11,10 @@ Left out: discrete latent sites (sum them out, e.g. with `MixtureSameFamily`), s
 random, and NumPyro's fixes one subsample in silence), and fitting `numpyro.param` (held at its initial value).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import warnings
-from typing import Any, Callable
+from typing import Any, Callable, Self
 
 import jax
 import jax.numpy as jnp
@@ -35,53 +33,42 @@ from partime_mcmc.types import AnyArray, Array, Key, PyTree, jax_config
 from partime_mcmc.validation import InvalidStart, check_key
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Data:
-    """The arguments of a model as they were once.
+    """The arguments of a model as they are at one time; equal to the same objects with the same contents.
 
     Attributes:
         structure: Of all arguments.
-        leaves: The very objects: kept, so that nothing else gets their ids.
-        copies: Of arrays that can be changed in place; None for other leaves.
+        ids: Of the objects.
+        contents: Type, shape and bytes of arrays that can be changed in place, so that NaN equals itself; None for other
+            leaves.
         in_float64: Whether they are seen in 64 bits.
+        kept: The objects and copies of their entries, so that nothing else gets their ids.
     """
 
     structure: Any
-    leaves: tuple[Any, ...]
-    copies: tuple[np.ndarray | None, ...]
+    ids: tuple[int, ...]
+    contents: tuple[tuple | None, ...]
     in_float64: bool
+    kept: tuple = dataclasses.field(compare=False, repr=False)
 
     @classmethod
-    def of(cls, args: tuple, kwargs: dict) -> Data:
+    def of(cls, args: tuple, kwargs: dict) -> Self:
         """The arguments as they are now."""
         leaves, structure = jax.tree.flatten((args, kwargs))
-        copies = tuple(np.array(leaf, copy=True) if _can_change(leaf) else None for leaf in leaves)
-        return cls(structure, tuple(leaves), copies, jax_config.jax_enable_x64)
-
-    def are(self, args: tuple, kwargs: dict) -> bool:
-        """Whether arguments are the same objects with the same contents."""
-        leaves, structure = jax.tree.flatten((args, kwargs))
-        return (
-            structure == self.structure
-            and jax_config.jax_enable_x64 == self.in_float64
-            and all(one is other for one, other in zip(leaves, self.leaves))
-            and all(
-                copy is None or _equal(copy, np.asarray(leaf))
-                for copy, leaf in zip(self.copies, leaves)
-            )
+        arrays = [np.array(leaf, copy=True) if _can_change(leaf) else None for leaf in leaves]
+        return cls(
+            structure,
+            tuple(map(id, leaves)),
+            tuple(one if one is None else (one.dtype, one.shape, one.tobytes()) for one in arrays),
+            jax_config.jax_enable_x64,
+            (leaves, [one for one in arrays if one is not None and one.dtype == object]),
         )
 
 
 def _can_change(leaf: Any) -> bool:
     """NumPy arrays, and what hands one out (a data frame's column); JAX's arrays and scalars stay what they are."""
     return hasattr(leaf, "__array__") and not isinstance(leaf, (jax.Array, np.generic))
-
-
-def _equal(one: np.ndarray, other: np.ndarray) -> bool:
-    # Bit for bit: NaN equals itself, and any type of entries will do.
-    return (
-        one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
-    )
 
 
 class WithData:
@@ -171,22 +158,6 @@ def traced(run: WithData, key: Key, strategy: Callable) -> dict:
             ) from error
         error.add_note(f"The NumPyro model failed {last}.")
         raise
-
-
-def diagnosis(run: WithData, key: Key, strategy: Callable) -> str:
-    """Which arguments hold non-finite numbers, and which sites have a non-finite log probability at a random start."""
-    causes = run.nonfinite_arguments()
-    for name, site in traced(run, key, strategy).items():
-        if site["type"] == "sample":
-            values = np.asarray(site["fn"].log_prob(site["value"]))
-            if not np.isfinite(values).all():
-                worst = values[~np.isfinite(values)].ravel()[0]
-                causes.append(f"site {name!r} has log probability {worst} at a random start")
-    return (
-        " Seen: " + "; ".join(causes) + "."
-        if causes
-        else " Try another init_strategy, or tighter priors."
-    )
 
 
 def called(model: Callable, data: dict[str, Any], key: Key) -> tuple[Any, bool]:
@@ -299,12 +270,12 @@ class Posterior:
         # Keys that a model draws for itself are part of the density: one key, once and for all.
         draws = any(site["type"] == "prng_key" for site in sites.values())
         prepared = seed(self.run, self.key) if draws else self.run
-        latent = [
+        latent = _latent(sites)
+        names = tuple(
             name
             for name, site in sites.items()
-            if site["type"] == "sample" and not site["is_observed"]
-        ]
-        names = _reported(sites)
+            if name in latent or site["type"] == "deterministic"
+        )
 
         def logdensity(position: PyTree) -> Array:
             return -jnp.asarray(potential_energy(prepared, (), {}, position))
@@ -315,7 +286,13 @@ class Posterior:
         def constrain(position: PyTree) -> dict[str, Array]:
             return constrain_fn(prepared, (), {}, position, return_deterministic=True)
 
-        self.shapes = _shapes(sites, latent)
+        # Computed without running anything.
+        self.shapes = {
+            name: jax.eval_shape(
+                lambda value, site=site: biject_to(site["fn"].support).inv(value), site["value"]
+            )
+            for name, site in latent.items()
+        }
         _check_traceable(lambda position: -logdensity(position), self.shapes)
         density = forward_only(logdensity) if forward_mode_differentiation else logdensity
         self.target = Target(density, initial, constrain, names, _plate_dims(sites, names))
@@ -331,11 +308,8 @@ class Posterior:
                 init_strategy=self.strategy,
                 forward_mode_differentiation=self.forward_mode_differentiation,
             ).param_info
-        parts = [
-            jnp.isfinite(leaf).all()
-            for leaf in jax.tree.leaves((found.potential_energy, found.z_grad))
-        ]
-        return found.z, jnp.stack(parts).all()
+        leaves = jax.tree.leaves((found.potential_energy, found.z_grad))
+        return found.z, jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
     def check_found(self, good: AnyArray) -> None:
         """Raise unless all starts are good.
@@ -343,11 +317,20 @@ class Posterior:
         Raises:
             InvalidStart: Saying which arguments or sites look bad.
         """
-        if not np.asarray(good).all():
-            raise InvalidStart(
-                "model: got no start with a finite log density and gradient in 100 tries; wanted one."
-                + diagnosis(self.run, self.key, self.strategy)
-            )
+        if np.asarray(good).all():
+            return
+        causes = self.run.nonfinite_arguments()
+        for name, site in traced(self.run, self.key, self.strategy).items():
+            if site["type"] == "sample":
+                values = np.asarray(site["fn"].log_prob(site["value"]))
+                bad = values[~np.isfinite(values)]
+                if bad.size:
+                    causes.append(f"site {name!r} has log probability {bad[0]} at a random start")
+        seen = f"Seen: {'; '.join(causes)}." if causes else ""
+        raise InvalidStart(
+            "model: got no start with a finite log density and gradient in 100 tries; wanted one. "
+            + (seen or "Try another init_strategy, or tighter priors.")
+        )
 
 
 def forward_only(logdensity: Callable[[PyTree], Array]) -> Callable[[PyTree], Array]:
@@ -373,26 +356,29 @@ def forward_only(logdensity: Callable[[PyTree], Array]) -> Callable[[PyTree], Ar
 # --- what a model may hold -------------------------------------------------------------------------------------------
 
 
-def _check_latent_sites(sites: dict) -> None:
-    latent = {
-        name: site["fn"]
+def _latent(sites: dict) -> dict:
+    return {
+        name: site
         for name, site in sites.items()
         if site["type"] == "sample" and not site["is_observed"]
     }
+
+
+def _check_latent_sites(sites: dict) -> None:
     for name, site in sites.items():
         if site["type"] == "plate" and site["args"][0] != len(site["value"]):
-            size, subsample = site["args"][0], len(site["value"])
             raise ValueError(
-                f"plate {name!r}: got a subsample of {subsample} out of {size}; wanted all of the data"
+                f"plate {name!r}: got a subsample of {len(site['value'])} out of {site['args'][0]}; wanted all of the data"
             )
-    for name, distribution in latent.items():
-        kind = type(_base(distribution)).__name__
-        if distribution.support.is_discrete:
+    latent = _latent(sites)
+    for name, site in latent.items():
+        base = _base(site["fn"])
+        if site["fn"].support.is_discrete:
             raise ValueError(
-                f"site {name!r}: got a discrete latent variable ({kind}); wanted continuous ones. Sum it out, e.g. "
+                f"site {name!r}: got a discrete latent variable ({type(base).__name__}); wanted continuous ones. Sum it out, e.g. "
                 "with MixtureSameFamily, or observe it"
             )
-        if isinstance(_base(distribution), dist.Delta):
+        if isinstance(base, dist.Delta):
             raise ValueError(
                 f"site {name!r}: got a latent variable with a Delta distribution; wanted a density. Report the value "
                 "with numpyro.deterministic instead"
@@ -410,11 +396,8 @@ def _check_observed_sites(run: WithData, key: Key, sites: dict) -> None:
         distribution, value = site["fn"], np.asarray(site["value"])
         if isinstance(distribution, dist.MaskedDistribution | dist.Unit) or value.dtype == object:
             continue
-        missing = (
-            np.isnan(value)
-            if np.issubdtype(value.dtype, np.floating)
-            else np.zeros(value.shape, bool)
-        )
+        # Only a float differs from itself.
+        missing = np.asarray(value != value)
         if missing.any():
             raise ValueError(
                 f"site {name!r}: got {missing.sum()} NaN among its {value.size} observed values (the first at index "
@@ -439,25 +422,14 @@ def _fixed_supports(run: WithData, key: Key) -> list[str]:
     names = []
     for name, site in first.items():
         if site["type"] == "sample" and site["is_observed"] and name in second:
-            parts = [
-                jax.tree.leaves((one["value"], one["fn"].support)) for one in (site, second[name])
-            ]
-            if len(parts[0]) == len(parts[1]) and all(
-                np.array_equal(a, b, equal_nan=True) for a, b in zip(*parts)
+            one, other = (
+                jax.tree.leaves((it["value"], it["fn"].support)) for it in (site, second[name])
+            )
+            if len(one) == len(other) and all(
+                np.array_equal(a, b, equal_nan=True) for a, b in zip(one, other)
             ):
                 names.append(name)
     return names
-
-
-def _shapes(sites: dict, latent: list[str]) -> dict:
-    """Shapes and types of unconstrained latent values, computed without running anything."""
-    return {
-        name: jax.eval_shape(
-            lambda value, name=name: biject_to(sites[name]["fn"].support).inv(value),
-            sites[name]["value"],
-        )
-        for name in latent
-    }
 
 
 def _check_traceable(potential: Callable, position: dict) -> None:
@@ -495,16 +467,6 @@ def _first(flags: np.ndarray) -> tuple[int, ...]:
 
 
 # --- what a trace says of its sites -------------------------------------------------------------------------------------
-
-
-def _reported(sites: dict) -> tuple[str, ...]:
-    """Names of the latent and deterministic sites of a trace, in its order."""
-    latent = {
-        name for name, site in sites.items() if site["type"] == "sample" and not site["is_observed"]
-    }
-    return tuple(
-        name for name, site in sites.items() if name in latent or site["type"] == "deterministic"
-    )
 
 
 def _plate_dims(sites: dict, names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
