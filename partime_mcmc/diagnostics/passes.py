@@ -6,8 +6,6 @@ solvers' own steps are taken one after another from the host, as `solve` takes t
 of short stretches.
 """
 
-from __future__ import annotations
-
 import functools
 
 import jax

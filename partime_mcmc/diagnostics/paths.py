@@ -27,7 +27,8 @@ FLIPS_PER_STEP = {
 FLIPS_PER_STEP_ELSE = 5e-4  # the largest mean seen in healthy float32
 MAX_PAIRED_SHIFT = 0.1  # MCSE
 # Of a plan: what decides about random numbers and how they are used.
-_ENTRIES = ("key", "num_samples", "num_chains", "kernel", "coupling", "thinning", "num_warmup")
+_NEEDED = ("key", "num_samples", "num_chains")
+_ENTRIES = (*_NEEDED, "kernel", "coupling", "thinning", "num_warmup")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +62,9 @@ class Side:
         """
         named = dict(by_name.coordinates(by_name.named_draws(draws)))
         positions = by_name.named_positions(draws)
-        arrays = positions or by_name.named_draws(draws)
         leaves = [
-            leaf.reshape(*leaf.shape[:2], int(np.prod(leaf.shape[2:]))) for leaf in arrays.values()
+            leaf.reshape(*leaf.shape[:2], int(np.prod(leaf.shape[2:])))
+            for leaf in (positions or by_name.named_draws(draws)).values()
         ]
         if not named or not next(iter(named.values())).size:
             raise ValueError(f"{title} holds no draws")
@@ -87,8 +88,7 @@ class Side:
         values = (getattr(self.draws, "info", None) or {}).get(name)
         if values is None and name == "accepted":
             values = getattr(getattr(self.draws, "certificate", None), name, None)
-        values = None if values is None else np.asarray(values)
-        return values if values is not None and values.shape == self.shape else None
+        return None if np.shape(values) != self.shape else np.asarray(values)
 
 
 def plan_entry(side: Side, name: str) -> Any:
@@ -103,22 +103,16 @@ def _forms(side: Side) -> list[tuple[tuple[int, ...], np.dtype]]:
 
 def same_random_numbers(ours: Side, theirs: Side) -> bool:
     """Whether both plans name the same random numbers and the states have the same shapes and dtypes."""
-    if _forms(ours) != _forms(theirs):
-        return False
     entries = {name: (plan_entry(ours, name), plan_entry(theirs, name)) for name in _ENTRIES}
-    unknown = [name for name, pair in entries.items() if None in pair]
-    needed = ("key", "num_samples", "num_chains")
-    return not set(needed) & set(unknown) and all(
-        a == b for name, (a, b) in entries.items() if name not in unknown
+    return _forms(ours) == _forms(theirs) and all(
+        name not in _NEEDED if None in (a, b) else a == b for name, (a, b) in entries.items()
     )
 
 
-def equal_bits(ours: Side, theirs: Side) -> np.ndarray | None:
-    """Steps (C, T) whose states hold the same bits, or None for runs of different shapes or dtypes."""
-    return _same_bits(ours, theirs) if _forms(ours) == _forms(theirs) else None
-
-
-def _same_bits(ours: Side, theirs: Side) -> np.ndarray:
+def equal_bits(ours: Side, theirs: Side) -> np.ndarray:
+    """Steps (C, T) whose states hold the same bits; none do in runs of different shapes or dtypes."""
+    if _forms(ours) != _forms(theirs):
+        return np.zeros(ours.shape, bool)
     same = np.ones(ours.shape, bool)
     for a, b in zip(ours.leaves, theirs.leaves, strict=True):
         bits = f"u{a.dtype.itemsize}"  # as integers, so that 0.0 is not -0.0
@@ -136,7 +130,7 @@ def compare_paths(ours: Side, theirs: Side, table: list[dict[str, Any]]) -> Path
         theirs: the sequential run, of equal shapes and dtypes.
         table: rows with either side's ``mean`` and ``sd`` and the sequential run's MCSEs of both.
     """
-    a, b, same = ours.states, theirs.states, _same_bits(ours, theirs)
+    a, b, same = ours.states, theirs.states, equal_bits(ours, theirs)
     sd, size = b.std(axis=(0, 1)), np.abs(b).max(axis=(0, 1))
     scale = np.where(
         sd > 0, sd, np.where(size > 0, size, 1.0)
