@@ -24,7 +24,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 import partime_mcmc
 from partime_mcmc import StoredDraws, Target, hosts, open_draws, time_mesh
@@ -178,8 +177,9 @@ def _resume(arguments: argparse.Namespace) -> int:
     _check_files(arguments)
     with machines(arguments) as mesh:
         run = Folder(arguments.run).read_run()
-        words = jax.numpy.asarray(run["key_words"], jax.numpy.uint32)
-        key = jax.random.wrap_key_data(words, impl=run["key_impl"])
+        key = jax.random.wrap_key_data(
+            jax.numpy.asarray(run["key_words"], jax.numpy.uint32), impl=run["key_impl"]
+        )
         target, kernel = _load_target(arguments, key), getattr(partime_mcmc, arguments.kernel)
         draws = partime_mcmc.resume(
             arguments.run, target, kernel, mesh=mesh, progress=not arguments.quiet
@@ -218,7 +218,7 @@ def started_together(environment: Mapping[str, str]) -> bool:
 
 
 @contextlib.contextmanager
-def machines(arguments: argparse.Namespace) -> Iterator[Mesh | None]:
+def machines(arguments: argparse.Namespace) -> Iterator[jax.sharding.Mesh | None]:
     """The devices that the options mean, hosts joined; None is the default device alone."""
     given = arguments.coordinator, arguments.num_hosts, arguments.host_id
     by_hand = given != (None, None, None)
@@ -307,11 +307,11 @@ def _finish(arguments: argparse.Namespace, key: Key, draws: Any) -> int:
 
 def _sentence(error: Exception) -> str:
     """An error in one sentence, on one line."""
-    known = isinstance(error, ValueError | TypeError | OSError | ImportError)
     # JAX's note on what its traceback leaves out is of no use to those who see no traceback.
     notes = [note for note in getattr(error, "__notes__", ()) if "JAX_TRACEBACK" not in note]
     parts = [str(error).strip().split("\n\n")[0] or type(error).__name__, *notes]
     text = " ".join(". ".join(part.rstrip().removesuffix(".") for part in parts).split())
+    known = isinstance(error, ValueError | TypeError | OSError | ImportError)
     return text if known else f"{type(error).__name__}: {text}"
 
 

@@ -109,11 +109,20 @@ def summary_table(draws: Any) -> list[dict[str, Any]]:
         with np.errstate(all="ignore"):
             q05, q50, q95 = np.quantile(x, [0.05, 0.5, 0.95]) if x.size else [np.nan] * 3
             sd = x.std(ddof=1) if x.size > 1 else np.nan
-        row = {"mean": x.mean() if x.size else np.nan, "sd": sd, "q05": q05, "q50": q50, "q95": q95}
-        row |= {"mcse_mean": mcse_mean(x), "ess_bulk": ess_bulk(x), "ess_tail": ess_tail(x)}
-        numbers = {key: float(value) for key, value in row.items()} | {"r_hat": rhat(x)}
-        never_moved = bool((stuck(x) & frozen).any() or partly_constant(x))
-        rows.append({"name": name, **numbers, "frozen": never_moved})
+        row = {
+            "name": name,
+            "mean": float(x.mean()) if x.size else float("nan"),
+            "sd": float(sd),
+            "q05": float(q05),
+            "q50": float(q50),
+            "q95": float(q95),
+            "mcse_mean": mcse_mean(x),
+            "ess_bulk": ess_bulk(x),
+            "ess_tail": ess_tail(x),
+            "r_hat": rhat(x),
+            "frozen": bool((stuck(x) & frozen).any() or partly_constant(x)),
+        }
+        rows.append(row)
     return rows
 
 

@@ -36,10 +36,10 @@ def summary_rows(draws: Any) -> list[dict[str, Any]]:
     return summary_table(draws) if statistics is None else statistics.summary()
 
 
-def shown_rows(draws: Any, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows and columns worth showing: values in `draws.names`, and `frozen` only if a chain is."""
+def shown_rows(draws: Any) -> list[dict[str, Any]]:
+    """The rows and columns of the summary worth showing: values in `draws.names`, and `frozen` only if a chain is."""
     names = getattr(draws, "names", None)
-    rows = [row for row in rows if not names or row["name"].split("[")[0] in names]
+    rows = [row for row in summary_rows(draws) if not names or row["name"].split("[")[0] in names]
     hidden = {"mcse_sd", "rank_error"} | (
         set() if any(row["frozen"] for row in rows) else {"frozen"}
     )
@@ -97,7 +97,7 @@ def _certificate_text(certificate: Any) -> str:
 
 def run_text(draws: Any) -> str:
     """A run as text: its table, and the facts below it."""
-    rows = shown_rows(draws, summary_rows(draws))
+    rows = shown_rows(draws)
     lines = text_table(rows[:_MOST_TEXT_ROWS])
     if len(rows) > _MOST_TEXT_ROWS:
         lines.append(f"... and {len(rows) - _MOST_TEXT_ROWS} more")
@@ -140,8 +140,7 @@ def report_html(title: str, facts: Iterable[tuple[str, str]], rows: Rows) -> str
 
 def draws_html(draws: Any, title: str = "Posterior") -> str:
     """A run, in memory or on disk, as its `_repr_html_` shows it."""
-    rows = shown_rows(draws, summary_rows(draws))
-    return report_html(title, run_facts(draws), rows)
+    return report_html(title, run_facts(draws), shown_rows(draws))
 
 
 def save(path: str | os.PathLike, body: str, figures: Iterable[Any] = ()) -> Path:

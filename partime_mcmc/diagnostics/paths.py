@@ -21,9 +21,8 @@ from partime_mcmc.diagnostics import values as by_name
 from partime_mcmc.diagnostics.report import PathComparison
 
 PATH_TOLERANCE = 1e-3  # posterior sd: how far a certified path may be from the exact one
-FLIPS_PER_STEP = {
-    np.dtype(np.float64): 1e-11
-}  # ten times the largest |difference of acceptance probabilities| seen
+# Ten times the largest |difference of acceptance probabilities| seen.
+FLIPS_PER_STEP = {np.dtype(np.float64): 1e-11}
 FLIPS_PER_STEP_ELSE = 5e-4  # the largest mean seen in healthy float32
 MAX_PAIRED_SHIFT = 0.1  # MCSE
 # Of a plan: what decides about random numbers and how they are used.
@@ -132,9 +131,8 @@ def compare_paths(ours: Side, theirs: Side, table: list[dict[str, Any]]) -> Path
     """
     a, b, same = ours.states, theirs.states, equal_bits(ours, theirs)
     sd, size = b.std(axis=(0, 1)), np.abs(b).max(axis=(0, 1))
-    scale = np.where(
-        sd > 0, sd, np.where(size > 0, size, 1.0)
-    )  # magnitudes where there are too few draws for an sd
+    # Magnitudes where there are too few draws for an sd.
+    scale = np.where(sd > 0, sd, np.where(size > 0, size, 1.0))
     distance = (np.abs(a - b) / scale).max(axis=-1, initial=0.0)
     apart = distance > PATH_TOLERANCE
     starts = apart & ~np.pad(apart, ((0, 0), (1, 0)))[:, :-1]
@@ -151,7 +149,6 @@ def compare_paths(ours: Side, theirs: Side, table: list[dict[str, Any]]) -> Path
         fraction_equal=same.mean(axis=1).tolist(),
         fraction_within=(~apart).mean(axis=1).tolist(),
         max_distance=distance.max(axis=1).tolist(),
-        max_distance_merged=np.where(apart, 0.0, distance).max(axis=1).tolist(),
         num_flips=[-1] * len(apart) if flips is None else flips.sum(axis=1).tolist(),
         num_excursions=starts.sum(axis=1).tolist(),
         longest_excursion=[_longest_run(chain) for chain in apart],
@@ -173,9 +170,8 @@ def _shift(table: list[dict[str, Any]], what: str, error: str) -> float:
         unit = row[f"{error}_sequential"]
         if unit > 0:
             worst = max(worst, difference / unit)
-        elif (
-            difference > PATH_TOLERANCE**2 * row["sd_sequential"]
-        ):  # less is nothing, however short the run
+        # Less is nothing, however short the run.
+        elif difference > PATH_TOLERANCE**2 * row["sd_sequential"]:
             worst = np.inf
     return float(worst)
 

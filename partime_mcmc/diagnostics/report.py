@@ -71,7 +71,6 @@ class PathComparison:
         fraction_equal: share of steps with equal bits.
         fraction_within: share of steps within ``tolerance``.
         max_distance: largest distance at any step.
-        max_distance_merged: largest distance outside excursions.
         num_flips: accept decisions that differ, -1 where a side recorded none.
         num_excursions: excursions, re-merged or not.
         longest_excursion: steps of the longest one.
@@ -89,7 +88,6 @@ class PathComparison:
     fraction_equal: list[float]
     fraction_within: list[float]
     max_distance: list[float]
-    max_distance_merged: list[float]
     num_flips: list[int]
     num_excursions: list[int]
     longest_excursion: list[int]

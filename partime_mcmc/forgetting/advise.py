@@ -106,7 +106,7 @@ def advise(
             `(K, D)` of flat states.
         num_steps: T, steps per chain.
         num_chains: C, chains that are run side by side.
-        max_bytes: Memory that the paths and their copies may take; None is `path_bytes()`.
+        max_bytes: Memory that the paths and their copies may take; None is 1 GiB on a CPU, 4 GiB elsewhere.
         tolerance: As for the solve.
 
     Returns:
@@ -118,7 +118,8 @@ def advise(
     """
     check_count(num_steps, "num_steps", 1)
     check_count(num_chains, "num_chains", 1)
-    max_bytes = path_bytes() if max_bytes is None else max_bytes
+    if max_bytes is None:
+        max_bytes = 2**30 if jax.default_backend() == "cpu" else 2**32
     initial, drives, starts = (
         jax.tree.map(jnp.asarray, tree) for tree in (initial, drives, starts)
     )
@@ -160,11 +161,6 @@ def advise(
         f"{forgets}; the last of {lanes:,} segments should need about {last:.0f}.",
         True,
     )
-
-
-def path_bytes() -> int:
-    """Memory that paths and their copies may take by default: 1 GiB on a CPU, 4 GiB elsewhere."""
-    return 2**30 if jax.default_backend() == "cpu" else 2**32
 
 
 def _why_not(num_chains: int, longest: float, size: int) -> str:

@@ -173,10 +173,8 @@ def _meet(dynamics, pairs, tape, tolerance, num_steps, scale, *, shared) -> Meet
     count, zero = pairs.shape[0], jnp.zeros((), jnp.int32)
     begin = jnp.zeros(count, jnp.int32), jnp.zeros(count, bool), jnp.zeros(count, pairs.dtype)
     first = jax.tree.map(lambda leaf: leaf[0], tape)
-    end = lax.while_loop(
-        waiting, one_step, (zero, enter(pairs, first), pairs, look(zero, pairs, begin))
-    )
-    return MeetingTimes(*end[3])
+    start = zero, enter(pairs, first), pairs, look(zero, pairs, begin)
+    return MeetingTimes(*lax.while_loop(waiting, one_step, start)[3])
 
 
 @functools.partial(jax.jit, static_argnames=("shared",))
