@@ -366,8 +366,11 @@ def _load_model(source: str) -> Any:
     try:
         found = runpy.run_path(file, run_name="model")
     except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [f" (line {one.lineno})" for one in frames if one.filename == file]
+        lines = [
+            f" (line {one.lineno})"
+            for one in traceback.extract_tb(error.__traceback__)
+            if one.filename == file
+        ]
         raise ValueError(
             f"model: running {file} failed: {type(error).__name__}: {error}{''.join(lines[-1:])}"
         ) from error
