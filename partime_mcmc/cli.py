@@ -9,8 +9,6 @@ keyword arguments by name. Loading a file runs it, as Python would. The command 
 that may switch JAX to float64, and does so when asked to, and for built-in models that need it.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import inspect
@@ -26,11 +24,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 import partime_mcmc
 from partime_mcmc import StoredDraws, Target, hosts, open_draws, time_mesh
-from partime_mcmc.diagnostics import describe, html, plots
+from partime_mcmc.diagnostics import describe, plots
 from partime_mcmc.diagnostics.arviz import read_draws, save_netcdf
 from partime_mcmc.diagnostics.report import Level, Report
 from partime_mcmc.models import MODELS
@@ -112,8 +109,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("partime-mcmc", description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        "partime-mcmc",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.set_defaults(command=None, quiet=False, float64=False, thinning=1)
     commands = parser.add_subparsers(metavar="COMMAND")
     for command, options in {
@@ -128,8 +128,9 @@ def _parser() -> argparse.ArgumentParser:
         for name in [*options.split(), "--traceback"]:
             added.add_argument(name, **_OPTIONS[name])
         added.set_defaults(command=command)
-    demo = {"data": None, "store": None, "out": Path("partime_demo"), "independent": True}
-    commands.choices["demo"].set_defaults(kernel="hmc", **demo)
+    commands.choices["demo"].set_defaults(
+        kernel="hmc", data=None, store=None, out=Path("partime_demo"), independent=True
+    )
     commands.choices["resume"].set_defaults(out=None, solver="shooting")
     return parser
 
@@ -176,11 +177,13 @@ def _resume(arguments: argparse.Namespace) -> int:
     _check_files(arguments)
     with machines(arguments) as mesh:
         run = Folder(arguments.run).read_run()
-        words = jax.numpy.asarray(run["key_words"], jax.numpy.uint32)
-        key = jax.random.wrap_key_data(words, impl=run["key_impl"])
+        key = jax.random.wrap_key_data(
+            jax.numpy.asarray(run["key_words"], jax.numpy.uint32), impl=run["key_impl"]
+        )
         target, kernel = _load_target(arguments, key), getattr(partime_mcmc, arguments.kernel)
-        progress = not arguments.quiet
-        draws = partime_mcmc.resume(arguments.run, target, kernel, mesh=mesh, progress=progress)
+        draws = partime_mcmc.resume(
+            arguments.run, target, kernel, mesh=mesh, progress=not arguments.quiet
+        )
         return _finish(arguments, key, draws)
 
 
@@ -190,7 +193,7 @@ def _summary(arguments: argparse.Namespace) -> int:
     run = _open_run(arguments.run)
     print(describe.run_json(run) if arguments.json else describe.run_text(run))
     if arguments.report is not None:
-        html.save_page(arguments.report, run, str(arguments.run))
+        describe.save_page(arguments.report, run, str(arguments.run))
     return _GOOD if describe.is_certified(run) else _BAD
 
 
@@ -215,13 +218,15 @@ def started_together(environment: Mapping[str, str]) -> bool:
 
 
 @contextlib.contextmanager
-def machines(arguments: argparse.Namespace) -> Iterator[Mesh | None]:
+def machines(arguments: argparse.Namespace) -> Iterator[jax.sharding.Mesh | None]:
     """The devices that the options mean, hosts joined; None is the default device alone."""
     given = arguments.coordinator, arguments.num_hosts, arguments.host_id
     by_hand = given != (None, None, None)
     if arguments.alone + arguments.cluster + by_hand > 1:
-        ways = "--alone, --cluster, --coordinator with --num-hosts and --host-id"
-        raise ValueError(f"{ways}: got more than one of these three, wanted at most one")
+        raise ValueError(
+            "--alone, --cluster, --coordinator with --num-hosts and --host-id: got more than one of these three, wanted "
+            "at most one"
+        )
     if not (arguments.cluster or by_hand) and (arguments.alone or not started_together(os.environ)):
         yield time_mesh() if arguments.all_devices else None
         return
@@ -234,27 +239,32 @@ def _check_files(arguments: argparse.Namespace) -> None:
     for option, suffix in (("out", ".nc"), ("report", ".html")):
         path = getattr(arguments, option, None)
         if path is not None and (path.suffix != suffix or not path.parent.is_dir()):
-            wanted = f"wanted a file that ends in {suffix}, in a folder that exists"
-            raise ValueError(f"--{option}: got {path}, {wanted}")
+            raise ValueError(
+                f"--{option}: got {path}, wanted a file that ends in {suffix}, in a folder that exists"
+            )
 
 
 def _draw(arguments: Any, key: Key, target: Target, mesh: Any = None, **options: Any) -> Any:
-    solver = arguments.solver and getattr(partime_mcmc, arguments.solver)()
-    evidence = (
-        partime_mcmc.CertifyIndependently
-        if arguments.independent
-        else partime_mcmc.CertifyWhileRolling
-    )
     print(
         f"{arguments.model}: {arguments.num_chains} chains of {arguments.num_samples} draws with {arguments.kernel}, "
         f"{jax.dtypes.canonicalize_dtype(float)}, on {1 if mesh is None else mesh.size} "
         f"{jax.devices()[0].platform} device(s)",
         flush=True,
     )
-    names = ("num_samples", "num_chains", "num_warmup", "thinning", "store")
-    given = {name: getattr(arguments, name) for name in names}
-    given |= {"kernel": getattr(partime_mcmc, arguments.kernel), "solver": solver, "mesh": mesh}
-    given |= {"progress": not arguments.quiet, "certificate": evidence()}
+    given = {
+        "num_samples": arguments.num_samples,
+        "num_chains": arguments.num_chains,
+        "num_warmup": arguments.num_warmup,
+        "thinning": arguments.thinning,
+        "store": arguments.store,
+        "kernel": getattr(partime_mcmc, arguments.kernel),
+        "solver": arguments.solver and getattr(partime_mcmc, arguments.solver)(),
+        "mesh": mesh,
+        "progress": not arguments.quiet,
+        "certificate": partime_mcmc.CertifyIndependently()
+        if arguments.independent
+        else partime_mcmc.CertifyWhileRolling(),
+    }
     return partime_mcmc.sample(key, target, **given | options)
 
 
@@ -262,13 +272,14 @@ def _compare_ways(
     arguments: Any, key: Key, target: Target, draws: Any, mesh: Any = None
 ) -> tuple[Any, Report]:
     """The same chains one step after another, and whether they are the same; prints both times."""
-    way = {"kernel": draws.warmup, "solver": partime_mcmc.sequential()}
-    sequential = _draw(arguments, key, target, mesh, **way)
+    sequential = _draw(
+        arguments, key, target, mesh, kernel=draws.warmup, solver=partime_mcmc.sequential()
+    )
     if draws.report.interrupted or sequential.report.interrupted:
         raise KeyboardInterrupt
     report = partime_mcmc.compare(draws, sequential)
-    seconds = [run.report.seconds_run for run in (draws, sequential)]
-    print(f"parallel {seconds[0]:.3f} s, sequential {seconds[1]:.3f} s")
+    parallel_s, sequential_s = draws.report.seconds_run, sequential.report.seconds_run
+    print(f"parallel {parallel_s:.3f} s, sequential {sequential_s:.3f} s")
     print(report.verdict, *report.reasons, sep="\n")
     return sequential, report
 
@@ -277,8 +288,8 @@ def _finish(arguments: argparse.Namespace, key: Key, draws: Any) -> int:
     """Print and write what was sampled, all of it or what there was before an interrupt."""
     interrupted = not draws.finished
     if interrupted:
-        stored = isinstance(draws, StoredDraws)
-        print("interrupted" + "; `resume` goes on with it" * stored, file=sys.stderr)
+        hint = "; `resume` goes on with it" if isinstance(draws, StoredDraws) else ""
+        print(f"interrupted{hint}", file=sys.stderr)
         if not draws.num_samples:
             return _INTERRUPTED
     print(describe.run_text(draws))
@@ -290,17 +301,17 @@ def _finish(arguments: argparse.Namespace, key: Key, draws: Any) -> int:
             "distances": coupled_distances(draws.warmup, jax.random.fold_in(key, 1)),
             "passes": solve_by_pass(draws.warmup, jax.random.fold_in(key, 2), solver),
         }
-        print(f"written: {html.save_page(arguments.report, draws, arguments.model, **figures)}")
+        print(f"written: {describe.save_page(arguments.report, draws, arguments.model, **figures)}")
     return _INTERRUPTED if interrupted else _GOOD if describe.is_certified(draws) else _BAD
 
 
 def _sentence(error: Exception) -> str:
     """An error in one sentence, on one line."""
-    known = isinstance(error, ValueError | TypeError | OSError | ImportError)
     # JAX's note on what its traceback leaves out is of no use to those who see no traceback.
     notes = [note for note in getattr(error, "__notes__", ()) if "JAX_TRACEBACK" not in note]
     parts = [str(error).strip().split("\n\n")[0] or type(error).__name__, *notes]
     text = " ".join(". ".join(part.rstrip().removesuffix(".") for part in parts).split())
+    known = isinstance(error, ValueError | TypeError | OSError | ImportError)
     return text if known else f"{type(error).__name__}: {text}"
 
 
@@ -320,8 +331,10 @@ def _loaded(draws: Any) -> Any:
     needed = _COPIES * (draws.posterior.nbytes + draws.sample_stats.nbytes) / 2**30
     limit = default_max_bytes() / 2**30
     if needed > limit:
-        wanted = f"wanted at most {limit:.3g} GiB: keep fewer with a larger thinning"
-        raise ValueError(f"{draws.path}: its draws take {needed:.3g} GiB in work, {wanted}")
+        raise ValueError(
+            f"{draws.path}: its draws take {needed:.3g} GiB in work, wanted at most {limit:.3g} GiB: keep fewer with a "
+            "larger thinning"
+        )
     return draws.load()
 
 
@@ -346,16 +359,21 @@ def _load_model(source: str) -> Any:
     """The object that `FILE.py:MODEL` names."""
     file, _, name = source.rpartition(":")
     if not file.endswith(".py"):
-        built_in = ", ".join(MODELS)
-        raise ValueError(f"model: got {source!r}, wanted FILE.py:MODEL, or one of {built_in}")
+        raise ValueError(
+            f"model: got {source!r}, wanted FILE.py:MODEL, or one of {', '.join(MODELS)}"
+        )
     sys.path.insert(0, str(Path(file).resolve().parent))  # as for `python FILE.py`
     try:
         found = runpy.run_path(file, run_name="model")
     except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [f" (line {one.lineno})" for one in frames if one.filename == file]
-        reason = f"{type(error).__name__}: {error}{''.join(lines[-1:])}"
-        raise ValueError(f"model: running {file} failed: {reason}") from error
+        lines = [
+            f" (line {one.lineno})"
+            for one in traceback.extract_tb(error.__traceback__)
+            if one.filename == file
+        ]
+        raise ValueError(
+            f"model: running {file} failed: {type(error).__name__}: {error}{''.join(lines[-1:])}"
+        ) from error
     models = [one for one in found if one[0] != "_" and isinstance(found[one], Callable | Target)]
     if name not in models:
         raise ValueError(f"model: {file} has no model {name!r}; it has {', '.join(models)}")
@@ -376,8 +394,10 @@ def _call_model(model: Any, data: dict[str, Any], key: Key) -> Target:
         return Target(*returned)
     if isinstance(returned, Target):
         return returned
-    wanted = "wanted a NumPyro model, or a function that returns a Target or (logdensity, initial)"
-    raise ValueError(f"model: got {name}, which returns a {type(returned).__name__}; {wanted}")
+    raise ValueError(
+        f"model: got {name}, which returns a {type(returned).__name__}; wanted a NumPyro model, or a function that "
+        "returns a Target or (logdensity, initial)"
+    )
 
 
 def _load_data(path: Path | None) -> dict[str, Any]:
@@ -385,11 +405,15 @@ def _load_data(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        is_json = path.suffix == ".json"
-        found = json.loads(path.read_text()) if is_json else dict(np.load(path, allow_pickle=False))
+        found = (
+            json.loads(path.read_text())
+            if path.suffix == ".json"
+            else dict(np.load(path, allow_pickle=False))
+        )
         found = {name: np.asarray(v) if isinstance(v, list) else v for name, v in found.items()}
     except Exception as error:  # zip, pickle, text and JSON all have errors of their own
-        wanted = "wanted .npz, or .json with an object of values by name"
-        raise ValueError(f"--data: {path} cannot be read ({error}); {wanted}") from error
+        raise ValueError(
+            f"--data: {path} cannot be read ({error}); wanted .npz, or .json with an object of values by name"
+        ) from error
     # A number may be a size, which NumPyro wants as Python's own.
     return {name: v.item() if getattr(v, "shape", None) == () else v for name, v in found.items()}

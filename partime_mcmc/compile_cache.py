@@ -11,8 +11,6 @@ chain that did not converge, which also needs the starts; the first guess is mad
 parameters serve every stretch. What could be given up is one state per chain.
 """
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import functools
@@ -138,15 +136,15 @@ def device() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what decides about bits, by package."""
-    return dict(_versions())
+    return {
+        name: _version(name)
+        for name in ("partime_mcmc", "jax", "jaxlib", "blackjax", "numpyro", "numpy")
+    }
 
 
 @functools.cache
-def _versions() -> tuple[tuple[str, str], ...]:
-    found = {}
-    for package in ("partime_mcmc", "jax", "jaxlib", "blackjax", "numpyro", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return tuple(found.items())
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

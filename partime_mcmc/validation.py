@@ -6,8 +6,6 @@ peak of one iteration is about
     bytes = 6 · C · T · (m + D) · itemsize,     m = D² for dense Jacobians, D for diagonal ones, 0 for none.
 """
 
-from __future__ import annotations
-
 import operator
 import warnings
 from typing import Any
@@ -49,11 +47,9 @@ def check_like(what: str, got: PyTree, wanted: PyTree, reference: str) -> None:
     Raises:
         TypeError: Naming the first difference.
     """
-    structures = jax.tree.structure(got), jax.tree.structure(wanted)
-    if structures[0] != structures[1]:
-        raise TypeError(
-            f"{what} structure {structures[0]}, wanted {structures[1]} as in `{reference}`"
-        )
+    structure, expected = jax.tree.structure(got), jax.tree.structure(wanted)
+    if structure != expected:
+        raise TypeError(f"{what} structure {structure}, wanted {expected} as in `{reference}`")
     for (path, new), old in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(wanted)):
         if new.shape != old.shape or new.dtype != old.dtype:
             raise TypeError(
@@ -83,11 +79,8 @@ def check_scale(scale: Array | float, name: str) -> Array | float:
     """
     if not isinstance(scale, Tracer):
         values = np.asarray(scale)
-        if (
-            not np.issubdtype(values.dtype, np.floating)
-            and not np.issubdtype(values.dtype, np.integer)
-            or not (np.isfinite(values).all() and (values > 0).all())
-        ):
+        # "fiu": floats and integers, signed or not.
+        if values.dtype.kind not in "fiu" or not (np.isfinite(values) & (values > 0)).all():
             raise ValueError(f"{name}: got {scale!r}, wanted positive finite numbers")
     return scale
 
@@ -175,18 +168,15 @@ def check_dtypes(position: PyTree, name: str = "initial") -> PyTree:
         InvalidStart: For bool, complex, object or string leaves, and for two floating dtypes in one position.
     """
     paths, tree = jax.tree_util.tree_flatten_with_path(position)
-    leaves, labels = [], []
-    for path, leaf in paths:
+    leaves, strong = {}, {}
+    for path, given in paths:
         label = name + jax.tree_util.keystr(path)
-        kind = getattr(leaf, "dtype", None) or np.asarray(leaf).dtype
+        kind = getattr(given, "dtype", None) or np.asarray(given).dtype
         if not (jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)):
             raise InvalidStart(
-                f"{label}: got {leaf!r} of dtype {kind}; wanted real floating-point numbers"
+                f"{label}: got {given!r} of dtype {kind}; wanted real floating-point numbers"
             )
-        leaves.append(jnp.asarray(leaf))
-        labels.append(label)
-    strong = {}
-    for leaf, label in zip(leaves, labels, strict=True):
+        leaves[label] = leaf = jnp.asarray(given)
         if jnp.issubdtype(leaf.dtype, jnp.floating) and not leaf.weak_type:
             strong.setdefault(jnp.dtype(leaf.dtype), []).append(label)
     if len(strong) > 1:
@@ -195,12 +185,12 @@ def check_dtypes(position: PyTree, name: str = "initial") -> PyTree:
             f"{name}: got a mix of floating dtypes ({found}); wanted one dtype in every leaf"
         )
     dtype = next(iter(strong), jnp.dtype(jnp.result_type(float)))
-    for leaf, label in zip(leaves, labels, strict=True):
+    for label, leaf in leaves.items():
         if jnp.issubdtype(leaf.dtype, jnp.integer):
             warnings.warn(
                 f"{label}: got integers ({leaf.dtype}); they become {dtype}", stacklevel=2
             )
-    return jax.tree.unflatten(tree, [jnp.asarray(leaf, dtype=dtype) for leaf in leaves])
+    return jax.tree.unflatten(tree, [jnp.asarray(leaf, dtype=dtype) for leaf in leaves.values()])
 
 
 def check_bytes(

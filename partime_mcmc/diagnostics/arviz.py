@@ -12,9 +12,6 @@ NaN, and tables and attributes carry a ``frozen`` flag of their own. Left out: w
 of a page (ArviZ has them: give it :func:`to_arviz`).
 """
 
-from __future__ import annotations
-
-import dataclasses
 import functools
 import importlib
 import importlib.metadata
@@ -28,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from partime_mcmc.compile_cache import versions
 from partime_mcmc.diagnostics.formatting import plain
 from partime_mcmc.diagnostics.plots import adopt_figure, figure
 from partime_mcmc.diagnostics.values import (
@@ -39,7 +37,6 @@ from partime_mcmc.diagnostics.values import (
     stuck,
 )
 
-_TAILS = (0.05, 0.95)
 _PER_DRAW = ("accepted", "residual")  # of a certificate, written to sample_stats
 # ArviZ's names of some things that kernels record.
 STAT_NAMES = {"num_steps": "n_steps", "logdensity": "lp"}
@@ -76,7 +73,7 @@ def ess_bulk(x: np.ndarray) -> float:
 
 def ess_tail(x: np.ndarray) -> float:
     """Smaller effective sample size of the 5% and 95% quantiles of ``x`` (C, T); NaN as in :func:`ess_bulk`."""
-    return _statistic("ess", x, 1, method="tail", prob=_TAILS)
+    return _statistic("ess", x, 1, method="tail", prob=(0.05, 0.95))
 
 
 def rhat(x: np.ndarray) -> float:
@@ -112,11 +109,20 @@ def summary_table(draws: Any) -> list[dict[str, Any]]:
         with np.errstate(all="ignore"):
             q05, q50, q95 = np.quantile(x, [0.05, 0.5, 0.95]) if x.size else [np.nan] * 3
             sd = x.std(ddof=1) if x.size > 1 else np.nan
-        row = {"mean": x.mean() if x.size else np.nan, "sd": sd, "q05": q05, "q50": q50, "q95": q95}
-        row |= {"mcse_mean": mcse_mean(x), "ess_bulk": ess_bulk(x), "ess_tail": ess_tail(x)}
-        numbers = {key: float(value) for key, value in row.items()} | {"r_hat": rhat(x)}
-        never_moved = bool((stuck(x) & frozen).any() or partly_constant(x))
-        rows.append({"name": name, **numbers, "frozen": never_moved})
+        row = {
+            "name": name,
+            "mean": float(x.mean()) if x.size else float("nan"),
+            "sd": float(sd),
+            "q05": float(q05),
+            "q50": float(q50),
+            "q95": float(q95),
+            "mcse_mean": mcse_mean(x),
+            "ess_bulk": ess_bulk(x),
+            "ess_tail": ess_tail(x),
+            "r_hat": rhat(x),
+            "frozen": bool((stuck(x) & frozen).any() or partly_constant(x)),
+        }
+        rows.append(row)
     return rows
 
 
@@ -141,17 +147,27 @@ def to_arviz(
     Raises:
         ValueError: as :func:`named_draws`.
     """
-    groups = {"posterior": named_draws(draws), "sample_stats": _sample_stats(draws)}
-    groups = {name: group for name, group in groups.items() if group}
-    converters = _arviz()[1]
-    if hasattr(converters, "InferenceData"):
-        tree = converters.from_dict(**groups, coords=coords, dims=dims)
-    else:
-        tree = converters.from_dict(groups, coords=coords, dims=dims)
+    certificate = getattr(draws, "certificate", None)
+    recorded = {name: getattr(certificate, name, None) for name in _PER_DRAW}
+    recorded |= getattr(draws, "info", None) or {}
+    stats = {
+        STAT_NAMES.get(name, name): np.asarray(values)
+        for name, values in recorded.items()
+        if values is not None
+    }
+    groups = {"posterior": named_draws(draws)} | ({"sample_stats": stats} if stats else {})
+    tree = _from_dict(groups, coords=coords, dims=dims)
     attributes = _attributes(draws)
     tree.attrs.update(attributes)
     tree["posterior"].attrs.update(attributes)
     return tree
+
+
+def _from_dict(groups: dict[str, Any], **options: Any) -> Any:
+    converters = _arviz()[1]
+    if hasattr(converters, "InferenceData"):
+        return converters.from_dict(**groups, **options)
+    return converters.from_dict(groups, **options)
 
 
 def trace_plot(series: Mapping[str, np.ndarray]) -> Any:
@@ -185,12 +201,12 @@ def _drawn(name: str, series: Mapping[str, np.ndarray], **options: Any) -> Any:
     converters = _arviz()[1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # both generations remark on their own insides
+        tree = _from_dict({"posterior": posterior})
         if hasattr(converters, "InferenceData"):
-            axes = getattr(converters, name)(converters.from_dict(posterior=posterior), **options)
+            axes = getattr(converters, name)(tree, **options)
             return adopt_figure(np.ravel(axes)[0].figure)
         plot = getattr(importlib.import_module("arviz_plots"), name)
-        drawn = plot(converters.from_dict({"posterior": posterior}), backend="matplotlib")
-        return adopt_figure(drawn.viz["figure"].item())
+        return adopt_figure(plot(tree, backend="matplotlib").viz["figure"].item())
 
 
 def tree_of(groups: Mapping[str, Any], attributes: Mapping[str, Any]) -> Any:
@@ -215,35 +231,25 @@ def tree_of(groups: Mapping[str, Any], attributes: Mapping[str, Any]) -> Any:
     return tree
 
 
-def _sample_stats(draws: Any) -> dict[str, np.ndarray]:
-    certificate = getattr(draws, "certificate", None)
-    stats = {name: getattr(certificate, name, None) for name in _PER_DRAW}
-    stats |= getattr(draws, "info", None) or {}
-    return {
-        STAT_NAMES.get(name, name): np.asarray(values)
-        for name, values in stats.items()
-        if values is not None
-    }
-
-
 def _attributes(draws: Any) -> dict[str, str | int | float]:
     """A file's attributes: strings and numbers only."""
     report, certificate = getattr(draws, "report", None), getattr(draws, "certificate", None)
     frozen = np.flatnonzero(frozen_chains(draws))
+    version_of = versions() | (getattr(report, "versions", None) or {})
     attributes: dict[str, str | int | float] = {
         "inference_library": "partime_mcmc",
-        "inference_library_version": _library_version(report),
+        "inference_library_version": str(version_of["partime_mcmc"]),
         "frozen": int(frozen.size > 0),
         "frozen_chains": json.dumps(frozen.tolist()),
         "plan": json.dumps(plain(getattr(draws, "plan", None) or {})),
     }
     if certificate is not None:
         fields = {name: value for name, value in vars(certificate).items() if name not in _PER_DRAW}
-        attributes["certificate"] = json.dumps(plain(fields))
-        attributes["certified"] = int(np.all(np.asarray(certificate.certified)))
-        attributes["max_residual"] = float(
-            np.max(np.asarray(certificate.max_residual), initial=0.0)
-        )
+        attributes |= {
+            "certificate": json.dumps(plain(fields)),
+            "certified": int(np.all(np.asarray(certificate.certified))),
+            "max_residual": float(np.max(np.asarray(certificate.max_residual), initial=0.0)),
+        }
     if report is not None:
         wanted = ("status", "iterations", "fallbacks", "dtype", "device", "versions")
         attributes["run"] = json.dumps(
@@ -252,14 +258,6 @@ def _attributes(draws: Any) -> dict[str, str | int | float]:
         if getattr(report, "seconds_run", None) is not None:
             attributes["sampling_time"] = float(report.seconds_run)
     return attributes
-
-
-def _library_version(report: Any) -> str:
-    versions = getattr(report, "versions", None) or {}
-    try:
-        return str(versions.get("partime_mcmc") or importlib.metadata.version("partime_mcmc"))
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        return "unknown"
 
 
 def save_netcdf(draws: Any, path: str | os.PathLike) -> Path:
@@ -312,11 +310,12 @@ def draws_dataset(values: Mapping[str, Any], dims: Mapping[str, Any] | None = No
     """
     import xarray
 
-    variables, shape = {}, (0, 0)
-    for name, value in values.items():
-        value = np.asarray(value)
-        variables[name] = (("chain", "draw", *axis_names(name, value.ndim - 2, dims)), value)
-        shape = value.shape
+    arrays = {name: np.asarray(value) for name, value in values.items()}
+    variables = {
+        name: (("chain", "draw", *axis_names(name, value.ndim - 2, dims)), value)
+        for name, value in arrays.items()
+    }
+    shape = next(iter(arrays.values())).shape if arrays else (0, 0)
     coords = {"chain": np.arange(shape[0]), "draw": np.arange(shape[1])}
     return xarray.Dataset(variables, coords=coords)
 
@@ -335,27 +334,13 @@ def stats_dataset(info: Mapping[str, Any]) -> Any:
 _OWN_NAMES = {arviz: own for own, arviz in STAT_NAMES.items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class ReadDraws:
-    """Draws from a file; attributes as those of the draws that were written.
-
-    Attributes:
-        constrained: Name to array `(C, T, ...)`.
-        info: Name to array `(C, T)`.
-        certificate: Its fields per chain, shape `(C,)`; None if the file has none.
-        report: Some fields of the run's report; None likewise.
-        plan: What gives these draws again.
-    """
-
-    constrained: dict[str, np.ndarray]
-    info: dict[str, np.ndarray]
-    certificate: Any
-    report: Any
-    plan: dict[str, Any]
-
-
-def read_draws(path: str | os.PathLike) -> ReadDraws:
+def read_draws(path: str | os.PathLike) -> SimpleNamespace:
     """Read a file of `save_netcdf`.
+
+    Returns:
+        Draws with attributes as those of the draws that were written: `constrained`, name to array `(C, T, ...)`;
+        `info`, name to array `(C, T)`; `certificate`, its fields per chain, shape `(C,)`, or None if the file has none;
+        `report`, some fields of the run's report, or None; `plan`, what gives these draws again.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -372,13 +357,12 @@ def read_draws(path: str | os.PathLike) -> ReadDraws:
         ) from error
     stats = tree["sample_stats"].data_vars if "sample_stats" in tree else {}
     info = {_OWN_NAMES.get(name, str(name)): one.values for name, one in stats.items()}
-    certificate = _object(attributes.get("certificate"), info)
-    return ReadDraws(
-        {name: one.values for name, one in posterior.data_vars.items()},
-        info,
-        certificate,
-        _object(attributes.get("run"), {}),
-        json.loads(attributes.get("plan", "{}")),
+    return SimpleNamespace(
+        constrained={name: one.values for name, one in posterior.data_vars.items()},
+        info=info,
+        certificate=_object(attributes.get("certificate"), info),
+        report=_object(attributes.get("run"), {}),
+        plan=json.loads(attributes.get("plan", "{}")),
     )
 
 
@@ -386,7 +370,7 @@ def _object(text: str | None, info: dict[str, np.ndarray]) -> SimpleNamespace | 
     """The fields in a JSON text, and what was recorded per draw."""
     if text is None:
         return None
-    recorded = {name: info[name] for name in ("accepted", "residual") if name in info}
+    recorded = {name: info[name] for name in _PER_DRAW if name in info}
     fields = {name: _number(value) for name, value in json.loads(text).items()}
     return SimpleNamespace(**recorded | fields)
 

@@ -24,9 +24,7 @@ import numpy as np
 
 from partime_mcmc.tracing import explicit
 from partime_mcmc.types import Array, PyTree
-from partime_mcmc.validation import (
-    InvalidStart,
-)
+from partime_mcmc.validation import InvalidStart
 
 LogDensity = Callable[[PyTree], Array]
 
@@ -126,9 +124,7 @@ def check_precision(logdensity: LogDensity, position: PyTree) -> float | None:
                 lambda leaf: jnp.asarray(np.asarray(leaf), dtype=jnp.float64), position
             )
             value = _compiled(logdensity, wide)(wide)
-    except (
-        Exception
-    ):  # whatever a model that insists on float32 raises: then there is nothing to compare
+    except Exception:  # whatever a model that insists on float32 raises
         return None
     there = float(value)
     if value.dtype != jnp.float64 or not math.isfinite(there):
@@ -154,15 +150,15 @@ def _check_position(position: PyTree, name: str) -> None:
     for path, leaf in paths:
         dtype = getattr(leaf, "dtype", None) or np.asarray(leaf).dtype
         if not jnp.issubdtype(dtype, jnp.floating):
-            label = name + jax.tree_util.keystr(path)
-            raise InvalidStart(f"{label}: got dtype {dtype}; wanted real floating-point numbers")
+            raise InvalidStart(
+                f"{name}{jax.tree_util.keystr(path)}: got dtype {dtype}; wanted real floating-point numbers"
+            )
     if bad := _first_nonfinite(position, name):
         raise InvalidStart(f"{bad[0]}: got {bad[1]}; wanted finite numbers")
 
 
 def _check_at(evaluate: Callable, position: PyTree, name: str) -> None:
     value, gradient = evaluate(position)
-    value = float(value)
     if not math.isfinite(value):
         raise InvalidStart(
             f"{name}: got a start where the log density is {value}; wanted a finite one (is the start outside the "
@@ -170,7 +166,7 @@ def _check_at(evaluate: Callable, position: PyTree, name: str) -> None:
         )
     if bad := _first_nonfinite(gradient, f"gradient with respect to {name}"):
         raise InvalidStart(
-            f"{bad[0]}: got {bad[1]} where the log density itself is {value:.6g}; wanted a finite gradient. A `where` "
+            f"{bad[0]}: got {bad[1]} where the log density itself is {float(value):.6g}; wanted a finite gradient. A `where` "
             "around sqrt, log or a division does not stop the NaN of the branch not taken: use the double-where trick, "
             "jnp.where(ok, f(jnp.where(ok, x, 1.0)), other)"
         )
@@ -222,10 +218,9 @@ def _compiled(function: Callable, example: PyTree) -> Callable:
 def _first_nonfinite(tree: Any, name: str) -> tuple[str, float] | None:
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         values = np.asarray(leaf, dtype=np.float64)
-        if not np.isfinite(values).all():
-            index = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
-            where = f"[{', '.join(map(str, index))}]" if index else ""
-            return name + jax.tree_util.keystr(path) + where, float(values[index])
+        for index in np.argwhere(~np.isfinite(values)):
+            where = f"[{', '.join(map(str, index))}]" if index.size else ""
+            return name + jax.tree_util.keystr(path) + where, float(values[tuple(index)])
     return None
 
 
@@ -242,8 +237,8 @@ def looks_improper(positions_first: PyTree, positions_last: PyTree, step_size: A
         `IMPROPER_STEP_SIZE`. It is a hint for a warning, not a proof: a very wide proper target can trip it (rescale
         it), and a slow drift, or a chain that rejects nearly everything on the way out, passes unseen.
     """
-    sizes = [np.max(np.abs(leaf), initial=0.0) for leaf in jax.tree.leaves(positions_first)]
-    scale = float(max([1.0, *sizes]))
+    sizes = [np.max(np.abs(leaf), initial=1.0) for leaf in jax.tree.leaves(positions_first)]
+    scale = float(max(sizes, default=1.0))
     for path, leaf in jax.tree_util.tree_flatten_with_path(positions_last)[0]:
         largest = float(np.max(np.abs(leaf), initial=0.0))
         if largest > IMPROPER_GROWTH * scale:

@@ -68,16 +68,12 @@ def compare(parallel: Any, sequential: Any, *, family_alpha: float = 1e-3) -> Re
     distribution, path = Distribution([], [], [], {}, [], None, float("nan")), None
     if not faults:
         distribution = compare_distributions(ours, theirs, names, family_alpha)
-        path = (
-            compare_paths(ours, theirs, distribution.table)
-            if same_random_numbers(ours, theirs)
-            else None
-        )
+        if same_random_numbers(ours, theirs):
+            path = compare_paths(ours, theirs, distribution.table)
     level, reasons = _judge(ours, theirs, faults, path, distribution)
     notes = distribution.notes + _notes(ours, theirs, path)
-    if (
-        level >= Level.CERTIFIED_PATH
-    ):  # equal states cannot fail a test, but what was recorded along with them can
+    if level >= Level.CERTIFIED_PATH:
+        # Equal states cannot fail a test, but what was recorded along with them can.
         notes += [f"although the paths agree: {failure}" for failure in distribution.failures]
     return _report(ours, theirs, level, reasons, notes, path, distribution)
 
@@ -101,9 +97,8 @@ def _judge(
     """The level and why it is not a better one."""
     if faults:
         return Level.FAIL, faults
-    same = equal_bits(ours, theirs)
-    keys = plan_entry(ours, "key"), plan_entry(theirs, "key")
-    if same is not None and same.all():
+    if equal_bits(ours, theirs).all():
+        keys = plan_entry(ours, "key"), plan_entry(theirs, "key")
         if None not in keys and keys[0] != keys[1]:
             return Level.FAIL, [
                 "different keys gave the same path bit for bit: the keys were not used"
@@ -114,8 +109,7 @@ def _judge(
             ]
         return Level.BITWISE, []
     reasons = _path_reasons(ours, path)
-    certified = _uncertified(ours) == [] and path is not None and path.ok
-    if certified and path and (path.num_knife_edges == 0 or not distribution.failures):
+    if path and not reasons and (path.num_knife_edges == 0 or not distribution.failures):
         return Level.CERTIFIED_PATH, ["some steps differ in their last bits"]
     reasons += distribution.failures + distribution.gates
     if distribution.gates:
@@ -125,39 +119,41 @@ def _judge(
 
 def _same_values(ours: Side, theirs: Side) -> bool:
     """Whether equal positions were turned into equal values, up to rounding."""
-    pairs = ((ours.named[name], b) for name, b in theirs.named.items() if name in ours.named)
     return all(
-        np.allclose(a, b, rtol=PATH_TOLERANCE, atol=PATH_TOLERANCE * b.std()) for a, b in pairs
+        np.allclose(ours.named[name], b, rtol=PATH_TOLERANCE, atol=PATH_TOLERANCE * b.std())
+        for name, b in theirs.named.items()
+        if name in ours.named
     )
 
 
-def _uncertified(side: Side) -> list[str]:
-    certificate = getattr(side.draws, "certificate", None)
-    if certificate is None:
-        return ["the parallel run has no certificate"]
-    missing = np.flatnonzero(~np.atleast_1d(np.asarray(certificate.certified, bool))).tolist()
-    return [f"the certificate does not hold for chains {missing}"] if missing else []
-
-
 def _path_reasons(ours: Side, path: PathComparison | None) -> list[str]:
-    reasons = _uncertified(ours)
+    """Why no path is certified; none if and only if it is."""
+    certificate = getattr(ours.draws, "certificate", None)
+    certified = True if certificate is None else certificate.certified
+    missing = np.flatnonzero(~np.asarray(certified, bool)).tolist()
+    findings = [
+        (certificate is None, "the parallel run has no certificate"),
+        (missing, f"the certificate does not hold for chains {missing}"),
+    ]
     if path is None:
-        return [
-            *reasons,
-            "the runs do not share their random numbers, so there is no path to compare",
+        findings += [
+            (True, "the runs do not share their random numbers, so there is no path to compare")
         ]
-    if path.num_knife_edges > path.max_knife_edges:
-        reasons.append(
-            f"{sum(path.num_excursions)} excursions and {max(sum(path.num_flips), 0)} different accept decisions, where"
-            f" rounding explains {path.max_knife_edges}: not the same recurrence, or a chaotic one"
-        )
-    if sum(path.num_unmerged):
-        reasons.append(f"in {sum(path.num_unmerged)} chains the paths are apart at the last step")
-    if not path.paired_ok:
-        reasons.append(
-            f"means differ by {path.mean_shift:.2g} MCSE and sds by {path.sd_shift:.2g}, allowed 0.1"
-        )
-    return reasons
+    else:
+        flips, unmerged = max(sum(path.num_flips), 0), sum(path.num_unmerged)
+        findings += [
+            (
+                path.num_knife_edges > path.max_knife_edges,
+                f"{sum(path.num_excursions)} excursions and {flips} different accept decisions, where rounding explains"
+                f" {path.max_knife_edges}: not the same recurrence, or a chaotic one",
+            ),
+            (unmerged, f"in {unmerged} chains the paths are apart at the last step"),
+            (
+                not path.paired_ok,
+                f"means differ by {path.mean_shift:.2g} MCSE and sds by {path.sd_shift:.2g}, allowed 0.1",
+            ),
+        ]
+    return [text for found, text in findings if found]
 
 
 def _notes(ours: Side, theirs: Side, path: PathComparison | None) -> list[str]:
@@ -172,12 +168,12 @@ def _notes(ours: Side, theirs: Side, path: PathComparison | None) -> list[str]:
             f"{sum(path.num_excursions)} knife-edge decisions fell the other way by rounding; the paths met again after"
             f" at most {max(path.longest_excursion)} steps"
         )
-    counted = {
-        "num_ambiguous": "accept decisions within rounding of their threshold",
-        "num_nonfinite_proposals": "proposals that were not finite, and rejected",
-    }
-    totals = {name: _total(getattr(ours.draws, "certificate", None), name) for name in counted}
-    notes += [f"{total} {counted[name]}" for name, total in totals.items() if total > 0]
+    for name, what in (
+        ("num_ambiguous", "accept decisions within rounding of their threshold"),
+        ("num_nonfinite_proposals", "proposals that were not finite, and rejected"),
+    ):
+        total = _total(getattr(ours.draws, "certificate", None), name)
+        notes += [f"{total} {what}"] if total > 0 else []
     fallbacks = getattr(getattr(ours.draws, "report", None), "fallbacks", None) or []
     return notes + [f"fallback: {entry}" for entry in fallbacks]
 
@@ -195,7 +191,6 @@ def _values(source: Any, name: str) -> np.ndarray:
 
 
 def _verdict(level: Level, path: PathComparison | None, distribution: Distribution) -> str:
-    broken = not distribution.failures
     shift = distribution.min_detectable_shift
     power = f"a shift of {shift:.2g} sd would show" if np.isfinite(shift) else "at unknown power"
     excursions = sum(path.num_excursions) if path is not None else 0
@@ -209,9 +204,9 @@ def _verdict(level: Level, path: PathComparison | None, distribution: Distributi
         Level.CERTIFIED_PATH: f"CERTIFIED PATH: the parallel path obeys the recurrence and {same}.",
         Level.STATISTICAL: f"STATISTICAL: the runs agree in distribution, not as paths ({power}).",
         Level.INCONCLUSIVE: "INCONCLUSIVE: too little to go by; this is not a pass.",
-        Level.FAIL: "FAIL: one of the runs is broken."
-        if broken
-        else "FAIL: the runs do not draw from the same law.",
+        Level.FAIL: "FAIL: the runs do not draw from the same law."
+        if distribution.failures
+        else "FAIL: one of the runs is broken.",
     }[level]
 
 

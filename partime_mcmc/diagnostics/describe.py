@@ -1,20 +1,33 @@
-"""A run in a few labelled sentences and one table, as text, as JSON and for HTML.
+"""A run in a few labelled sentences and one table: as text, as JSON, and as HTML with figures.
 
-A run is `Draws`, `StoredDraws`, or what `read_draws` gives; what it does not have is left out.
+A run is `Draws`, `StoredDraws`, or what `read_draws` gives; what it does not have is left out. HTML is for notebooks, and
+for one file with figures inside that needs nothing else. Whatever comes from a run or a model (names of values above all)
+is escaped there. Figures are PNG images within the page: traces and ranks by ArviZ, and the two that it does not have.
+Without matplotlib the page has no figures.
 """
 
+import base64
+import contextlib
+import io
 import json
+import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from partime_mcmc.certify.certificate import describe_certification
-from partime_mcmc.diagnostics.arviz import summary_table
-from partime_mcmc.diagnostics.formatting import plain, text_table
+from partime_mcmc.diagnostics import plots
+from partime_mcmc.diagnostics.arviz import rank_plot, summary_table, trace_plot
+from partime_mcmc.diagnostics.formatting import cell, plain, text_table
+from partime_mcmc.diagnostics.values import thinned_draws
 
-_MOST_FALLBACKS, _MOST_ROWS = 5, 40
+_MOST_FALLBACKS, _MOST_TEXT_ROWS, _MOST_ROWS = 5, 40, 500
+_MOST_DRAWS, _MOST_SERIES = 10_000, 4
+Rows = Sequence[Mapping[str, Any]]
 
 
 def summary_rows(draws: Any) -> list[dict[str, Any]]:
@@ -23,10 +36,10 @@ def summary_rows(draws: Any) -> list[dict[str, Any]]:
     return summary_table(draws) if statistics is None else statistics.summary()
 
 
-def shown_rows(draws: Any, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows and columns worth showing: values in `draws.names`, and `frozen` only if a chain is."""
+def shown_rows(draws: Any) -> list[dict[str, Any]]:
+    """The rows and columns of the summary worth showing: values in `draws.names`, and `frozen` only if a chain is."""
     names = getattr(draws, "names", None)
-    rows = [row for row in rows if not names or row["name"].split("[")[0] in names]
+    rows = [row for row in summary_rows(draws) if not names or row["name"].split("[")[0] in names]
     hidden = {"mcse_sd", "rank_error"} | (
         set() if any(row["frozen"] for row in rows) else {"frozen"}
     )
@@ -42,28 +55,25 @@ def is_certified(draws: Any) -> bool:
 def run_facts(draws: Any) -> list[tuple[str, str]]:
     """Labels and sentences: how many draws, warm-up, certificate, work, kernel, what ran sequentially."""
     plan, report = getattr(draws, "plan", None) or {}, getattr(draws, "report", None)
-    facts = [("draws", _counts(draws, plan))]
-    if getattr(draws, "warmup_notes", ""):
-        facts.append(("warmup", draws.warmup_notes))
-    facts.append(("certificate", _certificate_text(getattr(draws, "certificate", None))))
-    divergences = getattr(draws, "info", None) and draws.info.get("diverging")
-    if divergences is not None:
-        facts.append(("divergences", f"{np.sum(np.asarray(divergences)):,}"))
-    if hasattr(report, "seconds_run"):
-        facts.append(("work", str(report)))
-    facts += [(name, str(plan[name])) for name in ("kernel", "solver", "schedule") if name in plan]
+    every = f", every {plan['thinning']}th kept" if plan.get("thinning", 1) != 1 else ""
+    unfinished = "" if getattr(draws, "finished", True) else "; the run is not finished"
+    divergences = (getattr(draws, "info", None) or {}).get("diverging")
     fallbacks = list(getattr(report, "fallbacks", None) or [])
-    facts += [("fallback", text) for text in fallbacks[:_MOST_FALLBACKS]]
-    if len(fallbacks) > _MOST_FALLBACKS:
-        facts.append(("fallback", f"and {len(fallbacks) - _MOST_FALLBACKS} more"))
-    return facts
-
-
-def _counts(draws: Any, plan: dict[str, Any]) -> str:
-    text = f"{plan.get('num_samples', '?')} draws of {plan.get('num_chains', '?')} chains"
-    if plan.get("thinning", 1) != 1:
-        text += f", every {plan['thinning']}th kept"
-    return text if getattr(draws, "finished", True) else f"{text}; the run is not finished"
+    more = len(fallbacks) - _MOST_FALLBACKS
+    facts = [
+        (
+            "draws",
+            f"{plan.get('num_samples', '?')} draws of {plan.get('num_chains', '?')} chains{every}{unfinished}",
+        ),
+        ("warmup", getattr(draws, "warmup_notes", "")),
+        ("certificate", _certificate_text(getattr(draws, "certificate", None))),
+        ("divergences", "" if divergences is None else f"{np.sum(np.asarray(divergences)):,}"),
+        ("work", str(report) if hasattr(report, "seconds_run") else ""),
+        *((name, str(plan.get(name, ""))) for name in ("kernel", "solver", "schedule")),
+        *(("fallback", text) for text in fallbacks[:_MOST_FALLBACKS]),
+        ("fallback", f"and {more} more" if more > 0 else ""),
+    ]
+    return [(label, text) for label, text in facts if text]
 
 
 def _certificate_text(certificate: Any) -> str:
@@ -87,14 +97,13 @@ def _certificate_text(certificate: Any) -> str:
 
 def run_text(draws: Any) -> str:
     """A run as text: its table, and the facts below it."""
-    rows = shown_rows(draws, summary_rows(draws))
-    lines = text_table(rows[:_MOST_ROWS])
-    if len(rows) > _MOST_ROWS:
-        lines.append(f"... and {len(rows) - _MOST_ROWS} more")
-    indent = " " * 13
+    rows = shown_rows(draws)
+    lines = text_table(rows[:_MOST_TEXT_ROWS])
+    if len(rows) > _MOST_TEXT_ROWS:
+        lines.append(f"... and {len(rows) - _MOST_TEXT_ROWS} more")
     for label, text in run_facts(draws):
         lines += textwrap.wrap(
-            f"{label:<13}{text}", 110, subsequent_indent=indent, break_on_hyphens=False
+            f"{label:<13}{text}", 110, subsequent_indent=" " * 13, break_on_hyphens=False
         )
     return "\n".join(lines)
 
@@ -110,3 +119,67 @@ def run_json(draws: Any) -> str:
         "totals": {} if statistics is None else statistics.totals(),
     }
     return json.dumps(plain(found), indent=2, allow_nan=False)
+
+
+def table_html(rows: Rows, title: str = "") -> str:
+    """A table; `rows` are dicts with the same keys, which become the titles of columns."""
+    if not rows:
+        return ""
+    lines = [rows[0], *([cell(value) for value in row.values()] for row in rows[:_MOST_ROWS])]
+    cells = ("".join(f"<td>{escape(text)}</td>" for text in line) for line in lines)
+    body = "\n".join(f"<tr>{line}</tr>" for line in cells)
+    more = f"<p>and {len(rows) - _MOST_ROWS} more rows</p>" if len(rows) > _MOST_ROWS else ""
+    return f'<table border="1"><caption>{escape(title)}</caption>\n{body}\n</table>{more}\n'
+
+
+def report_html(title: str, facts: Iterable[tuple[str, str]], rows: Rows) -> str:
+    """A heading, labelled sentences, and a table."""
+    lines = (f"<p><b>{escape(label)}</b> {escape(text)}</p>\n" for label, text in facts)
+    return f"<h3>{escape(title)}</h3>\n{''.join(lines)}{table_html(rows)}"
+
+
+def draws_html(draws: Any, title: str = "Posterior") -> str:
+    """A run, in memory or on disk, as its `_repr_html_` shows it."""
+    return report_html(title, run_facts(draws), shown_rows(draws))
+
+
+def save(path: str | os.PathLike, body: str, figures: Iterable[Any] = ()) -> Path:
+    """Write HTML text, followed by figures of matplotlib, to one file; returns its path.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    for figure in figures:
+        image = io.BytesIO()
+        figure.savefig(image, format="png", dpi=100)
+        source = base64.b64encode(image.getvalue()).decode()
+        body += f'<p><img alt="figure" src="data:image/png;base64,{source}"></p>\n'
+    head = '<!doctype html>\n<meta charset="utf-8"><title>partime_mcmc</title>\n'
+    Path(path).write_text(head + body, encoding="utf-8")
+    return Path(path)
+
+
+def save_page(
+    path: str | os.PathLike,
+    draws: Any,
+    title: str = "Posterior",
+    *,
+    distances: np.ndarray | None = None,
+    passes: np.ndarray | None = None,
+) -> Path:
+    """Write a run, in memory or on disk, with its figures to one HTML file; returns its path.
+
+    Args:
+        path: The file.
+        draws: The run.
+        title: What was sampled.
+        distances: Of coupled pairs of chains by step, `(K, T)`, for `plots.coalescence`.
+        passes: Residuals of a solve by pass and step, `(P, T)`, for `plots.residual_map`.
+    """
+    series = plots.drawable_coordinates(thinned_draws(draws, _MOST_DRAWS), _MOST_SERIES)
+    figures = []
+    with contextlib.suppress(plots.NoPlots):
+        figures += [trace_plot(series), rank_plot(series)] if series else []
+        figures += [] if distances is None else [plots.coalescence(distances)]
+        figures += [] if passes is None else [plots.residual_map(passes)]
+    return save(path, draws_html(draws, title), figures)

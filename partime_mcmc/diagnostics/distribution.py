@@ -22,7 +22,6 @@ from partime_mcmc.diagnostics.paths import Side
 
 MIN_CHAINS, MIN_ESS = 4, 400
 POWER = 0.99
-_QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
 _MAX_THINNED = 400
 
 
@@ -43,19 +42,18 @@ def compare_distributions(ours: Side, theirs: Side, names: list[str], alpha: flo
     """Run every test on the coordinates ``names``; each family of tests errs with probability ``alpha`` at most."""
     rows, failures, gates, notes = _rows(ours, theirs, names)
     run = _run_statistics(ours, theirs, names)
-    scores = [(row["name"], quantity, z) for row in rows for quantity, z in row["z"].items()]
     scores = [
-        score
-        for score in [*scores, *(("run", name, z) for name, z in run.items())]
-        if not np.isnan(score[2])
+        {"name": row["name"], "quantity": quantity, "z": z}
+        for row in [*rows, {"name": "run", "z": run}]
+        for quantity, z in row["z"].items()
+        if not np.isnan(z)
     ]
     max_z = float(-special.ndtri(alpha / (2 * max(len(scores), 1))))
-    worst = max(scores, key=lambda score: abs(score[2]), default=None)
-    beyond = sorted(
-        (score for score in scores if abs(score[2]) > max_z), key=lambda score: -abs(score[2])
-    )
+    scores.sort(key=lambda score: -abs(score["z"]))
     failures += [
-        f"{name}, {quantity}: z = {z:.1f}, allowed {max_z:.2f}" for name, quantity, z in beyond
+        f"{score['name']}, {score['quantity']}: z = {score['z']:.1f}, allowed {max_z:.2f}"
+        for score in scores
+        if abs(score["z"]) > max_z
     ]
     gates += _gates(ours, theirs, rows)
     joint_p = _joint_test(ours, theirs, rows, alpha)
@@ -63,7 +61,18 @@ def compare_distributions(ours: Side, theirs: Side, names: list[str], alpha: flo
         failures.append(
             f"joint test (energy distance): p = {joint_p:.3g}, at least {alpha:g} wanted"
         )
-    _judge_rows(rows, alpha, failures, gates)
+    for row in rows:
+        if row["ks_p"] < alpha / len(rows):
+            failures.append(
+                f"{row['name']}: Kolmogorov-Smirnov distance {row['ks']:.3f}, p = {row['ks_p']:.2g}"
+            )
+        if row["r_hat"] > row["max_r_hat"]:
+            text = f"{row['name']}: R-hat over both sides {row['r_hat']:.3f}, allowed {row['max_r_hat']:.3f}"
+            # Chains of one side that disagree among themselves are no evidence against the other side.
+            if max(row["r_hat_parallel"], row["r_hat_sequential"]) > row["max_r_hat"]:
+                gates.append(f"{text}, and above it within a side")
+            else:
+                failures.append(text)
     least = [
         min((row[f"ess_bulk_{side.title}"] for row in rows), default=np.nan)
         for side in (ours, theirs)
@@ -80,8 +89,7 @@ def compare_distributions(ours: Side, theirs: Side, names: list[str], alpha: flo
         "gates": gates,
     }
     shift = float((max_z + special.ndtri(POWER)) * np.sqrt(1 / least[0] + 1 / least[1]))
-    worst = worst and {"name": worst[0], "quantity": worst[1], "z": float(worst[2])}
-    return Distribution(failures, gates, notes, tests, rows, worst, shift)
+    return Distribution(failures, gates, notes, tests, rows, scores[0] if scores else None, shift)
 
 
 def _rows(
@@ -94,48 +102,29 @@ def _rows(
         constant = [by_name.is_constant(x) for x in (a, b)]
         if all(constant) and a.size > 1 and np.isclose(a[0, 0], b[0, 0]):
             notes.append(f"{name} is constant, equal on both sides, and left out of the tests")
-            continue
-        if min(a.shape[1], b.shape[1]) >= by_name.MIN_DRAWS_TO_FREEZE and any(constant):
+        elif min(a.shape[1], b.shape[1]) >= by_name.MIN_DRAWS_TO_FREEZE and any(constant):
             failures.append(f"{name} is constant on one side only, or at different values")
-            continue
-        if by_name.partly_constant(a) or by_name.partly_constant(b):
-            gates.append(f"{name} is constant in some chains although the positions move")
-        rows.append(_row(name, a, b))
+        else:
+            if by_name.partly_constant(a) or by_name.partly_constant(b):
+                gates.append(f"{name} is constant in some chains although the positions move")
+            rows.append(_row(name, a, b))
     if not rows:
         gates.append("no coordinate varies, so there is nothing to test")
     return rows, failures, gates, notes
-
-
-def _judge_rows(
-    rows: list[dict[str, Any]], alpha: float, failures: list[str], gates: list[str]
-) -> None:
-    """Add what Kolmogorov-Smirnov and R-hat find."""
-    for row in rows:
-        if row["ks_p"] < alpha / len(rows):
-            failures.append(
-                f"{row['name']}: Kolmogorov-Smirnov distance {row['ks']:.3f}, p = {row['ks_p']:.2g}"
-            )
-        if row["r_hat"] > row["max_r_hat"]:
-            text = f"{row['name']}: R-hat over both sides {row['r_hat']:.3f}, allowed {row['max_r_hat']:.3f}"
-            # Chains of one side that disagree among themselves are no evidence against the other side.
-            if max(row["r_hat_parallel"], row["r_hat_sequential"]) > row["max_r_hat"]:
-                gates.append(f"{text}, and above it within a side")
-            else:
-                failures.append(text)
 
 
 def _estimates(x: np.ndarray) -> dict[str, tuple[float, float]]:
     """Quantity -> (estimate, MCSE) for ``x`` (C, T)."""
     sd = x.std(ddof=1) if x.size > 1 else np.nan
     with np.errstate(all="ignore"):
-        found = {
+        return {
             "mean": (x.mean(), arviz.mcse_mean(x)),
             "log sd": (np.log(sd), arviz.mcse_sd(x) / sd),
+            "q05": (np.quantile(x, 0.05), arviz.mcse_quantile(x, 0.05)),
+            "q50": (np.quantile(x, 0.5), arviz.mcse_quantile(x, 0.5)),
+            "q95": (np.quantile(x, 0.95), arviz.mcse_quantile(x, 0.95)),
+            "square": ((x**2).mean(), arviz.mcse_mean(x**2)),
         }
-    found |= {
-        name: (np.quantile(x, q), arviz.mcse_quantile(x, q)) for name, q in _QUANTILES.items()
-    }
-    return found | {"square": ((x**2).mean(), arviz.mcse_mean(x**2))}
 
 
 def _score(a: tuple[float, float], b: tuple[float, float]) -> float:
@@ -147,46 +136,46 @@ def _score(a: tuple[float, float], b: tuple[float, float]) -> float:
 def _row(name: str, a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
     """Everything about one coordinate of the two sides, (C, T) each."""
     row: dict[str, Any] = {"name": name}
-    estimates = []
-    for side, x in (("parallel", a), ("sequential", b)):
-        estimates.append(_estimates(x))
-        row[f"mean_{side}"], row[f"mcse_mean_{side}"] = map(float, estimates[-1]["mean"])
-        row[f"sd_{side}"] = float(x.std(ddof=1)) if x.size > 1 else float("nan")
-        row[f"mcse_sd_{side}"] = arviz.mcse_sd(x)
-        row[f"ess_bulk_{side}"], row[f"ess_tail_{side}"] = arviz.ess_bulk(x), arviz.ess_tail(x)
-        row[f"r_hat_{side}"] = arviz.rhat(x)
-    row["z"] = {
-        quantity: _score(estimate, estimates[1][quantity])
-        for quantity, estimate in estimates[0].items()
-    }
-    row["worst_z"] = float(
-        np.max(np.abs([z for z in row["z"].values() if np.isfinite(z)]), initial=0.0)
-    )
+    estimates = [_estimates(a), _estimates(b)]
+    for side, x, estimate in zip(("parallel", "sequential"), (a, b), estimates, strict=True):
+        row |= {
+            f"mean_{side}": float(estimate["mean"][0]),
+            f"mcse_mean_{side}": float(estimate["mean"][1]),
+            f"sd_{side}": float(x.std(ddof=1)) if x.size > 1 else float("nan"),
+            f"mcse_sd_{side}": arviz.mcse_sd(x),
+            f"ess_bulk_{side}": arviz.ess_bulk(x),
+            f"ess_tail_{side}": arviz.ess_tail(x),
+            f"r_hat_{side}": arviz.rhat(x),
+        }
+    scores = {what: _score(pair, estimates[1][what]) for what, pair in estimates[0].items()}
     length = min(a.shape[1], b.shape[1])
     ess = row["ess_bulk_parallel"], row["ess_bulk_sequential"]
-    row["r_hat"] = arviz.rhat(np.concatenate([a[:, :length], b[:, :length]]))
-    row["max_r_hat"] = float(max(1.01, 1 + 2.6 * (len(a) + len(b)) / sum(ess)))
-    row["ks"] = _ks_distance(a.ravel(), b.ravel())
-    row["ks_p"] = float(special.kolmogorov(row["ks"] * np.sqrt(ess[0] * ess[1] / sum(ess))))
-    return row
-
-
-def _ks_distance(a: np.ndarray, b: np.ndarray) -> float:
-    a, b, grid = np.sort(a), np.sort(b), np.concatenate([a, b])
-    shares = [np.searchsorted(x, grid, side="right") / x.size for x in (a, b)]
-    return float(np.abs(shares[0] - shares[1]).max())
+    grid = np.concatenate([a.ravel(), b.ravel()])
+    below = [np.searchsorted(np.sort(x, axis=None), grid, side="right") / x.size for x in (a, b)]
+    ks = float(np.abs(below[0] - below[1]).max())
+    return row | {
+        "z": scores,
+        "worst_z": float(
+            np.max(np.abs([z for z in scores.values() if np.isfinite(z)]), initial=0.0)
+        ),
+        "r_hat": arviz.rhat(np.concatenate([a[:, :length], b[:, :length]])),
+        "max_r_hat": float(max(1.01, 1 + 2.6 * (len(a) + len(b)) / sum(ess))),
+        "ks": ks,
+        "ks_p": float(special.kolmogorov(ks * np.sqrt(ess[0] * ess[1] / sum(ess)))),
+    }
 
 
 def _run_statistics(ours: Side, theirs: Side, names: list[str]) -> dict[str, float]:
     """z-scores of what broken accept logic spoils first: acceptance rate, squared jump, energy and its changes."""
-    sides, series = (ours, theirs), {}
-    for name in ("acceptance_rate", "accepted"):
-        series[name.replace("_", " ")] = [side.info(name) for side in sides]
-    energies = [side.info("energy") for side in sides]
-    series["energy"] = energies
-    known = [energy.astype(np.float64) for energy in energies if energy is not None]
-    if len(known) == len(energies):
-        series["squared energy change"] = [np.diff(energy, axis=1) ** 2 for energy in known]
+    sides = ours, theirs
+    series = {
+        name.replace("_", " "): [side.info(name) for side in sides]
+        for name in ("acceptance_rate", "accepted", "energy")
+    }
+    series["squared energy change"] = [
+        None if energy is None else np.diff(energy.astype(np.float64), axis=1) ** 2
+        for energy in series["energy"]
+    ]
     states = [side.states for side in sides]
     if ours.on_positions != theirs.on_positions or states[0].shape[-1] != states[1].shape[-1]:
         states = [np.stack([side.named[name] for name in names], axis=-1) for side in sides]
@@ -217,9 +206,9 @@ def _gates(ours: Side, theirs: Side, rows: list[dict[str, Any]]) -> list[str]:
         if side.shape[0] < MIN_CHAINS:
             gates.append(f"{side.title}: {side.shape[0]} chains, at least {MIN_CHAINS} wanted")
         for kind in ("bulk", "tail"):
-            short = [row for row in rows if not row[f"ess_{kind}_{side.title}"] >= MIN_ESS]
+            key = f"ess_{kind}_{side.title}"
+            short = [row for row in rows if not row[key] >= MIN_ESS]
             if short:
-                key = f"ess_{kind}_{side.title}"
                 least = min(short, key=lambda row: np.nan_to_num(row[key]))
                 gates.append(
                     f"{side.title}: {kind} ESS below {MIN_ESS} in {len(short)} of {len(rows)} coordinates "

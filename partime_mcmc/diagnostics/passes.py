@@ -6,8 +6,6 @@ solvers' own steps are taken one after another from the host, as `solve` takes t
 of short stretches.
 """
 
-from __future__ import annotations
-
 import functools
 
 import jax
@@ -69,11 +67,7 @@ def _step(solver, dynamics, initial, states, drives, memory, key, tolerance):
     )
     size = jnp.abs(proposal.residual)
     # A maximum may drop a NaN: ask for it apart.
-    residual = jnp.where(
-        jnp.isfinite(size).all(axis=1),
-        jnp.max(jnp.where(jnp.isfinite(size), size, 0), axis=1),
-        jnp.nan,
-    )
+    residual = jnp.where(jnp.isfinite(size).all(axis=1), jnp.max(size, axis=1), jnp.nan)
     exact = (
         jnp.all(tolerance.ratio(proposal.residual, proposal.judged) <= 1)
         & jnp.isfinite(residual).all()

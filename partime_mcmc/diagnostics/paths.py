@@ -21,13 +21,13 @@ from partime_mcmc.diagnostics import values as by_name
 from partime_mcmc.diagnostics.report import PathComparison
 
 PATH_TOLERANCE = 1e-3  # posterior sd: how far a certified path may be from the exact one
-FLIPS_PER_STEP = {
-    np.dtype(np.float64): 1e-11
-}  # ten times the largest |difference of acceptance probabilities| seen
+# Ten times the largest |difference of acceptance probabilities| seen.
+FLIPS_PER_STEP = {np.dtype(np.float64): 1e-11}
 FLIPS_PER_STEP_ELSE = 5e-4  # the largest mean seen in healthy float32
 MAX_PAIRED_SHIFT = 0.1  # MCSE
 # Of a plan: what decides about random numbers and how they are used.
-_ENTRIES = ("key", "num_samples", "num_chains", "kernel", "coupling", "thinning", "num_warmup")
+_NEEDED = ("key", "num_samples", "num_chains")
+_ENTRIES = (*_NEEDED, "kernel", "coupling", "thinning", "num_warmup")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +61,9 @@ class Side:
         """
         named = dict(by_name.coordinates(by_name.named_draws(draws)))
         positions = by_name.named_positions(draws)
-        arrays = positions or by_name.named_draws(draws)
         leaves = [
-            leaf.reshape(*leaf.shape[:2], int(np.prod(leaf.shape[2:]))) for leaf in arrays.values()
+            leaf.reshape(*leaf.shape[:2], int(np.prod(leaf.shape[2:])))
+            for leaf in (positions or by_name.named_draws(draws)).values()
         ]
         if not named or not next(iter(named.values())).size:
             raise ValueError(f"{title} holds no draws")
@@ -87,8 +87,7 @@ class Side:
         values = (getattr(self.draws, "info", None) or {}).get(name)
         if values is None and name == "accepted":
             values = getattr(getattr(self.draws, "certificate", None), name, None)
-        values = None if values is None else np.asarray(values)
-        return values if values is not None and values.shape == self.shape else None
+        return None if np.shape(values) != self.shape else np.asarray(values)
 
 
 def plan_entry(side: Side, name: str) -> Any:
@@ -103,22 +102,16 @@ def _forms(side: Side) -> list[tuple[tuple[int, ...], np.dtype]]:
 
 def same_random_numbers(ours: Side, theirs: Side) -> bool:
     """Whether both plans name the same random numbers and the states have the same shapes and dtypes."""
-    if _forms(ours) != _forms(theirs):
-        return False
     entries = {name: (plan_entry(ours, name), plan_entry(theirs, name)) for name in _ENTRIES}
-    unknown = [name for name, pair in entries.items() if None in pair]
-    needed = ("key", "num_samples", "num_chains")
-    return not set(needed) & set(unknown) and all(
-        a == b for name, (a, b) in entries.items() if name not in unknown
+    return _forms(ours) == _forms(theirs) and all(
+        name not in _NEEDED if None in (a, b) else a == b for name, (a, b) in entries.items()
     )
 
 
-def equal_bits(ours: Side, theirs: Side) -> np.ndarray | None:
-    """Steps (C, T) whose states hold the same bits, or None for runs of different shapes or dtypes."""
-    return _same_bits(ours, theirs) if _forms(ours) == _forms(theirs) else None
-
-
-def _same_bits(ours: Side, theirs: Side) -> np.ndarray:
+def equal_bits(ours: Side, theirs: Side) -> np.ndarray:
+    """Steps (C, T) whose states hold the same bits; none do in runs of different shapes or dtypes."""
+    if _forms(ours) != _forms(theirs):
+        return np.zeros(ours.shape, bool)
     same = np.ones(ours.shape, bool)
     for a, b in zip(ours.leaves, theirs.leaves, strict=True):
         bits = f"u{a.dtype.itemsize}"  # as integers, so that 0.0 is not -0.0
@@ -136,11 +129,10 @@ def compare_paths(ours: Side, theirs: Side, table: list[dict[str, Any]]) -> Path
         theirs: the sequential run, of equal shapes and dtypes.
         table: rows with either side's ``mean`` and ``sd`` and the sequential run's MCSEs of both.
     """
-    a, b, same = ours.states, theirs.states, _same_bits(ours, theirs)
+    a, b, same = ours.states, theirs.states, equal_bits(ours, theirs)
     sd, size = b.std(axis=(0, 1)), np.abs(b).max(axis=(0, 1))
-    scale = np.where(
-        sd > 0, sd, np.where(size > 0, size, 1.0)
-    )  # magnitudes where there are too few draws for an sd
+    # Magnitudes where there are too few draws for an sd.
+    scale = np.where(sd > 0, sd, np.where(size > 0, size, 1.0))
     distance = (np.abs(a - b) / scale).max(axis=-1, initial=0.0)
     apart = distance > PATH_TOLERANCE
     starts = apart & ~np.pad(apart, ((0, 0), (1, 0)))[:, :-1]
@@ -157,7 +149,6 @@ def compare_paths(ours: Side, theirs: Side, table: list[dict[str, Any]]) -> Path
         fraction_equal=same.mean(axis=1).tolist(),
         fraction_within=(~apart).mean(axis=1).tolist(),
         max_distance=distance.max(axis=1).tolist(),
-        max_distance_merged=np.where(apart, 0.0, distance).max(axis=1).tolist(),
         num_flips=[-1] * len(apart) if flips is None else flips.sum(axis=1).tolist(),
         num_excursions=starts.sum(axis=1).tolist(),
         longest_excursion=[_longest_run(chain) for chain in apart],
@@ -179,9 +170,8 @@ def _shift(table: list[dict[str, Any]], what: str, error: str) -> float:
         unit = row[f"{error}_sequential"]
         if unit > 0:
             worst = max(worst, difference / unit)
-        elif (
-            difference > PATH_TOLERANCE**2 * row["sd_sequential"]
-        ):  # less is nothing, however short the run
+        # Less is nothing, however short the run.
+        elif difference > PATH_TOLERANCE**2 * row["sd_sequential"]:
             worst = np.inf
     return float(worst)
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from partime_mcmc.diagnostics import html
+from partime_mcmc.diagnostics import describe
 from partime_mcmc.diagnostics.formatting import WIDTH, plain, text_table
 
 _MAX_ROWS, _MAX_REASONS = 30, 8
@@ -71,7 +71,6 @@ class PathComparison:
         fraction_equal: share of steps with equal bits.
         fraction_within: share of steps within ``tolerance``.
         max_distance: largest distance at any step.
-        max_distance_merged: largest distance outside excursions.
         num_flips: accept decisions that differ, -1 where a side recorded none.
         num_excursions: excursions, re-merged or not.
         longest_excursion: steps of the longest one.
@@ -89,7 +88,6 @@ class PathComparison:
     fraction_equal: list[float]
     fraction_within: list[float]
     max_distance: list[float]
-    max_distance_merged: list[float]
     num_flips: list[int]
     num_excursions: list[int]
     longest_excursion: list[int]
@@ -184,8 +182,7 @@ class Report:
 
     def to_json(self) -> str:
         """Everything as JSON text; ``level`` by name, NaN and infinities as the strings "nan", "inf", "-inf"."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return json.dumps(plain({**fields, "ok": self.ok}), indent=2, allow_nan=False)
+        return json.dumps(plain({**vars(self), "ok": self.ok}), indent=2, allow_nan=False)
 
     def save(self, path: str | Path) -> Path:
         """Write the report to one HTML file that needs nothing else.
@@ -196,7 +193,7 @@ class Report:
         Raises:
             OSError: if the file cannot be written.
         """
-        return html.save(path, self._repr_html_())
+        return describe.save(path, self._repr_html_())
 
     def __str__(self) -> str:
         lines = [self.verdict]
@@ -211,25 +208,23 @@ class Report:
         rows = self._rows()
         table = text_table(rows[:_MAX_ROWS])
         if len(rows) > _MAX_ROWS:
-            more = len(rows) - _MAX_ROWS
-            table.append(f"... and {more} more with smaller |z|; to_json() has them all")
+            table.append(
+                f"... and {len(rows) - _MAX_ROWS} more with smaller |z|; to_json() has them all"
+            )
         return "\n".join([*wrapped, "", *table])
 
     def _repr_html_(self) -> str:
         entries = (("reason", self.reasons), ("note", self.notes))
         facts = [(label, entry) for label, listed in entries for entry in listed]
-        return html.report_html(self.verdict, facts + self._facts(), self._rows())
+        return describe.report_html(self.verdict, facts + self._facts(), self._rows())
 
     def _facts(self) -> list[tuple[str, str]]:
         """The sentences between verdict and table, with their labels."""
-        facts = []
-        if self.path is not None:
-            facts.append(("path", str(self.path)))
+        facts = [] if self.path is None else [("path", str(self.path))]
         if math.isfinite(self.residual_tolerance):
-            worst = self.worst_step
-            where = f" at chain {worst[0]}, step {worst[1]}" if worst else ""
-            text = f"residual {self.max_residual:.2g}{where}, allowed {self.residual_tolerance:.2g}"
-            facts.append(("certificate", text))
+            where = " at chain {}, step {}".format(*self.worst_step) if self.worst_step else ""
+            allowed = f"allowed {self.residual_tolerance:.2g}"
+            facts.append(("certificate", f"residual {self.max_residual:.2g}{where}, {allowed}"))
         if self.tests:
             tests, largest = self.tests, abs(self.worst["z"]) if self.worst else math.nan
             text = (

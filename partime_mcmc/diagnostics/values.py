@@ -37,8 +37,9 @@ def named_draws(draws: Any) -> dict[str, np.ndarray]:
         ValueError: If `draws` holds neither, or an array that does not start with the same (C, T) as the others.
     """
     constrained = getattr(draws, "constrained", None) or {}
-    named = {name: np.asarray(values) for name, values in constrained.items()}
-    named = named or named_positions(draws)
+    named = {name: np.asarray(values) for name, values in constrained.items()} or named_positions(
+        draws
+    )
     if not named:
         raise ValueError("draws has neither constrained values nor positions")
     lead = next(iter(named.values())).shape[:2]

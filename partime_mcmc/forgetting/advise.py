@@ -8,8 +8,6 @@ Nothing is timed, so the same arguments give the same advice. Left out: warm-up,
 shooting and the loop.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import NamedTuple
@@ -78,8 +76,8 @@ class Advice:
     def __str__(self) -> str:
         if not self.parallel:
             return f"Run sequentially. {self.reason}"
-        whole, size = isinstance(self.schedule, AllAtOnce), getattr(self.schedule, "size", 0)
-        per = "chain" if whole else f"window of {size:,} steps"
+        size = getattr(self.schedule, "size", None)
+        per = f"window of {size:,} steps" if size else "chain"
         return (
             f"Solve in parallel over time with {self.num_segments:,} segments per {per}: about "
             f"{self.evaluations_per_step:.2f} evaluations per step, {self.depth:,} of them one after another. {self.reason}"
@@ -108,7 +106,7 @@ def advise(
             `(K, D)` of flat states.
         num_steps: T, steps per chain.
         num_chains: C, chains that are run side by side.
-        max_bytes: Memory that the paths and their copies may take; None is `path_bytes()`.
+        max_bytes: Memory that the paths and their copies may take; None is 1 GiB on a CPU, 4 GiB elsewhere.
         tolerance: As for the solve.
 
     Returns:
@@ -120,7 +118,8 @@ def advise(
     """
     check_count(num_steps, "num_steps", 1)
     check_count(num_chains, "num_chains", 1)
-    max_bytes = path_bytes() if max_bytes is None else max_bytes
+    if max_bytes is None:
+        max_bytes = 2**30 if jax.default_backend() == "cpu" else 2**32
     initial, drives, starts = (
         jax.tree.map(jnp.asarray, tree) for tree in (initial, drives, starts)
     )
@@ -133,8 +132,7 @@ def advise(
     flat, start, _ = ravel(without_captures(dynamics, initial, drive), initial)
     pool = _flat_starts(starts, initial, start)
     found, looked = _pilots(flat, start, pool, drives, num_steps, tolerance)
-    met = np.asarray(found.met)
-    steps = np.asarray(found.steps)
+    met, steps = np.asarray(found.met), np.asarray(found.steps)
     meeting = Meeting(
         float(np.median(steps)), float(np.quantile(steps, 0.9)), int(steps.max()), float(met.mean())
     )
@@ -163,11 +161,6 @@ def advise(
         f"{forgets}; the last of {lanes:,} segments should need about {last:.0f}.",
         True,
     )
-
-
-def path_bytes() -> int:
-    """Memory that paths and their copies may take by default: 1 GiB on a CPU, 4 GiB elsewhere."""
-    return 2**30 if jax.default_backend() == "cpu" else 2**32
 
 
 def _why_not(num_chains: int, longest: float, size: int) -> str:
@@ -199,13 +192,12 @@ def _pilots(dynamics, start, pool, drives, num_steps, tolerance) -> tuple[Meetin
     # States spread over all that were given; pairs beyond the first round have other partners and other random numbers.
     first = pair * count // num_pairs if count > num_pairs else pair % count
     second = (first + 1 + (pair // count) % (count - 1)) % count
-    from_initial = jnp.asarray(pair % 2 == 1)[:, None]
     begin = np.linspace(0, available - looked, num_pairs).astype(int)
     index = begin[:, None] + np.arange(looked)
     scale = jnp.std(pool, axis=0)
     found = meeting_times(
         dynamics,
-        jnp.where(from_initial, start, pool[second]),
+        jnp.where((pair % 2 == 1)[:, None], start, pool[second]),
         pool[first],
         jax.tree.map(lambda leaf: leaf[index], drives),
         tolerance=tolerance,
@@ -224,9 +216,8 @@ def _flat_starts(starts, initial, flat):
         )
     if len(leaves) == 1 and leaves[0].shape[1:] == flat.shape:
         return leaves[0].astype(flat.dtype)
-    shapes = jax.tree.map(lambda leaf: leaf.shape[1:], starts)
-    if jax.tree.structure(starts) != jax.tree.structure(initial) or shapes != jax.tree.map(
-        jnp.shape, initial
+    if jax.tree.structure(starts) != jax.tree.structure(initial) or any(
+        state.shape[1:] != one.shape for state, one in zip(leaves, jax.tree.leaves(initial))
     ):
         raise ValueError(
             f"starts: shapes {jax.tree.map(jnp.shape, starts)}, wanted those of initial, "
@@ -238,7 +229,7 @@ def _flat_starts(starts, initial, flat):
 def _schedule(
     num_steps: int, num_chains: int, bytes_per_state: int, max_bytes: float
 ) -> tuple[AllAtOnce | Windows, int]:
-    """All of time if the path and its copies fit, else the longest windowes that do, a power of two."""
+    """All of time if the path and its copies fit, else the longest windows that do, a power of two."""
     # Shooting holds the path three times over, its residual, and about twice as much in random numbers.
     fitting = max_bytes / (6 * num_chains * bytes_per_state)
     if num_steps <= fitting:
@@ -250,21 +241,15 @@ def _schedule(
 def _unforgetting(found: MeetingTimes, looked: int) -> str:
     met, distance = np.asarray(found.met), np.asarray(found.distance)
     apart, broken = ~met & np.isfinite(distance), ~met & ~np.isfinite(distance)
-    said = []
-    if apart.any():
-        said.append(
-            f"after {looked:,} steps with the same random numbers {apart.sum()} of {met.size} pairs of chains were still "
-            f"apart, {np.median(distance[apart]):.2g} standard deviations in the median"
-        )
-    if broken.any():
-        said.append(f"{broken.sum()} of {met.size} pairs left the finite numbers")
-    why = (
-        "these chains do not forget where they started"
-        if apart.any()
-        else "nothing can be said about forgetting"
+    left = f"{broken.sum()} of {met.size} pairs left the finite numbers"
+    loop = "and a solver parallel over time would not end before the loop does."
+    if not apart.any():
+        return f"{left}: nothing can be said about forgetting, {loop}"
+    return (
+        f"After {looked:,} steps with the same random numbers {apart.sum()} of {met.size} pairs of chains were still "
+        f"apart, {np.median(distance[apart]):.2g} standard deviations in the median"
+        f"{f' and {left}' if broken.any() else ''}: these chains do not forget where they started, {loop}"
     )
-    text = " and ".join(said)
-    return f"{text[0].upper()}{text[1:]}: {why}, and a solver parallel over time would not end before the loop does."
 
 
 def _stay(num_steps: int, meeting: Meeting, reason: str) -> Advice:

@@ -10,8 +10,6 @@ accept/reject decisions and piecewise-constant maps too (coupling by common rand
 All pairs are rolled side by side, with the dynamics' memory where it has one, and the loop ends when all have met.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 
@@ -172,14 +170,11 @@ def _meet(dynamics, pairs, tape, tolerance, num_steps, scale, *, shared) -> Meet
         memory, states = advance(memory, jax.tree.map(lambda leaf: leaf[step], tape))
         return step + 1, memory, states, look(step + 1, states, carried)
 
-    count = pairs.shape[0]
-    zero = jnp.zeros((), jnp.int32)
+    count, zero = pairs.shape[0], jnp.zeros((), jnp.int32)
     begin = jnp.zeros(count, jnp.int32), jnp.zeros(count, bool), jnp.zeros(count, pairs.dtype)
     first = jax.tree.map(lambda leaf: leaf[0], tape)
-    end = lax.while_loop(
-        waiting, one_step, (zero, enter(pairs, first), pairs, look(zero, pairs, begin))
-    )
-    return MeetingTimes(*end[3])
+    start = zero, enter(pairs, first), pairs, look(zero, pairs, begin)
+    return MeetingTimes(*lax.while_loop(waiting, one_step, start)[3])
 
 
 @functools.partial(jax.jit, static_argnames=("shared",))
@@ -252,10 +247,10 @@ def _are_shared(dynamics, state, drives, num_pairs: int) -> bool:
     """
     leaves = jax.tree.leaves(drives)
     for axes, shared in ((2, False), (1, True)):
-        heads = {leaf.shape[:axes] for leaf in leaves}
-        if len(heads) != 1 or len(next(iter(heads))) < axes or 0 in next(iter(heads)):
+        head = leaves[0].shape[:axes] if leaves else ()
+        if len(head) < axes or 0 in head or any(leaf.shape[:axes] != head for leaf in leaves):
             continue
-        if not shared and next(iter(heads))[0] != num_pairs:
+        if not shared and head[0] != num_pairs:
             continue
         drive = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape[axes:], leaf.dtype), drives

@@ -12,8 +12,6 @@ the standard error (batch means). An exponent sees what smooth maps do to small 
 the other exponents.
 """
 
-from __future__ import annotations
-
 import functools
 
 import jax
@@ -26,8 +24,7 @@ from partime_mcmc.engine.solution import nanaware_max
 from partime_mcmc.types import Array, Key, PyTree, pytree
 from partime_mcmc.validation import check_count
 
-_MAX_SEGMENTS = 64
-_MAX_SPIN_UP = 128
+_MAX_SEGMENTS, _MAX_SPIN_UP = 64, 128
 
 
 @pytree()
@@ -136,6 +133,5 @@ def _normalised(tangents):
     # By the largest entry first: squares would overflow or vanish long before the entries do.
     scale = jax.vmap(nanaware_max)(jnp.abs(tangents))
     tangents = tangents / jnp.where(scale == 0, 1, scale)[:, None, None]
-    norm = jnp.sqrt(jnp.sum(tangents**2, axis=(1, 2)))
-    norm = jnp.where(scale == 0, 1, norm)
+    norm = jnp.where(scale == 0, 1, jnp.sqrt(jnp.sum(tangents**2, axis=(1, 2))))
     return tangents / norm[:, None, None], jnp.log(scale) + jnp.log(norm)

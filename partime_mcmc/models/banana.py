@@ -52,7 +52,6 @@ def make_target(key: Key) -> Target:
     Returns:
         A target on positions of shape (2,), reported as `x1` and `x2`.
     """
-    del key
     return Target(logdensity, _uniform_start, constrain=_coordinates)
 
 

@@ -47,8 +47,9 @@ def design() -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
         for level in np.unique(survey[answer]).astype(int):
             if level != baseline:
                 columns[f"{answer}[{level}]"] = (survey[answer] == level).astype(float)
-    for name in STANDARDISED:
-        columns[name] = (survey[name] - survey[name].mean()) / survey[name].std()
+    columns |= {
+        name: (survey[name] - survey[name].mean()) / survey[name].std() for name in STANDARDISED
+    }
     return np.stack(list(columns.values()), axis=1), survey["vote"], tuple(columns)
 
 

@@ -123,7 +123,7 @@ class Draws:
         Args:
             path: Of the file, such as `run.html`.
         """
-        from partime_mcmc.diagnostics.html import save_page
+        from partime_mcmc.diagnostics.describe import save_page
 
         save_page(path, self)
 
@@ -146,7 +146,7 @@ class Draws:
         return before + certified_sentence(self.certificate, self.report)
 
     def _repr_html_(self) -> str:
-        from partime_mcmc.diagnostics.html import draws_html
+        from partime_mcmc.diagnostics.describe import draws_html
 
         return draws_html(self)
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from partime_mcmc.diagnostics import html as pages
+from partime_mcmc.diagnostics import describe as pages
 from partime_mcmc.diagnostics import plots
 from partime_mcmc.diagnostics.compare import compare
 from tests import fakes
