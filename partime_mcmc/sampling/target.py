@@ -49,27 +49,24 @@ class Target:
     dims: Mapping[str, Sequence[str]] | None = None
 
     def __post_init__(self):
-        if not callable(self.logdensity):
-            raise TypeError(
-                f"logdensity: got {_described(self.logdensity)}; wanted a function of a position"
-            )
-        if self.constrain is not None and not callable(self.constrain):
-            raise TypeError(
-                f"constrain: got {_described(self.constrain)}; wanted a function of a position, or None"
-            )
+        constrain, names, dims = self.constrain, self.names, self.dims
+        are_strings = not isinstance(names, str) and all(
+            isinstance(one, str) for one in names or ()
+        )
+        function = "a function of a position"
+        for name, good, wanted in (
+            ("logdensity", callable(self.logdensity), function),
+            ("constrain", constrain is None or callable(constrain), f"{function}, or None"),
+            ("names", are_strings, "a sequence of strings, or None"),
+            ("dims", isinstance(dims, Mapping | None), "a mapping from value names to axis names"),
+        ):
+            if not good:
+                text, kind = repr(getattr(self, name)), type(getattr(self, name)).__name__
+                text = text if len(text) <= 60 else f"{text[:57]}..."
+                raise TypeError(f"{name}: got {text} of type {kind}; wanted {wanted}")
         if self.initial is None:
             raise TypeError(
                 "initial: got None; wanted a position, or a function of a key that draws one"
-            )
-        if self.names is not None and (
-            isinstance(self.names, str) or not all(isinstance(name, str) for name in self.names)
-        ):
-            raise TypeError(
-                f"names: got {_described(self.names)}; wanted a sequence of strings, or None"
-            )
-        if self.dims is not None and not isinstance(self.dims, Mapping):
-            raise TypeError(
-                f"dims: got {_described(self.dims)}; wanted a mapping from value names to axis names"
             )
 
     def start(self, key: Key) -> PyTree:
@@ -103,7 +100,7 @@ class Target:
         if callable(self.initial):
             try:
                 return check_dtypes(
-                    run_explicit(_Starts(self.initial), None, keys, timings=Timings())
+                    run_explicit(_Mapped(self.initial, 1), None, keys, timings=Timings())
                 )
             except InvalidStart:
                 raise
@@ -137,7 +134,7 @@ class Target:
         if self.constrain is not None:
             return dict(
                 run_explicit(
-                    _Constrain(self.constrain), None, positions, timings=timings, what="certify"
+                    _Mapped(self.constrain, 2), None, positions, timings=timings, what="certify"
                 )
             )
         if isinstance(positions, dict):
@@ -152,19 +149,14 @@ class Target:
         return jax.tree.leaves(jax.eval_shape(self.constrain, self.example()))
 
 
-class _Starts(HashableFunction):
-    """One start per key; the part is the target's function."""
+class _Mapped(HashableFunction):
+    """A function of the target, mapped over the first axes of its argument; parts: the function, and how many axes."""
 
-    def __call__(self, nothing, keys):
-        return jax.vmap(self.parts[0])(keys)
-
-
-class _Constrain(HashableFunction):
-    """Named values in the model's space of all draws; the part is the target's function."""
-
-    def __call__(self, params, positions):
-        del params
-        return jax.vmap(jax.vmap(self.parts[0]))(positions)
+    def __call__(self, nothing, values):
+        function, axes = self.parts
+        for _ in range(axes):
+            function = jax.vmap(function)
+        return function(values)
 
 
 @functools.lru_cache(maxsize=64)
@@ -172,8 +164,3 @@ def _shapes_of(initial: Callable, wide: bool) -> PyTree:
     """Shapes of what a function of a key draws, under the setting that decides about its types; traced once."""
     del wide
     return jax.eval_shape(lambda key: check_dtypes(initial(key)), jax.random.key(0))
-
-
-def _described(value: Any) -> str:
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} of type {type(value).__name__}"
