@@ -18,9 +18,8 @@ Inside `jax.shard_map`, `summed(ℓ)` is the sum over the devices of one mesh ax
 one number and one of D. Left out: hosts that join later, and runs that go on with fewer hosts.
 """
 
-from __future__ import annotations
-
 import contextlib
+import functools
 import re
 from collections.abc import Iterator
 from typing import Any, Callable, Sequence
@@ -32,6 +31,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from partime_mcmc.engine.solution import Solution, Stats
+from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import Array, PyTree
 from partime_mcmc.validation import check_count
 
@@ -74,6 +74,21 @@ def time_mesh(
             f"{taken.size} devices, and num_chains x num_data to divide them"
         )
     return Mesh(taken[:needed].reshape(num_chains, num_time, num_data), AXES)
+
+
+class OnDevices(HashableFunction):
+    """A function of what each device holds, as a function of whole arrays; parts: the function, the mesh, how arguments and
+    results lie on it, and what the function gets before its arguments."""
+
+    def __call__(self, *args):
+        function, mesh, given, found, *fixed = self.parts
+        return jax.shard_map(
+            functools.partial(function, *fixed),
+            mesh=mesh,
+            in_specs=given,
+            out_specs=found,
+            check_vma=False,
+        )(*args)
 
 
 def solution_specs(along: Any, same: Any) -> Solution:

@@ -18,7 +18,7 @@ from typing import Any, Callable
 import numpy as np
 from jax.experimental import multihost_utils
 
-from partime_mcmc.distributed.collectives import GatherToHost0
+from partime_mcmc.distributed.collectives import gather_to_host0
 from partime_mcmc.sampling.arguments import SampleArguments
 from partime_mcmc.sampling.chunk import ChainState, Chunk
 from partime_mcmc.sampling.plan import Plan
@@ -30,7 +30,7 @@ from partime_mcmc.storage.stored_draws import StoredDraws, open_draws
 class FirstHostSink(StoreSink):
     """A store whose plan and state are broadcast to the other hosts."""
 
-    gather = GatherToHost0()
+    gather = staticmethod(gather_to_host0)
 
     def start(self, make_plan: Callable[[], tuple[Plan, ChainState]]) -> tuple[Plan, ChainState]:
         """As `StoreSink.start`; the other hosts wait for it."""
@@ -55,7 +55,7 @@ class OtherHostSink(contextlib.AbstractContextManager):
         arguments: What was asked for.
     """
 
-    gather = GatherToHost0()
+    gather = staticmethod(gather_to_host0)
 
     def __init__(self, arguments: SampleArguments):
         self._arguments = arguments

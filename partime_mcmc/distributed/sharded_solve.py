@@ -14,8 +14,6 @@ through the solve.
 Left out: schedules with a moving window (stretches go one after another outside, each of them spread over all devices).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math
@@ -31,7 +29,7 @@ from partime_mcmc.distributed.sharded_time import ShardedTime, TimeOnMesh
 from partime_mcmc.engine.adjoint import Adjoint, Implicit, ImplicitSegmented, NoDerivatives
 from partime_mcmc.engine.dynamics import CachedStep, Dynamics, check_state, ravel
 from partime_mcmc.engine.recipes import deer
-from partime_mcmc.engine.solution import Solution, Stats, Tolerance
+from partime_mcmc.engine.solution import Solution, Tolerance
 from partime_mcmc.engine.solve import check_step, count_steps, flat_guess, solve
 from partime_mcmc.solvers import Shooting, Solver
 from partime_mcmc.tracing import HashableFunction
@@ -127,16 +125,15 @@ def sharded_solve(
         states = adjoint(still, start, tape, found.states, TimeOnMesh(mesh, axis))
     else:
         states = _without_derivatives(found.states, (still.params, start, tape))
-    stats = {field.name: getattr(found.stats, field.name) for field in dataclasses.fields(Stats)}
-    for name in ("evaluations", "jvps", "evaluations_by_part"):
-        stats[name] = stats[name] * (filled / num_steps)
-    return Solution(
-        jax.vmap(unravel)(states[:num_steps]),
-        found.status,
-        found.iterations,
-        found.residual,
-        jnp.minimum(found.num_exact, num_steps),
-        Stats(**stats),
+    work = {
+        name: getattr(found.stats, name) * (filled / num_steps)
+        for name in ("evaluations", "jvps", "evaluations_by_part")
+    }
+    return dataclasses.replace(
+        found,
+        states=jax.vmap(unravel)(states[:num_steps]),
+        num_exact=jnp.minimum(found.num_exact, num_steps),
+        stats=dataclasses.replace(found.stats, **work),
     )
 
 

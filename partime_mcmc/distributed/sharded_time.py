@@ -19,8 +19,6 @@ questions from outside, of whole arrays; derivatives go through it, because a tr
 everywhere.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Callable
 
