@@ -347,9 +347,9 @@ class MeshExecutor:
 
         def finish(_, num_exact):
             given, fixed = (SAME, CHAINS, along, along, CHAINS), (program, axis, layout.steps)
-            finish = OnDevices(_finish_chains, mesh, given, (along, CHAINS), *fixed)
+            rolling = OnDevices(_finish_chains, mesh, given, (along, CHAINS), *fixed)
             num_exact = place(mesh, CHAINS, num_exact)
-            finished[:] = run(finish, params, carries, tape, found.states, num_exact)
+            finished[:] = run(rolling, params, carries, tape, found.states, num_exact)
             return (), allgather_to_hosts(finished[1])
 
         recorder.record(seen, done, done + layout.length, rolled, finish)
@@ -380,9 +380,10 @@ def layouts(
     num_devices, found = whole.axis.length(1), []
 
     def fitting(steps):
-        if not isinstance(solver, Shooting):
-            return solver
-        return dataclasses.replace(solver, num_segments=None, steps=steps)
+        is_shooting = isinstance(solver, Shooting)
+        return (
+            dataclasses.replace(solver, num_segments=None, steps=steps) if is_shooting else solver
+        )
 
     def shared(steps, unit):
         """Windows of `steps` per device, in segments of at most `unit`."""

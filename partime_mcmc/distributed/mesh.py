@@ -155,7 +155,21 @@ def hosts(
         ValueError: If only some of the first three arguments are given, one of them is invalid, or no cluster is found.
         RuntimeError: If arrays exist already, or the hosts do not come together in time.
     """
-    _check(coordinator, num_hosts, host_id, heartbeat_seconds)
+    given = [value is not None for value in (coordinator, num_hosts, host_id)]
+    if any(given) and not all(given):
+        raise ValueError(
+            f"coordinator, num_hosts, host_id: got {coordinator!r}, {num_hosts!r} and {host_id!r}, wanted all "
+            "three, or none of them where the cluster says it (Slurm, Open MPI, Kubernetes)"
+        )
+    if all(given):
+        check_count(num_hosts, "num_hosts", 1)
+        check_count(host_id, "host_id", 0)
+        if host_id >= num_hosts:
+            raise ValueError(f"host_id must be below num_hosts = {num_hosts}, got {host_id}")
+        if not re.fullmatch(r".+:\d+", str(coordinator)):
+            raise ValueError(f"coordinator must be HOST:PORT, got {coordinator!r}")
+    if not heartbeat_seconds >= 5:
+        raise ValueError(f"heartbeat_seconds must be at least 5, got {heartbeat_seconds!r}")
     made = [array.shape for array in jax.live_arrays() if array.shape]
     if made:
         raise RuntimeError(
@@ -185,21 +199,3 @@ def hosts(
         jax.config.update(_PREEMPTION, before)
     yield
     jax.distributed.shutdown()
-
-
-def _check(coordinator, num_hosts, host_id, heartbeat_seconds) -> None:
-    given = [value is not None for value in (coordinator, num_hosts, host_id)]
-    if any(given) and not all(given):
-        raise ValueError(
-            f"coordinator, num_hosts, host_id: got {coordinator!r}, {num_hosts!r} and {host_id!r}, wanted all "
-            "three, or none of them where the cluster says it (Slurm, Open MPI, Kubernetes)"
-        )
-    if all(given):
-        check_count(num_hosts, "num_hosts", 1)
-        check_count(host_id, "host_id", 0)
-        if host_id >= num_hosts:
-            raise ValueError(f"host_id must be below num_hosts = {num_hosts}, got {host_id}")
-        if not re.fullmatch(r".+:\d+", str(coordinator)):
-            raise ValueError(f"coordinator must be HOST:PORT, got {coordinator!r}")
-    if not heartbeat_seconds >= 5:
-        raise ValueError(f"heartbeat_seconds must be at least 5, got {heartbeat_seconds!r}")

@@ -106,7 +106,13 @@ def sharded_solve(
         dynamics = check_step(dynamics, initial, drives)
     flat, start, unravel = ravel(dynamics, initial)
     path = None if guess is None else flat_guess(guess, initial, start, num_steps)
-    filled, solver = _filled_up(num_steps, solver, axis.num_parts)
+    # Every device has an equal part, in whole segments.
+    unit = axis.num_parts
+    if isinstance(solver, Shooting):
+        segment = solver.segment_steps(num_steps, axis.num_parts)
+        solver = dataclasses.replace(solver, num_segments=None, steps=segment)
+        unit = axis.num_parts * segment
+    filled = unit * math.ceil(num_steps / unit)
     still, tape, path = _standing_still(flat, drives, path, num_steps, filled)
     # As leaves and structure, which `jit` can compare.
     leaves, structure = jax.tree.flatten(params_spec, is_leaf=_is_spec)
@@ -271,15 +277,6 @@ def _solve_on(
     return jax.shard_map(here, mesh=mesh, in_specs=given, out_specs=out, check_vma=False)(
         dynamics.params, cached_params, start, drives, guess
     )
-
-
-def _filled_up(num_steps: int, solver: Solver, num_parts: int) -> tuple[int, Solver]:
-    """A length that every device can have an equal part of, in whole segments, and the solver with such segments."""
-    unit = 1
-    if isinstance(solver, Shooting):
-        unit = solver.segment_steps(num_steps, num_parts)
-        solver = dataclasses.replace(solver, num_segments=None, steps=unit)
-    return num_parts * unit * math.ceil(num_steps / (num_parts * unit)), solver
 
 
 def _standing_still(

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from partime_mcmc.certify.certificate import Certificate
+from partime_mcmc.diagnostics.arviz import draws_dataset, stats_dataset, to_arviz
 from partime_mcmc.engine.solution import SolveError, Status
 from partime_mcmc.forgetting.advise import Advice
 from partime_mcmc.sampling.chunk import ChainState, RunReport
@@ -81,15 +82,11 @@ class Draws:
     @functools.cached_property
     def posterior(self) -> Any:
         """Named values in the model's space, an `xarray.Dataset` with the dimensions `chain` and `draw` first."""
-        from partime_mcmc.diagnostics.arviz import draws_dataset
-
         return draws_dataset(self.constrained, self.dims)
 
     @functools.cached_property
     def sample_stats(self) -> Any:
         """What the kernel reports of each step, likewise, by ArviZ's names."""
-        from partime_mcmc.diagnostics.arviz import stats_dataset
-
         return stats_dataset(self.info)
 
     @property
@@ -102,8 +99,6 @@ class Draws:
 
     def to_arviz(self) -> Any:
         """The draws as ArviZ knows them: `InferenceData` with ArviZ 0.23, `xarray.DataTree` with ArviZ 1.x."""
-        from partime_mcmc.diagnostics.arviz import to_arviz
-
         return to_arviz(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:

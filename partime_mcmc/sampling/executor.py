@@ -154,11 +154,11 @@ class RunRecorder:
 
     def progress(self) -> dict[str, Any]:
         """What a progress line shows."""
-        shown = {
+        return {
             "evals": f"{self.evaluations_per_sample:.2f}",
             "residual": f"{self.max_residual:.0e}",
+            **({"fallbacks": len(self.fallbacks)} if self.fallbacks else {}),
         }
-        return shown | ({"fallbacks": len(self.fallbacks)} if self.fallbacks else {})
 
     def report(
         self,

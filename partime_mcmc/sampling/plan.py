@@ -134,7 +134,7 @@ def prepare(arguments: SampleArguments, progress: Progress) -> tuple[Plan, Chain
     groups, steps = 1, asked.num_samples
     if mesh is None:
         groups, steps = num_groups(asked.num_chains, dynamics), chunk
-    plan = Plan(
+    return Plan(
         target=asked.target,
         kernel=kernel,
         recurrence=dynamics,
@@ -154,8 +154,7 @@ def prepare(arguments: SampleArguments, progress: Progress) -> tuple[Plan, Chain
         num_warmup=warmup.num_steps if warmup else 0,
         warmup=warmup,
         warmup_notes=str(warmup or ""),
-    )
-    return plan, state
+    ), state
 
 
 def _tuned(asked: SampleArguments, progress: Progress) -> tuple[Kernel, Warmup | None, ChainState]:

@@ -290,9 +290,14 @@ def resume(
         )
     words = np.asarray(asked.pop("key_words"), np.uint32)
     key = jax.random.wrap_key_data(words, impl=asked.pop("key_impl"))
-    store = Store(path, asked.pop("chunk"), folds)
     arguments = _arguments(
-        key, target, kernel, asked.pop("num_chains"), mesh=mesh, store=store, **asked
+        key,
+        target,
+        kernel,
+        asked.pop("num_chains"),
+        mesh=mesh,
+        store=Store(path, asked.pop("chunk"), folds),
+        **asked,
     )
     return run(arguments, _progress_of_first_host(progress, mesh))[1]
 

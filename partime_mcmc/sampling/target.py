@@ -51,7 +51,7 @@ class Target:
     def __post_init__(self):
         constrain, names, dims = self.constrain, self.names, self.dims
         are_strings = not isinstance(names, str) and all(
-            isinstance(one, str) for one in names or ()
+            isinstance(one, str) for one in (() if names is None else names)
         )
         function = "a function of a position"
         for name, good, wanted in (
@@ -113,10 +113,8 @@ class Target:
 
     def example(self) -> PyTree:
         """Structure, shapes and types of a position, without computing one where that can be avoided."""
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # what there is to say of starts is said where they are made
+        # What there is to warn of is warned of where starts are made.
+        with warnings.catch_warnings(action="ignore"):
             if callable(self.initial):
                 try:
                     return _shapes_of(self.initial, jax_config.jax_enable_x64)
@@ -139,14 +137,17 @@ class Target:
             )
         if isinstance(positions, dict):
             return dict(positions)
-        leaves = jax.tree_util.tree_leaves_with_path(positions)
-        return {jax.tree_util.keystr(path) or "x": leaf for path, leaf in leaves}
+        return {
+            jax.tree_util.keystr(path) or "x": leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(positions)
+        }
 
     def constrained_shapes(self) -> list[jax.ShapeDtypeStruct]:
         """Shapes and types of the values of one position that `constrain` adds to it."""
-        if self.constrain is None:
-            return []
-        return jax.tree.leaves(jax.eval_shape(self.constrain, self.example()))
+        constrain = self.constrain
+        return (
+            [] if constrain is None else jax.tree.leaves(jax.eval_shape(constrain, self.example()))
+        )
 
 
 class _Mapped(HashableFunction):
