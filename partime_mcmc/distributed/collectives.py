@@ -4,16 +4,13 @@
     broadcast_from_host0    the first host's numbers, on all of them
     allgather_to_hosts      arrays of all devices on every host
     gather_to_all           the draws of a window on every host: what all of them return
-    GatherToHost0           the same on the first host alone: what a store is written from. Every device sends its shard
+    gather_to_host0         the same on the first host alone: what a store is written from. Every device sends its shard
                             once, to one of the first host's, which receives one shard at a time: no device and no other
                             host holds the whole
 
 Left out: a host that never calls `sample` at all is not noticed here; the others wait for it.
 """
 
-from __future__ import annotations
-
-import dataclasses
 import re
 import zlib
 from typing import Any, Callable
@@ -24,11 +21,11 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from partime_mcmc.distributed.mesh import OnDevices
 from partime_mcmc.distributed.sharded_solve import time_axis
 from partime_mcmc.engine.windows import Windows
 from partime_mcmc.sampling.arguments import SampleArguments
 from partime_mcmc.storage.fingerprint import fingerprint_of, name_of
-from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import PyTree, jax_config
 
 # (arrays with leaves (C, n, ...), the mesh, how all of them lie on it, what runs a program) -> the same as NumPy arrays on
@@ -87,8 +84,8 @@ def check_same_arguments(asked: SampleArguments) -> None:
     }
     names = "num_samples num_chains num_warmup adaptation coupling solver schedule tolerance max_iterations thinning certificate"
     values |= {name: getattr(asked, name) for name in names.split()}
-    parts = fingerprint_of(asked.target, asked.target.example())
-    values |= {f"the target's {part}": text for part, text in parts.items()}
+    fingerprint = fingerprint_of(asked.target, asked.target.example())
+    values |= {f"the target's {part}": text for part, text in fingerprint.items()}
     # Below 2^31, or they would wrap in 32 bits.
     mine = [
         zlib.crc32(_ADDRESS.sub("", repr(value)).encode()) & 0x7FFFFFFF for value in values.values()
@@ -152,47 +149,33 @@ def gather_to_all(
     tree: tuple, mesh: Mesh, spec: PartitionSpec, run: Callable[..., PyTree]
 ) -> tuple:
     """A `Gather`: draws on every host."""
-    del mesh, spec, run
     return allgather_to_hosts(tree)
 
 
-@dataclasses.dataclass(frozen=True)
-class GatherToHost0:
+def gather_to_host0(
+    tree: tuple, mesh: Mesh, spec: PartitionSpec, run: Callable[..., PyTree]
+) -> tuple | None:
     """A `Gather`: draws on the first host, None on the others."""
-
-    def __call__(
-        self, tree: tuple, mesh: Mesh, spec: PartitionSpec, run: Callable[..., PyTree]
-    ) -> tuple | None:
-        leaves, structure = jax.tree.flatten(tree)
-        devices, first = list(mesh.devices.flat), jax.process_index() == 0
-        where = [NamedSharding(mesh, spec).devices_indices_map(leaf.shape) for leaf in leaves]
-        found = [np.empty(leaf.shape, leaf.dtype) for leaf in leaves] if first else []
-        for whole, leaf in zip(found, leaves):
-            for shard in leaf.addressable_shards:
-                whole[shard.index] = np.asarray(shard.data)
-        for pairs in _rounds(devices):
-            # All devices take part, because a program is one for all; only those of the first host receive something.
-            sent = run(_Send(mesh, spec, pairs), leaves)
-            for whole, leaf, indices in zip(found, sent, where):
-                here = {shard.device: shard.data for shard in leaf.addressable_shards}
-                for source, to in pairs:
-                    whole[indices[devices[source]]] = np.asarray(here[devices[to]])
-        return jax.tree.unflatten(structure, found) if first else None
+    leaves, structure = jax.tree.flatten(tree)
+    devices, first = list(mesh.devices.flat), jax.process_index() == 0
+    where = [NamedSharding(mesh, spec).devices_indices_map(leaf.shape) for leaf in leaves]
+    found = [np.empty(leaf.shape, leaf.dtype) for leaf in leaves] if first else []
+    for whole, leaf in zip(found, leaves):
+        for shard in leaf.addressable_shards:
+            whole[shard.index] = np.asarray(shard.data)
+    for pairs in _rounds(devices):
+        # All devices take part, because a program is one for all; only those of the first host receive something.
+        sent = run(OnDevices(_send, mesh, spec, spec, mesh.axis_names, pairs), leaves)
+        for whole, leaf, indices in zip(found, sent, where):
+            here = {shard.device: shard.data for shard in leaf.addressable_shards}
+            for source, to in pairs:
+                whole[indices[devices[source]]] = np.asarray(here[devices[to]])
+    return jax.tree.unflatten(structure, found) if first else None
 
 
-class _Send(HashableFunction):
-    """Shards of arrays from some devices to others, zeros everywhere else; the parts are the mesh, how the arrays lie, and
-    pairs of places in the mesh."""
-
-    def __call__(self, leaves):
-        mesh, spec, pairs = self.parts
-
-        def here(leaves):
-            return [lax.ppermute(leaf, mesh.axis_names, pairs) for leaf in leaves]
-
-        return jax.shard_map(here, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(
-            leaves
-        )
+def _send(axes: tuple[str, ...], pairs: tuple[tuple[int, int], ...], leaves: list) -> list:
+    """Shards of arrays from some devices to others, by places in the mesh, and zeros everywhere else."""
+    return [lax.ppermute(leaf, axes, pairs) for leaf in leaves]
 
 
 def _rounds(devices: list) -> list[tuple[tuple[int, int], ...]]:

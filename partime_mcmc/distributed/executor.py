@@ -3,10 +3,10 @@
 Under `jax.shard_map` each device draws the random numbers of its own steps, rolls its own segments, certifies its own shard
 from the state that its neighbour ends with, and puts its own draws into the user's space.
 
-    DrawTapes     the random numbers of steps [first, first + n P), every device its own n
-    SolveWindow   one window of all chains
-    FinishChains  chains that did not converge, rolled by one device after another from where they stop being exact
-    Certify       certificate of every shard, records, positions; rejected steps stand still to the last bit
+    _draw_tapes     the random numbers of steps [first, first + n P), every device its own n
+    _solve_window   one window of all chains
+    _finish_chains  chains that did not converge, rolled by one device after another from where they stop being exact
+    _certify        certificate of every shard, records, positions; rejected steps stand still to the last bit
 
 Step t of a chain has the key that it has on one device, so the draws are the same to rounding, and the same bits where steps
 do not round by batch width (coalescing MALA). Every host runs the same loop and reaches the same decisions, because all it
@@ -15,8 +15,6 @@ shards, and fewer than P steps (or a rest not worth another program) are compute
 
 Left out: advice (take it from a run on one device), kernels whose counters follow from stepping only.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import functools
@@ -37,11 +35,11 @@ from partime_mcmc.distributed.collectives import (
     broadcast_from_host0,
     place,
 )
-from partime_mcmc.distributed.mesh import solution_specs
+from partime_mcmc.distributed.mesh import OnDevices, solution_specs
 from partime_mcmc.distributed.sharded_solve import time_axis
 from partime_mcmc.engine.adjoint import NoDerivatives
 from partime_mcmc.engine.recipes import sequential
-from partime_mcmc.engine.solution import Solution, Status
+from partime_mcmc.engine.solution import Status
 from partime_mcmc.engine.solve import solve
 from partime_mcmc.engine.time_axis import LocalTime, TimeAxis
 from partime_mcmc.engine.windows import Schedule, Windows
@@ -62,7 +60,6 @@ from partime_mcmc.sampling.randomness import splits_by_counting, step_keys
 from partime_mcmc.scan.affine import Diagonal
 from partime_mcmc.solvers import Shooting, Solver
 from partime_mcmc.solvers.sequential import finish_sequentially
-from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import Array, PyTree
 
 CHAINS, SAME = PartitionSpec("chains"), PartitionSpec()
@@ -89,118 +86,67 @@ class Layout:
         """Steps in all."""
         return self.axis.length(self.steps)
 
-    def run(self, function, given, found):
-        """A function of what each device holds, as a function of whole arrays."""
-        return jax.shard_map(
-            function, mesh=self.mesh, in_specs=given, out_specs=found, check_vma=False
+
+def _draw_tapes(program, axis, steps, kind, total, params, words, carries, counters, first):
+    """The tape of a window, and the counters after it; `kind` is the keys', `total` as for `step_keys`."""
+    kernel, places = program.kernel(params), axis.index(steps)
+
+    def one(word, carry, counters):
+        key = jax.random.wrap_key_data(word, impl=kind)
+        keys = step_keys(key, first + places.astype(jnp.uint32), total)
+        tape = kernel.tape_of(keys, kernel.state(carry, counters))
+        if not counters:
+            return tape, counters
+        every = kernel.algorithm.count(counters, axis.length(steps) + 1)
+        mine, after = (jax.tree.map(lambda leaf: leaf[at], every) for at in (places, -1))
+        return dataclasses.replace(tape, discrete=mine), after
+
+    return jax.vmap(one)(words, carries, counters)
+
+
+def _solve_window(program, axis, max_iterations, solver, tolerance, params, carries, tape):
+    """One window of every chain."""
+    dynamics = program.kernel(params).dynamics()
+    return jax.vmap(
+        lambda first, drives: solve(
+            dynamics,
+            first,
+            drives,
+            solver=solver,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+            adjoint=NoDerivatives(),
+            axis=axis,
         )
+    )(carries, tape)
 
 
-class DrawTapes(HashableFunction):
-    """The tape of a window, and the counters after it; parts are the program, a layout, the keys' kind, and what `step_keys`
-    wants to know of T."""
+def _finish_chains(program, axis, steps, params, carries, tape, states, num_exact):
+    """Paths rolled by one device after another from where they stop being exact, and how many steps are then finite."""
+    dynamics = program.kernel(params).dynamics()
+    exact = jnp.clip(num_exact - axis.index(steps)[0], 0, steps)
 
-    def __call__(self, params, words, carries, counters, first):
-        program, layout, kind, total = self.parts
+    def roll(first):
+        return _swapped(finish_sequentially(dynamics, first, states, tape, exact))
 
-        def here(params, words, carries, counters, first):
-            kernel, places = program.kernel(params), layout.axis.index(layout.steps)
-
-            def one(word, carry, counters):
-                key = jax.random.wrap_key_data(word, impl=kind)
-                keys = step_keys(key, first + places.astype(jnp.uint32), total)
-                tape = kernel.tape_of(keys, kernel.state(carry, counters))
-                if not counters:
-                    return tape, counters
-                every = kernel.algorithm.count(counters, layout.length + 1)
-                mine = jax.tree.map(lambda leaf: leaf[places], every)
-                return dataclasses.replace(tape, discrete=mine), jax.tree.map(
-                    lambda leaf: leaf[-1], every
-                )
-
-            return jax.vmap(one)(words, carries, counters)
-
-        given = (SAME, CHAINS, CHAINS, CHAINS, SAME)
-        return layout.run(here, given, (layout.along, CHAINS))(
-            params, words, carries, counters, first
-        )
+    states = _swapped(axis.in_turn(roll, carries))
+    finite = [
+        jnp.isfinite(leaf).reshape(*leaf.shape[:2], -1).all(axis=2)
+        for leaf in jax.tree.leaves(states)
+    ]
+    return states, jax.vmap(axis.length_of_true)(functools.reduce(jnp.logical_and, finite))
 
 
-class SolveWindow(HashableFunction):
-    """One window of every chain; parts are the program, a layout and `max_iterations`."""
+def _certify(program, axis, params, carries, states, tape):
+    """Certificates of all shards `(C, P)`, and the path standing still where its kernel does.
 
-    def __call__(self, solver: Solver, tolerance, params, carries, tape) -> Solution:
-        program, layout, max_iterations = self.parts
-
-        def here(params, carries, tape):
-            dynamics = program.kernel(params).dynamics()
-            return jax.vmap(
-                lambda first, drives: solve(
-                    dynamics,
-                    first,
-                    drives,
-                    solver=solver,
-                    tolerance=tolerance,
-                    max_iterations=max_iterations,
-                    adjoint=NoDerivatives(),
-                    axis=layout.axis,
-                )
-            )(carries, tape)
-
-        found = solution_specs(layout.along, CHAINS)
-        return layout.run(here, (SAME, CHAINS, layout.along), found)(params, carries, tape)
-
-
-class FinishChains(HashableFunction):
-    """Paths rolled by one device after another from where they stop being exact, and how many steps are then finite;
-    the parts are the program and a layout."""
-
-    def __call__(self, params, carries, tape, states, num_exact):
-        program, layout = self.parts
-
-        def here(params, carries, tape, states, num_exact):
-            dynamics, axis = program.kernel(params).dynamics(), layout.axis
-            exact = jnp.clip(num_exact - axis.index(layout.steps)[0], 0, layout.steps)
-
-            def roll(first):
-                return _swapped(finish_sequentially(dynamics, first, states, tape, exact))
-
-            states = _swapped(axis.in_turn(roll, carries))
-            finite = [
-                jnp.isfinite(leaf).reshape(*leaf.shape[:2], -1).all(axis=2)
-                for leaf in jax.tree.leaves(states)
-            ]
-            return states, jax.vmap(axis.length_of_true)(functools.reduce(jnp.logical_and, finite))
-
-        given = (SAME, CHAINS, layout.along, layout.along, CHAINS)
-        return layout.run(here, given, (layout.along, CHAINS))(
-            params, carries, tape, states, num_exact
-        )
-
-
-class Certify(HashableFunction):
-    """Certificates of all parts `(C, P)`, what the kernel says of each step, and the path standing still where its
-    kernel does.
-
-    The parts are the program and a layout. Returns certificates (with `accepted` and `residual` of every step), the
-    lengths of the runs without movement with which each part begins and ends, records, the path, positions, the
-    carries at the end, and whether standing still changed nothing.
+    Returns:
+        `accepted` and `residual` of every step; the other fields of the shards' certificates, with the lengths of the runs
+        without movement with which each shard begins and ends; what the kernel reports of each step; the path; positions;
+        the carries at the end; and whether standing still changed nothing.
     """
-
-    def __call__(self, params, carries, states, tape):
-        program, layout = self.parts
-
-        def here(params, carries, states, tape):
-            kernel = program.kernel(params)
-            return jax.vmap(functools.partial(_certified_shard, kernel, layout.axis))(
-                carries, states, tape
-            )
-
-        steps, parts = layout.along, layout.along
-        found = (steps, parts, steps, steps, steps, CHAINS, parts)
-        return layout.run(here, (SAME, CHAINS, layout.along, layout.along), found)(
-            params, carries, states, tape
-        )
+    certify = functools.partial(_certified_shard, program.kernel(params), axis)
+    return jax.vmap(certify)(carries, states, tape)
 
 
 def _certified_shard(kernel, axis: TimeAxis, carry: PyTree, states: PyTree, tape: PyTree):
@@ -288,7 +234,7 @@ class MeshExecutor:
     gather: Gather
 
     def chunks(self, state: ChainState) -> Iterator[Chunk]:
-        """As `Executor.chunks`.
+        """As `LocalExecutor.chunks`.
 
         Raises:
             ValueError: If hosts disagree about what to run, or counters of the kernel follow from stepping only.
@@ -316,18 +262,18 @@ class MeshExecutor:
                 raise
             recorder.interrupt(sum(window.length for window in windows))
         done, last = sum(window.length for window in windows), windows[-1]
-        after = ChainState(
-            allgather_to_hosts(last.carries),
-            allgather_to_hosts(last.discrete),
-            state.num_steps + done,
-            recorder.num_failed_windows,
-        )
+        stands = allgather_to_hosts((last.carries, last.discrete))
+        after = ChainState(*stands, state.num_steps + done, recorder.num_failed_windows)
+        device = self.mesh.devices.flat[0]
+        # Evaluations of each device along time, in windows that all of them share.
+        num_devices = self.mesh.shape["time"]
+        shared = [one.work.mean(axis=0) for one in windows if one.work.shape[1] == num_devices]
         report = functools.partial(
             recorder.report,
             timings=timings,
             dtype=jax.tree.leaves(last.carries)[0].dtype,
-            where=self._devices(),
-            by_part=self._evaluations_by_device(windows, done),
+            where=f"{self.mesh.size} x {device.platform}: {device.device_kind}",
+            by_part=tuple(np.sum(shared, axis=0) / done) if shared else (),
         )
         if last.gathered is None:
             # A host that keeps nothing looks at no certificate.
@@ -355,19 +301,21 @@ class MeshExecutor:
         run, done = functools.partial(run_program, timings=timings), 0
         for layout, solver in layouts(num_steps, whole, plan.solver, plan.schedule):
             first = place(mesh, SAME, np.uint32(state.num_steps + done))
-            draw = DrawTapes(program, layout, kind, known)
+            axis, steps, along = layout.axis, layout.steps, layout.along
+            given, fixed = (SAME, CHAINS, CHAINS, CHAINS, SAME), (program, axis, steps, kind, known)
+            draw = OnDevices(_draw_tapes, mesh, given, (along, CHAINS), *fixed)
             tape, discrete = run(draw, params, words, carries, discrete, first)
             states, num_finite, work = self._solved(
                 run, program, layout, solver, recorder, params, carries, tape, done
             )
-            certify = functools.partial(
-                run, Certify(program, layout), params, carries, what="certify"
-            )
+            given, found = (SAME, CHAINS, along, along), (along,) * 5 + (CHAINS, along)
+            certify = OnDevices(_certify, mesh, given, found, program, axis)
+            certify = functools.partial(run, certify, params, carries, what="certify")
             *certified, still, positions, after, same = certify(states, tape)
             if not allgather_to_hosts(same).all():
                 *certified, _, _, _, _ = certify(still, tape)
             collect = functools.partial(run, what="certify")
-            gathered = self.gather((*certified, positions), mesh, layout.along, collect)
+            gathered = self.gather((*certified, positions), mesh, along, collect)
             if gathered is not None:
                 *others, positions = gathered
                 gathered = (*others, without_nonfinite(positions, num_finite))
@@ -390,15 +338,18 @@ class MeshExecutor:
         rolled, max_iterations = recorder.gives_up, self.plan.max_iterations
         if rolled:
             solver, max_iterations = sequential(), None
-        window = SolveWindow(program, layout, max_iterations)
+        mesh, axis, along = layout.mesh, layout.axis, layout.along
+        given, specs = (SAME, SAME, SAME, CHAINS, along), solution_specs(along, CHAINS)
+        window = OnDevices(_solve_window, mesh, given, specs, program, axis, max_iterations)
         found = run(window, solver, self.plan.tolerance, params, carries, tape)
         finished = [found.states, None]
         seen = allgather_to_hosts(dataclasses.replace(found, states=()))
 
         def finish(_, num_exact):
-            num_exact = place(layout.mesh, CHAINS, num_exact)
-            finish_chains = FinishChains(program, layout)
-            finished[:] = run(finish_chains, params, carries, tape, found.states, num_exact)
+            given, fixed = (SAME, CHAINS, along, along, CHAINS), (program, axis, layout.steps)
+            rolling = OnDevices(_finish_chains, mesh, given, (along, CHAINS), *fixed)
+            num_exact = place(mesh, CHAINS, num_exact)
+            finished[:] = run(rolling, params, carries, tape, found.states, num_exact)
             return (), allgather_to_hosts(finished[1])
 
         recorder.record(seen, done, done + layout.length, rolled, finish)
@@ -411,20 +362,6 @@ class MeshExecutor:
             allgather_to_hosts(num_finite),
             seen.stats.evaluations_by_part * layout.length,
         )
-
-    def _devices(self) -> str:
-        """The devices, in words."""
-        first = self.mesh.devices.flat[0]
-        return f"{self.mesh.size} x {first.platform}: {first.device_kind}"
-
-    def _evaluations_by_device(self, windows: list[Window], done: int) -> tuple[float, ...]:
-        """Evaluations per draw of each device along time."""
-        shared = [
-            window.work.mean(axis=0)
-            for window in windows
-            if window.work.shape[1] == self.mesh.shape["time"]
-        ]
-        return tuple(np.sum(shared, axis=0) / done) if shared else ()
 
 
 def layouts(
@@ -443,9 +380,10 @@ def layouts(
     num_devices, found = whole.axis.length(1), []
 
     def fitting(steps):
-        if not isinstance(solver, Shooting):
-            return solver
-        return dataclasses.replace(solver, num_segments=None, steps=steps)
+        is_shooting = isinstance(solver, Shooting)
+        return (
+            dataclasses.replace(solver, num_segments=None, steps=steps) if is_shooting else solver
+        )
 
     def shared(steps, unit):
         """Windows of `steps` per device, in segments of at most `unit`."""
@@ -457,9 +395,10 @@ def layouts(
     unit = max(here, 1)
     if here and isinstance(solver, Shooting):
         unit = solver.segment_steps(here * num_devices, num_devices)
-    while here and num_samples - _length(found) >= here * num_devices:
+    rest = num_samples
+    while here and rest >= here * num_devices:
         found.append(shared(here if here < unit else here // unit * unit, unit))
-    rest = num_samples - _length(found)
+        rest -= found[-1][0].length
     if here and rest > max(num_devices, _NOT_WORTH_SHARING):
         found.append(shared(rest // num_devices, unit))
         rest -= found[-1][0].length
@@ -467,7 +406,3 @@ def layouts(
         alone = Layout(whole.mesh, LocalTime(), rest, CHAINS)
         found.append((alone, fitting(min(unit, rest))))
     return found
-
-
-def _length(found: list[tuple[Layout, Solver]]) -> int:
-    return sum(layout.length for layout, _ in found)

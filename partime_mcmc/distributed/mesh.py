@@ -18,9 +18,8 @@ Inside `jax.shard_map`, `summed(ℓ)` is the sum over the devices of one mesh ax
 one number and one of D. Left out: hosts that join later, and runs that go on with fewer hosts.
 """
 
-from __future__ import annotations
-
 import contextlib
+import functools
 import re
 from collections.abc import Iterator
 from typing import Any, Callable, Sequence
@@ -32,6 +31,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from partime_mcmc.engine.solution import Solution, Stats
+from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import Array, PyTree
 from partime_mcmc.validation import check_count
 
@@ -74,6 +74,21 @@ def time_mesh(
             f"{taken.size} devices, and num_chains x num_data to divide them"
         )
     return Mesh(taken[:needed].reshape(num_chains, num_time, num_data), AXES)
+
+
+class OnDevices(HashableFunction):
+    """A function of what each device holds, as a function of whole arrays; parts: the function, the mesh, how arguments and
+    results lie on it, and what the function gets before its arguments."""
+
+    def __call__(self, *args):
+        function, mesh, given, found, *fixed = self.parts
+        return jax.shard_map(
+            functools.partial(function, *fixed),
+            mesh=mesh,
+            in_specs=given,
+            out_specs=found,
+            check_vma=False,
+        )(*args)
 
 
 def solution_specs(along: Any, same: Any) -> Solution:
@@ -140,7 +155,21 @@ def hosts(
         ValueError: If only some of the first three arguments are given, one of them is invalid, or no cluster is found.
         RuntimeError: If arrays exist already, or the hosts do not come together in time.
     """
-    _check(coordinator, num_hosts, host_id, heartbeat_seconds)
+    given = [value is not None for value in (coordinator, num_hosts, host_id)]
+    if any(given) and not all(given):
+        raise ValueError(
+            f"coordinator, num_hosts, host_id: got {coordinator!r}, {num_hosts!r} and {host_id!r}, wanted all "
+            "three, or none of them where the cluster says it (Slurm, Open MPI, Kubernetes)"
+        )
+    if all(given):
+        check_count(num_hosts, "num_hosts", 1)
+        check_count(host_id, "host_id", 0)
+        if host_id >= num_hosts:
+            raise ValueError(f"host_id must be below num_hosts = {num_hosts}, got {host_id}")
+        if not re.fullmatch(r".+:\d+", str(coordinator)):
+            raise ValueError(f"coordinator must be HOST:PORT, got {coordinator!r}")
+    if not heartbeat_seconds >= 5:
+        raise ValueError(f"heartbeat_seconds must be at least 5, got {heartbeat_seconds!r}")
     made = [array.shape for array in jax.live_arrays() if array.shape]
     if made:
         raise RuntimeError(
@@ -170,21 +199,3 @@ def hosts(
         jax.config.update(_PREEMPTION, before)
     yield
     jax.distributed.shutdown()
-
-
-def _check(coordinator, num_hosts, host_id, heartbeat_seconds) -> None:
-    given = [value is not None for value in (coordinator, num_hosts, host_id)]
-    if any(given) and not all(given):
-        raise ValueError(
-            f"coordinator, num_hosts, host_id: got {coordinator!r}, {num_hosts!r} and {host_id!r}, wanted all "
-            "three, or none of them where the cluster says it (Slurm, Open MPI, Kubernetes)"
-        )
-    if all(given):
-        check_count(num_hosts, "num_hosts", 1)
-        check_count(host_id, "host_id", 0)
-        if host_id >= num_hosts:
-            raise ValueError(f"host_id must be below num_hosts = {num_hosts}, got {host_id}")
-        if not re.fullmatch(r".+:\d+", str(coordinator)):
-            raise ValueError(f"coordinator must be HOST:PORT, got {coordinator!r}")
-    if not heartbeat_seconds >= 5:
-        raise ValueError(f"heartbeat_seconds must be at least 5, got {heartbeat_seconds!r}")

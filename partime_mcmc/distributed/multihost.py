@@ -12,38 +12,28 @@ write one store. Hosts that should each keep their own chains make runs of their
 `storage.concat_draws` opens together.
 """
 
-from __future__ import annotations
-
+import contextlib
 from typing import Any, Callable
 
-import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from partime_mcmc.distributed.collectives import GatherToHost0
+from partime_mcmc.distributed.collectives import gather_to_host0
 from partime_mcmc.sampling.arguments import SampleArguments
 from partime_mcmc.sampling.chunk import ChainState, Chunk
 from partime_mcmc.sampling.plan import Plan
-from partime_mcmc.sampling.progress import Progress
 from partime_mcmc.storage.saved_plan import unpack_plan
 from partime_mcmc.storage.sink import StoreSink
 from partime_mcmc.storage.stored_draws import StoredDraws, open_draws
 
 
-def open_shared_sink(arguments: SampleArguments, progress: Progress) -> StoreSink | OtherHostSink:
-    """The sink of this host, in a run of several that the first one stores."""
-    if jax.process_index():
-        return OtherHostSink(arguments)
-    return FirstHostSink(arguments.store, arguments, progress)
-
-
 class FirstHostSink(StoreSink):
     """A store whose plan and state are broadcast to the other hosts."""
 
-    gather = GatherToHost0()
+    gather = staticmethod(gather_to_host0)
 
     def start(self, make_plan: Callable[[], tuple[Plan, ChainState]]) -> tuple[Plan, ChainState]:
-        """As `Sink.start`; the other hosts wait for it."""
+        """As `StoreSink.start`; the other hosts wait for it."""
         plan, state = super().start(make_plan)
         broadcast_bytes(self.saved_bytes)
         return plan, broadcast_chain_state(state)
@@ -55,30 +45,26 @@ class FirstHostSink(StoreSink):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         if error[0] is None:
-            barrier()
+            _barrier()
 
 
-class OtherHostSink:
+class OtherHostSink(contextlib.AbstractContextManager):
     """The sink of a host that keeps nothing.
 
     Args:
         arguments: What was asked for.
     """
 
-    gather = GatherToHost0()
+    gather = staticmethod(gather_to_host0)
 
     def __init__(self, arguments: SampleArguments):
         self._arguments = arguments
-
-    def __enter__(self) -> OtherHostSink:
-        return self
 
     def __exit__(self, *error: Any) -> None:
         pass
 
     def start(self, make_plan: Callable[[], tuple[Plan, ChainState]]) -> tuple[Plan, ChainState]:
         """The plan and the state of the first host."""
-        del make_plan
         asked = self._arguments
         plan, state = unpack_plan(broadcast_bytes(b""), asked.target, asked.kernel)
         return plan, broadcast_chain_state(state)
@@ -92,7 +78,7 @@ class OtherHostSink:
 
     def close(self) -> StoredDraws:
         """The draws that the first host has written."""
-        barrier()
+        _barrier()
         store = self._arguments.store
         return open_draws(store.path, folds=store.folds)
 
@@ -116,6 +102,6 @@ def broadcast_chain_state(state: ChainState) -> ChainState:
     return ChainState(carries, discrete, num_steps, num_failed, max_window or None)
 
 
-def barrier() -> None:
+def _barrier() -> None:
     """Wait until all hosts are here."""
     multihost_utils.sync_global_devices("partime_mcmc: stored run")

@@ -14,8 +14,6 @@ through the solve.
 Left out: schedules with a moving window (stretches go one after another outside, each of them spread over all devices).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math
@@ -31,7 +29,7 @@ from partime_mcmc.distributed.sharded_time import ShardedTime, TimeOnMesh
 from partime_mcmc.engine.adjoint import Adjoint, Implicit, ImplicitSegmented, NoDerivatives
 from partime_mcmc.engine.dynamics import CachedStep, Dynamics, check_state, ravel
 from partime_mcmc.engine.recipes import deer
-from partime_mcmc.engine.solution import Solution, Stats, Tolerance
+from partime_mcmc.engine.solution import Solution, Tolerance
 from partime_mcmc.engine.solve import check_step, count_steps, flat_guess, solve
 from partime_mcmc.solvers import Shooting, Solver
 from partime_mcmc.tracing import HashableFunction
@@ -108,7 +106,13 @@ def sharded_solve(
         dynamics = check_step(dynamics, initial, drives)
     flat, start, unravel = ravel(dynamics, initial)
     path = None if guess is None else flat_guess(guess, initial, start, num_steps)
-    filled, solver = _filled_up(num_steps, solver, axis.num_parts)
+    # Every device has an equal part, in whole segments.
+    unit = axis.num_parts
+    if isinstance(solver, Shooting):
+        segment = solver.segment_steps(num_steps, axis.num_parts)
+        solver = dataclasses.replace(solver, num_segments=None, steps=segment)
+        unit = axis.num_parts * segment
+    filled = unit * math.ceil(num_steps / unit)
     still, tape, path = _standing_still(flat, drives, path, num_steps, filled)
     # As leaves and structure, which `jit` can compare.
     leaves, structure = jax.tree.flatten(params_spec, is_leaf=_is_spec)
@@ -127,16 +131,15 @@ def sharded_solve(
         states = adjoint(still, start, tape, found.states, TimeOnMesh(mesh, axis))
     else:
         states = _without_derivatives(found.states, (still.params, start, tape))
-    stats = {field.name: getattr(found.stats, field.name) for field in dataclasses.fields(Stats)}
-    for name in ("evaluations", "jvps", "evaluations_by_part"):
-        stats[name] = stats[name] * (filled / num_steps)
-    return Solution(
-        jax.vmap(unravel)(states[:num_steps]),
-        found.status,
-        found.iterations,
-        found.residual,
-        jnp.minimum(found.num_exact, num_steps),
-        Stats(**stats),
+    work = {
+        name: getattr(found.stats, name) * (filled / num_steps)
+        for name in ("evaluations", "jvps", "evaluations_by_part")
+    }
+    return dataclasses.replace(
+        found,
+        states=jax.vmap(unravel)(states[:num_steps]),
+        num_exact=jnp.minimum(found.num_exact, num_steps),
+        stats=dataclasses.replace(found.stats, **work),
     )
 
 
@@ -274,15 +277,6 @@ def _solve_on(
     return jax.shard_map(here, mesh=mesh, in_specs=given, out_specs=out, check_vma=False)(
         dynamics.params, cached_params, start, drives, guess
     )
-
-
-def _filled_up(num_steps: int, solver: Solver, num_parts: int) -> tuple[int, Solver]:
-    """A length that every device can have an equal part of, in whole segments, and the solver with such segments."""
-    unit = 1
-    if isinstance(solver, Shooting):
-        unit = solver.segment_steps(num_steps, num_parts)
-        solver = dataclasses.replace(solver, num_segments=None, steps=unit)
-    return num_parts * unit * math.ceil(num_steps / (num_parts * unit)), solver
 
 
 def _standing_still(

@@ -19,8 +19,6 @@ questions from outside, of whole arrays; derivatives go through it, because a tr
 everywhere.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Callable
 
@@ -81,8 +79,7 @@ class ShardedTime:
         return lax.psum(jnp.sum(values, axis=0), self.name)
 
     def length_of_true(self, flags: Array) -> Array:
-        num_steps = flags.shape[0]
-        here = jnp.sum(jnp.cumprod(flags.astype(jnp.int32)))
+        num_steps, here = flags.shape[0], jnp.sum(jnp.cumprod(flags.astype(jnp.int32)))
         first_false = jnp.where(
             here == num_steps, self.length(num_steps), self._part() * num_steps + here
         )
@@ -135,8 +132,7 @@ class ShardedTime:
         """All prefixes of the maps that are here, after those of the `place` parts before it in the arranged order."""
         scan = self.scan or default_scan(elements)
         parts = jax.tree.map(lambda leaf: lax.all_gather(leaf, self.name), composition(elements))
-        ends = scan(arranged(parts), start)
-        starts = _begins(start, ends)
+        starts = _begins(start, scan(arranged(parts), start))
         return scan(elements, jax.tree.map(lambda leaf: leaf[place], starts))
 
     def _part(self) -> Array:

@@ -80,6 +80,8 @@ class ParallelKernel(MCMCKernel):
     """
 
     builder: Callable[..., Kernel]
+    # Where the state has its draw, and what a run collects unasked.
+    sample_field, default_fields = "z", ("z", "diverging")
     _trajectory_length: float | None = None
 
     def __init__(
@@ -144,16 +146,6 @@ class ParallelKernel(MCMCKernel):
     def model(self) -> Callable | None:
         """The model, None for a potential."""
         return self._model
-
-    @property
-    def sample_field(self) -> str:
-        """Where the state has its draw."""
-        return "z"
-
-    @property
-    def default_fields(self) -> tuple[str, ...]:
-        """What a run collects unasked."""
-        return ("z", "diverging")
 
     def get_diagnostics_str(self, state: HMCState) -> str:
         """One line for a progress bar."""
@@ -298,12 +290,10 @@ class HMC(ParallelKernel):
         trajectory_length: float | None = None,
         **options: Any,
     ):
-        fixed = {}
-        if num_steps is not None:
-            fixed = {"num_integration_steps": check_count(num_steps, "num_steps", 1)}
         self._trajectory_length = check_positive(trajectory_length, "trajectory_length")
         super().__init__(model, potential_fn, **options)
-        self._fixed |= fixed
+        if num_steps is not None:
+            self._fixed["num_integration_steps"] = check_count(num_steps, "num_steps", 1)
 
 
 class CoalescingHMC(HMC):

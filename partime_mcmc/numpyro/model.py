@@ -268,8 +268,8 @@ class Posterior:
         # With options a program cannot be part of another.
         inside = jax.jit(self._search)
         # Keys that a model draws for itself are part of the density: one key, once and for all.
-        draws = any(site["type"] == "prng_key" for site in sites.values())
-        prepared = seed(self.run, self.key) if draws else self.run
+        kinds = {site["type"] for site in sites.values()}
+        prepared = seed(self.run, self.key) if "prng_key" in kinds else self.run
         latent = _latent(sites)
         names = tuple(
             name
@@ -298,10 +298,8 @@ class Posterior:
         self.target = Target(density, initial, constrain, names, _plate_dims(sites, names))
 
     def _search(self, key: Key) -> tuple[PyTree, Array]:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # NumPyro's remarks on the model were made once, when it was traced
+        # NumPyro's remarks on the model were made once, when it was traced.
+        with warnings.catch_warnings(action="ignore"):
             found = initialize_model(
                 key,
                 self.run,
@@ -435,23 +433,21 @@ def _fixed_supports(run: WithData, key: Key) -> list[str]:
 def _check_traceable(potential: Callable, position: dict) -> None:
     try:
         jax.eval_shape(potential, position)
-        return
-    except jax.errors.JAXTypeError as error:
-        cause = error
-    culprits = []
-    for name, value in position.items():
-        try:
-            # vmap, not jit: under jit the values that are not traced would be staged too, and every site look guilty
-            fixed = {other: np.ones(one.shape, one.dtype) for other, one in position.items()}
-            jax.vmap(lambda x, name=name: potential({**fixed, name: x}))(
-                np.ones((1, *value.shape), value.dtype)
-            )
-        except jax.errors.JAXTypeError:
-            culprits.append(name)
-    raise ValueError(
-        f"site {', '.join(map(repr, culprits or position))}: got Python control flow, or a NumPy function, on a latent "
-        "value; wanted operations that JAX can trace (jnp.where, jax.lax.cond, jax.numpy)"
-    ) from cause
+    except jax.errors.JAXTypeError as cause:
+        culprits, fixed = (
+            [],
+            {name: np.ones(one.shape, one.dtype) for name, one in position.items()},
+        )
+        for name, value in fixed.items():
+            try:
+                # vmap, not jit: under jit the values that are not traced would be staged too, and every site look guilty
+                jax.vmap(lambda x, name=name: potential({**fixed, name: x}))(value[None])
+            except jax.errors.JAXTypeError:
+                culprits.append(name)
+        raise ValueError(
+            f"site {', '.join(map(repr, culprits or position))}: got Python control flow, or a NumPy function, on a latent "
+            "value; wanted operations that JAX can trace (jnp.where, jax.lax.cond, jax.numpy)"
+        ) from cause
 
 
 def _base(distribution: dist.Distribution) -> dist.Distribution:

@@ -1,7 +1,5 @@
 """What a run was asked for: the arguments of `sample` and of `ParallelMCMC.run`, checked."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from typing import Any, Callable
@@ -113,11 +111,19 @@ def check_strategies(
             "warm-up of another run"
         )
     if solver is not None:
-        wanted = "a recipe such as shooting() or quasi_deer(), or None"
-        check_has(solver, "solver", ("init", "step", "map_size"), wanted)
+        check_has(
+            solver,
+            "solver",
+            ("init", "step", "map_size"),
+            "a recipe such as shooting() or quasi_deer(), or None",
+        )
     if schedule is not None:
-        wanted = "AllAtOnce(), Windows(size), SlidingWindow(size), or None"
-        check_has(schedule, "schedule", ("window", "advance"), wanted)
+        check_has(
+            schedule,
+            "schedule",
+            ("window", "advance"),
+            "AllAtOnce(), Windows(size), SlidingWindow(size), or None",
+        )
     if tolerance is not None and not isinstance(tolerance, Tolerance):
         raise TypeError(
             f"tolerance: got {describe(tolerance)}, wanted Tolerance(relative, absolute) or None"

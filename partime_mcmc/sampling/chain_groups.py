@@ -14,8 +14,6 @@ over XLA's own threads and waits for them while it occupies one: two programs ca
 a Cholesky factor's solve on two cores, JAX 0.10.1). Where a step makes such calls, chains are left together.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import functools
 import math
@@ -53,11 +51,8 @@ def num_groups(num_chains: int, dynamics: Dynamics) -> int:
     if jax.default_backend() != "cpu" or num_chains == 1 or any(map(_calls_library, parts)):
         return 1
     cores = num_cores()
-    divisors = [
-        count
-        for count in range(1, min(num_chains, _MOST_PER_CORE * cores) + 1)
-        if num_chains % count == 0
-    ]
+    most = min(num_chains, _MOST_PER_CORE * cores)
+    divisors = [count for count in range(1, most + 1) if num_chains % count == 0]
     return min(divisors, key=lambda count: math.ceil(count / cores) * num_chains / count, default=1)
 
 
@@ -100,12 +95,6 @@ def _calls_library(function: Any) -> bool:
 def _overlaps(program: jax.stages.Compiled) -> bool:
     """Whether a program may run beside others: what the compiler has made of it is what counts."""
     return _LIBRARY_COMPILED.search(program.as_text() or "") is None
-
-
-def first_group(num_chains: int, dynamics: Dynamics, tree: PyTree) -> tuple[int, PyTree]:
-    """The number of groups, and of leaves `(C, ...)` what belongs to the first of them; arguments as for `num_groups`."""
-    count = num_groups(num_chains, dynamics)
-    return count, jax.tree.map(lambda leaf: leaf[: num_chains // count], tree)
 
 
 def split_chains(tree: PyTree, count: int) -> list[PyTree]:

@@ -11,10 +11,8 @@ count that are known: a chunk without rejections does not tell. Of shards that d
 runs of rejections are counted through their borders. Everything here is on the host.
 """
 
-from __future__ import annotations
-
 import dataclasses
-from typing import Mapping
+from typing import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -113,6 +111,11 @@ class Chunk:
     report: RunReport
     state: ChainState
 
+    @property
+    def num_steps(self) -> int:
+        """n."""
+        return np.shape(self.certificate.residual)[1]
+
 
 # A run that falls back in every window must not fill the memory with sentences about it.
 _MAX_SENTENCES = 200
@@ -149,7 +152,12 @@ def merge_certificates(first: Certificate, then: Certificate) -> Certificate:
             still, steps, np.maximum(a.longest_rejection, b.longest_rejection)
         ),
         num_nonfinite_proposals=total("num_nonfinite_proposals"),
-        num_ambiguous=_num_ambiguous(a, b, total("num_ambiguous")),
+        num_ambiguous=np.select(
+            # Of one chunk alone, where the other has no rejections that would tell.
+            [(one.num_ambiguous < 0) & (one.num_rejected == 0) for one in (a, b)],
+            [b.num_ambiguous, a.num_ambiguous],
+            total("num_ambiguous"),
+        ),
         min_margin=np.fmin(a.min_margin, b.min_margin),
         min_lattice_margin=np.fmin(a.min_lattice_margin, b.min_lattice_margin),
         discrete_consistent=a.discrete_consistent & b.discrete_consistent,
@@ -159,10 +167,13 @@ def merge_certificates(first: Certificate, then: Certificate) -> Certificate:
     )
 
 
-def _num_ambiguous(a: Certificate, b: Certificate, both: np.ndarray) -> np.ndarray:
-    """`num_ambiguous` of two chunks: of one alone, where the other has no rejections that would tell."""
-    a_unknown, b_unknown = ((one.num_ambiguous < 0) & (one.num_rejected == 0) for one in (a, b))
-    return np.where(a_unknown, b.num_ambiguous, np.where(b_unknown, a.num_ambiguous, both))
+def with_frozen(status: Sequence[Status], certificate: Certificate) -> tuple[Status, ...]:
+    """Verdicts, FROZEN for good chains that stand still; a path that is not certified is not known to."""
+    frozen = np.asarray(certificate.frozen) & np.asarray(certificate.certified)
+    return tuple(
+        Status.FROZEN if still and one == Status.CONVERGED else one
+        for still, one in zip(frozen, status)
+    )
 
 
 def without_steps(certificate: Certificate) -> Certificate:
@@ -189,16 +200,12 @@ def merge_reports(
         certificate: Of both together.
     """
     share = steps[1] / max(sum(steps), 1)
-    frozen = certificate.frozen & certificate.certified
     # Whether a chain stands still throughout is for the certificate of both to say.
     moving = [
         [Status.CONVERGED if one == Status.FROZEN else one for one in report.status]
         for report in (first, then)
     ]
-    status = tuple(
-        Status.FROZEN if still and s == Status.CONVERGED else s
-        for still, s in zip(frozen, [b if a == Status.CONVERGED else a for a, b in zip(*moving)])
-    )
+    status = [b if a == Status.CONVERGED else a for a, b in zip(*moving)]
     fallbacks = (*first.fallbacks, *then.fallbacks)
     if len(fallbacks) > _MAX_SENTENCES:
         fallbacks = (
@@ -213,12 +220,14 @@ def merge_reports(
         "seconds_run",
         "seconds_certify",
     )
-    parts = zip(first.evaluations_by_part, then.evaluations_by_part)
     return dataclasses.replace(
         first,
-        status=status,
+        status=with_frozen(status, certificate),
         fallbacks=fallbacks,
-        evaluations_by_part=tuple(_between(a, b, share) for a, b in parts),
+        evaluations_by_part=tuple(
+            _between(a, b, share)
+            for a, b in zip(first.evaluations_by_part, then.evaluations_by_part)
+        ),
         interrupted=then.interrupted,
         evaluations_per_sample=_between(
             first.evaluations_per_sample, then.evaluations_per_sample, share

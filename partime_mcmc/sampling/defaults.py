@@ -1,7 +1,5 @@
 """What a run takes where the user leaves a choice open: windows, solver, tolerance."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax.numpy as jnp

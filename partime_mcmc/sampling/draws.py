@@ -4,31 +4,21 @@ Arrays have chains first and time second, `(C, T, ...)`, as ArviZ wants them. Dr
 the same attributes.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import os
-from typing import TYPE_CHECKING, Any, Callable, Mapping, Sequence
+from typing import Any, Callable, Mapping, Self, Sequence
 
 import jax
 import numpy as np
 
 from partime_mcmc.certify.certificate import Certificate
+from partime_mcmc.diagnostics.arviz import draws_dataset, stats_dataset, to_arviz
 from partime_mcmc.engine.solution import SolveError, Status
 from partime_mcmc.forgetting.advise import Advice
-from partime_mcmc.sampling.chunk import (
-    ChainState,
-    Chunk,
-    RunReport,
-    merge_certificates,
-    merge_reports,
-)
+from partime_mcmc.sampling.chunk import ChainState, RunReport
 from partime_mcmc.types import AnyArray, PyTree
 from partime_mcmc.warmup.warmup import Warmup
-
-if TYPE_CHECKING:
-    from partime_mcmc.sampling.plan import Plan
 
 _HARDLY_ACCEPTS, _ENOUGH_STEPS = 0.98, 50
 
@@ -92,15 +82,11 @@ class Draws:
     @functools.cached_property
     def posterior(self) -> Any:
         """Named values in the model's space, an `xarray.Dataset` with the dimensions `chain` and `draw` first."""
-        from partime_mcmc.diagnostics.arviz import draws_dataset
-
         return draws_dataset(self.constrained, self.dims)
 
     @functools.cached_property
     def sample_stats(self) -> Any:
         """What the kernel reports of each step, likewise, by ArviZ's names."""
-        from partime_mcmc.diagnostics.arviz import stats_dataset
-
         return stats_dataset(self.info)
 
     @property
@@ -113,8 +99,6 @@ class Draws:
 
     def to_arviz(self) -> Any:
         """The draws as ArviZ knows them: `InferenceData` with ArviZ 0.23, `xarray.DataTree` with ArviZ 1.x."""
-        from partime_mcmc.diagnostics.arviz import to_arviz
-
         return to_arviz(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -127,7 +111,7 @@ class Draws:
 
         save_page(path, self)
 
-    def or_raise(self) -> Draws:
+    def or_raise(self) -> Self:
         """These draws, if every chain is certified, finite and moving.
 
         Raises:
@@ -137,13 +121,13 @@ class Draws:
         return self
 
     def __repr__(self) -> str:
-        return f"Draws({self.num_chains} chains x {self.num_samples:,} draws of {_some(self.constrained)}; {self})"
+        names = list(self.constrained)
+        some = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        return f"Draws({self.num_chains} chains x {self.num_samples:,} draws of {some}; {self})"
 
     def __str__(self) -> str:
-        before = (
-            "" if self.finished else f"interrupted after {self.num_samples:,} draws per chain; "
-        )
-        return before + certified_sentence(self.certificate, self.report)
+        before = f"interrupted after {self.num_samples:,} draws per chain; "
+        return ("" if self.finished else before) + certified_sentence(self.certificate, self.report)
 
     def _repr_html_(self) -> str:
         from partime_mcmc.diagnostics.describe import draws_html
@@ -211,45 +195,6 @@ def hardly_moves(certificate: Certificate, num_samples: int) -> str | None:
     )
 
 
-def draws_of_chunks(
-    plan: Plan, chunks: list[Chunk], ask: Callable[[PyTree], Advice] | None = None
-) -> Draws:
-    """The draws of consecutive chunks as one.
-
-    Args:
-        plan: Of the run.
-        chunks: At least one, in order.
-        ask: From far-apart positions, leaves `(K, ...)`, to advice about the plan.
-    """
-    first = chunks[0]
-    certificate, report, steps = first.certificate, first.report, _num_steps(first)
-    for chunk in chunks[1:]:
-        certificate = merge_certificates(certificate, chunk.certificate)
-        report = merge_reports(report, chunk.report, (steps, _num_steps(chunk)), certificate)
-        steps += _num_steps(chunk)
-    trees = [(chunk.positions, chunk.constrained, chunk.info) for chunk in chunks]
-    positions, constrained, info = trees[0] if len(trees) == 1 else jax.tree.map(_joined, *trees)
-    target, warmup = plan.target, plan.warmup
-
-    @functools.cache
-    def advice(ask):
-        return ask(spread_positions(positions) if warmup is None else warmup.pool)
-
-    return Draws(
-        positions,
-        constrained,
-        info,
-        certificate,
-        report,
-        plan.describe() | {"num_samples": steps},
-        warmup,
-        dict(target.dims) if target.dims else None,
-        tuple(target.names) if target.names else None,
-        chunks[-1].state,
-        functools.partial(advice, ask) if ask is not None and steps else None,
-    )
-
-
 _NUM_POOL = 32
 
 
@@ -261,22 +206,5 @@ def spread_positions(positions: PyTree) -> PyTree:
     """
     num_chains, num_steps = jax.tree.leaves(positions)[0].shape[:2]
     count = max(2, min(_NUM_POOL, num_chains * num_steps))
-    chains, steps = (
-        np.arange(count) % num_chains,
-        np.linspace(num_steps - 1, 0, count).astype(int),
-    )
+    chains, steps = np.arange(count) % num_chains, np.linspace(num_steps - 1, 0, count).astype(int)
     return jax.tree.map(lambda leaf: np.asarray(leaf)[chains, steps], positions)
-
-
-def _num_steps(chunk: Chunk) -> int:
-    return np.shape(chunk.certificate.residual)[1]
-
-
-def _joined(*leaves: Any) -> np.ndarray:
-    return np.concatenate([np.asarray(leaf) for leaf in leaves], axis=1)
-
-
-def _some(names: Any) -> str:
-    names = list(names)
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more

@@ -10,11 +10,9 @@ another, with the same random numbers. When every chain has needed that in two w
 sequential at once: these chains do not forget. From the step on where a chain leaves the finite numbers its draws are NaN.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import time
-from typing import Any, Callable, Iterator, Protocol
+from typing import Any, Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +21,7 @@ import numpy as np
 from partime_mcmc.certify.certificate import Certificate
 from partime_mcmc.compile_cache import Timings, as_committed_array, versions
 from partime_mcmc.engine.solution import Solution, Status
-from partime_mcmc.sampling.chunk import ChainState, Chunk, RunReport
+from partime_mcmc.sampling.chunk import ChainState, Chunk, RunReport, with_frozen
 from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.sampling.progress import Progress
 from partime_mcmc.types import PyTree
@@ -88,7 +86,11 @@ class RunRecorder:
         steps, verdicts = stop - start, [Status(int(code)) for code in np.asarray(found.status)]
         if not self.num_steps:
             self.history = np.asarray(found.stats.residual_history)
-        self._count(found, steps)
+        self.num_steps += steps
+        self.iterations += np.asarray(found.iterations)
+        self.evaluations += np.asarray(found.stats.evaluations, float) * steps
+        self.jvps += np.asarray(found.stats.jvps, float) * steps
+        self.depth += np.asarray(found.stats.depth)
         bad = np.array([verdict != Status.CONVERGED for verdict in verdicts])
         self.all_converged = not bad.any()
         states, num_finite = found.states, found.num_exact
@@ -105,11 +107,12 @@ class RunRecorder:
                     f"from step {self.first + stop} on all chains ran sequentially: none converged in "
                     f"{_MAX_FAILED_WINDOWS} windows in a row"
                 )
-        for chain, verdict in enumerate(verdicts):
-            if verdict != Status.CONVERGED and self.status[chain] == Status.CONVERGED:
-                self.status[chain] = verdict
+        self.status = [
+            now if before == Status.CONVERGED else before
+            for before, now in zip(self.status, verdicts)
+        ]
         residual = np.where(bad, 0, np.asarray(found.residual))
-        self.max_residual = max(self.max_residual, float(np.nanmax(residual, initial=0.0)))
+        self.max_residual = float(np.nanmax(residual, initial=self.max_residual))
         lost = np.array([verdict == Status.NONFINITE for verdict in verdicts])
         if lost.any():
             states = without_nonfinite(states, np.where(lost, np.asarray(num_finite), steps))
@@ -133,19 +136,9 @@ class RunRecorder:
         self.depth += steps - exact
         states, finite = finish(found.states, jnp.asarray(exact, jnp.int32))
         finite = np.asarray(finite)
-        rolled = np.where(finite == steps, Status.CONVERGED, Status.NONFINITE)
-        verdicts = [
-            Status(int(end)) if fell else verdict
-            for fell, end, verdict in zip(bad, rolled, verdicts)
-        ]
+        for chain in np.flatnonzero(bad):
+            verdicts[chain] = Status.CONVERGED if finite[chain] == steps else Status.NONFINITE
         return verdicts, states, finite
-
-    def _count(self, found: Solution, steps: int) -> None:
-        self.num_steps += steps
-        self.iterations += np.asarray(found.iterations)
-        self.evaluations += np.asarray(found.stats.evaluations, float) * steps
-        self.jvps += np.asarray(found.stats.jvps, float) * steps
-        self.depth += np.asarray(found.stats.depth)
 
     def interrupt(self, done: int) -> None:
         """Say of all chains that are well that they end after `done` steps because the user said so.
@@ -161,11 +154,11 @@ class RunRecorder:
 
     def progress(self) -> dict[str, Any]:
         """What a progress line shows."""
-        shown = {
+        return {
             "evals": f"{self.evaluations_per_sample:.2f}",
             "residual": f"{self.max_residual:.0e}",
+            **({"fallbacks": len(self.fallbacks)} if self.fallbacks else {}),
         }
-        return shown | ({"fallbacks": len(self.fallbacks)} if self.fallbacks else {})
 
     def report(
         self,
@@ -184,16 +177,10 @@ class RunRecorder:
             where: The devices, in words.
             by_part: Evaluations per draw of each device, where there are several.
         """
-        # A path that is not certified is not known to stand still: its own verdict comes first.
-        frozen = np.zeros(len(self.status), bool)
-        if certificate is not None:
-            frozen = np.asarray(certificate.frozen) & np.asarray(certificate.certified)
-        status = tuple(
-            Status.FROZEN if frozen[c] and one == Status.CONVERGED else one
-            for c, one in enumerate(self.status)
-        )
         return RunReport(
-            status=status,
+            status=tuple(self.status)
+            if certificate is None
+            else with_frozen(self.status, certificate),
             iterations=self.iterations,
             evaluations_per_sample=self.evaluations_per_sample,
             jvps_per_sample=float(self.jvps.mean() / max(self.num_steps, 1)),
@@ -233,85 +220,6 @@ def without_nonfinite(states: PyTree, num_finite: np.ndarray) -> PyTree:
 MAX_HALVINGS = 3
 
 
-class Executor(Protocol):
-    """Makes the chunks of a plan."""
-
-    def chunks(self, state: ChainState) -> Iterator[Chunk]:
-        """The chunks from a state to the end of the run; a run of no steps has one, which is empty.
-
-        After an interrupt from the keyboard the last one is shorter, with the verdict INTERRUPTED.
-        """
-        ...
-
-
-# (where the chains stand, steps of the chunk, what is told of its progress) -> the chunk
-SolveChunk = Callable[[ChainState, int, "ProgressReporter"], Chunk]
-
-
-def iterate_chunks(
-    plan: Plan, state: ChainState, solve: SolveChunk, progress: Progress, max_halvings: int
-) -> Iterator[Chunk]:
-    """The chunks of a plan, one after another.
-
-    Args:
-        plan: The plan.
-        state: Where the chains stand.
-        solve: Makes one chunk.
-        progress: Shown meanwhile.
-        max_halvings: How often a chunk is tried again with half as many steps when the device runs out of memory.
-    """
-    if plan.num_samples and state.num_steps >= plan.last_step:
-        return
-    with progress.stage("sampling", plan.num_samples) as advance:
-        reporter = ProgressReporter(advance, plan.num_chains)
-        reporter.skip(state.num_steps - plan.first_step)
-        while True:
-            chunk = _fitting_chunk(plan, state, solve, reporter, max_halvings)
-            reporter.add_chunk(chunk)
-            yield chunk
-            state = chunk.state
-            if state.num_steps >= plan.last_step or chunk.report.interrupted:
-                return
-            # States that were computed and states that were read from a store run the same programs.
-            carries, discrete = jax.tree.map(as_committed_array, (state.carries, state.discrete))
-            state = dataclasses.replace(state, carries=carries, discrete=discrete)
-
-
-def _fitting_chunk(
-    plan: Plan,
-    state: ChainState,
-    solve: SolveChunk,
-    reporter: ProgressReporter,
-    max_halvings: int,
-) -> Chunk:
-    """The next chunk, in as many steps at once as the device can hold."""
-    notes: tuple[str, ...] = ()
-    while True:
-        steps = min(plan.chunk, plan.last_step - state.num_steps, state.max_window or plan.chunk)
-        try:
-            chunk = solve(state, steps, reporter)
-            break
-        except jax.errors.JaxRuntimeError as error:
-            if not out_of_memory(error) or len(notes) == max_halvings or steps < 2:
-                raise
-        # Outside the handler, so that what the failed attempt held is let go.
-        reporter.undo()
-        state = dataclasses.replace(state, max_window=steps // 2)
-        first = state.num_steps
-        notes += (
-            f"steps {first} to {first + steps}: the device ran out of memory; from there on at most {steps // 2} "
-            "steps at once",
-        )
-    report = dataclasses.replace(chunk.report, fallbacks=(*notes, *chunk.report.fallbacks))
-    after = dataclasses.replace(chunk.state, max_window=state.max_window)
-    return dataclasses.replace(chunk, report=report, state=after)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error of the compiler's runtime means that the device's memory is full."""
-    return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
-
-
 class ProgressReporter:
     """The progress line of a sampling run, updated from the host between compiled calls.
 
@@ -348,25 +256,81 @@ class ProgressReporter:
         self._chunk = 0
         if chunk.positions is None:
             return
-        accepted = chunk.info.get(
-            "acceptance_rate", chunk.info.get("accepted", chunk.certificate.accepted)
-        )
-        accepted = np.asarray(accepted, float)
-        self._accepted, self._draws = (
-            self._accepted + accepted.sum(),
-            self._draws + accepted.size,
-        )
+        accepted = chunk.info.get("accepted", chunk.certificate.accepted)
+        accepted = np.asarray(chunk.info.get("acceptance_rate", accepted), float)
+        self._accepted += accepted.sum()
+        self._draws += accepted.size
         self._shown["accept"] = f"{self._accepted / max(self._draws, 1):.2f}"
         if "diverging" in chunk.info:
             self._diverging += int(np.asarray(chunk.info["diverging"]).sum())
             self._shown["diverging"] = self._diverging
         self._advance(0, **self._shown)
 
-    def skip(self, steps: int) -> None:
-        """Show steps that a run before this one has done."""
-        self._advance(steps)
-
     def undo(self) -> None:
         """Take back the steps of a chunk that has to be done again."""
         self._advance(-self._chunk, **self._shown)
         self._steps, self._chunk = max(self._steps - self._chunk, 0), 0
+
+
+# (where the chains stand, steps of the chunk, what is told of its progress) -> the chunk
+SolveChunk = Callable[[ChainState, int, ProgressReporter], Chunk]
+
+
+def iterate_chunks(
+    plan: Plan, state: ChainState, solve: SolveChunk, progress: Progress, max_halvings: int
+) -> Iterator[Chunk]:
+    """The chunks of a plan, one after another.
+
+    Args:
+        plan: The plan.
+        state: Where the chains stand.
+        solve: Makes one chunk.
+        progress: Shown meanwhile.
+        max_halvings: How often a chunk is tried again with half as many steps when the device runs out of memory.
+    """
+    if plan.num_samples and state.num_steps >= plan.last_step:
+        return
+    with progress.stage("sampling", plan.num_samples) as advance:
+        # Steps that a run before this one has done.
+        advance(state.num_steps - plan.first_step)
+        reporter = ProgressReporter(advance, plan.num_chains)
+        while True:
+            chunk = _fitting_chunk(plan, state, solve, reporter, max_halvings)
+            reporter.add_chunk(chunk)
+            yield chunk
+            state = chunk.state
+            if state.num_steps >= plan.last_step or chunk.report.interrupted:
+                return
+            # States that were computed and states that were read from a store run the same programs.
+            carries, discrete = jax.tree.map(as_committed_array, (state.carries, state.discrete))
+            state = dataclasses.replace(state, carries=carries, discrete=discrete)
+
+
+def _fitting_chunk(
+    plan: Plan,
+    state: ChainState,
+    solve: SolveChunk,
+    reporter: ProgressReporter,
+    max_halvings: int,
+) -> Chunk:
+    """The next chunk, in as many steps at once as the device can hold."""
+    notes: list[str] = []
+    while True:
+        steps = min(plan.chunk, plan.last_step - state.num_steps, state.max_window or plan.chunk)
+        try:
+            chunk = solve(state, steps, reporter)
+            break
+        except jax.errors.JaxRuntimeError as error:
+            full = "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
+            if not full or len(notes) == max_halvings or steps < 2:
+                raise
+        # Outside the handler, so that what the failed attempt held is let go.
+        reporter.undo()
+        state = dataclasses.replace(state, max_window=steps // 2)
+        notes.append(
+            f"steps {state.num_steps} to {state.num_steps + steps}: the device ran out of memory; from there on at most {steps // 2} "
+            "steps at once"
+        )
+    report = dataclasses.replace(chunk.report, fallbacks=(*notes, *chunk.report.fallbacks))
+    after = dataclasses.replace(chunk.state, max_window=state.max_window)
+    return dataclasses.replace(chunk, report=report, state=after)

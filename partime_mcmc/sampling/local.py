@@ -11,8 +11,6 @@ Groups are solved side by side and recorded together. One bad chain never change
 draws stay the same bits. An interrupt from the keyboard keeps the windows that are done.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from typing import Any, Callable, Iterator
@@ -75,11 +73,6 @@ class SolvedChains:
     notes: list[jax.Array] | None
     defects: list[jax.Array] | None
 
-    @property
-    def num_steps(self) -> int:
-        """n."""
-        return jax.tree.leaves(self.states)[0].shape[1]
-
 
 @dataclasses.dataclass(frozen=True)
 class LocalExecutor:
@@ -94,7 +87,10 @@ class LocalExecutor:
     progress: Progress
 
     def chunks(self, state: ChainState) -> Iterator[Chunk]:
-        """As `Executor.chunks`."""
+        """The chunks from a state to the end of the run; a run of no steps has one, which is empty.
+
+        After an interrupt from the keyboard the last one is shorter, with the verdict INTERRUPTED.
+        """
         return iterate_chunks(self.plan, state, self._chunk, self.progress, MAX_HALVINGS)
 
     def _chunk(self, state: ChainState, num_steps: int, reporter: ProgressReporter) -> Chunk:
@@ -133,8 +129,11 @@ def solve_windows(
         list,
         zip(*draw_tapes(plan.kernel, plan.keys, state, num_steps, timings, plan.num_groups)),
     )
-    size = min(_window_size(plan, num_steps), state.max_window or max(num_steps, 1))
-    inside = AllAtOnce() if isinstance(plan.schedule, Windows) else plan.schedule
+    inside, size = plan.schedule, state.max_window or max(num_steps, 1)
+    if isinstance(inside, Windows):
+        # A sequential run gains nothing from windows, and neither does an empty one.
+        size = size if isinstance(plan.solver, Sequential) else min(size, inside.size)
+        inside = AllAtOnce()
     tolerance, dynamics = plan.tolerance, plan.recurrence
     solve_window = _solve_groups(plan.solver, inside, tolerance, plan.max_iterations, timings)
     roll_window = _solve_groups(sequential(), AllAtOnce(), tolerance, None, timings)
@@ -168,13 +167,6 @@ def solve_windows(
 def _steps(tree: PyTree, start: int, stop: int | None = None) -> PyTree:
     """Steps from `start` to `stop`, or the one step `start`, of leaves `(G, n, ...)`."""
     return jax.tree.map(lambda leaf: leaf[:, start if stop is None else slice(start, stop)], tree)
-
-
-def _window_size(plan: Plan, num_steps: int) -> int:
-    # A sequential run gains nothing from windows, and neither does an empty one.
-    if isinstance(plan.schedule, Windows) and not isinstance(plan.solver, Sequential):
-        return plan.schedule.size
-    return max(num_steps, 1)
 
 
 def _recorded(
@@ -292,62 +284,35 @@ def _certified(
 ) -> Chunk:
     """The chunk of solved chains."""
     program, params = program_and_params(plan.kernel)
-    paths = [chains.initial, chains.states, chains.tape]
-    if chains.notes is None:
-        certify = _CertifyPath(program)
-    else:
-        certify, paths = (
-            _ReadRecordedCertificate(program),
-            [*paths, chains.notes, chains.defects],
-        )
-    groups = run_explicit_groups(
-        certify, params, list(zip(*paths)), timings=timings, what="certify"
-    )
+    recorded = () if chains.notes is None else (chains.notes, chains.defects)
+    paths = list(zip(chains.initial, chains.states, chains.tape, *recorded))
+    groups = run_explicit_groups(_Certify(program), params, paths, timings=timings, what="certify")
     certificate, records, last, positions = concat_chains(groups)
     constrained = plan.target.constrained_values(positions, timings)
     info = info_dict(records, certificate.residual.shape) | {"residual": certificate.residual}
-    dtype = jax.tree.leaves(chains.states)[0].dtype
+    path = jax.tree.leaves(chains.states)[0]
     after = ChainState(
-        last, chains.discrete, state.num_steps + chains.num_steps, recorder.num_failed_windows
+        last, chains.discrete, state.num_steps + path.shape[1], recorder.num_failed_windows
     )
-    report = recorder.report(certificate, timings, dtype, device())
+    report = recorder.report(certificate, timings, path.dtype, device())
     return Chunk(positions, constrained, info, certificate, report, after)
 
 
-class _CertifyPath(HashableFunction):
-    """Certificate, records, the last carries of the path standing still where its kernel does, and its positions; the part
-    is the kernel's program."""
-
-    def __call__(self, params, initial, states, tape) -> tuple[Certificate, PyTree, PyTree, PyTree]:
-        kernel = self.parts[0].kernel(params)
-        certificate, records, still = certify_held(kernel, initial, states, tape)
-        return (
-            certificate,
-            records,
-            _last(still, initial),
-            jax.vmap(jax.vmap(kernel.position))(still),
-        )
-
-
-class _ReadRecordedCertificate(HashableFunction):
-    """As `_CertifyPath`, from what steps recorded."""
+class _Certify(HashableFunction):
+    """Certificate, records, last carries and positions of a path, from what its steps recorded; a path without that is
+    certified independently, and then stands still where its kernel does. The part is the kernel's program."""
 
     def __call__(
-        self, params, initial, states, tape, notes, defects
+        self, params, initial, states, tape, *recorded
     ) -> tuple[Certificate, PyTree, PyTree, PyTree]:
         kernel = self.parts[0].kernel(params)
-        certificate, records = jax.vmap(functools.partial(certify_recorded, kernel))(
-            initial, states, tape, notes, defects
+        if recorded:
+            certificate, records = jax.vmap(functools.partial(certify_recorded, kernel))(
+                initial, states, tape, *recorded
+            )
+        else:
+            certificate, records, states = certify_held(kernel, initial, states, tape)
+        last = jax.tree.map(
+            lambda leaf, first: leaf[:, -1] if leaf.shape[1] else first, states, initial
         )
-        return (
-            certificate,
-            records,
-            _last(states, initial),
-            jax.vmap(jax.vmap(kernel.position))(states),
-        )
-
-
-def _last(states: PyTree, initial: PyTree) -> PyTree:
-    return jax.tree.map(
-        lambda leaf, first: leaf[:, -1] if leaf.shape[1] else first, states, initial
-    )
+        return certificate, records, last, jax.vmap(jax.vmap(kernel.position))(states)

@@ -4,8 +4,6 @@ In memory a run is one chunk, and all of its draws must fit. In a store a chunk 
 divides the run evenly where it can. Either way the solver's linear maps of one window must fit beside the draws.
 """
 
-from __future__ import annotations
-
 import os
 
 import jax
@@ -44,18 +42,27 @@ def chunk_steps(asked: SampleArguments) -> int:
         if asked.max_bytes is None
         else check_count(asked.max_bytes, "max_bytes", 1)
     )
+    # Bytes per draw of what is kept besides positions: values in the model's space, and what a step reports.
+    recorded = isinstance(asked.certificate, CertifyWhileRolling) and asked.mesh is None
+    values = asked.target.constrained_shapes()
+    more = (_NUM_INFO + (dimension if recorded else 0)) * itemsize
+    more += sum(leaf.size * leaf.dtype.itemsize for leaf in values)
     choose = _whole_run if asked.store is None else _stored_chunk
-    return choose(asked, dimension, itemsize, limit, _bytes_of_info(asked, dimension, itemsize))
+    return choose(asked, dimension, itemsize, limit, more)
 
 
 def _whole_run(asked: SampleArguments, dimension: int, itemsize: int, limit: int, more: int) -> int:
     """All steps, if they fit with `more` bytes per draw beside positions."""
-    rows, parts = _mesh_shape(asked.mesh)
+    rows, parts = mesh_shape(asked.mesh)
     num_chains, steps = asked.num_chains // rows, -(-asked.num_samples // parts)
     window = getattr(asked.schedule or Windows(DEFAULT_WINDOW), "size", steps)
-    per_step = (asked.solver or sequential()).map_size(dimension)
     check_bytes(
-        min(window, steps), dimension, itemsize, limit, per_step=per_step, num_chains=num_chains
+        min(window, steps),
+        dimension,
+        itemsize,
+        limit,
+        per_step=(asked.solver or sequential()).map_size(dimension),
+        num_chains=num_chains,
     )
     total = check_bytes(
         steps, dimension, itemsize, 2**63, per_step=0, num_chains=num_chains, more=more
@@ -75,7 +82,7 @@ def _stored_chunk(
 ) -> int:
     """Steps of a chunk in a store."""
     mesh, num_samples, wanted = asked.mesh, asked.num_samples, asked.store.chunk
-    rows, parts = _mesh_shape(mesh)
+    rows, parts = mesh_shape(mesh)
     per_step = (asked.solver or sequential()).map_size(dimension)
     one = check_bytes(
         1, dimension, itemsize, 2**63, per_step=per_step, num_chains=asked.num_chains // rows
@@ -109,15 +116,7 @@ def _stored_chunk(
     return steps if wanted is not None else next(even, steps)
 
 
-def _bytes_of_info(asked: SampleArguments, dimension: int, itemsize: int) -> int:
-    """Bytes per draw of what is kept besides positions: values in the model's space, and what a step reports."""
-    recorded = isinstance(asked.certificate, CertifyWhileRolling) and asked.mesh is None
-    numbers = _NUM_INFO + (dimension if recorded else 0)
-    values = asked.target.constrained_shapes()
-    return numbers * itemsize + sum(leaf.size * leaf.dtype.itemsize for leaf in values)
-
-
-def _mesh_shape(mesh: Mesh | None) -> tuple[int, int]:
+def mesh_shape(mesh: Mesh | None) -> tuple[int, int]:
     """Devices along chains and along time."""
     return (1, 1) if mesh is None else (mesh.shape["chains"], mesh.shape["time"])
 

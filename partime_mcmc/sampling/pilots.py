@@ -7,8 +7,6 @@ Seeds and programs decide, no clock, and the choice is part of the warm-up and o
 draws the same random numbers.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax
@@ -53,15 +51,15 @@ def choose_coupling_by_pilots(warmup: Warmup, key: Key) -> Warmup:
     builder = with_coupling(plain.family.builder, MultishiftCoupling())
     family = dataclasses.replace(plain.family, builder=builder, counts=())
     other = parametrised_kernel(family, plain.numbers.data, warmup.whitening, warmup.settings)
-    dtype = jax.tree.leaves(warmup.positions)[0].dtype
-    tolerance = default_tolerance(plain, dtype)
+    tolerance = default_tolerance(plain, jax.tree.leaves(warmup.positions)[0].dtype)
     medians = [_median_meeting_time(one, warmup, tolerance, key) for one in (plain, other)]
     met = ["never" if np.isinf(median) else f"after {median:.0f} steps" for median in medians]
-    if medians[1] < medians[0]:
-        note = f"Multishift coupling: pilot pairs met {met[1]} in the median, with common random numbers {met[0]}."
-        return dataclasses.replace(warmup, kernel=other, notes=(*warmup.notes, note))
+    kernel = plain
     note = f"Common random numbers: pilot pairs met {met[0]} in the median, with multishift coupling {met[1]}."
-    return dataclasses.replace(warmup, notes=(*warmup.notes, note))
+    if medians[1] < medians[0]:
+        kernel = other
+        note = f"Multishift coupling: pilot pairs met {met[1]} in the median, with common random numbers {met[0]}."
+    return dataclasses.replace(warmup, kernel=kernel, notes=(*warmup.notes, note))
 
 
 def _median_meeting_time(kernel: Kernel, warmup: Warmup, tolerance: Tolerance, key: Key) -> float:

@@ -6,8 +6,6 @@ A `Plan` is frozen and is all that executors and sinks look at; with a store it 
 from what it reads back. `SampleArguments` are what a front (`sample`, `ParallelMCMC.run`) was asked for.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
@@ -30,7 +28,7 @@ from partime_mcmc.sampling.defaults import (
     default_solver,
     default_tolerance,
 )
-from partime_mcmc.sampling.memory import chunk_steps
+from partime_mcmc.sampling.memory import chunk_steps, mesh_shape
 from partime_mcmc.sampling.progress import Progress
 from partime_mcmc.sampling.randomness import begin, recurrence
 from partime_mcmc.sampling.target import Target
@@ -131,11 +129,12 @@ def prepare(arguments: SampleArguments, progress: Progress) -> tuple[Plan, Chain
     kernel, warmup, state = _tuned(asked, progress)
     keys, dtype = asked.chain_keys, jax.tree.leaves(state.carries)[0].dtype
     dynamics = recurrence(kernel, keys, state, Timings(), asked.certificate)
-    rows, parts = (1, 1) if mesh is None else (mesh.shape["chains"], mesh.shape["time"])
+    rows, parts = mesh_shape(mesh)
     # Over a mesh devices share the chains, not cores.
-    groups = num_groups(asked.num_chains, dynamics) if mesh is None else 1
-    steps = chunk if mesh is None else asked.num_samples
-    plan = Plan(
+    groups, steps = 1, asked.num_samples
+    if mesh is None:
+        groups, steps = num_groups(asked.num_chains, dynamics), chunk
+    return Plan(
         target=asked.target,
         kernel=kernel,
         recurrence=dynamics,
@@ -155,8 +154,7 @@ def prepare(arguments: SampleArguments, progress: Progress) -> tuple[Plan, Chain
         num_warmup=warmup.num_steps if warmup else 0,
         warmup=warmup,
         warmup_notes=str(warmup or ""),
-    )
-    return plan, state
+    ), state
 
 
 def _tuned(asked: SampleArguments, progress: Progress) -> tuple[Kernel, Warmup | None, ChainState]:
@@ -168,14 +166,12 @@ def _tuned(asked: SampleArguments, progress: Progress) -> tuple[Kernel, Warmup |
             None,
             asked.state or begin(kernel, asked.starts(num_chains), asked.chain_keys, Timings()),
         )
-    if isinstance(kernel, Warmup):
-        warmup, have = kernel, jax.tree.leaves(kernel.positions)[0].shape[0]
-        if have != num_chains:
-            raise ValueError(
-                f"num_chains: got {num_chains}, but the warm-up given as `kernel` has {have} chains"
-            )
-    else:
-        warmup = _warmed_up(asked, kernel, progress)
+    warmup = kernel if isinstance(kernel, Warmup) else _warmed_up(asked, kernel, progress)
+    have = jax.tree.leaves(warmup.positions)[0].shape[0]
+    if have != num_chains:
+        raise ValueError(
+            f"num_chains: got {num_chains}, but the warm-up given as `kernel` has {have} chains"
+        )
     return (
         warmup.kernel,
         warmup,
@@ -185,7 +181,7 @@ def _tuned(asked: SampleArguments, progress: Progress) -> tuple[Kernel, Warmup |
 
 def _warmed_up(asked: SampleArguments, builder: Builder, progress: Progress) -> Warmup:
     """The warm-up of a builder, with positions for the chains that are asked for."""
-    adaptation = PooledAdaptation() if asked.adaptation is None else asked.adaptation
+    adaptation = asked.adaptation or PooledAdaptation()
     starts = asked.starts(max(asked.num_chains, adaptation.num_chains))
     num_steps = max(asked.num_warmup, FEWEST_WARMUP)
     with progress.stage("warm-up", num_steps) as advance:

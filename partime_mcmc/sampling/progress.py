@@ -5,8 +5,6 @@ no draw and costs nothing inside a solve. `quiet` says nothing; `progress_line` 
 error.
 """
 
-from __future__ import annotations
-
 import contextlib
 import sys
 import warnings
@@ -83,10 +81,8 @@ def chosen_progress(progress: Progress | bool | None) -> Progress:
     Raises:
         TypeError: If it is neither a bool nor a Progress.
     """
-    if isinstance(progress, bool):
+    if progress is None or isinstance(progress, bool):
         return progress_line if progress and sys.stderr.isatty() else quiet
-    if progress is None:
-        return quiet
     check_has(
         progress, "progress", ("stage", "note", "warn"), "True, False, quiet or progress_line"
     )

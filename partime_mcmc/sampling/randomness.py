@@ -9,8 +9,6 @@ steps before are split again and cut off: the same numbers, at a cost that grows
 from where the steps before left them. The random numbers of a path and these leaves are its *tape*.
 """
 
-from __future__ import annotations
-
 import functools
 
 import jax

@@ -15,34 +15,34 @@ they are not what the run was begun with. Everything else comes from the store, 
 never interrupted: on the same machine and versions, bit for bit.
 """
 
-from __future__ import annotations
-
+import contextlib
 import functools
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Callable
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from partime_mcmc.certify.recorded import Certification, CertifyWhileRolling
 from partime_mcmc.diagnostics.checks import check_deterministic, check_precision, check_starts
-from partime_mcmc.distributed.collectives import check_mesh, check_same_arguments
+from partime_mcmc.distributed.collectives import check_mesh, check_same_arguments, gather_to_all
 from partime_mcmc.distributed.executor import MeshExecutor
-from partime_mcmc.distributed.multihost import open_shared_sink
+from partime_mcmc.distributed.multihost import FirstHostSink, OtherHostSink
 from partime_mcmc.engine.solution import Tolerance
 from partime_mcmc.engine.windows import Schedule
 from partime_mcmc.kernels import Kernel
 from partime_mcmc.kernels.coupling import Coupling
 from partime_mcmc.kernels.kernel_program import Builder, fixed_coupling
 from partime_mcmc.sampling.arguments import SampleArguments, as_store, check_strategies, key_words
+from partime_mcmc.sampling.chunk import ChainState, Chunk, merge_certificates, merge_reports
 from partime_mcmc.sampling.defaults import SHORT_RUN
-from partime_mcmc.sampling.draws import Draws, hardly_moves
+from partime_mcmc.sampling.draws import Draws, hardly_moves, spread_positions
 from partime_mcmc.sampling.local import LocalExecutor
-from partime_mcmc.sampling.pilots import choose_coupling_by_pilots
+from partime_mcmc.sampling.pilots import advise_plan, choose_coupling_by_pilots
 from partime_mcmc.sampling.plan import FEWEST_WARMUP, Plan, prepare
 from partime_mcmc.sampling.progress import Progress, chosen_progress
-from partime_mcmc.sampling.sink import MemorySink, Sink
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.solvers import Solver
 from partime_mcmc.storage.fingerprint import StoreMismatch
@@ -53,6 +53,67 @@ from partime_mcmc.storage.streaming_statistics import Fold
 from partime_mcmc.types import Key, PyTree, Tracer
 from partime_mcmc.validation import check_count, check_key
 from partime_mcmc.warmup.warmup import Adaptation, Warmup
+
+
+class MemorySink(contextlib.AbstractContextManager):
+    """Keeps all chunks in memory, on every host.
+
+    Every sink takes chunks in order and is a context manager, left once after everything else; `gather` says which hosts
+    get the draws of a chunk in a run over a mesh (`distributed.collectives`).
+    """
+
+    gather = staticmethod(gather_to_all)
+
+    def __exit__(self, *error: Any) -> None:
+        pass
+
+    def start(self, make_plan: Callable[[], tuple[Plan, ChainState]]) -> tuple[Plan, ChainState]:
+        """A new plan: nothing in memory was begun before."""
+        self._plan, state = make_plan()
+        self._chunks: list[Chunk] = []
+        return self._plan, state
+
+    def write(self, chunk: Chunk) -> None:
+        """Keep a chunk."""
+        self._chunks.append(chunk)
+
+    def interrupt(self) -> None:
+        """Raise the interrupt again: there is no whole chunk."""
+        raise KeyboardInterrupt
+
+    def close(self) -> Draws:
+        """The draws of all chunks, one after another."""
+        plan, first = self._plan, self._chunks[0]
+        certificate, report, done = first.certificate, first.report, first.num_steps
+        for chunk in self._chunks[1:]:
+            certificate = merge_certificates(certificate, chunk.certificate)
+            report = merge_reports(report, chunk.report, (done, chunk.num_steps), certificate)
+            done += chunk.num_steps
+        trees = [(chunk.positions, chunk.constrained, chunk.info) for chunk in self._chunks]
+        positions, constrained, info = (
+            trees[0]
+            if len(trees) == 1
+            else jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *trees)
+        )
+
+        @functools.cache
+        def advice():
+            warmup = plan.warmup
+            return advise_plan(plan, spread_positions(positions) if warmup is None else warmup.pool)
+
+        return Draws(
+            positions,
+            constrained,
+            info,
+            certificate,
+            report,
+            plan.describe() | {"num_samples": done},
+            plan.warmup,
+            dict(plan.target.dims) if plan.target.dims else None,
+            tuple(plan.target.names) if plan.target.names else None,
+            self._chunks[-1].state,
+            advice if done else None,
+        )
 
 
 def sample(
@@ -128,10 +189,10 @@ def sample(
         )
     key = check_key(key)
     check_strategies(target, kernel, solver, schedule, tolerance, max_iterations, certificate)
-    tuned = isinstance(kernel, (Kernel, Warmup))
     num_samples = check_count(num_samples, "num_samples", 0)
     num_chains = check_count(num_chains, "num_chains", 1)
-    check_count(num_warmup, "num_warmup", 0 if tuned else FEWEST_WARMUP)
+    fewest = 0 if isinstance(kernel, (Kernel, Warmup)) else FEWEST_WARMUP
+    check_count(num_warmup, "num_warmup", fewest)
     if check_count(thinning, "thinning", 1) > 1 and store is None:
         raise ValueError(
             f"thinning: got {thinning} without a store; draws in memory are all kept: slice them, or give store="
@@ -156,7 +217,7 @@ def sample(
         store=as_store(store),
     )
     progress = _progress_of_first_host(progress, mesh)
-    _, draws = run(arguments, progress)
+    draws = run(arguments, progress)[1]
     progress.note(str(draws))
     trouble = hardly_moves(draws.certificate, draws.num_samples) if draws.num_samples else None
     if trouble:
@@ -176,12 +237,10 @@ def run(arguments: SampleArguments, progress: Progress) -> tuple[Plan, Draws | S
     """
     with open_sink(arguments, progress) as sink:
         plan, state = sink.start(functools.partial(prepare, arguments, progress))
+        executor = LocalExecutor(plan, progress)
         # Nothing is to be spread where there are no steps.
-        mesh = arguments.mesh if plan.num_samples else None
-        if mesh is None:
-            executor = LocalExecutor(plan, progress)
-        else:
-            executor = MeshExecutor(plan, progress, mesh, sink.gather)
+        if arguments.mesh is not None and plan.num_samples:
+            executor = MeshExecutor(plan, progress, arguments.mesh, sink.gather)
         try:
             for chunk in executor.chunks(state):
                 sink.write(chunk)
@@ -229,12 +288,16 @@ def resume(
         raise StoreMismatch(
             f"store: {path} was begun by ParallelMCMC.run: go on with it there, with the same arguments"
         )
-    key = jax.random.wrap_key_data(
-        jax.numpy.asarray(asked.pop("key_words"), jax.numpy.uint32), impl=asked.pop("key_impl")
-    )
-    store = Store(path, asked.pop("chunk"), folds)
+    words = np.asarray(asked.pop("key_words"), np.uint32)
+    key = jax.random.wrap_key_data(words, impl=asked.pop("key_impl"))
     arguments = _arguments(
-        key, target, kernel, asked.pop("num_chains"), mesh=mesh, store=store, **asked
+        key,
+        target,
+        kernel,
+        asked.pop("num_chains"),
+        mesh=mesh,
+        store=Store(path, asked.pop("chunk"), folds),
+        **asked,
     )
     return run(arguments, _progress_of_first_host(progress, mesh))[1]
 
@@ -283,15 +346,19 @@ def _checked_starts(target: Target, key: Key, count: int) -> PyTree:
     return positions
 
 
-def open_sink(arguments: SampleArguments, progress: Progress) -> Sink:
+def open_sink(
+    arguments: SampleArguments, progress: Progress
+) -> MemorySink | StoreSink | OtherHostSink:
     """Where the draws of a run go: memory, or a store, which the first of several hosts writes."""
     if arguments.mesh is not None:
         check_same_arguments(arguments)
     if arguments.store is None:
         return MemorySink()
-    if arguments.mesh is not None and jax.process_count() > 1:
-        return open_shared_sink(arguments, progress)
-    return StoreSink(arguments.store, arguments, progress)
+    if arguments.mesh is None or jax.process_count() == 1:
+        return StoreSink(arguments.store, arguments, progress)
+    if jax.process_index():
+        return OtherHostSink(arguments)
+    return FirstHostSink(arguments.store, arguments, progress)
 
 
 def _progress_of_first_host(progress: Progress | bool, mesh: Mesh | None) -> Progress:

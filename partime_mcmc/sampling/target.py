@@ -10,7 +10,7 @@ import functools
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Callable, Sequence
+from typing import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -49,27 +49,24 @@ class Target:
     dims: Mapping[str, Sequence[str]] | None = None
 
     def __post_init__(self):
-        if not callable(self.logdensity):
-            raise TypeError(
-                f"logdensity: got {_described(self.logdensity)}; wanted a function of a position"
-            )
-        if self.constrain is not None and not callable(self.constrain):
-            raise TypeError(
-                f"constrain: got {_described(self.constrain)}; wanted a function of a position, or None"
-            )
+        constrain, names, dims = self.constrain, self.names, self.dims
+        are_strings = not isinstance(names, str) and all(
+            isinstance(one, str) for one in (() if names is None else names)
+        )
+        function = "a function of a position"
+        for name, good, wanted in (
+            ("logdensity", callable(self.logdensity), function),
+            ("constrain", constrain is None or callable(constrain), f"{function}, or None"),
+            ("names", are_strings, "a sequence of strings, or None"),
+            ("dims", isinstance(dims, Mapping | None), "a mapping from value names to axis names"),
+        ):
+            if not good:
+                text, kind = repr(getattr(self, name)), type(getattr(self, name)).__name__
+                text = text if len(text) <= 60 else f"{text[:57]}..."
+                raise TypeError(f"{name}: got {text} of type {kind}; wanted {wanted}")
         if self.initial is None:
             raise TypeError(
                 "initial: got None; wanted a position, or a function of a key that draws one"
-            )
-        if self.names is not None and (
-            isinstance(self.names, str) or not all(isinstance(name, str) for name in self.names)
-        ):
-            raise TypeError(
-                f"names: got {_described(self.names)}; wanted a sequence of strings, or None"
-            )
-        if self.dims is not None and not isinstance(self.dims, Mapping):
-            raise TypeError(
-                f"dims: got {_described(self.dims)}; wanted a mapping from value names to axis names"
             )
 
     def start(self, key: Key) -> PyTree:
@@ -103,7 +100,7 @@ class Target:
         if callable(self.initial):
             try:
                 return check_dtypes(
-                    run_explicit(_Starts(self.initial), None, keys, timings=Timings())
+                    run_explicit(_Mapped(self.initial, 1), None, keys, timings=Timings())
                 )
             except InvalidStart:
                 raise
@@ -116,10 +113,8 @@ class Target:
 
     def example(self) -> PyTree:
         """Structure, shapes and types of a position, without computing one where that can be avoided."""
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # what there is to say of starts is said where they are made
+        # What there is to warn of is warned of where starts are made.
+        with warnings.catch_warnings(action="ignore"):
             if callable(self.initial):
                 try:
                     return _shapes_of(self.initial, jax_config.jax_enable_x64)
@@ -137,34 +132,32 @@ class Target:
         if self.constrain is not None:
             return dict(
                 run_explicit(
-                    _Constrain(self.constrain), None, positions, timings=timings, what="certify"
+                    _Mapped(self.constrain, 2), None, positions, timings=timings, what="certify"
                 )
             )
         if isinstance(positions, dict):
             return dict(positions)
-        leaves = jax.tree_util.tree_leaves_with_path(positions)
-        return {jax.tree_util.keystr(path) or "x": leaf for path, leaf in leaves}
+        return {
+            jax.tree_util.keystr(path) or "x": leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(positions)
+        }
 
     def constrained_shapes(self) -> list[jax.ShapeDtypeStruct]:
         """Shapes and types of the values of one position that `constrain` adds to it."""
-        if self.constrain is None:
-            return []
-        return jax.tree.leaves(jax.eval_shape(self.constrain, self.example()))
+        constrain = self.constrain
+        return (
+            [] if constrain is None else jax.tree.leaves(jax.eval_shape(constrain, self.example()))
+        )
 
 
-class _Starts(HashableFunction):
-    """One start per key; the part is the target's function."""
+class _Mapped(HashableFunction):
+    """A function of the target, mapped over the first axes of its argument; parts: the function, and how many axes."""
 
-    def __call__(self, nothing, keys):
-        return jax.vmap(self.parts[0])(keys)
-
-
-class _Constrain(HashableFunction):
-    """Named values in the model's space of all draws; the part is the target's function."""
-
-    def __call__(self, params, positions):
-        del params
-        return jax.vmap(jax.vmap(self.parts[0]))(positions)
+    def __call__(self, nothing, values):
+        function, axes = self.parts
+        for _ in range(axes):
+            function = jax.vmap(function)
+        return function(values)
 
 
 @functools.lru_cache(maxsize=64)
@@ -172,8 +165,3 @@ def _shapes_of(initial: Callable, wide: bool) -> PyTree:
     """Shapes of what a function of a key draws, under the setting that decides about its types; traced once."""
     del wide
     return jax.eval_shape(lambda key: check_dtypes(initial(key)), jax.random.key(0))
-
-
-def _described(value: Any) -> str:
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} of type {type(value).__name__}"

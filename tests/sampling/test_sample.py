@@ -1,6 +1,7 @@
 """Sampling from end to end: the chain is BlackJAX's own whatever solves it, faults are seen, and nothing hides."""
 
 import functools
+import sys
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from partime_mcmc.engine.solution import SolveError, Status
 from partime_mcmc.engine.windows import AllAtOnce, SlidingWindow, Windows
 from partime_mcmc.kernels import Kernel, from_blackjax, hmc, mala
 from partime_mcmc.models.eight_schools import make_target as eight_schools
-from partime_mcmc.sampling import plan, sink
+from partime_mcmc.sampling import plan
 from partime_mcmc.sampling.local import LocalExecutor
 from partime_mcmc.sampling.pilots import advise_plan
 from partime_mcmc.sampling.progress import progress_line, quiet
@@ -149,7 +150,7 @@ def test_pilots_run_when_advice_is_looked_at(base, monkeypatch):
         asked.append(plan)
         return advise_plan(plan, pool)
 
-    monkeypatch.setattr(sink, "advise_plan", counted)
+    monkeypatch.setattr(sys.modules["partime_mcmc.sampling.sample"], "advise_plan", counted)
     draws = run(num_samples=40, num_chains=2, solver=None)
     assert not asked and "shooting" in draws.plan["solver"].lower()
     assert 0 <= draws.advice.meeting.fraction_met <= 1
