@@ -25,20 +25,26 @@ from partime_mcmc.certify.certificate import Certificate
 from partime_mcmc.certify.independent import certify
 from partime_mcmc.certify.recorded import CertifyIndependently, CertifyWhileRolling
 from partime_mcmc.distributed import hosts, sharded_solve, time_mesh
-from partime_mcmc.engine.dynamics import Dynamics, residual, rollout
-from partime_mcmc.engine.recipes import (
+from partime_mcmc.engine import (
+    AllAtOnce,
+    Dynamics,
+    SlidingWindow,
+    Solution,
+    Status,
+    Tolerance,
+    Windows,
     deer,
     elk,
     jacobi,
     picard,
     quasi_deer,
     quasi_elk,
+    residual,
+    rollout,
     sequential,
     shooting,
 )
-from partime_mcmc.engine.solution import Solution, Status, Tolerance
 from partime_mcmc.engine.solve import solve
-from partime_mcmc.engine.windows import AllAtOnce, SlidingWindow, Windows
 from partime_mcmc.extras import import_name as _import_name
 from partime_mcmc.rnn.unroll import unroll
 

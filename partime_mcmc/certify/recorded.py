@@ -18,7 +18,7 @@ from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.certify.certificate import Certificate, judged
 from partime_mcmc.certify.step_record import Records, unpacked
-from partime_mcmc.engine.dynamics import Dynamics
+from partime_mcmc.engine import Dynamics
 from partime_mcmc.kernels.kernel import Kernel, Tape
 from partime_mcmc.types import Array, PyTree, pytree
 

@@ -12,9 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.engine.dynamics import Dynamics, ravel, without_captures
-from partime_mcmc.engine.solution import Tolerance
-from partime_mcmc.engine.time_axis import LocalTime
+from partime_mcmc.engine import Dynamics, LocalTime, Tolerance, ravel, without_captures
 from partime_mcmc.solvers import Solver
 from partime_mcmc.types import PyTree
 from partime_mcmc.validation import check_count

@@ -37,14 +37,18 @@ from partime_mcmc.distributed.collectives import (
 )
 from partime_mcmc.distributed.mesh import OnDevices, solution_specs
 from partime_mcmc.distributed.sharded_solve import time_axis
-from partime_mcmc.engine.adjoint import NoDerivatives
-from partime_mcmc.engine.recipes import sequential
-from partime_mcmc.engine.solution import Status
+from partime_mcmc.engine import (
+    LocalTime,
+    NoDerivatives,
+    Schedule,
+    Status,
+    TimeAxis,
+    Windows,
+    sequential,
+)
 from partime_mcmc.engine.solve import solve
-from partime_mcmc.engine.time_axis import LocalTime, TimeAxis
-from partime_mcmc.engine.windows import Schedule, Windows
+from partime_mcmc.kernels import Carry
 from partime_mcmc.kernels.explicit_randomness import ExplicitRandomnessKernel
-from partime_mcmc.kernels.kernel import Carry
 from partime_mcmc.kernels.kernel_program import program_and_params
 from partime_mcmc.sampling.chunk import ChainState, Chunk, merge_shard_certificates
 from partime_mcmc.sampling.executor import (

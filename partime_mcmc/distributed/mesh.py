@@ -30,7 +30,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from partime_mcmc.engine.solution import Solution, Stats
+from partime_mcmc.engine import Solution, Stats
 from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import Array, PyTree
 from partime_mcmc.validation import check_count

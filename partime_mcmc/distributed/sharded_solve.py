@@ -26,10 +26,19 @@ from jax.sharding import Mesh, PartitionSpec
 
 from partime_mcmc.distributed.mesh import CHAINS, TIME, solution_specs
 from partime_mcmc.distributed.sharded_time import ShardedTime, TimeOnMesh
-from partime_mcmc.engine.adjoint import Adjoint, Implicit, ImplicitSegmented, NoDerivatives
-from partime_mcmc.engine.dynamics import CachedStep, Dynamics, check_state, ravel
-from partime_mcmc.engine.recipes import deer
-from partime_mcmc.engine.solution import Solution, Tolerance
+from partime_mcmc.engine import (
+    Adjoint,
+    CachedStep,
+    Dynamics,
+    Implicit,
+    ImplicitSegmented,
+    NoDerivatives,
+    Solution,
+    Tolerance,
+    deer,
+    ravel,
+)
+from partime_mcmc.engine.dynamics import check_state
 from partime_mcmc.engine.solve import check_step, count_steps, flat_guess, solve
 from partime_mcmc.solvers import Shooting, Solver
 from partime_mcmc.tracing import HashableFunction

@@ -17,10 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.engine.dynamics import Dynamics, ravel, without_captures
-from partime_mcmc.engine.recipes import sequential, shooting
-from partime_mcmc.engine.solution import Tolerance
-from partime_mcmc.engine.windows import AllAtOnce, Windows
+from partime_mcmc.engine import (
+    AllAtOnce,
+    Dynamics,
+    Tolerance,
+    Windows,
+    ravel,
+    sequential,
+    shooting,
+    without_captures,
+)
 from partime_mcmc.forgetting.coalescence import (
     MeetingTimes,
     expected_max_meeting_time,

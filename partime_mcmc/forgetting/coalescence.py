@@ -19,8 +19,8 @@ import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.engine.dynamics import Dynamics, ravel, without_captures
-from partime_mcmc.engine.solution import Tolerance, nanaware_max
+from partime_mcmc.engine import Dynamics, Tolerance, ravel, without_captures
+from partime_mcmc.engine.solution import nanaware_max
 from partime_mcmc.solvers.sequential import cached_step_of
 from partime_mcmc.types import Array, PyTree, pytree
 from partime_mcmc.validation import check_count

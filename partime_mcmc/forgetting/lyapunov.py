@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.engine.dynamics import Dynamics, ravel, without_captures
+from partime_mcmc.engine import Dynamics, ravel, without_captures
 from partime_mcmc.engine.solution import nanaware_max
 from partime_mcmc.types import Array, Key, PyTree, pytree
 from partime_mcmc.validation import check_count

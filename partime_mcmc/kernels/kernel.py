@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from partime_mcmc.certify.step_record import StepRecord, decision_uniform, record
-from partime_mcmc.engine.dynamics import CachedStep, Dynamics
+from partime_mcmc.engine import CachedStep, Dynamics
 from partime_mcmc.kernels.explicit_randomness import ExplicitRandomnessKernel
 from partime_mcmc.types import Array, Key, PyTree, pytree
 

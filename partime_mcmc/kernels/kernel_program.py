@@ -15,7 +15,7 @@ from typing import Any, Callable
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.engine.dynamics import CachedStep, Dynamics
+from partime_mcmc.engine import CachedStep, Dynamics
 from partime_mcmc.kernels import Kernel, Whitening
 from partime_mcmc.kernels.coupling import CommonRandomNumbers, Coupling, check_coupling
 from partime_mcmc.kernels.kernel import noted

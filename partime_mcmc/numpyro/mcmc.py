@@ -22,7 +22,7 @@ from numpyro.infer.mcmc import MCMCKernel
 from partime_mcmc.certify.certificate import Certificate
 from partime_mcmc.certify.recorded import Certification, CertifyWhileRolling
 from partime_mcmc.diagnostics.report import Level
-from partime_mcmc.engine.windows import Schedule
+from partime_mcmc.engine import Schedule
 from partime_mcmc.forgetting.advise import Advice
 from partime_mcmc.numpyro.hmc_state import (
     check_fields,

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.engine.dynamics import Dynamics
+from partime_mcmc.engine import Dynamics
 from partime_mcmc.linearize.base import no_shift
 from partime_mcmc.linearize.modify import bounded, scaled
 from partime_mcmc.rnn.unroll import Packed

@@ -36,11 +36,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from partime_mcmc.engine.adjoint import Adjoint, Implicit, ImplicitSegmented, NoDerivatives
-from partime_mcmc.engine.dynamics import Dynamics, check_state, ravel
-from partime_mcmc.engine.solution import Status, Tolerance, nanaware_max
+from partime_mcmc.engine import (
+    Adjoint,
+    Dynamics,
+    Implicit,
+    ImplicitSegmented,
+    LocalTime,
+    NoDerivatives,
+    Status,
+    Tolerance,
+    ravel,
+)
+from partime_mcmc.engine.dynamics import check_state
+from partime_mcmc.engine.solution import nanaware_max
 from partime_mcmc.engine.solve import check_iterations, solve
-from partime_mcmc.engine.time_axis import LocalTime
 from partime_mcmc.solvers import Solver
 from partime_mcmc.solvers.segmented_scan import (
     LEAN_LOOPS,

@@ -9,8 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from partime_mcmc.certify.recorded import Certification, CertifyWhileRolling
-from partime_mcmc.engine.solution import Tolerance
-from partime_mcmc.engine.windows import Schedule
+from partime_mcmc.engine import Schedule, Tolerance
 from partime_mcmc.kernels import Kernel
 from partime_mcmc.kernels.coupling import Coupling
 from partime_mcmc.kernels.kernel_program import Builder

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from partime_mcmc.compile_cache import Timings, compiled
-from partime_mcmc.engine.dynamics import Dynamics
+from partime_mcmc.engine import Dynamics
 from partime_mcmc.tracing import explicit, primitives_of
 from partime_mcmc.types import PyTree
 

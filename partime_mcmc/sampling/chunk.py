@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from partime_mcmc.certify.certificate import FEWEST_TO_FREEZE, Certificate
-from partime_mcmc.engine.solution import Status
+from partime_mcmc.engine import Status
 from partime_mcmc.types import AnyArray, PyTree
 
 

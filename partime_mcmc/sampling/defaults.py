@@ -5,8 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.engine.recipes import shooting
-from partime_mcmc.engine.solution import Tolerance
+from partime_mcmc.engine import Tolerance, shooting
 from partime_mcmc.kernels import Kernel
 from partime_mcmc.solvers import Solver
 from partime_mcmc.solvers.segments import segment_length

@@ -14,7 +14,7 @@ import numpy as np
 
 from partime_mcmc.certify.certificate import Certificate
 from partime_mcmc.diagnostics.arviz import draws_dataset, stats_dataset, to_arviz
-from partime_mcmc.engine.solution import SolveError, Status
+from partime_mcmc.engine import SolveError, Status
 from partime_mcmc.forgetting.advise import Advice
 from partime_mcmc.sampling.chunk import ChainState, RunReport
 from partime_mcmc.types import AnyArray, PyTree

@@ -20,7 +20,7 @@ import numpy as np
 
 from partime_mcmc.certify.certificate import Certificate
 from partime_mcmc.compile_cache import Timings, as_committed_array, versions
-from partime_mcmc.engine.solution import Solution, Status
+from partime_mcmc.engine import Solution, Status
 from partime_mcmc.sampling.chunk import ChainState, Chunk, RunReport, with_frozen
 from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.sampling.progress import Progress

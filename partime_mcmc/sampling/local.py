@@ -24,11 +24,8 @@ from partime_mcmc.certify.independent import certify_held
 from partime_mcmc.certify.recorded import certify_recorded
 from partime_mcmc.certify.step_record import info_dict
 from partime_mcmc.compile_cache import Timings, device
-from partime_mcmc.engine.dynamics import Dynamics
-from partime_mcmc.engine.recipes import sequential
-from partime_mcmc.engine.solution import Solution, Status
+from partime_mcmc.engine import AllAtOnce, Dynamics, Schedule, Solution, Status, Windows, sequential
 from partime_mcmc.engine.solve import solve
-from partime_mcmc.engine.windows import AllAtOnce, Schedule, Windows
 from partime_mcmc.kernels import Tape
 from partime_mcmc.kernels.kernel_program import program_and_params
 from partime_mcmc.sampling.chain_groups import (

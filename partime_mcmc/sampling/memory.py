@@ -10,8 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from partime_mcmc.certify.recorded import CertifyWhileRolling
-from partime_mcmc.engine.recipes import sequential
-from partime_mcmc.engine.windows import Windows
+from partime_mcmc.engine import Windows, sequential
 from partime_mcmc.sampling.arguments import SampleArguments
 from partime_mcmc.sampling.defaults import DEFAULT_WINDOW
 from partime_mcmc.validation import TooLarge, check_bytes, check_count

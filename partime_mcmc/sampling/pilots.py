@@ -15,7 +15,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.diagnostics.passes import residuals_by_pass
-from partime_mcmc.engine.solution import Tolerance
+from partime_mcmc.engine import Tolerance
 from partime_mcmc.forgetting.advise import Advice, advise
 from partime_mcmc.forgetting.coalescence import distances, meeting_times
 from partime_mcmc.kernels import Kernel, MultishiftCoupling

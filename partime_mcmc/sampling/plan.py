@@ -15,9 +15,7 @@ import numpy as np
 from partime_mcmc.certify.recorded import Certification
 from partime_mcmc.compile_cache import Timings
 from partime_mcmc.diagnostics.checks import looks_improper
-from partime_mcmc.engine.dynamics import Dynamics
-from partime_mcmc.engine.solution import Tolerance
-from partime_mcmc.engine.windows import Schedule, Windows
+from partime_mcmc.engine import Dynamics, Schedule, Tolerance, Windows
 from partime_mcmc.kernels import Kernel
 from partime_mcmc.kernels.kernel_program import Builder, coupling_of
 from partime_mcmc.sampling.arguments import SampleArguments

@@ -17,7 +17,7 @@ import numpy as np
 
 from partime_mcmc.certify.recorded import Certification, CertifyIndependently
 from partime_mcmc.compile_cache import Timings, run_explicit
-from partime_mcmc.engine.dynamics import Dynamics, without_captures
+from partime_mcmc.engine import Dynamics, without_captures
 from partime_mcmc.kernels import Kernel, Tape
 from partime_mcmc.kernels.kernel_program import program_and_params
 from partime_mcmc.sampling.chain_groups import run_explicit_groups, split_chains

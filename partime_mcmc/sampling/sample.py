@@ -30,8 +30,7 @@ from partime_mcmc.diagnostics.checks import check_deterministic, check_precision
 from partime_mcmc.distributed.collectives import check_mesh, check_same_arguments, gather_to_all
 from partime_mcmc.distributed.executor import MeshExecutor
 from partime_mcmc.distributed.multihost import FirstHostSink, OtherHostSink
-from partime_mcmc.engine.solution import Tolerance
-from partime_mcmc.engine.windows import Schedule
+from partime_mcmc.engine import Schedule, Tolerance
 from partime_mcmc.kernels import Kernel
 from partime_mcmc.kernels.coupling import Coupling
 from partime_mcmc.kernels.kernel_program import Builder, fixed_coupling

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from partime_mcmc.compile_cache import compiler_options, device, versions
-from partime_mcmc.engine.dynamics import Dynamics
+from partime_mcmc.engine import Dynamics
 from partime_mcmc.kernels import Kernel
 from partime_mcmc.kernels.kernel_program import ParametrisedKernel, density_of, unwrapped
 from partime_mcmc.sampling.arguments import SampleArguments

@@ -20,7 +20,7 @@ import numpy as np
 
 from partime_mcmc.certify.certificate import Certificate
 from partime_mcmc.diagnostics.arviz import STAT_NAMES, tree_of
-from partime_mcmc.engine.solution import Status
+from partime_mcmc.engine import Status
 from partime_mcmc.sampling.chunk import ChainState, RunReport
 from partime_mcmc.sampling.draws import Draws, certified_sentence, raise_unless_good
 from partime_mcmc.storage.checkpoint import Checkpoint

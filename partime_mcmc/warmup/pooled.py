@@ -26,9 +26,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.compile_cache import Timings, run_program
-from partime_mcmc.engine.dynamics import CachedStep, Dynamics
-from partime_mcmc.engine.recipes import shooting
-from partime_mcmc.engine.solution import Status, Tolerance
+from partime_mcmc.engine import CachedStep, Dynamics, Status, Tolerance, shooting
 from partime_mcmc.engine.solve import solve
 from partime_mcmc.kernels.coupling import normal_of
 from partime_mcmc.tracing import HashableFunction
