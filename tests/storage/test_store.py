@@ -340,7 +340,7 @@ def test_a_damaged_file_of_draws_is_found_and_drawn_again(damage, tmp_path, whol
     draws = open_draws(path)
     np.testing.assert_array_equal(draws.posterior["level"], whole.posterior["level"])
     for read in (lambda: draws.posterior["place"].values, draws.load):
-        with pytest.raises(StoreError, match=r"place/c\.0\.2\.0 is (missing|damaged)"):
+        with pytest.raises(StoreError, match=r"place/c\.0\.[23]\.0 is (missing|damaged)"):
             read()
     said = r"place/c\.0\.2\.0 is .*: 3 chunks dropped, and the run goes on from step 48"
     with pytest.warns(UserWarning, match=said):
@@ -755,7 +755,13 @@ def test_a_full_device_gets_half_as_many_steps_at_once(tmp_path, memory, monkeyp
 
 def test_chunks_fit_and_divide_the_run():
     def steps(
-        num_samples, schedule=None, max_bytes=2**30, wanted=None, chains=4, dimension=10, values=0
+        num_samples,
+        schedule=Windows(1),
+        max_bytes=2**30,
+        wanted=None,
+        chains=4,
+        dimension=10,
+        values=0,
     ):
         target = Target(
             lambda x: -jnp.sum(x**2),
@@ -780,15 +786,14 @@ def test_chunks_fit_and_divide_the_run():
         return chunk_steps(asked)
 
     assert steps(2_500_000) == 62_500 and steps(1_000) == 1_000
-    assert steps(10**7, max_bytes=2**21) * 2 * 4 * 10 * 8 * 6 <= 2**21
+    assert steps(10**7, max_bytes=2**20) * 2 * 4 * 10 * 8 * 6 <= 2**20
     assert steps(10**7, Windows(1000)) % 1000 == 0 and steps(100, wanted=24) == 24
-    short = {"max_bytes": 2**20, "schedule": Windows(1)}
-    lean, rich = (steps(10**7, values=values, **short) for values in (0, 1250))
+    lean, rich = (steps(10**7, values=values, max_bytes=2**20) for values in (0, 1250))
     assert rich * 2 * 4 * 10**4 <= 2**20 < lean * 2 * 4 * 10**4
     for words, arguments in (
         ("schedule: ", {"schedule": Windows(10**6)}),
         ("store.chunk: ", {"wanted": 10**6}),
-        ("num_chains: .* fewer chains", {"chains": 10**6, "dimension": 10**3, **short}),
+        ("num_chains: .* fewer chains", {"chains": 10**6, "dimension": 10**3}),
     ):
         with pytest.raises(TooLarge, match=words):
             steps(10**8, **arguments)
