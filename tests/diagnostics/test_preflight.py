@@ -47,7 +47,7 @@ def target_of(dimension=3, constrain=None):
 
 def test_sample_refuses_at_once(tmp_path):
     with pytest.raises(
-        TooLarge, match="num_samples: got 500000000 steps.* keep the draws on disk with store="
+        TooLarge, match="num_samples: got 500000000 draws.* keep the draws on disk with store="
     ):
         sample(jax.random.key(0), target_of(), hmc, num_samples=5 * 10**8)
     with pytest.raises(TooLarge, match="store.chunk: 100000000 steps of 4 chains"):
@@ -66,7 +66,7 @@ def test_numpyros_front_refuses_at_once(tmp_path):
 
     mcmc = ParallelMCMC(HMC(model), num_warmup=1000, num_samples=5 * 10**8, num_chains=4)
     with pytest.raises(
-        TooLarge, match="num_samples: got 500000000 steps.* keep the draws on disk with store="
+        TooLarge, match="num_samples: got 500000000 draws.* keep the draws on disk with store="
     ):
         mcmc.run(jax.random.key(0))
     with pytest.raises(TooLarge, match="store.chunk: 99991552 steps of 4 chains"):

@@ -190,7 +190,7 @@ BAD = {
     "every": (
         lambda: CoalescingHMC(level, every=0),
         ValueError,
-        "every must be an integer of at least 1, got 0",
+        "every: got 0; wanted an int of at least 1",
     ),
     "blocks": (
         lambda: HMC(level, inverse_mass_matrix={("mu",): np.eye(1)}),
