@@ -96,7 +96,9 @@ def _stored_chunk(
         unit = min(unit, check_count(wanted, "store.chunk", 1))
         steps = wanted // unit * unit
     if (steps or unit) > fits:
-        name = "store.chunk" if wanted is not None else "schedule" if unit > 1 else "num_chains"
+        name = "schedule" if unit > 1 else "num_chains"
+        if wanted is not None:
+            name = f"store.chunk: got {wanted}"
         instead = f"at most {fits} steps" if fits else "fewer chains"
         raise TooLarge(
             f"{name}: {steps or unit} steps of {asked.num_chains} chains at once take about "

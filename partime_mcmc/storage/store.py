@@ -54,7 +54,8 @@ class Store:
 
     Attributes:
         path: A folder, made if need be.
-        chunk: Steps per chunk; None is as many as are worth their overhead and fit into memory.
+        chunk: Steps per chunk, cut to whole windows if there is more than one; None is as many as are worth their overhead
+            and fit into memory.
         folds: Functions of your own, accumulated over all draws, by name; their carries are stored.
     """
 
