@@ -59,7 +59,7 @@ SMOKE = {
 # Folders of the tests that are run while one works on the solvers and the kernels, in under two minutes on two cores; without
 # the slow ones among them, by file and by name.
 FAST = {"engine", "scan", "solvers", "kernels"}
-NOT_FAST: set[str] = set()
+NOT_FAST = {"test_coupling"}
 
 
 def is_fast(item):
