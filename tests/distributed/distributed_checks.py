@@ -445,7 +445,7 @@ class Interrupting:
         def advance(steps, **shown):
             # An advance of no steps shows something only.
             self.left -= steps > 0
-            if not self.left:
+            if steps > 0 and not self.left:
                 raise KeyboardInterrupt
 
         yield advance
