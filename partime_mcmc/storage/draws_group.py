@@ -7,8 +7,6 @@ xarray, ArviZ and whatever else reads Zarr version 3 open the group as it is. A 
 as in addresses of the web ("a/b" is "a%2Fb").
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,8 +16,9 @@ from urllib.parse import unquote
 import numpy as np
 
 from partime_mcmc.diagnostics.arviz import axis_names
-from partime_mcmc.storage.checkpoint import Checkpoint
+from partime_mcmc.extras import import_name
 from partime_mcmc.storage.files import digest_of
+from partime_mcmc.storage.store import Checkpoint
 
 Groups = Mapping[str, Mapping[str, np.ndarray]]
 """Arrays `(C, n, ...)` by group and name."""
@@ -75,10 +74,8 @@ class DrawsWriter:
         dims: Mapping[str, Any],
         attributes: Mapping[str, Any],
     ):
-        files = {} if checkpoint is None else checkpoint.metadata
-        self.files = _zarr_files().CommittedFiles(
-            path, files, {} if checkpoint is None else checkpoint.tail
-        )
+        metadata, tail = (checkpoint.metadata, checkpoint.tail) if checkpoint else ({}, {})
+        self.files = _committed_files(path, metadata, tail)
         self._length, self._dims, self._attributes = length, dims, attributes
 
     def append(self, groups: Groups, draws: np.ndarray) -> dict[str, str]:
@@ -165,7 +162,7 @@ def open_group(path: Path, checkpoint: Checkpoint, digests: Mapping[str, str], g
     """
     import xarray
 
-    files = _zarr_files().CommittedFiles(
+    files = _committed_files(
         path, checkpoint.metadata, checkpoint.tail, dict(digests), read_only=True
     )
     found = xarray.open_zarr(
@@ -197,16 +194,6 @@ def original(name: str) -> str:
     return "" if name == "%" else unquote(name)
 
 
-def _zarr_files() -> Any:
-    """The module that needs zarr.
-
-    Raises:
-        ImportError: Naming the extra.
-    """
-    try:
-        from partime_mcmc.storage import zarr_files
-    except ImportError as error:
-        raise ImportError(
-            "store: draws on disk need zarr 3.1; install partime_mcmc[store]"
-        ) from error
-    return zarr_files
+def _committed_files(*args: Any, **options: Any) -> Any:
+    """A `zarr_files.CommittedFiles`, which needs zarr."""
+    return import_name("a store", "storage.zarr_files", "CommittedFiles")(*args, **options)

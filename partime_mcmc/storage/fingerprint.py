@@ -8,9 +8,8 @@ Left out: what a program calls outside of JAX (a host callback's code), and sett
 environment.
 """
 
-from __future__ import annotations
-
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -21,12 +20,17 @@ import numpy as np
 from partime_mcmc.compile_cache import compiler_options, device, versions
 from partime_mcmc.engine.dynamics import Dynamics
 from partime_mcmc.kernels import Kernel
-from partime_mcmc.kernels.kernel_program import ParametrisedKernel, density_of, unwrapped
+from partime_mcmc.kernels.kernel_program import (
+    Builder,
+    ParametrisedKernel,
+    density_of,
+    unwrapped,
+)
 from partime_mcmc.sampling.arguments import SampleArguments
 from partime_mcmc.sampling.randomness import MAX_STEPS
 from partime_mcmc.sampling.target import Target
-from partime_mcmc.storage.serialize import digest_arrays, encode
-from partime_mcmc.storage.store import Store
+from partime_mcmc.storage.serialize import decode, digest_arrays, encode
+from partime_mcmc.storage.store import Folder, Store
 from partime_mcmc.tracing import HashableFunction, explicit, inner_arrays
 from partime_mcmc.types import PyTree, jax_config
 from partime_mcmc.warmup.warmup import Warmup
@@ -64,28 +68,10 @@ def fingerprint_of(target: Target, example: PyTree) -> dict[str, Any]:
     density, (captured, _) = density_of(target.logdensity, example)
     programs, arrays = [density.jaxpr], [*captured, *inner_arrays(density.jaxpr)]
     if target.constrain is not None:
-        constrain, (more, _) = explicit(_Constrain(target.constrain), None, example)
-        programs, arrays = (
-            [*programs, constrain.jaxpr],
-            [*arrays, *more, *inner_arrays(constrain.jaxpr)],
-        )
+        constrain, (more, _) = explicit(_Composed(dict, target.constrain), None, example)
+        programs.append(constrain.jaxpr)
+        arrays += [*more, *inner_arrays(constrain.jaxpr)]
     return {"model": _text(*programs), "data": digest_arrays(arrays), "initial": _initial(target)}
-
-
-def environment(example: PyTree) -> dict[str, Any]:
-    """What decides about bits besides the model: types, versions, the device.
-
-    Args:
-        example: A position.
-    """
-    return {
-        "dtype": str(jax.tree.leaves(example)[0].dtype),
-        "x64": bool(jax_config.jax_enable_x64),
-        "versions": versions(),
-        "device": device(),
-        "partitionable": bool(jax_config.jax_threefry_partitionable),
-        "compiler": compiler_options(),
-    }
 
 
 def name_of(kernel: Any) -> str:
@@ -181,12 +167,45 @@ def describe_run(arguments: SampleArguments, store: Store) -> dict[str, Any]:
         "names": list(target.names) if target.names else None,
         "dims": {name: list(dims) for name, dims in target.dims.items()} if target.dims else None,
         **fingerprint_of(target, example),
-        **environment(example),
+        # What decides about bits besides the model.
+        "dtype": str(jax.tree.leaves(example)[0].dtype),
+        "x64": bool(jax_config.jax_enable_x64),
+        "versions": versions(),
+        "device": device(),
+        "partitionable": bool(jax_config.jax_threefry_partitionable),
+        "compiler": compiler_options(),
         "kernel": name_of(asked.kernel),
         "tuned": tuned_digest(asked.kernel),
         **{name: getattr(asked, name) for name in PLAIN},
         **{name: encode(getattr(asked, name), name) for name in STRATEGIES},
         **asked.extra,
+    }
+
+
+def read_arguments(
+    path: str | os.PathLike, kernel: Kernel | Builder | Warmup | None = None
+) -> dict[str, Any]:
+    """What a stored run was asked for, but for its target and kernel.
+
+    Args:
+        path: The folder.
+        kernel: That the run is to go on with. Once warm-up is over its numbers are in the store, and the builder of a
+            warm-up's kernel will do.
+
+    Returns:
+        Values by the names of `SampleArguments`, and `num_chains` and `chunk`.
+
+    Raises:
+        FileNotFoundError: If there is no stored run.
+        StoreError: If its description is damaged, or of another version of the format.
+    """
+    folder = Folder(path)
+    run = folder.read_run()
+    builder = not isinstance(kernel, (Kernel, Warmup)) and folder.read_plan() is not None
+    return {
+        **{name: run[name] for name in (*PLAIN, "chunk")},
+        **{name: decode(run[name]) for name in STRATEGIES},
+        "extra": {"tuned": run["tuned"]} if builder else {},
     }
 
 
@@ -241,7 +260,7 @@ def _initial(target: Target) -> str:
     if not callable(target.initial):
         return digest_arrays(np.asarray(leaf) for leaf in jax.tree.leaves(target.initial))
     try:
-        start, (captured, _) = explicit(_Start(target.initial), None, jax.random.key(0))
+        start, (captured, _) = explicit(_Composed(target.initial), None, jax.random.key(0))
     except Exception:  # a function that JAX cannot trace: its name is all there is
         return getattr(target.initial, "__qualname__", type(target.initial).__qualname__)
     return _digest(
@@ -249,20 +268,14 @@ def _initial(target: Target) -> str:
     )
 
 
-class _Constrain(HashableFunction):
-    """Named values in the model's space of one position; the part is the target's function."""
+class _Composed(HashableFunction):
+    """Functions of one argument after one another, the last one first, as one of no parameters and this argument."""
 
-    def __call__(self, params, position):
+    def __call__(self, params, argument):
         del params
-        return dict(self.parts[0](position))
-
-
-class _Start(HashableFunction):
-    """A start; the part is the target's function."""
-
-    def __call__(self, params, key):
-        del params
-        return self.parts[0](key)
+        for function in reversed(self.parts):
+            argument = function(argument)
+        return argument
 
 
 def _text(*programs: Any) -> str:

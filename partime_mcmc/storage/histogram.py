@@ -17,9 +17,8 @@ a KLL sketch: its compactions take random bits that cannot be fixed, so that no 
 merging of histograms.
 """
 
-from __future__ import annotations
-
 import dataclasses
+from typing import Self
 
 import numpy as np
 
@@ -48,7 +47,7 @@ class Histogram:
     counts: np.ndarray
 
     @classmethod
-    def around(cls, x: np.ndarray) -> Histogram:
+    def around(cls, x: np.ndarray) -> Self:
         """An empty histogram with bins that suit the draws `x`, shape `(D, N)`, and others like them."""
         finite = np.where(np.isfinite(x), x, np.nan)
         centre, sd = np.zeros(x.shape[0]), np.ones(x.shape[0])
@@ -65,7 +64,7 @@ class Histogram:
         octave = np.clip(np.frexp(sd)[1] - 1, _FINEST, _COARSEST).astype(np.int64)
         return cls(centre, octave, _HALF, np.zeros((len(centre), 0), np.int64))
 
-    def add(self, x: np.ndarray) -> Histogram:
+    def add(self, x: np.ndarray) -> Self:
         """The histogram with more draws, shape `(D, N)`, in it; NaN is counted beyond all others, and to be asked for
         apart."""
         if not x.size:
@@ -80,7 +79,7 @@ class Histogram:
             first, stop = min(first, self.first), max(stop, self.first + self.counts.shape[1])
         counts = np.stack([row[first:stop] for row in rows])
         counts[:, self.first - first : self.first - first + self.counts.shape[1]] += self.counts
-        return Histogram(self.centre, self.octave, first, counts)
+        return dataclasses.replace(self, first=first, counts=counts)
 
     def quantiles(
         self, probabilities: np.ndarray, smallest: np.ndarray, largest: np.ndarray
@@ -122,25 +121,6 @@ class Histogram:
             )
             errors[j] = np.where(lower == upper, 0.0, counts[bins] / total)
         return values, errors
-
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """What `from_arrays` takes."""
-        return {
-            "centre": self.centre,
-            "octave": self.octave,
-            "first": np.asarray(self.first),
-            "counts": self.counts,
-        }
-
-    @classmethod
-    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Histogram:
-        """The histogram that gave these arrays."""
-        return cls(
-            np.asarray(arrays["centre"], np.float64),
-            np.asarray(arrays["octave"], np.int64),
-            int(arrays["first"]),
-            np.asarray(arrays["counts"], np.int64),
-        )
 
     def _bins(self, x: np.ndarray, coordinate: int) -> np.ndarray:
         with np.errstate(over="ignore", invalid="ignore"):

@@ -6,8 +6,6 @@ The kernel is made again from the model and the builder that the user gives, and
 them goes on from what it reads back, so that a resumed run cannot differ from it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
@@ -40,6 +38,7 @@ from partime_mcmc.storage.serialize import (
     unpack_arrays,
     unpack_leaves,
 )
+from partime_mcmc.storage.store import leaves_state, state_arrays
 from partime_mcmc.types import PyTree
 from partime_mcmc.warmup.warmup import Warmup
 
@@ -58,7 +57,6 @@ _CHOICES = (
     "num_warmup",
     "warmup_notes",
 )
-_COUNTERS = ("num_steps", "num_failed_windows", "max_window")
 
 
 def pack_plan(plan: Plan, state: ChainState) -> bytes:
@@ -152,7 +150,11 @@ def _kernel_of(
                 "kernel: got a builder, wanted the tuned Kernel that this run was begun with"
             )
         return given
-    builder, coupling = _builder_of(given), decode(words["coupling"])
+    # A kernel that came tuned from elsewhere has no builder.
+    builder = given.kernel if isinstance(given, Warmup) else given
+    if isinstance(builder, Kernel):
+        builder = builder.family.builder if isinstance(builder, ParametrisedKernel) else None
+    coupling = decode(words["coupling"])
     if builder is None:
         raise TypeError("kernel: got a Kernel, wanted the builder that this run was begun with")
     if coupling is not None and takes_coupling(builder):
@@ -169,25 +171,6 @@ def _kernel_of(
         for name, value in decode(words["settings"]).items()
     }
     return parametrised_kernel(KernelProgram(density, builder), captured, whitening, settings)
-
-
-def _builder_of(kernel: Kernel | Builder | Warmup) -> Builder | None:
-    """The builder behind a kernel; None for a kernel that came tuned from elsewhere."""
-    kernel = kernel.kernel if isinstance(kernel, Warmup) else kernel
-    if isinstance(kernel, ParametrisedKernel):
-        return kernel.family.builder
-    return None if isinstance(kernel, Kernel) else kernel
-
-
-def state_arrays(state: ChainState) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Where chains stand as named arrays and counters."""
-    arrays = pack_leaves("carry", state.carries) | pack_leaves("discrete", state.discrete)
-    return arrays, {name: getattr(state, name) for name in _COUNTERS}
-
-
-def leaves_state(arrays: dict[str, np.ndarray], counters: dict[str, Any]) -> ChainState:
-    """Where chains stand, with lists of leaves, from what `state_arrays` gave."""
-    return ChainState(unpack_leaves("carry", arrays), unpack_leaves("discrete", arrays), **counters)
 
 
 def chain_state_of(leaves: ChainState, kernel: Kernel, example: PyTree) -> ChainState:

@@ -8,11 +8,10 @@
 What a checkpoint does not name does not exist. Needs zarr 3, and is imported only where draws are written or read.
 """
 
-from __future__ import annotations
-
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, AsyncIterator
+from typing import Any
 
 from zarr.abc.buffer import Buffer
 from zarr.buffer import default_buffer_prototype
@@ -63,8 +62,12 @@ class CommittedFiles(LocalStore):
         Raises:
             Damaged: If the file is missing, or holds other bytes than were written.
         """
-        data = self._bytes_of(key)
+        data = self.metadata.get(key, self.tail.get(key))
+        if key in self.digests and data is None:
+            data = read_file(self.root / key, self.digests[key])
         if data is None:
+            if self.read_only and not _is_metadata(key):
+                raise Damaged(f"store: {self.root / key} is not named by any checkpoint")
             return None
         if byte_range is not None:
             raise NotImplementedError("files of draws are read whole")
@@ -105,19 +108,7 @@ class CommittedFiles(LocalStore):
         for name in dict.fromkeys(path.split("/")[0] for path in inside):
             yield name
 
-    def _bytes_of(self, key: str) -> bytes | None:
-        if _is_metadata(key):
-            return self.metadata.get(key)
-        if key in self.tail:
-            return self.tail[key]
-        if key in self.digests:
-            return read_file(self.root / key, self.digests[key])
-        if self.read_only:
-            raise Damaged(f"store: {self.root / key} is not named by any checkpoint")
-        return None
-
 
 def _is_metadata(key: str) -> bool:
     # Names of version 2 begin with a dot.
-    name = key.rpartition("/")[2]
-    return name == _METADATA or name.startswith(".")
+    return key.rpartition("/")[2].startswith((_METADATA, "."))
