@@ -45,7 +45,7 @@ class FirstHostSink(StoreSink):
     def start(self, make_plan: Callable[[], tuple[Plan, ChainState]]) -> tuple[Plan, ChainState]:
         """As `Sink.start`; the other hosts wait for it."""
         plan, state = super().start(make_plan)
-        broadcast_bytes(self.saved_bytes)
+        broadcast_bytes(self.folder.read_plan() or b"")
         return plan, broadcast_chain_state(state)
 
     def interrupt(self) -> None:

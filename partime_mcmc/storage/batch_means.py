@@ -161,11 +161,6 @@ class BatchMeans:
             )
         return np.where(np.isfinite(found) & (variance > 0), found, np.nan)
 
-    def mcse_mean(self) -> np.ndarray:
-        """Monte Carlo standard error of the mean, shape `(D,)`; NaN as for `effective`."""
-        with np.errstate(all="ignore"):
-            return np.sqrt(self.variance() / self.effective())
-
     def mcse_sd(self) -> np.ndarray:
         """Monte Carlo standard error of the standard deviation, shape `(D,)`, from batch means of squares; NaN as for
         `effective`.

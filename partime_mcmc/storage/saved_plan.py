@@ -10,7 +10,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import numpy as np
 
 from partime_mcmc.compile_cache import Timings, as_committed_array
 from partime_mcmc.kernels import Kernel, Whitening
@@ -24,21 +23,12 @@ from partime_mcmc.kernels.kernel_program import (
     unwrapped,
     with_coupling,
 )
-from partime_mcmc.kernels.whitening import LowRank
 from partime_mcmc.sampling.chunk import ChainState
 from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.sampling.randomness import recurrence
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.storage.fingerprint import program_of, require_same
-from partime_mcmc.storage.serialize import (
-    decode,
-    encode,
-    pack_arrays,
-    pack_leaves,
-    unpack_arrays,
-    unpack_leaves,
-)
-from partime_mcmc.storage.store import leaves_state, state_arrays
+from partime_mcmc.storage.serialize import decode, encode, pack_arrays, unpack_arrays
 from partime_mcmc.types import PyTree
 from partime_mcmc.warmup.warmup import Warmup
 
@@ -70,24 +60,24 @@ def pack_plan(plan: Plan, state: ChainState) -> bytes:
         NotStorable: If a strategy is not of this package.
     """
     kernel = plan.kernel
-    arrays, counters = state_arrays(state)
-    arrays |= pack_leaves("key", plan.keys)
     words = {
         "choices": {name: encode(getattr(plan, name), name) for name in _CHOICES},
         "program": program_of(plan.recurrence, kernel),
         "plan": encode(plan.describe(), "plan"),
-        "state": counters,
+        "keys": encode(plan.keys, "keys"),
+        "state": encode(with_leaves(state), "state"),
         "settings": None,
+        "whitening": None,
         "coupling": None,
     }
     if isinstance(kernel, ParametrisedKernel):
         whitening = kernel.numbers.whitening
-        for name in ("example", "center", "scale"):
-            arrays |= pack_leaves(name, getattr(whitening, name))
+        coordinates = (jax.tree.leaves(whitening.example), whitening.center, whitening.scale)
+        words["whitening"] = encode(coordinates, "kernel")
         settings = dict(kernel.numbers.settings) | dict(kernel.family.counts)
         words["settings"] = encode(settings, "kernel")
         words["coupling"] = encode(unwrapped(kernel.family.builder)[1].get("coupling"), "coupling")
-    return pack_arrays(arrays, words)[0]
+    return pack_arrays({}, words)[0]
 
 
 def unpack_plan(
@@ -106,12 +96,11 @@ def unpack_plan(
         TypeError: If a tuned kernel is needed and a builder was given, or the other way round.
         StoreMismatch: If the same model and the same name of a kernel are another program.
     """
-    arrays, words, _ = unpack_arrays(data, f"{where}/plan.npz")
+    _, words, _ = unpack_arrays(data, f"{where}/plan.npz")
     example = target.example()
     choices = {name: decode(value) for name, value in words["choices"].items()}
-    kernel = _kernel_of(arrays, words, target, given_kernel, example)
-    (keys,) = unpack_leaves("key", arrays)
-    state = chain_state_of(leaves_state(arrays, words["state"]), kernel, example)
+    kernel, keys = _kernel_of(words, target, given_kernel, example), decode(words["keys"])
+    state = chain_state_of(decode(words["state"]), kernel, example)
     dynamics = recurrence(kernel, keys, state, Timings(), choices["certificate"])
     require_same(words["program"], program_of(dynamics, kernel), where)
     plan = Plan(target=target, kernel=kernel, recurrence=dynamics, keys=keys, **choices)
@@ -128,17 +117,14 @@ def read_choices(data: bytes, where: str) -> dict[str, Any]:
     Raises:
         Damaged: As `unpack_plan`.
     """
-    arrays, words, _ = unpack_arrays(data, f"{where}/plan.npz")
+    _, words, _ = unpack_arrays(data, f"{where}/plan.npz")
     return {
-        "plan": decode(words["plan"]),
         "choices": {name: decode(value) for name, value in words["choices"].items()},
-        "state": leaves_state(arrays, words["state"]),
-        "settings": decode(words["settings"]),
+        **{name: decode(words[name]) for name in ("plan", "state", "settings")},
     }
 
 
 def _kernel_of(
-    arrays: dict[str, np.ndarray],
     words: dict[str, Any],
     target: Target,
     given: Kernel | Builder | Warmup,
@@ -159,18 +145,20 @@ def _kernel_of(
         raise TypeError("kernel: got a Kernel, wanted the builder that this run was begun with")
     if coupling is not None and takes_coupling(builder):
         builder = with_coupling(builder, coupling)
-    (center,), scale = unpack_leaves("center", arrays), unpack_leaves("scale", arrays)
-    whitening = Whitening(
-        jax.tree.unflatten(jax.tree.structure(example), unpack_leaves("example", arrays)),
-        center,
-        scale[0] if len(scale) == 1 else LowRank(*scale),
-    )
+    leaves, *rest = jax.tree.map(as_committed_array, decode(words["whitening"]))
+    whitening = Whitening(jax.tree.unflatten(jax.tree.structure(example), leaves), *rest)
     density, captured = density_of(target.logdensity, whitening.example)
     settings = {
         name: value if isinstance(value, int) else as_committed_array(value)
         for name, value in decode(words["settings"]).items()
     }
     return parametrised_kernel(KernelProgram(density, builder), captured, whitening, settings)
+
+
+def with_leaves(state: ChainState) -> ChainState:
+    """Where chains stand, with lists of leaves."""
+    carries, discrete = jax.tree.leaves(state.carries), jax.tree.leaves(state.discrete)
+    return dataclasses.replace(state, carries=carries, discrete=discrete)
 
 
 def chain_state_of(leaves: ChainState, kernel: Kernel, example: PyTree) -> ChainState:
@@ -190,7 +178,9 @@ def chain_state_of(leaves: ChainState, kernel: Kernel, example: PyTree) -> Chain
         return kernel.carry(state), kernel.discrete(state)
 
     carries, discrete = (
-        jax.tree.unflatten(jax.tree.structure(wanted), jax.tree.leaves(found))
+        jax.tree.unflatten(
+            jax.tree.structure(wanted), map(as_committed_array, jax.tree.leaves(found))
+        )
         for wanted, found in zip(jax.eval_shape(parts, example), (leaves.carries, leaves.discrete))
     )
     return dataclasses.replace(leaves, carries=carries, discrete=discrete)

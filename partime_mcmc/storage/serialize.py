@@ -1,7 +1,7 @@
 """Values of this package as bytes and back: strategies, verdicts and reports as JSON, arrays as an .npz file.
 
 A frozen dataclass is its name and its fields, an enumeration's member its name, a function of a module where it is
-found, an array its bytes; plain values are themselves. Only names of this package are ever looked up, and no code comes
+found, an array its bytes, a key those of its numbers and the name of its generator; plain values are themselves. Only names of this package are ever looked up, and no code comes
 out of a file: what is read is built by the constructors that a user would call. Objects of other packages are refused
 when they are written.
 """
@@ -22,9 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.compile_cache import as_committed_array
 from partime_mcmc.storage.files import Damaged, StoreError, digest_of
-from partime_mcmc.types import PyTree
 
 _PACKAGE = "partime_mcmc"
 _DIGEST_LENGTH = len(digest_of(b""))
@@ -51,6 +49,9 @@ def encode(value: Any, name: str) -> Any:
             return {"enum": _place(type(value), name), "value": value.name}
         case int() | float() if type(value) in (int, float):
             return value
+        case jax.Array() if is_key(value):
+            numbers = encode(np.asarray(jax.random.key_data(value)), name)
+            return {"key": numbers, "impl": str(jax.random.key_impl(value))}
         case np.ndarray() | np.generic() | jax.Array():
             array = np.asarray(value)
             data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
@@ -61,17 +62,20 @@ def encode(value: Any, name: str) -> Any:
         case list() | tuple() if type(value) in (list, tuple):
             items = [encode(one, f"{name}[{index}]") for index, one in enumerate(value)]
             return items if isinstance(value, list) else {"tuple": items}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value)]
-        fields = {field: encode(getattr(value, field), f"{name}.{field}") for field in names}
-        return {"class": _place(type(value), name), "fields": fields}
-    if inspect.isfunction(value):
-        return {"function": _place(value, name)}
-    raise _refusal(value, name)
+        case _ if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = {
+                field.name: encode(getattr(value, field.name), f"{name}.{field.name}")
+                for field in dataclasses.fields(value)
+            }
+            return {"class": _place(type(value), name), "fields": fields}
+        case _ if inspect.isfunction(value):
+            return {"function": _place(value, name)}
+        case _:
+            raise _refusal(value, name)
 
 
 def decode(data: Any) -> Any:
-    """The value that gave what `encode` returned; arrays are NumPy's.
+    """The value that gave what `encode` returned; arrays other than keys are NumPy's.
 
     Raises:
         ValueError: If something is named that is not of this package.
@@ -82,6 +86,8 @@ def decode(data: Any) -> Any:
             return [decode(one) for one in data]
         case {"array": text, "dtype": dtype, "shape": shape}:
             return np.frombuffer(base64.b64decode(text), np.dtype(dtype)).reshape(shape).copy()
+        case {"key": numbers, "impl": kind}:
+            return jax.random.wrap_key_data(jnp.asarray(decode(numbers)), impl=kind)
         case {"tuple": items}:
             return tuple(decode(one) for one in items)
         case {"dict": found}:
@@ -199,28 +205,6 @@ def read_words(path: Path) -> tuple[dict[str, Any], str]:
             return json.loads(file["words"].tobytes()), file.zip.comment.decode()
     except Exception as error:  # whatever the readers of archives make of a damaged one
         raise Damaged(f"store: {path} is damaged: {error}") from error
-
-
-def pack_leaves(name: str, tree: PyTree) -> dict[str, np.ndarray]:
-    """The leaves of a pytree as named arrays; keys become numbers under a name that says which kind they are of."""
-    arrays = {}
-    for index, leaf in enumerate(jax.tree.leaves(tree)):
-        kind = f".{jax.random.key_impl(leaf)}" if is_key(leaf) else ""
-        arrays[f"{name}.{index}{kind}"] = np.asarray(jax.random.key_data(leaf) if kind else leaf)
-    return arrays
-
-
-def unpack_leaves(name: str, arrays: dict[str, np.ndarray]) -> list[jax.Array]:
-    """The leaves from the arrays of `pack_leaves`, which are in order."""
-    leaves = []
-    for full, value in part_of(arrays, f"{name}.").items():
-        kind = full.partition(".")[2]
-        leaves.append(
-            jax.random.wrap_key_data(jnp.asarray(value), impl=kind)
-            if kind
-            else as_committed_array(value)
-        )
-    return leaves
 
 
 def is_key(value: Any) -> bool:

@@ -32,7 +32,7 @@ from partime_mcmc.sampling.progress import Progress
 from partime_mcmc.storage.draws_group import DrawsWriter, draws_per_file, kept_steps
 from partime_mcmc.storage.files import StoreError
 from partime_mcmc.storage.fingerprint import describe_run, require_same
-from partime_mcmc.storage.saved_plan import chain_state_of, pack_plan, unpack_plan
+from partime_mcmc.storage.saved_plan import chain_state_of, pack_plan, unpack_plan, with_leaves
 from partime_mcmc.storage.serialize import encode
 from partime_mcmc.storage.store import Checkpoint, Folder, Store
 from partime_mcmc.storage.stored_draws import StoredDraws, open_draws
@@ -47,19 +47,20 @@ class StoreSink:
         store: Where.
         arguments: What is asked for.
         progress: Shown meanwhile.
+
+    Attributes:
+        folder: The files.
     """
 
     gather = staticmethod(gather_to_all)
 
     def __init__(self, store: Store, arguments: SampleArguments, progress: Progress):
         self._store, self._arguments, self._progress = store, arguments, progress
-        self._folder, self._stack = Folder(store.path), contextlib.ExitStack()
+        self.folder, self._stack = Folder(store.path), contextlib.ExitStack()
         self._pending: concurrent.futures.Future | None = None
-        self.saved_bytes = b""
-        """The plan as it is stored."""
 
     def __enter__(self) -> Self:
-        self._stack.enter_context(self._folder.locked())
+        self._stack.enter_context(self.folder.locked())
         self._thread = self._stack.enter_context(
             concurrent.futures.ThreadPoolExecutor(1, "partime_mcmc store")
         )
@@ -80,7 +81,7 @@ class StoreSink:
             StoreMismatch: If the folder holds another run, naming what differs.
             StoreError: If it cannot be read or written.
         """
-        asked, folder = self._arguments, self._folder
+        asked, folder = self._arguments, self.folder
         run, begun = describe_run(asked, self._store), folder.read_plan() is not None
         if folder.holds_run:
             # Names are for readers only, and starts have done their part once warm-up is over.
@@ -95,15 +96,16 @@ class StoreSink:
             # Until chunks are chosen the latest limit of memory counts.
             folder.write_run(run)
             folder.write_plan(pack_plan(*make_plan()))
-        self.saved_bytes = folder.read_plan() or b""
-        plan, state = unpack_plan(self.saved_bytes, asked.target, asked.kernel, str(folder.path))
+        stored = folder.read_plan() or b""
+        plan, state = unpack_plan(stored, asked.target, asked.kernel, str(folder.path))
         last, warning = folder.recover()
         if warning:
             self._progress.warn(warning)
         self._plan, self._last = plan, last
-        self._statistics = StreamingStatistics.start(self._store.folds)
+        folds = dict(self._store.folds or {})
+        self._statistics = StreamingStatistics.start(folds)
         if last is not None:
-            self._statistics = StreamingStatistics.from_arrays(last.statistics, self._store.folds)
+            self._statistics = StreamingStatistics.from_arrays(last.statistics, folds)
             state = chain_state_of(last.state, plan.kernel, asked.target.example())
         self._writer = DrawsWriter(
             folder.draws,
@@ -122,9 +124,9 @@ class StoreSink:
         """
         if chunk.report.interrupted:
             self._progress.note("interrupted: what is certified is kept")
-            return
-        self._wait()
-        self._pending = self._thread.submit(self._write, chunk, bool(jax_config.jax_enable_x64))
+        else:
+            self._wait()
+            self._pending = self._thread.submit(self._write, chunk, bool(jax_config.jax_enable_x64))
 
     def interrupt(self) -> None:
         """Take note of an interrupt from the keyboard: what is written is kept."""
@@ -148,7 +150,7 @@ class StoreSink:
             safe = 0 if self._last is None else self._last.step
             raise StoreError(
                 error.errno,
-                f"{error.strerror or error}. {safe:,} draws per chain are safe in {self._folder.path}: make room, and "
+                f"{error.strerror or error}. {safe:,} draws per chain are safe in {self.folder.path}: make room, and "
                 "resume(path, target, kernel) goes on from there",
             ) from error
         self._pending = None
@@ -173,12 +175,12 @@ class StoreSink:
         stats = {STAT_NAMES.get(name, name): value[:, at] for name, value in info.items()}
         posterior = {name: value[:, at] for name, value in constrained.items()}
         files = self._writer.append({"posterior": posterior, "sample_stats": stats}, kept)
-        self._last = self._folder.write_checkpoint(
+        self._last = self.folder.write_checkpoint(
             Checkpoint(
                 index=index,
                 step=stop,
                 previous=previous,
-                state=chunk.state,
+                state=with_leaves(chunk.state),
                 certificate=certificate,
                 report=report,
                 statistics=statistics.to_arrays(),
@@ -194,10 +196,9 @@ class StoreSink:
 def _attributes(run: dict[str, Any], plan: Plan) -> dict[str, Any]:
     """What the group of draws has about itself, for those who read it alone."""
     names = ("model", "data", "kernel", "key_words", "num_samples", "thinning", "dtype", "versions")
-    chosen = ("solver", "schedule", "tolerance")
     return {
         "inference_library": "partime_mcmc",
         "inference_library_version": run["versions"]["partime_mcmc"],
         **{name: run[name] for name in names},
-        **{name: encode(getattr(plan, name), name) for name in chosen},
+        **{name: encode(getattr(plan, name), name) for name in ("solver", "schedule", "tolerance")},
     }

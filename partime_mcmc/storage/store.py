@@ -39,11 +39,9 @@ from partime_mcmc.storage.serialize import (
     encode,
     json_bytes,
     pack_arrays,
-    pack_leaves,
     part_of,
     read_words,
     unpack_arrays,
-    unpack_leaves,
 )
 from partime_mcmc.storage.streaming_statistics import Fold
 
@@ -57,7 +55,6 @@ _RUN, _PLAN, _DRAWS, _LOCK, _DAMAGED, _SUM = (
     "damaged",
     "sha256",
 )
-_COUNTERS = ("num_steps", "num_failed_windows", "max_window")
 _CHECKPOINT = re.compile(r"checkpoint-(\d{6,})-(\d{12,})\.npz$")
 
 
@@ -84,7 +81,7 @@ class Checkpoint:
         index: The number of the chunk.
         step: Steps per chain up to here.
         previous: The checksum of the checkpoint before; empty for the first.
-        state: The chains; with lists of leaves once it is read.
+        state: The chains, with lists of leaves.
         certificate: Of all draws so far, without what it has of single steps.
         report: Of all chunks so far.
         statistics: Streaming statistics of all draws so far, as arrays.
@@ -113,15 +110,14 @@ class Checkpoint:
 
     def pack(self) -> tuple[bytes, str]:
         """The bytes of its file, and its checksum."""
-        arrays, counters = state_arrays(self.state)
-        arrays |= {f"statistics/{name}": value for name, value in self.statistics.items()}
+        arrays = {f"statistics/{name}": value for name, value in self.statistics.items()}
         for group in ("tail", "metadata"):
             files = getattr(self, group).items()
             arrays |= {f"{group}/{key}": np.frombuffer(data, np.uint8) for key, data in files}
-        whole = {"certificate": self.certificate, "report": self.report}
+        whole = {name: getattr(self, name) for name in ("state", "certificate", "report")}
         arrays["whole"] = json_bytes(encode(whole, "checkpoint"))
-        plain = {name: getattr(self, name) for name in ("index", "step", "previous", "files")}
-        return pack_arrays(arrays, {"state": counters, **plain})
+        plain = ("index", "step", "previous", "files")
+        return pack_arrays(arrays, {name: getattr(self, name) for name in plain})
 
     @classmethod
     def unpack(cls, data: bytes, where: str) -> Self:
@@ -144,20 +140,9 @@ class Checkpoint:
             tail=tail,
             metadata=metadata,
             checksum=checksum,
-            **words | {"state": leaves_state(arrays, words["state"])},
+            **words,
             **decode(json.loads(arrays["whole"].tobytes())),
         )
-
-
-def state_arrays(state: ChainState) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Where chains stand as named arrays and counters."""
-    arrays = pack_leaves("carry", state.carries) | pack_leaves("discrete", state.discrete)
-    return arrays, {name: getattr(state, name) for name in _COUNTERS}
-
-
-def leaves_state(arrays: dict[str, np.ndarray], counters: dict[str, Any]) -> ChainState:
-    """Where chains stand, with lists of leaves, from what `state_arrays` gave."""
-    return ChainState(unpack_leaves("carry", arrays), unpack_leaves("discrete", arrays), **counters)
 
 
 class Folder:

@@ -25,7 +25,7 @@ from partime_mcmc.storage.draws_group import kept_steps, open_group
 from partime_mcmc.storage.files import StoreError
 from partime_mcmc.storage.saved_plan import read_choices
 from partime_mcmc.storage.store import Checkpoint, Folder
-from partime_mcmc.storage.streaming_statistics import Fold, StreamingStatistics, without_folds
+from partime_mcmc.storage.streaming_statistics import Fold, StreamingStatistics
 
 _OUR_NAMES = {theirs: ours for ours, theirs in STAT_NAMES.items()}
 
@@ -235,8 +235,10 @@ class StoredDraws:
         if self.checkpoint is None:
             return f"{done} in {self.path}"
         verdicts = ", ".join(sorted({one.name for one in self.status}))
-        sentence = certified_sentence(self.certificate, self.report)
-        return f"{done}{thinned} in {self.path}: {verdicts}; {sentence}"
+        return (
+            f"{done}{thinned} in {self.path}: {verdicts}; "
+            f"{certified_sentence(self.certificate, self.report)}"
+        )
 
     def __repr__(self) -> str:
         return f"StoredDraws({self})"
@@ -259,8 +261,7 @@ def open_draws(path: str | os.PathLike, *, folds: Mapping[str, Fold] | None = No
     checkpoint, digests = folder.newest()
     statistics = None
     if checkpoint is not None:
-        arrays = checkpoint.statistics if folds else without_folds(checkpoint.statistics)
-        statistics = StreamingStatistics.from_arrays(arrays, folds)
+        statistics = StreamingStatistics.from_arrays(checkpoint.statistics, folds or None)
     num_samples = checkpoint.step if checkpoint else 0
     return StoredDraws(
         folder=folder,

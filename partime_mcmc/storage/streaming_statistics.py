@@ -56,8 +56,7 @@ class StreamingStatistics:
     Attributes:
         layout: Name and shape of every value, in order; coordinates follow one another in C order.
         batches: Moments by batch; None before the first draws.
-        histogram: For quantiles.
-        extremes: Smallest and largest draw per coordinate and chain, shape `(2, D, C)`.
+        histogram: For quantiles, with the smallest and largest draws; None likewise.
         info: Sums over draws of what the kernel reports, of flags counts, by name, shape `(C,)`.
         folds: Functions of your own, by name.
         carries: Where they stand, by name.
@@ -66,7 +65,6 @@ class StreamingStatistics:
     layout: tuple[tuple[str, tuple[int, ...]], ...] = ()
     batches: BatchMeans | None = None
     histogram: Histogram | None = None
-    extremes: np.ndarray | None = None
     info: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     folds: Mapping[str, Fold] = dataclasses.field(default_factory=dict)
     carries: Mapping[str, PyTree] = dataclasses.field(default_factory=dict)
@@ -137,16 +135,11 @@ class StreamingStatistics:
         if not x.shape[2]:
             return self
         with np.errstate(all="ignore"):
-            together = x.reshape(x.shape[0], -1)
-            low, high = x.min(axis=2), x.max(axis=2)
-            if self.extremes is not None:
-                low, high = np.minimum(self.extremes[0], low), np.maximum(self.extremes[1], high)
             return dataclasses.replace(
                 self,
                 layout=layout,
                 batches=(self.batches or BatchMeans.empty(*x.shape[:2])).add(x),
-                histogram=(self.histogram or Histogram.around(together)).add(together),
-                extremes=np.stack([low, high]),
+                histogram=(self.histogram or Histogram.around(x)).add(x),
                 info={
                     name: self.info.get(name, 0.0) + array.astype(np.float64).sum(axis=1)
                     for name, array in info.items()
@@ -185,8 +178,7 @@ class StreamingStatistics:
         Returns:
             Both of shape `(D, Q)`; NaN for coordinates with a NaN among their draws.
         """
-        _, histogram, (low, high) = self._begun()
-        return histogram.quantiles(probabilities, low.min(axis=1), high.max(axis=1))
+        return self._begun()[1].quantiles(probabilities)
 
     def summary(self) -> list[dict[str, Any]]:
         """A row per coordinate, as `summary_table` gives them for draws that are kept.
@@ -199,13 +191,16 @@ class StreamingStatistics:
         if self.batches is None:
             return []
         quantiles, errors = self.quantiles(list(_QUANTILES.values()))
+        variance, effective = self.batches.variance(), self.batches.effective()
+        with np.errstate(all="ignore"):
+            mcse_mean = np.sqrt(variance / effective)
         columns = {
             "mean": self.batches.mean(),
-            "sd": np.sqrt(self.batches.variance()),
+            "sd": np.sqrt(variance),
             **dict(zip(_QUANTILES, quantiles.T)),
-            "mcse_mean": self.batches.mcse_mean(),
+            "mcse_mean": mcse_mean,
             "mcse_sd": self.batches.mcse_sd(),
-            "ess": self.batches.effective(),
+            "ess": effective,
             "r_hat": self.batches.rhat(),
             "rank_error": errors.max(axis=1),
         }
@@ -221,7 +216,7 @@ class StreamingStatistics:
 
     def _frozen(self) -> np.ndarray:
         """Coordinates that stand still in a chain, unless it is a constant of the model, `(D,)`."""
-        low, high = self._begun()[2]
+        low, high = self._begun()[1].extremes
         stuck = (low == high) & (self.num_draws >= _FEW)
         constant = low.min(axis=1) == high.max(axis=1)
         never = self.info.get("accepted", np.ones(self.num_chains)) == 0
@@ -234,13 +229,13 @@ class StreamingStatistics:
             `num_chains`, `num_draws` (per chain), and where the kernel reports it: `divergences`, `accepted`,
             `acceptance_rate` (mean).
         """
+        sums = {name: total.sum() for name, total in self.info.items()}
+        counts = {"divergences": "diverging", "accepted": "accepted"}
         found: dict[str, Any] = {"num_chains": self.num_chains, "num_draws": self.num_draws}
-        for name, reported in (("divergences", "diverging"), ("accepted", "accepted")):
-            if reported in self.info:
-                found[name] = int(self.info[reported].sum())
-        if "acceptance_rate" in self.info:
+        found |= {name: int(sums[ours]) for name, ours in counts.items() if ours in sums}
+        if "acceptance_rate" in sums:
             num_draws = self.num_draws * self.num_chains
-            found["acceptance_rate"] = float(self.info["acceptance_rate"].sum() / num_draws)
+            found["acceptance_rate"] = float(sums["acceptance_rate"] / num_draws)
         return found
 
     def to_arrays(self) -> dict[str, np.ndarray]:
@@ -252,8 +247,7 @@ class StreamingStatistics:
             arrays |= {f"fold_{i}_{j}": leaf for j, leaf in enumerate(jax.tree.leaves(carry))}
         if self.batches is None:
             return arrays
-        batches, histogram, arrays["extremes"] = self._begun()
-        for part, found in (("batches", batches), ("histogram", histogram)):
+        for part, found in zip(("batches", "histogram"), self._begun()):
             arrays |= {f"{part}_{name}": np.asarray(value) for name, value in vars(found).items()}
         return arrays | {f"info_{i}": sums for i, sums in enumerate(self.info.values())}
 
@@ -265,19 +259,20 @@ class StreamingStatistics:
 
         Args:
             arrays: As `to_arrays` gave them.
-            folds: The functions of your own, by the same names.
+            folds: The functions of your own, by the same names; None: what became of them is left out.
 
         Raises:
             ValueError: If the names of `folds`, or the number of arrays in a carry, are not those of before.
         """
         start = cls.start(folds)
         header = json.loads(arrays["header"].tobytes())
-        if set(header["folds"]) != set(start.folds):
+        names = [] if folds is None else header["folds"]
+        if set(names) != set(start.folds):
             raise ValueError(
-                f"folds: got {sorted(start.folds)}, wanted those of before, {sorted(header['folds'])}"
+                f"folds: got {sorted(start.folds)}, wanted those of before, {sorted(names)}"
             )
         carries = {}
-        for i, name in enumerate(header["folds"]):
+        for i, name in enumerate(names):
             leaves, structure = jax.tree.flatten(start.carries[name])
             if sum(key.startswith(f"fold_{i}_") for key in arrays) != len(leaves):
                 raise ValueError(
@@ -286,8 +281,8 @@ class StreamingStatistics:
             carries[name] = jax.tree.unflatten(
                 structure, [arrays[f"fold_{i}_{j}"] for j in range(len(leaves))]
             )
-        folds = {name: start.folds[name] for name in header["folds"]}
-        if "extremes" not in arrays:
+        folds = {name: start.folds[name] for name in names}
+        if "batches_size" not in arrays:
             return cls(folds=folds, carries=carries)
         batches, histogram = (
             kind(
@@ -302,22 +297,15 @@ class StreamingStatistics:
             tuple((name, tuple(shape)) for name, shape in header["layout"]),
             batches,
             histogram,
-            arrays["extremes"],
             {name: arrays[f"info_{i}"] for i, name in enumerate(header["info"])},
             folds,
             carries,
         )
 
-    def _begun(self) -> tuple[BatchMeans, Histogram, np.ndarray]:
-        if self.batches is None or self.histogram is None or self.extremes is None:
+    def _begun(self) -> tuple[BatchMeans, Histogram]:
+        if self.batches is None or self.histogram is None:
             raise ValueError("there are no draws yet: update(values, info) first")
-        return self.batches, self.histogram, self.extremes
-
-
-def without_folds(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays of `StreamingStatistics.to_arrays` for readers who do not have the functions behind its folds."""
-    header = json.loads(arrays["header"].tobytes()) | {"folds": []}
-    return {**arrays, "header": json_bytes(header)}
+        return self.batches, self.histogram
 
 
 def flat_values(values: Mapping[str, np.ndarray]) -> tuple[np.ndarray, tuple]:
