@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from partime_mcmc.distributed.sharded_solve import time_axis
 from partime_mcmc.engine.windows import Windows
 from partime_mcmc.sampling.arguments import SampleArguments
-from partime_mcmc.storage.fingerprint import fingerprint_of, name_of
+from partime_mcmc.storage.saved_run import fingerprint_of, name_of
 from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import PyTree, jax_config
 

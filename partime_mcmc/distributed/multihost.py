@@ -25,7 +25,7 @@ from partime_mcmc.sampling.arguments import SampleArguments
 from partime_mcmc.sampling.chunk import ChainState, Chunk
 from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.sampling.progress import Progress
-from partime_mcmc.storage.saved_plan import unpack_plan
+from partime_mcmc.storage.saved_run import unpack_plan
 from partime_mcmc.storage.sink import StoreSink
 from partime_mcmc.storage.stored_draws import StoredDraws, open_draws
 

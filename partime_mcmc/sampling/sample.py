@@ -45,7 +45,7 @@ from partime_mcmc.sampling.progress import Progress, chosen_progress
 from partime_mcmc.sampling.sink import MemorySink, Sink
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.solvers import Solver
-from partime_mcmc.storage.fingerprint import StoreMismatch, read_arguments
+from partime_mcmc.storage.saved_run import StoreMismatch, read_arguments
 from partime_mcmc.storage.sink import StoreSink
 from partime_mcmc.storage.store import Store
 from partime_mcmc.storage.stored_draws import StoredDraws

@@ -124,15 +124,10 @@ class BatchMeans:
         full = _together(self.size, self.moments[..., :-1])
         return merge(self.size * self.num_full, full, self.num_open, self.moments[..., -1])
 
-    def mean(self) -> np.ndarray:
-        """Mean of all draws of all chains, shape `(D,)`."""
-        return _together(self.num_draws, self.per_chain())[0]
-
-    def variance(self) -> np.ndarray:
-        """Variance of all draws of all chains about their mean, shape `(D,)`."""
-        with np.errstate(all="ignore"):
-            m = _together(self.num_draws, self.per_chain())[1]
-            return m / np.float64(self.num_draws * self.num_chains - 1)
+    def pooled(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and variance of all draws of all chains, shapes `(D,)`."""
+        mean, m = _together(self.num_draws, self.per_chain())
+        return mean, m / np.float64(self.num_draws * self.num_chains - 1)
 
     def rhat(self) -> np.ndarray:
         """Split R-hat, shape `(D,)`: halves are whole batches, with the middle one and the one being filled left out if
@@ -153,8 +148,9 @@ class BatchMeans:
 
     def effective(self) -> np.ndarray:
         """Effective sample size for the mean, shape `(D,)`; NaN as for `rhat`, but one chain will do."""
-        num_draws, variance = self.num_draws * self.num_chains, self.variance()
+        num_draws = self.num_draws * self.num_chains
         with np.errstate(all="ignore"):
+            _, variance = self.pooled()
             found = np.minimum(
                 num_draws * variance / self._long_run(self.moments[0, ..., :-1], variance),
                 num_draws * np.log10(num_draws),
@@ -167,9 +163,10 @@ class BatchMeans:
 
         For the length of batches squares are taken to vary as those of a normal law.
         """
-        variance, (means, deviations) = self.variance(), self.moments[..., :-1]
+        means, deviations = self.moments[..., :-1]
         with np.errstate(all="ignore"):
-            squares = deviations / self.size + np.square(means - self.mean()[:, None, None])
+            mean, variance = self.pooled()
+            squares = deviations / self.size + np.square(means - mean[:, None, None])
             found = np.sqrt(
                 self._long_run(squares, 2 * variance**2)
                 / (self.num_draws * self.num_chains)

@@ -19,6 +19,7 @@ import numpy as np
 
 from partime_mcmc.diagnostics.arviz import STAT_NAMES
 from partime_mcmc.distributed.collectives import gather_to_all
+from partime_mcmc.extras import import_name
 from partime_mcmc.sampling.arguments import SampleArguments
 from partime_mcmc.sampling.chunk import (
     ChainState,
@@ -29,10 +30,16 @@ from partime_mcmc.sampling.chunk import (
 )
 from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.sampling.progress import Progress
-from partime_mcmc.storage.draws_group import DrawsWriter, draws_per_file, kept_steps
+from partime_mcmc.storage.draws_group import draws_per_file, kept_steps
 from partime_mcmc.storage.files import StoreError
-from partime_mcmc.storage.fingerprint import describe_run, require_same
-from partime_mcmc.storage.saved_plan import chain_state_of, pack_plan, unpack_plan, with_leaves
+from partime_mcmc.storage.saved_run import (
+    chain_state_of,
+    describe_run,
+    pack_plan,
+    require_same,
+    unpack_plan,
+    with_leaves,
+)
 from partime_mcmc.storage.serialize import encode
 from partime_mcmc.storage.store import Checkpoint, Folder, Store
 from partime_mcmc.storage.stored_draws import StoredDraws, open_draws
@@ -107,7 +114,7 @@ class StoreSink:
         if last is not None:
             self._statistics = StreamingStatistics.from_arrays(last.statistics, folds)
             state = chain_state_of(last.state, plan.kernel, asked.target.example())
-        self._writer = DrawsWriter(
+        self._writer = import_name("a store", "storage.zarr_files", "DrawsWriter")(
             folder.draws,
             last,
             draws_per_file(plan.chunk, plan.thinning, plan.num_samples),
@@ -195,10 +202,10 @@ class StoreSink:
 
 def _attributes(run: dict[str, Any], plan: Plan) -> dict[str, Any]:
     """What the group of draws has about itself, for those who read it alone."""
-    names = ("model", "data", "kernel", "key_words", "num_samples", "thinning", "dtype", "versions")
     return {
         "inference_library": "partime_mcmc",
         "inference_library_version": run["versions"]["partime_mcmc"],
-        **{name: run[name] for name in names},
+        **{name: run[name] for name in ("model", "data", "kernel", "key_words", "num_samples")},
+        **{name: run[name] for name in ("thinning", "dtype", "versions")},
         **{name: encode(getattr(plan, name), name) for name in ("solver", "schedule", "tolerance")},
     }

@@ -304,8 +304,6 @@ class Folder:
         dropped = set(self.path.glob("checkpoint-*.npz")) - set(
             paths[: good.index + 1 if good else 0]
         )
-        if dropped and reason is None:
-            reason = f"store: checkpoint {len(paths)} is missing"
         try:
             self._go_back(good, files, dropped)
         except OSError as error:
@@ -314,9 +312,9 @@ class Folder:
             ) from error
         if not dropped:
             return good, None
-        count = f"{len(dropped)} chunk{'s' if len(dropped) > 1 else ''}"
         return good, (
-            f"{reason}: {count} dropped, and the run goes on from step {good.step if good else 0:,}; what was dropped "
+            f"{reason or f'store: checkpoint {len(paths)} is missing'}: {len(dropped)} "
+            f"chunk{'s' if len(dropped) > 1 else ''} dropped, and the run goes on from step {good.step if good else 0:,}; what was dropped "
             f"is kept in {self.path / _DAMAGED}"
         )
 

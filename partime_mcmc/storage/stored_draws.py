@@ -19,11 +19,12 @@ import numpy as np
 from partime_mcmc.certify.certificate import Certificate
 from partime_mcmc.diagnostics.arviz import STAT_NAMES, tree_of
 from partime_mcmc.engine.solution import Status
+from partime_mcmc.extras import import_name
 from partime_mcmc.sampling.chunk import ChainState, RunReport
 from partime_mcmc.sampling.draws import Draws, certified_sentence, raise_unless_good
-from partime_mcmc.storage.draws_group import kept_steps, open_group
+from partime_mcmc.storage.draws_group import kept_steps
 from partime_mcmc.storage.files import StoreError
-from partime_mcmc.storage.saved_plan import read_choices
+from partime_mcmc.storage.saved_run import read_choices
 from partime_mcmc.storage.store import Checkpoint, Folder
 from partime_mcmc.storage.streaming_statistics import Fold, StreamingStatistics
 
@@ -38,7 +39,7 @@ class StoredDraws:
         folder: The files.
         path: Where they are.
         run: What was asked for: plain values and hashes.
-        saved_plan: What was chosen (`saved_plan.read_choices`); empty before that.
+        saved_plan: What was chosen (`saved_run.read_choices`); empty before that.
         checkpoint: The newest; None before the first draws.
         digests: Of files of draws, by key.
         statistics: Streaming statistics of all draws; None before the first.
@@ -208,6 +209,7 @@ class StoredDraws:
         return found
 
     def _dataset(self, group: str) -> Any:
+        open_group = import_name("a store", "storage.zarr_files", "open_group")
         found = open_group(self.folder.draws, self._begun(), self.digests, group)
         return found.assign_attrs(self.attributes())
 

@@ -191,11 +191,12 @@ class StreamingStatistics:
         if self.batches is None:
             return []
         quantiles, errors = self.quantiles(list(_QUANTILES.values()))
-        variance, effective = self.batches.variance(), self.batches.effective()
+        effective = self.batches.effective()
         with np.errstate(all="ignore"):
+            mean, variance = self.batches.pooled()
             mcse_mean = np.sqrt(variance / effective)
         columns = {
-            "mean": self.batches.mean(),
+            "mean": mean,
             "sd": np.sqrt(variance),
             **dict(zip(_QUANTILES, quantiles.T)),
             "mcse_mean": mcse_mean,
