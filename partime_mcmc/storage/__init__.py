@@ -3,8 +3,7 @@
 store                   the folder: names, one writer, the commit point of a chunk, damage
 sink                    certified chunks on their way there
 files                   a file is there and whole, or not there
-draws_group             draws as a zarr group
-zarr_files              zarr's view of committed files
+zarr_files              draws as a zarr group of committed files
 saved_run               what was asked for and what was chosen, as hashes and plain values
 serialize               values of this package as bytes
 stored_draws            the draws as one object, without the model

@@ -32,8 +32,6 @@ def merge(n_1: int, first: np.ndarray, n_2: int, second: np.ndarray) -> np.ndarr
     """Mean and sum of squared deviations, `(2, ...)`, of two samples of `n_1` and `n_2` draws together."""
     if not n_2:
         return first
-    if not n_1:
-        return second
     (mean_1, m_1), (mean_2, m_2), n = first, second, n_1 + n_2
     delta = mean_2 - mean_1
     return np.stack([mean_1 + delta * (n_2 / n), m_1 + m_2 + delta * delta * (n_1 * n_2 / n)])

@@ -107,10 +107,9 @@ class Histogram:
             rank = probabilities * (total - 1)
             before = np.concatenate([[0], np.cumsum(counts)])
             bins = np.clip(np.searchsorted(before, rank, side="right") - 1, 0, counts.size - 1)
-            lower, upper = self._edges(j, bins + self.first)
             lower, upper = (
-                np.clip(lower, smallest[j], largest[j]),
-                np.clip(upper, smallest[j], largest[j]),
+                np.clip(edges, smallest[j], largest[j])
+                for edges in self._edges(j, bins + self.first)
             )
             inside = (rank - before[bins] + 0.5) / np.maximum(counts[bins], 1)
             with np.errstate(invalid="ignore"):

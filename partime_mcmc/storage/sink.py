@@ -30,7 +30,6 @@ from partime_mcmc.sampling.chunk import (
 )
 from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.sampling.progress import Progress
-from partime_mcmc.storage.draws_group import draws_per_file, kept_steps
 from partime_mcmc.storage.files import StoreError
 from partime_mcmc.storage.saved_run import (
     chain_state_of,
@@ -41,7 +40,7 @@ from partime_mcmc.storage.saved_run import (
     with_leaves,
 )
 from partime_mcmc.storage.serialize import encode
-from partime_mcmc.storage.store import Checkpoint, Folder, Store
+from partime_mcmc.storage.store import Checkpoint, Folder, Store, draws_per_file, kept_steps
 from partime_mcmc.storage.stored_draws import StoredDraws, open_draws
 from partime_mcmc.storage.streaming_statistics import StreamingStatistics
 from partime_mcmc.types import jax_config

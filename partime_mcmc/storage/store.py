@@ -55,6 +55,8 @@ _RUN, _PLAN, _DRAWS, _LOCK, _DAMAGED, _SUM = (
     "damaged",
     "sha256",
 )
+# Draws per file where files do not end with chunks; as large as the batches of the streaming statistics.
+_FEWEST_DRAWS = 256
 _CHECKPOINT = re.compile(r"checkpoint-(\d{6,})-(\d{12,})\.npz$")
 
 
@@ -143,6 +145,33 @@ class Checkpoint:
             **words,
             **decode(json.loads(arrays["whole"].tobytes())),
         )
+
+
+def kept_steps(start: int, stop: int, thinning: int, num_samples: int) -> np.ndarray:
+    """Which steps are kept, as NumPyro keeps them: the last of every `thinning`, counted from the end.
+
+    Args:
+        start: First step.
+        stop: The step after the last.
+        thinning: Of so many one is kept.
+        num_samples: Steps of the whole run.
+    """
+    offset = num_samples % thinning + thinning - 1
+    first = offset if start <= offset else start + (offset - start) % thinning
+    return np.arange(first, stop, thinning)
+
+
+def draws_per_file(chunk: int, thinning: int, num_samples: int) -> int:
+    """Kept draws per file: those of a chunk, if all chunks keep as many, so that no file is written twice.
+
+    Args:
+        chunk: Steps per chunk.
+        thinning: Of so many steps one is kept.
+        num_samples: Steps of the whole run.
+    """
+    kept = max(1, chunk // thinning)
+    aligned = chunk % thinning == 0 == num_samples % thinning
+    return kept if aligned else max(kept // 8, _FEWEST_DRAWS)
 
 
 class Folder:

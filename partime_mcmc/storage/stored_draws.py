@@ -22,10 +22,9 @@ from partime_mcmc.engine.solution import Status
 from partime_mcmc.extras import import_name
 from partime_mcmc.sampling.chunk import ChainState, RunReport
 from partime_mcmc.sampling.draws import Draws, certified_sentence, raise_unless_good
-from partime_mcmc.storage.draws_group import kept_steps
 from partime_mcmc.storage.files import StoreError
 from partime_mcmc.storage.saved_run import read_choices
-from partime_mcmc.storage.store import Checkpoint, Folder
+from partime_mcmc.storage.store import Checkpoint, Folder, kept_steps
 from partime_mcmc.storage.streaming_statistics import Fold, StreamingStatistics
 
 _OUR_NAMES = {theirs: ours for ours, theirs in STAT_NAMES.items()}

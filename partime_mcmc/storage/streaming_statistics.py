@@ -235,8 +235,9 @@ class StreamingStatistics:
         found: dict[str, Any] = {"num_chains": self.num_chains, "num_draws": self.num_draws}
         found |= {name: int(sums[ours]) for name, ours in counts.items() if ours in sums}
         if "acceptance_rate" in sums:
-            num_draws = self.num_draws * self.num_chains
-            found["acceptance_rate"] = float(sums["acceptance_rate"] / num_draws)
+            found["acceptance_rate"] = float(
+                sums["acceptance_rate"] / (self.num_draws * self.num_chains)
+            )
         return found
 
     def to_arrays(self) -> dict[str, np.ndarray]:

@@ -1,4 +1,12 @@
-"""Zarr's view of a store: the metadata of a checkpoint, and files of draws that are what was written.
+"""Draws as one zarr group, written chunk by chunk and read where they are looked at.
+
+    posterior/<name>      (C, N, ...)     dimensions chain, draw, ...; named values in the model's space
+    sample_stats/<name>   (C, N)          what the kernel reports of each step
+
+xarray, ArviZ and whatever else reads Zarr version 3 open the group as it is. A name that cannot be a folder's is escaped
+as in addresses of the web ("a/b" is "a%2Fb").
+
+Zarr's view of it is the metadata of a checkpoint, and files of draws that are what was written:
 
     key                                     where it is read from
     posterior/theta/zarr.json               the checkpoint: an array is as long as there are committed draws
@@ -9,9 +17,11 @@ What a checkpoint does not name does not exist. Needs zarr 3, and is imported on
 """
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import zarr
@@ -21,9 +31,10 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import LocalStore
 
 from partime_mcmc.diagnostics.arviz import axis_names
-from partime_mcmc.storage.draws_group import escaped, file_shape, original
 from partime_mcmc.storage.files import Damaged, digest_of, read_file, write_copy, write_file
 from partime_mcmc.storage.store import Checkpoint
+
+_LARGEST_FILE = 2**28
 
 
 class CommittedFiles(LocalStore):
@@ -231,3 +242,24 @@ def open_group(path: Path, checkpoint: Checkpoint, digests: Mapping[str, str], g
     return found.rename(
         {name: original(str(name)) for name in found if original(str(name)) != name}
     )
+
+
+def file_shape(shape: list[int], itemsize: int) -> tuple[int, ...]:
+    """The shape of the parts that an array is cut into: one, unless that is too large for a file."""
+    shape = [max(1, size) for size in shape]
+    while math.prod(shape) * itemsize > _LARGEST_FILE:
+        longest = shape.index(max(shape))
+        shape[longest] = -(-shape[longest] // 2)
+    return tuple(shape)
+
+
+def escaped(name: str) -> str:
+    """A name that can be that of a folder in a zarr group."""
+    if name in (".", "..", "zarr.json") or name.startswith("__"):
+        return "".join(f"%{byte:02X}" for byte in name.encode())
+    return name.replace("%", "%25").replace("/", "%2F") or "%"
+
+
+def original(name: str) -> str:
+    """The name that was `escaped`."""
+    return "" if name == "%" else unquote(name)
