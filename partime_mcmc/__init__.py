@@ -185,7 +185,7 @@ _MOVED = {
     "Running": "storage.streaming_statistics.StreamingStatistics",
     "Fold": "storage.streaming_statistics.Fold",
     "StoreError": "storage.files.StoreError",
-    "StoreMismatch": "storage.fingerprint.StoreMismatch",
+    "StoreMismatch": "storage.saved_run.StoreMismatch",
     "read_netcdf": "diagnostics.arviz.read_netcdf",
     "save_netcdf": "diagnostics.arviz.save_netcdf",
     "summary_table": "diagnostics.arviz.summary_table",

@@ -25,7 +25,7 @@ from partime_mcmc.distributed.mesh import OnDevices
 from partime_mcmc.distributed.sharded_solve import time_axis
 from partime_mcmc.engine import Windows
 from partime_mcmc.sampling.arguments import SampleArguments
-from partime_mcmc.storage.fingerprint import fingerprint_of, name_of
+from partime_mcmc.storage.saved_run import fingerprint_of, name_of
 from partime_mcmc.types import PyTree, jax_config
 
 # (arrays with leaves (C, n, ...), the mesh, how all of them lie on it, what runs a program) -> the same as NumPy arrays on

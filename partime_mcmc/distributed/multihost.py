@@ -22,7 +22,7 @@ from partime_mcmc.distributed.collectives import gather_to_host0
 from partime_mcmc.sampling.arguments import SampleArguments
 from partime_mcmc.sampling.chunk import ChainState, Chunk
 from partime_mcmc.sampling.plan import Plan
-from partime_mcmc.storage.saved_plan import unpack_plan
+from partime_mcmc.storage.saved_run import unpack_plan
 from partime_mcmc.storage.sink import StoreSink
 from partime_mcmc.storage.stored_draws import StoredDraws, open_draws
 
@@ -35,7 +35,7 @@ class FirstHostSink(StoreSink):
     def start(self, make_plan: Callable[[], tuple[Plan, ChainState]]) -> tuple[Plan, ChainState]:
         """As `StoreSink.start`; the other hosts wait for it."""
         plan, state = super().start(make_plan)
-        broadcast_bytes(self.saved_bytes)
+        broadcast_bytes(self.folder.read_plan() or b"")
         return plan, broadcast_chain_state(state)
 
     def interrupt(self) -> None:

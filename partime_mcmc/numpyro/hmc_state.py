@@ -33,7 +33,7 @@ from partime_mcmc.sampling.chunk import ChainState
 from partime_mcmc.sampling.draws import Draws
 from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.sampling.target import Target
-from partime_mcmc.storage.fingerprint import digest_arrays
+from partime_mcmc.storage.saved_run import digest_arrays
 from partime_mcmc.storage.stored_draws import StoredDraws
 from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import Key, PyTree, Tracer

@@ -47,7 +47,7 @@ from partime_mcmc.sampling.progress import chosen_progress
 from partime_mcmc.sampling.sample import run
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.solvers import Solver
-from partime_mcmc.storage.saved_plan import chain_state_of
+from partime_mcmc.storage.saved_run import chain_state_of
 from partime_mcmc.storage.store import Store
 from partime_mcmc.storage.stored_draws import StoredDraws
 from partime_mcmc.types import Key, PyTree

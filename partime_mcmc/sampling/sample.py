@@ -44,8 +44,8 @@ from partime_mcmc.sampling.plan import FEWEST_WARMUP, Plan, prepare
 from partime_mcmc.sampling.progress import Progress, chosen_progress
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.solvers import Solver
-from partime_mcmc.storage.fingerprint import StoreMismatch
-from partime_mcmc.storage.sink import StoreSink, read_arguments
+from partime_mcmc.storage.saved_run import StoreMismatch, read_arguments
+from partime_mcmc.storage.sink import StoreSink
 from partime_mcmc.storage.store import Store
 from partime_mcmc.storage.stored_draws import StoredDraws
 from partime_mcmc.storage.streaming_statistics import Fold

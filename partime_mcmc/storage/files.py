@@ -1,12 +1,10 @@
 """Files that are there and whole, or not there: written aside, flushed to the disk, renamed; read with their digest."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 PARTIAL = ".partial-"
 """What names of unfinished files begin with."""
@@ -80,8 +78,9 @@ def _write(path: Path, data: bytes, flush: Callable[[int], None]) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        message = f"store: {path} could not be written: {error.strerror or error}"
-        raise StoreError(error.errno, message) from error
+        raise StoreError(
+            error.errno, f"store: {path} could not be written: {error.strerror or error}"
+        ) from error
 
 
 def _make_folder(path: Path) -> None:

@@ -17,9 +17,8 @@ a KLL sketch: its compactions take random bits that cannot be fixed, so that no 
 merging of histograms.
 """
 
-from __future__ import annotations
-
 import dataclasses
+from typing import Self
 
 import numpy as np
 
@@ -40,18 +39,20 @@ class Histogram:
         octave: floor(log2 sd) of the first draws, shape `(D,)`, integers.
         first: Number of the first bin that is kept; bins left out hold nothing.
         counts: Draws by bin, shape `(D, W)`, integers.
+        extremes: Smallest and largest draw by chain, shape `(2, D, C)`; NaN if there was a NaN.
     """
 
     centre: np.ndarray
     octave: np.ndarray
     first: int
     counts: np.ndarray
+    extremes: np.ndarray
 
     @classmethod
-    def around(cls, x: np.ndarray) -> Histogram:
-        """An empty histogram with bins that suit the draws `x`, shape `(D, N)`, and others like them."""
-        finite = np.where(np.isfinite(x), x, np.nan)
-        centre, sd = np.zeros(x.shape[0]), np.ones(x.shape[0])
+    def around(cls, x: np.ndarray) -> Self:
+        """An empty histogram with bins that suit the draws `x`, shape `(D, C, n)`, and others like them."""
+        finite = np.where(np.isfinite(x), x, np.nan).reshape(len(x), -1)
+        centre, sd = np.zeros(len(x)), np.ones(len(x))
         known = ~np.isnan(finite).all(axis=1)
         if known.any():
             centre[known], sd[known] = (
@@ -63,15 +64,16 @@ class Histogram:
             np.isfinite(sd) & (sd > 1e-12 * np.abs(centre)), sd, np.maximum(np.abs(centre), 1.0)
         )
         octave = np.clip(np.frexp(sd)[1] - 1, _FINEST, _COARSEST).astype(np.int64)
-        return cls(centre, octave, _HALF, np.zeros((len(centre), 0), np.int64))
+        nothing = np.stack([np.full(x.shape[:2], np.inf), np.full(x.shape[:2], -np.inf)])
+        return cls(centre, octave, _HALF, np.zeros((len(x), 0), np.int64), nothing)
 
-    def add(self, x: np.ndarray) -> Histogram:
-        """The histogram with more draws, shape `(D, N)`, in it; NaN is counted beyond all others, and to be asked for
+    def add(self, x: np.ndarray) -> Self:
+        """The histogram with more draws, shape `(D, C, n)`, in it; NaN is counted beyond all others, and to be asked for
         apart."""
         if not x.size:
             return self
         rows = [
-            np.bincount(self._bins(row, coordinate), minlength=2 * _HALF)
+            np.bincount(self._bins(row.ravel(), coordinate), minlength=2 * _HALF)
             for coordinate, row in enumerate(x)
         ]
         used = np.flatnonzero(sum((row > 0).astype(np.int64) for row in rows))
@@ -80,22 +82,21 @@ class Histogram:
             first, stop = min(first, self.first), max(stop, self.first + self.counts.shape[1])
         counts = np.stack([row[first:stop] for row in rows])
         counts[:, self.first - first : self.first - first + self.counts.shape[1]] += self.counts
-        return Histogram(self.centre, self.octave, first, counts)
+        low, high = self.extremes
+        extremes = np.stack([np.minimum(low, x.min(axis=2)), np.maximum(high, x.max(axis=2))])
+        return dataclasses.replace(self, first=first, counts=counts, extremes=extremes)
 
-    def quantiles(
-        self, probabilities: np.ndarray, smallest: np.ndarray, largest: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def quantiles(self, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Quantiles and what their ranks may be wrong by.
 
         Args:
             probabilities: Shape `(Q,)`, between 0 and 1.
-            smallest: The smallest draw, shape `(D,)`.
-            largest: The largest draw, shape `(D,)`.
 
         Returns:
             Quantiles and bounds on the errors of their ranks as shares of all draws, each `(D, Q)`; NaN where there are
-            no draws, or `smallest` or `largest` is NaN.
+            no draws, or one of them is NaN.
         """
+        smallest, largest = self.extremes[0].min(axis=1), self.extremes[1].max(axis=1)
         probabilities = np.asarray(probabilities, np.float64)
         values, errors = np.full((2, self.centre.size, probabilities.size), np.nan)
         for j, counts in enumerate(self.counts):
@@ -106,10 +107,9 @@ class Histogram:
             rank = probabilities * (total - 1)
             before = np.concatenate([[0], np.cumsum(counts)])
             bins = np.clip(np.searchsorted(before, rank, side="right") - 1, 0, counts.size - 1)
-            lower, upper = self._edges(j, bins + self.first)
             lower, upper = (
-                np.clip(lower, smallest[j], largest[j]),
-                np.clip(upper, smallest[j], largest[j]),
+                np.clip(edges, smallest[j], largest[j])
+                for edges in self._edges(j, bins + self.first)
             )
             inside = (rank - before[bins] + 0.5) / np.maximum(counts[bins], 1)
             with np.errstate(invalid="ignore"):
@@ -122,25 +122,6 @@ class Histogram:
             )
             errors[j] = np.where(lower == upper, 0.0, counts[bins] / total)
         return values, errors
-
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """What `from_arrays` takes."""
-        return {
-            "centre": self.centre,
-            "octave": self.octave,
-            "first": np.asarray(self.first),
-            "counts": self.counts,
-        }
-
-    @classmethod
-    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Histogram:
-        """The histogram that gave these arrays."""
-        return cls(
-            np.asarray(arrays["centre"], np.float64),
-            np.asarray(arrays["octave"], np.int64),
-            int(arrays["first"]),
-            np.asarray(arrays["counts"], np.int64),
-        )
 
     def _bins(self, x: np.ndarray, coordinate: int) -> np.ndarray:
         with np.errstate(over="ignore", invalid="ignore"):

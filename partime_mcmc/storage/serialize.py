@@ -1,12 +1,10 @@
 """Values of this package as bytes and back: strategies, verdicts and reports as JSON, arrays as an .npz file.
 
 A frozen dataclass is its name and its fields, an enumeration's member its name, a function of a module where it is
-found, an array its bytes; plain values are themselves. Only names of this package are ever looked up, and no code comes
+found, an array its bytes, a key those of its numbers and the name of its generator; plain values are themselves. Only names of this package are ever looked up, and no code comes
 out of a file: what is read is built by the constructors that a user would call. Objects of other packages are refused
 when they are written.
 """
-
-from __future__ import annotations
 
 import base64
 import dataclasses
@@ -16,7 +14,7 @@ import importlib
 import inspect
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.compile_cache import as_committed_array
 from partime_mcmc.storage.files import Damaged, StoreError, digest_of
-from partime_mcmc.types import PyTree
 
 _PACKAGE = "partime_mcmc"
 _DIGEST_LENGTH = len(digest_of(b""))
@@ -46,70 +42,75 @@ def encode(value: Any, name: str) -> Any:
     Raises:
         NotStorable: For anything else.
     """
-    if value is None or isinstance(value, (bool, str)):
-        return value
-    if isinstance(value, enum.Enum):
-        return {"enum": _place(type(value), name), "value": value.name}
-    if type(value) in (int, float):
-        return value
-    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
-        array = np.asarray(value)
-        return {
-            "array": base64.b64encode(np.ascontiguousarray(array).tobytes()).decode(),
-            "dtype": array.dtype.str,
-            "shape": list(array.shape),
-        }
-    if type(value) is dict:
-        return {"dict": {str(key): encode(one, f"{name}[{key!r}]") for key, one in value.items()}}
-    if type(value) in (list, tuple):
-        items = [encode(one, f"{name}[{index}]") for index, one in enumerate(value)]
-        return items if isinstance(value, list) else {"tuple": items}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value)]
-        fields = {field: encode(getattr(value, field), f"{name}.{field}") for field in names}
-        return {"class": _place(type(value), name), "fields": fields}
-    if inspect.isfunction(value):
-        return {"function": _place(value, name)}
-    raise _refusal(value, name)
+    match value:
+        case None | bool() | str():
+            return value
+        case enum.Enum():
+            return {"enum": _place(type(value), name), "value": value.name}
+        case int() | float() if type(value) in (int, float):
+            return value
+        case jax.Array() if is_key(value):
+            numbers = encode(np.asarray(jax.random.key_data(value)), name)
+            return {"key": numbers, "impl": str(jax.random.key_impl(value))}
+        case np.ndarray() | np.generic() | jax.Array():
+            array = np.asarray(value)
+            data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
+            return {"array": data, "dtype": array.dtype.str, "shape": list(array.shape)}
+        case dict() if type(value) is dict:
+            found = {str(key): encode(one, f"{name}[{key!r}]") for key, one in value.items()}
+            return {"dict": found}
+        case list() | tuple() if type(value) in (list, tuple):
+            items = [encode(one, f"{name}[{index}]") for index, one in enumerate(value)]
+            return items if isinstance(value, list) else {"tuple": items}
+        case _ if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = {
+                field.name: encode(getattr(value, field.name), f"{name}.{field.name}")
+                for field in dataclasses.fields(value)
+            }
+            return {"class": _place(type(value), name), "fields": fields}
+        case _ if inspect.isfunction(value):
+            return {"function": _place(value, name)}
+        case _:
+            raise _refusal(value, name)
 
 
 def decode(data: Any) -> Any:
-    """The value that gave what `encode` returned; arrays are NumPy's.
+    """The value that gave what `encode` returned; arrays other than keys are NumPy's.
 
     Raises:
         ValueError: If something is named that is not of this package.
         StoreError: If an object had other fields in the version that wrote it.
     """
-    if isinstance(data, list):
-        return [decode(one) for one in data]
-    if not isinstance(data, dict):
-        return data
-    if "array" in data:
-        raw = base64.b64decode(data["array"])
-        return np.frombuffer(raw, np.dtype(data["dtype"])).reshape(data["shape"]).copy()
-    if "tuple" in data:
-        return tuple(decode(one) for one in data["tuple"])
-    if "dict" in data:
-        return {key: decode(one) for key, one in data["dict"].items()}
-    if "enum" in data:
-        return _found(
-            data["enum"], lambda found: inspect.isclass(found) and issubclass(found, enum.Enum)
-        )[data["value"]]
-    if "function" in data:
-        return _found(data["function"], inspect.isfunction)
-    if "class" in data:
-        cls = _found(
-            data["class"], lambda found: inspect.isclass(found) and dataclasses.is_dataclass(found)
-        )
-        fields = {key: decode(one) for key, one in data["fields"].items()}
-        try:
-            return cls(**fields)
-        except TypeError as error:
-            raise StoreError(
-                f"store: it holds a {cls.__name__} with the fields {sorted(fields)}, which this version of "
-                f"partime_mcmc cannot make ({error}); read it with the version that wrote it"
-            ) from error
-    raise ValueError(f"a stored value of unknown kind: {sorted(data)}")
+    match data:
+        case list():
+            return [decode(one) for one in data]
+        case {"array": text, "dtype": dtype, "shape": shape}:
+            return np.frombuffer(base64.b64decode(text), np.dtype(dtype)).reshape(shape).copy()
+        case {"key": numbers, "impl": kind}:
+            return jax.random.wrap_key_data(jnp.asarray(decode(numbers)), impl=kind)
+        case {"tuple": items}:
+            return tuple(decode(one) for one in items)
+        case {"dict": found}:
+            return {key: decode(one) for key, one in found.items()}
+        case {"enum": place, "value": member}:
+            return _found(place, lambda one: inspect.isclass(one) and issubclass(one, enum.Enum))[
+                member
+            ]
+        case {"function": place}:
+            return _found(place, inspect.isfunction)
+        case {"class": place, "fields": encoded}:
+            cls = _found(place, lambda one: inspect.isclass(one) and dataclasses.is_dataclass(one))
+            fields = {key: decode(one) for key, one in encoded.items()}
+            try:
+                return cls(**fields)
+            except TypeError as error:
+                raise StoreError(
+                    f"store: it holds a {cls.__name__} with the fields {sorted(fields)}, which this version of "
+                    f"partime_mcmc cannot make ({error}); read it with the version that wrote it"
+                ) from error
+        case dict():
+            raise ValueError(f"a stored value of unknown kind: {sorted(data)}")
+    return data
 
 
 def _place(thing: Any, name: str) -> str:
@@ -151,11 +152,24 @@ def digest_arrays(arrays: Iterable[Any]) -> str:
     return found.hexdigest()
 
 
+def json_bytes(value: Any) -> np.ndarray:
+    """Plain values as an array of the bytes of their JSON."""
+    return np.frombuffer(json.dumps(value, sort_keys=True).encode(), np.uint8)
+
+
+def part_of(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """The arrays whose names begin with a prefix, without it."""
+    return {
+        name.removeprefix(prefix): array
+        for name, array in arrays.items()
+        if name.startswith(prefix)
+    }
+
+
 def pack_arrays(arrays: dict[str, np.ndarray], words: dict[str, Any]) -> tuple[bytes, str]:
     """Named arrays and plain values as the bytes of an .npz file, and their digest, which is the archive's comment."""
-    text = np.frombuffer(json.dumps(words, sort_keys=True).encode(), np.uint8)
     buffer = io.BytesIO()
-    np.savez(buffer, **dict[str, Any](arrays), words=text)
+    np.savez(buffer, **dict[str, Any](arrays), words=json_bytes(words))
     data = buffer.getvalue()
     digest = digest_of(data)
     # An archive ends with the length of its comment.
@@ -191,32 +205,6 @@ def read_words(path: Path) -> tuple[dict[str, Any], str]:
             return json.loads(file["words"].tobytes()), file.zip.comment.decode()
     except Exception as error:  # whatever the readers of archives make of a damaged one
         raise Damaged(f"store: {path} is damaged: {error}") from error
-
-
-def pack_leaves(name: str, tree: PyTree) -> dict[str, np.ndarray]:
-    """The leaves of a pytree as named arrays; keys become numbers under a name that says which kind they are of."""
-    arrays = {}
-    for index, leaf in enumerate(jax.tree.leaves(tree)):
-        if is_key(leaf):
-            kind = jax.random.key_impl(leaf)
-            arrays[f"{name}.{index}.{kind}"] = np.asarray(jax.random.key_data(leaf))
-        else:
-            arrays[f"{name}.{index}"] = np.asarray(leaf)
-    return arrays
-
-
-def unpack_leaves(name: str, arrays: dict[str, np.ndarray]) -> list[jax.Array]:
-    """The leaves from the arrays of `pack_leaves`."""
-    found: dict[int, Any] = {}
-    for full, value in arrays.items():
-        first, *rest = full.split(".", 2)
-        if first == name:
-            found[int(rest[0])] = (
-                jax.random.wrap_key_data(jnp.asarray(value), impl=rest[1])
-                if len(rest) == 2
-                else as_committed_array(value)
-            )
-    return [found[index] for index in sorted(found)]
 
 
 def is_key(value: Any) -> bool:

@@ -8,20 +8,18 @@ A run goes on from what it has read back of its own plan, so one that was never 
 programs on the same numbers.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import contextlib
 import json
-import os
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any, Self
 
 import jax
 import numpy as np
 
 from partime_mcmc.diagnostics.arviz import STAT_NAMES
 from partime_mcmc.distributed.collectives import gather_to_all
-from partime_mcmc.kernels import Kernel
+from partime_mcmc.extras import import_name
 from partime_mcmc.sampling.arguments import SampleArguments
 from partime_mcmc.sampling.chunk import (
     ChainState,
@@ -32,28 +30,20 @@ from partime_mcmc.sampling.chunk import (
 )
 from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.sampling.progress import Progress
-from partime_mcmc.storage.checkpoint import Checkpoint
-from partime_mcmc.storage.draws_group import DrawsWriter, draws_per_file, kept_steps
 from partime_mcmc.storage.files import StoreError
-from partime_mcmc.storage.fingerprint import (
-    PLAIN,
-    STRATEGIES,
-    describe_run,
-    require_same,
-)
-from partime_mcmc.storage.saved_plan import (
+from partime_mcmc.storage.saved_run import (
     chain_state_of,
-    leaves_state,
+    describe_run,
     pack_plan,
-    state_arrays,
+    require_same,
     unpack_plan,
+    with_leaves,
 )
-from partime_mcmc.storage.serialize import decode, encode
-from partime_mcmc.storage.store import Folder, Store
+from partime_mcmc.storage.serialize import encode
+from partime_mcmc.storage.store import Checkpoint, Folder, Store, draws_per_file, kept_steps
 from partime_mcmc.storage.stored_draws import StoredDraws, open_draws
 from partime_mcmc.storage.streaming_statistics import StreamingStatistics
 from partime_mcmc.types import jax_config
-from partime_mcmc.warmup.warmup import Warmup
 
 
 class StoreSink:
@@ -63,19 +53,20 @@ class StoreSink:
         store: Where.
         arguments: What is asked for.
         progress: Shown meanwhile.
+
+    Attributes:
+        folder: The files.
     """
 
     gather = staticmethod(gather_to_all)
 
     def __init__(self, store: Store, arguments: SampleArguments, progress: Progress):
         self._store, self._arguments, self._progress = store, arguments, progress
-        self._folder, self._stack = Folder(store.path), contextlib.ExitStack()
+        self.folder, self._stack = Folder(store.path), contextlib.ExitStack()
         self._pending: concurrent.futures.Future | None = None
-        self.saved_bytes = b""
-        """The plan as it is stored."""
 
-    def __enter__(self) -> StoreSink:
-        self._stack.enter_context(self._folder.locked())
+    def __enter__(self) -> Self:
+        self._stack.enter_context(self.folder.locked())
         self._thread = self._stack.enter_context(
             concurrent.futures.ThreadPoolExecutor(1, "partime_mcmc store")
         )
@@ -96,7 +87,7 @@ class StoreSink:
             StoreMismatch: If the folder holds another run, naming what differs.
             StoreError: If it cannot be read or written.
         """
-        asked, folder = self._arguments, self._folder
+        asked, folder = self._arguments, self.folder
         run, begun = describe_run(asked, self._store), folder.read_plan() is not None
         if folder.holds_run:
             # Names are for readers only, and starts have done their part once warm-up is over.
@@ -111,19 +102,18 @@ class StoreSink:
             # Until chunks are chosen the latest limit of memory counts.
             folder.write_run(run)
             folder.write_plan(pack_plan(*make_plan()))
-        self.saved_bytes = folder.read_plan() or b""
-        plan, state = unpack_plan(self.saved_bytes, asked.target, asked.kernel, str(folder.path))
+        stored = folder.read_plan() or b""
+        plan, state = unpack_plan(stored, asked.target, asked.kernel, str(folder.path))
         last, warning = folder.recover()
         if warning:
             self._progress.warn(warning)
         self._plan, self._last = plan, last
-        self._statistics = StreamingStatistics.start(self._store.folds)
+        folds = dict(self._store.folds or {})
+        self._statistics = StreamingStatistics.start(folds)
         if last is not None:
-            self._statistics = StreamingStatistics.from_arrays(last.statistics, self._store.folds)
-            state = chain_state_of(
-                leaves_state(last.state, last.words), plan.kernel, asked.target.example()
-            )
-        self._writer = DrawsWriter(
+            self._statistics = StreamingStatistics.from_arrays(last.statistics, folds)
+            state = chain_state_of(last.state, plan.kernel, asked.target.example())
+        self._writer = import_name("a store", "storage.zarr_files", "DrawsWriter")(
             folder.draws,
             last,
             draws_per_file(plan.chunk, plan.thinning, plan.num_samples),
@@ -140,10 +130,9 @@ class StoreSink:
         """
         if chunk.report.interrupted:
             self._progress.note("interrupted: what is certified is kept")
-            return
-        self._wait()
-        x64 = bool(jax_config.jax_enable_x64)
-        self._pending = self._thread.submit(self._commit, chunk, x64)
+        else:
+            self._wait()
+            self._pending = self._thread.submit(self._write, chunk, bool(jax_config.jax_enable_x64))
 
     def interrupt(self) -> None:
         """Take note of an interrupt from the keyboard: what is written is kept."""
@@ -165,26 +154,23 @@ class StoreSink:
             self._pending.result()
         except OSError as error:
             safe = 0 if self._last is None else self._last.step
-            message = (
-                f"{error.strerror or error}. {safe:,} draws per chain are safe in {self._folder.path}: make room, and "
-                "resume(path, target, kernel) goes on from there"
-            )
-            raise StoreError(error.errno, message) from error
+            raise StoreError(
+                error.errno,
+                f"{error.strerror or error}. {safe:,} draws per chain are safe in {self.folder.path}: make room, and "
+                "resume(path, target, kernel) goes on from there",
+            ) from error
         self._pending = None
 
-    def _commit(self, chunk: Chunk, x64: bool) -> None:
-        # A thread does not inherit the caller's precision, and the user's folds may be written in JAX.
-        with jax.enable_x64(x64):
-            self._write(chunk)
-
-    def _write(self, chunk: Chunk) -> None:
+    def _write(self, chunk: Chunk, x64: bool) -> None:
         plan, last = self._plan, self._last
-        start, index = (0, 0) if last is None else (last.step, last.index + 1)
+        start, index, previous = (last.step, last.index + 1, last.checksum) if last else (0, 0, "")
         stop = chunk.state.num_steps - plan.first_step
         constrained = {name: np.asarray(value) for name, value in chunk.constrained.items()}
         steps = {name: getattr(chunk.certificate, name) for name in ("accepted", "residual")}
         info = {name: np.asarray(value) for name, value in {**steps, **chunk.info}.items()}
-        statistics = self._statistics.update(constrained, info)
+        # A thread does not inherit the caller's precision, and the user's folds may be written in JAX.
+        with jax.enable_x64(x64):
+            statistics = self._statistics.update(constrained, info)
         certificate, report = without_steps(chunk.certificate), chunk.report
         if last is not None:
             certificate = merge_certificates(last.certificate, certificate)
@@ -192,21 +178,15 @@ class StoreSink:
         kept = kept_steps(start, stop, plan.thinning, plan.num_samples)
         # A view, where an array of places would copy all of it.
         at = slice(kept[0] - start if kept.size else stop - start, None, plan.thinning)
-        groups = {
-            "posterior": {name: value[:, at] for name, value in constrained.items()},
-            "sample_stats": {
-                STAT_NAMES.get(name, name): value[:, at] for name, value in info.items()
-            },
-        }
-        files = self._writer.append(groups, kept)
-        state, words = state_arrays(chunk.state)
-        self._last = self._folder.write_checkpoint(
+        stats = {STAT_NAMES.get(name, name): value[:, at] for name, value in info.items()}
+        posterior = {name: value[:, at] for name, value in constrained.items()}
+        files = self._writer.append({"posterior": posterior, "sample_stats": stats}, kept)
+        self._last = self.folder.write_checkpoint(
             Checkpoint(
                 index=index,
                 step=stop,
-                previous="" if last is None else last.checksum,
-                state=state,
-                words=words,
+                previous=previous,
+                state=with_leaves(chunk.state),
                 certificate=certificate,
                 report=report,
                 statistics=statistics.to_arrays(),
@@ -219,39 +199,12 @@ class StoreSink:
         self._writer.files.publish()
 
 
-def read_arguments(
-    path: str | os.PathLike, kernel: Kernel | Callable[..., Kernel] | Warmup | None = None
-) -> dict[str, Any]:
-    """What a stored run was asked for, but for its target and kernel.
-
-    Args:
-        path: The folder.
-        kernel: That the run is to go on with. Once warm-up is over its numbers are in the store, and the builder of a
-            warm-up's kernel will do.
-
-    Returns:
-        Values by the names of `SampleArguments`, and `num_chains` and `chunk`.
-
-    Raises:
-        FileNotFoundError: If there is no stored run.
-        StoreError: If its description is damaged, or of another version of the format.
-    """
-    folder = Folder(path)
-    run = folder.read_run()
-    found = {name: run[name] for name in (*PLAIN, "chunk")}
-    found |= {name: decode(run[name]) for name in STRATEGIES}
-    builder = not isinstance(kernel, (Kernel, Warmup)) and folder.read_plan() is not None
-    found["extra"] = {"tuned": run["tuned"]} if builder else {}
-    return found
-
-
 def _attributes(run: dict[str, Any], plan: Plan) -> dict[str, Any]:
     """What the group of draws has about itself, for those who read it alone."""
-    names = ("model", "data", "kernel", "key_words", "num_samples", "thinning", "dtype", "versions")
-    strategies = {name: getattr(plan, name) for name in ("solver", "schedule", "tolerance")}
     return {
         "inference_library": "partime_mcmc",
         "inference_library_version": run["versions"]["partime_mcmc"],
-        **{name: run[name] for name in names},
-        **{name: encode(value, name) for name, value in strategies.items()},
+        **{name: run[name] for name in ("model", "data", "kernel", "key_words", "num_samples")},
+        **{name: run[name] for name in ("thinning", "dtype", "versions")},
+        **{name: encode(getattr(plan, name), name) for name in ("solver", "schedule", "tolerance")},
     }

@@ -3,14 +3,13 @@
     run.json                        what was asked for, with its checksum; written before anything is computed
     plan.npz                        what warm-up tuned and what was chosen; written once, before the first draw
     draws.zarr/                     draws, a zarr group that other programs read, too
-    checkpoint-<index>-<step>.npz   the commit point of a chunk that ends at <step> (`checkpoint`)
+    checkpoint-<index>-<step>.npz   the commit point of a chunk that ends at <step>
     lock                            held by the one process that writes
 
 A chunk's files of draws are written first and its checkpoint last: draws beyond the newest checkpoint do not exist. A
-chunk with a file that is not what was written is dropped with all that follow, and drawn again.
+checkpoint names every file of draws by its digest, and the checkpoint before it by its checksum, so that the newest one
+vouches for all bytes of a run. A chunk with a file that is not what was written is dropped with all that follow, and drawn again.
 """
-
-from __future__ import annotations
 
 import contextlib
 import dataclasses
@@ -19,11 +18,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Self
 
-from partime_mcmc.storage.checkpoint import Checkpoint
+import numpy as np
+
+from partime_mcmc.certify.certificate import Certificate
+from partime_mcmc.sampling.chunk import ChainState, RunReport
 from partime_mcmc.storage.files import (
     PARTIAL,
     Damaged,
@@ -32,7 +34,15 @@ from partime_mcmc.storage.files import (
     write_copy,
     write_file,
 )
-from partime_mcmc.storage.serialize import read_words
+from partime_mcmc.storage.serialize import (
+    decode,
+    encode,
+    json_bytes,
+    pack_arrays,
+    part_of,
+    read_words,
+    unpack_arrays,
+)
 from partime_mcmc.storage.streaming_statistics import Fold
 
 FORMAT_VERSION = 4
@@ -45,6 +55,8 @@ _RUN, _PLAN, _DRAWS, _LOCK, _DAMAGED, _SUM = (
     "damaged",
     "sha256",
 )
+# Draws per file where files do not end with chunks; as large as the batches of the streaming statistics.
+_FEWEST_DRAWS = 256
 _CHECKPOINT = re.compile(r"checkpoint-(\d{6,})-(\d{12,})\.npz$")
 
 
@@ -62,6 +74,105 @@ class Store:
     path: str | os.PathLike
     chunk: int | None = None
     folds: Mapping[str, Fold] | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What a chunk leaves behind.
+
+    Attributes:
+        index: The number of the chunk.
+        step: Steps per chain up to here.
+        previous: The checksum of the checkpoint before; empty for the first.
+        state: The chains, with lists of leaves.
+        certificate: Of all draws so far, without what it has of single steps.
+        report: Of all chunks so far.
+        statistics: Streaming statistics of all draws so far, as arrays.
+        files: Digests of the files that this chunk wrote and no later one writes again, by key.
+        tail: Files that the next chunk writes again because they are partly filled, by key.
+        metadata: Documents of the zarr group, by key.
+        checksum: Of this checkpoint; empty until it is read.
+    """
+
+    index: int
+    step: int
+    previous: str
+    state: ChainState
+    certificate: Certificate
+    report: RunReport
+    statistics: dict[str, np.ndarray]
+    files: dict[str, str]
+    tail: dict[str, bytes]
+    metadata: dict[str, bytes]
+    checksum: str = ""
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return f"checkpoint-{self.index:06d}-{self.step:012d}.npz"
+
+    def pack(self) -> tuple[bytes, str]:
+        """The bytes of its file, and its checksum."""
+        arrays = {f"statistics/{name}": value for name, value in self.statistics.items()}
+        for group in ("tail", "metadata"):
+            files = getattr(self, group).items()
+            arrays |= {f"{group}/{key}": np.frombuffer(data, np.uint8) for key, data in files}
+        whole = {name: getattr(self, name) for name in ("state", "certificate", "report")}
+        arrays["whole"] = json_bytes(encode(whole, "checkpoint"))
+        plain = ("index", "step", "previous", "files")
+        return pack_arrays(arrays, {name: getattr(self, name) for name in plain})
+
+    @classmethod
+    def unpack(cls, data: bytes, where: str) -> Self:
+        """From the bytes of `pack`.
+
+        Args:
+            data: The bytes.
+            where: The file, for messages.
+
+        Raises:
+            Damaged: If the bytes are not those that were written.
+        """
+        arrays, words, checksum = unpack_arrays(data, where)
+        tail, metadata = (
+            {key: value.tobytes() for key, value in part_of(arrays, f"{group}/").items()}
+            for group in ("tail", "metadata")
+        )
+        return cls(
+            statistics=part_of(arrays, "statistics/"),
+            tail=tail,
+            metadata=metadata,
+            checksum=checksum,
+            **words,
+            **decode(json.loads(arrays["whole"].tobytes())),
+        )
+
+
+def kept_steps(start: int, stop: int, thinning: int, num_samples: int) -> np.ndarray:
+    """Which steps are kept, as NumPyro keeps them: the last of every `thinning`, counted from the end.
+
+    Args:
+        start: First step.
+        stop: The step after the last.
+        thinning: Of so many one is kept.
+        num_samples: Steps of the whole run.
+    """
+    offset = num_samples % thinning + thinning - 1
+    first = offset if start <= offset else start + (offset - start) % thinning
+    return np.arange(first, stop, thinning)
+
+
+def draws_per_file(chunk: int, thinning: int, num_samples: int) -> int:
+    """Kept draws per file: those of a chunk, if all chunks keep as many, so that no file is written twice.
+
+    Args:
+        chunk: Steps per chunk.
+        thinning: Of so many steps one is kept.
+        num_samples: Steps of the whole run.
+    """
+    kept = max(1, chunk // thinning)
+    aligned = chunk % thinning == 0 == num_samples % thinning
+    return kept if aligned else max(kept // 8, _FEWEST_DRAWS)
 
 
 class Folder:
@@ -93,8 +204,9 @@ class Folder:
             self.path.mkdir(parents=True, exist_ok=True)
             handle = open(self.path / _LOCK, "ab")  # noqa: SIM115 (closed below)
         except OSError as error:
-            message = f"store: {self.path} cannot be written: {error.strerror or error}"
-            raise StoreError(message) from error
+            raise StoreError(
+                f"store: {self.path} cannot be written: {error.strerror or error}"
+            ) from error
         with handle:
             try:
                 # The kernel lets go of it when the process dies, however it dies.
@@ -171,9 +283,7 @@ class Folder:
             StoreError: If it cannot be written; what was there before is untouched.
         """
         data, checksum = checkpoint.pack()
-        write_file(
-            self.path / f"checkpoint-{checkpoint.index:06d}-{checkpoint.step:012d}.npz", data
-        )
+        write_file(self.path / checkpoint.name, data)
         return dataclasses.replace(checkpoint, checksum=checksum)
 
     def newest(self) -> tuple[Checkpoint | None, dict[str, str]]:
@@ -185,7 +295,7 @@ class Folder:
         paths = self._checkpoints()
         if not paths:
             return None, {}
-        newest, previous = self._read(len(paths) - 1, paths[-1]), ""
+        newest, previous = self._read(paths[-1]), ""
         files: dict[str, str] = {}
         for index, path in enumerate(paths):
             # Of those before only what is small is read; the newest one vouches for their checksums.
@@ -210,33 +320,31 @@ class Folder:
         """
         paths, good, reason = self._checkpoints(), None, None
         files: dict[str, str] = {}
-        for index, path in enumerate(paths):
-            try:
-                found = self._read(index, path)
+        try:
+            for path in paths:
+                found = self._read(path)
                 if found.previous != (good.checksum if good else ""):
                     raise Damaged(f"store: {path} does not follow the checkpoint before it")
                 for key, digest in found.files.items():
                     read_file(self.draws / key, digest)
-            except Damaged as error:
-                reason = str(error)
-                break
-            good = found
-            files.update(found.files)
+                good = found
+                files.update(found.files)
+        except Damaged as error:
+            reason = str(error)
         dropped = set(self.path.glob("checkpoint-*.npz")) - set(
             paths[: good.index + 1 if good else 0]
         )
-        if dropped and reason is None:
-            reason = f"store: checkpoint {len(paths)} is missing"
         try:
             self._go_back(good, files, dropped)
         except OSError as error:
-            message = f"store: {self.path} could not be mended: {error.strerror or error}"
-            raise StoreError(error.errno, message) from error
+            raise StoreError(
+                error.errno, f"store: {self.path} could not be mended: {error.strerror or error}"
+            ) from error
         if not dropped:
             return good, None
-        count = f"{len(dropped)} chunk{'s' if len(dropped) > 1 else ''}"
         return good, (
-            f"{reason}: {count} dropped, and the run goes on from step {good.step if good else 0:,}; what was dropped "
+            f"{reason or f'store: checkpoint {len(paths)} is missing'}: {len(dropped)} "
+            f"chunk{'s' if len(dropped) > 1 else ''} dropped, and the run goes on from step {good.step if good else 0:,}; what was dropped "
             f"is kept in {self.path / _DAMAGED}"
         )
 
@@ -249,9 +357,8 @@ class Folder:
             and (key := path.relative_to(self.draws).as_posix()) not in files
             and key not in wanted
         ]
-        for path in (*dropped, *(extra if dropped else ())):
-            if path.name.startswith(PARTIAL):
-                continue
+        kept = [path for path in extra if dropped and not path.name.startswith(PARTIAL)]
+        for path in (*dropped, *kept):
             aside = self.path / _DAMAGED / path.relative_to(self.path)
             aside.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, aside)
@@ -264,18 +371,17 @@ class Folder:
 
     def _checkpoints(self) -> list[Path]:
         """Those that follow one another from the first on, by their names alone."""
-        found = {}
-        for path in self.path.glob("checkpoint-*.npz"):
-            named = _CHECKPOINT.match(path.name)
-            if named:
-                found[int(named[1])] = path
+        found = {
+            int(named[1]): path
+            for path in self.path.glob("checkpoint-*.npz")
+            if (named := _CHECKPOINT.match(path.name))
+        }
         count = next(index for index in range(len(found) + 1) if index not in found)
         return [found[index] for index in range(count)]
 
-    def _read(self, index: int, path: Path) -> Checkpoint:
+    def _read(self, path: Path) -> Checkpoint:
         found = Checkpoint.unpack(read_file(path), str(path))
-        named = _CHECKPOINT.match(path.name)
-        if named is None or (found.index, found.step) != tuple(map(int, named.groups())):
+        if path.name != found.name:
             raise Damaged(f"store: {path} is damaged: it holds checkpoint {found.index}")
         return found
 

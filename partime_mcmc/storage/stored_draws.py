@@ -7,28 +7,25 @@ What is small is read at once: what was asked for, the certificate of all draws 
 streaming statistics. Draws are read when they are looked at. Where all of them are wanted in memory, `load` gives `Draws`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from partime_mcmc.certify.certificate import Certificate
 from partime_mcmc.diagnostics.arviz import STAT_NAMES, tree_of
 from partime_mcmc.engine import Status
+from partime_mcmc.extras import import_name
 from partime_mcmc.sampling.chunk import ChainState, RunReport
 from partime_mcmc.sampling.draws import Draws, certified_sentence, raise_unless_good
-from partime_mcmc.storage.checkpoint import Checkpoint
-from partime_mcmc.storage.draws_group import kept_steps, open_group
 from partime_mcmc.storage.files import StoreError
-from partime_mcmc.storage.saved_plan import leaves_state, read_choices
-from partime_mcmc.storage.store import Folder
-from partime_mcmc.storage.streaming_statistics import Fold, StreamingStatistics, without_folds
+from partime_mcmc.storage.saved_run import read_choices
+from partime_mcmc.storage.store import Checkpoint, Folder, kept_steps
+from partime_mcmc.storage.streaming_statistics import Fold, StreamingStatistics
 
 _OUR_NAMES = {theirs: ours for ours, theirs in STAT_NAMES.items()}
 
@@ -38,64 +35,54 @@ class StoredDraws:
     """The draws of a stored run, as far as they are committed.
 
     Attributes:
-        folder: Where they are.
+        folder: The files.
+        path: Where they are.
         run: What was asked for: plain values and hashes.
-        saved_plan: What was chosen (`saved_plan.read_choices`); empty before that.
+        saved_plan: What was chosen (`saved_run.read_choices`); empty before that.
         checkpoint: The newest; None before the first draws.
         digests: Of files of draws, by key.
         statistics: Streaming statistics of all draws; None before the first.
+        num_samples: Draws per chain that are done, thinned out ones included.
+        num_chains: C.
+        thinning: Of so many draws the last is kept.
+        finished: Whether all draws that were asked for are there.
+        plan: Plain values that, with the same target and versions, give these draws again.
+        state: Where the chains stand, with lists of leaves; None before warm-up is over.
+        warmup_notes: What the warm-up said of itself; empty if there was none, or it is not over.
+        names: The values worth showing; None: all.
+        dims: Axis names of values.
+        positions: None: unconstrained draws are not stored.
+        warmup: None: of a stored run's warm-up only numbers and sentences are kept, in `saved_plan`.
+        advice: None: only a run in memory knows its kernel.
     """
 
     folder: Folder
+    path: str
     run: dict[str, Any]
     saved_plan: dict[str, Any]
     checkpoint: Checkpoint | None
     digests: dict[str, str]
     statistics: StreamingStatistics | None
+    num_samples: int
+    num_chains: int
+    thinning: int
+    finished: bool
+    plan: dict[str, Any]
+    state: ChainState | None
+    warmup_notes: str
+    names: tuple[str, ...] | None
+    dims: dict[str, tuple[str, ...]] | None
 
-    positions = None
-    """Unconstrained draws are not stored."""
-    warmup = None
-    """Of a stored run's warm-up only numbers and sentences are kept: `saved_plan`."""
-    advice = None
-    """Only a run in memory knows its kernel."""
-
-    @property
-    def path(self) -> str:
-        """The folder."""
-        return str(self.folder.path)
-
-    @property
-    def num_samples(self) -> int:
-        """Draws per chain that are done, thinned out ones included."""
-        return 0 if self.checkpoint is None else self.checkpoint.step
-
-    @property
-    def num_chains(self) -> int:
-        """C."""
-        return self.run["num_chains"]
-
-    @property
-    def thinning(self) -> int:
-        """Of so many draws the last is kept."""
-        return self.run["thinning"]
-
-    @property
-    def finished(self) -> bool:
-        """Whether all draws that were asked for are there."""
-        return self.num_samples == self.run["num_samples"]
+    positions = warmup = advice = None
 
     @property
     def status(self) -> tuple[Status, ...]:
         """One verdict per chain; INTERRUPTED for good chains of a run that is not finished."""
         if self.checkpoint is None:
             return (Status.INTERRUPTED,) * self.num_chains
+        ended = Status.CONVERGED if self.finished else Status.INTERRUPTED
         found = self.checkpoint.report.status
-        return (
-            found
-            if self.finished
-            else tuple(Status.INTERRUPTED if one == Status.CONVERGED else one for one in found)
-        )
+        return tuple(ended if one == Status.CONVERGED else one for one in found)
 
     @property
     def certificate(self) -> Certificate:
@@ -123,35 +110,7 @@ class StoredDraws:
             StoreError: If there are no draws yet.
         """
         sums = self.statistics.info if self.statistics else {}
-        return sums.get("acceptance_rate", sums["accepted"]).sum / self.num_samples
-
-    @property
-    def plan(self) -> dict[str, Any]:
-        """Plain values that, with the same target and versions, give these draws again."""
-        return self.saved_plan.get("plan", {}) | {"num_samples": self.num_samples}
-
-    @property
-    def state(self) -> ChainState | None:
-        """Where the chains stand, with lists of leaves; None before warm-up is over."""
-        if self.checkpoint is None:
-            return self.saved_plan.get("state")
-        return leaves_state(self.checkpoint.state, self.checkpoint.words)
-
-    @property
-    def warmup_notes(self) -> str:
-        """What the warm-up said of itself; empty if there was none, or it is not over."""
-        return self.saved_plan.get("choices", {}).get("warmup_notes", "")
-
-    @property
-    def names(self) -> tuple[str, ...] | None:
-        """The values worth showing; None: all."""
-        return None if self.run["names"] is None else tuple(self.run["names"])
-
-    @property
-    def dims(self) -> dict[str, tuple[str, ...]] | None:
-        """Axis names of values."""
-        dims = self.run["dims"]
-        return None if dims is None else {name: tuple(axes) for name, axes in dims.items()}
+        return sums.get("acceptance_rate", sums["accepted"]) / self.num_samples
 
     @functools.cached_property
     def posterior(self) -> Any:
@@ -174,15 +133,13 @@ class StoredDraws:
         Raises:
             StoreError: If no draws are kept yet, or a file is damaged.
         """
-        self.require_kept()
-        return {name: one.values for name, one in self.posterior.data_vars.items()}
+        return self._values("posterior")
 
     @property
     def info(self) -> dict[str, np.ndarray]:
         """What the kernel reports of kept draws, and their residuals, in memory, `(C, T')`; errors as `constrained`."""
-        self.require_kept()
-        stats = self.sample_stats.data_vars.items()
-        return {_OUR_NAMES.get(name, str(name)): one.values for name, one in stats}
+        stats = self._values("sample_stats")
+        return {_OUR_NAMES.get(name, name): values for name, values in stats.items()}
 
     def summary(self) -> list[dict[str, Any]]:
         """A row per coordinate, of all draws, from streaming statistics (`StreamingStatistics.summary`)."""
@@ -194,8 +151,9 @@ class StoredDraws:
         Returns:
             `arviz.InferenceData` with ArviZ 0.23, `xarray.DataTree` with ArviZ 1.x.
         """
-        groups = {"posterior": self.posterior, "sample_stats": self.sample_stats}
-        return tree_of(groups, self.attributes())
+        return tree_of(
+            {"posterior": self.posterior, "sample_stats": self.sample_stats}, self.attributes()
+        )
 
     def load(self) -> Draws:
         """Kept draws in memory; `positions` and `warmup` are not stored.
@@ -204,12 +162,13 @@ class StoredDraws:
             StoreError: If no draws are kept yet, or a file is damaged.
         """
         info = self.info
-        steps = {name: info[name] for name in ("accepted", "residual")}
         return Draws(
             None,
             self.constrained,
             info,
-            dataclasses.replace(self.certificate, **steps),
+            dataclasses.replace(
+                self.certificate, accepted=info["accepted"], residual=info["residual"]
+            ),
             self.report,
             self.plan,
             dims=self.dims,
@@ -217,20 +176,7 @@ class StoredDraws:
             state=self.state,
         )
 
-    def require_kept(self) -> None:
-        """Refuse to read draws before there are any.
-
-        Raises:
-            StoreError: If there are no draws yet, or thinning has left out all there are.
-        """
-        self._begun()
-        if not kept_steps(0, self.num_samples, self.thinning, self.run["num_samples"]).size:
-            raise StoreError(
-                f"store: {self.path} has {self.num_samples:,} draws per chain, and with thinning="
-                f"{self.thinning} none of them is kept: resume(path, target, kernel) goes on with the run"
-            )
-
-    def or_raise(self) -> StoredDraws:
+    def or_raise(self) -> Self:
         """These draws, if the run is finished and every chain certified, finite and moving.
 
         Raises:
@@ -262,8 +208,18 @@ class StoredDraws:
         return found
 
     def _dataset(self, group: str) -> Any:
+        open_group = import_name("a store", "storage.zarr_files", "open_group")
         found = open_group(self.folder.draws, self._begun(), self.digests, group)
         return found.assign_attrs(self.attributes())
+
+    def _values(self, group: str) -> dict[str, np.ndarray]:
+        self._begun()
+        if not kept_steps(0, self.num_samples, self.thinning, self.run["num_samples"]).size:
+            raise StoreError(
+                f"store: {self.path} has {self.num_samples:,} draws per chain, and with thinning="
+                f"{self.thinning} none of them is kept: resume(path, target, kernel) goes on with the run"
+            )
+        return {str(name): one.values for name, one in getattr(self, group).data_vars.items()}
 
     def _begun(self) -> Checkpoint:
         if self.checkpoint is None:
@@ -280,8 +236,10 @@ class StoredDraws:
         if self.checkpoint is None:
             return f"{done} in {self.path}"
         verdicts = ", ".join(sorted({one.name for one in self.status}))
-        sentence = certified_sentence(self.certificate, self.report)
-        return f"{done}{thinned} in {self.path}: {verdicts}; {sentence}"
+        return (
+            f"{done}{thinned} in {self.path}: {verdicts}; "
+            f"{certified_sentence(self.certificate, self.report)}"
+        )
 
     def __repr__(self) -> str:
         return f"StoredDraws({self})"
@@ -304,9 +262,26 @@ def open_draws(path: str | os.PathLike, *, folds: Mapping[str, Fold] | None = No
     checkpoint, digests = folder.newest()
     statistics = None
     if checkpoint is not None:
-        arrays = checkpoint.statistics if folds else without_folds(checkpoint.statistics)
-        statistics = StreamingStatistics.from_arrays(arrays, folds)
-    return StoredDraws(folder, run, saved_plan, checkpoint, digests, statistics)
+        statistics = StreamingStatistics.from_arrays(checkpoint.statistics, folds or None)
+    num_samples = checkpoint.step if checkpoint else 0
+    return StoredDraws(
+        folder=folder,
+        path=str(folder.path),
+        run=run,
+        saved_plan=saved_plan,
+        checkpoint=checkpoint,
+        digests=digests,
+        statistics=statistics,
+        num_samples=num_samples,
+        num_chains=run["num_chains"],
+        thinning=run["thinning"],
+        finished=num_samples == run["num_samples"],
+        plan=saved_plan.get("plan", {}) | {"num_samples": num_samples},
+        state=checkpoint.state if checkpoint else saved_plan.get("state"),
+        warmup_notes=saved_plan.get("choices", {}).get("warmup_notes", ""),
+        names=run["names"] and tuple(run["names"]),
+        dims=run["dims"] and {name: tuple(axes) for name, axes in run["dims"].items()},
+    )
 
 
 def concat_draws(draws: Iterable[Any]) -> Any:

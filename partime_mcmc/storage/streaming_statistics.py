@@ -15,109 +15,19 @@ Accuracy: moments are exact up to rounding (Chan, Golub, LeVeque 1983). A quanti
 row, becomes NaN.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
 
 from partime_mcmc.storage.batch_means import BLOCK, BatchMeans
 from partime_mcmc.storage.histogram import Histogram
+from partime_mcmc.storage.serialize import json_bytes, part_of
 from partime_mcmc.types import PyTree
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Total:
-    """Totals of one thing that the kernel reports of every step, one entry per chain, shapes `(C,)`.
-
-    Attributes:
-        sum: Sum over draws; of flags a count.
-        smallest: NaN if there was a NaN.
-        largest: NaN if there was a NaN.
-        where_largest: The step of the first largest one, or of the first NaN; from 0 on.
-        nonfinite: How many were not finite.
-    """
-
-    sum: np.ndarray
-    smallest: np.ndarray
-    largest: np.ndarray
-    where_largest: np.ndarray
-    nonfinite: np.ndarray
-
-    @classmethod
-    def of(cls, values: np.ndarray, first: int) -> Total:
-        """The totals of `values`, shape `(C, n)` with n >= 1, the first of which is step number `first`."""
-        values = values.astype(np.float64)
-        where = values.argmax(axis=1)
-        return cls(
-            values.sum(axis=1),
-            values.min(axis=1),
-            values.max(axis=1),
-            first + where,
-            (~np.isfinite(values)).sum(axis=1),
-        )
-
-    def then(self, later: Total) -> Total:
-        """The totals of both."""
-        # Not "later is larger": a NaN is kept from when it first comes.
-        moved = ~np.isnan(self.largest) & ~(later.largest <= self.largest)
-        largest = np.where(moved, later.largest, self.largest)
-        return Total(
-            self.sum + later.sum,
-            np.minimum(self.smallest, later.smallest),
-            largest,
-            np.where(moved, later.where_largest, self.where_largest),
-            self.nonfinite + later.nonfinite,
-        )
-
-    def to_array(self) -> np.ndarray:
-        """All of it, shape `(5, C)`: counts and steps are exact in float64 up to 2**53."""
-        return np.stack([getattr(self, field.name) for field in dataclasses.fields(self)]).astype(
-            np.float64
-        )
-
-    @classmethod
-    def from_array(cls, array: np.ndarray) -> Total:
-        """The totals that gave this array."""
-        return cls(*array[:3], *array[3:].astype(np.int64))
-
-
-def summed(info: Mapping[str, Total], num_draws: int) -> dict[str, Any]:
-    """Totals over chains, by plain names.
-
-    Args:
-        info: By the kernel's names.
-        num_draws: n, draws per chain.
-
-    Returns:
-        Where the kernel reports it: `divergences`, `accepted`, `acceptance_rate` (mean), `max_residual`, `worst` (its
-        chain and step); and `nonfinite`, how many entries were not finite, by name.
-    """
-    found: dict[str, Any] = {}
-    for name, count in (("divergences", "diverging"), ("accepted", "accepted")):
-        if count in info:
-            found[name] = int(info[count].sum.sum())
-    if "acceptance_rate" in info:
-        found["acceptance_rate"] = float(
-            info["acceptance_rate"].sum.sum() / (num_draws * len(info["acceptance_rate"].sum))
-        )
-    if "residual" in info:
-        residual = info["residual"]
-        chain = int(np.argmax(residual.largest))
-        found |= {
-            "max_residual": float(residual.largest[chain]),
-            "worst": (chain, int(residual.where_largest[chain])),
-        }
-    found["nonfinite"] = {
-        name: int(total.nonfinite.sum()) for name, total in info.items() if total.nonfinite.any()
-    }
-    return found
-
 
 _QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
 _FEW = 10  # A healthy chain may stand still for as many draws.
@@ -146,9 +56,8 @@ class StreamingStatistics:
     Attributes:
         layout: Name and shape of every value, in order; coordinates follow one another in C order.
         batches: Moments by batch; None before the first draws.
-        histogram: For quantiles.
-        extremes: Smallest and largest draw per coordinate and chain, shape `(2, D, C)`.
-        info: Sums of what the kernel reports, by name.
+        histogram: For quantiles, with the smallest and largest draws; None likewise.
+        info: Sums over draws of what the kernel reports, of flags counts, by name, shape `(C,)`.
         folds: Functions of your own, by name.
         carries: Where they stand, by name.
     """
@@ -156,13 +65,12 @@ class StreamingStatistics:
     layout: tuple[tuple[str, tuple[int, ...]], ...] = ()
     batches: BatchMeans | None = None
     histogram: Histogram | None = None
-    extremes: np.ndarray | None = None
-    info: Mapping[str, Total] = dataclasses.field(default_factory=dict)
+    info: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     folds: Mapping[str, Fold] = dataclasses.field(default_factory=dict)
     carries: Mapping[str, PyTree] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def start(cls, folds: Mapping[str, Fold] | None = None) -> StreamingStatistics:
+    def start(cls, folds: Mapping[str, Fold] | None = None) -> Self:
         """Nothing yet.
 
         Args:
@@ -189,7 +97,7 @@ class StreamingStatistics:
     @property
     def num_chains(self) -> int:
         """C; 0 before the first draws."""
-        return 0 if self.batches is None else self.batches.means.shape[1]
+        return 0 if self.batches is None else self.batches.num_chains
 
     @property
     def labels(self) -> list[str]:
@@ -202,7 +110,7 @@ class StreamingStatistics:
 
     def update(
         self, values: Mapping[str, np.ndarray], info: Mapping[str, np.ndarray] | None = None
-    ) -> StreamingStatistics:
+    ) -> Self:
         """The statistics with more draws.
 
         Args:
@@ -227,31 +135,15 @@ class StreamingStatistics:
         if not x.shape[2]:
             return self
         with np.errstate(all="ignore"):
-            together = x.reshape(x.shape[0], -1)
-            histogram = (
-                Histogram.around(together) if self.histogram is None else self.histogram
-            ).add(together)
-            extremes = np.stack([x.min(axis=2), x.max(axis=2)])
-            if self.extremes is not None:
-                extremes = np.stack(
-                    [
-                        np.minimum(self.extremes[0], extremes[0]),
-                        np.maximum(self.extremes[1], extremes[1]),
-                    ]
-                )
-            batches = (self.batches or BatchMeans.empty(*x.shape[:2])).add(x)
-            totals = {name: Total.of(array, self.num_draws) for name, array in info.items()}
-            totals = {
-                name: self.info[name].then(total) if self.info else total
-                for name, total in totals.items()
-            }
             return dataclasses.replace(
                 self,
                 layout=layout,
-                batches=batches,
-                histogram=histogram,
-                extremes=extremes,
-                info=totals,
+                batches=(self.batches or BatchMeans.empty(*x.shape[:2])).add(x),
+                histogram=(self.histogram or Histogram.around(x)).add(x),
+                info={
+                    name: self.info.get(name, 0.0) + array.astype(np.float64).sum(axis=1)
+                    for name, array in info.items()
+                },
                 carries={
                     name: _on_host(fold.update(self.carries[name], values, info))
                     for name, fold in self.folds.items()
@@ -274,9 +166,8 @@ class StreamingStatistics:
 
     def variance(self) -> np.ndarray:
         """Variance of every chain about its own mean, shape `(C, D)`."""
-        batches, _, _ = self._begun()
         with np.errstate(all="ignore"):
-            return batches.per_chain()[1].T / np.float64(batches.num_draws - 1)
+            return self._begun()[0].per_chain()[1].T / np.float64(self.num_draws - 1)
 
     def quantiles(self, probabilities) -> tuple[np.ndarray, np.ndarray]:
         """Quantiles of all chains together, and bounds on the errors of their ranks as shares of the draws.
@@ -287,8 +178,7 @@ class StreamingStatistics:
         Returns:
             Both of shape `(D, Q)`; NaN for coordinates with a NaN among their draws.
         """
-        _, histogram, (low, high) = self._begun()
-        return histogram.quantiles(probabilities, low.min(axis=1), high.max(axis=1))
+        return self._begun()[1].quantiles(probabilities)
 
     def summary(self) -> list[dict[str, Any]]:
         """A row per coordinate, as `summary_table` gives them for draws that are kept.
@@ -300,17 +190,18 @@ class StreamingStatistics:
         """
         if self.batches is None:
             return []
-        with np.errstate(all="ignore"):
-            mean, m = self.batches.pooled()
-            sd = np.sqrt(m / np.float64(self.num_draws * self.num_chains - 1))
         quantiles, errors = self.quantiles(list(_QUANTILES.values()))
+        effective = self.batches.effective()
+        with np.errstate(all="ignore"):
+            mean, variance = self.batches.pooled()
+            mcse_mean = np.sqrt(variance / effective)
         columns = {
             "mean": mean,
-            "sd": sd,
+            "sd": np.sqrt(variance),
             **dict(zip(_QUANTILES, quantiles.T)),
-            "mcse_mean": self.batches.mcse_mean(),
+            "mcse_mean": mcse_mean,
             "mcse_sd": self.batches.mcse_sd(),
-            "ess": self.batches.effective(),
+            "ess": effective,
             "r_hat": self.batches.rhat(),
             "rank_error": errors.max(axis=1),
         }
@@ -326,14 +217,10 @@ class StreamingStatistics:
 
     def _frozen(self) -> np.ndarray:
         """Coordinates that stand still in a chain, unless it is a constant of the model, `(D,)`."""
-        low, high = self._begun()[2]
+        low, high = self._begun()[1].extremes
         stuck = (low == high) & (self.num_draws >= _FEW)
         constant = low.min(axis=1) == high.max(axis=1)
-        never = (
-            self.info["accepted"].sum == 0
-            if "accepted" in self.info
-            else np.zeros(self.num_chains, bool)
-        )
+        never = self.info.get("accepted", np.ones(self.num_chains)) == 0
         return (stuck & (~constant[:, None] | never)).any(axis=1)
 
     def totals(self) -> dict[str, Any]:
@@ -341,55 +228,53 @@ class StreamingStatistics:
 
         Returns:
             `num_chains`, `num_draws` (per chain), and where the kernel reports it: `divergences`, `accepted`,
-            `acceptance_rate` (mean), `max_residual`, `worst` (chain and step of it), `nonfinite` (by name of what was
-            not finite, if anything).
+            `acceptance_rate` (mean).
         """
-        return {
-            "num_chains": self.num_chains,
-            "num_draws": self.num_draws,
-            **summed(self.info, self.num_draws),
-        }
+        sums = {name: total.sum() for name, total in self.info.items()}
+        counts = {"divergences": "diverging", "accepted": "accepted"}
+        found: dict[str, Any] = {"num_chains": self.num_chains, "num_draws": self.num_draws}
+        found |= {name: int(sums[ours]) for name, ours in counts.items() if ours in sums}
+        if "acceptance_rate" in sums:
+            found["acceptance_rate"] = float(
+                sums["acceptance_rate"] / (self.num_draws * self.num_chains)
+            )
+        return found
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Plain arrays from which `from_arrays` restores this, names without slashes; functions of your own are not
         among them."""
         header = {"layout": self.layout, "info": list(self.info), "folds": list(self.folds)}
-        arrays = {"header": np.frombuffer(json.dumps(header).encode(), np.uint8)}
+        arrays = {"header": json_bytes(header)}
         for i, carry in enumerate(self.carries.values()):
             arrays |= {f"fold_{i}_{j}": leaf for j, leaf in enumerate(jax.tree.leaves(carry))}
         if self.batches is None:
             return arrays
-        batches, histogram, arrays["extremes"] = self._begun()
-        for part, found in (("batches", batches), ("histogram", histogram)):
-            arrays |= {f"{part}_{name}": array for name, array in found.to_arrays().items()}
-        return arrays | {
-            f"info_{i}": total.to_array() for i, total in enumerate(self.info.values())
-        }
+        for part, found in zip(("batches", "histogram"), self._begun()):
+            arrays |= {f"{part}_{name}": np.asarray(value) for name, value in vars(found).items()}
+        return arrays | {f"info_{i}": sums for i, sums in enumerate(self.info.values())}
 
     @classmethod
     def from_arrays(
         cls, arrays: Mapping[str, np.ndarray], folds: Mapping[str, Fold] | None = None
-    ) -> StreamingStatistics:
+    ) -> Self:
         """The statistics that gave these arrays.
 
         Args:
             arrays: As `to_arrays` gave them.
-            folds: The functions of your own, by the same names.
+            folds: The functions of your own, by the same names; None: what became of them is left out.
 
         Raises:
             ValueError: If the names of `folds`, or the number of arrays in a carry, are not those of before.
         """
-        arrays, start = (
-            {name: np.asarray(array) for name, array in arrays.items()},
-            cls.start(folds),
-        )
+        start = cls.start(folds)
         header = json.loads(arrays["header"].tobytes())
-        if set(header["folds"]) != set(start.folds):
+        names = [] if folds is None else header["folds"]
+        if set(names) != set(start.folds):
             raise ValueError(
-                f"folds: got {sorted(start.folds)}, wanted those of before, {sorted(header['folds'])}"
+                f"folds: got {sorted(start.folds)}, wanted those of before, {sorted(names)}"
             )
         carries = {}
-        for i, name in enumerate(header["folds"]):
+        for i, name in enumerate(names):
             leaves, structure = jax.tree.flatten(start.carries[name])
             if sum(key.startswith(f"fold_{i}_") for key in arrays) != len(leaves):
                 raise ValueError(
@@ -398,39 +283,31 @@ class StreamingStatistics:
             carries[name] = jax.tree.unflatten(
                 structure, [arrays[f"fold_{i}_{j}"] for j in range(len(leaves))]
             )
-        folds = {name: start.folds[name] for name in header["folds"]}
-        if "extremes" not in arrays:
+        folds = {name: start.folds[name] for name in names}
+        if "batches_size" not in arrays:
             return cls(folds=folds, carries=carries)
-        layout = tuple((name, tuple(shape)) for name, shape in header["layout"])
-        histogram = Histogram.from_arrays(_part(arrays, "histogram_"))
+        batches, histogram = (
+            kind(
+                **{
+                    name: value if value.ndim else int(value)
+                    for name, value in part_of(arrays, prefix).items()
+                }
+            )
+            for kind, prefix in ((BatchMeans, "batches_"), (Histogram, "histogram_"))
+        )
         return cls(
-            layout,
-            BatchMeans.from_arrays(_part(arrays, "batches_")),
+            tuple((name, tuple(shape)) for name, shape in header["layout"]),
+            batches,
             histogram,
-            arrays["extremes"],
-            {name: Total.from_array(arrays[f"info_{i}"]) for i, name in enumerate(header["info"])},
+            {name: arrays[f"info_{i}"] for i, name in enumerate(header["info"])},
             folds,
             carries,
         )
 
-    def _begun(self) -> tuple[BatchMeans, Histogram, np.ndarray]:
-        if self.batches is None or self.histogram is None or self.extremes is None:
+    def _begun(self) -> tuple[BatchMeans, Histogram]:
+        if self.batches is None or self.histogram is None:
             raise ValueError("there are no draws yet: update(values, info) first")
-        return self.batches, self.histogram, self.extremes
-
-
-def without_folds(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays of `StreamingStatistics.to_arrays` for readers who do not have the functions behind its folds."""
-    header = json.loads(arrays["header"].tobytes()) | {"folds": []}
-    return {**arrays, "header": np.frombuffer(json.dumps(header).encode(), np.uint8)}
-
-
-def _part(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    return {
-        name.removeprefix(prefix): array
-        for name, array in arrays.items()
-        if name.startswith(prefix)
-    }
+        return self.batches, self.histogram
 
 
 def flat_values(values: Mapping[str, np.ndarray]) -> tuple[np.ndarray, tuple]:

@@ -22,7 +22,7 @@ from partime_mcmc.diagnostics.checks import PrecisionWarning
 from partime_mcmc.diagnostics.report import Level
 from partime_mcmc.engine.recipes import jacobi, sequential
 from partime_mcmc.numpyro import HMC, MALA, NUTS, BlackJAXKernel, CoalescingHMC, ParallelMCMC
-from partime_mcmc.storage.fingerprint import StoreMismatch
+from partime_mcmc.storage.saved_run import StoreMismatch
 from partime_mcmc.storage.store import Store
 from partime_mcmc.validation import InvalidStart
 

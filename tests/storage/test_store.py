@@ -50,18 +50,12 @@ from partime_mcmc.sampling.randomness import begin, draw_tapes
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.solvers import Newton
 from partime_mcmc.storage import serialize
-from partime_mcmc.storage.draws_group import (
-    draws_per_file,
-    escaped,
-    file_shape,
-    kept_steps,
-    original,
-)
 from partime_mcmc.storage.files import StoreError
-from partime_mcmc.storage.fingerprint import StoreMismatch, fingerprint_of
-from partime_mcmc.storage.store import Folder, Store
+from partime_mcmc.storage.saved_run import StoreMismatch, fingerprint_of
+from partime_mcmc.storage.store import Folder, Store, draws_per_file, kept_steps
 from partime_mcmc.storage.stored_draws import concat_draws
 from partime_mcmc.storage.streaming_statistics import Fold
+from partime_mcmc.storage.zarr_files import escaped, file_shape, original
 from partime_mcmc.validation import TooLarge
 from partime_mcmc.warmup.warmup import Warmup
 
@@ -698,10 +692,10 @@ def test_type_versions_and_arguments_are_refused_by_name(whole, monkeypatch):
     ):
         with pytest.raises(StoreMismatch, match=message):
             run(whole.path, **changes)
-    from partime_mcmc.storage import fingerprint
+    from partime_mcmc.storage import saved_run
 
-    now = fingerprint.versions()
-    monkeypatch.setattr(fingerprint, "versions", lambda: now | {"jax": "0.1.0"})
+    now = saved_run.versions()
+    monkeypatch.setattr(saved_run, "versions", lambda: now | {"jax": "0.1.0"})
     with pytest.raises(StoreMismatch, match="versions: jax was .*, is 0.1.0"):
         go_on(whole.path)
 
