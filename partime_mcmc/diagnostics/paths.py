@@ -87,7 +87,7 @@ class Side:
         values = (getattr(self.draws, "info", None) or {}).get(name)
         if values is None and name == "accepted":
             values = getattr(getattr(self.draws, "certificate", None), name, None)
-        return None if np.shape(values) != self.shape else np.asarray(values)
+        return None if values is None or np.shape(values) != self.shape else np.asarray(values)
 
 
 def plan_entry(side: Side, name: str) -> Any:

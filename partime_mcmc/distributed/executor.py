@@ -266,8 +266,8 @@ class MeshExecutor:
                 raise
             recorder.interrupt(sum(window.length for window in windows))
         done, last = sum(window.length for window in windows), windows[-1]
-        stands = allgather_to_hosts((last.carries, last.discrete))
-        after = ChainState(*stands, state.num_steps + done, recorder.num_failed_windows)
+        carries, discrete = allgather_to_hosts((last.carries, last.discrete))
+        after = ChainState(carries, discrete, state.num_steps + done, recorder.num_failed_windows)
         device = self.mesh.devices.flat[0]
         # Evaluations of each device along time, in windows that all of them share.
         num_devices = self.mesh.shape["time"]
@@ -384,10 +384,9 @@ def layouts(
     num_devices, found = whole.axis.length(1), []
 
     def fitting(steps):
-        is_shooting = isinstance(solver, Shooting)
-        return (
-            dataclasses.replace(solver, num_segments=None, steps=steps) if is_shooting else solver
-        )
+        if not isinstance(solver, Shooting):
+            return solver
+        return dataclasses.replace(solver, num_segments=None, steps=steps)
 
     def shared(steps, unit):
         """Windows of `steps` per device, in segments of at most `unit`."""

@@ -161,7 +161,7 @@ def hosts(
             f"coordinator, num_hosts, host_id: got {coordinator!r}, {num_hosts!r} and {host_id!r}, wanted all "
             "three, or none of them where the cluster says it (Slurm, Open MPI, Kubernetes)"
         )
-    if all(given):
+    if num_hosts is not None and host_id is not None:
         check_count(num_hosts, "num_hosts", 1)
         check_count(host_id, "host_id", 0)
         if host_id >= num_hosts:

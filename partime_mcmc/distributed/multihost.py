@@ -24,6 +24,7 @@ from partime_mcmc.sampling.chunk import ChainState, Chunk
 from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.storage.saved_run import unpack_plan
 from partime_mcmc.storage.sink import StoreSink
+from partime_mcmc.storage.store import Store
 from partime_mcmc.storage.stored_draws import StoredDraws, open_draws
 
 
@@ -57,8 +58,8 @@ class OtherHostSink(contextlib.AbstractContextManager):
 
     gather = staticmethod(gather_to_host0)
 
-    def __init__(self, arguments: SampleArguments):
-        self._arguments = arguments
+    def __init__(self, arguments: SampleArguments, store: Store):
+        self._arguments, self._store = arguments, store
 
     def __exit__(self, *error: Any) -> None:
         pass
@@ -79,8 +80,7 @@ class OtherHostSink(contextlib.AbstractContextManager):
     def close(self) -> StoredDraws:
         """The draws that the first host has written."""
         _barrier()
-        store = self._arguments.store
-        return open_draws(store.path, folds=store.folds)
+        return open_draws(self._store.path, folds=self._store.folds)
 
 
 def broadcast_bytes(data: bytes) -> bytes:

@@ -247,10 +247,10 @@ def _are_shared(dynamics, state, drives, num_pairs: int) -> bool:
     """
     leaves = jax.tree.leaves(drives)
     for axes, shared in ((2, False), (1, True)):
-        head = leaves[0].shape[:axes] if leaves else ()
+        head: tuple[int, ...] = leaves[0].shape[:axes] if leaves else ()
         if len(head) < axes or 0 in head or any(leaf.shape[:axes] != head for leaf in leaves):
             continue
-        if not shared and head[0] != num_pairs:
+        if not shared and head[:1] != (num_pairs,):
             continue
         drive = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape[axes:], leaf.dtype), drives

@@ -444,7 +444,7 @@ _REPORTED = {
 _UNREPORTED = {"potential_energy": np.nan, "num_steps": np.int32(1), "diverging": False}
 
 
-def _reported(name: str, info: Mapping[str, Any], shape: tuple[int, int]) -> np.ndarray:
+def _reported(name: str, info: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarray:
     """One of these fields, `(C, T)`, or what stands for it."""
     if name == "energy" and name not in info:
         name = "potential_energy"

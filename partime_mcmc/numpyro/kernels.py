@@ -80,8 +80,6 @@ class ParallelKernel(MCMCKernel):
     """
 
     builder: Callable[..., Kernel]
-    # Where the state has its draw, and what a run collects unasked.
-    sample_field, default_fields = "z", ("z", "diverging")
     _trajectory_length: float | None = None
 
     def __init__(
@@ -133,6 +131,16 @@ class ParallelKernel(MCMCKernel):
         self._family: Any = None
         self._data, self._sample_fn, self._builder = None, None, None
 
+    @property
+    def sample_field(self) -> str:
+        """Where the state has its draw."""
+        return "z"
+
+    @property
+    def default_fields(self) -> tuple[str, ...]:
+        """What a run collects unasked."""
+        return ("z", "diverging")
+
     def tuned_builder(self) -> Callable[..., Kernel]:
         """What warm-up tunes, as `sample` takes it."""
         if self._builder is None:
@@ -159,7 +167,7 @@ class ParallelKernel(MCMCKernel):
         Raises:
             ValueError: If a potential comes without `init_params`, and as `from_numpyro`.
         """
-        if self._model is None:
+        if self._potential_fn is not None:
             if init_params is None:
                 raise ValueError(
                     "init_params: got None, wanted starts: a potential_fn does not say what its positions look like"
@@ -173,7 +181,7 @@ class ParallelKernel(MCMCKernel):
                 forward_only(minus) if self._forward_mode_differentiation else minus, init_params
             )
         self._posterior = Posterior(
-            self._model,
+            self._model,  # pyright: ignore[reportArgumentType]  one of both is given
             tuple(model_args),
             dict(model_kwargs or {}),
             key,

@@ -46,8 +46,9 @@ def chunk_steps(asked: SampleArguments) -> int:
     values = asked.target.constrained_shapes()
     more = (_NUM_INFO + (dimension if recorded else 0)) * itemsize
     more += sum(leaf.size * leaf.dtype.itemsize for leaf in values)
-    choose = _whole_run if asked.store is None else _stored_chunk
-    return choose(asked, dimension, itemsize, limit, more)
+    if asked.store is None:
+        return _whole_run(asked, dimension, itemsize, limit, more)
+    return _stored_chunk(asked, asked.store.chunk, dimension, itemsize, limit, more)
 
 
 def _whole_run(asked: SampleArguments, dimension: int, itemsize: int, limit: int, more: int) -> int:
@@ -77,10 +78,15 @@ def _whole_run(asked: SampleArguments, dimension: int, itemsize: int, limit: int
 
 
 def _stored_chunk(
-    asked: SampleArguments, dimension: int, itemsize: int, limit: int, more: int
+    asked: SampleArguments,
+    wanted: int | None,
+    dimension: int,
+    itemsize: int,
+    limit: int,
+    more: int,
 ) -> int:
-    """Steps of a chunk in a store."""
-    mesh, num_samples, wanted = asked.mesh, asked.num_samples, asked.store.chunk
+    """Steps of a chunk in a store, of which `wanted` is asked for."""
+    mesh, num_samples = asked.mesh, asked.num_samples
     rows, parts = mesh_shape(mesh)
     per_step = (asked.solver or sequential()).map_size(dimension)
     one = check_bytes(

@@ -287,7 +287,7 @@ def resume(
         raise StoreMismatch(
             f"store: {path} was begun by ParallelMCMC.run: go on with it there, with the same arguments"
         )
-    words = np.asarray(asked.pop("key_words"), np.uint32)
+    words = jax.numpy.asarray(asked.pop("key_words"), np.uint32)
     key = jax.random.wrap_key_data(words, impl=asked.pop("key_impl"))
     arguments = _arguments(
         key,
@@ -356,7 +356,7 @@ def open_sink(
     if arguments.mesh is None or jax.process_count() == 1:
         return StoreSink(arguments.store, arguments, progress)
     if jax.process_index():
-        return OtherHostSink(arguments)
+        return OtherHostSink(arguments, arguments.store)
     return FirstHostSink(arguments.store, arguments, progress)
 
 

@@ -286,19 +286,15 @@ class StreamingStatistics:
         folds = {name: start.folds[name] for name in names}
         if "batches_size" not in arrays:
             return cls(folds=folds, carries=carries)
-        batches, histogram = (
-            kind(
-                **{
-                    name: value if value.ndim else int(value)
-                    for name, value in part_of(arrays, prefix).items()
-                }
-            )
-            for kind, prefix in ((BatchMeans, "batches_"), (Histogram, "histogram_"))
-        )
+
+        def fields(prefix: str) -> dict[str, Any]:
+            parts = part_of(arrays, prefix).items()
+            return {name: value if value.ndim else int(value) for name, value in parts}
+
         return cls(
             tuple((name, tuple(shape)) for name, shape in header["layout"]),
-            batches,
-            histogram,
+            BatchMeans(**fields("batches_")),
+            Histogram(**fields("histogram_")),
             {name: arrays[f"info_{i}"] for i, name in enumerate(header["info"])},
             folds,
             carries,
