@@ -315,7 +315,7 @@ def test_numpyros_kernels_keep_their_arguments_where_we_look():
 
 def test_what_was_set_is_kept_and_what_was_not_is_left_open():
     plain = from_numpyro_kernel(numpyro.infer.HMC(level))
-    assert isinstance(plain, HMC) and plain._fixed() == {} and plain.model is level
+    assert isinstance(plain, HMC) and plain._fixed == {} and plain.model is level
     assert plain.adaptation == HMC(level).adaptation
     found = from_numpyro_kernel(
         numpyro.infer.NUTS(
@@ -328,7 +328,7 @@ def test_what_was_set_is_kept_and_what_was_not_is_left_open():
             inverse_mass_matrix=jnp.ones(2),
         )
     )
-    assert isinstance(found, NUTS) and found._fixed() == {"step_size": 0.2, "max_num_doublings": 5}
+    assert isinstance(found, NUTS) and found._fixed == {"step_size": 0.2, "max_num_doublings": 5}
     assert found.adaptation.target_acceptance == 0.9 and found._init_strategy is init_to_median
     np.testing.assert_array_equal(found.adaptation.guess, np.ones(2))
     path = from_numpyro_kernel(
@@ -337,7 +337,7 @@ def test_what_was_set_is_kept_and_what_was_not_is_left_open():
         )
     )
     assert (
-        path._fixed() == {"step_size": 0.5, "num_integration_steps": 3}
+        path._fixed == {"step_size": 0.5, "num_integration_steps": 3}
         and path.adaptation.path_length == 1.5
     )
 
