@@ -35,6 +35,13 @@ class HashableFunction:
         return hash((type(self), self.parts))
 
 
+class WithoutParams(HashableFunction):
+    """A function without parameters as one with parameters, which come first and are ignored."""
+
+    def __call__(self, params: Any, *args: Any) -> Any:
+        return self.parts[0](*args)
+
+
 class _Explicit:
     """A traced function with its captured arrays as the first part of its first argument."""
 
@@ -51,11 +58,11 @@ class _Explicit:
     @property
     def result(self) -> PyTree:
         """Structure, shapes and types of what it returns."""
-        types = [variable.aval for variable in self.jaxpr.outvars]
-        return jax.tree.unflatten(
-            self.structure,
-            [jax.ShapeDtypeStruct(one.shape, one.dtype, weak_type=one.weak_type) for one in types],
-        )
+        types = [
+            jax.ShapeDtypeStruct(one.aval.shape, one.aval.dtype, weak_type=one.aval.weak_type)
+            for one in self.jaxpr.outvars
+        ]
+        return jax.tree.unflatten(self.structure, types)
 
 
 _CACHE: collections.OrderedDict = collections.OrderedDict()
@@ -77,8 +84,7 @@ def explicit(function: Callable, params: PyTree, *rest: PyTree) -> tuple[_Explic
     """
     if isinstance(function, _Explicit):
         return function, params
-    examples = (params, *rest)
-    leaves, tree = jax.tree.flatten(examples)
+    leaves, tree = jax.tree.flatten((params, *rest))
     shapes = tuple(
         (jnp.shape(leaf), jnp.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype)
         for leaf in leaves
@@ -162,20 +168,23 @@ def _inner_jit(equation):
 def _hides_arrays(jaxpr) -> bool:
     """Whether a `jit` inside captured arrays that are not among the outer captured arrays."""
     inner = [found for found in map(_inner_jit, jaxpr.eqns) if found is not None]
-    return any(closed.consts or _hides_arrays(closed.jaxpr) for closed in inner)
+    return any(map(_captures, inner))
 
 
-def evaluate(jaxpr, consts, *args, opens: Callable | None = None) -> list:
+def _captures(inner) -> bool:
+    return bool(inner.consts) or _hides_arrays(inner.jaxpr)
+
+
+def evaluate(jaxpr, consts, *args, opens: Callable = _captures) -> list:
     """Evaluate a jaxpr with some of the nested `jit`s inlined, so that a new trace sees what is inside.
 
     Args:
         jaxpr: What to evaluate.
         consts: Values of its constants.
         *args: Values of its arguments.
-        opens: Which nested `jit`s to inline, by their closed jaxprs; None: those that capture arrays.
+        opens: Which nested `jit`s to inline, by their closed jaxprs; by default those that capture arrays.
     """
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args)))
-    opens = _captures if opens is None else opens
 
     def read(atom):
         return atom.val if isinstance(atom, jax.extend.core.Literal) else values[atom]
@@ -191,10 +200,6 @@ def evaluate(jaxpr, consts, *args, opens: Callable | None = None) -> list:
             outputs = _evaluate_one(jaxpr, equation, inputs)
         values.update(zip(equation.outvars, outputs))
     return [read(atom) for atom in jaxpr.outvars]
-
-
-def _captures(inner) -> bool:
-    return bool(inner.consts) or _hides_arrays(inner.jaxpr)
 
 
 def _evaluate_one(jaxpr, equation, inputs) -> list:

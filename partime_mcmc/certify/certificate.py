@@ -161,15 +161,12 @@ def judged(
     )
     held = ~moved | ~accepted
     num_ambiguous, min_margin = _margins(uniform, records, dtype)
-    worst = (
-        jnp.argmax(jnp.where(jnp.isnan(residual), jnp.inf, residual))
-        if num_steps
-        else jnp.zeros((), jnp.int32)
-    )
     certificate = Certificate(
         certified=finite & jnp.all(residual <= tolerance) & consistent,
         max_residual=nanaware_max(residual),
-        worst_step=worst,
+        worst_step=jnp.argmax(jnp.where(jnp.isnan(residual), jnp.inf, residual))
+        if num_steps
+        else jnp.zeros((), jnp.int32),
         tolerance=tolerance,
         num_steps=jnp.asarray(num_steps),
         finite=finite,
@@ -213,14 +210,13 @@ def _spread(path: Array) -> Array:
 
 
 def _margins(uniform, records, dtype):
-    unknown = jnp.asarray(-1), jnp.asarray(jnp.nan, dtype)
     threshold = _AMBIGUOUS.get(dtype, 2e-3)
     if records.decision_margin is not None:
         return jnp.sum(records.decision_margin < threshold), jnp.min(
             records.decision_margin, initial=jnp.inf
         )
     if uniform is None or records.accepted is None:
-        return unknown
+        return jnp.asarray(-1), jnp.asarray(jnp.nan, dtype)
     margin = jnp.abs(records.acceptance_rate - uniform)
     # Only if this uniform explains every decision is it the kernel's own.
     explains = jnp.all((uniform < records.acceptance_rate) == records.accepted) & jnp.any(

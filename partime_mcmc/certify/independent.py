@@ -14,19 +14,19 @@ from partime_mcmc.certify.certificate import Certificate, before_steps, flat_ste
 from partime_mcmc.certify.step_record import Records, decision_uniform, record
 from partime_mcmc.kernels.explicit_randomness import anyone
 from partime_mcmc.kernels.kernel import Kernel, Tape, raw
-from partime_mcmc.tracing import explicit
+from partime_mcmc.tracing import HashableFunction, explicit
 from partime_mcmc.types import Array, PyTree
 from partime_mcmc.validation import check_scale
 
 
-class Observe:
+class Observe(HashableFunction):
     """One step of a kernel and its record; equal for equal kernels."""
 
     def __init__(self, kernel: Kernel):
+        super().__init__(kernel.algorithm.init, kernel.algorithm.step)
         self.kernel = kernel
 
     def __call__(self, params, carry, drive):
-        del params
         new, state, info = self.kernel.transition(carry, drive)
         return (
             new,
@@ -34,13 +34,6 @@ class Observe:
             record(state, info),
             decision_uniform(drive.randomness, info),
         )
-
-    def __eq__(self, other):
-        mine, yours = self.kernel.algorithm, getattr(other, "kernel", self.kernel).algorithm
-        return isinstance(other, Observe) and (mine.init, mine.step) == (yours.init, yours.step)
-
-    def __hash__(self):
-        return hash((self.kernel.algorithm.init, self.kernel.algorithm.step))
 
 
 def in_batches(function, *args, size=None):
@@ -214,15 +207,10 @@ def _hold_and_judge(evaluate, seen, initial, states, drives, unit):
 
 def _judge(seen, initial, states, drives, unit):
     values, discrete, records, uniform = seen
-    return judged(
-        values, _consistent(discrete, drives.discrete), records, uniform, initial, states, unit
-    )
-
-
-def _consistent(produced, taped):
-    """Whether the discrete leaves after each step are the tape's before the next one."""
+    # The discrete leaves after each step are to be the tape's before the next one.
     same = [
         jnp.all(raw(new)[:-1] == raw(old)[1:])
-        for new, old in zip(jax.tree.leaves(produced), jax.tree.leaves(taped))
+        for new, old in zip(jax.tree.leaves(discrete), jax.tree.leaves(drives.discrete))
     ]
-    return functools.reduce(jnp.logical_and, same, jnp.ones((), bool))
+    consistent = functools.reduce(jnp.logical_and, same, jnp.ones((), bool))
+    return judged(values, consistent, records, uniform, initial, states, unit)

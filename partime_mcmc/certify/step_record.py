@@ -62,7 +62,11 @@ def record(state: Any, info: Any) -> Records:
         # MALA does not show its proposal, and a random walk shows the state that it returned; BlackJAX turns a proposal
         # that is not finite into probability exactly 0. A proposal that is shown was tested above.
         position = getattr(state, "position", state)
-        hidden = _equal(getattr(proposal, "position", position), position)
+        shown = getattr(proposal, "position", position)
+        pairs = zip(jax.tree.leaves(shown), jax.tree.leaves(position))
+        hidden = functools.reduce(
+            jnp.logical_and, [jnp.all(a == b) for a, b in pairs], jnp.ones((), bool)
+        )
         nonfinite = nonfinite | ((rate == 0) & hidden)
     return Records(
         of("is_accepted"),
@@ -122,14 +126,6 @@ def info_dict(records: Records, shape: tuple[int, ...]) -> dict[str, Array]:
         for name in _INFO
         if getattr(records, name) is not None
     }
-
-
-def _equal(one, other):
-    """Whether two positions are the same numbers."""
-    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other))
-    return functools.reduce(
-        jnp.logical_and, [jnp.all(a == b) for a, b in pairs], jnp.ones((), bool)
-    )
 
 
 def decision_uniform(randomness: PyTree, info: Any) -> Array | None:

@@ -79,8 +79,15 @@ class ImplicitSegmented:
 def _with_derivatives(dynamics, initial, drives, states, axis, plan):
     if states.shape[0] == 0:
         return states
-    states = lax.stop_gradient(states)
-    return _attach(dynamics.step, axis, plan, dynamics.params, initial, drives, states)
+    return _attach(
+        dynamics.step,
+        axis,
+        plan,
+        dynamics.params,
+        initial,
+        drives,
+        lax.stop_gradient(states),
+    )
 
 
 @pytree()

@@ -20,7 +20,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.engine.solution import nanaware_max
-from partime_mcmc.tracing import HashableFunction, explicit
+from partime_mcmc.tracing import HashableFunction, WithoutParams, explicit
 from partime_mcmc.types import Array, PyTree, pytree
 
 
@@ -80,7 +80,7 @@ class Dynamics:
             Dynamics whose `params` are the arrays that `function` captures. Equal functions and shapes give the same
             `step`, so nothing is compiled twice.
         """
-        step, captured = explicit(_WithoutParams(function), None, state, drive)
+        step, captured = explicit(WithoutParams(function), None, state, drive)
         return cls(step, captured)
 
 
@@ -179,13 +179,8 @@ def ravel(dynamics: Dynamics, initial: PyTree) -> tuple[Dynamics, Array, Callabl
         ValueError: If the state has no elements.
     """
     check_state(initial)
-    leaves = jax.tree.leaves(initial)
     flat, unravel = ravel_pytree(initial)
-    if (
-        len(leaves) == 1
-        and flat.shape == jnp.shape(leaves[0])
-        and jax.tree.structure(initial) == _LEAF
-    ):
+    if jax.tree.structure(initial) == jax.tree.structure(0) and flat.shape == jnp.shape(initial):
         return dynamics, flat, _identity
     border, cached = _Unravel(initial), dynamics.cached
     if cached is not None:
@@ -224,38 +219,26 @@ def check_state(initial: PyTree) -> None:
         raise ValueError("initial: the state has no elements, wanted at least one number")
 
 
-_LEAF = jax.tree.structure(0)
-
-
 def _identity(flat: Array) -> Array:
     return flat
 
 
-class _Unravel:
+class _Unravel(HashableFunction):
     """Vector to pytree; equal for equal structures, so that compiled code is found again."""
 
     def __init__(self, example: PyTree):
-        self.structure = jax.tree.structure(example)
-        self.shapes = tuple(
-            (jnp.shape(leaf), str(jnp.asarray(leaf).dtype)) for leaf in jax.tree.leaves(example)
+        leaves, structure = jax.tree.flatten(example)
+        super().__init__(
+            structure, tuple((jnp.shape(leaf), str(jnp.asarray(leaf).dtype)) for leaf in leaves)
         )
 
     def __call__(self, flat: Array) -> PyTree:
-        leaves, start = [], 0
-        for shape, _ in self.shapes:
+        (structure, shapes), leaves, start = self.parts, [], 0
+        for shape, _ in shapes:
             size = int(np.prod(shape, dtype=int))
             leaves.append(flat[start : start + size].reshape(shape))
             start += size
-        return jax.tree.unflatten(self.structure, leaves)
-
-    def __eq__(self, other):
-        return isinstance(other, _Unravel) and (self.structure, self.shapes) == (
-            other.structure,
-            other.shapes,
-        )
-
-    def __hash__(self):
-        return hash((self.structure, self.shapes))
+        return jax.tree.unflatten(structure, leaves)
 
 
 class _FlatStep(HashableFunction):
@@ -279,11 +262,3 @@ class _FlatState(HashableFunction):
 
     def __call__(self, params, memory):
         return ravel_pytree(self.parts[0](params, memory))[0]
-
-
-class _WithoutParams(HashableFunction):
-    """A function `(state, drive)` as a step `(params, state, drive)`."""
-
-    def __call__(self, params, state, drive):
-        del params
-        return self.parts[0](state, drive)

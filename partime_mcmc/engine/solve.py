@@ -145,7 +145,8 @@ def _solve(
     dynamics, initial, drives, guess = lax.stop_gradient((dynamics, initial, drives, guess))
     num_steps = guess.shape[0]
     begin = _at_start(dynamics, initial, drives, guess, solver, window, max_iterations)
-    given = (
+    one_pass = functools.partial(
+        _one_pass,
         dynamics,
         initial,
         drives,
@@ -157,7 +158,6 @@ def _solve(
         window,
         max_iterations,
     )
-    one_pass = functools.partial(_one_pass, *given)
     if isinstance(solver, Sequential) and window == num_steps > 0:
         # One pass is enough; under `vmap` a loop would copy the path to select between the old and the new one.
         end = one_pass(begin)
@@ -171,8 +171,16 @@ def _solve(
     stats = Stats(
         evaluations.sum(), jvps.sum(), end.depth, end.history, replaced[0], replaced[1], evaluations
     )
-    verdict = end.status, end.iterations, end.residual, end.num_exact
-    return Solution(end.states, *verdict, stats, end.notes, end.defects)
+    return Solution(
+        end.states,
+        end.status,
+        end.iterations,
+        end.residual,
+        end.num_exact,
+        stats,
+        end.notes,
+        end.defects,
+    )
 
 
 def _at_start(dynamics, initial, drives, guess, solver, window, max_iterations) -> _Loop:
@@ -404,8 +412,8 @@ def flat_guess(guess: PyTree | None, initial: PyTree, start: Array, num_steps: i
                 f"guess: {jax.tree_util.keystr(path) or 'the array'} has shape {jnp.shape(got)}, wanted "
                 f"{(num_steps, *state.shape)}"
             )
-    leaves = [
-        jnp.asarray(leaf, start.dtype).reshape(num_steps, -1) for leaf in jax.tree.leaves(guess)
-    ]
-    flat = jnp.concatenate(leaves, axis=1)
+    flat = jnp.concatenate(
+        [jnp.asarray(leaf, start.dtype).reshape(num_steps, -1) for leaf in jax.tree.leaves(guess)],
+        axis=1,
+    )
     return jnp.where(jnp.isfinite(flat), flat, constant)

@@ -43,8 +43,8 @@ class AllAtOnce:
 
 
 @pytree(static=("size",))
-class Windows:
-    """One window of `size` steps after another."""
+class _Moving:
+    """A window of `size` steps."""
 
     size: int
 
@@ -53,22 +53,19 @@ class Windows:
 
     def window(self, num_steps: int) -> int:
         return min(self.size, num_steps)
+
+
+@pytree(static=("size",))
+class Windows(_Moving):
+    """One window of `size` steps after another."""
 
     def advance(self, num_exact: Array, window: int) -> Array:
         return jnp.where(num_exact == window, num_exact, 0)
 
 
 @pytree(static=("size",))
-class SlidingWindow:
+class SlidingWindow(_Moving):
     """A window of `size` steps whose front follows the exact steps."""
-
-    size: int
-
-    def __post_init__(self):
-        check_count(self.size, "size", 1)
-
-    def window(self, num_steps: int) -> int:
-        return min(self.size, num_steps)
 
     def advance(self, num_exact: Array, window: int) -> Array:
         return num_exact

@@ -233,10 +233,16 @@ def random_walk(
             f"block: got {block} with {coupling!r}, wanted None: blocks are moved with MultishiftCoupling() only"
         )
 
-    def build(density):
-        return blackjax.additive_step_random_walk(density, _gaussian_step(step_size))
+    def draw(key, position):
+        return normal(step_size * jnp.ones_like(ravel_pytree(position)[0]))(key, position)
 
-    return _whitened(build, logdensity, metric, jnp.asarray(step_size), "random_walk")
+    return _whitened(
+        lambda density: blackjax.additive_step_random_walk(density, draw),
+        logdensity,
+        metric,
+        jnp.asarray(step_size),
+        "random_walk",
+    )
 
 
 def quarter_period_steps(step_size: float) -> int:
@@ -263,13 +269,6 @@ def _check_positive_integer(value, name: str) -> None:
         check_count(value, name, 1)
 
 
-def _gaussian_step(step_size):
-    def draw(key, position):
-        return normal(step_size * jnp.ones_like(ravel_pytree(position)[0]))(key, position)
-
-    return draw
-
-
 def _check_whitening(metric, wanted: str) -> None:
     if not isinstance(metric, Whitening):
         raise TypeError(
@@ -294,13 +293,7 @@ def _with_metric(
 ) -> Kernel:
     if isinstance(metric, Whitening):
         ones = jnp.ones_like(metric.center)
-        return Kernel(
-            build(lambda z: logdensity(metric.leave(z)), ones),
-            metric.enter,
-            metric.leave,
-            None,
-            name,
-        )
+        return _whitened(lambda density: build(density, ones), logdensity, metric, None, name)
     metric = jnp.asarray(metric)
     if metric.ndim not in (1, 2):
         raise ValueError(

@@ -58,6 +58,18 @@ class MultishiftNoise(NamedTuple):
     offset: Array
 
 
+class MultishiftRandomness(NamedTuple):
+    """The random numbers of a proposal with multishift noise and of its decision.
+
+    Attributes:
+        layers: Shape `(D,)` each.
+        uniform: Uniform[0, 1), scalar.
+    """
+
+    layers: MultishiftNoise
+    uniform: Array
+
+
 class MultishiftDraw(NamedTuple):
     """A draw of multishift noise around a centre.
 
@@ -70,7 +82,7 @@ class MultishiftDraw(NamedTuple):
     margin: Array
 
 
-def draw_multishift_noise(key: Key, size: int, dtype: Any) -> tuple[MultishiftNoise, Array]:
+def draw_multishift_noise(key: Key, size: int, dtype: Any) -> MultishiftRandomness:
     """Multishift noise for `size` coordinates, three uniforms each, and a uniform for an accept decision.
 
     Args:
@@ -85,7 +97,8 @@ def draw_multishift_noise(key: Key, size: int, dtype: Any) -> tuple[MultishiftNo
     radius = jnp.sqrt(
         _squares(uniforms[:half], uniforms[half : 2 * half])[:size] - 2 * jnp.log(1 - heights)
     )
-    return MultishiftNoise(jnp.maximum(radius, _SMALLEST_RADIUS), offsets), uniforms[-1]
+    layers = MultishiftNoise(jnp.maximum(radius, _SMALLEST_RADIUS), offsets)
+    return MultishiftRandomness(layers, uniforms[-1])
 
 
 def _squares(lengths: Array, angles: Array) -> Array:

@@ -13,7 +13,6 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.types import Array, Key, PyTree
 
@@ -66,7 +65,7 @@ def initial_state(logdensity: Callable[[PyTree], Array]) -> Callable[..., Gradie
     evaluate = jax.value_and_grad(logdensity)
 
     def init(position, rng_key=None):
-        del rng_key  # BlackJAX passes one
+        # BlackJAX passes a key.
         return GradientState(position, *evaluate(position))
 
     return init
@@ -88,11 +87,6 @@ class ProposalInfo(NamedTuple):
     decision_margin: Array
     lattice_margin: Array
     proposal: Any
-
-
-def flat_of(tree: PyTree) -> Array:
-    """All numbers of a pytree, shape `(D,)`."""
-    return ravel_pytree(tree)[0]
 
 
 def decide(log_ratio: Array, uniform: Array) -> tuple[Array, Array, Array]:
@@ -125,14 +119,14 @@ def anyone(flag: Array) -> Array:
 
 @anyone.def_vmap
 def _(axis_size, in_batched, flag):
-    del axis_size, in_batched
     return anyone(flag.any()), False
 
 
 def when_anyone(flag: Array, work: Callable[[PyTree], PyTree], value: PyTree) -> PyTree:
     """`work(value)` where `flag`, else `value`; the work is skipped when no lane wants it."""
-
-    def do(value):
-        return select(flag, work(value), value)
-
-    return lax.cond(anyone(flag), do, lambda value: value, value)
+    return lax.cond(
+        anyone(flag),
+        lambda value: select(flag, work(value), value),
+        lambda value: value,
+        value,
+    )

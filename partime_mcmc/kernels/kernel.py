@@ -22,6 +22,7 @@ from jax import lax
 from partime_mcmc.certify.step_record import StepRecord, decision_uniform, record
 from partime_mcmc.engine import CachedStep, Dynamics
 from partime_mcmc.kernels.explicit_randomness import ExplicitRandomnessKernel
+from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import Array, Key, PyTree, pytree
 
 _DERIVED = ("logdensity", "logdensity_grad")
@@ -83,8 +84,7 @@ class Kernel:
             position: As the log density takes it.
             rng_key: For kernels whose state holds more than the position (momenta, slices); None is a fixed key.
         """
-        position = position if self.enter is None else self.enter(position)
-        return self._init(position, rng_key)
+        return self._init(position if self.enter is None else self.enter(position), rng_key)
 
     def step(self, rng_key: Key, state: PyTree) -> tuple[PyTree, PyTree]:
         """One transition: `(new_state, info)`."""
@@ -142,22 +142,27 @@ class Kernel:
 
     def dynamics(self) -> Dynamics:
         """The kernel as a recurrence on carries, driven by a `Tape`; with the kernel's own memory for sequential use."""
+        part, numbers = self._parts()
         cached = CachedStep(
-            _Method(self, "_init_cached"),
-            _Method(self, "_step_cached"),
-            _Method(self, "_state_cached"),
+            part("_init_cached"), part("_step_cached"), part("carry"), (numbers,) * 3
         )
-        return Dynamics(_Method(self, "_step_carry"), None, cached)
+        return Dynamics(part("_step_carry"), numbers, cached)
 
     def recording(self) -> Dynamics:
         """As `dynamics`, with the `StepRecord` of every step as its `aux` numbers: see `certify_recorded`."""
+        part, numbers = self._parts()
         cached = CachedStep(
-            _Method(self, "_init_recording"),
-            _Method(self, "_step_recording"),
-            _Method(self, "_state_recording"),
-            aux=noted,
+            part("_init_recording"),
+            part("_step_recording"),
+            part("_state_recording"),
+            (numbers,) * 3,
+            noted,
         )
         return dataclasses.replace(self.dynamics(), cached=cached)
+
+    def _parts(self) -> tuple[Callable, PyTree]:
+        """What makes a method a function with parameters first, and these parameters."""
+        return functools.partial(_Method, self), None
 
     def step_record(self, carry: PyTree, drive: Tape) -> StepRecord:
         """The record of one step."""
@@ -215,9 +220,6 @@ class Kernel:
     def _step_cached(self, state, drive):
         return self.act(drive.randomness, state)[0]
 
-    def _state_cached(self, state):
-        return self.carry(state)
-
     def _record(self, state, drive):
         new, info = self.act(drive.randomness, state)
         pairs = zip(jax.tree.leaves(self.discrete(state)), jax.tree.leaves(drive.discrete))
@@ -252,14 +254,14 @@ def noted(memory: tuple[PyTree, Array]) -> Array:
     return memory[1]
 
 
-class _Method:
+class _Method(HashableFunction):
     """A method of a kernel as a function with parameters first; equal for equal kernels, so that it is compiled once."""
 
     def __init__(self, kernel: Kernel, name: str):
+        super().__init__(name, kernel.algorithm.init, kernel.algorithm.step)
         self.kernel, self.name = kernel, name
 
     def __call__(self, params, *args):
-        del params
         if self.name in _CHECKED and not isinstance(args[1], Tape):
             raise TypeError(
                 f"drives: got a {type(args[1]).__name__}, wanted a Tape: kernel.tape(key, num_steps, state)"
@@ -269,16 +271,6 @@ class _Method:
                 f"initial: got a {type(args[0]).__name__}, wanted its carry: kernel.carry(state)"
             )
         return getattr(self.kernel, self.name)(*args)
-
-    def _identity(self):
-        algorithm = self.kernel.algorithm
-        return (self.name, algorithm.init, algorithm.step)
-
-    def __eq__(self, other):
-        return isinstance(other, _Method) and self._identity() == other._identity()
-
-    def __hash__(self):
-        return hash(self._identity())
 
 
 def blackjax_loop(kernel: Kernel, state: PyTree, keys: Key) -> tuple[PyTree, PyTree]:

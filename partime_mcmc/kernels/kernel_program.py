@@ -15,11 +15,9 @@ from typing import Any, Callable
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.engine import CachedStep, Dynamics
 from partime_mcmc.kernels import Kernel, Whitening
 from partime_mcmc.kernels.coupling import CommonRandomNumbers, Coupling, check_coupling
-from partime_mcmc.kernels.kernel import noted
-from partime_mcmc.tracing import HashableFunction, explicit
+from partime_mcmc.tracing import HashableFunction, WithoutParams, explicit
 from partime_mcmc.types import Array, PyTree, pytree
 from partime_mcmc.validation import describe
 
@@ -67,30 +65,13 @@ class KernelProgram:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParametrisedKernel(Kernel):
-    """A kernel that knows its family."""
+    """A kernel that knows its family, and whose `dynamics` and `recording` have its numbers as parameters."""
 
     family: KernelProgram
     numbers: KernelParams
 
-    def dynamics(self) -> Dynamics:
-        """As `Kernel.dynamics`, with the numbers as parameters."""
-        part = functools.partial(_Part, self.family)
-        cached = CachedStep(
-            part("_init_cached"), part("_step_cached"), part("_state_cached"), (self.numbers,) * 3
-        )
-        return Dynamics(part("_step_carry"), self.numbers, cached)
-
-    def recording(self) -> Dynamics:
-        """As `Kernel.recording`, with the numbers as parameters."""
-        part = functools.partial(_Part, self.family)
-        cached = CachedStep(
-            part("_init_recording"),
-            part("_step_recording"),
-            part("_state_recording"),
-            (self.numbers,) * 3,
-            noted,
-        )
-        return dataclasses.replace(self.dynamics(), cached=cached)
+    def _parts(self) -> tuple[Callable, PyTree]:
+        return functools.partial(_Part, self.family), self.numbers
 
 
 def parametrised_kernel(
@@ -127,17 +108,9 @@ class _Part(HashableFunction):
         return getattr(family.kernel(numbers), name)(*args)
 
 
-class _Density(HashableFunction):
-    """A log density with parameters first."""
-
-    def __call__(self, params: None, position: PyTree) -> Array:
-        del params
-        return self.parts[0](position)
-
-
 def density_of(logdensity: Callable[[PyTree], Array], example: PyTree) -> tuple[Callable, PyTree]:
     """A density as `(data, position) -> scalar`, the same object for the same density, and the data that it captured."""
-    return explicit(_Density(logdensity), None, example)
+    return explicit(WithoutParams(logdensity), None, example)
 
 
 class _Alone(HashableFunction):
@@ -153,7 +126,6 @@ class _Alone(HashableFunction):
 
     def kernel(self, numbers: None) -> Kernel:
         """The kernel."""
-        del numbers
         return self._kernel
 
 

@@ -23,7 +23,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.kernels.coupling import (
-    MultishiftNoise,
+    MultishiftRandomness,
     draw_multishift_noise,
     multishift,
     normal_of,
@@ -32,12 +32,11 @@ from partime_mcmc.kernels.explicit_randomness import (
     ExplicitRandomnessKernel,
     GradientState,
     decide,
-    flat_of,
     initial_state,
     select,
     when_anyone,
 )
-from partime_mcmc.kernels.multishift_mala import LangevinRandomness, draw_langevin, langevin_step
+from partime_mcmc.kernels.multishift_mala import langevin_step
 from partime_mcmc.types import Array, ArrayLike, PyTree, Tracer
 
 # Up to so many leapfrog steps are written out one after another: a loop costs more than a small gradient.
@@ -70,13 +69,6 @@ class HamiltonianInfo(NamedTuple):
     proposal: PyTree
 
 
-class SteeredRandomness(NamedTuple):
-    """Layers for the momentum, shape `(D,)` each, and the uniform of the decision."""
-
-    layers: MultishiftNoise
-    uniform: Array
-
-
 class CycleState(NamedTuple):
     """As `GradientState`, with `phase`: transitions since the last Langevin step, 0 to k − 1."""
 
@@ -97,7 +89,7 @@ class CycleRandomness(NamedTuple):
 
     momentum: Array
     uniform: Array
-    langevin: LangevinRandomness
+    langevin: MultishiftRandomness
 
 
 def leapfrog_row(step_size: Array | float, num_steps: int) -> tuple[Array, Array]:
@@ -133,11 +125,11 @@ def steered_hmc(
     init, propose = initial_state(logdensity), _trajectory(logdensity, step_size, num_steps)
 
     def draw(key, state):
-        flat = flat_of(state.position)
-        return SteeredRandomness(*draw_multishift_noise(key, flat.size, flat.dtype))
+        flat = ravel_pytree(state.position)[0]
+        return draw_multishift_noise(key, flat.size, flat.dtype)
 
     def apply(randomness, state):
-        flat = flat_of(state.position)
+        flat = ravel_pytree(state.position)[0]
         center, gain = (c * flat).astype(flat.dtype), s.astype(flat.dtype)
         aimed, lattice_margin = multishift(center, jnp.abs(gain), randomness.layers)
         new, info = propose(state, (aimed - center) / gain, randomness.uniform)
@@ -172,15 +164,15 @@ def hmc_cycle(
         return normal_of(uniforms[1:]), uniforms[0]
 
     def landing(key, flat):
-        return draw_langevin(jax.random.split(key)[1], flat)
+        return draw_multishift_noise(jax.random.split(key)[1], flat.size, flat.dtype)
 
     def draw(key, state):
-        flat = flat_of(state.position)
+        flat = ravel_pytree(state.position)[0]
         return CycleRandomness(*momentum(key, flat), landing(key, flat))
 
     def draw_many(keys, state):
         # Multishift noise costs most, and only every k-th transition uses it: the others get the noise of the next that does.
-        flat, num_steps = flat_of(state.position), keys.shape[0]
+        flat, num_steps = ravel_pytree(state.position)[0], keys.shape[0]
         count = -(-num_steps // every) + 1 if num_steps else 0
         when = jnp.minimum(every * (1 + jnp.arange(count)) - 1 - state.phase, num_steps - 1)
         layers = jax.vmap(landing, in_axes=(0, None))(keys[when], flat)

@@ -9,34 +9,21 @@ x, but nearby chains propose the same point, and if both accept they are one cha
 be exact: two centres that agree to the width of a lattice cell give the same proposal.
 """
 
-from typing import Callable, NamedTuple
+from typing import Callable
 
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.kernels.coupling import MultishiftNoise, draw_multishift_noise, multishift
+from partime_mcmc.kernels.coupling import MultishiftRandomness, draw_multishift_noise, multishift
 from partime_mcmc.kernels.explicit_randomness import (
     ExplicitRandomnessKernel,
     GradientState,
     ProposalInfo,
     decide,
-    flat_of,
     initial_state,
     select,
 )
-from partime_mcmc.types import Array, ArrayLike, Key, PyTree
-
-
-class LangevinRandomness(NamedTuple):
-    """The random numbers of one step.
-
-    Attributes:
-        layers: Shape `(D,)` each.
-        uniform: For the decision, scalar.
-    """
-
-    layers: MultishiftNoise
-    uniform: Array
+from partime_mcmc.types import Array, ArrayLike, PyTree
 
 
 def coalescing_mala(
@@ -51,7 +38,8 @@ def coalescing_mala(
     init = initial_state(logdensity)
 
     def draw(key, state):
-        return draw_langevin(key, flat_of(state.position))
+        flat = ravel_pytree(state.position)[0]
+        return draw_multishift_noise(key, flat.size, flat.dtype)
 
     def apply(randomness, state):
         return langevin_step(init, step_size, randomness, state)
@@ -59,32 +47,27 @@ def coalescing_mala(
     return ExplicitRandomnessKernel(init, draw, apply)
 
 
-def draw_langevin(key: Key, flat: Array) -> LangevinRandomness:
-    """The random numbers of a step from a position of which only shape and type are used, `(D,)`."""
-    return LangevinRandomness(*draw_multishift_noise(key, flat.size, flat.dtype))
-
-
 def langevin_step(
-    init: Callable, step_size: ArrayLike, randomness: LangevinRandomness, state: GradientState
+    init: Callable, step_size: ArrayLike, randomness: MultishiftRandomness, state: GradientState
 ) -> tuple[GradientState, ProposalInfo]:
     """One MALA step.
 
     Args:
         init: `position -> state` with the same fields as `state`.
         step_size: ε.
-        coupling: Of this step.
+        randomness: Of this step.
         state: A named tuple with `position`, `logdensity` and `logdensity_grad`.
 
     Returns:
         The new state and what happened.
     """
     flat, unravel = ravel_pytree(state.position)
-    center = flat + step_size * flat_of(state.logdensity_grad)
+    center = flat + step_size * ravel_pytree(state.logdensity_grad)[0]
     proposed, lattice_margin = multishift(
         center, jnp.sqrt(2 * jnp.asarray(step_size, flat.dtype)), randomness.layers
     )
     proposal = init(unravel(proposed))
-    back = flat - proposed - step_size * flat_of(proposal.logdensity_grad)
+    back = flat - proposed - step_size * ravel_pytree(proposal.logdensity_grad)[0]
     forth = proposed - center
     log_ratio = (
         proposal.logdensity - state.logdensity + (forth @ forth - back @ back) / (4 * step_size)

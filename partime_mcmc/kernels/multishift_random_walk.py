@@ -20,7 +20,6 @@ from partime_mcmc.kernels.explicit_randomness import (
     ExplicitRandomnessKernel,
     ProposalInfo,
     decide,
-    flat_of,
     select,
 )
 from partime_mcmc.types import Array, PyTree
@@ -59,11 +58,11 @@ def coalescing_random_walk(
     """
 
     def init(position, rng_key=None):
-        del rng_key  # BlackJAX passes one
+        # BlackJAX passes a key.
         return WalkState(position, logdensity(position))
 
     def draw(key, state):
-        flat = flat_of(state.position)
+        flat = ravel_pytree(state.position)[0]
         layers_key, block_key = jax.random.split(key)
         layers, uniform = draw_multishift_noise(layers_key, flat.size, flat.dtype)
         first = (

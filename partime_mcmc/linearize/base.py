@@ -12,8 +12,6 @@ rejected proposal multiplies 0 by NaN.
 
 from typing import Protocol
 
-import jax.numpy as jnp
-
 from partime_mcmc.engine.dynamics import Dynamics
 from partime_mcmc.scan.affine import AffineMap
 from partime_mcmc.types import Array, Key, PyTree
@@ -45,8 +43,3 @@ class Linearizer(Protocol):
     def map_size(self, dimension: int) -> int:
         """Numbers in the linear part of one step's map: what memory per step is estimated from."""
         ...
-
-
-def no_shift(values: Array) -> Array:
-    """The zero shift of freshly made maps, shaped like `values`."""
-    return jnp.zeros_like(values)

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from partime_mcmc.engine.dynamics import Dynamics
-from partime_mcmc.linearize.base import no_shift
 from partime_mcmc.scan.affine import Dense
 from partime_mcmc.types import Array, Key, PyTree, pytree
 
@@ -23,9 +22,8 @@ class DenseJacobian:
     def __call__(
         self, dynamics: Dynamics, previous: Array, drives: PyTree, key: Key
     ) -> tuple[Array, Dense]:
-        del key
         values, matrices = jax.vmap(lambda x, drive: jacobian(dynamics, x, drive))(previous, drives)
-        return values, Dense(matrices, no_shift(values))
+        return values, Dense(matrices, jnp.zeros_like(values))
 
     def jvps(self, dimension: int) -> int:
         return dimension

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from partime_mcmc.engine.dynamics import Dynamics
-from partime_mcmc.linearize.base import no_shift
 from partime_mcmc.scan.affine import Diagonal
 from partime_mcmc.types import Array, Key, PyTree, pytree
 from partime_mcmc.validation import check_count
@@ -26,7 +25,6 @@ class DiagonalJacobian:
     def __call__(
         self, dynamics: Dynamics, previous: Array, drives: PyTree, key: Key
     ) -> tuple[Array, Diagonal]:
-        del key
 
         def one(x, drive):
             def push(direction):
@@ -36,13 +34,12 @@ class DiagonalJacobian:
             return jax.vmap(push, out_axes=(None, 0))(jnp.eye(x.shape[0], dtype=x.dtype))
 
         values, diagonals = jax.vmap(one)(previous, drives)
-        return values, Diagonal(diagonals, no_shift(values))
+        return values, Diagonal(diagonals, jnp.zeros_like(values))
 
     def jvps(self, dimension: int) -> int:
         return dimension
 
-    def map_size(self, dimension: int) -> int:
-        return dimension
+    map_size = jvps
 
 
 @pytree(static=("num_probes",))
@@ -69,10 +66,9 @@ class HutchinsonDiagonal:
             return value, products.mean(axis=0)
 
         values, diagonals = jax.vmap(one)(previous, drives, signs)
-        return values, Diagonal(diagonals, no_shift(values))
+        return values, Diagonal(diagonals, jnp.zeros_like(values))
 
     def jvps(self, dimension: int) -> int:
-        del dimension
         return self.num_probes
 
     def map_size(self, dimension: int) -> int:

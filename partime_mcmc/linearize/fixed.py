@@ -8,48 +8,39 @@ after at most T iterations.
 """
 
 import jax
+import jax.numpy as jnp
 
 from partime_mcmc.engine.dynamics import Dynamics
-from partime_mcmc.linearize.base import no_shift
 from partime_mcmc.scan.affine import Identity, Zero
 from partime_mcmc.types import Array, Key, PyTree, pytree
 
 
+class _Fixed:
+    """What linear parts without a derivative cost."""
+
+    def jvps(self, dimension: int) -> int:
+        return 0
+
+    map_size = jvps
+
+
 @pytree()
-class IdentityJacobian:
+class IdentityJacobian(_Fixed):
     """`A_t` is the identity."""
 
     def __call__(
         self, dynamics: Dynamics, previous: Array, drives: PyTree, key: Key
     ) -> tuple[Array, Identity]:
-        del key
         values = jax.vmap(dynamics)(previous, drives)
-        return values, Identity(no_shift(values))
-
-    def jvps(self, dimension: int) -> int:
-        del dimension
-        return 0
-
-    def map_size(self, dimension: int) -> int:
-        del dimension
-        return 0
+        return values, Identity(jnp.zeros_like(values))
 
 
 @pytree()
-class ZeroJacobian:
+class ZeroJacobian(_Fixed):
     """`A_t` is zero."""
 
     def __call__(
         self, dynamics: Dynamics, previous: Array, drives: PyTree, key: Key
     ) -> tuple[Array, Zero]:
-        del key
         values = jax.vmap(dynamics)(previous, drives)
-        return values, Zero(no_shift(values))
-
-    def jvps(self, dimension: int) -> int:
-        del dimension
-        return 0
-
-    def map_size(self, dimension: int) -> int:
-        del dimension
-        return 0
+        return values, Zero(jnp.zeros_like(values))

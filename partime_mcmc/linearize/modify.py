@@ -87,11 +87,6 @@ def _(step: Identity, factor: Array) -> Diagonal:
     return Diagonal(jnp.broadcast_to(factor, step.shift.shape), step.shift)
 
 
-@scaled.register
-def _(step: Zero, factor: Array) -> Zero:
-    return step
-
-
 @functools.singledispatch
 def bounded(step: AffineMap, bound: Array) -> AffineMap:
     """One map with a linear part of size at most `bound`; register a new class of maps here.
@@ -124,6 +119,7 @@ def _(step: Identity, bound: Array) -> Diagonal:
     )
 
 
+@scaled.register
 @bounded.register
-def _(step: Zero, bound: Array) -> Zero:
+def _(step: Zero, size: Array) -> Zero:
     return step

@@ -126,11 +126,14 @@ def _rnn_class():
             keep_order=None,
             rngs=None,
         ):
-            given = functools.partial(_given, self)
-            time_major, reverse = given("time_major", time_major), given("reverse", reverse)
-            keep_order, return_carry = (
-                given("keep_order", keep_order),
-                given("return_carry", return_carry),
+            given = {
+                "time_major": time_major,
+                "reverse": reverse,
+                "keep_order": keep_order,
+                "return_carry": return_carry,
+            }
+            time_major, reverse, keep_order, return_carry = (
+                getattr(self, name) if value is None else value for name, value in given.items()
             )
             if time_major:
                 inputs = jnp.moveaxis(inputs, 0, -1 - self.cell.num_feature_axes)
@@ -184,10 +187,6 @@ def _at(leaf, index, num_batch_axes):
     """Each sequence's entry at its own step."""
     index = index.reshape(*index.shape, *(1,) * (leaf.ndim - num_batch_axes))
     return jnp.take_along_axis(leaf, index, num_batch_axes).squeeze(num_batch_axes)
-
-
-def _given(layer, name, value):
-    return getattr(layer, name) if value is None else value
 
 
 def _flipped(leaf, lengths, num_batch_axes):

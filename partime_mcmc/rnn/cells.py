@@ -24,7 +24,6 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.engine import Dynamics
-from partime_mcmc.linearize.base import no_shift
 from partime_mcmc.linearize.modify import bounded, scaled
 from partime_mcmc.rnn.unroll import Packed
 from partime_mcmc.scan.affine import AffineMap, Diagonal
@@ -51,9 +50,6 @@ class Pairs:
 
     def with_shift(self, shift: PyTree) -> Pairs:
         return Pairs(self.blocks, shift)
-
-    def transpose(self) -> Pairs:
-        return Pairs(jnp.swapaxes(self.blocks, 0, 1), self.shift)
 
 
 @scaled.register
@@ -97,10 +93,9 @@ class ClosedForm:
             maps = jax.vmap(lambda step, counted: scaled(step, counted.astype(values.dtype)))(
                 maps, counts
             )
-        return values, maps.with_shift(no_shift(values))
+        return values, maps.with_shift(jnp.zeros_like(values))
 
     def jvps(self, dimension: int) -> int:
-        del dimension
         return 0
 
     def map_size(self, dimension: int) -> int:

@@ -104,16 +104,11 @@ def plan_for(carry: PyTree) -> SegmentedScanConfig:
     lanes = max(fewest, min(most, numbers // max(size, 1)))
     if backend == "cpu" and size == 1:
         lanes = _SINGLE
-    if backend == "cpu" and _fits_registers(carry):
+    if backend == "cpu" and all(
+        jnp.size(leaf) * leaf.dtype.itemsize in _IN_REGISTERS for leaf in jax.tree.leaves(carry)
+    ):
         lanes = 1
     return SegmentedScanConfig(lanes, _MOST_CHAINS_ON_CPU if backend == "cpu" else None)
-
-
-def _fits_registers(carry: PyTree) -> bool:
-    """Whether every leaf of a carry is so wide that `lax.scan` alone is best."""
-    return all(
-        jnp.size(leaf) * leaf.dtype.itemsize in _IN_REGISTERS for leaf in jax.tree.leaves(carry)
-    )
 
 
 def read_outputs(
@@ -331,18 +326,6 @@ def check_solver(solver: Any, tolerance: Any, max_iterations: Any, carry: PyTree
         tolerance.check(sum(leaf.size for leaf in jax.tree.leaves(carry)))
 
 
-def check_carry(cell: Callable, params: PyTree, carry: PyTree, x: PyTree) -> None:
-    """Refuse a cell that does not return `(carry, y)` with a carry like the one it was given.
-
-    Raises:
-        TypeError: Naming the first difference.
-    """
-    result = jax.eval_shape(cell, params, carry, x)
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise TypeError(f"cell: returns {jax.tree.structure(result)}, wanted a pair (carry, y)")
-    check_like("cell: returns a carry:", result[0], carry, "carry")
-
-
 # Up to this size of state the Jacobians of all steps fit beside the path, and a scan over them is faster than segments.
 _NARROW = 4
 
@@ -445,7 +428,10 @@ def unroll_with_status(
     mask = check_mask(mask, (*batch, num_steps))
     # Captured arrays become parameters: nothing is folded into the program, and derivatives reach them.
     cell, params = explicit(cell, params, one, x)
-    check_carry(cell, params, one, x)
+    result = jax.eval_shape(cell, params, one, x)
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(f"cell: returns {jax.tree.structure(result)}, wanted a pair (carry, y)")
+    check_like("cell: returns a carry:", result[0], one, "carry")
     check_solver(solver, tolerance, max_iterations, one)
     tolerance = network_tolerance(jax.tree.leaves(one)[0].dtype) if tolerance is None else tolerance
     around = batch_around((params, carry, inputs, mask))

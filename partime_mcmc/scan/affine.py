@@ -9,7 +9,7 @@ and composition is associative, so all T partial compositions come from one pref
 price: D³, D, 0 and 0 multiplications per composition. Every class here holds one map, `shift` of shape `(D,)`;
 batches of maps are made by `vmap`, as everywhere in JAX.
 
-Left out: low-rank and block maps (a new class with these five methods is enough to add one).
+Left out: low-rank and block maps (a new class with these four methods is enough to add one).
 """
 
 from __future__ import annotations
@@ -47,10 +47,6 @@ class AffineMap(Protocol):
         """The same `A` with another shift of shape `(D,)`; with None, whose leaves are those of `A` alone."""
         ...
 
-    def transpose(self) -> AffineMap:
-        """`x ↦ Aᵀ x + shift`."""
-        ...
-
 
 @pytree()
 class Dense:
@@ -70,9 +66,6 @@ class Dense:
 
     def with_shift(self, shift: PyTree) -> Dense:
         return Dense(self.matrix, shift)
-
-    def transpose(self) -> Dense:
-        return Dense(self.matrix.T, self.shift)
 
 
 @pytree()
@@ -94,9 +87,6 @@ class Diagonal:
     def with_shift(self, shift: PyTree) -> Diagonal:
         return Diagonal(self.diagonal, shift)
 
-    def transpose(self) -> Diagonal:
-        return self
-
 
 @pytree()
 class Identity:
@@ -116,9 +106,6 @@ class Identity:
     def with_shift(self, shift: PyTree) -> Identity:
         return Identity(shift)
 
-    def transpose(self) -> Identity:
-        return self
-
 
 @pytree()
 class Zero:
@@ -137,6 +124,3 @@ class Zero:
 
     def with_shift(self, shift: PyTree) -> Zero:
         return Zero(shift)
-
-    def transpose(self) -> Zero:
-        return self

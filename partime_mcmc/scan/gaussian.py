@@ -15,11 +15,22 @@ form is stable enough; float32 runs are tested).
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
+from jax.scipy.linalg import solve
 
 from partime_mcmc.scan.affine import Dense, Diagonal
 from partime_mcmc.types import Array, pytree
+
+
+@pytree()
+class _Message:
+    """The numbers of a Kalman message; their shapes are those of the class."""
+
+    A: Array
+    b: Array
+    C: Array
+    eta: Array
+    J: Array
 
 
 @pytree()
@@ -31,14 +42,8 @@ class DenseBelief:
 
 
 @pytree()
-class DenseMessage:
+class DenseMessage(_Message):
     """A Kalman message: `A`, `C`, `J` of shape `(D, D)`, `b` and `eta` of shape `(D,)`."""
-
-    A: Array
-    b: Array
-    C: Array
-    eta: Array
-    J: Array
 
     @classmethod
     def trust_region(cls, step: Dense, damping: Array) -> DenseMessage:
@@ -58,7 +63,7 @@ class DenseMessage:
     def __call__(self, belief: DenseBelief) -> DenseBelief:
         """The belief after this step, given the belief before it."""
         P = belief.covariance
-        gain = _solve(
+        gain = solve(
             jnp.eye(P.shape[-1], dtype=P.dtype) + P @ self.J,
             jnp.concatenate([(belief.mean + P @ self.eta)[:, None], P], axis=1),
         )
@@ -71,7 +76,7 @@ class DenseMessage:
         """`self ∘ earlier`."""
         identity = jnp.eye(self.A.shape[-1], dtype=self.A.dtype)
         # M = (I + C₁ J₂)⁻¹ and its transpose serve every field.
-        M = _solve(identity + earlier.C @ self.J, identity)
+        M = solve(identity + earlier.C @ self.J, identity)
         AM = self.A @ M
         back = earlier.A.T @ M.T
         return DenseMessage(
@@ -92,7 +97,7 @@ class DenseMessage:
         """The map from the smoothed mean at t+1 to that at t, `following` being the step t → t+1 with noise I."""
         P, A = belief.covariance, following.matrix
         predicted = A @ P @ A.T + jnp.eye(A.shape[-1], dtype=A.dtype)
-        gain = _solve(predicted, A @ P).T
+        gain = solve(predicted, A @ P).T
         return Dense(gain, belief.mean - gain @ following(belief.mean))
 
 
@@ -105,14 +110,8 @@ class DiagonalBelief:
 
 
 @pytree()
-class DiagonalMessage:
+class DiagonalMessage(_Message):
     """D independent scalar Kalman messages: every field of shape `(D,)`."""
-
-    A: Array
-    b: Array
-    C: Array
-    eta: Array
-    J: Array
 
     @classmethod
     def trust_region(cls, step: Diagonal, damping: Array) -> DiagonalMessage:
@@ -159,10 +158,6 @@ class DiagonalMessage:
         a = following.diagonal
         gain = a * belief.variance / (a * a * belief.variance + 1.0)
         return Diagonal(gain, belief.mean - gain * following(belief.mean))
-
-
-def _solve(matrix: Array, right: Array) -> Array:
-    return jax.scipy.linalg.solve(matrix, right)
 
 
 def _symmetric(matrix: Array) -> Array:

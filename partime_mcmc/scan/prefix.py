@@ -42,8 +42,9 @@ class Scan(Protocol):
         ...
 
     def suffix(self, elements: PyTree, end: PyTree) -> PyTree:
-        """As a prefix scan, the last map acting first on `end`: x_t = M_t(… M_T(end))."""
-        ...
+        """As a prefix scan, the last map acting first on `end`: x_t = M_t(… M_T(end)); of a copy turned round."""
+        backwards = jax.tree.map(lambda leaf: jnp.flip(leaf, 0), elements)
+        return jax.tree.map(lambda leaf: jnp.flip(leaf, 0), self(backwards, end))
 
 
 @pytree()
@@ -59,7 +60,7 @@ class SequentialScan:
 
 
 @pytree()
-class AssociativeScan:
+class AssociativeScan(Scan):
     """A balanced tree of compositions (`lax.associative_scan`): depth 2 log₂ T."""
 
     def __call__(self, elements: PyTree, start: PyTree) -> PyTree:
@@ -70,13 +71,9 @@ class AssociativeScan:
         )
         return as_type_of(start, jax.vmap(lambda element: element(widened(start)))(composed))
 
-    def suffix(self, elements: PyTree, end: PyTree) -> PyTree:
-        """The last map first, of a copy turned round."""
-        return _turned(self, elements, end)
-
 
 @pytree(static=("size",))
-class ChunkedScan:
+class ChunkedScan(Scan):
     """Chunks of `size` steps: sequential inside, side by side across; work-efficient, depth `size + T/size`.
 
     Steps that do not fill a whole chunk are applied at the end, one after another.
@@ -109,10 +106,6 @@ class ChunkedScan:
         rest = jax.tree.map(lambda leaf: leaf[whole:], elements)
         tail = _roll(rest, jax.tree.map(lambda leaf: leaf[-1], ends), start)
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), values, tail)
-
-    def suffix(self, elements: PyTree, end: PyTree) -> PyTree:
-        """The last map first, of a copy turned round."""
-        return _turned(self, elements, end)
 
 
 def default_scan(elements: PyTree) -> Scan:
@@ -163,11 +156,6 @@ def _roll(elements: PyTree, start: PyTree, like: PyTree, reverse: bool = False) 
     return as_type_of(
         like, lax.scan(advance, widened(start), widened(elements), reverse=reverse)[1]
     )
-
-
-def _turned(scan: Scan, elements: PyTree, end: PyTree) -> PyTree:
-    backwards = jax.tree.map(lambda leaf: jnp.flip(leaf, 0), elements)
-    return jax.tree.map(lambda leaf: jnp.flip(leaf, 0), scan(backwards, end))
 
 
 def _compose(elements: PyTree) -> PyTree:

@@ -54,8 +54,8 @@ class Solver(Protocol):
     # With a class attribute `keeps_aux = True`, proposals hold `CachedStep.aux` of every step, if the dynamics have it.
 
     def init(self, initial: Array, states: Array) -> PyTree:
-        """What the solver remembers between passes, at the start."""
-        ...
+        """What the solver remembers between passes, at the start; nothing, unless a solver has its own."""
+        return ()
 
     def step(
         self,

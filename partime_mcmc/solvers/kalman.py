@@ -62,7 +62,6 @@ class ConstantDamping:
         return jnp.asarray(self.damping, like.dtype)
 
     def __call__(self, merit: Array, memory: PyTree) -> tuple[Array, PyTree]:
-        del merit
         return memory, memory
 
 
@@ -118,7 +117,6 @@ class Kalman:
     damping: DampingPolicy = RelaxingDamping()
 
     def init(self, initial: Array, states: Array) -> PyTree:
-        del states
         return self.damping.init(initial)
 
     def step(
@@ -200,10 +198,5 @@ def _(maps: Diagonal) -> tuple[PyTree, Any]:
 
 
 @_as_gaussian.register
-def _(maps: Identity) -> tuple[PyTree, Any]:
-    return Diagonal(jnp.ones_like(maps.shift), maps.shift), DiagonalMessage
-
-
-@_as_gaussian.register
-def _(maps: Zero) -> tuple[PyTree, Any]:
-    return Diagonal(jnp.zeros_like(maps.shift), maps.shift), DiagonalMessage
+def _(maps: Identity | Zero) -> tuple[PyTree, Any]:
+    return Diagonal(maps.linear(jnp.ones_like(maps.shift)), maps.shift), DiagonalMessage

@@ -22,6 +22,7 @@ from partime_mcmc.engine.time_axis import TimeAxis
 from partime_mcmc.linearize.base import Linearizer
 from partime_mcmc.solvers.base import (
     Proposal,
+    Solver,
     defect,
     replace_nonfinite_jacobians,
     replace_nonfinite_updates,
@@ -30,14 +31,10 @@ from partime_mcmc.types import Array, Key, PyTree, pytree
 
 
 @pytree()
-class Newton:
+class Newton(Solver):
     """Newton or quasi-Newton, by the linearizer."""
 
     linearizer: Linearizer
-
-    def init(self, initial: Array, states: Array) -> PyTree:
-        del initial, states
-        return ()
 
     def step(
         self,

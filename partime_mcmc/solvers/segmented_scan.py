@@ -157,8 +157,10 @@ def _fallback(step):
 @functools.lru_cache(maxsize=256)
 def _runner(step, plan: SegmentedScanConfig, direction: int):
     """`(params, initial (B, D), drives (B, T, ...), absolute (B, D), relative (B,))`."""
-    lanes = functools.partial(_run, step, plan, direction)
-    return share_lanes(lanes, functools.partial(_run, step, SegmentedScanConfig(1), direction))
+    return share_lanes(
+        functools.partial(_run, step, plan, direction),
+        functools.partial(_run, step, SegmentedScanConfig(1), direction),
+    )
 
 
 def _run(step, plan, direction, params, initial, drives, absolute, relative):

@@ -13,19 +13,15 @@ from jax import lax
 from partime_mcmc.engine.dynamics import CachedStep, Dynamics, rollout, rollout_with_aux
 from partime_mcmc.engine.solution import Tolerance
 from partime_mcmc.engine.time_axis import TimeAxis
-from partime_mcmc.solvers.base import Proposal
+from partime_mcmc.solvers.base import Proposal, Solver
 from partime_mcmc.types import Array, Key, PyTree, pytree
 
 
 @pytree()
-class Sequential:
+class Sequential(Solver):
     """`x_t = f(x_{t-1}, u_t)` by `lax.scan`."""
 
     keeps_aux: ClassVar[bool] = True
-
-    def init(self, initial: Array, states: Array) -> PyTree:
-        del initial, states
-        return ()
 
     def step(
         self,
@@ -39,7 +35,6 @@ class Sequential:
         key: Key,
         tolerance: Tolerance,
     ) -> tuple[Proposal, PyTree]:
-        del key
         if dynamics.cached and dynamics.cached.aux:
             path, notes = rollout_with_aux(dynamics, initial, drives)
         else:
@@ -65,7 +60,6 @@ class Sequential:
         ), state
 
     def map_size(self, dimension: int) -> int:
-        del dimension
         return 0
 
 
@@ -97,26 +91,26 @@ def finish_sequentially(
     following = jax.tree.map(
         lambda leaf: leaf[every, jnp.minimum(num_exact, num_steps - 1)], drives
     )
-    cachedry = jax.vmap(cached.init, in_axes=(None, 0, 0))(
+    memory = jax.vmap(cached.init, in_axes=(None, 0, 0))(
         cached.params[0], select(num_exact == 0, initial, last), following
     )
 
     def one_step(step, carry):
-        cachedry, rolled = carry
+        memory, rolled = carry
         at_step = lambda leaf: lax.dynamic_index_in_dim(leaf, step, axis=1, keepdims=False)
         new = jax.vmap(cached.step, in_axes=(None, 0, 0))(
-            cached.params[1], cachedry, jax.tree.map(at_step, drives)
+            cached.params[1], memory, jax.tree.map(at_step, drives)
         )
-        cachedry = select(step >= num_exact, new, cachedry)
-        state = jax.vmap(cached.state, in_axes=(None, 0))(cached.params[2], cachedry)
+        memory = select(step >= num_exact, new, memory)
+        state = jax.vmap(cached.state, in_axes=(None, 0))(cached.params[2], memory)
         state = select(step >= num_exact, state, jax.tree.map(at_step, states))
-        return cachedry, jax.tree.map(
+        return memory, jax.tree.map(
             lambda leaf, row: lax.dynamic_update_index_in_dim(leaf, row, step, 1), rolled, state
         )
 
     begin = num_exact.min()
     _, rolled = lax.fori_loop(
-        begin, num_steps, one_step, (cachedry, jax.tree.map(jnp.zeros_like, states))
+        begin, num_steps, one_step, (memory, jax.tree.map(jnp.zeros_like, states))
     )
     seen = jnp.arange(num_steps) < begin
     return jax.tree.map(
@@ -127,7 +121,7 @@ def finish_sequentially(
 
 
 def cached_step_of(dynamics: Dynamics) -> CachedStep:
-    """The dynamics' cachedry; where steps share nothing, the state itself in the shape of one."""
+    """The dynamics' `CachedStep`; where steps share nothing, the state itself in the shape of one."""
     return dynamics.cached or CachedStep(
         init_as_is, dynamics.step, _state_as_is, (None, dynamics.params, None)
     )
@@ -138,5 +132,5 @@ def init_as_is(params: PyTree, state: PyTree, drive: PyTree) -> PyTree:
     return state
 
 
-def _state_as_is(params, cachedry):
-    return cachedry
+def _state_as_is(params, memory):
+    return memory

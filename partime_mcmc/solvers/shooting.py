@@ -38,7 +38,7 @@ from partime_mcmc.engine.dynamics import CachedStep, Dynamics
 from partime_mcmc.engine.solution import Tolerance
 from partime_mcmc.engine.time_axis import TimeAxis
 from partime_mcmc.linearize import Linearizer, ZeroJacobian
-from partime_mcmc.solvers.base import Proposal
+from partime_mcmc.solvers.base import Proposal, Solver
 from partime_mcmc.solvers.hoist import hoist_drive_only
 from partime_mcmc.solvers.interfaces import SegmentInterfaces, corrector
 from partime_mcmc.solvers.narrowing import Segments, no_lanes, roll_until_met, widths
@@ -52,7 +52,7 @@ _TRIAL = 256
 
 
 @pytree(static=("num_segments", "steps", "max_evaluations"))
-class Shooting:
+class Shooting(Solver):
     """Segments side by side until they coalesce.
 
     Attributes:
@@ -84,10 +84,6 @@ class Shooting:
             value = getattr(self, name)
             if value is not None:
                 check_count(value, name, 1)
-
-    def init(self, initial: Array, states: Array) -> PyTree:
-        del initial, states
-        return ()
 
     def step(
         self,

@@ -25,8 +25,6 @@ from partime_mcmc.compile_cache import compiler_options
 from partime_mcmc.kernels.coupling import normal_of
 from partime_mcmc.types import Array, ArrayLike, Key, PyTree
 
-_IMPL = "threefry2x32"
-
 
 class SeedTree(NamedTuple):
     """A node.
@@ -66,7 +64,7 @@ class SeedTree(NamedTuple):
 
 def key_from(words: Array) -> Key:
     """The key of a seed's words."""
-    return jax.random.wrap_key_data(words, impl=_IMPL)
+    return jax.random.wrap_key_data(words, impl="threefry2x32")
 
 
 STEPS = 16

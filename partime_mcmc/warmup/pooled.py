@@ -55,16 +55,17 @@ def side_by_side(
     """
     pieces, longest, size = [], max_batch_steps(positions.size), max(1, size // STEPS) * STEPS
     for start in range(0, size, longest):
-        found = walker.walk(
-            seed.child(start),
-            positions,
-            root,
-            path.step_size,
-            path.num_steps,
-            size=min(longest, size - start),
+        pieces.append(
+            walker.walk(
+                seed.child(start),
+                positions,
+                root,
+                path.step_size,
+                path.num_steps,
+                size=min(longest, size - start),
+            )
         )
-        pieces.append(found)
-        positions = found.positions[-1]
+        positions = pieces[-1].positions[-1]
     return HMCBatchResult(
         *(np.concatenate(parts) for parts in list(zip(*pieces))[:4]),
         step_sizes=pieces[-1].step_sizes,
@@ -186,11 +187,6 @@ def _move(density, numbers, state, uniforms):
     return tuple(jnp.where(uniforms[0] < rate, new, old) for new, old in zip(end, state)), rate
 
 
-def default_window():
-    """Side by side on a CPU, where chains fill the lanes; parallel in time elsewhere."""
-    return side_by_side if jax.default_backend() == "cpu" else in_parallel_time
-
-
 _GAIN, _SEARCH_TARGET = 1.5, 0.7
 _LONGEST_SEARCHED = 7
 _MIN_SEARCH, _MAX_SEARCH = 64, 320
@@ -292,14 +288,24 @@ class PooledAdaptation:
         )
 
     def _windows(self, walker, seed, pool, rule, num_steps, path_rule, advance) -> Path:
+        """Windows at frozen parameters, the metric and the path learned from each; returns the last path."""
         sizes, left = [], num_steps
         for size in self.windows:
             if size <= left:
                 sizes.append(size)
                 left -= size
-        return windows(
-            walker, seed, pool, rule, path_rule, sizes, self.run or default_window(), advance
-        )
+        # Side by side on a CPU, where chains fill the lanes; parallel in time elsewhere.
+        run = self.run or (side_by_side if jax.default_backend() == "cpu" else in_parallel_time)
+        path = path_rule.choose(pool.trials(walker, seed.child(0)))
+        for number, size in enumerate(sizes):
+            one = seed.child(1 + number)
+            pool.draws = run(walker, one.child(0), pool.positions, root_of(pool.metric), path, size)
+            pool.positions = pool.draws.positions[-1]
+            advance(size)
+            rescue(pool, one.child(1))
+            learn(pool, rule.covariance if size >= _COVARIANCE_FROM else rule.fisher)
+            path = path_rule.choose(pool.trials(walker, one.child(2)))
+        return path
 
 
 def search(
@@ -362,29 +368,6 @@ def search(
     return pool
 
 
-def windows(
-    walker: HMCBatch,
-    seed: SeedTree,
-    pool: Pool,
-    rule: MetricRule,
-    path_rule: TrajectoryRule,
-    sizes: list[int],
-    run: Callable[..., HMCBatchResult],
-    advance: Callable[[int], None],
-) -> Path:
-    """Windows at frozen parameters, the metric and the path learned from each; returns the last path."""
-    path = tune(walker, seed.child(0), pool, path_rule)
-    for number, size in enumerate(sizes):
-        one = seed.child(1 + number)
-        pool.draws = run(walker, one.child(0), pool.positions, root_of(pool.metric), path, size)
-        pool.positions = pool.draws.positions[-1]
-        advance(size)
-        rescue(pool, one.child(1))
-        learn(pool, rule.covariance if size >= _COVARIANCE_FROM else rule.fisher)
-        path = tune(walker, one.child(2), pool, path_rule)
-    return path
-
-
 def learn(pool: Pool, estimate: Callable) -> None:
     """A new metric and centre from the last draws; the old metric stays where they say nothing."""
     learned = _metric(estimate, pool.draws, pool)
@@ -409,11 +392,6 @@ def rescue(pool: Pool, seed: SeedTree) -> None:
         keep = np.where(lost, good[0], np.arange(num_chains))
         keep[lost] = chosen
         pool.draws = _only(pool.draws, keep)
-
-
-def tune(walker: HMCBatch, seed: SeedTree, pool: Pool, path_rule: TrajectoryRule) -> Path:
-    """Step size and path by trials from the last draws."""
-    return path_rule.choose(pool.trials(walker, seed))
 
 
 def _lost(draws: HMCBatchResult) -> np.ndarray:

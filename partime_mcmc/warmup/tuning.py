@@ -14,7 +14,7 @@ Settings fixed by the user (`functools.partial(hmc, num_integration_steps=4)`) s
 import dataclasses
 import functools
 import math
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,19 +85,7 @@ class TrajectoryRule:
 
     def choose(self, trial: Trial) -> Path:
         """The cheapest path that is accepted often enough, or the one accepted most often."""
-        best = Path(math.nan, 1, -1.0)
-        for step, steps in self.candidates():
-            rates = trial(step, steps)
-            mean = float(rates.mean())
-            if mean > best.acceptance:
-                best = Path(step, steps, mean)
-            if (
-                mean >= self.target
-                and rates.mean(axis=0).min() >= min(_EVERY_CHAIN, self.target)
-                and self._leaves(rates)
-            ):
-                return Path(step, steps, mean)
-        return best
+        return _first_accepted(trial, self.candidates(), math.nan, self.target, self._leaves)
 
     def _leaves(self, rates: np.ndarray) -> bool:
         """Whether chains leave nearly all states soon; in a funnel's neck none does: half the rejections must then do."""
@@ -126,38 +114,33 @@ def boldest_step(
         target: Mean acceptance at least.
         steps_for: Leapfrog steps that go with a step size; a Langevin step is one.
     """
-    best = Path(bold, 1, -1.0)
-    for power in range(_MAX_STEPS):
-        step = bold * _SHRINK_STEP**power
-        rates = trial(step, steps_for(step))
+    steps = (bold * _SHRINK_STEP**power for power in range(_MAX_STEPS))
+    return _first_accepted(trial, ((step, steps_for(step)) for step in steps), bold, target)
+
+
+def _first_accepted(
+    trial: Trial,
+    candidates: Iterable[tuple[float, int]],
+    unknown: float,
+    target: float,
+    also: Callable[[np.ndarray], bool] = lambda rates: True,
+) -> Path:
+    """The first candidate accepted often enough, or the one accepted most often; `unknown` is the step if all rates are NaN."""
+    best = Path(unknown, 1, -1.0)
+    for step, steps in candidates:
+        rates = trial(step, steps)
         mean = float(rates.mean())
         if mean > best.acceptance:
-            best = Path(step, steps_for(step), mean)
-        if mean >= target and rates.mean(axis=0).min() >= min(_EVERY_CHAIN, target):
-            return Path(step, steps_for(step), mean)
+            best = Path(step, steps, mean)
+        enough = mean >= target and rates.mean(axis=0).min() >= min(_EVERY_CHAIN, target)
+        if enough and also(rates):
+            return Path(step, steps, mean)
     return best
 
 
 _TARGETS = {hmc: 0.8, coalescing_hmc: 0.8, nuts: 0.8, mala: 0.8, random_walk: 0.3}
 _COALESCING_MALA, _OTHERS = 0.65, 0.7
 _LANDING, _LANDING_LIMIT, _LANDING_RATIO = 0.6, math.sqrt(2), 2.2
-
-# (step size, leapfrog steps) -> acceptance probabilities of HMC trials, shape (S, C).
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """What was chosen.
-
-    Attributes:
-        settings: By the builder's argument names, without those that the user fixed.
-        acceptance: In the trials.
-        target: What was aimed at.
-    """
-
-    settings: dict[str, Any]
-    acceptance: float
-    target: float
 
 
 def target_of(builder: Builder) -> float:
@@ -182,7 +165,7 @@ def path_rule_of(builder: Builder, target: float, length: float | None) -> Traje
 
 def choose(
     builder: Builder, path: Path, trial: Trial, own: Callable[[dict], np.ndarray], target: float
-) -> Choice:
+) -> tuple[dict[str, Any], float]:
     """Settings for a builder.
 
     Args:
@@ -191,6 +174,9 @@ def choose(
         trial: HMC trials from pooled states.
         own: Trials of the builder's own kernel, settings to acceptance probabilities `(S, C)`.
         target: Mean acceptance wanted.
+
+    Returns:
+        The settings by the builder's argument names, without those that the user fixed, and the acceptance in the trials.
     """
     base, fixed = unwrapped(builder)
     if base in (hmc, coalescing_hmc):
@@ -214,9 +200,7 @@ def choose(
             lambda step, _: own({"step_size": step}), 1.6 if base is random_walk else 1.0, target
         )
         settings, rate = {"step_size": found.step_size}, found.acceptance
-    return Choice(
-        {name: value for name, value in settings.items() if name not in fixed}, rate, target
-    )
+    return {name: value for name, value in settings.items() if name not in fixed}, rate
 
 
 def own_trials(

@@ -167,26 +167,27 @@ def warm_up(
     whitening = Whitening.of_covariance(example, pool.center, pool.metric)
     family, draws = KernelProgram(density, builder), pool.draws.positions
     own = own_trials(family, data, whitening, draws, tune_key)
-    choice = choose(builder, path, pool.trials(walker, SeedTree.of(tune_key)), own, target)
+    settings, acceptance = choose(
+        builder, path, pool.trials(walker, SeedTree.of(tune_key)), own, target
+    )
     notes = (
         pool.notes
-        if choice.acceptance >= target
+        if acceptance >= target
         else [
             *pool.notes,
             (
-                f"No step size reached the target acceptance {target:.2f}; the best reached {choice.acceptance:.2f}."
+                f"No step size reached the target acceptance {target:.2f}; the best reached {acceptance:.2f}."
             ),
         ]
     )
-    some = _spread(draws)
     return Warmup(
-        parametrised_kernel(family, data, whitening, choice.settings),
+        parametrised_kernel(family, data, whitening, settings),
         _positions_of(pool.positions.astype(flat.dtype), example),
         pool.draws.logdensity[-1],
-        _positions_of(some.astype(flat.dtype), example),
-        choice.settings,
+        _positions_of(_spread(draws).astype(flat.dtype), example),
+        settings,
         whitening,
-        choice.acceptance,
+        acceptance,
         target,
         walker.num_steps,
         walker.num_gradients,
