@@ -439,6 +439,5 @@ def test_a_density_that_loses_its_digits_in_float32_is_found_out():
     def potential(z):
         return jnp.sum((1e4 + z) ** 2) - 2e8 - 2e4 * jnp.sum(z)
 
-    with jax.enable_x64(False):
-        with pytest.warns(PrecisionWarning, match="Run in float64"):
-            _run(HMC(potential_fn=potential), init_params=jnp.full(2, 0.7, jnp.float32), data=())
+    with jax.enable_x64(False), pytest.warns(PrecisionWarning, match="Run in float64"):
+        _run(HMC(potential_fn=potential), init_params=jnp.full(2, 0.7, jnp.float32), data=())
