@@ -110,9 +110,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "partime-mcmc",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "partime-mcmc", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.set_defaults(command=None, quiet=False, float64=False, thinning=1)
     commands = parser.add_subparsers(metavar="COMMAND")

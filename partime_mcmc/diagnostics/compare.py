@@ -103,7 +103,12 @@ def _judge(
             return Level.FAIL, [
                 "different keys gave the same path bit for bit: the keys were not used"
             ]
-        if not _same_values(ours, theirs):
+        # Equal positions are to be turned into equal values, up to rounding.
+        if not all(
+            np.allclose(ours.named[name], b, rtol=PATH_TOLERANCE, atol=PATH_TOLERANCE * b.std())
+            for name, b in theirs.named.items()
+            if name in ours.named
+        ):
             return Level.FAIL, [
                 "the positions are equal bit for bit, but the values in the model's space are not"
             ]
@@ -115,15 +120,6 @@ def _judge(
     if distribution.gates:
         return Level.INCONCLUSIVE, reasons
     return (Level.FAIL if distribution.failures else Level.STATISTICAL), reasons
-
-
-def _same_values(ours: Side, theirs: Side) -> bool:
-    """Whether equal positions were turned into equal values, up to rounding."""
-    return all(
-        np.allclose(ours.named[name], b, rtol=PATH_TOLERANCE, atol=PATH_TOLERANCE * b.std())
-        for name, b in theirs.named.items()
-        if name in ours.named
-    )
 
 
 def _path_reasons(ours: Side, path: PathComparison | None) -> list[str]:

@@ -359,8 +359,7 @@ class MeshExecutor:
         recorder.record(seen, done, done + layout.length, rolled, finish)
         states, num_finite = finished
         if num_finite is None:
-            lost = seen.status == Status.NONFINITE
-            num_finite = np.where(lost, seen.num_exact, layout.length)
+            num_finite = np.where(seen.status == Status.NONFINITE, seen.num_exact, layout.length)
         return (
             states,
             allgather_to_hosts(num_finite),

@@ -50,8 +50,7 @@ class ShardedTime:
 
     def previous(self, initial: PyTree, states: PyTree) -> PyTree:
         before = self._shift(jax.tree.map(lambda leaf: leaf[-1], states), 1)
-        first = _where(self._part() == 0, initial, before)
-        return _begins(first, states)
+        return _begins(_where(self._part() == 0, initial, before), states)
 
     def following(self, states: PyTree, final: PyTree) -> PyTree:
         after = self._shift(jax.tree.map(lambda leaf: leaf[0], states), -1)

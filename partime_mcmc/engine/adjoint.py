@@ -80,13 +80,7 @@ def _with_derivatives(dynamics, initial, drives, states, axis, plan):
     if states.shape[0] == 0:
         return states
     return _attach(
-        dynamics.step,
-        axis,
-        plan,
-        dynamics.params,
-        initial,
-        drives,
-        lax.stop_gradient(states),
+        dynamics.step, axis, plan, dynamics.params, initial, drives, lax.stop_gradient(states)
     )
 
 

@@ -9,9 +9,7 @@ A function that captures arrays hides part of `θ`: XLA folds captured constants
 them. `Dynamics.closing_over` finds what a function captures, concrete or traced, and makes it parameters.
 """
 
-from __future__ import annotations
-
-from typing import Callable
+from typing import Callable, Self
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +66,7 @@ class Dynamics:
     @classmethod
     def closing_over(
         cls, function: Callable[[PyTree, PyTree], PyTree], state: PyTree, drive: PyTree
-    ) -> Dynamics:
+    ) -> Self:
         """Dynamics of a function that captures arrays, with the captured arrays as parameters.
 
         Args:

@@ -125,8 +125,5 @@ def _(axis_size, in_batched, flag):
 def when_anyone(flag: Array, work: Callable[[PyTree], PyTree], value: PyTree) -> PyTree:
     """`work(value)` where `flag`, else `value`; the work is skipped when no lane wants it."""
     return lax.cond(
-        anyone(flag),
-        lambda value: select(flag, work(value), value),
-        lambda value: value,
-        value,
+        anyone(flag), lambda value: select(flag, work(value), value), lambda value: value, value
     )

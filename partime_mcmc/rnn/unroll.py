@@ -23,13 +23,11 @@ packed sequence continues with a state of 0 that nothing depends on. Inputs of m
 practice they are often NaN, and 0 times NaN would reach the derivatives.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -185,7 +183,7 @@ class Packing:
     count: Array
 
     @classmethod
-    def of(cls, mask: Array) -> Packing:
+    def of(cls, mask: Array) -> Self:
         """The packing for a mask `(T,)`."""
         return cls(jnp.argsort(~mask, stable=True), jnp.cumsum(mask))
 

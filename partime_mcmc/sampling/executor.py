@@ -307,11 +307,7 @@ def iterate_chunks(
 
 
 def _fitting_chunk(
-    plan: Plan,
-    state: ChainState,
-    solve: SolveChunk,
-    reporter: ProgressReporter,
-    max_halvings: int,
+    plan: Plan, state: ChainState, solve: SolveChunk, reporter: ProgressReporter, max_halvings: int
 ) -> Chunk:
     """The next chunk, in as many steps at once as the device can hold."""
     notes: list[str] = []

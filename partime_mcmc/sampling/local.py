@@ -123,8 +123,7 @@ def solve_windows(
         advance: Called with the steps done, and what to show, after each window.
     """
     initial, tape, discrete = map(
-        list,
-        zip(*draw_tapes(plan.kernel, plan.keys, state, num_steps, timings, plan.num_groups)),
+        list, zip(*draw_tapes(plan.kernel, plan.keys, state, num_steps, timings, plan.num_groups))
     )
     inside, size = plan.schedule, state.max_window or max(num_steps, 1)
     if isinstance(inside, Windows):
@@ -258,11 +257,7 @@ class _Solve(HashableFunction):
 
 
 def _solve_groups(
-    solver: Solver,
-    schedule: Schedule,
-    tolerance: Any,
-    max_iterations: int | None,
-    timings: Timings,
+    solver: Solver, schedule: Schedule, tolerance: Any, max_iterations: int | None, timings: Timings
 ) -> Callable[[Dynamics, list, list], list[Solution]]:
     """`(dynamics, initial, tape) -> solutions` of every group of chains, compiled once for all runs."""
     opaque = [one if jax.tree.structure(one) == _LEAF else None for one in (solver, schedule)]

@@ -78,12 +78,7 @@ def _whole_run(asked: SampleArguments, dimension: int, itemsize: int, limit: int
 
 
 def _stored_chunk(
-    asked: SampleArguments,
-    wanted: int | None,
-    dimension: int,
-    itemsize: int,
-    limit: int,
-    more: int,
+    asked: SampleArguments, wanted: int | None, dimension: int, itemsize: int, limit: int, more: int
 ) -> int:
     """Steps of a chunk in a store, of which `wanted` is asked for."""
     mesh, num_samples = asked.mesh, asked.num_samples

@@ -21,11 +21,7 @@ from partime_mcmc.kernels.kernel_program import Builder, coupling_of
 from partime_mcmc.sampling.arguments import SampleArguments
 from partime_mcmc.sampling.chain_groups import num_groups
 from partime_mcmc.sampling.chunk import ChainState
-from partime_mcmc.sampling.defaults import (
-    DEFAULT_WINDOW,
-    default_solver,
-    default_tolerance,
-)
+from partime_mcmc.sampling.defaults import DEFAULT_WINDOW, default_solver, default_tolerance
 from partime_mcmc.sampling.memory import chunk_steps, mesh_shape
 from partime_mcmc.sampling.progress import Progress
 from partime_mcmc.sampling.randomness import begin, recurrence
@@ -201,9 +197,7 @@ def _warmed_up(asked: SampleArguments, builder: Builder, progress: Progress) -> 
     # On the host: every small operation on arrays of a device is a program of its own.
     first = jax.tree.map(lambda leaf: np.asarray(leaf)[: asked.num_chains], warmup.positions)
     warmup = dataclasses.replace(
-        warmup,
-        positions=jax.device_put(first),
-        logdensity=warmup.logdensity[: asked.num_chains],
+        warmup, positions=jax.device_put(first), logdensity=warmup.logdensity[: asked.num_chains]
     )
     if asked.choose_coupling is not None:
         warmup = asked.choose_coupling(warmup)

@@ -162,6 +162,5 @@ class _Mapped(HashableFunction):
 
 @functools.lru_cache(maxsize=64)
 def _shapes_of(initial: Callable, wide: bool) -> PyTree:
-    """Shapes of what a function of a key draws, under the setting that decides about its types; traced once."""
-    del wide
+    """Shapes of what a function of a key draws, traced once for each setting (`wide`) that decides about its types."""
     return jax.eval_shape(lambda key: check_dtypes(initial(key)), jax.random.key(0))

@@ -48,13 +48,7 @@ from partime_mcmc.sampling.chunk import ChainState
 from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.sampling.randomness import MAX_STEPS, recurrence
 from partime_mcmc.sampling.target import Target
-from partime_mcmc.storage.serialize import (
-    decode,
-    digest_arrays,
-    encode,
-    pack_arrays,
-    unpack_arrays,
-)
+from partime_mcmc.storage.serialize import decode, digest_arrays, encode, pack_arrays, unpack_arrays
 from partime_mcmc.storage.store import Folder, Store
 from partime_mcmc.tracing import HashableFunction, explicit, inner_arrays
 from partime_mcmc.types import PyTree, jax_config
@@ -312,7 +306,6 @@ class _Composed(HashableFunction):
     """Functions of one argument after one another, the last one first, as one of no parameters and this argument."""
 
     def __call__(self, params, argument):
-        del params
         for function in reversed(self.parts):
             argument = function(argument)
         return argument
@@ -403,10 +396,7 @@ def read_choices(data: bytes, where: str) -> dict[str, Any]:
 
 
 def _kernel_of(
-    words: dict[str, Any],
-    target: Target,
-    given: Kernel | Builder | Warmup,
-    example: PyTree,
+    words: dict[str, Any], target: Target, given: Kernel | Builder | Warmup, example: PyTree
 ) -> Kernel:
     if words["settings"] is None:
         if not isinstance(given, Kernel):

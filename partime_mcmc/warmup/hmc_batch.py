@@ -10,10 +10,8 @@ arguments. A trial is the same program with a fresh start in every step, so that
 each step log h grows by `gain · (acceptance − target)`; a gain of 0 keeps it, as exact chains need.
 """
 
-from __future__ import annotations
-
 import functools
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +36,11 @@ class SeedTree(NamedTuple):
     path: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, key: Key) -> SeedTree:
+    def of(cls, key: Key) -> Self:
         """The root of the tree of a key."""
         return cls(tuple(np.ravel(jax.random.key_data(key)).tolist()))
 
-    def child(self, number: int) -> SeedTree:
+    def child(self, number: int) -> Self:
         """A node below, for each number from 0 on another."""
         return self._replace(path=(*self.path, number))
 

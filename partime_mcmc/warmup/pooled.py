@@ -13,11 +13,9 @@ is about a thousand gradients where a sequential adaptation has tens of thousand
 all chains side by side, or parallel in time as well where lanes are many.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
-from typing import Callable
+from typing import Callable, Self
 
 import jax
 import jax.numpy as jnp
@@ -206,7 +204,7 @@ class Pool:
     notes: list[str]
 
     @classmethod
-    def at(cls, starts: np.ndarray, metric: np.ndarray) -> Pool:
+    def at(cls, starts: np.ndarray, metric: np.ndarray) -> Self:
         """Chains that have not moved yet: their starts stand for draws."""
         states = np.broadcast_to(starts, (STEPS, *starts.shape))
         nothing = np.zeros(states.shape)
