@@ -23,7 +23,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from partime_mcmc.distributed.mesh import OnDevices
 from partime_mcmc.distributed.sharded_solve import time_axis
-from partime_mcmc.engine import Windows
 from partime_mcmc.sampling.arguments import SampleArguments
 from partime_mcmc.storage.saved_run import fingerprint_of, name_of
 from partime_mcmc.types import PyTree, jax_config
@@ -34,15 +33,13 @@ Gather = Callable[[tuple, Mesh, PartitionSpec, Callable[..., PyTree]], Any]
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
-def check_mesh(mesh: Mesh, num_chains: int, schedule: Any) -> None:
-    """Refuse a mesh that chains cannot be laid on, or a schedule that cannot be spread.
+def check_mesh(mesh: Mesh, num_chains: int) -> None:
+    """Refuse a mesh that chains cannot be laid on.
 
     Raises:
         ValueError: If an axis is missing, or does not divide the number of chains, or would only repeat work, or a host has
-            no device in it, or the schedule has a moving window.
+            no device in it.
     """
-    if schedule is not None and not isinstance(schedule, Windows):
-        raise ValueError(f"schedule: got {schedule!r} with a mesh, wanted Windows(size) or None")
     time_axis(mesh)
     if "chains" not in mesh.shape or num_chains % mesh.shape["chains"]:
         raise ValueError(

@@ -30,7 +30,7 @@ from partime_mcmc.diagnostics.checks import check_deterministic, check_precision
 from partime_mcmc.distributed.collectives import check_mesh, check_same_arguments, gather_to_all
 from partime_mcmc.distributed.executor import MeshExecutor
 from partime_mcmc.distributed.multihost import FirstHostSink, OtherHostSink
-from partime_mcmc.engine import Schedule, Tolerance
+from partime_mcmc.engine import Schedule, Tolerance, Windows
 from partime_mcmc.kernels import Kernel
 from partime_mcmc.kernels.coupling import Coupling
 from partime_mcmc.kernels.kernel_program import Builder, fixed_coupling
@@ -196,6 +196,8 @@ def sample(
         raise ValueError(
             f"thinning: got {thinning} without a store; draws in memory are all kept: slice them, or give store="
         )
+    if mesh is not None and not (schedule is None or isinstance(schedule, Windows)):
+        raise ValueError(f"schedule: got {schedule!r} with a mesh, wanted Windows(size) or None")
     arguments = _arguments(
         key,
         target,
@@ -319,7 +321,7 @@ def _arguments(
         pilots_key = jax.random.fold_in(warmup_key, 1)
         choose = functools.partial(choose_coupling_by_pilots, key=pilots_key)
     if others["mesh"] is not None:
-        check_mesh(others["mesh"], num_chains, others["schedule"])
+        check_mesh(others["mesh"], num_chains)
     return SampleArguments(
         front="sample",
         target=target,

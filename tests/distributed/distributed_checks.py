@@ -383,7 +383,7 @@ def draws_of_coalescing_chains_are_the_same_bits_on_any_number_of_devices():
     np.testing.assert_allclose(
         sum(draws.report.evaluations_by_part), draws.report.evaluations_per_sample, rtol=0.5
     )
-    assert draws.plan["num_chains"] == 2 and draws.plan["coupling"] == "MultishiftCoupling()"
+    assert draws.plan["num_chains"] == 2 and draws.plan["num_samples"] == 515
 
 
 def travelling(solver, num_steps, dimension=4):
