@@ -6,9 +6,8 @@ so that a second run with other seeds, step sizes or data of the same shapes com
 hang on captured arrays are made explicit first. Compilation and execution can be timed apart, because programs are
 compiled ahead.
 
-No argument is donated. Of those of a solve, the random numbers are read again by the certificate and by the sequential finish of a
-chain that did not converge, which also needs the starts; the first guess is made inside the program and is no argument;
-parameters serve every stretch. What could be given up is one state per chain.
+No argument is donated: the certificate and the sequential finish of a chain that did not converge read starts and random
+numbers of a solve again, and parameters serve every window.
 """
 
 import collections

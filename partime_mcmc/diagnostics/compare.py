@@ -20,9 +20,6 @@ and warm-up as far as both have them) and their states have one dtype. The level
 The certificate is a claim about the parallel path alone; the sequential run is a second witness, and may refute it.
 z-scores, Kolmogorov-Smirnov and joint test each err with probability ``family_alpha`` at most, and a pass is worth what
 ``min_detectable_shift`` states (:mod:`partime_mcmc.diagnostics.distribution` has the tests).
-
-Left out: estimates of forward error, conditioning and Lyapunov exponent; and the second, ten times longer run that a
-suspicious verdict deserves.
 """
 
 from typing import Any

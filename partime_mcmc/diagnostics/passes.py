@@ -2,8 +2,7 @@
 
 Pass k leaves a path x̂ with residuals |f(x̂_{t-1}, u_t) − x̂_t|. After k passes of a Newton-like solver at least the
 first k steps are exact; where the recurrence forgets, all of time converges at once instead of from the front. The
-solvers' own steps are taken one after another from the host, as `solve` takes them inside a compiled loop: for pictures
-of short stretches.
+solver's steps are taken from the host one by one, as `solve` takes them inside a compiled loop: for pictures.
 """
 
 import functools

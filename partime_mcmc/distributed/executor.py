@@ -12,8 +12,6 @@ Step t of a chain has the key that it has on one device, so the draws are the sa
 do not round by batch width (coalescing MALA). Every host runs the same loop and reaches the same decisions, because all it
 looks at has been exchanged. A window gives each of P devices n steps; what is left of a chunk at the end goes in shorter
 shards, and fewer than P steps (or a rest not worth another program) are computed by every device for itself.
-
-Left out: advice (take it from a run on one device), kernels whose counters follow from stepping only.
 """
 
 import dataclasses

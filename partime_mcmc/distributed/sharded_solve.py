@@ -11,7 +11,7 @@ A length that devices cannot share evenly is filled up with steps that stand sti
 off from what is returned. Derivatives go by the implicit function theorem around the whole path (`TimeOnMesh`), not
 through the solve.
 
-Left out: schedules with a moving window (stretches go one after another outside, each of them spread over all devices).
+Schedules with a moving window are left out: call this for one window after another.
 """
 
 import dataclasses

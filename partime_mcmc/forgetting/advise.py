@@ -106,8 +106,8 @@ def advise(
     Args:
         dynamics: The recurrence of one chain; for a kernel `kernel.dynamics()`.
         initial: `x_0` of one chain, from which shooting guesses: half of the pilot pairs start here.
-        drives: Drives of one chain, leaves `(T', ...)`, any length; the pilots take stretches of them, at most
-            max(512, num_steps / 32) steps long.
+        drives: Drives of one chain, leaves `(T', ...)`, any length; a pilot takes at most
+            max(512, num_steps / 32) of them.
         starts: At least two states to forget, as warm-up or the chains left them: leaves `(K, ...)`, or one array
             `(K, D)` of flat states.
         num_steps: T, steps per chain.
@@ -189,7 +189,7 @@ def _rerun(steps, met, last: float, levels: tuple[int, ...]) -> float:
 
 
 def _pilots(dynamics, start, pool, drives, num_steps, tolerance) -> tuple[MeetingTimes, int]:
-    """Meeting times of pilot pairs, each under its own stretch of the drives, and how many steps were allowed."""
+    """Meeting times of pilot pairs, each under drives of its own, and how many steps were allowed."""
     available = min(leaf.shape[0] for leaf in jax.tree.leaves(drives))
     looked = min(available, max(_MIN_PILOT, min(_MAX_PILOT, num_steps // _PILOT_SHARE)))
     count = pool.shape[0]

@@ -60,7 +60,7 @@ def meeting_times(
         dynamics: The recurrence.
         starts: One start per pair, leaves `(K, ...)`.
         others: The other start of each pair, likewise.
-        drives: Leaves `(K, T, ...)`, a stretch of drives per pair, or `(T, ...)`, shared by all. Where both readings
+        drives: Leaves `(K, T, ...)`, drives of its own for each pair, or `(T, ...)`, shared by all. Where both readings
             are possible (T = K) it is the first.
         tolerance: How near two states must be to count as one; 0 asks for equal bits.
         max_steps: Steps to look at, at most T; None is T.

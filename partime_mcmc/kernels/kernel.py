@@ -182,9 +182,9 @@ class Kernel:
 
     def tape_of(self, keys: Key, state: PyTree) -> Tape:
         """The tape of given step keys, leading axis `T`, for a chain that starts from `state`."""
-        return self.stretch_of(keys, state)[0]
+        return self.tape_and_discrete(keys, state)[0]
 
-    def stretch_of(self, keys: Key, state: PyTree) -> tuple[Tape, dict]:
+    def tape_and_discrete(self, keys: Key, state: PyTree) -> tuple[Tape, dict]:
         """As `tape_of`, with the discrete leaves after the last step: what the next tape of the chain starts from."""
         start, randomness, num_steps = self.discrete(state), keys, keys.shape[0]
         if isinstance(self.algorithm, ExplicitRandomnessKernel):

@@ -155,7 +155,7 @@ class _DrawTapes(HashableFunction):
         def one(carry, discrete, key):
             places = first + jnp.arange(num_steps, dtype=jnp.uint32)
             split = step_keys(key, places, None if known is None else known + num_steps)
-            return carry, *kernel.stretch_of(split, kernel.state(carry, discrete))
+            return carry, *kernel.tape_and_discrete(split, kernel.state(carry, discrete))
 
         return jax.vmap(one)(carries, discrete, keys)
 

@@ -13,7 +13,7 @@ of half chains, not rank-normalised.
 
 Sources: Chan, Golub, LeVeque 1983 (merging); Flyvbjerg and Petersen 1989 (blocking); Gupta and Vats 2020,
 arXiv:2007.04229 (batches of several chains about one mean); Gelman et al., Bayesian Data Analysis, 3rd ed., section
-11.4 (R-hat). Left out: ranks and tails, for which draws are needed.
+11.4 (R-hat).
 """
 
 import dataclasses

@@ -8,13 +8,10 @@ random bit.
 
 Accuracy, stated and certain: a quantile lies in a bin that is known, at most 1/64 of its distance from c wide (narrower
 bins towards c, and ends that are the smallest and largest draw); within the bin ranks are interpolated. `rank_errors`
-is the share of all draws in that bin, which bounds the error in rank. Usually both errors are a hundredth of
-these bounds.
+is the share of all draws in that bin, which bounds the error in rank.
 
 Source: relative-error sketches (Masson, Rim, Lee 2019, DDSketch, arXiv:1908.10693), here around a centre and without
-    collapsing. Not
-a KLL sketch: its compactions take random bits that cannot be fixed, so that no two runs give the same one. Left out:
-merging of histograms.
+collapsing. Not a KLL sketch: its compactions take random bits, so that no two runs give the same one.
 """
 
 import dataclasses
