@@ -145,8 +145,7 @@ def hold(initial: PyTree, states: PyTree, held: Array) -> PyTree:
     Returns:
         The path, exact on rejected steps.
     """
-    index = jnp.arange(held.shape[0]) + 1
-    last = jax.lax.cummax(jnp.where(held, 0, index))
+    last = jax.lax.cummax(jnp.where(held, 0, jnp.arange(held.shape[0]) + 1))
     everything = jax.tree.map(
         lambda first, rest: jnp.concatenate([first[None], rest]), initial, states
     )

@@ -192,8 +192,7 @@ def _leading(flags: Array) -> Array:
 def _spread(flat: Array, axis: TimeAxis) -> Array:
     """Standard deviation of each coordinate over the whole window; 1 where it does not move."""
     count = axis.length(flat.shape[0])
-    center = axis.total(flat) / count
-    spread = jnp.sqrt(axis.total((flat - center) ** 2) / count)
+    spread = jnp.sqrt(axis.total((flat - axis.total(flat) / count) ** 2) / count)
     return jnp.where(jnp.isfinite(spread) & (spread > 0), spread, 1)
 
 

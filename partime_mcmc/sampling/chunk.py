@@ -32,7 +32,7 @@ class RunReport:
         evaluations_per_sample: Evaluations of the kernel's step per draw, averaged over chains, fallbacks included.
         jvps_per_sample: Jacobian-vector products of the step per draw.
         depth: Longest run of dependent steps over all windows, the worst chain.
-        fallbacks: One sentence per window and chain that was finished sequentially, and why.
+        fallbacks: One sentence per window and chain that was finished sequentially, and why; and per chunk that was cut.
         num_sequential: Draws per chain that came from the sequential fallback, shape `(C,)`.
         residual_history: Largest residual by iteration in the first window, shape `(C, H)`, NaN beyond the last.
         seconds_compile: Tracing and compilation.
@@ -186,6 +186,11 @@ def without_steps(certificate: Certificate) -> Certificate:
         num_steps=certificate.num_steps.astype(np.int64),
         worst_step=certificate.worst_step.astype(np.int64),
     )
+
+
+def interrupted(status: Sequence[Status]) -> tuple[Status, ...]:
+    """Verdicts of a run that the user ended: INTERRUPTED for the chains that had converged."""
+    return tuple(Status.INTERRUPTED if one == Status.CONVERGED else one for one in status)
 
 
 def merge_reports(

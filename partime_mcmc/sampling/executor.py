@@ -21,7 +21,7 @@ import numpy as np
 from partime_mcmc.certify.certificate import Certificate
 from partime_mcmc.compile_cache import Timings, as_committed_array, versions
 from partime_mcmc.engine import Solution, Status
-from partime_mcmc.sampling.chunk import ChainState, Chunk, RunReport, with_frozen
+from partime_mcmc.sampling.chunk import ChainState, Chunk, RunReport, interrupted, with_frozen
 from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.sampling.progress import Progress
 from partime_mcmc.types import PyTree
@@ -141,16 +141,14 @@ class RunRecorder:
         return verdicts, states, finite
 
     def interrupt(self, done: int) -> None:
-        """Say of all chains that are well that they end after `done` steps because the user said so.
+        """Mark every converged chain as INTERRUPTED after `done` steps.
 
         Args:
             done: Steps whose windows were kept; an interrupt between recording a window and keeping it leaves fewer
                 than counted.
         """
         self.num_steps, self.interrupted = done, True
-        self.status = [
-            Status.INTERRUPTED if one == Status.CONVERGED else one for one in self.status
-        ]
+        self.status = [*interrupted(self.status)]
 
     def progress(self) -> dict[str, Any]:
         """What a progress line shows."""
@@ -245,7 +243,7 @@ class ProgressReporter:
             rate = self._steps * self._num_chains / max(now - self._begin, 1e-9)
             self._shown["draws/s"] = f"{rate:,.0f}"
         else:
-            # The first window was compiled as well: speed is that of the others.
+            # The time of the first window has its compilation in it, and is left out of draws/s.
             self._begin = now
         self._chunk += steps
         self._shown |= shown
@@ -324,8 +322,8 @@ def _fitting_chunk(
         reporter.undo()
         state = dataclasses.replace(state, max_window=steps // 2)
         notes.append(
-            f"steps {state.num_steps} to {state.num_steps + steps}: the device ran out of memory; from there on at most {steps // 2} "
-            "steps at once"
+            f"steps {state.num_steps} to {state.num_steps + steps}: the device ran out of memory; "
+            f"from there on at most {steps // 2} steps at once"
         )
     report = dataclasses.replace(chunk.report, fallbacks=(*notes, *chunk.report.fallbacks))
     after = dataclasses.replace(chunk.state, max_window=state.max_window)

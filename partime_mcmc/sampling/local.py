@@ -2,10 +2,10 @@
 
     draw      the random numbers of the chunk, per group of chains (`chain_groups`)
     solve     window w of every chain is the recurrence x_t = f(x_{t-1}, u_t) for its part of the tape, from where the
-              chain ended before; a chain whose solve does not converge is finished sequentially (`run_recorder`)
-    certify   read from what steps recorded while they were rolled, where all were; elsewhere one independent pass over the
-              whole path. A solver stops within a tolerance, so steps on which the kernel stands still are then made to
-              stand still to the last bit: what is returned is what was certified.
+              chain ended before; a chain whose solve does not converge is finished sequentially (`executor.RunRecorder`)
+    certify   where every step was computed by rolling, from what it recorded; elsewhere the kernel is evaluated once
+              more along the whole path. A solver is accurate to its tolerance only, so rejected steps are then set to
+              the state before them: what is returned is what was certified.
 
 Groups are solved side by side and recorded together. One bad chain never changes how the others are run, so that their
 draws stay the same bits. An interrupt from the keyboard keeps the windows that are done.
@@ -98,7 +98,7 @@ class LocalExecutor:
         try:
             return certify()
         except KeyboardInterrupt:
-            # Certifying takes a fraction of what would be lost where nothing comes after these steps.
+            # These are the last steps: certifying them takes a fraction of the time that would be lost.
             if recorder.first + recorder.num_steps < plan.last_step and not recorder.interrupted:
                 raise
             return certify()
@@ -292,7 +292,7 @@ def _certified(
 
 class _Certify(HashableFunction):
     """Certificate, records, last carries and positions of a path, from what its steps recorded; a path without that is
-    certified independently, and then stands still where its kernel does. The part is the kernel's program."""
+    certified independently, with rejected steps set to the state before. The part is the kernel's program."""
 
     def __call__(
         self, params, initial, states, tape, *recorded

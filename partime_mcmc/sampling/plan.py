@@ -41,10 +41,10 @@ class Plan:
 
     Attributes:
         target: What is sampled.
-        kernel: ParametrisedKernel.
+        kernel: The tuned kernel.
         recurrence: Of the kernel, without captured arrays.
         keys: One per chain, shape `(C,)`.
-        first_step: Steps that the chains had behind them when the run began: the keys may have been used before.
+        first_step: Steps that the chains had taken before this run, from which random numbers are counted.
         num_samples: T, steps of the run per chain.
         solver: What solves a window.
         schedule: How a chunk is cut into windows.
@@ -124,7 +124,7 @@ def prepare(arguments: SampleArguments, progress: Progress) -> tuple[Plan, Chain
     keys, dtype = asked.chain_keys, jax.tree.leaves(state.carries)[0].dtype
     dynamics = recurrence(kernel, keys, state, Timings(), asked.certificate)
     rows, parts = mesh_shape(mesh)
-    # Over a mesh devices share the chains, not cores.
+    # On a mesh chains are spread over devices instead of cores: one group.
     groups, steps = 1, asked.num_samples
     if mesh is None:
         groups, steps = num_groups(asked.num_chains, dynamics), chunk
@@ -194,7 +194,7 @@ def _warmed_up(asked: SampleArguments, builder: Builder, progress: Progress) -> 
     suspicion = looks_improper(starts, warmup.positions, warmup.settings.get("step_size", 1.0))
     if suspicion:
         progress.warn(suspicion)
-    # On the host: every small operation on arrays of a device is a program of its own.
+    # Cut with NumPy: JAX would compile a small program for each operation.
     first = jax.tree.map(lambda leaf: np.asarray(leaf)[: asked.num_chains], warmup.positions)
     warmup = dataclasses.replace(
         warmup, positions=jax.device_put(first), logdensity=warmup.logdensity[: asked.num_chains]

@@ -16,6 +16,7 @@ never interrupted: on the same machine and versions, bit for bit.
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 from collections.abc import Mapping
@@ -35,7 +36,13 @@ from partime_mcmc.kernels import Kernel
 from partime_mcmc.kernels.coupling import Coupling
 from partime_mcmc.kernels.kernel_program import Builder, fixed_coupling
 from partime_mcmc.sampling.arguments import SampleArguments, as_store, check_strategies, key_words
-from partime_mcmc.sampling.chunk import ChainState, Chunk, merge_certificates, merge_reports
+from partime_mcmc.sampling.chunk import (
+    ChainState,
+    Chunk,
+    interrupted,
+    merge_certificates,
+    merge_reports,
+)
 from partime_mcmc.sampling.defaults import SHORT_RUN
 from partime_mcmc.sampling.draws import Draws, hardly_moves, spread_positions
 from partime_mcmc.sampling.local import LocalExecutor
@@ -57,8 +64,8 @@ from partime_mcmc.warmup.warmup import Adaptation, Warmup
 class MemorySink(contextlib.AbstractContextManager):
     """Keeps all chunks in memory, on every host.
 
-    Every sink takes chunks in order and is a context manager, left once after everything else; `gather` says which hosts
-    get the draws of a chunk in a run over a mesh (`distributed.collectives`).
+    A sink is given the chunks in order. It is a context manager, closed last. On a mesh `gather` decides which hosts get
+    the draws of each chunk (`distributed.collectives`).
     """
 
     gather = staticmethod(gather_to_all)
@@ -77,8 +84,12 @@ class MemorySink(contextlib.AbstractContextManager):
         self._chunks.append(chunk)
 
     def interrupt(self) -> None:
-        """Raise the interrupt again: there is no whole chunk."""
-        raise KeyboardInterrupt
+        """Return the chunks that are done; raise the interrupt again if there is none."""
+        if not self._chunks:
+            raise KeyboardInterrupt
+        report = self._chunks[-1].report
+        report = dataclasses.replace(report, status=interrupted(report.status), interrupted=True)
+        self._chunks[-1] = dataclasses.replace(self._chunks[-1], report=report)
 
     def close(self) -> Draws:
         """The draws of all chunks, one after another."""
@@ -151,15 +162,16 @@ def sample(
         coupling: For a builder, how its noise is drawn: `CommonRandomNumbers()` gives BlackJAX's own draws bit for bit,
             `MultishiftCoupling()` the same law with a shorter memory. None: in runs of 1,024 draws or more with the default
             solver the coupling with which pilot pairs meet sooner, and the warm-up's notes say so; plain otherwise.
-        solver: A recipe; None is shooting with as many segments as fill the device. Chains that do not forget fall back
-            to the sequential loop after two windows; `draws.advice` says why.
+        solver: A recipe; None is shooting with as many segments as fill the device. A chain that does not converge in a
+            window is finished sequentially; after two windows in which none did, the rest of the run is sequential, and
+            `draws.advice` says why.
         schedule: How time is cut; None is windows of 16,384 steps.
         tolerance: How small residuals must be; None is a small part of what the certificate allows.
         max_iterations: Iterations per window before a chain is finished sequentially; None is the solver's default.
         max_bytes: Memory that the run may take, over a mesh on each device; None is most of the device's. Checked before
             anything is allocated.
         store: A folder, or a `Store` of one, for runs longer than memory: draws are certified and written there chunk by
-            chunk. A folder that holds this very run already is gone on with; see `resume`.
+            chunk. If the folder holds this very run already, that is continued; see `resume`.
         thinning: With a store, of so many draws the last is kept; statistics and certificate are of all of them.
         mesh: Devices, of one or several hosts, to spread chains and time over, from `distributed.time_mesh`: the same
             draws to rounding, as NumPy arrays on every host. With a store, all hosts see its folder and the first one
@@ -239,7 +251,7 @@ def run(arguments: SampleArguments, progress: Progress) -> tuple[Plan, Draws | S
     with open_sink(arguments, progress) as sink:
         plan, state = sink.start(functools.partial(prepare, arguments, progress))
         executor = LocalExecutor(plan, progress)
-        # Nothing is to be spread where there are no steps.
+        # Without steps there is nothing to spread over a mesh.
         if arguments.mesh is not None and plan.num_samples:
             executor = MeshExecutor(plan, progress, arguments.mesh, sink.gather)
         try:

@@ -96,8 +96,7 @@ class DenseMessage(_Message):
     def smoother(belief: DenseBelief, following: Dense) -> Dense:
         """The map from the smoothed mean at t+1 to that at t, `following` being the step t → t+1 with noise I."""
         P, A = belief.covariance, following.matrix
-        predicted = A @ P @ A.T + jnp.eye(A.shape[-1], dtype=A.dtype)
-        gain = solve(predicted, A @ P).T
+        gain = solve(A @ P @ A.T + jnp.eye(A.shape[-1], dtype=A.dtype), A @ P).T
         return Dense(gain, belief.mean - gain @ following(belief.mean))
 
 

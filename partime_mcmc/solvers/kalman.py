@@ -174,8 +174,7 @@ def trust_region_step(maps: PyTree, damping: Array, like: Array, axis: TimeAxis)
     beliefs = axis.prefix(messages, message.certain(nothing))
     # The last step has nothing after it: its smoothed mean is its filtered mean, a map that ignores its argument.
     after_last = jax.tree.map(lambda leaf: jnp.zeros_like(leaf[0]), maps)
-    following = axis.following(maps, after_last)
-    backwards = jax.vmap(message.smoother)(beliefs, following)
+    backwards = jax.vmap(message.smoother)(beliefs, axis.following(maps, after_last))
     return axis.suffix(backwards, nothing)
 
 

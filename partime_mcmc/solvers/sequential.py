@@ -1,7 +1,7 @@
 """The sequential solver: one step after another, whatever the guess.
 
-It gives a sequential run the same loop, schedules, verdicts and records as every parallel one. Its path obeys the recurrence as evaluated by the scan that made it, with residual 0 up to
-the first step that is not finite, so one pass is enough.
+A sequential run has the same loop, schedules, verdicts and records as a parallel one. Its path obeys the recurrence as
+evaluated by the scan that made it, with residual 0 up to the first step that is not finite, so one pass is enough.
 """
 
 from typing import ClassVar

@@ -3,10 +3,10 @@
     search    plain HMC, 16 steps at a time: every chain has its own step size (log h += 1.5 (acceptance − 0.7)) and
               paths of 1 to 7 leapfrog steps; after each batch a Fisher metric from all chains. It ends once the median
               log density gains less than max(1, √(D/2)) over a batch, after 64 steps at the earliest
-    rescue    a chain whose mean log density lies 20 + 5 D below the median of the better half goes on from a good
-    chain's state windows   of 32, 64, 128, 256 steps with step size, path and metric frozen, so that they are ordinary
-              chains, which can be solved in parallel time; after each a new metric, and by trials (`path`) a new step
-              size and path
+    rescue    a chain whose mean log density lies 20 + 5 D below the median of the better half goes on from the state
+              of a good chain
+    learn     windows of 32, 64, 128, 256 steps with step size, path and metric frozen: ordinary chains, which can be
+              solved in parallel time; after each a new metric, and by trials (`tuning`) a new step size and path
 
 Chains are pooled, so that a metric is known after some hundred steps and hardly any step waits for another: the depth
 is about a thousand gradients where a sequential adaptation has tens of thousands. How windows are run is a strategy:
@@ -231,7 +231,7 @@ class PooledAdaptation:
         windows: Steps of each window; those that do not fit into the steps allowed are left out.
         metric: How the metric is estimated; None is dense up to 300 dimensions, low-rank beyond.
         guess: A first metric, `(D, D)` or `(D,)`; None is the identity.
-        run: How a window is run: `side_by_side` or `in_parallel_time` (`windows`); None is what suits the device.
+        run: How a window is run: `side_by_side` or `in_parallel_time`; None is what suits the device.
     """
 
     num_chains: int = 8

@@ -747,6 +747,26 @@ def test_a_full_device_gets_half_as_many_steps_at_once(tmp_path, memory, monkeyp
         run(num_samples=CHUNK)
 
 
+def test_an_interrupt_after_a_whole_chunk_in_memory_keeps_that_chunk(memory, monkeypatch):
+    class Interrupted(Exhausted):
+        def __call__(self, *given):
+            if len(self.steps) == 4:
+                raise KeyboardInterrupt
+            return super().__call__(*given)
+
+    device = Interrupted(2)
+    monkeypatch.setattr(local, "solve_windows", device)
+    draws = run(num_samples=CHUNK)
+    assert device.steps == [24, 12, 6, 6] and draws.num_samples == draws.plan["num_samples"] == 12
+    assert set(draws.status) == {Status.INTERRUPTED} and not draws.finished
+    np.testing.assert_allclose(
+        draws.constrained["place"], np.asarray(memory.constrained["place"])[:, :12], atol=1e-8
+    )
+    # Before the first chunk is done there is nothing to keep.
+    with pytest.raises(KeyboardInterrupt):
+        run(num_samples=CHUNK)
+
+
 def test_chunks_fit_and_divide_the_run():
     def steps(
         num_samples,
