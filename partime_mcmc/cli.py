@@ -5,8 +5,8 @@ files or a model that cannot work: one sentence on standard error says why, and 
 programs: 130 after an interrupt. What is in a store is safe.
 
 MODEL is a NumPyro model, a `Target`, or a function that returns a `Target` or `(logdensity, initial)`; data are its
-keyword arguments by name. Loading a file runs it, as Python would. The command line is the only part of the package
-that may switch JAX to float64, and does so when asked to, and for built-in models that need it.
+keyword arguments by name. Loading a file runs it. JAX is switched to float64 when asked to, and for built-in models
+that need it; nothing else in the package does that.
 """
 
 import argparse

@@ -402,6 +402,5 @@ def layouts(
         found.append(shared(rest // num_devices, unit))
         rest -= found[-1][0].length
     if rest:
-        alone = Layout(whole.mesh, LocalTime(), rest, CHAINS)
-        found.append((alone, fitting(min(unit, rest))))
+        found.append((Layout(whole.mesh, LocalTime(), rest, CHAINS), fitting(min(unit, rest))))
     return found

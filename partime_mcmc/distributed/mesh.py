@@ -14,8 +14,7 @@ missed its heartbeats. What a store holds is durable: start the same run again, 
 
     log p(x) = log prior(x) + Σ_q ℓ_q(x),     ∇ log p(x) = ∇ log prior(x) + Σ_q ∇ℓ_q(x)
 
-Inside `jax.shard_map`, `summed(ℓ)` is the sum over the devices of one mesh axis, and so is its gradient: one all-reduce of
-one number and one of D. Left out: hosts that join later, and runs that go on with fewer hosts.
+Inside `jax.shard_map`, `summed(ℓ)` is the sum over the devices of one mesh axis, and so is its gradient.
 """
 
 import contextlib

@@ -15,8 +15,7 @@ ask of time are answered with collectives over one mesh axis:
 
 No collective carries a path: what travels in one pass is O(D) per device for states and diagonal maps and O(D²) for
 dense ones, whatever T is (prefix sums over processors: Blelloch 1990; Ladner & Fischer 1980). `TimeOnMesh` asks the same
-questions from outside, of whole arrays; derivatives go through it, because a transpose wants to know what is the same
-everywhere.
+questions from outside, of whole arrays: for derivatives, whose transposes must know what all devices share.
 """
 
 import functools

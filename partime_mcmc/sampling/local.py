@@ -7,8 +7,8 @@
               more along the whole path. A solver is accurate to its tolerance only, so rejected steps are then set to
               the state before them: what is returned is what was certified.
 
-Groups are solved side by side and recorded together. One bad chain never changes how the others are run, so that their
-draws stay the same bits. An interrupt from the keyboard keeps the windows that are done.
+Groups are solved side by side and recorded together; a bad chain never changes how others are run, bit for bit. An
+interrupt keeps the windows that are done.
 """
 
 import dataclasses

@@ -108,8 +108,7 @@ class Target:
                 Exception
             ):  # whatever a function for single keys raises on a batch: then one after another
                 pass
-        starts = [self.start(key) for key in keys]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(self.start, keys))
 
     def example(self) -> PyTree:
         """Structure, shapes and types of a position, without computing one where that can be avoided."""

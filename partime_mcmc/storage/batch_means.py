@@ -12,8 +12,7 @@ least 8 batches a chain; a chain that is too short for that has an estimate that
 of half chains, not rank-normalised.
 
 Sources: Chan, Golub, LeVeque 1983 (merging); Flyvbjerg and Petersen 1989 (blocking); Gupta and Vats 2020,
-arXiv:2007.04229 (batches of several chains about one mean); Gelman et al., Bayesian Data Analysis, 3rd ed., section
-11.4 (R-hat).
+arXiv:2007.04229 (batches of several chains about one mean); Gelman et al. 2013, section 11.4 (R-hat).
 """
 
 import dataclasses

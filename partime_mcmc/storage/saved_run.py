@@ -9,9 +9,7 @@ changed. Numbers that a model has written into itself belong to the program.
 
 The kernel is made again from the model and the builder that the user gives, and from the stored numbers. The run that
 writes them goes on from what it reads back, so that a resumed run cannot differ from it.
-
-Left out: what a program calls outside of JAX (a host callback's code), and settings of the compiler that come from the
-environment.
+Not seen are the code of a host callback and compiler settings from the environment.
 """
 
 import dataclasses
@@ -374,8 +372,7 @@ def unpack_plan(
     state = chain_state_of(decode(words["state"]), kernel, example)
     dynamics = recurrence(kernel, keys, state, Timings(), choices["certificate"])
     require_same(words["program"], program_of(dynamics, kernel), where)
-    plan = Plan(target=target, kernel=kernel, recurrence=dynamics, keys=keys, **choices)
-    return plan, state
+    return Plan(target=target, kernel=kernel, recurrence=dynamics, keys=keys, **choices), state
 
 
 def read_choices(data: bytes, where: str) -> dict[str, Any]:

@@ -11,8 +11,7 @@ is given the same chunks (on one machine, with the same NumPy).
 
 Accuracy: moments are exact up to rounding (Chan, Golub, LeVeque 1983). A quantile's error in rank is bounded by
 `rank_error`, the share of the draws in its bin (see `histogram`). R-hat and effective sample size come from batches
-(see `batch_means`): about 15% for four chains, and not rank-normalised. What is not finite stays so: the mean, or all of a
-row, becomes NaN.
+(see `batch_means`): about 15% for four chains, and not rank-normalised. What is not finite makes the mean or row NaN.
 """
 
 import dataclasses

@@ -10,8 +10,7 @@ Zarr's view of it is the metadata of a checkpoint, and files of draws that are w
 
     key                                     where it is read from
     posterior/theta/zarr.json               the checkpoint: an array is as long as there are committed draws
-    posterior/theta/c.0.7.0                 the checkpoint if the file is partly filled, and so written again by the next
-                                            chunk; else the file, if it has its digest
+    posterior/theta/c.0.7.0                 the checkpoint while the file is partly filled; then the file, by its digest
 
 What a checkpoint does not name does not exist. Needs zarr 3, and is imported only where draws are written or read.
 """
