@@ -8,8 +8,8 @@ model, a program, and the arrays are the data. Either has a hash of its own, so 
 changed. Numbers that a model has written into itself belong to the program.
 
 The kernel is made again from the model and the builder that the user gives, and from the stored numbers. The run that
-writes them goes on from what it reads back, so that a resumed run cannot differ from it.
-Not seen are the code of a host callback and compiler settings from the environment.
+writes them goes on from what it reads back, so that a resumed run cannot differ from it. The code of a host callback and
+compiler settings from the environment are not compared.
 """
 
 import dataclasses
