@@ -322,16 +322,16 @@ class ParallelMCMC(MCMC):
             check_fields(collect_fields, self.postprocess_fn)
         arguments = self._arguments(target, keys, num_steps, init_params, state)
         progress = chosen_progress(self.progress_bar)
-        self._stored = None
         if not num_steps:
             # `warmup()` collects nothing.
             plan, chain_state = prepare(arguments, progress)
+            self._stored = None
             self._adopt(plan)
             if state is None:
                 state = hmc_state(plan, chain_state, self.sampler)
             return empty_collection(state, self.num_chains)
         plan, draws = run(arguments, progress)
-        self._draws = draws
+        self._draws, self._stored = draws, None
         self._adopt(plan)
         assert draws.state is not None, "chains that have made steps stand somewhere"
         if isinstance(draws, StoredDraws):

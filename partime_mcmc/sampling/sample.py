@@ -203,8 +203,9 @@ def sample(
     num_samples = check_count(num_samples, "num_samples", 0)
     num_chains = check_count(num_chains, "num_chains", 1)
     fewest = 0 if isinstance(kernel, (Kernel, Warmup)) else FEWEST_WARMUP
-    check_count(num_warmup, "num_warmup", fewest)
-    if check_count(thinning, "thinning", 1) > 1 and store is None:
+    num_warmup = check_count(num_warmup, "num_warmup", fewest)
+    thinning = check_count(thinning, "thinning", 1)
+    if thinning > 1 and store is None:
         raise ValueError(
             f"thinning: got {thinning} without a store; draws in memory are all kept: slice them, or give store="
         )
@@ -222,8 +223,8 @@ def sample(
         solver=solver,
         schedule=schedule,
         tolerance=tolerance,
-        max_iterations=max_iterations,
-        max_bytes=max_bytes,
+        max_iterations=None if max_iterations is None else int(max_iterations),
+        max_bytes=None if max_bytes is None else check_count(max_bytes, "max_bytes", 1),
         thinning=thinning,
         certificate=certificate,
         mesh=mesh,

@@ -68,7 +68,7 @@ def write_copy(path: Path, data: bytes) -> None:
 def _write(path: Path, data: bytes, flush: Callable[[int], None]) -> None:
     partial = path.with_name(PARTIAL + path.name)
     try:
-        _make_folder(path.parent)
+        make_folder(path.parent)
         with open(partial, "wb") as file:
             file.write(data)
             file.flush()
@@ -83,9 +83,9 @@ def _write(path: Path, data: bytes, flush: Callable[[int], None]) -> None:
         ) from error
 
 
-def _make_folder(path: Path) -> None:
+def make_folder(path: Path) -> None:
     if not path.is_dir():
-        _make_folder(path.parent)
+        make_folder(path.parent)
         path.mkdir(exist_ok=True)
         _flush_folder(path.parent, os.fsync)
 

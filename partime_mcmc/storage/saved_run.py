@@ -279,6 +279,9 @@ _SENTENCES = {
     "program": "kernel: its step is another program (another kernel, or a setting written into it)",
     "unit": "kernel: its noise_scale, the unit in which the certificate judges, is another one",
     "tuned": "kernel: the warm-up behind it is another one (settings, metric or positions)",
+    "key_words": "key: it is another one",
+    "key_impl": "key: its random number generator is another one",
+    "front": "the run was begun with the other one of `sample` and `ParallelMCMC.run`",
     "arrays": "kernel: its step holds other arrays (settings, metric or data)",
 }
 

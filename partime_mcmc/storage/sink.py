@@ -98,6 +98,11 @@ class StoreSink:
                 if name not in free
             }
             require_same(folder.read_run(), wanted, str(folder.path))
+        elif begun or folder.draws.exists():
+            raise StoreError(
+                f"store: {folder.path} holds draws but not what they are draws of (run.json): nothing is written over "
+                "them; choose another folder"
+            )
         if not begun:
             # Until chunks are chosen the latest limit of memory counts.
             folder.write_run(run)

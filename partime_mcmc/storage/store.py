@@ -30,6 +30,7 @@ from partime_mcmc.storage.files import (
     PARTIAL,
     Damaged,
     StoreError,
+    make_folder,
     read_file,
     write_copy,
     write_file,
@@ -201,7 +202,7 @@ class Folder:
         import fcntl
 
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             handle = open(self.path / _LOCK, "ab")  # noqa: SIM115 (closed below)
         except OSError as error:
             raise StoreError(
@@ -331,9 +332,8 @@ class Folder:
                 files.update(found.files)
         except Damaged as error:
             reason = str(error)
-        dropped = set(self.path.glob("checkpoint-*.npz")) - set(
-            paths[: good.index + 1 if good else 0]
-        )
+        dropped = {path for path in self.path.iterdir() if _CHECKPOINT.match(path.name)}
+        dropped -= set(paths[: good.index + 1 if good else 0])
         try:
             self._go_back(good, files, dropped)
         except OSError as error:

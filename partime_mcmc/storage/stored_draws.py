@@ -109,6 +109,7 @@ class StoredDraws:
         Raises:
             StoreError: If there are no draws yet.
         """
+        self._begun()
         sums = self.statistics.info if self.statistics else {}
         return sums.get("acceptance_rate", sums["accepted"]) / self.num_samples
 

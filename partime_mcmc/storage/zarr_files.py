@@ -235,8 +235,15 @@ def open_group(path: Path, checkpoint: Checkpoint, digests: Mapping[str, str], g
     files = CommittedFiles(
         path, checkpoint.metadata, checkpoint.tail, dict(digests), read_only=True
     )
-    found = xarray.open_zarr(
-        files, group=group, chunks=None, consolidated=False, zarr_format=3, decode_cf=False
+    # Runs are longer than memory: what is read is not kept.
+    found = xarray.open_dataset(
+        files,
+        engine="zarr",
+        group=group,
+        cache=False,
+        consolidated=False,
+        zarr_format=3,
+        decode_cf=False,
     )
     return found.rename(
         {name: original(str(name)) for name in found if original(str(name)) != name}

@@ -685,7 +685,7 @@ def test_type_versions_and_arguments_are_refused_by_name(whole, monkeypatch):
     ):
         go_on(whole.path, target=target, kernel=store_case.kernel_of(target))
     for changes, message in (
-        ({"key": 1}, "key_words: "),
+        ({"key": 1}, "key: it is another one"),
         ({"num_samples": 96}, "num_samples: the store has 120, got 96"),
         ({"thinning": 2}, "thinning"),
         ({"solver": sequential()}, "solver"),
@@ -860,6 +860,30 @@ def test_strategies_go_into_files_and_foreign_names_do_not_come_out():
 
 
 @pytest.mark.smoke
+def test_what_another_program_keeps_in_the_folder_is_not_touched(tmp_path):
+    theirs = tmp_path / "results" / "draws.zarr" / "zarr.json"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("{}")
+    with pytest.raises(StoreError, match="choose another folder"):
+        run(tmp_path / "results", num_samples=CHUNK)
+    assert theirs.read_text() == "{}"
+
+    run(tmp_path / "run", num_samples=CHUNK)
+    model = tmp_path / "run" / "checkpoint-best.npz"
+    model.write_bytes(b"of another program")
+    draws = go_on(tmp_path / "run")
+    assert draws.finished and model.read_bytes() == b"of another program"
+    # Without the description of the run its draws are nobody's.
+    (tmp_path / "run" / "run.json").unlink()
+    with pytest.raises(StoreError, match="choose another folder"):
+        run(tmp_path / "run", num_samples=CHUNK)
+
+
+def test_reading_keeps_nothing(whole):
+    first = whole.posterior["place"]
+    assert isinstance(first.values, np.ndarray) and not first.variable._in_memory
+
+
 def test_others_read_the_group(whole):
     xarray, arviz = pytest.importorskip("xarray"), pytest.importorskip("arviz")
     path = whole.folder.draws
