@@ -31,8 +31,10 @@ RANKS = [
     {"sampling", "storage", "distributed"},
     {"numpyro"},
     {"models"},
+    {"__init__"},
+    # Programs use the package's own front.
     {"cli"},
-    {"__main__", "__init__"},
+    {"__main__"},
 ]
 
 # Who may import these, as paths below the package; everybody else may not, not even inside a function.

@@ -84,6 +84,7 @@ def _write(path: Path, data: bytes, flush: Callable[[int], None]) -> None:
 
 
 def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, durably."""
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
