@@ -203,8 +203,7 @@ def _drawn(name: str, series: Mapping[str, np.ndarray], **options: Any) -> Any:
         warnings.simplefilter("ignore")  # both generations remark on their own insides
         tree = _from_dict({"posterior": posterior})
         if hasattr(converters, "InferenceData"):
-            axes = getattr(converters, name)(tree, **options)
-            return adopt_figure(np.ravel(axes)[0].figure)
+            return adopt_figure(np.ravel(getattr(converters, name)(tree, **options))[0].figure)
         plot = getattr(importlib.import_module("arviz_plots"), name)
         return adopt_figure(plot(tree, backend="matplotlib").viz["figure"].item())
 

@@ -148,8 +148,7 @@ def coalescence(distances: np.ndarray, tolerance: float = 1e-8) -> Any:
     apart.plot(steps, np.maximum(np.median(distances, axis=0), _FLOOR), color=_INK, linewidth=1.8)
     apart.set_yscale("log")
     # A pair that was within tolerance once, and left again, has not met. NaN is never within.
-    outside = ~(distances <= tolerance)
-    later_apart = np.logical_or.accumulate(outside[:, ::-1], axis=1)[:, ::-1]
+    later_apart = np.logical_or.accumulate(~(distances <= tolerance)[:, ::-1], axis=1)[:, ::-1]
     open_pairs.step(steps, later_apart.mean(axis=0), where="post", color=_BLUE, linewidth=2)
     open_pairs.set_ylim(-0.03, 1.03)
     last = np.flatnonzero(later_apart.any(axis=0)).max(initial=0) + 1

@@ -9,9 +9,8 @@ ask of time are answered with collectives over one mesh axis:
     maximum, total          one all-reduce of one number (of two, where NaN has to be seen)
     length_of_true          one all-reduce of one integer
     in_turn                 P hand-overs, everybody else waiting: the recurrence itself
-    anyone, repeat          one all-reduce of one flag over all devices of the mesh, in which everybody takes part: a
-                            device that has finished goes round with the others and changes nothing, because a
-                            `ppermute` waits for all devices of the program, not only for those of its own chains
+    anyone, repeat          one all-reduce of one flag over all devices of the mesh: one that has finished goes round
+                            with the others and changes nothing, because a `ppermute` waits for all of the program
 
 No collective carries a path: what travels in one pass is O(D) per device for states and diagonal maps and O(D²) for
 dense ones, whatever T is (prefix sums over processors: Blelloch 1990; Ladner & Fischer 1980). `TimeOnMesh` asks the same

@@ -1,11 +1,10 @@
 """Advice before a long run: can this recurrence be solved in parallel over time, and with how many segments?
 
 Pilot pairs under the same drives, from `initial` and from posterior-like starts, show whether it forgets and after how
-many steps (`coalescence`). If it does, `solvers.segment_rule` gives the number of segments from the expected largest
+many steps (`coalescence`). If it does, `solvers.segments` gives the number of segments from the expected largest
 meeting time; if not, or if the chain is too short for what it must forget, the sequential loop is right.
 
-Nothing is timed, so the same arguments give the same advice. Left out: warm-up, compilation, and solvers other than
-shooting and the loop.
+Nothing is timed, so the same arguments give the same advice, about shooting and the loop alone.
 """
 
 import dataclasses
@@ -198,8 +197,7 @@ def _pilots(dynamics, start, pool, drives, num_steps, tolerance) -> tuple[Meetin
     # States spread over all that were given; pairs beyond the first round have other partners and other random numbers.
     first = pair * count // num_pairs if count > num_pairs else pair % count
     second = (first + 1 + (pair // count) % (count - 1)) % count
-    begin = np.linspace(0, available - looked, num_pairs).astype(int)
-    index = begin[:, None] + np.arange(looked)
+    index = np.linspace(0, available - looked, num_pairs).astype(int)[:, None] + np.arange(looked)
     scale = jnp.std(pool, axis=0)
     found = meeting_times(
         dynamics,

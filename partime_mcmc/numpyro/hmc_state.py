@@ -285,8 +285,7 @@ class _Evaluate(HashableFunction):
     def __call__(self, data, positions):
         def one(position):
             value, gradient = jax.value_and_grad(self.parts[0], argnums=1)(data, position)
-            finite = jnp.isfinite(value) & jnp.isfinite(ravel_pytree(gradient)[0]).all()
-            return value, finite
+            return value, jnp.isfinite(value) & jnp.isfinite(ravel_pytree(gradient)[0]).all()
 
         return jax.vmap(one)(positions)
 

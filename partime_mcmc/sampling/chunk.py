@@ -292,8 +292,9 @@ def _longest_rejection(shards: dict) -> np.ndarray:
     longest, running = np.zeros(num_chains, int), np.zeros(num_chains, int)
     for shard in range(num_shards):
         lead, trail = shards["runs"][:, shard, 0], shards["runs"][:, shard, 1]
-        inside = shards["longest_rejection"][:, shard]
-        longest = np.maximum.reduce([longest, running + lead, inside])
+        longest = np.maximum.reduce(
+            [longest, running + lead, shards["longest_rejection"][:, shard]]
+        )
         running = np.where(lead == shards["num_steps"][:, shard], running + lead, trail)
     return longest
 

@@ -12,8 +12,7 @@ an order of magnitude although it is "not parallel" (the expensive part, evaluat
 accelerators depth is what counts. `default_scan` chooses.
 
 Elements are any monoid with `after(earlier)` and `__call__(start)`: affine maps and Kalman messages. Numbers of two
-bytes (bfloat16, float16) are added up in float32 and rounded once, in the result: a sum of some hundred of them has
-no digits left otherwise.
+bytes (bfloat16, float16) are added up in float32 and rounded once, or a sum of some hundred would have no digits left.
 """
 
 from typing import Protocol

@@ -56,7 +56,7 @@ class Shooting(Solver):
     """Segments side by side until they coalesce.
 
     Attributes:
-        num_segments: C; None leaves it to `segment_rule`, or to `steps`.
+        num_segments: C; None leaves it to `segments.segment_length`, or to `steps`.
         steps: n, instead of `num_segments`; at most one of the two is given.
         correction: What stands for the Jacobian of a whole segment when starts are corrected; zero hands over ends.
         max_evaluations: The bound on the work, in evaluations per step of the path, if every pass rolled all segments to

@@ -57,8 +57,9 @@ def encode(value: Any, name: str) -> Any:
             data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
             return {"array": data, "dtype": array.dtype.str, "shape": list(array.shape)}
         case dict() if type(value) is dict:
-            found = {str(key): encode(one, f"{name}[{key!r}]") for key, one in value.items()}
-            return {"dict": found}
+            return {
+                "dict": {str(key): encode(one, f"{name}[{key!r}]") for key, one in value.items()}
+            }
         case list() | tuple() if type(value) in (list, tuple):
             items = [encode(one, f"{name}[{index}]") for index, one in enumerate(value)]
             return items if isinstance(value, list) else {"tuple": items}

@@ -232,10 +232,10 @@ def open_group(path: Path, checkpoint: Checkpoint, digests: Mapping[str, str], g
     """
     import xarray
 
-    files = CommittedFiles(
+    # Runs are longer than memory: what is read is not kept. xarray's types leave out stores of zarr.
+    files: Any = CommittedFiles(
         path, checkpoint.metadata, checkpoint.tail, dict(digests), read_only=True
     )
-    # Runs are longer than memory: what is read is not kept.
     found = xarray.open_dataset(
         files,
         engine="zarr",
