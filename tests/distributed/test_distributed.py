@@ -297,8 +297,8 @@ def test_two_ways_to_name_hosts_are_refused():
         (("10.0.0.1:1234",), ValueError, "wanted all three"),
         (("10.0.0.1", 2, 0), ValueError, "must be HOST:PORT"),
         (("10.0.0.1:1234", 2, 2), ValueError, "host_id must be below"),
-        (("10.0.0.1:1234", 0, 0), ValueError, "num_hosts must"),
-        (("10.0.0.1:1234", 2, True), ValueError, "host_id must be"),
+        (("10.0.0.1:1234", 0, 0), ValueError, "num_hosts: got 0"),
+        (("10.0.0.1:1234", 2, True), TypeError, "host_id: got the bool"),
         (("10.0.0.1:1234", 2, 0), RuntimeError, "arrays exist already"),
     ],
 )
