@@ -53,6 +53,7 @@ from partime_mcmc.sampling.executor import (
     MAX_HALVINGS,
     ProgressReporter,
     RunRecorder,
+    finite_steps,
     iterate_chunks,
     without_nonfinite,
 )
@@ -132,11 +133,7 @@ def _finish_chains(program, axis, steps, params, carries, tape, states, num_exac
         return _swapped(finish_sequentially(dynamics, first, states, tape, exact))
 
     states = _swapped(axis.in_turn(roll, carries))
-    finite = [
-        jnp.isfinite(leaf).reshape(*leaf.shape[:2], -1).all(axis=2)
-        for leaf in jax.tree.leaves(states)
-    ]
-    return states, jax.vmap(axis.length_of_true)(functools.reduce(jnp.logical_and, finite))
+    return states, jax.vmap(axis.length_of_true)(finite_steps(states))
 
 
 def _certify(program, axis, params, carries, states, tape):

@@ -11,6 +11,7 @@ sequential at once: these chains do not forget. From the step on where a chain l
 """
 
 import dataclasses
+import functools
 import time
 from typing import Any, Callable, Iterator
 
@@ -195,6 +196,14 @@ class RunRecorder:
             evaluations_by_part=by_part,
             interrupted=self.interrupted,
         )
+
+
+def finite_steps(states: PyTree) -> jax.Array:
+    """Which steps of paths with leaves `(C, n, ...)` are finite in all leaves, shape `(C, n)`."""
+    return functools.reduce(
+        jnp.logical_and,
+        (jnp.isfinite(x).reshape(*x.shape[:2], -1).all(2) for x in jax.tree.leaves(states)),
+    )
 
 
 def without_nonfinite(states: PyTree, num_finite: np.ndarray) -> PyTree:

@@ -39,6 +39,7 @@ from partime_mcmc.sampling.executor import (
     MAX_HALVINGS,
     ProgressReporter,
     RunRecorder,
+    finite_steps,
     iterate_chunks,
 )
 from partime_mcmc.sampling.plan import Plan
@@ -130,17 +131,16 @@ def solve_windows(
         # A sequential run gains nothing from windows, and neither does an empty one.
         size = size if isinstance(plan.solver, Sequential) else min(size, inside.size)
         inside = AllAtOnce()
-    tolerance, dynamics = plan.tolerance, plan.recurrence
-    solve_window = _solve_groups(plan.solver, inside, tolerance, plan.max_iterations, timings)
-    roll_window = _solve_groups(sequential(), AllAtOnce(), tolerance, None, timings)
+    solve_window = _solve_groups(plan.solver, inside, plan.tolerance, plan.max_iterations, timings)
+    roll_window = _solve_groups(sequential(), AllAtOnce(), plan.tolerance, None, timings)
     current, windows, discrete = initial, [], concat_chains(discrete)
     try:
         for start in range(0, num_steps, size):
             stop = min(start + size, num_steps)
             part = tape if size >= num_steps else _steps(tape, start, stop)
             chosen = roll_window if recorder.gives_up else solve_window
-            found = chosen(dynamics, current, part)
-            finish = functools.partial(_finished, dynamics, current, part, timings)
+            found = chosen(plan.recurrence, current, part)
+            finish = functools.partial(_finished, plan.recurrence, current, part, timings)
             states = _recorded(recorder, found, start, stop, chosen is roll_window, finish)
             # At once, so that an interrupt finds a window with its notes or not at all.
             notes = [(one.notes, one.defects) for one in found] if recorder.all_converged else None
@@ -200,11 +200,7 @@ def _finished(
 def _finish(dynamics, initial, tape, states, num_exact):
     """Chains finished sequentially after their exact steps; how many steps are then finite, shape `(C,)`."""
     states = finish_sequentially(dynamics, initial, states, tape, num_exact)
-    finite = [
-        jnp.isfinite(leaf).reshape(*leaf.shape[:2], -1).all(axis=2)
-        for leaf in jax.tree.leaves(states)
-    ]
-    return states, jnp.cumprod(functools.reduce(jnp.logical_and, finite), axis=1).sum(axis=1)
+    return states, jnp.cumprod(finite_steps(states), axis=1).sum(axis=1)
 
 
 def _all_notes(kept: list[list[tuple] | None]) -> tuple[list | None, list | None]:

@@ -36,11 +36,7 @@ def chunk_steps(asked: SampleArguments) -> int:
     """
     sizes = [(leaf.size, leaf.dtype.itemsize) for leaf in jax.tree.leaves(asked.target.example())]
     dimension, itemsize = sum(size for size, _ in sizes), sizes[0][1] if sizes else 4
-    limit = (
-        default_max_bytes(asked.mesh)
-        if asked.max_bytes is None
-        else check_count(asked.max_bytes, "max_bytes", 1)
-    )
+    limit = default_max_bytes(asked.mesh) if asked.max_bytes is None else asked.max_bytes
     # Bytes per draw of what is kept besides positions: values in the model's space, and what a step reports.
     recorded = isinstance(asked.certificate, CertifyWhileRolling) and asked.mesh is None
     values = asked.target.constrained_shapes()

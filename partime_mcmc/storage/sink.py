@@ -107,8 +107,9 @@ class StoreSink:
             # Until chunks are chosen the latest limit of memory counts.
             folder.write_run(run)
             folder.write_plan(pack_plan(*make_plan()))
-        stored = folder.read_plan() or b""
-        plan, state = unpack_plan(stored, asked.target, asked.kernel, str(folder.path))
+        plan, state = unpack_plan(
+            folder.read_plan() or b"", asked.target, asked.kernel, str(folder.path)
+        )
         last, warning = folder.recover()
         if warning:
             self._progress.warn(warning)
