@@ -122,7 +122,7 @@ def sharded_solve(
         solver = dataclasses.replace(solver, num_segments=None, steps=segment)
         unit = axis.num_parts * segment
     filled = unit * math.ceil(num_steps / unit)
-    still, tape, path = _standing_still(flat, drives, path, num_steps, filled)
+    still, tape, path = _padded(flat, drives, path, num_steps, filled)
     # As leaves and structure, which `jit` can compare.
     leaves, structure = jax.tree.flatten(params_spec, is_leaf=_is_spec)
     spec = None if params_spec is None else (tuple(leaves), structure)
@@ -288,9 +288,7 @@ def _solve_on(
     )
 
 
-def _standing_still(
-    dynamics: Dynamics, drives: PyTree, guess: Array | None, num_steps: int, filled: int
-):
+def _padded(dynamics: Dynamics, drives: PyTree, guess: Array | None, num_steps: int, filled: int):
     """The recurrence with steps that stand still at the end, so that there are `filled` of them."""
     if filled == num_steps:
         return dynamics, drives, guess
