@@ -481,7 +481,11 @@ def test_short_sequences(num_steps, double):
 @pytest.mark.parametrize(
     "error, words, change",
     [
-        (TypeError, r"returns a carry: an array with shape \(4,\)", {"cell": lambda p, h, x: (h[:4], h)}),
+        (
+            TypeError,
+            r"returns a carry: an array with shape \(4,\)",
+            {"cell": lambda p, h, x: (h[:4], h)},
+        ),
         (TypeError, "wanted a pair", {"cell": lambda p, h, x: h}),
         (TypeError, "structure", {"cell": lambda p, h, x: ((h, h), h)}),
         (TypeError, "int32", {"carry": jnp.zeros(UNITS, jnp.int32)}),
