@@ -108,10 +108,8 @@ def explicit(function: Callable, params: PyTree, *rest: PyTree) -> tuple[_Explic
         if _hides_arrays(closed.jaxpr):
             inlined = lambda *args: evaluate(closed.jaxpr, closed.consts, *jax.tree.leaves(args))
             closed = jax.make_jaxpr(inlined)(*abstract)
-        found = (
-            _Explicit(closed.jaxpr, jax.tree.structure(result)),
-            [_as_array(const) for const in closed.consts],
-        )
+        jaxpr, consts = _needed(closed.jaxpr, closed.consts)
+        found = _Explicit(jaxpr, jax.tree.structure(result)), [_as_array(one) for one in consts]
         if not any(isinstance(const, Tracer) for const in found[1]):
             with _CACHE_LOCK:
                 _CACHE[entry] = found
@@ -119,6 +117,24 @@ def explicit(function: Callable, params: PyTree, *rest: PyTree) -> tuple[_Explic
                     _CACHE.popitem(last=False)
     step, captured = found
     return step, (captured, params)
+
+
+def _needed(jaxpr, consts) -> tuple[Any, list]:
+    """A jaxpr without what its results do not depend on, such as a model's predictions in its density, and its constants.
+
+    The compiler would leave it out as well, but only after every derivative of it was traced.
+    """
+    needed = {atom for atom in jaxpr.outvars if not isinstance(atom, jax.extend.core.Literal)}
+    equations = []
+    for equation in reversed(jaxpr.eqns):
+        if equation.effects or needed.intersection(equation.outvars):
+            equations.append(equation)
+            needed.update(
+                atom for atom in equation.invars if not isinstance(atom, jax.extend.core.Literal)
+            )
+    kept = [(name, const) for name, const in zip(jaxpr.constvars, consts) if name in needed]
+    names = [name for name, _ in kept]
+    return jaxpr.replace(eqns=equations[::-1], constvars=names), [const for _, const in kept]
 
 
 def inner_arrays(jaxpr: Any) -> list:

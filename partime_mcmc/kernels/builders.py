@@ -283,9 +283,7 @@ def _whitened(
     if metric is None:
         return Kernel(build(logdensity), noise_scale=noise, name=name)
     _check_whitening(metric, "a Whitening or None")
-    return Kernel(
-        build(lambda z: logdensity(metric.leave(z))), metric.enter, metric.leave, noise, name
-    )
+    return Kernel(build(metric.density(logdensity)), metric.enter, metric.leave, noise, name)
 
 
 def _with_metric(

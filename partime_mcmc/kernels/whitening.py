@@ -3,16 +3,20 @@
 In these coordinates MALA's Jacobian is nearly a multiple of the identity (its diagonal says almost everything), the
 dense metric of HMC is the identity, and chains forget their past at the same rate in every direction. A kernel that
 works on z is exactly the kernel with metric `scale scaleᵀ` on x; only where rounding falls differs. The scale is diagonal, a
-triangular matrix, or, beyond some hundred dimensions, diagonal with a few stretched directions (`LowRank`).
+triangular matrix, or, beyond some hundred dimensions, diagonal with a few stretched directions (`LowRank`). Where an affine
+map does not suffice, nonlinear maps follow it (`kernels.coordinates`), and the density of z gets their log Jacobians.
 """
 
 from __future__ import annotations
+
+from typing import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from partime_mcmc.kernels.coordinates import CoordinateMap, enter_all, leave_all
 from partime_mcmc.types import AnyArray, Array, ArrayLike, PyTree, pytree
 
 
@@ -42,21 +46,29 @@ class LowRank:
 
 @pytree()
 class Whitening:
-    """An affine change of coordinates between positions and vectors `z`.
+    """A change of coordinates between positions and vectors `z`: affine, then the maps.
 
     Attributes:
         example: Any position: its structure, shapes and type.
         center: Shape `(D,)`, in the order of `jax.flatten_util.ravel_pytree`.
         scale: Shape `(D,)` (diagonal), lower-triangular `(D, D)`, or `LowRank`.
+        maps: Nonlinear maps from the affine image of z to positions, the first one first; mostly none.
     """
 
     example: PyTree
     center: Array
     scale: Array | LowRank
+    maps: tuple[CoordinateMap, ...] = ()
 
     @classmethod
-    def of_covariance(cls, example: PyTree, center: ArrayLike, covariance: ArrayLike) -> Whitening:
-        """Whitening by a covariance: variances of shape `(D,)` or a matrix of shape `(D, D)`.
+    def of_covariance(
+        cls,
+        example: PyTree,
+        center: ArrayLike,
+        covariance: ArrayLike,
+        maps: tuple[CoordinateMap, ...] = (),
+    ) -> Whitening:
+        """Whitening by a covariance: variances of shape `(D,)` or a matrix of shape `(D, D)`, in the maps' coordinates.
 
         Raises:
             ValueError: If shapes do not fit, or the covariance is not symmetric and positive definite.
@@ -67,9 +79,8 @@ class Whitening:
             raise ValueError(
                 f"center: shape {middle.shape}, wanted {flat.shape} as the position has {flat.size} numbers"
             )
-        return cls(
-            example, *jax.device_put((middle, checked_root(matrix, flat.size, "covariance")))
-        )
+        root = checked_root(matrix, flat.size, "covariance")
+        return cls(example, *jax.device_put((middle, root)), maps)
 
     @classmethod
     def of_low_rank(
@@ -116,7 +127,7 @@ class Whitening:
 
     def enter(self, position: PyTree) -> Array:
         """`z` of a position, shape `(D,)`."""
-        offset = ravel_pytree(position)[0] - self.center
+        offset = enter_all(self.maps, ravel_pytree(position)[0]) - self.center
         if isinstance(self.scale, LowRank):
             return self.scale.solve(offset)
         if self.scale.ndim == 1:
@@ -125,11 +136,26 @@ class Whitening:
 
     def leave(self, z: Array) -> PyTree:
         """The position of `z`."""
+        return self._left(z)[0]
+
+    def density(self, logdensity: Callable[[PyTree], Array]) -> Callable[[Array], Array]:
+        """The log density of z, up to a constant, of one of positions."""
+
+        def of_z(z):
+            position, log_jacobian = self._left(z)
+            value = logdensity(position)
+            return value + log_jacobian.astype(value.dtype) if self.maps else value
+
+        return of_z
+
+    def _left(self, z: Array) -> tuple[PyTree, Array]:
+        """The position of z, and the log Jacobian determinant of the maps."""
         if isinstance(self.scale, LowRank):
             moved = self.scale.times(z)
         else:
             moved = self.scale * z if self.scale.ndim == 1 else self.scale @ z
-        return ravel_pytree(self.example)[1](self.center + moved)
+        flat, log_jacobian = leave_all(self.maps, self.center + moved)
+        return ravel_pytree(self.example)[1](flat), log_jacobian
 
 
 def checked_root(covariance: AnyArray, dimension: int, name: str) -> np.ndarray:

@@ -21,6 +21,7 @@ from partime_mcmc.compile_cache import Timings, run_program
 from partime_mcmc.diagnostics.arviz import STAT_NAMES
 from partime_mcmc.diagnostics.checks import check_precision, check_starts
 from partime_mcmc.kernels import Whitening
+from partime_mcmc.kernels.coordinates import learned_maps, weights_of
 from partime_mcmc.kernels.kernel_program import (
     KernelProgram,
     ParametrisedKernel,
@@ -55,6 +56,7 @@ class AdaptState(NamedTuple):
         inverse_mass_matrix: The metric, `(D, D)` or `(D,)`.
         center: Of the whitened coordinates, `(D,)`.
         mass_matrix_sqrt_inv: The metric's root, `(D, D)` or `(D,)`.
+        weights: Of each learned map of coordinates; empty where there is none.
         settings: All settings by the builder's argument names.
         discrete: Counters that the kernel carries, by name.
     """
@@ -63,6 +65,7 @@ class AdaptState(NamedTuple):
     inverse_mass_matrix: Any
     center: Any
     mass_matrix_sqrt_inv: Any
+    weights: tuple
     settings: dict
     discrete: dict
 
@@ -224,6 +227,7 @@ def hmc_state(plan: Plan, state: ChainState, sampler: ParallelKernel) -> HMCStat
         each(root**2 if root.ndim == 1 else root @ root.T),
         each(whitening.center),
         each(root),
+        jax.tree.map(each, weights_of(whitening.maps)),
         {
             name: each(value, np.int32 if name in counts else dtype)
             for name, value in settings.items()
@@ -265,10 +269,11 @@ def kernel_from(sampler: ParallelKernel, target: Target, state: HMCState) -> Par
         name: int(value) if jnp.issubdtype(value.dtype, jnp.integer) else value
         for name, value in adapted.settings.items()
     }
+    maps = learned_maps(target.centring, one.z, adapted.weights)
     return parametrised_kernel(
         KernelProgram(density, sampler.tuned_builder()),
         data,
-        Whitening(one.z, adapted.center, adapted.mass_matrix_sqrt_inv),
+        Whitening(one.z, adapted.center, adapted.mass_matrix_sqrt_inv, maps),
         settings,
     )
 

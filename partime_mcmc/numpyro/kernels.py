@@ -39,6 +39,7 @@ from partime_mcmc.kernels import (
     mala,
     nuts,
 )
+from partime_mcmc.kernels.coordinates import reweighted
 from partime_mcmc.kernels.kernel_program import KernelParams, program_and_params
 from partime_mcmc.numpyro.hmc_state import hmc_state, is_typed, keys_of, sample_arguments
 from partime_mcmc.numpyro.model import Posterior, forward_only
@@ -129,7 +130,7 @@ class ParallelKernel(MCMCKernel):
             guess=None if inverse_mass_matrix is None else checked_metric(inverse_mass_matrix),
         )
         self._family: Any = None
-        self._data, self._sample_fn, self._builder = None, None, None
+        self._data, self._sample_fn, self._builder, self._maps = None, None, None, ()
 
     @property
     def sample_field(self) -> str:
@@ -203,6 +204,7 @@ class ParallelKernel(MCMCKernel):
             "_posterior": None,
             "_family": None,
             "_data": None,
+            "_maps": (),
             "_sample_fn": None,
         }
 
@@ -239,7 +241,7 @@ class ParallelKernel(MCMCKernel):
     def adopt(self, kernel: Kernel) -> None:
         """Take over what a warm-up chose: its states can then be moved, here or in NumPyro's own `MCMC`."""
         self._family, params = program_and_params(kernel)
-        self._data = params.data
+        self._data, self._maps = params.data, params.whitening.maps
         self._sample_fn = self.sample
 
     def sample(self, state: HMCState, model_args: tuple, model_kwargs: dict | None) -> HMCState:
@@ -249,7 +251,12 @@ class ParallelKernel(MCMCKernel):
     def _one(self, state: HMCState) -> HMCState:
         adapted, counts = state.adapt_state, dict(self._family.counts)
         settings = {name: value for name, value in adapted.settings.items() if name not in counts}
-        whitening = Whitening(state.z, adapted.center, adapted.mass_matrix_sqrt_inv)
+        whitening = Whitening(
+            state.z,
+            adapted.center,
+            adapted.mass_matrix_sqrt_inv,
+            reweighted(self._maps, adapted.weights),
+        )
         kernel = self._family.kernel(KernelParams(self._data, whitening, settings))
         key = jax.random.fold_in(state.rng_key, state.i)
         full = kernel.state(state.r, adapted.discrete)
@@ -386,7 +393,7 @@ class _Whitened(HashableFunction):
     """A builder in our shape of one in BlackJAX's, which is the part."""
 
     def __call__(self, logdensity: Callable, step_size: float, metric: Whitening) -> Kernel:
-        algorithm = self.parts[0](lambda z: logdensity(metric.leave(z)), step_size)
+        algorithm = self.parts[0](metric.density(logdensity), step_size)
         return Kernel(algorithm, metric.enter, metric.leave, None, "blackjax")
 
 

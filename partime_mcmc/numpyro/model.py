@@ -28,6 +28,7 @@ from numpyro.infer.util import constrain_fn, initialize_model, potential_energy
 from numpyro.primitives import Messenger
 
 from partime_mcmc.compile_cache import compiler_options
+from partime_mcmc.numpyro.centring import find_centring
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.types import AnyArray, Array, Key, PyTree, jax_config
 from partime_mcmc.validation import InvalidStart, check_key
@@ -295,7 +296,10 @@ class Posterior:
         }
         _check_traceable(lambda position: -logdensity(position), self.shapes)
         density = forward_only(logdensity) if forward_mode_differentiation else logdensity
-        self.target = Target(density, initial, constrain, names, _plate_dims(sites, names))
+        centring = find_centring(prepared, self.shapes)
+        self.target = Target(
+            density, initial, constrain, names, _plate_dims(sites, names), centring
+        )
 
     def _search(self, key: Key) -> tuple[PyTree, Array]:
         # NumPyro's remarks on the model were made once, when it was traced.

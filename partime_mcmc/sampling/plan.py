@@ -187,6 +187,7 @@ def _warmed_up(asked: SampleArguments, builder: Builder, progress: Progress) -> 
             num_steps,
             adaptation,
             advance,
+            asked.target.centring,
         )
     if num_steps > asked.num_warmup:
         note = f"num_warmup was {asked.num_warmup}, too few to learn anything: {num_steps} steps were allowed."

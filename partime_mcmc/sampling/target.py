@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from partime_mcmc.compile_cache import Timings, run_explicit
+from partime_mcmc.kernels.coordinates import Centring
 from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import Array, Key, PyTree, jax_config
 from partime_mcmc.validation import InvalidStart, check_dtypes, check_key
@@ -31,6 +32,7 @@ class Target:
         constrain: One position to a dict of named arrays in the model's space; None: draws are reported as positions.
         names: The constrained values worth a line in a table or a panel in a figure, in order; None: all of them.
         dims: Names of the axes of constrained values, by value name: `{"theta": ("school",)}`; None: unnamed axes.
+        centring: The sites whose law is fixed by a location and a scale, for warm-up to recentre; None: there are none.
 
     Raises:
         TypeError: If `logdensity` or `constrain` is no function, `names` no sequence of strings or `dims` no mapping.
@@ -47,6 +49,7 @@ class Target:
     constrain: Callable[[PyTree], dict[str, Array]] | None = None
     names: Sequence[str] | None = None
     dims: Mapping[str, Sequence[str]] | None = None
+    centring: Centring | None = None
 
     def __post_init__(self):
         constrain, names, dims = self.constrain, self.names, self.dims

@@ -31,6 +31,7 @@ from partime_mcmc.compile_cache import (
 )
 from partime_mcmc.engine import Dynamics
 from partime_mcmc.kernels import Kernel, Whitening
+from partime_mcmc.kernels.coordinates import learned_maps, weights_of
 from partime_mcmc.kernels.kernel_program import (
     Builder,
     KernelProgram,
@@ -138,7 +139,7 @@ def tuned_digest(kernel: Any) -> str | None:
         return digest_arrays(positions) if positions else None
     whitening, settings = kernel.numbers.whitening, sorted(kernel.numbers.settings.items())
     numbers = [
-        *jax.tree.leaves((whitening.center, whitening.scale)),
+        *jax.tree.leaves((whitening.center, whitening.scale, weights_of(whitening.maps))),
         *(value for _, value in settings),
         *positions,
     ]
@@ -344,7 +345,12 @@ def pack_plan(plan: Plan, state: ChainState) -> bytes:
     }
     if isinstance(kernel, ParametrisedKernel):
         whitening = kernel.numbers.whitening
-        coordinates = (jax.tree.leaves(whitening.example), whitening.center, whitening.scale)
+        coordinates = (
+            jax.tree.leaves(whitening.example),
+            whitening.center,
+            whitening.scale,
+            weights_of(whitening.maps),
+        )
         words["whitening"] = encode(jax.tree.map(np.asarray, coordinates), "kernel")
         settings = dict(kernel.numbers.settings) | dict(kernel.family.counts)
         words["settings"] = encode(settings, "kernel")
@@ -413,8 +419,10 @@ def _kernel_of(
         raise TypeError("kernel: got a Kernel, wanted the builder that this run was begun with")
     if coupling is not None and takes_coupling(builder):
         builder = with_coupling(builder, coupling)
-    leaves, *rest = jax.tree.map(as_committed_array, decode(words["whitening"]))
-    whitening = Whitening(jax.tree.unflatten(jax.tree.structure(example), leaves), *rest)
+    leaves, *affine, weights = jax.tree.map(as_committed_array, decode(words["whitening"]))
+    position = jax.tree.unflatten(jax.tree.structure(example), leaves)
+    maps = learned_maps(target.centring, position, weights)
+    whitening = Whitening(position, *affine, maps)
     density, captured = density_of(target.logdensity, whitening.example)
     settings = {
         name: value if isinstance(value, int) else as_committed_array(value)

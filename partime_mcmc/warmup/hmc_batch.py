@@ -20,7 +20,9 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.compile_cache import compiler_options
+from partime_mcmc.kernels.coordinates import CoordinateMap, leave_all
 from partime_mcmc.kernels.coupling import normal_of
+from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import Array, ArrayLike, Key, PyTree
 
 
@@ -179,26 +181,47 @@ def _walk(
     return x, gradient, value, rate, jnp.exp(log_steps)
 
 
+class _Mapped(HashableFunction):
+    """A density of coordinates: of the position that maps make of them, with the log Jacobian."""
+
+    def __call__(self, params, coordinates):
+        data, maps = params
+        flat, unravel = ravel_pytree(coordinates)
+        flat, log_jacobian = leave_all(maps, flat)
+        value = self.parts[0](data, unravel(flat))
+        return value + log_jacobian.astype(value.dtype)
+
+
 class HMCBatch:
     """The program for one density, with its books.
 
     Args:
         density: `(params, position) -> log density`; compared by identity or equality for compiled code.
-        params: Its first argument.
+        data: Its first argument.
         example: A position.
         num_chains: C.
+        maps: From the coordinates in which chains move to positions. Their weights may change between calls.
     """
 
-    def __init__(self, density: Callable, params: PyTree, example: PyTree, num_chains: int):
-        self.density, self.params, self.example, self.num_chains = (
-            density,
-            params,
-            example,
-            num_chains,
-        )
+    def __init__(
+        self,
+        density: Callable,
+        data: PyTree,
+        example: PyTree,
+        num_chains: int,
+        maps: tuple[CoordinateMap, ...] = (),
+    ):
+        self.density = _Mapped(density) if maps else density
+        self.data, self.example, self.num_chains, self.maps = data, example, num_chains, maps
         flat = ravel_pytree(example)[0]
         self.dimension, self.dtype = flat.size, flat.dtype
+        self.longest = max_batch_steps(num_chains * self.dimension)
         self.num_gradients = self.depth = self.num_steps = 0
+
+    @property
+    def params(self) -> PyTree:
+        """What the density takes first."""
+        return (self.data, self.maps) if self.maps else self.data
 
     def walk(
         self,
@@ -231,12 +254,11 @@ class HMCBatch:
             np.asarray(starts, self.dtype), (STEPS, self.num_chains, self.dimension)
         )
         sizes = np.broadcast_to(np.asarray(step_sizes, self.dtype), (self.num_chains,))
-        longest = max_batch_steps(self.num_chains * self.dimension)
-        if size > longest:
-            raise ValueError(f"size: got {size}, wanted at most {longest} transitions a call")
+        if size > self.longest:
+            raise ValueError(f"size: got {size}, wanted at most {self.longest} transitions a call")
         found = _walking()(
             self.density,
-            longest,
+            self.longest,
             self.params,
             self.example,
             np.asarray(root, self.dtype),

@@ -1,12 +1,15 @@
 """Warm-up in parallel time: pooled chains look for the typical set, then windows at frozen parameters learn the metric.
 
     search    plain HMC, 16 steps at a time: every chain has its own step size (log h += 1.5 (acceptance − 0.7)) and
-              paths of 1 to 7 leapfrog steps; after each batch a Fisher metric from all chains. It ends once the median
-              log density gains less than max(1, √(D/2)) over a batch, after 64 steps at the earliest
-    rescue    a chain whose mean log density lies 20 + 5 D below the median of the better half goes on from the state
-              of a good chain
-    learn     windows of 32, 64, 128, 256 steps with step size, path and metric frozen: ordinary chains, which can be
-              solved in parallel time; after each a new metric, and by trials (`tuning`) a new step size and path
+              paths of 1 to 7 leapfrog steps, after 64 steps of 1 to 48; after each batch a Fisher metric from all
+              chains. It ends once the median log density gains less than s = max(1, √(D/2)) over a batch and no chain
+              lies 4 s below it, after 64 steps at the earliest and half of the steps allowed at the latest
+    rescue    a chain whose log density is so far below the others' that it is lost goes on from the state of another
+    learn     windows of 32, 64, 128, 256, ... steps with step size, path and metric frozen: ordinary chains, which can be
+              solved in parallel time; after each new coordinates (`reparametrise`), a new metric, and by trials
+              (`tuning`) a new step size and path. They go on until what they learn has settled: after a window of 256
+              steps at the earliest, once the pooled chains agree (split R-hat of every coordinate and of the log
+              density) and the step size has changed by less than a quarter; or until no step is left
 
 Chains are pooled, so that a metric is known after some hundred steps and hardly any step waits for another: the depth
 is about a thousand gradients where a sequential adaptation has tens of thousands. How windows are run is a strategy:
@@ -29,8 +32,15 @@ from partime_mcmc.engine.solve import solve
 from partime_mcmc.kernels.coupling import normal_of
 from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import Key
-from partime_mcmc.warmup.hmc_batch import STEPS, HMCBatch, HMCBatchResult, SeedTree, max_batch_steps
-from partime_mcmc.warmup.metric import DenseMetric, MetricRule, metric_for, root_of
+from partime_mcmc.warmup.hmc_batch import STEPS, HMCBatch, HMCBatchResult, SeedTree
+from partime_mcmc.warmup.metric import (
+    DenseMetric,
+    DiagonalMetric,
+    MetricRule,
+    metric_for,
+    root_of,
+)
+from partime_mcmc.warmup.reparametrise import carry_over, learn_map
 from partime_mcmc.warmup.tuning import Path, TrajectoryRule
 
 _PIECE, _SEGMENT = 128, 32
@@ -51,7 +61,7 @@ def side_by_side(
         path: Step size and leapfrog steps.
         size: Steps; what is more than a multiple of 16 is left out.
     """
-    pieces, longest, size = [], max_batch_steps(positions.size), max(1, size // STEPS) * STEPS
+    pieces, longest, size = [], walker.longest, max(1, size // STEPS) * STEPS
     for start in range(0, size, longest):
         pieces.append(
             walker.walk(
@@ -186,15 +196,33 @@ def _move(density, numbers, state, uniforms):
 
 
 _GAIN, _SEARCH_TARGET = 1.5, 0.7
-_LONGEST_SEARCHED = 7
-_MIN_SEARCH, _MAX_SEARCH = 64, 320
+_LONGEST_SEARCHED, _LONGEST_LATER = 7, 48
+_MIN_SEARCH, _MAX_SEARCH = 64, 512
+# How far below the others the last chain may be, in standard deviations of a normal's log density; and how many steps a chain
+# has that lies so far below that it is lost.
+_BEHIND, _PATIENCE = 4, 192
 _FIRST_STEP = 0.1
 _COVARIANCE_FROM = 256
+# What counts as settled.
+_SAME_STEP, _SAME_WEIGHT = 0.25, 0.1
+# The largest split R-hat of chains that agree is 1.03 and 8 / window size: that of short windows is noisy.
+_AGREEING, _AGREEING_ROOM = 1.03, 8
 
 
 @dataclasses.dataclass
 class Pool:
-    """Where the chains are and what is believed: positions `(C, D)`, a metric, its centre, and the last window's draws."""
+    """Where the chains are and what is believed.
+
+    Attributes:
+        positions: Shape `(C, D)`.
+        metric: A covariance `(D, D)`, or variances `(D,)`.
+        center: Shape `(D,)`.
+        draws: The last window.
+        num_rescued: Chains that were lost and went on from another chain's state.
+        notes: What a reader should know, in sentences.
+        rhat: The largest split R-hat of the last window; infinite where there was none.
+        settled: Whether the chains agreed in it.
+    """
 
     positions: np.ndarray
     metric: np.ndarray
@@ -202,6 +230,8 @@ class Pool:
     draws: HMCBatchResult
     num_rescued: int
     notes: list[str]
+    rhat: float = np.inf
+    settled: bool = False
 
     @classmethod
     def at(cls, starts: np.ndarray, metric: np.ndarray) -> Self:
@@ -220,6 +250,62 @@ class Pool:
         return lambda step, steps: walker.walk(seed, states, root, step, steps).acceptance
 
 
+def window_sizes(num_steps: int, first: int) -> list[int]:
+    """Steps of windows that double until they use all steps; a rest shorter than half a window joins the one before."""
+    sizes, left = [], num_steps
+    while left >= STEPS:
+        size = min(left, first)
+        size = left if left - size < size / 2 else size
+        sizes.append(size)
+        left, first = left - size, 2 * first
+    return sizes
+
+
+def recentre(walker: HMCBatch, pool: Pool) -> bool:
+    """Learn how far to recentre the sites of the walker's map, and carry the chains over; whether anything changed.
+
+    Does nothing for a target without location-scale sites, and where the draws or their gradients are not finite.
+    """
+    if not walker.maps or not (
+        np.isfinite(pool.draws.positions).all() and np.isfinite(pool.draws.gradients).all()
+    ):
+        return False
+    (old,) = walker.maps
+    learned = learn_map(old, pool.draws, root_of(pool.metric))
+    change = _largest_change(old.weights, learned.map.weights)
+    if not change > 0:
+        return False
+    draws = carry_over(old, learned.map, pool.draws)
+    if not (np.isfinite(draws.positions).all() and np.isfinite(draws.gradients).all()):
+        return False
+    walker.maps, pool.draws, pool.positions = (learned.map,), draws, draws.positions[-1]
+    # The metric of other coordinates says little of these.
+    spread = DiagonalMetric().fisher(
+        draws.positions, draws.gradients, np.ones(draws.positions.shape[-1])
+    )
+    pool.metric = spread if pool.metric.ndim == 1 else np.diag(spread)
+    return change > _SAME_WEIGHT
+
+
+def _largest_change(old, new) -> float:
+    return max(
+        float(np.abs(np.asarray(a) - np.asarray(b)).max(initial=0))
+        for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new))
+    )
+
+
+def split_rhat(draws: HMCBatchResult) -> float:
+    """The largest split R-hat of a window's coordinates and log density (Gelman et al. 2013, section 11.4)."""
+    x = np.concatenate([draws.positions, draws.logdensity[..., None]], axis=-1)
+    half = len(x) // 2
+    x = np.concatenate([x[:half], x[half : 2 * half]], axis=1).astype(float)
+    within = x.var(axis=0, ddof=1).mean(axis=0)
+    between = x.mean(axis=0).var(axis=0, ddof=1)
+    with np.errstate(all="ignore"):
+        squared = (half - 1) / half + between / within
+    return float(np.sqrt(np.nan_to_num(squared, nan=np.inf).max()))
+
+
 @dataclasses.dataclass(frozen=True)
 class PooledAdaptation:
     """Search, then windows.
@@ -228,7 +314,8 @@ class PooledAdaptation:
         num_chains: Chains that take part at least; the first of them go on.
         target_acceptance: Mean acceptance that the kernel is tuned for; None is what suits it.
         path_length: Of HMC in whitened units; None is a quarter period.
-        windows: Steps of each window; those that do not fit into the steps allowed are left out.
+        first_window: Steps of the first window; each further one is twice as long.
+        coordinates: How coordinates are learned after each window; None keeps the model's own.
         metric: How the metric is estimated; None is dense up to 300 dimensions, low-rank beyond.
         guess: A first metric, `(D, D)` or `(D,)`; None is the identity.
         run: How a window is run: `side_by_side` or `in_parallel_time`; None is what suits the device.
@@ -237,7 +324,8 @@ class PooledAdaptation:
     num_chains: int = 8
     target_acceptance: float | None = None
     path_length: float | None = None
-    windows: tuple[int, ...] = (32, 64, 128, 256)
+    first_window: int = 32
+    coordinates: Callable[[HMCBatch, Pool], bool] | None = recentre
     metric: MetricRule | None = None
     guess: np.ndarray | None = None
     run: Callable[..., HMCBatchResult] | None = None
@@ -287,22 +375,31 @@ class PooledAdaptation:
 
     def _windows(self, walker, seed, pool, rule, num_steps, path_rule, advance) -> Path:
         """Windows at frozen parameters, the metric and the path learned from each; returns the last path."""
-        sizes, left = [], num_steps
-        for size in self.windows:
-            if size <= left:
-                sizes.append(size)
-                left -= size
         # Side by side on a CPU, where chains fill the lanes; parallel in time elsewhere.
         run = self.run or (side_by_side if jax.default_backend() == "cpu" else in_parallel_time)
         path = path_rule.choose(pool.trials(walker, seed.child(0)))
-        for number, size in enumerate(sizes):
+        for number, size in enumerate(window_sizes(num_steps, self.first_window)):
             one = seed.child(1 + number)
             pool.draws = run(walker, one.child(0), pool.positions, root_of(pool.metric), path, size)
             pool.positions = pool.draws.positions[-1]
             advance(size)
             rescue(pool, one.child(1))
+            pool.rhat = split_rhat(pool.draws)
+            moved = False
+            if self.coordinates is not None and walker.maps:
+                learn(pool, rule.fisher)
+                moved = self.coordinates(walker, pool)
             learn(pool, rule.covariance if size >= _COVARIANCE_FROM else rule.fisher)
-            path = path_rule.choose(pool.trials(walker, one.child(2)))
+            before, path = path, path_rule.choose(pool.trials(walker, one.child(2)), path.num_steps)
+            pool.settled = pool.rhat < _AGREEING + _AGREEING_ROOM / size
+            same = abs(np.log(path.step_size / before.step_size)) < _SAME_STEP and not moved
+            if size >= _COVARIANCE_FROM and same and pool.settled:
+                break
+        if not pool.settled:
+            pool.notes.append(
+                f"Warm-up had not settled: the {len(pool.positions)} pooled chains still disagreed in its last window "
+                f"(split R-hat {pool.rhat:.2f}). Allow more than {num_steps} steps, or look for modes and funnels."
+            )
         return path
 
 
@@ -330,6 +427,9 @@ def search(
     lengths = seed.generator.integers(
         1, _LONGEST_SEARCHED + 1, (_MAX_SEARCH // STEPS, STEPS, num_chains)
     )
+    # Who has not arrived by then has a long way to go, along ridges that short paths walk at random.
+    later = lengths[_MIN_SEARCH // STEPS :]
+    later[:] = seed.child(0).generator.integers(1, _LONGEST_LATER + 1, later.shape)
     root, steps = root_of(metric), np.full(num_chains, _FIRST_STEP)
     pool = Pool.at(starts, metric)
     before = -np.inf
@@ -345,13 +445,16 @@ def search(
         )
         advance(STEPS)
         pool.positions, pool.draws = found.positions[-1], found
-        now = float(np.median(found.logdensity))
-        if (batch + 1) * STEPS >= _MIN_SEARCH and now - before < max(1.0, np.sqrt(dimension / 2)):
+        num_done, lost = (batch + 1) * STEPS, _lost(found)
+        now, width = float(np.median(found.logdensity)), max(1.0, np.sqrt(dimension / 2))
+        behind = now - np.median(found.logdensity, axis=0)[~lost].min()
+        arrived = now - before < width and behind < _BEHIND * width
+        if arrived and num_done >= (_PATIENCE if lost.any() else _MIN_SEARCH):
             break
         before = now
         steps = np.clip(found.step_sizes, 1e-12, 1e3)
         # Chains that are lost have gradients of another order, which would spoil the metric for all.
-        learned = _metric(rule.fisher, _only(found, ~_lost(found)), pool)
+        learned = _metric(rule.fisher, _only(found, ~lost), pool)
         if learned is not None:
             old, root = root, root_of(learned)
             pool.metric = learned
@@ -393,13 +496,17 @@ def rescue(pool: Pool, seed: SeedTree) -> None:
 
 
 def _lost(draws: HMCBatchResult) -> np.ndarray:
-    """Chains whose mean log density lies far below the median of the better half, shape `(C,)`; never all."""
+    """Chains whose mean log density lies far below the median of the better half, shape `(C,)`; never all.
+
+    Far is 20 and ten standard deviations, of the better half's log densities or of a normal's, √(D/2): states that are
+    e^20 times less likely than any that the others visit. Where a density has a narrow neck, chains in its wide part lie
+    lower; then the better half varies as much.
+    """
     level = draws.logdensity.mean(axis=0)
-    better = np.sort(level)[len(level) // 2 :]
-    return (
-        ~(level >= np.median(better) - 20 - 5 * draws.positions.shape[-1])
-        & np.isfinite(better).any()
-    )
+    better = np.argsort(level)[len(level) // 2 :]
+    width = draws.logdensity[:, better].std()
+    width = max(width if np.isfinite(width) else np.inf, np.sqrt(draws.positions.shape[-1] / 2))
+    return ~(level >= np.median(level[better]) - 20 - 10 * width) & np.isfinite(level[better]).any()
 
 
 def _only(draws: HMCBatchResult, chains: np.ndarray) -> HMCBatchResult:

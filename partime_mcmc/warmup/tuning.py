@@ -14,7 +14,7 @@ Settings fixed by the user (`functools.partial(hmc, num_integration_steps=4)`) s
 import dataclasses
 import functools
 import math
-from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,9 @@ from partime_mcmc.kernels.kernel_program import Builder, KernelParams, KernelPro
 from partime_mcmc.types import Key
 from partime_mcmc.warmup.hmc_batch import STEPS
 
-LEAPFROGS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
+LEAPFROGS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48)
+# Where the search for a path begins; later ones begin at the path before.
+_FIRST_TRIED = 3
 _SHRINK_PATH, _MAX_SHRINKS = 1.5, 24
 _SHRINK_STEP, _MAX_STEPS = 0.85, 60
 # No chain may be left where hardly anything is accepted.
@@ -83,9 +85,19 @@ class TrajectoryRule:
         for power in range(1, _MAX_SHRINKS):
             yield self._step_for(choices[-1]) / _SHRINK_PATH**power, choices[-1]
 
-    def choose(self, trial: Trial) -> Path:
-        """The cheapest path that is accepted often enough, or the one accepted most often."""
-        return _first_accepted(trial, self.candidates(), math.nan, self.target, self._leaves)
+    def choose(self, trial: Trial, near: int = _FIRST_TRIED) -> Path:
+        """The cheapest path that is accepted often enough, or the one accepted most often.
+
+        Args:
+            trial: Acceptance of a candidate from each of the pooled states.
+            near: Leapfrog steps of the candidate to begin with: longer paths are tried until one is accepted, or
+                shorter ones until one is not.
+        """
+        candidates = list(self.candidates())
+        first = next((index for index, (_, steps) in enumerate(candidates) if steps >= near), 0)
+        return _first_accepted(
+            trial, candidates, math.nan, self.target, self._leaves, min(first, len(candidates) - 1)
+        )
 
     def _leaves(self, rates: np.ndarray) -> bool:
         """Whether chains leave nearly all states soon; in a funnel's neck none does: half the rejections must then do."""
@@ -114,28 +126,50 @@ def boldest_step(
         target: Mean acceptance at least.
         steps_for: Leapfrog steps that go with a step size; a Langevin step is one.
     """
-    steps = (bold * _SHRINK_STEP**power for power in range(_MAX_STEPS))
-    return _first_accepted(trial, ((step, steps_for(step)) for step in steps), bold, target)
+    steps = [bold * _SHRINK_STEP**power for power in range(_MAX_STEPS)]
+    return _first_accepted(trial, [(step, steps_for(step)) for step in steps], bold, target)
 
 
 def _first_accepted(
     trial: Trial,
-    candidates: Iterable[tuple[float, int]],
+    candidates: Sequence[tuple[float, int]],
     unknown: float,
     target: float,
     also: Callable[[np.ndarray], bool] = lambda rates: True,
+    begin: int = 0,
 ) -> Path:
-    """The first candidate accepted often enough, or the one accepted most often; `unknown` is the step if all rates are NaN."""
+    """The first candidate accepted often enough, or the one accepted most often.
+
+    Args:
+        trial: As for `TrajectoryRule.choose`.
+        candidates: Step sizes and leapfrog steps; those that come later are accepted oftener.
+        unknown: The step size to report if all rates are NaN.
+        target: Mean acceptance at least.
+        also: What else the rates must show.
+        begin: Which candidate to try first.
+    """
     best = Path(unknown, 1, -1.0)
-    for step, steps in candidates:
-        rates = trial(step, steps)
-        mean = float(rates.mean())
-        if mean > best.acceptance:
-            best = Path(step, steps, mean)
-        enough = mean >= target and rates.mean(axis=0).min() >= min(_EVERY_CHAIN, target)
-        if enough and also(rates):
-            return Path(step, steps, mean)
-    return best
+
+    def accepted(index: int) -> Path | None:
+        nonlocal best
+        rates = trial(*candidates[index])
+        path = Path(*candidates[index], float(rates.mean()))
+        if path.acceptance > best.acceptance:
+            best = path
+        enough = path.acceptance >= target
+        enough = enough and rates.mean(axis=0).min() >= min(_EVERY_CHAIN, target)
+        return path if enough and also(rates) else None
+
+    path = accepted(begin)
+    if path is None:
+        later = map(accepted, range(begin + 1, len(candidates)))
+        return next((path for path in later if path is not None), best)
+    for index in reversed(range(begin)):
+        cheaper = accepted(index)
+        if cheaper is None:
+            break
+        path = cheaper
+    return path
 
 
 _TARGETS = {hmc: 0.8, coalescing_hmc: 0.8, nuts: 0.8, mala: 0.8, random_walk: 0.3}

@@ -21,6 +21,7 @@ from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.compile_cache import compiler_options
 from partime_mcmc.kernels import Kernel, Whitening
+from partime_mcmc.kernels.coordinates import Centring, maps_of
 from partime_mcmc.kernels.kernel_program import (
     Builder,
     KernelProgram,
@@ -30,6 +31,7 @@ from partime_mcmc.kernels.kernel_program import (
 from partime_mcmc.types import Array, Key, PyTree
 from partime_mcmc.warmup.hmc_batch import HMCBatch, SeedTree
 from partime_mcmc.warmup.pooled import Pool, PooledAdaptation
+from partime_mcmc.warmup.reparametrise import carry_over
 from partime_mcmc.warmup.tuning import (
     Path,
     TrajectoryRule,
@@ -92,6 +94,8 @@ class Warmup:
         num_rescued: Chains that were lost and went on from another chain's state.
         seconds: Wall time, compilation included.
         notes: What a reader should know, in sentences.
+        rhat: The largest split R-hat of all pooled chains in the last window, coordinates and log density.
+        settled: Whether these chains agreed.
     """
 
     kernel: Kernel
@@ -108,6 +112,8 @@ class Warmup:
     num_rescued: int
     seconds: float
     notes: tuple[str, ...]
+    rhat: float
+    settled: bool
 
     def __str__(self) -> str:
         chosen = ", ".join(f"{name} {value:.3g}" for name, value in self.settings.items())
@@ -135,6 +141,7 @@ def warm_up(
     num_warmup: int,
     adaptation: Adaptation | None = None,
     advance: Callable[[int], None] = lambda steps: None,
+    centring: Centring | None = None,
 ) -> Warmup:
     """Tune a kernel on a density.
 
@@ -147,6 +154,7 @@ def warm_up(
         num_warmup: Transitions per chain at most, at least 20.
         adaptation: None is `PooledAdaptation()`.
         advance: Called with the number of transitions done since the last call.
+        centring: Of the target: its location-scale sites.
 
     Returns:
         The tuned kernel and where the chains are.
@@ -157,33 +165,33 @@ def warm_up(
     example = jax.device_put(jax.tree.map(lambda leaf: np.asarray(leaf)[0], starts))
     density, data = density_of(logdensity, example)
     flat = _rows_of(starts)
-    walker = HMCBatch(density, data, example, len(flat))
+    maps = maps_of(centring, example)
+    walker = HMCBatch(density, data, example, len(flat), maps)
     target = (
         target_of(builder) if adaptation.target_acceptance is None else adaptation.target_acceptance
     )
     adapt_key, tune_key = jax.random.split(key)
     path_rule = path_rule_of(builder, target, adaptation.path_length)
     pool, path = adaptation(walker, adapt_key, flat, num_warmup, path_rule, advance)
-    whitening = Whitening.of_covariance(example, pool.center, pool.metric)
-    family, draws = KernelProgram(density, builder), pool.draws.positions
+    whitening = Whitening.of_covariance(example, pool.center, pool.metric, walker.maps)
+    found = pool.draws
+    if maps:
+        # As the model has it: every weight is 1.
+        found = carry_over(walker.maps[0], maps[0], found)
+    family, draws = KernelProgram(density, builder), found.positions
     own = own_trials(family, data, whitening, draws, tune_key)
     settings, acceptance = choose(
         builder, path, pool.trials(walker, SeedTree.of(tune_key)), own, target
     )
-    notes = (
-        pool.notes
-        if acceptance >= target
-        else [
-            *pool.notes,
-            (
-                f"No step size reached the target acceptance {target:.2f}; the best reached {acceptance:.2f}."
-            ),
-        ]
-    )
+    notes = [*pool.notes, *(told for one in walker.maps if (told := one.describe()))]
+    if acceptance < target:
+        notes.append(
+            f"No step size reached the target acceptance {target:.2f}; the best reached {acceptance:.2f}."
+        )
     return Warmup(
         parametrised_kernel(family, data, whitening, settings),
-        _positions_of(pool.positions.astype(flat.dtype), example),
-        pool.draws.logdensity[-1],
+        _positions_of(draws[-1].astype(flat.dtype), example),
+        found.logdensity[-1],
         _positions_of(_spread(draws).astype(flat.dtype), example),
         settings,
         whitening,
@@ -195,6 +203,8 @@ def warm_up(
         pool.num_rescued,
         time.perf_counter() - begin,
         tuple(notes),
+        pool.rhat,
+        pool.settled,
     )
 
 

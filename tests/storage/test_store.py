@@ -567,6 +567,8 @@ def warmup_of(step=0.3, scale=1.0, place=0.0):
         0,
         0.0,
         (),
+        1.0,
+        True,
     )
 
 

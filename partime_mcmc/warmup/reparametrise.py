@@ -1,0 +1,219 @@
+"""Coordinates learned from pooled draws: how far to recentre each site.
+
+With draws y of all chains and gradients ∇log p_y of their density, a change of coordinates is judged by
+
+    J = ½ (log det cov(y) + log det cov(∇log p_y(y))),
+
+which no affine map changes, and which is 0 for a normal law and positive for every other: the Fisher divergence between the
+best-whitened law and a standard normal, in the limit of small divergences (Seyboldt, Carlson & Carpenter 2025 minimise it
+over affine maps). A diagonal version misleads where effects trade off. Draws and gradients are carried through a map by the
+chain rule, so that learning evaluates the model's laws and never its likelihood:
+
+    y = m⁻¹(x),     ∇log p_y(y) = m'(y)ᵀ ∇log p(x) + ∇ log |det m'(y)|.
+
+The derivative of J with respect to draws and gradients is a few lines of linear algebra on the host; the compiler's part is to
+carry draws through the map and derivatives back. Half of the draws fit the weights by L-BFGS-B (Byrd, Lu, Nocedal & Zhu 1995)
+within [0, 1]; they are kept only if J falls on the other half as well.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from scipy.linalg import cho_factor, cho_solve
+from scipy.optimize import minimize
+
+from partime_mcmc.compile_cache import compiler_options
+from partime_mcmc.kernels.coordinates import CoordinateMap
+from partime_mcmc.types import PyTree
+from partime_mcmc.warmup.hmc_batch import HMCBatchResult
+
+# Draws that weights are fitted to, and as many that judge them. What is carried over goes in batches of as many, too.
+_NUM_DRAWS = 512
+# J has several minima where effects trade off: descents begin at the weights there are, and here.
+_OTHER_START = 0.5
+_MAX_ITERATIONS = 15
+# What J must fall by on draws that did not take part.
+_LEAST_GAIN = 0.1
+_TINY = 1e-30
+# With so many draws per dimension a covariance needs no shrinking.
+_PLENTY = 4
+
+
+class Learned(NamedTuple):
+    """What a fit returns.
+
+    Attributes:
+        map: With the weights to go on with.
+        before: J on the held-out draws with the weights there were.
+        after: J there with the new ones.
+    """
+
+    map: CoordinateMap
+    before: float
+    after: float
+
+
+def learn_map(found: CoordinateMap, draws: HMCBatchResult, root: np.ndarray) -> Learned:
+    """Weights of a map that make the draws' law more normal.
+
+    Args:
+        found: The map in which the draws were made.
+        draws: A window, with gradients.
+        root: Of a metric for these draws, `(D, D)` or `(D,)`: in its units correlations are small, and so is what
+            shrinking them does.
+    """
+    root = np.diag(root) if root.ndim == 1 else root
+    inverse = np.linalg.inv(root)
+    num_steps, num_chains, dimension = draws.positions.shape
+    steps = np.linspace(0, num_steps - 1, 2 * _NUM_DRAWS // num_chains).astype(int)
+    shape = (-1, num_chains, dimension)
+    fitted, held_out = (
+        [leaf[steps[part::2]].reshape(-1, dimension) for leaf in (draws.positions, draws.gradients)]
+        for part in (0, 1)
+    )
+    nothing = np.zeros_like(fitted[0])
+    start, unravel = ravel_pytree(found.weights)
+
+    def divergence(weights: np.ndarray, data: list[np.ndarray]) -> tuple[float, list[np.ndarray]]:
+        y, g = _moved(found, unravel(weights), *data, nothing, nothing)[:2]
+        one, dy = half_log_det((y @ inverse.T).reshape(shape))
+        two, dg = half_log_det((g @ root).reshape(shape))
+        return one + two, [
+            dy.reshape(-1, dimension) @ inverse,
+            dg.reshape(-1, dimension) @ root.T,
+        ]
+
+    def objective(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        value, slopes = divergence(weights, fitted)
+        if not np.isfinite(value):
+            return _FAR, np.zeros_like(weights)
+        slope = _moved(found, unravel(weights), *fitted, *slopes)[-1]
+        return value, np.asarray(ravel_pytree(slope)[0], float)
+
+    start = np.asarray(start, float)
+    ends = [
+        minimize(
+            objective,
+            begin,
+            jac=True,
+            method="L-BFGS-B",
+            bounds=[(0, 1)] * len(start),
+            options={"maxiter": _MAX_ITERATIONS},
+        )
+        for begin in (start, np.full_like(start, _OTHER_START))
+    ]
+    best = min(ends, key=lambda end: end.fun).x
+    before, after = (divergence(one, held_out)[0] for one in (start, best))
+    better = after < before - _LEAST_GAIN
+    return Learned(found.reweighted(unravel(best)) if better else found, before, after)
+
+
+def carry_over(old: CoordinateMap, new: CoordinateMap, draws: HMCBatchResult) -> HMCBatchResult:
+    """Draws in the coordinates of one map as they are in those of the same map with other weights."""
+    shape = draws.positions.shape
+    y, g = (leaf.reshape(-1, shape[-1]) for leaf in (draws.positions, draws.gradients))
+    parts = []
+    for begin in range(0, len(y), _NUM_DRAWS):
+        # The last batch is filled up with the last draw.
+        rows = np.minimum(np.arange(begin, begin + _NUM_DRAWS), len(y) - 1)
+        nothing = np.zeros_like(y[rows])
+        parts.append(_moved(old, new.weights, y[rows], g[rows], nothing, nothing)[:3])
+    moved, slopes, change = (np.concatenate(part)[: len(y)] for part in zip(*parts))
+    return draws._replace(
+        positions=moved.reshape(shape),
+        gradients=slopes.reshape(shape),
+        logdensity=draws.logdensity + change.reshape(shape[:2]),
+    )
+
+
+def half_log_det(draws: np.ndarray) -> tuple[float, np.ndarray]:
+    """Half the log determinant of the covariance of draws within chains, and its derivative.
+
+    With few draws n for D coordinates correlations are shrunk by D / (D + n) towards none: u is in units of standard
+    deviations, a = n / (D + n) / n, and R = (1 - n a) I + a uᵀu.
+
+    Args:
+        draws: Shape `(S, C, D)`.
+
+    Returns:
+        The value, and the derivative with respect to the draws, `(S, C, D)`.
+    """
+    dimension = draws.shape[-1]
+    draws = np.asarray(draws, float)
+    deviations = (draws - draws.mean(axis=0)).reshape(-1, dimension)
+    num_draws = len(deviations)
+    variances = np.mean(deviations**2, axis=0) + _TINY
+    u = deviations / np.sqrt(variances)
+    shrink = 1e-10 if num_draws >= _PLENTY * dimension else dimension / (dimension + num_draws)
+    a = (1 - shrink) / num_draws
+    # u R⁻¹ = (shrink I + a u uᵀ)⁻¹ u: whichever matrix is smaller.
+    is_tall = num_draws >= dimension
+    gram = u.T @ u if is_tall else u @ u.T
+    try:
+        factor = cho_factor(shrink * np.eye(len(gram)) + a * gram)
+    except (np.linalg.LinAlgError, ValueError):
+        return np.inf, np.zeros_like(draws)
+    value = 0.5 * np.log(variances).sum() + np.log(np.diag(factor[0])).sum()
+    value += 0 if is_tall else 0.5 * (dimension - num_draws) * np.log(shrink)
+    slope = a * (cho_solve(factor, u.T).T if is_tall else cho_solve(factor, u))
+    slope = slope / np.sqrt(variances) + deviations / (num_draws * variances) * (
+        1 - (slope * u).sum(axis=0)
+    )
+    slope = slope.reshape(draws.shape)
+    return float(value), slope - slope.mean(axis=0)
+
+
+# What stands for J where it is not finite.
+_FAR = 1e10
+
+
+def _moved(found, weights, y, g, slope_y, slope_g) -> tuple:
+    """y, g and log densities' changes with other weights, and the derivative of ⟨slopes, (y, g)⟩ by the weights."""
+    return jax.tree.map(np.asarray, _moving()(found, weights, y, g, slope_y, slope_g))
+
+
+@functools.cache
+def _moving():
+    return jax.jit(_move, compiler_options=compiler_options())
+
+
+def _move(found, weights: PyTree, y, g, slope_y, slope_g):
+    def moved(weights):
+        new = found.reweighted(weights)
+
+        def one(y, g):
+            x, g, there = _to_positions(found, y, g)
+            y, g, back = _from_positions(new, x, g)
+            return y, g, back - there
+
+        return jax.vmap(one)(y, g)
+
+    (y, g, change), pull = jax.vjp(moved, weights)
+    return y, g, change, pull((slope_y, slope_g, jnp.zeros_like(change)))[0]
+
+
+def _to_positions(found, y, g):
+    """x, the gradient there, and log |det dx/dy|."""
+    x, change = found.leave(y)
+
+    def density(x):
+        y = found.enter(x)
+        return jnp.sum(g * y) - found.leave(y)[1]
+
+    return x, jax.grad(density)(x), change
+
+
+def _from_positions(found, x, g):
+    """y, the gradient there, and log |det dx/dy|."""
+    y = found.enter(x)
+
+    def density(y):
+        x, change = found.leave(y)
+        return jnp.sum(g * x) + change, change
+
+    gradient, change = jax.grad(density, has_aux=True)(y)
+    return y, gradient, change
