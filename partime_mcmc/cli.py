@@ -1,8 +1,8 @@
 """The command line: `partime-mcmc COMMAND`, or `python -m partime_mcmc COMMAND`.
 
 Exit codes: 0, the chains are certified and, where two runs are compared, agree. 1, they are not, or do not. 2, arguments,
-files or a model that cannot work: one sentence on standard error says why, and --traceback shows where. As for other
-programs: 130 after an interrupt. What is in a store is safe.
+files or a model that cannot work: one sentence on standard error says why, and --traceback shows where. 3, the chains are
+certified, and the verdict on them is NOT CONVERGED. As for other programs: 130 after an interrupt. What is in a store is safe.
 
 MODEL is a NumPyro model, a `Target`, or a function that returns a `Target` or `(logdensity, initial)`; data are its
 keyword arguments by name. Loading a file runs it. JAX is switched to float64 when asked to, and for built-in models
@@ -30,6 +30,7 @@ from partime_mcmc import StoredDraws, Target, hosts, open_draws, time_mesh
 from partime_mcmc.diagnostics import describe, plots
 from partime_mcmc.diagnostics.arviz import read_draws, save_netcdf
 from partime_mcmc.diagnostics.report import Level, Report
+from partime_mcmc.diagnostics.verdict import Outcome
 from partime_mcmc.models import MODELS
 from partime_mcmc.numpyro.model import called
 from partime_mcmc.sampling.memory import default_max_bytes
@@ -38,7 +39,7 @@ from partime_mcmc.storage.store import Folder
 from partime_mcmc.types import Key
 from partime_mcmc.validation import check_count
 
-_GOOD, _BAD, _WRONG_ARGUMENTS, _INTERRUPTED = 0, 1, 2, 130
+_GOOD, _BAD, _WRONG_ARGUMENTS, _NOT_CONVERGED, _INTERRUPTED = 0, 1, 2, 3, 130
 _KERNELS = ("coalescing_hmc", "hmc", "mala", "nuts", "random_walk")
 _SOLVERS = ("sequential", "shooting", "deer", "quasi_deer", "elk", "quasi_elk", "picard", "jacobi")
 _LEVELS = ("statistical", "certified-path", "bitwise")
@@ -192,7 +193,7 @@ def _summary(arguments: argparse.Namespace) -> int:
     print(describe.run_json(run) if arguments.json else describe.run_text(run))
     if arguments.report is not None:
         describe.save_page(arguments.report, run, str(arguments.run))
-    return _GOOD if describe.is_certified(run) else _BAD
+    return _code_of(run)
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -300,7 +301,16 @@ def _finish(arguments: argparse.Namespace, key: Key, draws: Any) -> int:
             "passes": solve_by_pass(draws.warmup, jax.random.fold_in(key, 2), solver),
         }
         print(f"written: {describe.save_page(arguments.report, draws, arguments.model, **figures)}")
-    return _INTERRUPTED if interrupted else _GOOD if describe.is_certified(draws) else _BAD
+    return _INTERRUPTED if interrupted else _code_of(draws)
+
+
+def _code_of(draws: Any) -> int:
+    """The exit code for a run: whether it is certified, and what its verdict is where it has one."""
+    if not describe.is_certified(draws):
+        return _BAD
+    verdict = getattr(draws, "verdict", None)
+    failed = verdict is not None and verdict.outcome is Outcome.NOT_CONVERGED
+    return _NOT_CONVERGED if failed else _GOOD
 
 
 def _sentence(error: Exception) -> str:

@@ -60,7 +60,9 @@ def run_facts(draws: Any) -> list[tuple[str, str]]:
     divergences = (getattr(draws, "info", None) or {}).get("diverging")
     fallbacks = list(getattr(report, "fallbacks", None) or [])
     more = len(fallbacks) - _MOST_FALLBACKS
+    verdict = getattr(draws, "verdict", None)
     facts = [
+        ("verdict", "" if verdict is None else str(verdict)),
         (
             "draws",
             f"{plan.get('num_samples', '?')} draws of {plan.get('num_chains', '?')} chains{every}{unfinished}",
@@ -97,11 +99,12 @@ def _certificate_text(certificate: Any) -> str:
 
 def run_text(draws: Any) -> str:
     """A run as text: its table, and the facts below it."""
-    rows = shown_rows(draws)
-    lines = text_table(rows[:_MOST_TEXT_ROWS])
+    rows, verdict = shown_rows(draws), getattr(draws, "verdict", None)
+    lines = [] if verdict is None else textwrap.wrap(str(verdict), 110, subsequent_indent="    ")
+    lines += text_table(rows[:_MOST_TEXT_ROWS])
     if len(rows) > _MOST_TEXT_ROWS:
         lines.append(f"... and {len(rows) - _MOST_TEXT_ROWS} more")
-    for label, text in run_facts(draws):
+    for label, text in run_facts(draws)[0 if verdict is None else 1 :]:
         lines += textwrap.wrap(
             f"{label:<13}{text}", 110, subsequent_indent=" " * 13, break_on_hyphens=False
         )
@@ -110,9 +113,11 @@ def run_text(draws: Any) -> str:
 
 def run_json(draws: Any) -> str:
     """A run as JSON: the summary, whether it is certified and finished, its plan, and totals over all draws."""
-    statistics = getattr(draws, "statistics", None)
+    statistics, verdict = getattr(draws, "statistics", None), getattr(draws, "verdict", None)
     found = {
         "summary": summary_rows(draws),
+        "verdict": None if verdict is None else verdict.outcome.value,
+        "grounds": [] if verdict is None else list(verdict.grounds),
         "certified": is_certified(draws),
         "finished": getattr(draws, "finished", True),
         "plan": draws.plan,

@@ -22,6 +22,7 @@ from numpyro.infer.mcmc import MCMCKernel
 from partime_mcmc.certify.certificate import Certificate
 from partime_mcmc.certify.recorded import Certification, CertifyWhileRolling
 from partime_mcmc.diagnostics.report import Level
+from partime_mcmc.diagnostics.verdict import Verdict
 from partime_mcmc.engine import Schedule
 from partime_mcmc.forgetting.advise import Advice
 from partime_mcmc.numpyro.hmc_state import (
@@ -62,6 +63,7 @@ class ParallelReport:
     Attributes:
         run: Statuses, work and times.
         certificate: One entry per chain.
+        verdict: Whether the draws can be taken for the posterior's, and why.
         warmup: What warm-up chose and why; None if there was none in this run.
         plan: Solver, schedule, counts and key.
         ask: Gives advice, and remembers it; None where nothing calls for advice.
@@ -69,6 +71,7 @@ class ParallelReport:
 
     run: RunReport
     certificate: Certificate
+    verdict: Verdict
     warmup: Warmup | None
     plan: dict[str, Any]
     ask: Callable[[], Advice] | None = dataclasses.field(default=None, compare=False, repr=False)
@@ -103,6 +106,7 @@ class ParallelReport:
         residual = float(np.max(np.asarray(self.certificate.max_residual)))
         advice = self.advice
         lines = [
+            str(self.verdict),
             f"{self.level.name}: largest residual {residual:.1e} noise units, {self.certificate.evidence}; {self.run}",
             *self.run.fallbacks,
             *([] if advice is None else [f"Advice: {advice}"]),
@@ -205,6 +209,9 @@ class ParallelMCMC(MCMC):
             store: A folder for a run longer than memory, as for `sample`; the same call goes on with a run that was killed.
             **kwargs: The model's.
 
+        Warns:
+            NotConvergedWarning: Where the draws are not the posterior's; see `report.verdict`.
+
         Raises:
             StoreMismatch, StoreError: As `sample`.
             TypeError, ValueError: For bad keys, fields, starts, or models; see `from_numpyro`.
@@ -222,6 +229,8 @@ class ParallelMCMC(MCMC):
             )
         finally:
             self._store = None
+        if self._draws is not None:
+            self._draws.verdict.warn()
 
     @property
     def report(self) -> ParallelReport:
@@ -232,7 +241,9 @@ class ParallelMCMC(MCMC):
         """
         draws = self.draws
         ask = self._advise if self.solver is None and draws.report.fallbacks else None
-        return ParallelReport(draws.report, draws.certificate, draws.warmup, draws.plan, ask)
+        return ParallelReport(
+            draws.report, draws.certificate, draws.verdict, draws.warmup, draws.plan, ask
+        )
 
     @property
     def advice(self) -> Advice:
@@ -261,10 +272,11 @@ class ParallelMCMC(MCMC):
         return self._warmed
 
     def or_raise(self) -> Self:
-        """This object, if every chain of the last run is certified and moves.
+        """This object, if every chain of the last run is certified and moves, and the verdict is not NOT CONVERGED.
 
         Raises:
             SolveError: Naming the first chain that is not.
+            NotConverged: With the grounds of the verdict.
         """
         self.draws.or_raise()
         return self
@@ -282,8 +294,10 @@ class ParallelMCMC(MCMC):
         return {name: value for name, value in fields.items() if name != "z"}
 
     def print_summary(self, prob: float = 0.9, exclude_deterministic: bool = True) -> None:
-        """As NumPyro's; of draws in a store, which are in memory meanwhile, too."""
+        """The verdict, then as NumPyro's; of draws in a store, which are in memory meanwhile, too."""
         in_memory = self._states
+        if self._draws is not None:
+            print(self._draws.verdict)
         try:
             self._states = self._read_store(True) or in_memory
             super().print_summary(prob, exclude_deterministic)

@@ -65,7 +65,7 @@ class RunReport:
     def __str__(self) -> str:
         verdicts = ", ".join(sorted({status.name for status in self.status}))
         return (
-            f"{verdicts}; {self.seconds_run:.3f} s ({self.seconds_compile:.1f} s compilation apart), "
+            f"solver {verdicts}; {self.seconds_run:.3f} s ({self.seconds_compile:.1f} s compilation apart), "
             f"{self.evaluations_per_sample:.2f} evaluations and {self.jvps_per_sample:.2f} JVPs per draw, depth "
             f"{self.depth}, {int(self.iterations.max())} iterations over all windows, {len(self.fallbacks)} fallbacks"
         )

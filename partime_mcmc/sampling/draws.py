@@ -14,6 +14,7 @@ import numpy as np
 
 from partime_mcmc.certify.certificate import Certificate
 from partime_mcmc.diagnostics.arviz import draws_dataset, stats_dataset, to_arviz
+from partime_mcmc.diagnostics.verdict import Verdict, verdict_of
 from partime_mcmc.engine import SolveError, Status
 from partime_mcmc.forgetting.advise import Advice
 from partime_mcmc.sampling.chunk import ChainState, RunReport
@@ -80,6 +81,11 @@ class Draws:
         return str(self.warmup or "")
 
     @functools.cached_property
+    def verdict(self) -> Verdict:
+        """Whether these draws can be taken for the posterior's, and why."""
+        return verdict_of(self)
+
+    @functools.cached_property
     def posterior(self) -> Any:
         """Named values in the model's space, an `xarray.Dataset` with the dimensions `chain` and `draw` first."""
         return draws_dataset(self.constrained, self.dims)
@@ -112,18 +118,20 @@ class Draws:
         save_page(path, self)
 
     def or_raise(self) -> Self:
-        """These draws, if every chain is certified, finite and moving.
+        """These draws, if every chain is certified, finite and moving, and the verdict is not NOT CONVERGED.
 
         Raises:
             SolveError: Naming the first chain that is not, and why.
+            NotConverged: With the grounds of the verdict.
         """
         raise_unless_good(self.report.status, self.certificate)
+        self.verdict.or_raise()
         return self
 
     def __repr__(self) -> str:
         names = list(self.constrained)
         some = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        return f"Draws({self.num_chains} chains x {self.num_samples:,} draws of {some}; {self})"
+        return f"Draws({self.verdict.outcome.value}; {self.num_chains} chains x {self.num_samples:,} draws of {some}; {self})"
 
     def __str__(self) -> str:
         before = f"interrupted after {self.num_samples:,} draws per chain; "

@@ -236,6 +236,8 @@ def sample(
     trouble = hardly_moves(draws.certificate, draws.num_samples) if draws.num_samples else None
     if trouble:
         progress.warn(trouble)
+    if draws.num_samples:
+        draws.verdict.warn()
     return draws
 
 

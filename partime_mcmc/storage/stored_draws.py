@@ -18,6 +18,7 @@ import numpy as np
 
 from partime_mcmc.certify.certificate import Certificate
 from partime_mcmc.diagnostics.arviz import STAT_NAMES, tree_of
+from partime_mcmc.diagnostics.verdict import Verdict, verdict_of
 from partime_mcmc.engine import Status
 from partime_mcmc.extras import import_name
 from partime_mcmc.sampling.chunk import ChainState, RunReport
@@ -112,6 +113,11 @@ class StoredDraws:
         self._begun()
         sums = self.statistics.info if self.statistics else {}
         return sums.get("acceptance_rate", sums["accepted"]) / self.num_samples
+
+    @functools.cached_property
+    def verdict(self) -> Verdict:
+        """Whether these draws can be taken for the posterior's, and why: judged by the values that are stored."""
+        return verdict_of(self)
 
     @functools.cached_property
     def posterior(self) -> Any:

@@ -27,6 +27,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.compile_cache import Timings, run_program
+from partime_mcmc.diagnostics import mixing
 from partime_mcmc.engine import CachedStep, Dynamics, Status, Tolerance, shooting
 from partime_mcmc.engine.solve import solve
 from partime_mcmc.kernels.coupling import normal_of
@@ -295,15 +296,9 @@ def _largest_change(old, new) -> float:
 
 
 def split_rhat(draws: HMCBatchResult) -> float:
-    """The largest split R-hat of a window's coordinates and log density (Gelman et al. 2013, section 11.4)."""
+    """The largest split R-hat of a window's coordinates and log density."""
     x = np.concatenate([draws.positions, draws.logdensity[..., None]], axis=-1)
-    half = len(x) // 2
-    x = np.concatenate([x[:half], x[half : 2 * half]], axis=1).astype(float)
-    within = x.var(axis=0, ddof=1).mean(axis=0)
-    between = x.mean(axis=0).var(axis=0, ddof=1)
-    with np.errstate(all="ignore"):
-        squared = (half - 1) / half + between / within
-    return float(np.sqrt(np.nan_to_num(squared, nan=np.inf).max()))
+    return float(mixing.split_rhat(np.swapaxes(x, 0, 1)).max())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -389,16 +384,18 @@ class PooledAdaptation:
             if self.coordinates is not None and walker.maps:
                 learn(pool, rule.fisher)
                 moved = self.coordinates(walker, pool)
-            learn(pool, rule.covariance if size >= _COVARIANCE_FROM else rule.fisher)
-            before, path = path, path_rule.choose(pool.trials(walker, one.child(2)), path.num_steps)
             pool.settled = pool.rhat < _AGREEING + _AGREEING_ROOM / size
+            # The covariance of chains in different modes would be that of the modes.
+            is_long = size >= _COVARIANCE_FROM and pool.settled
+            learn(pool, rule.covariance if is_long else rule.fisher)
+            before, path = path, path_rule.choose(pool.trials(walker, one.child(2)), path.num_steps)
             same = abs(np.log(path.step_size / before.step_size)) < _SAME_STEP and not moved
-            if size >= _COVARIANCE_FROM and same and pool.settled:
+            if is_long and same:
                 break
         if not pool.settled:
             pool.notes.append(
                 f"Warm-up had not settled: the {len(pool.positions)} pooled chains still disagreed in its last window "
-                f"(split R-hat {pool.rhat:.2f}). Allow more than {num_steps} steps, or look for modes and funnels."
+                f"(split R-hat {pool.rhat:.2f}). Allow it more steps, or look for modes and funnels."
             )
         return path
 

@@ -1,0 +1,189 @@
+"""The verdict on a run: right ones converge, wrong ones never, and everything that prints a run says so first."""
+
+import dataclasses
+import json
+import warnings
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+
+from partime_mcmc import CoalescingHMC, ParallelMCMC, Target, coalescing_hmc, mala, sample
+from partime_mcmc.cli import _code_of
+from partime_mcmc.diagnostics import describe
+from partime_mcmc.diagnostics.verdict import (
+    NotConverged,
+    NotConvergedWarning,
+    Outcome,
+    judge,
+)
+from partime_mcmc.kernels import Whitening
+
+
+@pytest.fixture(autouse=True)
+def in_float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def run_of(x, *, warmup=None, certified=True, info=None):
+    """A run as far as a verdict looks at it, with draws `(C, T, D)`."""
+    num_chains, num_samples = x.shape[:2]
+    return SimpleNamespace(
+        positions={"x": x},
+        constrained={},
+        info=info or {},
+        certificate=SimpleNamespace(
+            certified=np.full(num_chains, certified), frozen=np.zeros(num_chains, bool)
+        ),
+        warmup=warmup,
+        num_chains=num_chains,
+        num_samples=num_samples,
+    )
+
+
+def exact(seed, num_chains=4, num_samples=500, dimension=10):
+    return np.random.default_rng(seed).normal(size=(num_chains, num_samples, dimension))
+
+
+def test_right_runs_converge():
+    found = [judge(run_of(exact(seed))).outcome for seed in range(40)]
+    assert found.count(Outcome.CONVERGED) >= 38
+
+
+def shifted(seed):
+    x = exact(seed)
+    x[2, :, 3] += 3
+    return run_of(x)
+
+
+def drifting(seed):
+    x = exact(seed)
+    x[..., 0] += np.linspace(0, 4, x.shape[1])
+    return run_of(x)
+
+
+def wider(seed):
+    """Locations agree, one chain's scale does not."""
+    x = exact(seed)
+    x[1] *= 5
+    return run_of(x)
+
+
+def frozen(seed):
+    x = exact(seed)
+    x[3, :, 2] = 0.5
+    return run_of(x)
+
+
+def uncertified(seed):
+    return run_of(exact(seed), certified=False)
+
+
+def one_mode_kept(seed):
+    """Two chains are kept, which agree; the eight of warm-up did not."""
+    return run_of(exact(seed, 2), warmup=SimpleNamespace(rhat=40.0, settled=False))
+
+
+@pytest.mark.parametrize("make", [shifted, drifting, wider, frozen, uncertified, one_mode_kept])
+def test_wrong_runs_never_converge(make):
+    for seed in range(20):
+        verdict = judge(make(seed))
+        assert verdict.outcome is Outcome.NOT_CONVERGED, verdict
+        with pytest.raises(NotConverged, match="NOT CONVERGED: "):
+            verdict.or_raise()
+
+
+def unsettled(seed):
+    return run_of(exact(seed), warmup=SimpleNamespace(rhat=1.15, settled=False))
+
+
+def sticky(seed):
+    """Right in law, but strongly autocorrelated: too few effective draws."""
+    x = exact(seed)
+    for step in range(1, x.shape[1]):
+        x[:, step] = 0.98 * x[:, step - 1] + np.sqrt(1 - 0.98**2) * x[:, step]
+    return run_of(x)
+
+
+def diverging(seed):
+    x = exact(seed)
+    return run_of(x, info={"diverging": np.arange(x.shape[1]) % 50 == np.zeros((4, 1))})
+
+
+def slow_energy(seed):
+    return run_of(exact(seed), info={"energy": np.cumsum(exact(seed)[..., 0], axis=1)})
+
+
+def short(seed):
+    return run_of(exact(seed, num_samples=20))
+
+
+@pytest.mark.parametrize("make", [unsettled, sticky, diverging, slow_energy, short])
+def test_doubtful_runs_are_not_called_converged(make):
+    found = {judge(make(seed)).outcome for seed in range(20)}
+    assert Outcome.CONVERGED not in found and (make is sticky or found == {Outcome.UNDECIDED})
+
+
+def two_modes():
+    """Far apart, of equal weight: no chain goes from one to the other."""
+
+    def logdensity(x):
+        return jnp.logaddexp(*(-0.5 * jnp.sum((x - place) ** 2) for place in (-20.0, 20.0)))
+
+    return Target(logdensity, lambda key: 15 * jax.random.normal(key, (2,)))
+
+
+def test_modes_that_no_chain_leaves_are_reported_everywhere():
+    with pytest.warns(NotConvergedWarning, match="NOT CONVERGED: R-hat"):
+        draws = sample(
+            jax.random.key(0), two_modes(), coalescing_hmc, num_samples=200, num_chains=4,
+            num_warmup=300, progress=False,
+        )  # fmt: skip
+    assert draws.certificate.certified.all(), "the chains are those of the kernel, and yet"
+    assert draws.verdict.outcome is Outcome.NOT_CONVERGED and draws.verdict.rhat > 1.1
+    assert repr(draws).startswith("Draws(NOT CONVERGED; ")
+    assert describe.run_text(draws).startswith("NOT CONVERGED: ")
+    assert "NOT CONVERGED" in draws._repr_html_()
+    told = json.loads(describe.run_json(draws))
+    assert told["verdict"] == "NOT CONVERGED" and told["grounds"] and told["certified"]
+    assert _code_of(draws) == 3
+    with pytest.raises(NotConverged):
+        draws.or_raise()
+    one = dataclasses.replace(
+        draws, **{name: jax.tree.map(lambda leaf: leaf[:1], getattr(draws, name)) for name in ("positions", "constrained", "info", "certificate")}
+    )  # fmt: skip
+    assert one.verdict.outcome is Outcome.NOT_CONVERGED, "the pooled chains of warm-up still know"
+
+
+def test_a_good_run_says_so_and_warns_of_nothing(capsys):
+    def model():
+        x = numpyro.sample("x", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        numpyro.sample("y", dist.Normal(x.sum(), 1.0), obs=1.0)
+
+    mcmc = ParallelMCMC(
+        CoalescingHMC(model), num_warmup=600, num_samples=600, num_chains=4, progress_bar=False
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mcmc.run(jax.random.key(1))
+    assert mcmc.report.verdict.outcome is Outcome.CONVERGED, str(mcmc.report)
+    assert str(mcmc.report).startswith("CONVERGED: R-hat") and mcmc.or_raise() is mcmc
+    assert any("warm-up" in ground for ground in mcmc.report.verdict.grounds)
+    mcmc.print_summary()
+    assert capsys.readouterr().out.startswith("CONVERGED: ")
+    assert mcmc.draws.certificate.num_rejected.sum() > 0
+
+
+def test_a_step_size_that_is_too_small_is_not_called_converged():
+    target = Target(lambda x: -0.5 * jnp.sum(x**2), lambda key: 3 * jax.random.normal(key, (5,)))
+    whitening = Whitening.of_covariance(np.zeros(5), np.zeros(5), np.ones(5))
+    draws = sample(
+        jax.random.key(2), target, mala(target.logdensity, 1e-4, whitening), num_samples=500,
+        num_chains=4, progress=False,
+    )  # fmt: skip
+    assert draws.verdict.outcome is Outcome.NOT_CONVERGED
