@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fakes import exact_path
 from kernel_catalogue import logdensity_of
 
 from partime_mcmc.diagnostics.checks import NonDeterministicTarget
@@ -108,7 +109,7 @@ def test_draws_are_blackjaxs_own_chains(base):
 
 
 def test_what_a_run_returns(base):
-    assert base.report.status == (Status.CONVERGED,) * CHAINS and base.or_raise() is base
+    assert base.report.status == (Status.CONVERGED,) * CHAINS and exact_path(base) is base
     assert {name: leaf.shape for name, leaf in base.positions.items()} == {
         "position": (CHAINS, T, 2),
         "slope": (CHAINS, T),
@@ -182,7 +183,7 @@ def test_same_seed_and_plan_same_bits_with_progress_and_a_legacy_key(base, capsy
 def test_another_solver_and_schedule_give_the_same_chains(solver, schedule):
     draws = run(solver=solver, schedule=schedule)
     assert_same_chains(draws, by_hand()[0])
-    assert draws.or_raise().report.fallbacks == ()
+    assert exact_path(draws).report.fallbacks == ()
     rejected = ~np.asarray(draws.info["accepted"])[:, 1:]
     moved = (np.diff(np.asarray(draws.positions["position"]), axis=1) != 0).any(axis=-1)
     assert rejected.any() and not (moved & rejected).any(), (
@@ -193,7 +194,7 @@ def test_another_solver_and_schedule_give_the_same_chains(solver, schedule):
 def test_a_solver_that_cannot_converge_falls_back_to_the_exact_chain_and_says_so():
     draws = run(schedule=Windows(15), max_iterations=1)
     assert_same_chains(draws, by_hand()[0], atol=1e-12)
-    report = draws.or_raise().report
+    report = exact_path(draws).report
     # One pass of Jacobi makes the first step of a window right, at least: what is right is kept.
     assert (report.num_sequential < T).all() and (report.num_sequential > T / 2).all()
     first = [sentence for sentence in report.fallbacks if "steps 0 to 15" in sentence]
@@ -211,7 +212,7 @@ def test_a_solver_that_cannot_converge_falls_back_to_the_exact_chain_and_says_so
 def test_one_chain_and_one_step():
     draws = run(num_chains=1, num_samples=1, schedule=AllAtOnce())
     assert draws.positions["position"].shape == (1, 1, 2) and bool(
-        draws.or_raise().certificate.certified[0]
+        exact_path(draws).certificate.certified[0]
     )
     start_key, _, chains_key = jax.random.split(jax.random.key(0), 3)
     state = kernel().init(target().initial(jax.random.split(start_key, 1)[0]))
@@ -227,7 +228,7 @@ def test_no_steps(schedule):
     assert {leaf.shape for leaf in jax.tree.leaves(draws.positions)} == {(2, 0, 2), (2, 0)}
     assert {leaf.dtype for leaf in jax.tree.leaves(draws.positions)} == {jnp.dtype("float64")}
     assert {value.shape for value in draws.info.values()} == {(2, 0)}
-    assert draws.or_raise().report.evaluations_per_sample == 0
+    assert exact_path(draws).report.evaluations_per_sample == 0
 
 
 # --- trouble at run time
@@ -269,7 +270,7 @@ def test_one_bad_chain_leaves_the_others_bit_for_bit():
         for far in (1.0, 60.0)
     }
     good, bad = found[1.0], found[60.0]
-    assert good.or_raise().report.fallbacks == ()
+    assert exact_path(good).report.fallbacks == ()
     assert [status.name for status in bad.report.status] == ["CONVERGED"] * 5 + ["NONFINITE"] + [
         "CONVERGED"
     ] * 2
@@ -385,7 +386,7 @@ def test_eight_schools_from_end_to_end():
         solver=jacobi(),
         schedule=Windows(30),
     )
-    assert draws.or_raise().report.status == (Status.CONVERGED,) * 4
+    assert exact_path(draws).report.status == (Status.CONVERGED,) * 4
     assert {name: value.shape for name, value in draws.constrained.items()} == {
         "mu": (4, 60),
         "tau": (4, 60),
@@ -433,7 +434,7 @@ def test_data_travel_as_arguments(no_large_constants):
         num_chains=2,
         solver=jacobi(),
     )
-    assert draws.or_raise().constrained["mean"].shape == (2, 12)
+    assert exact_path(draws).constrained["mean"].shape == (2, 12)
 
 
 # --- what is refused before anything runs
