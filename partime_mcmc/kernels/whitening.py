@@ -79,8 +79,8 @@ class Whitening:
             raise ValueError(
                 f"center: shape {middle.shape}, wanted {flat.shape} as the position has {flat.size} numbers"
             )
-        root = checked_root(matrix, flat.size, "covariance")
-        return cls(example, *jax.device_put((middle, root)), maps)
+        middle, root = jax.device_put((middle, checked_root(matrix, flat.size, "covariance")))
+        return cls(example, middle, root, maps)
 
     @classmethod
     def of_low_rank(

@@ -146,13 +146,13 @@ def _centred_value(x, weight, location, stretch):
 
 def _law_of(message: dict) -> tuple[Array, Array] | None:
     """Location and scale of the site's unconstrained value, or None."""
-    law = message["fn"]
+    law: Any = message["fn"]
     while isinstance(law, dist.Independent | dist.ExpandedDistribution):
         law = law.base_dist
     if type(law) not in _LAWS or message["name"].endswith(_REPARAMETRISED):
         return None
     if isinstance(law, dist.MultivariateNormal):
-        location, scale = law.loc, jnp.sqrt(law.variance)
+        location, scale = jnp.asarray(law.loc), jnp.sqrt(law.variance)
     else:
         # A Gaussian random walk has no location: it starts at 0.
         location, scale = jnp.asarray(getattr(law, "loc", 0.0)), jnp.asarray(law.scale)

@@ -419,10 +419,10 @@ def _kernel_of(
         raise TypeError("kernel: got a Kernel, wanted the builder that this run was begun with")
     if coupling is not None and takes_coupling(builder):
         builder = with_coupling(builder, coupling)
-    leaves, *affine, weights = jax.tree.map(as_committed_array, decode(words["whitening"]))
+    leaves, center, scale, weights = jax.tree.map(as_committed_array, decode(words["whitening"]))
     position = jax.tree.unflatten(jax.tree.structure(example), leaves)
     maps = learned_maps(target.centring, position, weights)
-    whitening = Whitening(position, *affine, maps)
+    whitening = Whitening(position, center, scale, maps)
     density, captured = density_of(target.logdensity, whitening.example)
     settings = {
         name: value if isinstance(value, int) else as_committed_array(value)

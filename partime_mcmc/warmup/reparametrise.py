@@ -31,8 +31,8 @@ from partime_mcmc.kernels.coordinates import CoordinateMap
 from partime_mcmc.types import PyTree
 from partime_mcmc.warmup.hmc_batch import HMCBatchResult
 
-# Draws that weights are fitted to, and as many that judge them. What is carried over goes in batches of as many, too.
-_NUM_DRAWS = 512
+# Draws that weights are fitted to, of so many chains at most, and as many that judge them.
+_NUM_DRAWS, _MOST_CHAINS = 512, 32
 # J has several minima where effects trade off: descents begin at the weights there are, and here.
 _OTHER_START = 0.5
 _MAX_ITERATIONS = 15
@@ -69,32 +69,37 @@ def learn_map(found: CoordinateMap, draws: HMCBatchResult, root: np.ndarray) -> 
     root = np.diag(root) if root.ndim == 1 else root
     inverse = np.linalg.inv(root)
     num_steps, num_chains, dimension = draws.positions.shape
-    steps = np.linspace(0, num_steps - 1, 2 * _NUM_DRAWS // num_chains).astype(int)
-    shape = (-1, num_chains, dimension)
+    chains = min(num_chains, _MOST_CHAINS)
+    steps = np.linspace(0, num_steps - 1, 2 * (_NUM_DRAWS // chains)).astype(int)
+    shape = (-1, chains, dimension)
     fitted, held_out = (
-        [leaf[steps[part::2]].reshape(-1, dimension) for leaf in (draws.positions, draws.gradients)]
+        [
+            leaf[steps[part::2], :chains].reshape(-1, dimension)
+            for leaf in (draws.positions, draws.gradients)
+        ]
         for part in (0, 1)
     )
     nothing = np.zeros_like(fitted[0])
-    start, unravel = ravel_pytree(found.weights)
+    flat, unravel_typed = ravel_pytree(found.weights)
+
+    def unravel(weights: np.ndarray) -> PyTree:
+        return unravel_typed(jnp.asarray(weights, flat.dtype))
 
     def divergence(weights: np.ndarray, data: list[np.ndarray]) -> tuple[float, list[np.ndarray]]:
-        y, g = _moved(found, unravel(weights), *data, nothing, nothing)[:2]
+        y, g = _moved(found, unravel(weights), data[0], data[1], nothing, nothing)[:2]
         one, dy = half_log_det((y @ inverse.T).reshape(shape))
         two, dg = half_log_det((g @ root).reshape(shape))
-        return one + two, [
-            dy.reshape(-1, dimension) @ inverse,
-            dg.reshape(-1, dimension) @ root.T,
-        ]
+        slopes = dy.reshape(-1, dimension) @ inverse, dg.reshape(-1, dimension) @ root.T
+        return one + two, [slope.astype(nothing.dtype) for slope in slopes]
 
     def objective(weights: np.ndarray) -> tuple[float, np.ndarray]:
         value, slopes = divergence(weights, fitted)
         if not np.isfinite(value):
             return _FAR, np.zeros_like(weights)
-        slope = _moved(found, unravel(weights), *fitted, *slopes)[-1]
+        slope = _moved(found, unravel(weights), fitted[0], fitted[1], slopes[0], slopes[1])[-1]
         return value, np.asarray(ravel_pytree(slope)[0], float)
 
-    start = np.asarray(start, float)
+    start = np.asarray(flat, float)
     ends = [
         minimize(
             objective,
@@ -116,10 +121,11 @@ def carry_over(old: CoordinateMap, new: CoordinateMap, draws: HMCBatchResult) ->
     """Draws in the coordinates of one map as they are in those of the same map with other weights."""
     shape = draws.positions.shape
     y, g = (leaf.reshape(-1, shape[-1]) for leaf in (draws.positions, draws.gradients))
-    parts = []
-    for begin in range(0, len(y), _NUM_DRAWS):
-        # The last batch is filled up with the last draw.
-        rows = np.minimum(np.arange(begin, begin + _NUM_DRAWS), len(y) - 1)
+    chains = min(shape[1], _MOST_CHAINS)
+    # As many at a time as a fit takes, so that one program does both; the last batch is filled up with the last draw.
+    parts, size = [], _NUM_DRAWS // chains * chains
+    for begin in range(0, len(y), size):
+        rows = np.minimum(np.arange(begin, begin + size), len(y) - 1)
         nothing = np.zeros_like(y[rows])
         parts.append(_moved(old, new.weights, y[rows], g[rows], nothing, nothing)[:3])
     moved, slopes, change = (np.concatenate(part)[: len(y)] for part in zip(*parts))

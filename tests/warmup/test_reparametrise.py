@@ -107,6 +107,28 @@ def test_effects_are_centred_as_far_as_data_inform_them(noise, low, high):
     assert low <= mean <= high and learned.after < learned.before
 
 
+@pytest.mark.parametrize("num_chains", [3, 10, 64])
+def test_any_number_of_chains_learns_in_single_precision(num_chains):
+    noise = 5.0
+    draws = exact_draws(hierarchy(noise), noise)
+    shape = (-1, num_chains, NUM_GROUPS + 1)
+    count = NUM_STEPS * NUM_CHAINS // num_chains * num_chains
+    y, g = (
+        leaf.reshape(-1, NUM_GROUPS + 1)[:count].reshape(shape).astype(np.float32)
+        for leaf in (draws.positions, draws.gradients)
+    )
+    value = draws.logdensity.ravel()[:count].reshape(shape[:2]).astype(np.float32)
+    with jax.enable_x64(False):
+        target = hierarchy(noise)
+        found = Recentring.of(target.centring, target.start(jax.random.key(1)))
+        window = HMCBatchResult(y, g, value, np.ones_like(value), np.ones(num_chains))
+        learned = learn_map(found, window, np.ones(NUM_GROUPS + 1))
+        assert float(learned.map.weights["effect"].mean()) < 0.4
+        moved = carry_over(found, learned.map, window)
+        assert moved.positions.shape == window.positions.shape
+        assert np.isfinite(moved.gradients).all() and moved.positions.dtype == np.float32
+
+
 def test_draws_are_carried_over_with_gradients_and_densities():
     target = hierarchy(1.0)
     draws = exact_draws(target, 1.0)
