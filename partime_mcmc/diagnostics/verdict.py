@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from partime_mcmc.diagnostics import mixing
+from partime_mcmc.diagnostics.arviz import STAT_NAMES
 from partime_mcmc.diagnostics.values import frozen_chains, named_positions, thinned_draws
 
 RHAT_GOOD, RHAT_BAD, RHAT_WARMUP_BAD = 1.01, 1.1, 1.2
@@ -30,6 +31,8 @@ EBFMI_GOOD = 0.3
 DIVERGENCES_GOOD = 1e-3
 # Fewer draws per chain say nothing; of more, so many are looked at; of more coordinates, so many of the worst.
 _FEWEST_DRAWS, _MOST_DRAWS, _MOST_COORDINATES = 40, 10_000, 256
+# Of very many numbers in all fewer draws are looked at, but so many.
+_MOST_NUMBERS, _FEWEST_OF_MANY = 20_000_000, 1000
 
 
 class Outcome(enum.Enum):
@@ -100,14 +103,7 @@ def judge(draws: Any) -> Verdict:
     Args:
         draws: In memory or on disk. Of a run on disk the stored values are judged, since positions are not stored.
     """
-    named = named_positions(draws) or thinned_draws(draws, _MOST_DRAWS)
-    named = {
-        name: value[:, :: -(-value.shape[1] // _MOST_DRAWS) or 1] for name, value in named.items()
-    }
-    info = getattr(draws, "info", None) or {}
-    if "logdensity" in info:
-        value = np.asarray(info["logdensity"])
-        named["log density"] = value[:, :: -(-value.shape[1] // _MOST_DRAWS) or 1]
+    named, info = _judged(draws)
     bad, doubts, good = [], [], []
     _judge_chains(draws, bad)
     rhat = ess = np.nan
@@ -122,12 +118,42 @@ def judge(draws: Any) -> Verdict:
     return Verdict(outcome, tuple(bad + doubts + good), rhat, ess)
 
 
+def _judged(draws: Any) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Values `(C, T, ...)` whose mixing is judged, thinned if they are many, and the last steps' energies and divergences.
+
+    Of a run on disk nothing else is read.
+    """
+    named, info = named_positions(draws), getattr(draws, "info", None) or {}
+    if named:
+        num_chains, num_draws = next(iter(named.values())).shape[:2]
+        size = sum(value[0, 0].size for value in named.values())
+        most = min(_MOST_DRAWS, max(_FEWEST_OF_MANY, _MOST_NUMBERS // max(1, num_chains * size)))
+        step = max(1, -(-num_draws // most))
+        named = {name: value[:, ::step] for name, value in named.items()}
+        density = info.get("logdensity")
+    else:
+        named, stats = thinned_draws(draws, _MOST_DRAWS), draws.sample_stats
+        names = {name: STAT_NAMES.get(name, name) for name in ("logdensity", "diverging", "energy")}
+        info = {ours: stats[theirs] for ours, theirs in names.items() if theirs in stats}
+        density, num_kept = info.get("logdensity"), stats.sizes["draw"]
+        step = max(1, -(-num_kept // _MOST_DRAWS))
+    if density is not None:
+        named["log density"] = np.asarray(density[:, ::step])
+    return named, {
+        name: np.asarray(info[name][:, -_MOST_DRAWS:])
+        for name in ("diverging", "energy")
+        if name in info
+    }
+
+
 def _judge_chains(draws: Any, bad: list[str]) -> None:
     certified = np.atleast_1d(np.asarray(draws.certificate.certified))
     if not certified.all():
         chains = np.flatnonzero(~certified).tolist()
         bad.append(f"chains {chains} do not obey their kernel (see the certificate)")
-    frozen = np.flatnonzero(frozen_chains(draws)) if draws.num_samples else []
+    # Of a run on disk the certificate knows, without reading all of it.
+    known = draws.certificate.frozen if draws.positions is None else frozen_chains(draws)
+    frozen = np.flatnonzero(np.asarray(known))
     if len(frozen):
         bad.append(f"chains {list(map(int, frozen))} never move, or not in some coordinate")
 

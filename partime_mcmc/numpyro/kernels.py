@@ -160,6 +160,15 @@ class ParallelKernel(MCMCKernel):
         """One line for a progress bar."""
         return f"{state.num_steps} steps of size {state.adapt_state.step_size:.2e}. acc. prob={state.mean_accept_prob:.2f}"
 
+    def num_gradients(self, draws: Any) -> int:
+        """Gradients that these draws cost, over all chains: leapfrog steps, or one per draw.
+
+        Args:
+            draws: In memory.
+        """
+        steps = draws.info.get("num_steps")
+        return draws.num_chains * draws.num_samples if steps is None else int(np.sum(steps))
+
     def target(
         self, model_args: tuple, model_kwargs: dict | None, key: Key, init_params: PyTree = None
     ) -> Target:
@@ -330,9 +339,13 @@ class CoalescingHMC(HMC):
         every: int = 4,
         **options: Any,
     ):
-        every = check_count(every, "every", 1)
+        self._every = check_count(every, "every", 1)
         super().__init__(model, potential_fn, **options)
         self._fixed |= {} if every == 4 else {"every": every}
+
+    def num_gradients(self, draws: Any) -> int:
+        """With those of the Langevin steps."""
+        return super().num_gradients(draws) + draws.num_chains * draws.num_samples // self._every
 
 
 class MALA(ParallelKernel):

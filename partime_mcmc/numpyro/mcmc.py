@@ -66,6 +66,8 @@ class ParallelReport:
         verdict: Whether the draws can be taken for the posterior's, and why.
         warmup: What warm-up chose and why; None if there was none in this run.
         plan: Solver, schedule, counts and key.
+        num_gradients: Gradients that the draws of all chains cost the kernel, however they were solved; None of draws in a
+            store, which does not keep them.
         ask: Gives advice, and remembers it; None where nothing calls for advice.
     """
 
@@ -74,6 +76,7 @@ class ParallelReport:
     verdict: Verdict
     warmup: Warmup | None
     plan: dict[str, Any]
+    num_gradients: int | None
     ask: Callable[[], Advice] | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
@@ -241,8 +244,15 @@ class ParallelMCMC(MCMC):
         """
         draws = self.draws
         ask = self._advise if self.solver is None and draws.report.fallbacks else None
+        gradients = None if self._stored else self.sampler.num_gradients(draws)
         return ParallelReport(
-            draws.report, draws.certificate, draws.verdict, draws.warmup, draws.plan, ask
+            draws.report,
+            draws.certificate,
+            draws.verdict,
+            draws.warmup,
+            draws.plan,
+            gradients,
+            ask,
         )
 
     @property

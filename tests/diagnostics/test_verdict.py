@@ -15,6 +15,7 @@ import pytest
 from partime_mcmc import CoalescingHMC, ParallelMCMC, Target, coalescing_hmc, mala, sample
 from partime_mcmc.cli import _code_of
 from partime_mcmc.diagnostics import describe
+from partime_mcmc.diagnostics import verdict as verdicts
 from partime_mcmc.diagnostics.verdict import (
     NotConverged,
     NotConvergedWarning,
@@ -177,6 +178,16 @@ def test_a_good_run_says_so_and_warns_of_nothing(capsys):
     mcmc.print_summary()
     assert capsys.readouterr().out.startswith("CONVERGED: ")
     assert mcmc.draws.certificate.num_rejected.sum() > 0
+
+
+@pytest.mark.parametrize("num_samples, outcome", [(800, Outcome.CONVERGED), (60, None)])
+def test_a_run_on_disk_is_judged_by_what_it_keeps(tmp_path, monkeypatch, num_samples, outcome):
+    monkeypatch.setattr(verdicts, "_MOST_DRAWS", 500)
+    target = Target(lambda x: -0.5 * jnp.sum(x**2), lambda key: jax.random.normal(key, (3,)))
+    options = {"num_samples": num_samples, "num_chains": 4, "num_warmup": 500, "progress": False}
+    draws = sample(jax.random.key(4), target, coalescing_hmc, store=tmp_path / "run", **options)
+    assert outcome in (draws.verdict.outcome, None) and np.isfinite(draws.verdict.rhat)
+    assert str(draws.verdict) in describe.run_text(draws).replace("\n    ", " ")
 
 
 def test_a_step_size_that_is_too_small_is_not_called_converged():
