@@ -123,8 +123,9 @@ def _judged(draws: Any) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
 
     Of a run on disk nothing else is read.
     """
-    named, info = named_positions(draws), getattr(draws, "info", None) or {}
+    named = named_positions(draws)
     if named:
+        info = getattr(draws, "info", None) or {}
         num_chains, num_draws = next(iter(named.values())).shape[:2]
         size = sum(value[0, 0].size for value in named.values())
         most = min(_MOST_DRAWS, max(_FEWEST_OF_MANY, _MOST_NUMBERS // max(1, num_chains * size)))
@@ -218,7 +219,8 @@ def _judge_energy(info: Any, doubts: list[str]) -> None:
 
 
 def verdict_of(draws: Any) -> Verdict:
-    """The verdict on draws, or on draws of another host, of which nothing is known here."""
-    if not jax.tree.leaves(getattr(draws, "positions", None)) and not draws.constrained:
+    """The verdict on draws; UNDECIDED where none is at hand: on another host, or before the first that thinning keeps."""
+    on_disk = hasattr(draws, "thinning")
+    if draws.num_samples < draws.thinning if on_disk else not jax.tree.leaves(draws.positions):
         return Verdict(Outcome.UNDECIDED, ("there are no draws here to judge",))
     return judge(draws)
