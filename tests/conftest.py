@@ -56,10 +56,29 @@ SMOKE = {
 }
 
 
-# Folders of the tests that are run while one works on the solvers and the kernels, in under two minutes on two cores; without
-# the slow ones among them, by file and by name.
+# Folders of the tests that are run while one works on the solvers and the kernels, in under five minutes on two cores; without
+# those that take longest among them, by file and by name.
 FAST = {"engine", "scan", "solvers", "kernels"}
-NOT_FAST = {"test_coupling"}
+NOT_FAST = {
+    "test_any_length_and_any_cut_give_the_path",
+    "test_a_longer_path_takes_what_is_stated",
+    "test_chains_of_every_kind",
+    "test_corrections_make_slow_systems_converge",
+    "test_coupling",
+    "test_equals_the_sequential_path",
+    "test_every_scan_is_the_loop",
+    "test_first_derivatives_in_everything",
+    "test_float32_path_is_certified_and_stays_float32",
+    "test_messages_are_the_textbook_filter",
+    "test_nan_at_step_500_is_found_there",
+    "test_one_step_with_the_jacobian_is_deer",
+    "test_overflow_of_the_system_itself",
+    "test_paths_are_blackjaxs_own_loop",
+    "test_sampling_falls_back_where_chains_do_not_forget_and_the_advice_is_why",
+    "test_the_trust_region_step_is_damped_least_squares",
+    "test_two_byte_floats_are_added_up_in_four",
+    "test_windows_shorter_than_a_burst_of_rejections",
+}
 
 
 def is_fast(item):

@@ -1,5 +1,7 @@
 """Recentred sites: which they are, that the map is a bijection with the Jacobian it says, and runs of recentred models."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -165,9 +167,15 @@ def test_a_funnel_is_recentred_and_sampled_as_the_model_has_it(double):
     np.testing.assert_allclose(theta, means, atol=4 * 6 / np.sqrt(1000))
 
 
+@functools.cache
+def whole():
+    """A short run, in memory."""
+    return run_schools(num_samples=96)
+
+
 def test_numpyros_own_loop_draws_the_same_chain(double):
-    key, ours, sampler = jax.random.key(3), run_schools(num_samples=60), CoalescingHMC(schools)
-    options = {"num_samples": 60, "num_chains": 4, "progress_bar": False}
+    key, ours, sampler = jax.random.key(3), whole(), CoalescingHMC(schools)
+    options = {"num_samples": 96, "num_chains": 4, "progress_bar": False}
     warmed = ParallelMCMC(sampler, num_warmup=600, **options)
     warmed.warmup(key)
     theirs = MCMC(sampler, num_warmup=0, chain_method="vectorized", **options)
@@ -178,9 +186,8 @@ def test_numpyros_own_loop_draws_the_same_chain(double):
 
 
 def test_a_stored_run_and_a_continued_one_keep_the_map(double, tmp_path):
-    whole = run_schools(num_samples=96)
     stored = run_schools(num_samples=96, store=Store(tmp_path / "run", chunk=32))
-    for name, value in whole.get_samples().items():
+    for name, value in whole().get_samples().items():
         np.testing.assert_array_equal(value, stored.get_samples()[name])
     again = run_schools(num_samples=96, store=Store(tmp_path / "run", chunk=32))
     np.testing.assert_array_equal(again.get_samples()["theta"], stored.get_samples()["theta"])
@@ -191,6 +198,6 @@ def test_a_stored_run_and_a_continued_one_keep_the_map(double, tmp_path):
     tail = first.get_samples(group_by_chain=True)["theta"]
     np.testing.assert_allclose(
         np.concatenate([head, tail], axis=1),
-        whole.get_samples(group_by_chain=True)["theta"],
+        whole().get_samples(group_by_chain=True)["theta"],
         rtol=1e-8,
     )
