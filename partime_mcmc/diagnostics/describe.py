@@ -60,9 +60,7 @@ def run_facts(draws: Any) -> list[tuple[str, str]]:
     divergences = (getattr(draws, "info", None) or {}).get("diverging")
     fallbacks = list(getattr(report, "fallbacks", None) or [])
     more = len(fallbacks) - _MOST_FALLBACKS
-    verdict = getattr(draws, "verdict", None)
     facts = [
-        ("verdict", "" if verdict is None else str(verdict)),
         (
             "draws",
             f"{plan.get('num_samples', '?')} draws of {plan.get('num_chains', '?')} chains{every}{unfinished}",
@@ -104,7 +102,7 @@ def run_text(draws: Any) -> str:
     lines += text_table(rows[:_MOST_TEXT_ROWS])
     if len(rows) > _MOST_TEXT_ROWS:
         lines.append(f"... and {len(rows) - _MOST_TEXT_ROWS} more")
-    for label, text in run_facts(draws)[0 if verdict is None else 1 :]:
+    for label, text in run_facts(draws):
         lines += textwrap.wrap(
             f"{label:<13}{text}", 110, subsequent_indent=" " * 13, break_on_hyphens=False
         )
@@ -145,7 +143,9 @@ def report_html(title: str, facts: Iterable[tuple[str, str]], rows: Rows) -> str
 
 def draws_html(draws: Any, title: str = "Posterior") -> str:
     """A run, in memory or on disk, as its `_repr_html_` shows it."""
-    return report_html(title, run_facts(draws), shown_rows(draws))
+    verdict = getattr(draws, "verdict", None)
+    judged = [] if verdict is None else [("verdict", str(verdict))]
+    return report_html(title, judged + run_facts(draws), shown_rows(draws))
 
 
 def save(path: str | os.PathLike, body: str, figures: Iterable[Any] = ()) -> Path:

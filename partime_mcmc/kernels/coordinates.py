@@ -15,6 +15,7 @@ with location l and scale s as the model computes them from the sites before (Pa
 Moore & Hoffman 2020, arXiv:1906.03028). How weights are learned is `warmup.reparametrise`.
 """
 
+import dataclasses
 from typing import Callable, Protocol, Self
 
 import jax.numpy as jnp
@@ -97,14 +98,12 @@ def reweighted(
     return tuple(one.reweighted(each) for one, each in zip(maps, weights, strict=True))
 
 
-class _Leave(HashableFunction):
-    def __call__(self, nothing, weights, y):
-        return self.parts[0].leave(weights, y)
+class _Method(HashableFunction):
+    """A method of a centring, for `explicit`; parts: the centring and the method's name."""
 
-
-class _Enter(HashableFunction):
-    def __call__(self, nothing, weights, x):
-        return self.parts[0].enter(weights, x)
+    def __call__(self, nothing, weights, values):
+        centring, name = self.parts
+        return getattr(centring, name)(weights, values)
 
 
 @pytree(static=("leaving", "entering"))
@@ -131,8 +130,8 @@ class Recentring:
     def of(cls, centring: Centring, example: PyTree) -> Self:
         """The map that changes nothing: every site as the model has it."""
         weights = {name: jnp.ones_like(example[name]) for name in centring.names}
-        leaving, leave_data = explicit(_Leave(centring), None, weights, example)
-        entering, enter_data = explicit(_Enter(centring), None, weights, example)
+        leaving, leave_data = explicit(_Method(centring, "leave"), None, weights, example)
+        entering, enter_data = explicit(_Method(centring, "enter"), None, weights, example)
         return cls(weights, example, leave_data, enter_data, leaving, entering)
 
     def leave(self, y: Array) -> tuple[Array, Array]:
@@ -145,9 +144,7 @@ class Recentring:
         return ravel_pytree(self.entering(self.enter_data, self.weights, unravel(x)))[0]
 
     def reweighted(self, weights: PyTree) -> Self:
-        return type(self)(
-            weights, self.example, self.leave_data, self.enter_data, self.leaving, self.entering
-        )
+        return dataclasses.replace(self, weights=weights)
 
     def describe(self) -> str:
         said = []
