@@ -6,14 +6,16 @@ so that a second run with other seeds, step sizes or data of the same shapes com
 hang on captured arrays are made explicit first. Compilation and execution can be timed apart, because programs are
 compiled ahead.
 
+Between processes JAX's own cache on disk keeps what was compiled (`keep_on_disk`).
+
 No argument is donated: the certificate and the sequential finish of a chain that did not converge read starts and random
 numbers of a solve again, and parameters serve every window.
 """
 
-import collections
 import contextlib
 import functools
-import threading
+import os
+import pathlib
 import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Callable
@@ -21,13 +23,13 @@ from typing import Any, Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import platformdirs
+from jax.experimental.compilation_cache import compilation_cache
 
-from partime_mcmc.tracing import explicit
+from partime_mcmc.tracing import OnceCache, explicit
 from partime_mcmc.types import PyTree, jax_config
 
-_MOST_PROGRAMS = 128
-_PROGRAMS: collections.OrderedDict = collections.OrderedDict()
-_LOCK = threading.Lock()
+_PROGRAMS = OnceCache(128)
 
 
 class Timings:
@@ -56,6 +58,39 @@ def compiler_options() -> dict[str, Any] | None:
     return CPU_OPTIONS if CPU_OPTIONS and jax.default_backend() == "cpu" else None
 
 
+# Bytes on disk; the programs that were not wanted for longest make room.
+_DISK_BYTES = 2**30
+
+
+@functools.cache
+def keep_on_disk() -> pathlib.Path | None:
+    """Have JAX keep compiled programs in the user's cache folder, so that the next process does not compile them again.
+
+    What the user has chosen stays: JAX's own setting `jax_compilation_cache_dir`, or the environment variable
+    `PARTIME_CACHE`, which is another folder, or 0 for none.
+
+    Returns:
+        The folder; None where programs are not kept, or not by this package.
+    """
+    wanted = os.environ.get("PARTIME_CACHE", "")
+    if wanted == "0" or jax_config.jax_compilation_cache_dir:
+        return None
+    folder = pathlib.Path(wanted) if wanted else platformdirs.user_cache_path("partime_mcmc")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    if not os.access(folder, os.W_OK):
+        return None
+    # Small programs too: there are many of them.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_compilation_cache_max_size", _DISK_BYTES)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # JAX decides at its first compilation whether there is a cache.
+    compilation_cache.reset_cache()
+    return folder
+
+
 def compiled(function: Callable, *args: PyTree, timings: Timings) -> jax.stages.Compiled:
     """The program of `function(*args)`, compiled now or found again.
 
@@ -67,7 +102,7 @@ def compiled(function: Callable, *args: PyTree, timings: Timings) -> jax.stages.
     leaves, structure = jax.tree.flatten(args)
     shapes = tuple(
         (
-            jnp.shape(leaf),
+            np.shape(leaf),
             jnp.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype,
             getattr(leaf, "weak_type", True),
         )
@@ -80,18 +115,12 @@ def compiled(function: Callable, *args: PyTree, timings: Timings) -> jax.stages.
         jax_config.jax_enable_x64,
         jax_config.jax_default_matmul_precision,
     )
-    with _LOCK:
-        program = _PROGRAMS.get(entry)
-        if program is not None:
-            _PROGRAMS.move_to_end(entry)
-    if program is None:
+
+    def make():
         with timings.measure("compile"):
-            program = jax.jit(function).lower(*args).compile(compiler_options())
-        with _LOCK:
-            _PROGRAMS[entry] = program
-            while len(_PROGRAMS) > _MOST_PROGRAMS:
-                _PROGRAMS.popitem(last=False)
-    return program
+            return jax.jit(function).lower(*args).compile(compiler_options())
+
+    return _PROGRAMS.get(entry, make)
 
 
 def run_program(function: Callable, *args: PyTree, timings: Timings, what: str = "run") -> PyTree:
@@ -104,11 +133,27 @@ def run_program(function: Callable, *args: PyTree, timings: Timings, what: str =
         what: Under what execution is booked.
 
     Returns:
-        The result, ready.
+        As `call`.
     """
     program = compiled(function, *args, timings=timings)
     with timings.measure(what):
+        return call(program, *args)
+
+
+def call(program: jax.stages.Compiled, *args: PyTree) -> PyTree:
+    """The result of a program, ready.
+
+    If some argument is no array but a `jax.ShapeDtypeStruct`, nothing runs and the result's shapes and types are returned: a
+    computation that is written with `run_program` compiles itself when it is given shapes.
+    """
+    if not is_abstract(args):
         return jax.block_until_ready(program(*args))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), program.out_info)
+
+
+def is_abstract(tree: PyTree) -> bool:
+    """Whether a leaf is a shape without an array."""
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
 
 
 def run_explicit(

@@ -27,6 +27,8 @@ class HashableFunction:
 
     def __init__(self, *parts: Any):
         self.parts = parts
+        # Programs are called by it in profiles and in JAX's logs.
+        self.__name__ = type(self).__name__.strip("_")
 
     def __eq__(self, other: Any) -> bool:
         return type(self) is type(other) and self.parts == other.parts
@@ -45,8 +47,8 @@ class WithoutParams(HashableFunction):
 class _Explicit:
     """A traced function with its captured arrays as the first part of its first argument."""
 
-    def __init__(self, jaxpr, structure):
-        self.jaxpr, self.structure = jaxpr, structure
+    def __init__(self, jaxpr, structure, name):
+        self.jaxpr, self.structure, self.__name__ = jaxpr, structure, name
 
     def __call__(self, captured_and_params, *rest):
         captured, params = captured_and_params
@@ -65,9 +67,55 @@ class _Explicit:
         return jax.tree.unflatten(self.structure, types)
 
 
-_CACHE: collections.OrderedDict = collections.OrderedDict()
-_CACHE_SIZE = 256
-_CACHE_LOCK = threading.Lock()
+class OnceCache:
+    """Values by key, each made once, also where several threads want it at the same time.
+
+    Args:
+        size: How many are kept; those that were not wanted for longest are forgotten.
+    """
+
+    def __init__(self, size: int):
+        self._size, self._lock = size, threading.Lock()
+        self._values: collections.OrderedDict = collections.OrderedDict()
+        self._being_made: dict[Any, threading.RLock] = {}
+
+    def kept(self) -> list:
+        """Keys whose values are kept, the one wanted last at the end."""
+        return list(self._values)
+
+    def get(
+        self, key: Any, make: Callable[[], Any], keep: Callable[[Any], bool] = lambda value: True
+    ) -> Any:
+        """The value of a key.
+
+        Args:
+            key: Hashable.
+            make: Makes the value where there is none.
+            keep: Whether a value may be handed out again.
+        """
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+                return self._values[key]
+            making = self._being_made.setdefault(key, threading.RLock())
+        with making:
+            with self._lock:
+                if key in self._values:
+                    return self._values[key]
+            try:
+                value = make()
+                if keep(value):
+                    with self._lock:
+                        self._values[key] = value
+                        while len(self._values) > self._size:
+                            self._values.popitem(last=False)
+                return value
+            finally:
+                with self._lock:
+                    self._being_made.pop(key, None)
+
+
+_TRACES = OnceCache(256)
 
 
 def explicit(function: Callable, params: PyTree, *rest: PyTree) -> tuple[_Explicit, tuple]:
@@ -86,7 +134,7 @@ def explicit(function: Callable, params: PyTree, *rest: PyTree) -> tuple[_Explic
         return function, params
     leaves, tree = jax.tree.flatten((params, *rest))
     shapes = tuple(
-        (jnp.shape(leaf), jnp.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype)
+        (np.shape(leaf), jnp.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype)
         for leaf in leaves
     )
     # A trace depends on these settings, and inside `jax.shard_map` on the mesh.
@@ -98,25 +146,26 @@ def explicit(function: Callable, params: PyTree, *rest: PyTree) -> tuple[_Explic
         jax_config.jax_default_matmul_precision,
         jax.sharding.get_abstract_mesh(),
     )
-    with _CACHE_LOCK:
-        found = _CACHE.get(entry)
-        if found:
-            _CACHE.move_to_end(entry)
-    if not found:
+
+    def trace():
         abstract = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
         closed, result = jax.make_jaxpr(function, return_shape=True)(*abstract)
         if _hides_arrays(closed.jaxpr):
             inlined = lambda *args: evaluate(closed.jaxpr, closed.consts, *jax.tree.leaves(args))
             closed = jax.make_jaxpr(inlined)(*abstract)
         jaxpr, consts = _needed(closed.jaxpr, closed.consts)
-        found = _Explicit(jaxpr, jax.tree.structure(result)), [_as_array(one) for one in consts]
-        if not any(isinstance(const, Tracer) for const in found[1]):
-            with _CACHE_LOCK:
-                _CACHE[entry] = found
-                while len(_CACHE) > _CACHE_SIZE:
-                    _CACHE.popitem(last=False)
-    step, captured = found
+        step = _Explicit(jaxpr, jax.tree.structure(result), _name_of(function))
+        return step, [_as_array(one) for one in consts]
+
+    # Traced inside another trace it may hold that one's values.
+    step, captured = _TRACES.get(
+        entry, trace, lambda found: not any(isinstance(one, Tracer) for one in found[1])
+    )
     return step, (captured, params)
+
+
+def _name_of(function: Callable) -> str:
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def _needed(jaxpr, consts) -> tuple[Any, list]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 # Before JAX starts its backend.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("PARTIME_CACHE", "0")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

@@ -184,6 +184,8 @@ def test_nothing_global_is_set_or_read(path):
         pytest.skip(
             "joins processes into one run, with JAX's preemption service off while it does so"
         )
+    if name_of(path) == "compile_cache.py":
+        pytest.skip("chooses the folder of JAX's compilation cache where the user has not")
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute):
             text, forbidden = (

@@ -31,7 +31,7 @@ class KernelParams:
     Attributes:
         data: What the density captured: the model's data.
         whitening: The coordinates.
-        settings: Step sizes by the builder's argument names.
+        settings: Step sizes, and counts such as leapfrog steps, by the builder's argument names; scalars.
     """
 
     data: PyTree
@@ -46,12 +46,10 @@ class KernelProgram:
     Attributes:
         density: `(data, position) -> log density`.
         builder: `(logdensity, *, metric, ...) -> Kernel`.
-        counts: Settings that fix the program: pairs of argument name and value.
     """
 
     density: Callable[[PyTree, PyTree], Array]
     builder: Builder
-    counts: tuple[tuple[str, Any], ...] = ()
 
     def kernel(self, numbers: KernelParams) -> Kernel:
         """The kernel of given numbers, which may be traced."""
@@ -59,7 +57,6 @@ class KernelProgram:
             functools.partial(self.density, numbers.data),
             metric=numbers.whitening,
             **numbers.settings,
-            **dict(self.counts),
         )
 
 
@@ -80,20 +77,21 @@ def parametrised_kernel(
     """The kernel of a family with the settings that warm-up chose.
 
     Args:
-        family: Without counts.
+        family: What the kernel shares with others.
         data: What the density captured.
         whitening: The coordinates.
-        settings: By the builder's argument names; integers fix the program, other numbers do not.
+        settings: By the builder's argument names. All are numbers of the program, counts too, so that another number of
+            leapfrog steps is no other program.
     """
-    counts = tuple(
-        sorted((name, value) for name, value in settings.items() if isinstance(value, int))
-    )
     sizes = {
-        name: jnp.asarray(value, whitening.center.dtype)
+        name: jnp.asarray(
+            value,
+            np.int32
+            if jnp.issubdtype(jnp.result_type(value), np.integer)
+            else whitening.center.dtype,
+        )
         for name, value in settings.items()
-        if not isinstance(value, int)
     }
-    family = dataclasses.replace(family, counts=counts)
     numbers = KernelParams(data, whitening, sizes)
     kernel = family.kernel(numbers)
     fields = {field.name: getattr(kernel, field.name) for field in dataclasses.fields(Kernel)}

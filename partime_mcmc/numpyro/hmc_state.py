@@ -212,14 +212,14 @@ def hmc_state(plan: Plan, state: ChainState, sampler: ParallelKernel) -> HMCStat
         sampler: The kernel, which may have a fixed step size.
     """
     kernel, num_chains = plan.kernel, plan.num_chains
-    family, params = program_and_params(kernel)
-    whitening, counts = params.whitening, dict(family.counts)
+    params = program_and_params(kernel)[1]
+    whitening = params.whitening
     dtype = whitening.center.dtype
 
     def each(value, dtype=dtype):
         return np.broadcast_to(np.asarray(value, dtype), (num_chains, *np.shape(value)))
 
-    settings = {**params.settings, **counts}
+    settings = {name: np.asarray(value) for name, value in params.settings.items()}
     fixed = jnp.nan if sampler._step_size is None else sampler._step_size
     step, root = settings.get("step_size", fixed), np.asarray(whitening.scale)
     adapted = AdaptState(
@@ -228,10 +228,7 @@ def hmc_state(plan: Plan, state: ChainState, sampler: ParallelKernel) -> HMCStat
         each(whitening.center),
         each(root),
         jax.tree.map(each, weights_of(whitening.maps)),
-        {
-            name: each(value, np.int32 if name in counts else dtype)
-            for name, value in settings.items()
-        },
+        {name: each(value, value.dtype) for name, value in settings.items()},
         state.discrete,
     )
     if plan.warmup is None:
@@ -248,7 +245,7 @@ def hmc_state(plan: Plan, state: ChainState, sampler: ParallelKernel) -> HMCStat
             potential_energy=potential,
             energy=potential,
             r=state.carries,
-            trajectory_length=each(counts.get("num_integration_steps", 1) * np.asarray(step)),
+            trajectory_length=each(settings.get("num_integration_steps", 1) * np.asarray(step)),
             num_steps=integer,
             accept_prob=zero,
             mean_accept_prob=zero,
@@ -260,21 +257,17 @@ def hmc_state(plan: Plan, state: ChainState, sampler: ParallelKernel) -> HMCStat
 
 
 def kernel_from(sampler: ParallelKernel, target: Target, state: HMCState) -> ParametrisedKernel:
-    """The tuned kernel that a batch of states belongs to; counts are read from the state."""
+    """The tuned kernel that a batch of states belongs to."""
     # On the host: every small operation on arrays of a device is a program of its own.
     one = jax.device_put(_first(state._replace(rng_key=None, r=None)))
     density, data = density_of(target.logdensity, one.z)
     adapted = one.adapt_state
-    settings = {
-        name: int(value) if jnp.issubdtype(value.dtype, jnp.integer) else value
-        for name, value in adapted.settings.items()
-    }
     maps = learned_maps(target.centring, one.z, adapted.weights)
     return parametrised_kernel(
         KernelProgram(density, sampler.tuned_builder()),
         data,
         Whitening(one.z, adapted.center, adapted.mass_matrix_sqrt_inv, maps),
-        settings,
+        adapted.settings,
     )
 
 

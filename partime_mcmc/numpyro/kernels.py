@@ -260,15 +260,14 @@ class ParallelKernel(MCMCKernel):
         return jax.vmap(self._one)(state) if jnp.ndim(state.i) else self._one(state)
 
     def _one(self, state: HMCState) -> HMCState:
-        adapted, counts = state.adapt_state, dict(self._family.counts)
-        settings = {name: value for name, value in adapted.settings.items() if name not in counts}
+        adapted = state.adapt_state
         whitening = Whitening(
             state.z,
             adapted.center,
             adapted.mass_matrix_sqrt_inv,
             reweighted(self._maps, adapted.weights),
         )
-        kernel = self._family.kernel(KernelParams(self._data, whitening, settings))
+        kernel = self._family.kernel(KernelParams(self._data, whitening, adapted.settings))
         key = jax.random.fold_in(state.rng_key, state.i)
         full = kernel.state(state.r, adapted.discrete)
         randomness = jax.tree.map(lambda leaf: leaf[0], kernel.tape_of(key[None], full).randomness)

@@ -21,6 +21,7 @@ from numpyro.infer.mcmc import MCMCKernel
 
 from partime_mcmc.certify.certificate import Certificate
 from partime_mcmc.certify.recorded import Certification, CertifyWhileRolling
+from partime_mcmc.compile_cache import keep_on_disk
 from partime_mcmc.diagnostics.report import Level
 from partime_mcmc.diagnostics.verdict import Verdict
 from partime_mcmc.engine import Schedule
@@ -219,6 +220,7 @@ class ParallelMCMC(MCMC):
             StoreMismatch, StoreError: As `sample`.
             TypeError, ValueError: For bad keys, fields, starts, or models; see `from_numpyro`.
         """
+        keep_on_disk()
         rng_key = check_keys(rng_key, self.num_chains)
         check_leading(init_params, self.num_chains)
         if isinstance(extra_fields, str):

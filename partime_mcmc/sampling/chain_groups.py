@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.compile_cache import Timings, compiled
+from partime_mcmc.compile_cache import Timings, call, compiled, is_abstract
 from partime_mcmc.engine import Dynamics
 from partime_mcmc.tracing import explicit, primitives_of
 from partime_mcmc.types import PyTree
@@ -99,6 +99,8 @@ def _overlaps(program: jax.stages.Compiled) -> bool:
 
 def split_chains(tree: PyTree, count: int) -> list[PyTree]:
     """Leaves `(C, ...)` as `count` trees of leaves `(C / count, ...)`."""
+    if is_abstract(tree):
+        return jax.eval_shape(functools.partial(_cut, count=count), tree)
     return [tree] if count == 1 else _cut(tree, count)
 
 
@@ -107,7 +109,7 @@ def concat_chains(groups: list[PyTree]) -> PyTree:
     return groups[0] if len(groups) == 1 else _joined(groups)
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(jax.jit, static_argnames="count")
 def _cut(tree, count):
     def part(leaf, number):
         size = leaf.shape[0] // count
@@ -134,20 +136,24 @@ def run_groups(
         what: Under what execution is booked.
 
     Returns:
-        The results, ready, in order. An error in one group is raised once all that have begun have ended.
+        The results in order, as `compile_cache.call`. An error in one group is raised once all that have begun have ended.
     """
     # Threads do not inherit settings such as the width of numbers, so nothing may be left for them to convert.
     shared, groups = jax.tree.map(
-        lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(np.asarray(leaf)),
+        lambda leaf: (
+            leaf
+            if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+            else jax.device_put(np.asarray(leaf))
+        ),
         (shared, groups),
     )
     program = compiled(function, *shared, *groups[0], timings=timings)
 
     def run(group):
-        return jax.block_until_ready(program(*shared, *group))
+        return call(program, *shared, *group)
 
     with timings.measure(what):
-        if len(groups) == 1 or not _overlaps(program):
+        if len(groups) == 1 or is_abstract(groups) or not _overlaps(program):
             return [run(group) for group in groups]
         with concurrent.futures.ThreadPoolExecutor(min(len(groups), num_cores())) as threads:
             try:

@@ -26,7 +26,7 @@ from partime_mcmc.certify.step_record import info_dict
 from partime_mcmc.compile_cache import Timings, device
 from partime_mcmc.engine import AllAtOnce, Dynamics, Schedule, Solution, Status, Windows, sequential
 from partime_mcmc.engine.solve import solve
-from partime_mcmc.kernels import Tape
+from partime_mcmc.kernels import Kernel, Tape
 from partime_mcmc.kernels.kernel_program import program_and_params
 from partime_mcmc.sampling.chain_groups import (
     concat_chains,
@@ -126,12 +126,7 @@ def solve_windows(
     initial, tape, discrete = map(
         list, zip(*draw_tapes(plan.kernel, plan.keys, state, num_steps, timings, plan.num_groups))
     )
-    inside, size = plan.schedule, state.max_window or max(num_steps, 1)
-    if isinstance(inside, Windows):
-        # A sequential run gains nothing from windows, and neither does an empty one.
-        size = size if isinstance(plan.solver, Sequential) else min(size, inside.size)
-        inside = AllAtOnce()
-    solve_window = _solve_groups(plan.solver, inside, plan.tolerance, plan.max_iterations, timings)
+    solve_window, size = _window_solver(plan, state.max_window or max(num_steps, 1), timings)
     roll_window = _solve_groups(sequential(), AllAtOnce(), plan.tolerance, None, timings)
     current, windows, discrete = initial, [], concat_chains(discrete)
     try:
@@ -158,6 +153,47 @@ def solve_windows(
         recorder.interrupt(done)
     paths = _concat_windows(initial, [states for states, _ in windows])
     return SolvedChains(initial, paths, tape, discrete, *_all_notes([kept for _, kept in windows]))
+
+
+def _window_solver(plan: Plan, size: int, timings: Timings) -> tuple[Callable, int]:
+    """What solves a window, as `_solve_groups` has it, and the steps of one, at most `size`."""
+    inside = plan.schedule
+    if isinstance(inside, Windows):
+        # A sequential run gains nothing from windows, and neither does an empty one.
+        size = size if isinstance(plan.solver, Sequential) else min(size, inside.size)
+        inside = AllAtOnce()
+    solve = _solve_groups(plan.solver, inside, plan.tolerance, plan.max_iterations, timings)
+    return solve, size
+
+
+def compile_first_chunk(plan: Plan, state: ChainState) -> None:
+    """Compile the programs of a plan's first chunk.
+
+    Args:
+        plan: The plan; its kernel may have other numbers than the kernel that will be used.
+        state: Shapes and types of where chains stand (`jax.ShapeDtypeStruct`), so that nothing runs.
+    """
+    timings, num_steps = Timings(), min(plan.chunk, plan.num_samples)
+    initial, tape, _ = map(
+        list, zip(*draw_tapes(plan.kernel, plan.keys, state, num_steps, timings, plan.num_groups))
+    )
+    solve_window, size = _window_solver(plan, num_steps, timings)
+    found = solve_window(plan.recurrence, initial, _resized(tape, min(size, num_steps)))
+    kept = [(one.states, one.notes, one.defects) for one in found if one.notes is not None]
+    if kept:
+        paths = [
+            (first, states, drives, *notes)
+            for first, drives, (states, *notes) in zip(initial, tape, _resized(kept, num_steps))
+        ]
+        _certify_groups(plan.kernel, paths, timings)
+
+
+def _resized(tree: PyTree, num_steps: int) -> PyTree:
+    """Shapes `(G, n, ...)` with so many steps."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0], num_steps, *leaf.shape[2:]), leaf.dtype),
+        tree,
+    )
 
 
 def _steps(tree: PyTree, start: int, stop: int | None = None) -> PyTree:
@@ -271,11 +307,11 @@ def _certified(
     plan: Plan, chains: SolvedChains, state: ChainState, recorder: RunRecorder, timings: Timings
 ) -> Chunk:
     """The chunk of solved chains."""
-    program, params = program_and_params(plan.kernel)
     recorded = () if chains.notes is None else (chains.notes, chains.defects)
     paths = list(zip(chains.initial, chains.states, chains.tape, *recorded))
-    groups = run_explicit_groups(_Certify(program), params, paths, timings=timings, what="certify")
-    certificate, records, last, positions = concat_chains(groups)
+    certificate, records, last, positions = concat_chains(
+        _certify_groups(plan.kernel, paths, timings)
+    )
     constrained = plan.target.constrained_values(positions, timings)
     info = info_dict(records, certificate.residual.shape) | {"residual": certificate.residual}
     path = jax.tree.leaves(chains.states)[0]
@@ -284,6 +320,12 @@ def _certified(
     )
     report = recorder.report(certificate, timings, path.dtype, device())
     return Chunk(positions, constrained, info, certificate, report, after)
+
+
+def _certify_groups(kernel: Kernel, paths: list[tuple], timings: Timings) -> list[PyTree]:
+    """`_Certify` of the paths of each group."""
+    program, params = program_and_params(kernel)
+    return run_explicit_groups(_Certify(program), params, paths, timings=timings, what="certify")
 
 
 class _Certify(HashableFunction):

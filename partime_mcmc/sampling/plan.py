@@ -6,8 +6,9 @@ A `Plan` is frozen and is all that executors and sinks look at; with a store it 
 from what it reads back. `SampleArguments` are what a front (`sample`, `ParallelMCMC.run`) was asked for.
 """
 
+import contextlib
 import dataclasses
-from typing import Any
+from typing import Any, Callable, ContextManager
 
 import jax
 import numpy as np
@@ -104,12 +105,21 @@ class Plan:
         }
 
 
-def prepare(arguments: SampleArguments, progress: Progress) -> tuple[Plan, ChainState]:
+# (what is asked for, the kernel's builder, steps per chunk) -> what goes on beside warm-up
+Ahead = Callable[[SampleArguments, Builder, int], ContextManager]
+
+
+def prepare(
+    arguments: SampleArguments,
+    progress: Progress,
+    ahead: Ahead = lambda asked, builder, chunk: contextlib.nullcontext(),
+) -> tuple[Plan, ChainState]:
     """Make every choice of a run.
 
     Args:
         arguments: What it was asked for.
         progress: Shown while warm-up runs.
+        ahead: What goes on beside warm-up.
 
     Returns:
         The plan, and where the chains stand before the first step.
@@ -118,15 +128,29 @@ def prepare(arguments: SampleArguments, progress: Progress) -> tuple[Plan, Chain
         TooLarge: If the run cannot fit into memory; before anything is computed.
         ValueError: If starts are bad, or a warm-up has another number of chains.
     """
-    asked, mesh = arguments, arguments.mesh
-    chunk = chunk_steps(asked)
-    kernel, warmup, state = _tuned(asked, progress)
+    chunk = chunk_steps(arguments)
+    kernel, warmup, state = _tuned(arguments, chunk, progress, ahead)
+    return plan_for(arguments, chunk, kernel, warmup, state), state
+
+
+def plan_for(
+    asked: SampleArguments, chunk: int, kernel: Kernel, warmup: Warmup | None, state: ChainState
+) -> Plan:
+    """The plan of a tuned kernel.
+
+    Args:
+        asked: What the run was asked for.
+        chunk: Steps per chunk.
+        kernel: The kernel.
+        warmup: Of the kernel; None if it came tuned.
+        state: Where the chains stand, or shapes and types of that.
+    """
     keys, dtype = asked.chain_keys, jax.tree.leaves(state.carries)[0].dtype
     dynamics = recurrence(kernel, keys, state, Timings(), asked.certificate)
-    rows, parts = mesh_shape(mesh)
+    rows, parts = mesh_shape(asked.mesh)
     # On a mesh chains are spread over devices instead of cores: one group.
     groups, steps = 1, asked.num_samples
-    if mesh is None:
+    if asked.mesh is None:
         groups, steps = num_groups(asked.num_chains, dynamics), chunk
     return Plan(
         target=asked.target,
@@ -148,10 +172,12 @@ def prepare(arguments: SampleArguments, progress: Progress) -> tuple[Plan, Chain
         num_warmup=warmup.num_steps if warmup else 0,
         warmup=warmup,
         warmup_notes=str(warmup or ""),
-    ), state
+    )
 
 
-def _tuned(asked: SampleArguments, progress: Progress) -> tuple[Kernel, Warmup | None, ChainState]:
+def _tuned(
+    asked: SampleArguments, chunk: int, progress: Progress, ahead: Ahead
+) -> tuple[Kernel, Warmup | None, ChainState]:
     """The tuned kernel, the warm-up behind it, and where the chains stand."""
     kernel, num_chains = asked.kernel, asked.num_chains
     if isinstance(kernel, Kernel):
@@ -160,7 +186,9 @@ def _tuned(asked: SampleArguments, progress: Progress) -> tuple[Kernel, Warmup |
             None,
             asked.state or begin(kernel, asked.starts(num_chains), asked.chain_keys, Timings()),
         )
-    warmup = kernel if isinstance(kernel, Warmup) else _warmed_up(asked, kernel, progress)
+    warmup = (
+        kernel if isinstance(kernel, Warmup) else _warmed_up(asked, kernel, chunk, progress, ahead)
+    )
     have = jax.tree.leaves(warmup.positions)[0].shape[0]
     if have != num_chains:
         raise ValueError(
@@ -173,12 +201,14 @@ def _tuned(asked: SampleArguments, progress: Progress) -> tuple[Kernel, Warmup |
     )
 
 
-def _warmed_up(asked: SampleArguments, builder: Builder, progress: Progress) -> Warmup:
+def _warmed_up(
+    asked: SampleArguments, builder: Builder, chunk: int, progress: Progress, ahead: Ahead
+) -> Warmup:
     """The warm-up of a builder, with positions for the chains that are asked for."""
     adaptation = asked.adaptation or PooledAdaptation()
     starts = asked.starts(max(asked.num_chains, adaptation.num_chains))
     num_steps = max(asked.num_warmup, FEWEST_WARMUP)
-    with progress.stage("warm-up", num_steps) as advance:
+    with ahead(asked, builder, chunk), progress.stage("warm-up", num_steps) as advance:
         warmup = warm_up(
             asked.warmup_key,
             asked.target.logdensity,

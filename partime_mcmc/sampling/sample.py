@@ -27,6 +27,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from partime_mcmc.certify.recorded import Certification, CertifyWhileRolling
+from partime_mcmc.compile_cache import keep_on_disk
 from partime_mcmc.diagnostics.checks import check_deterministic, check_precision, check_starts
 from partime_mcmc.distributed.collectives import check_mesh, check_same_arguments, gather_to_all
 from partime_mcmc.distributed.executor import MeshExecutor
@@ -35,6 +36,7 @@ from partime_mcmc.engine import Schedule, Tolerance, Windows
 from partime_mcmc.kernels import Kernel
 from partime_mcmc.kernels.coupling import Coupling
 from partime_mcmc.kernels.kernel_program import Builder, fixed_coupling
+from partime_mcmc.sampling.ahead import compiling_first_chunk
 from partime_mcmc.sampling.arguments import SampleArguments, as_store, check_strategies, key_words
 from partime_mcmc.sampling.chunk import (
     ChainState,
@@ -198,6 +200,7 @@ def sample(
         raise TypeError(
             "key: got a traced value; call sample outside jit and vmap (it compiles what it needs itself)"
         )
+    keep_on_disk()
     key = check_key(key)
     check_strategies(target, kernel, solver, schedule, tolerance, max_iterations, certificate)
     num_samples = check_count(num_samples, "num_samples", 0)
@@ -252,7 +255,9 @@ def run(arguments: SampleArguments, progress: Progress) -> tuple[Plan, Draws | S
         The plan and the draws.
     """
     with open_sink(arguments, progress) as sink:
-        plan, state = sink.start(functools.partial(prepare, arguments, progress))
+        plan, state = sink.start(
+            functools.partial(prepare, arguments, progress, compiling_first_chunk)
+        )
         executor = LocalExecutor(plan, progress)
         # Without steps there is nothing to spread over a mesh.
         if arguments.mesh is not None and plan.num_samples:

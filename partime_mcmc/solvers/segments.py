@@ -57,7 +57,8 @@ def share_lanes(function: Callable, one_lane: Callable | None = None) -> Callabl
             on a CPU for chains with shared values of their own, where more lanes gain nothing. None: such chains are
             solved one after another.
     """
-    run = jax.custom_batching.custom_vmap(function)
+    # Batching rules are asked for the same shapes more than once; inside `jit` they trace the function once.
+    run = jax.custom_batching.custom_vmap(jax.jit(function))
 
     @run.def_vmap
     def _(axis_size, in_batched, *args):

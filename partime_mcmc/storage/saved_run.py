@@ -143,9 +143,7 @@ def tuned_digest(kernel: Any) -> str | None:
         *(value for _, value in settings),
         *positions,
     ]
-    return _digest(
-        f"{[name for name, _ in settings]} {kernel.family.counts} {digest_arrays(numbers)}".encode()
-    )
+    return _digest(f"{[name for name, _ in settings]} {digest_arrays(numbers)}".encode())
 
 
 def program_of(dynamics: Dynamics, kernel: Kernel) -> dict[str, str | None]:
@@ -352,8 +350,7 @@ def pack_plan(plan: Plan, state: ChainState) -> bytes:
             weights_of(whitening.maps),
         )
         words["whitening"] = encode(jax.tree.map(np.asarray, coordinates), "kernel")
-        settings = dict(kernel.numbers.settings) | dict(kernel.family.counts)
-        words["settings"] = encode(settings, "kernel")
+        words["settings"] = encode(dict(kernel.numbers.settings), "kernel")
         words["coupling"] = encode(unwrapped(kernel.family.builder)[1].get("coupling"), "coupling")
     return pack_arrays({}, words)[0]
 
@@ -425,7 +422,7 @@ def _kernel_of(
     whitening = Whitening(position, center, scale, maps)
     density, captured = density_of(target.logdensity, whitening.example)
     settings = {
-        name: value if isinstance(value, int) else as_committed_array(value)
+        name: as_committed_array(np.asarray(value))
         for name, value in decode(words["settings"]).items()
     }
     return parametrised_kernel(KernelProgram(density, builder), captured, whitening, settings)

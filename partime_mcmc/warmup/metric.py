@@ -126,6 +126,11 @@ def metric_for(dimension: int) -> MetricRule:
     return LowRankMetric() if dimension <= 3000 else DiagonalMetric()
 
 
+def unit_metric(rule: MetricRule, dimension: int) -> np.ndarray:
+    """The identity, in the form in which a rule returns a metric: `(D, D)` if it is dense, else variances `(D,)`."""
+    return np.eye(dimension) if isinstance(rule, DenseMetric) else np.ones(dimension)
+
+
 def root_of(metric: np.ndarray) -> np.ndarray:
     """R with R Rᵀ the metric: lower triangular `(D, D)`, or standard deviations `(D,)`."""
     return np.sqrt(metric) if metric.ndim == 1 else np.linalg.cholesky(metric)

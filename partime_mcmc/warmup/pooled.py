@@ -35,11 +35,11 @@ from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import Key
 from partime_mcmc.warmup.hmc_batch import STEPS, HMCBatch, HMCBatchResult, SeedTree
 from partime_mcmc.warmup.metric import (
-    DenseMetric,
     DiagonalMetric,
     MetricRule,
     metric_for,
     root_of,
+    unit_metric,
 )
 from partime_mcmc.warmup.reparametrise import carry_over, learn_map
 from partime_mcmc.warmup.tuning import Path, TrajectoryRule
@@ -336,13 +336,7 @@ class PooledAdaptation:
     ) -> tuple[Pool, Path]:
         """From starts `(C, D)` to a pool and the HMC path of its last window."""
         rule = metric_for(walker.dimension) if self.metric is None else self.metric
-        guess = self.guess
-        if guess is None:
-            guess = (
-                np.eye(walker.dimension)
-                if isinstance(rule, DenseMetric)
-                else np.ones(walker.dimension)
-            )
+        guess = unit_metric(rule, walker.dimension) if self.guess is None else self.guess
         seed = SeedTree.of(key)
         pool = search(
             walker, seed.child(0), starts, guess, rule, max(STEPS, num_steps // 2), advance

@@ -237,6 +237,17 @@ def choose(
     return {name: value for name, value in settings.items() if name not in fixed}, rate
 
 
+def any_settings(builder: Builder) -> dict[str, Any]:
+    """Settings by the names and types that `choose` gives them, with arbitrary values."""
+    base, fixed = unwrapped(builder)
+    settings: dict[str, Any] = {"step_size": 0.1}
+    if base in (hmc, coalescing_hmc):
+        settings["num_integration_steps"] = 1
+    if base is coalescing_hmc:
+        settings["mala_step_size"] = 0.1
+    return {name: value for name, value in settings.items() if name not in fixed}
+
+
 def own_trials(
     family: KernelProgram, data, whitening: Whitening, draws: np.ndarray, key: Key
 ) -> Callable[[dict], np.ndarray]:

@@ -20,6 +20,7 @@ from partime_mcmc.sampling import chain_groups
 from partime_mcmc.sampling.chain_groups import concat_chains, num_groups, run_groups, split_chains
 from partime_mcmc.sampling.sample import sample
 from partime_mcmc.sampling.target import Target
+from partime_mcmc.tracing import OnceCache
 from partime_mcmc.warmup.hmc_batch import SeedTree, key_from
 
 T, C, STEP = 96, 6, 0.4
@@ -197,11 +198,13 @@ def test_the_chains_are_the_same_on_any_number_of_cores(solver, with_cores):
 
 def test_one_program_serves_all_groups(with_cores, monkeypatch):
     with_cores(3)
-    monkeypatch.setattr(compile_cache, "_PROGRAMS", type(compile_cache._PROGRAMS)())
+    monkeypatch.setattr(compile_cache, "_PROGRAMS", OnceCache(128))
     sample(
         jax.random.key(4), TARGET, KERNEL, num_samples=64, num_chains=C, solver=shooting(steps=16)
     )
-    solves = [entry for entry in compile_cache._PROGRAMS if type(entry[0]).__name__ == "_Solve"]
+    solves = [
+        entry for entry in compile_cache._PROGRAMS.kept() if type(entry[0]).__name__ == "_Solve"
+    ]
     assert len(solves) == 1 and (C // 3, 2) in [shape for shape, *_ in solves[0][2]], (
         "two chains in each of three groups"
     )

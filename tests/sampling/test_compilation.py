@@ -21,6 +21,7 @@ from partime_mcmc.sampling.local import _Solve
 from partime_mcmc.sampling.sample import sample
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.scan import Identity, Zero
+from partime_mcmc.tracing import OnceCache
 from partime_mcmc.types import pytree
 
 NUM_STEPS = 12
@@ -266,7 +267,7 @@ def _solved(step, start):
 
 def _solves_compiled(num_samples):
     """Solves among the programs that a run in windows of 64 steps compiles."""
-    compile_cache._PROGRAMS.clear()
+    compile_cache._PROGRAMS = OnceCache(128)
     target = Target(lambda x: -0.5 * jnp.sum(x**2), jnp.zeros(2))
     kernel = hmc(target.logdensity, 0.5, jnp.ones(2), 2)
     draws = sample(
@@ -284,7 +285,7 @@ def _solves_compiled(num_samples):
         num_samples,
         2,
     )
-    return sum(isinstance(entry[0], _Solve) for entry in compile_cache._PROGRAMS)
+    return sum(isinstance(entry[0], _Solve) for entry in compile_cache._PROGRAMS.kept())
 
 
 def test_windows_are_compiled_once():

@@ -1,0 +1,174 @@
+"""What makes the first answer fast: programs that serve any number, compiled beside warm-up, once, and kept on disk."""
+
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from partime_mcmc import compile_cache
+from partime_mcmc.kernels import Whitening, coalescing_hmc
+from partime_mcmc.kernels.kernel_program import KernelProgram, density_of, parametrised_kernel
+from partime_mcmc.sampling import ahead
+from partime_mcmc.sampling.local import _Certify, _Solve
+from partime_mcmc.sampling.progress import quiet
+from partime_mcmc.sampling.randomness import _Begin, _DrawTapes
+from partime_mcmc.sampling.sample import sample
+from partime_mcmc.sampling.target import Target
+from partime_mcmc.tracing import OnceCache
+
+DATA = jnp.array([1.0, -2.0, 0.5])
+TARGET = Target(lambda x: -0.5 * jnp.sum((x - DATA) ** 2), jnp.zeros(3))
+KERNEL_PROGRAMS = (_Begin, _DrawTapes, _Solve, _Certify)
+
+
+@pytest.fixture
+def makers(monkeypatch):
+    """Programs by class, with the threads in which each was made; none was made before."""
+    made = []
+    monkeypatch.setattr(compile_cache, "_PROGRAMS", OnceCache(128))
+    for one in KERNEL_PROGRAMS:
+        original = one.__call__
+
+        def traced(self, *args, _original=original, _kind=one):
+            made.append((_kind, threading.current_thread().name))
+            return _original(self, *args)
+
+        monkeypatch.setattr(one, "__call__", traced)
+    return made
+
+
+def run(**options):
+    return sample(
+        jax.random.key(1),
+        TARGET,
+        coalescing_hmc,
+        num_samples=48,
+        num_chains=2,
+        num_warmup=100,
+        progress=False,
+        **options,
+    )
+
+
+def test_sampling_is_compiled_beside_warmup(makers, monkeypatch):
+    monkeypatch.setattr(ahead, "num_cores", lambda: 2)
+    draws = run()
+    assert bool(np.all(draws.certificate.certified))
+    solves = {thread for kind, thread in makers if kind is _Solve}
+    assert solves == {"partime_mcmc compiles"}
+    kept = [type(entry[0]) for entry in compile_cache._PROGRAMS.kept()]
+    assert kept.count(_Solve) == 1, "the sampling run found the program that was compiled ahead"
+
+
+def test_on_one_core_nothing_is_compiled_ahead(makers, monkeypatch):
+    monkeypatch.setattr(ahead, "num_cores", lambda: 1)
+    run()
+    assert {thread for _, thread in makers} == {threading.current_thread().name}
+
+
+def test_an_error_of_the_model_is_raised_once_and_as_without_the_thread(monkeypatch):
+    monkeypatch.setattr(ahead, "num_cores", lambda: 2)
+    with pytest.raises(ZeroDivisionError, match="the model's own"):
+        sample(
+            jax.random.key(1),
+            Target(_broken, jnp.zeros(3)),
+            coalescing_hmc,
+            num_samples=48,
+            progress=quiet,
+        )
+
+
+def _broken(x):
+    raise ZeroDivisionError("the model's own")
+
+
+def test_numbers_of_leapfrog_steps_share_one_program():
+    density, data = density_of(TARGET.logdensity, jnp.zeros(3))
+    whitening = Whitening.of_covariance(jnp.zeros(3), np.zeros(3), np.eye(3))
+    before = len(compile_cache._PROGRAMS.kept())
+    means, counts = [], []
+    for num_steps, step_size in ((2, 0.7), (5, 0.3)):
+        settings = {
+            "step_size": step_size,
+            "num_integration_steps": num_steps,
+            "mala_step_size": 0.5,
+        }
+        kernel = parametrised_kernel(
+            KernelProgram(density, coalescing_hmc), data, whitening, settings
+        )
+        draws = sample(
+            jax.random.key(2), TARGET, kernel, num_samples=200, num_chains=2, progress=False
+        )
+        means.append(np.asarray(draws.positions).mean((0, 1)))
+        counts.append(len(compile_cache._PROGRAMS.kept()) - before)
+    assert counts[0] == counts[1] > 0
+    assert not np.array_equal(*means), "the numbers count"
+
+
+def test_a_value_that_two_threads_want_is_made_once():
+    cache, made, found = OnceCache(4), [], []
+
+    def make():
+        made.append(None)
+        time.sleep(0.1)
+        return object()
+
+    def want():
+        found.append(cache.get("key", make))
+
+    threads = [threading.Thread(target=want) for _ in range(4)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert len(made) == 1 and len(set(map(id, found))) == 1
+    with pytest.raises(ZeroDivisionError):
+        cache.get("other", lambda: 1 / 0)
+    assert cache.get("other", lambda: 2) == 2, "what failed is tried again"
+    assert cache.get("unkept", lambda: 3, keep=lambda value: False) == 3
+    assert cache.get("unkept", lambda: 4) == 4
+
+
+SCRIPT = """
+import jax, jax.monitoring
+hits = []
+jax.monitoring.register_event_listener(lambda name, **_: hits.append(name))
+import jax.numpy as jnp
+from partime_mcmc.compile_cache import keep_on_disk
+jax.jit(lambda x: x - 1)(1.0)
+print(keep_on_disk())
+jax.jit(lambda x: jnp.sin(x) + 1)(1.0)
+print(sum(name.endswith("cache_hits") for name in hits), jax.config.jax_compilation_cache_dir)
+"""
+
+
+def test_programs_are_kept_on_disk(tmp_path):
+    def process(**environment):
+        found = subprocess.run(
+            [sys.executable, "-c", SCRIPT],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={
+                "PATH": "/usr/bin:/bin",
+                "HOME": str(tmp_path),
+                "PYTHONPATH": ":".join(sys.path),
+                "JAX_PLATFORMS": "cpu",
+                **environment,
+            },
+        )
+        assert not found.stderr, found.stderr
+        return found.stdout.split()
+
+    ours, users = tmp_path / "ours", tmp_path / "users"
+    folder, hits, used = process(PARTIME_CACHE=str(ours))
+    assert folder == used == str(ours) and hits == "0"
+    assert int(process(PARTIME_CACHE=str(ours))[1]) >= 1
+    assert process(PARTIME_CACHE="0") == ["None", "0", "None"]
+    assert process(JAX_COMPILATION_CACHE_DIR=str(users)) == ["None", "0", str(users)]
+    assert process(PARTIME_CACHE="/proc/none")[0] == "None"
