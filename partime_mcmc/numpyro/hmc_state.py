@@ -39,6 +39,7 @@ from partime_mcmc.storage.stored_draws import StoredDraws
 from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import Key, PyTree, Tracer
 from partime_mcmc.validation import check_dtypes, check_key
+from partime_mcmc.warmup.hmc_batch import SeedTree
 
 # One of `numpyro.kernels`, which import this module.
 ParallelKernel = Any
@@ -271,6 +272,10 @@ def kernel_from(sampler: ParallelKernel, target: Target, state: HMCState) -> Par
     )
 
 
+# As NumPyro's.
+_MOST_TRIES = 100
+
+
 def log_densities(target: Target, positions: PyTree) -> tuple[np.ndarray, np.ndarray]:
     """Log densities at positions `(C, ...)`, and whether they and their gradients are finite, each `(C,)`."""
     density, data = density_of(target.logdensity, _first(positions))
@@ -323,7 +328,7 @@ def _starts(
     sampler: ParallelKernel, target: Target, key: Key, init_params: PyTree, count: int
 ) -> PyTree:
     if init_params is None:
-        return target.starts(jax.random.split(key, count))
+        return _models_starts(sampler, target, key, count)
     given = check_dtypes(init_params, "init_params")
     if sampler._posterior is not None:
         check_sites(given, sampler._posterior.shapes)
@@ -332,8 +337,41 @@ def _starts(
         return given
     if sampler.model is None:
         return jax.tree.map(lambda leaf: leaf[jnp.arange(count) % have], given)
-    more = target.starts(jax.random.split(key, count - have))
+    more = _models_starts(sampler, target, key, count - have)
     return jax.tree.map(lambda a, b: jnp.concatenate([a.astype(b.dtype), b]), given, more)
+
+
+def _models_starts(sampler: ParallelKernel, target: Target, key: Key, count: int) -> PyTree:
+    """So many starts by the model's strategy.
+
+    Under NumPyro's default they are drawn on the host, with as many tries as NumPyro makes: its own search is one more
+    program to compile, larger than the density's gradient, which is needed in any case.
+    """
+    posterior = sampler._posterior
+    if posterior is None or posterior.radius is None:
+        return target.starts(jax.random.split(key, count))
+    generator, radius = SeedTree.of(key).generator, posterior.radius
+
+    def drawn():
+        return {
+            name: generator.uniform(-radius, radius, (count, *one.shape)).astype(one.dtype)
+            for name, one in posterior.shapes.items()
+        }
+
+    starts = drawn()
+    for _ in range(_MOST_TRIES):
+        try:
+            good = np.asarray(log_densities(target, jax.device_put(starts))[1])
+        except TypeError:  # no gradient: the caller says what is wrong
+            break
+        if good.all():
+            break
+        again = drawn()
+        starts = {
+            name: np.where(good.reshape(-1, *(1,) * (one.ndim - 1)), one, again[name])
+            for name, one in starts.items()
+        }
+    return jax.device_put(starts)
 
 
 def _untuned(sampler: ParallelKernel, target: Target, starts: PyTree) -> ParametrisedKernel:

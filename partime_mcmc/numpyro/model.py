@@ -12,6 +12,7 @@ random, and NumPyro's fixes one subsample in silence), and fitting `numpyro.para
 """
 
 import dataclasses
+import functools
 import inspect
 import warnings
 from typing import Any, Callable, Self
@@ -300,6 +301,16 @@ class Posterior:
         self.target = Target(
             density, initial, constrain, names, _plate_dims(sites, names), centring
         )
+
+    @property
+    def radius(self) -> float | None:
+        """r, where starts are uniform on (-r, r) in every coordinate; None under another strategy."""
+        strategy, options = self.strategy, {}
+        if isinstance(strategy, functools.partial) and not strategy.args:
+            strategy, options = strategy.func, strategy.keywords
+        if strategy is not init_to_uniform or options.keys() - {"radius"}:
+            return None
+        return options.get("radius", 2)
 
     def _search(self, key: Key) -> tuple[PyTree, Array]:
         # NumPyro's remarks on the model were made once, when it was traced.

@@ -1,5 +1,6 @@
 """NumPyro models as targets: NumPyro's own density and starts, and faults named by site or argument."""
 
+import functools
 from operator import itemgetter
 
 import jax
@@ -8,11 +9,13 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from numpyro.infer import init_to_median, init_to_value
+from numpyro.infer import init_to_median, init_to_uniform, init_to_value
 from numpyro.infer.util import initialize_model, potential_energy
+from scipy.stats import ks_2samp
 
 from partime_mcmc.diagnostics.checks import check_deterministic, check_precision, check_start
-from partime_mcmc.numpyro import from_numpyro
+from partime_mcmc.numpyro import HMC, from_numpyro
+from partime_mcmc.numpyro.hmc_state import _models_starts
 from partime_mcmc.validation import InvalidStart
 
 KEY = jax.random.key(0)
@@ -296,3 +299,22 @@ def _without_warnings(function):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return function()
+
+
+def test_hosts_starts_have_the_law_of_numpyros():
+    """Uniform on (-2, 2) given that density and gradient are finite, where half of the space has neither."""
+
+    def half():
+        x = numpyro.sample("x", dist.Normal(jnp.zeros(2), 1))
+        numpyro.factor("wall", jnp.where(x[0] > 0, 0.0, -jnp.inf))
+
+    sampler = HMC(half)
+    target = sampler.target((), {}, KEY, None)
+    starts = np.asarray(_models_starts(sampler, target, KEY, 400)["x"])
+    theirs = np.asarray(target.starts(jax.random.split(KEY, 400))["x"])
+    for coordinate in range(2):
+        assert ks_2samp(starts[:, coordinate], theirs[:, coordinate]).pvalue > 0.01
+    assert starts.min(axis=0)[0] > 0 > starts.min(axis=0)[1] and np.abs(starts).max() < 2
+    narrow = HMC(half, init_strategy=functools.partial(init_to_uniform, radius=0.1))
+    target = narrow.target((), {}, KEY, None)
+    assert np.abs(_models_starts(narrow, target, KEY, 50)["x"]).max() < 0.1
