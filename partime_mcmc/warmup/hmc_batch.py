@@ -132,8 +132,9 @@ def _walk(
 
     def transition(carry, drive):
         state, log_steps = carry
-        start, length, uniform, momentum = drive
-        state = lax.cond(fresh, lambda: (start, *evaluate(start)), lambda: state)
+        index, start, length, uniform, momentum = drive
+        # One place for the density at a start: every copy of a gradient is compiled.
+        state = lax.cond(fresh | (index == 0), lambda: (start, *evaluate(start)), lambda: state)
         step = jnp.exp(log_steps)[:, None]
 
         def leap(index, moving):
@@ -164,15 +165,16 @@ def _walk(
         # All random numbers of a batch at once: to start the generator costs as much as a transition.
         key = jax.random.fold_in(key_from(words), number)
         uniforms = jax.random.uniform(key, (STEPS, num_chains, dimension + 1), starts.dtype)
-        drives = starts, lengths, uniforms[..., 0], normal_of(uniforms[..., 1:])
+        index = number * STEPS + jnp.arange(STEPS)
+        drives = index, starts, lengths, uniforms[..., 0], normal_of(uniforms[..., 1:])
         carry, found = lax.scan(transition, carry, drives)
         write = functools.partial(
             lax.dynamic_update_slice_in_dim, start_index=number * STEPS, axis=0
         )
         return carry, jax.tree.map(write, buffers, found)
 
-    first = (starts[0], *evaluate(starts[0]))
-    shapes = (*first, jnp.zeros_like(first[1]))
+    nothing = jnp.zeros(num_chains, starts.dtype)
+    first, shapes = (starts[0], nothing, starts[0]), (starts[0], nothing, starts[0], nothing)
     buffers = jax.tree.map(lambda leaf: jnp.zeros((longest, *leaf.shape), leaf.dtype), shapes)
     # The number of pieces is no part of the program: one serves searching, trials, and windows of all sizes.
     (_, log_steps), (x, value, gradient, rate) = lax.fori_loop(
