@@ -666,7 +666,7 @@ def test_a_piece_without_rejections_leaves_the_count_of_close_calls_known(memory
 def test_a_limit_of_memory_is_remembered_until_chunks_are_chosen(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        sampling, "prepare", lambda arguments, _: seen.append(arguments.max_bytes) or 1 / 0
+        sampling, "prepare", lambda arguments, *_: seen.append(arguments.max_bytes) or 1 / 0
     )
     path = tmp_path / "run"
     for attempt in (
