@@ -11,7 +11,7 @@ NumPyro       ParallelMCMC, CoalescingHMC; HMC, NUTS, MALA, BlackJAXKernel in `p
 networks      unroll; cells and adapters in `partime_mcmc.rnn`
 devices       time_mesh, sharded_solve, hosts; more in `partime_mcmc.distributed`
 certificates  certify, Certificate, CertifyWhileRolling, CertifyIndependently
-judging       compare, to_arviz
+judging       compare, convergence, to_arviz
 
 Linearizers are in `partime_mcmc.linearize`, solvers and damping in `partime_mcmc.solvers`, derivatives in
 `partime_mcmc.engine`, statistics of long runs in `partime_mcmc.storage`, tables and files in `partime_mcmc.diagnostics`.
@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from partime_mcmc.numpyro.mcmc import ParallelMCMC
     from partime_mcmc.numpyro.model import from_numpyro
     from partime_mcmc.sampling.draws import Draws
+    from partime_mcmc.sampling.lag_coupling import Convergence, convergence
     from partime_mcmc.sampling.sample import resume, sample
     from partime_mcmc.sampling.target import Target
     from partime_mcmc.storage.store import Store
@@ -77,6 +78,7 @@ __all__ = [
     "CertifyWhileRolling",
     "CoalescingHMC",
     "CommonRandomNumbers",
+    "Convergence",
     "Draws",
     "Dynamics",
     "Kernel",
@@ -95,6 +97,7 @@ __all__ = [
     "certify",
     "coalescing_hmc",
     "compare",
+    "convergence",
     "deer",
     "elk",
     "from_blackjax",
@@ -135,6 +138,7 @@ _LAZY = {
         "numpyro.mcmc": "ParallelMCMC",
         "numpyro.model": "from_numpyro",
         "sampling.draws": "Draws",
+        "sampling.lag_coupling": "Convergence convergence",
         "sampling.sample": "resume sample",
         "sampling.target": "Target",
         "storage.store": "Store",
