@@ -329,7 +329,9 @@ class ParallelMCMC(MCMC):
         """As NumPyro's, without what is compiled or traced: the next run, or `advice`, makes it again."""
         draws = self._draws
         if isinstance(draws, Draws):
-            draws = dataclasses.replace(draws, warmup=without_kernel(draws.warmup), ask=None)
+            draws = dataclasses.replace(
+                draws, warmup=without_kernel(draws.warmup), ask=None, scores=None
+            )
         return super().__getstate__() | {
             "_known": None,
             "_plan": None,
