@@ -260,8 +260,8 @@ def lagged_pairs(
     key = check_key(key)
     num_pairs = check_count(num_pairs, "num_pairs", 2)
     max_steps = check_count(max_steps, "max_steps", 1)
-    # Pilots come behind the others, so that the others are the same with and without them.
-    every = LaggedPairs.begin(key, target, kernel, num_pairs + _ROWS, observe, numbers)
+    # Pilots are among the chains in any case: the pairs are the same whether the lag is asked for or chosen.
+    every = LaggedPairs.begin(key, target, kernel, num_pairs + _PILOTS, observe, numbers)
     pairs, pilots = every[:num_pairs], every[num_pairs:]
     cycle = pilots.cycle()
     if lag is not None:

@@ -56,10 +56,10 @@ def test_nested_rhat_is_one_where_starts_are_forgotten():
 
 
 def test_nested_rhat_shows_a_start_that_is_remembered():
-    x, labels = superchains(3, 1, 1.0)
-    np.testing.assert_allclose(mixing.nested_rhat(x, labels), np.sqrt(2), rtol=0.2)
+    x, labels = superchains(3, 1, 1.0, num_superchains=256, num_chains=8)
+    np.testing.assert_allclose(mixing.nested_rhat(x, labels), np.sqrt(2 + 1 / 8), rtol=0.1)
     # By the definition, of one coordinate.
-    groups = x[:, 0, 0].reshape(16, 32)
+    groups = x[:, 0, 0].reshape(256, 8)
     ratio = groups.mean(axis=1).var(ddof=1) / groups.var(axis=1, ddof=1).mean()
     assert mixing.nested_rhat(x, labels)[0] == pytest.approx(np.sqrt(1 + ratio))
 

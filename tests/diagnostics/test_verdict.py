@@ -173,8 +173,8 @@ def test_a_kernel_that_never_rejects_is_not_called_converged():
         return -0.5 * jnp.sum(x**2)
 
     target = Target(logdensity, lambda key: jax.random.normal(key, (6,)))
-    # Two leapfrogs of 1.2 keep a normal whose variance is larger by 1 / (1 - 1.2² / 4) = 1.56.
-    step = lambda key, x: (_two_leapfrogs(x, jax.random.normal(key, x.shape), 1.2), ())
+    # Two leapfrogs of 1 keep a normal whose variance is larger by 1 / (1 - 1 / 4) = 1.33.
+    step = lambda key, x: (_two_leapfrogs(x, jax.random.normal(key, x.shape), 1.0), ())
     kernel = Kernel(SimpleNamespace(init=lambda position, rng_key=None: position, step=step))
     draws = sample(
         jax.random.key(3), target, kernel, num_samples=1000, solver=sequential(), progress=False
