@@ -14,8 +14,8 @@ law. For draws of a smooth density p on unconstrained space Stein's identity say
 
     E g_j = 0,      E [1 + (x_j − m_j) g_j] = 0,
 
-which is looked at in some draws, coordinate by coordinate and summed over coordinates, in Monte Carlo standard errors. It fails,
-too, where the density has a jump or a border, which no transformation took away: hence a doubt, not a verdict.
+which is looked at in some draws in memory, coordinate by coordinate and summed over coordinates, in Monte Carlo standard errors.
+It fails, too, where the density has a jump or a border, which no transformation took away: hence a doubt, not a verdict.
 
 The limits of R-hat and of effective draws are those of Vehtari et al. (2021, arXiv:1903.08008), that of the E-BFMI is Stan's
 (Betancourt 2016, arXiv:1604.00695); Stein's identity as a test of samplers is from Gorham & Mackey (2015, arXiv:1506.03039).
@@ -39,6 +39,7 @@ from partime_mcmc.diagnostics.values import frozen_chains, named_positions, thin
 RHAT_GOOD, RHAT_BAD, RHAT_WARMUP_BAD = 1.01, 1.1, 1.2
 ESS_GOOD = 400
 NESTED_RHAT_GOOD = 1.01
+_DISTANCE_GOOD = 0.01
 # Chance that draws of the right law are doubted by Stein's identity, were its errors normal; and the share of a run's draws
 # at which gradients are taken, with the fewest and the most.
 _STEIN_LEVEL, _STEIN_SHARE, _STEIN_DRAWS = 1e-5, 4, (400, 4000)
@@ -112,7 +113,7 @@ class Verdict:
         return f"{self.outcome.value}: {'; '.join(self.grounds)}"
 
 
-def judge(draws: Any, superchains: Any = None) -> Verdict:
+def judge(draws: Any, superchains: Any = None, coupling: Any = None) -> Verdict:
     """The verdict on a run.
 
     Args:
@@ -120,6 +121,8 @@ def judge(draws: Any, superchains: Any = None) -> Verdict:
         superchains: For many short chains of which several started at the same point: the number of the start of each chain,
             shape `(C,)`. Then a nested R-hat is judged as well, and of chains that are too short for the others alone.
             Where every chain has a start of its own, as after warm-up, there are no superchains: leave it None.
+        coupling: What `convergence` found for the run's kernel, as a ground more: a doubt if pairs did not meet, or if their
+            bound is still above 0.01 after as many steps as the run's chains made.
 
     Raises:
         ValueError: If there are fewer than two superchains, they differ in size, or have one chain each.
@@ -143,6 +146,9 @@ def judge(draws: Any, superchains: Any = None) -> Verdict:
     else:
         rhat, ess = _judge_mixing(named, bad, doubts, good)
     _judge_warmup(getattr(draws, "warmup", None), draws.num_chains, bad, doubts, good)
+    if coupling is not None:
+        steps = coupling.steps_until(_DISTANCE_GOOD)
+        (good if steps <= draws.num_samples else doubts).append(str(coupling).rstrip("."))
     _judge_energy(info, doubts)
     if num_draws >= _FEWEST_DRAWS and not bad:
         _judge_gradients(draws, doubts, good)
@@ -224,13 +230,18 @@ def _judge_superchains(
 
 
 def _judge_gradients(draws: Any, doubts: list[str], good: list[str]) -> None:
-    """Whether draws and gradients obey Stein's identity; says nothing where a density cannot be differentiated."""
+    """Whether draws and gradients obey Stein's identity.
+
+    Says nothing where the density is not at hand (runs on disk), cannot be differentiated, or has too many coordinates.
+    """
     scores = getattr(draws, "scores", None)
     if scores is None:
         return
     leaves = jax.tree.leaves(draws.positions)
     num_chains, num_draws = leaves[0].shape[:2]
     fewest, most = _STEIN_DRAWS
+    if fewest * sum(leaf[0, 0].size for leaf in leaves) > _MOST_NUMBERS:
+        return
     wanted = max(fewest, min(most, num_chains * num_draws // _STEIN_SHARE))
     step = max(1, num_chains * num_draws // wanted)
     some = jax.tree.map(

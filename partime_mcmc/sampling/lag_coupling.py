@@ -416,15 +416,18 @@ class LaggedPairs:
         for row in rows:
             # The last rows are filled up with copies: one program serves any number of pairs.
             own, keys = jax.tree.map(lambda leaf: leaf[np.resize(row, _ROWS)], (states, words))
-            moved = self._move_rows(own, keys, first, num_steps, len(row))
-            parts.append(jax.tree.map(lambda leaf: leaf[: len(row)], moved[:-1]) + moved[-1:])
-        *arrays, work = zip(*parts)
-        longest = max(len(seen[0]) for seen in arrays[1])
-        arrays[1] = [_padded(seen, longest) for seen in arrays[1]]
-        joined = [jax.tree.map(lambda *leaves: np.concatenate(leaves), *part) for part in arrays]
-        return Moved(*joined, sum(work))
+            parts.append(self._move_rows(own, keys, first, num_steps, len(row)))
+        longest = max(part.seen.shape[1] for part in parts)
+        seen = np.concatenate([_padded(part.seen, longest) for part in parts])
+        states = jax.tree.map(
+            lambda *leaves: np.concatenate(leaves), *(part.states for part in parts)
+        )
+        steps, met = (
+            np.concatenate(arrays) for arrays in zip(*((part.steps, part.met) for part in parts))
+        )
+        return Moved(states, seen, steps, met, sum(part.num_gradients for part in parts))
 
-    def _move_rows(self, states, keys, first, num_steps, count):
+    def _move_rows(self, states, keys, first, num_steps, count) -> Moved:
         program, params = program_and_params(self.kernel)
         move = _Move(program, self.observe, self.key_impl)
         steps, met = np.full(_ROWS, num_steps), np.zeros(_ROWS, bool)
@@ -440,7 +443,8 @@ class LaggedPairs:
             steps[new], met[new] = done + met_at[new], True
             done, work = done + size, work + int(gradients)
             seen.append(look[:, :size])
-        return tuple(states), np.concatenate(seen, axis=1), steps, met, work
+        rows = tuple(states), np.concatenate(seen, axis=1), steps, met
+        return Moved(*jax.tree.map(lambda leaf: leaf[:count], rows), num_gradients=work)
 
 
 def _padded(seen: np.ndarray, longest: int) -> np.ndarray:

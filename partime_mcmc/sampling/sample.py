@@ -124,7 +124,7 @@ class MemorySink(contextlib.AbstractContextManager):
             tuple(plan.target.names) if plan.target.names else None,
             self._chunks[-1].state,
             advice if done else None,
-            functools.partial(scores_at, plan.target.logdensity),
+            functools.partial(scores_at, plan),
         )
 
 

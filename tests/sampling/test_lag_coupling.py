@@ -1,5 +1,6 @@
 """Lagged pairs of chains: bounds lie above what is known exactly, and chains that stay apart bound nothing."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from partime_mcmc import (
     convergence,
     mala,
 )
+from partime_mcmc.diagnostics.verdict import judge
 from partime_mcmc.kernels import Whitening
 from partime_mcmc.kernels.coupling import draw_multishift_noise, multishift
 from partime_mcmc.kernels.explicit_randomness import ExplicitRandomnessKernel, GradientState
@@ -189,6 +191,9 @@ def test_a_finished_run_knows_its_kernel():
     found = convergence(jax.random.key(0), mcmc, num_pairs=64)
     assert found.num_unmet == 0 and 4 <= found.steps_until(0.05) < 100
     assert str(found).startswith("Total variation at most 0.0")
+    assert "Total variation at most" in str(judge(mcmc.draws, coupling=found))
+    apart = dataclasses.replace(found, met=np.arange(64) > 2)
+    assert "3 OF 64 PAIRS OF CHAINS DID NOT MEET" in str(judge(mcmc.draws, coupling=apart))
     again = convergence(jax.random.key(0), *mcmc.target_and_kernel(), num_pairs=64)
     assert (again.steps == found.steps).all() and again.num_gradients == found.num_gradients
     assert [axis.get_xlabel() for axis in found.plot().axes] == ["step", "step"]
