@@ -154,6 +154,7 @@ LEFT_OUT = {
         "devices",
         "streaming",
         "meetings",
+        "verdict",
         "multishift_shooting in float64",
         "advised, all other rows",
         "posteriors, the other eight",
@@ -170,6 +171,7 @@ QUOTED = {
     for name, end in (
         ("posteriors-cpu", "<!-- end of posteriors -->"),
         ("dice-meetings", "<!-- end of meetings -->"),
+        ("verdict-cpu", "<!-- end of verdict -->"),
         ("dice-shooting", "<!-- end of multishift shooting -->"),
     )
 }

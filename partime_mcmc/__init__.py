@@ -11,7 +11,7 @@ NumPyro       ParallelMCMC, CoalescingHMC; HMC, NUTS, MALA, BlackJAXKernel in `p
 networks      unroll; cells and adapters in `partime_mcmc.rnn`
 devices       time_mesh, sharded_solve, hosts; more in `partime_mcmc.distributed`
 certificates  certify, Certificate, CertifyWhileRolling, CertifyIndependently
-judging       compare, to_arviz
+judging       compare, convergence, unbiased, to_arviz
 
 Linearizers are in `partime_mcmc.linearize`, solvers and damping in `partime_mcmc.solvers`, derivatives in
 `partime_mcmc.engine`, statistics of long runs in `partime_mcmc.storage`, tables and files in `partime_mcmc.diagnostics`.
@@ -61,8 +61,10 @@ if TYPE_CHECKING:
     from partime_mcmc.numpyro.mcmc import ParallelMCMC
     from partime_mcmc.numpyro.model import from_numpyro
     from partime_mcmc.sampling.draws import Draws
+    from partime_mcmc.sampling.lag_coupling import Convergence, convergence
     from partime_mcmc.sampling.sample import resume, sample
     from partime_mcmc.sampling.target import Target
+    from partime_mcmc.sampling.unbiased import Unbiased, unbiased
     from partime_mcmc.storage.store import Store
     from partime_mcmc.storage.stored_draws import StoredDraws, open_draws
     from partime_mcmc.warmup.pooled import PooledAdaptation
@@ -77,6 +79,7 @@ __all__ = [
     "CertifyWhileRolling",
     "CoalescingHMC",
     "CommonRandomNumbers",
+    "Convergence",
     "Draws",
     "Dynamics",
     "Kernel",
@@ -90,11 +93,13 @@ __all__ = [
     "StoredDraws",
     "Target",
     "Tolerance",
+    "Unbiased",
     "WindowAdaptation",
     "Windows",
     "certify",
     "coalescing_hmc",
     "compare",
+    "convergence",
     "deer",
     "elk",
     "from_blackjax",
@@ -119,6 +124,7 @@ __all__ = [
     "solve",
     "time_mesh",
     "to_arviz",
+    "unbiased",
     "unroll",
 ]
 
@@ -135,8 +141,10 @@ _LAZY = {
         "numpyro.mcmc": "ParallelMCMC",
         "numpyro.model": "from_numpyro",
         "sampling.draws": "Draws",
+        "sampling.lag_coupling": "Convergence convergence",
         "sampling.sample": "resume sample",
         "sampling.target": "Target",
+        "sampling.unbiased": "Unbiased unbiased",
         "storage.store": "Store",
         "storage.stored_draws": "StoredDraws open_draws",
         "warmup.pooled": "PooledAdaptation",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import record, suite, targets
+from benchmarks import record, suite, targets, verdict
 from benchmarks.posteriors import covered
 from benchmarks.suite import BOUNDS, LEFT_OUT, QUOTED, SUITES, Task, main
 
@@ -67,6 +67,23 @@ def test_a_suite_runs_and_is_reported(tmp_path, monkeypatch, capsys):
     assert "worst size" in (tmp_path / "targets.md").read_text()
 
 
+@pytest.mark.slow
+def test_verdicts_are_right_on_one_posterior(tmp_path):
+    assert verdict.main(["--small", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "verdict-cpu.json").read_text())["rows"]
+    assert rows[0]["right"] and rows[0]["converged"] == rows[0]["runs"] == verdict.SMALL_SEEDS
+    assert {one["run"] for one in rows} >= set(verdict.WRONG_KERNELS)
+
+
+def test_committed_verdicts_are_of_many_posteriors_and_never_wrongly_good():
+    rows = json.loads((RESULTS / "verdict-cpu.json").read_text())["rows"]
+    right = [one for one in rows if one["right"]]
+    assert len(right) >= 20 and {one["posterior"] for one in rows} <= set(verdict.NAMES)
+    assert sum(one["converged"] for one in right) >= 0.95 * sum(one["runs"] for one in right)
+    wrong = [one for one in rows if not one["right"]]
+    assert len(wrong) > 40 and not any(one["converged"] for one in wrong)
+
+
 def test_report_refuses_what_is_no_folder(tmp_path, capsys):
     assert main(["report", str(tmp_path / "nothing")]) == 2
     assert "not a folder" in capsys.readouterr().err
@@ -94,9 +111,9 @@ def test_overlapping_compilations_count_once():
 def test_targets_are_met_or_not(tmp_path):
     target = targets.Target("a", "b", lambda found: found["x"], targets.AT_LEAST, 2)
     assert "not measured" in target.line(tmp_path)
-    for value, verdict in ((1.9, "| **not met** |"), (2, "| met |"), (None, "not measured")):
+    for value, told in ((1.9, "| **not met** |"), (2, "| met |"), (None, "not measured")):
         (tmp_path / "b.json").write_text(json.dumps({} if value is None else {"x": value}))
-        assert verdict in target.line(tmp_path)
+        assert told in target.line(tmp_path)
 
 
 @pytest.mark.parametrize("target", targets.TARGETS["cpu"], ids=lambda target: target.name)

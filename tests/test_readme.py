@@ -30,7 +30,7 @@ def test_there_are_five_examples():
 
 
 @pytest.mark.parametrize(
-    "name", ["shooting-cpu", "posteriors-cpu", "dice-meetings", "dice-shooting"]
+    "name", ["shooting-cpu", "posteriors-cpu", "dice-meetings", "dice-shooting", "verdict-cpu"]
 )
 def test_tables_are_the_benchmarks(name):
     table = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text(encoding="utf-8")

@@ -11,6 +11,15 @@ coordinate at a time and takes seconds to import: a run judges itself with these
 
 Draws have shape `(C, T, D)`, at least four draws a chain; results have shape `(D,)`. A coordinate that never moves has R-hat
 infinite and no effective draw.
+
+Many chains of few draws have no halves to compare. If they come in *superchains* of M chains that share their start, a nested
+R-hat compares the means of superchains instead: with the variance B of these and W, that between the chains of one superchain
+plus that within chains,
+
+    nested R-hat² = 1 + B / W
+
+(Margossian, Hoffman, Sountsov, Riou-Durand, Vehtari & Gelman 2024, arXiv:2110.13017): chains that have forgotten their common
+start differ as much within a superchain as superchains do, up to 1/M. Without common starts it says nothing about them.
 """
 
 import numpy as np
@@ -23,11 +32,42 @@ def split_rhat(draws: np.ndarray) -> np.ndarray:
     return _rhat(_halves(draws))
 
 
+def nested_rhat(draws: np.ndarray, superchains: np.ndarray) -> np.ndarray:
+    """Nested R-hat of the means, of many short chains.
+
+    Args:
+        draws: Shape `(C, T, D)`, at least one draw a chain; those before chains have forgotten their starts left out.
+        superchains: The superchain of each chain, shape `(C,)`: equal numbers for chains from one start.
+
+    Raises:
+        ValueError: If there are fewer than two superchains, these differ in size, or have one chain each.
+    """
+    names, member, sizes = np.unique(superchains, return_inverse=True, return_counts=True)
+    if len(names) < 2 or len(set(sizes)) > 1 or sizes[0] < 2 or len(member) != len(draws):
+        raise ValueError(
+            f"superchains: got {len(member)} chains in superchains of sizes {sizes.tolist()}, wanted those of {len(draws)} "
+            "chains, at least two superchains of one size, two chains each at least"
+        )
+    grouped = draws[np.argsort(member, kind="stable")].astype(float)
+    grouped = grouped.reshape(len(names), sizes[0], *draws.shape[1:])
+    means = grouped.mean(axis=2)
+    within_chains = grouped.var(axis=2, ddof=1).mean(axis=1) if draws.shape[1] > 1 else 0.0
+    with np.errstate(all="ignore"):
+        within = (means.var(axis=1, ddof=1) + within_chains).mean(axis=0)
+        found = np.sqrt(1 + means.mean(axis=1).var(axis=0, ddof=1) / within)
+    return np.where(_moves(draws), np.nan_to_num(found, nan=np.inf), np.inf)
+
+
 def rank_rhat(draws: np.ndarray) -> np.ndarray:
     """Rank-normalised split R-hat, the larger of locations and of scales."""
     halves = _halves(draws)
     folded = np.abs(halves - np.median(halves, axis=(0, 1)))
     return np.maximum(_rhat(_normal_scores(halves)), _rhat(_normal_scores(folded)))
+
+
+def ess_mean(draws: np.ndarray) -> np.ndarray:
+    """Effective sample size of the mean, of draws as they are."""
+    return _ess(_halves(draws))
 
 
 def ess_bulk(draws: np.ndarray) -> np.ndarray:

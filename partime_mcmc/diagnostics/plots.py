@@ -161,6 +161,42 @@ def coalescence(distances: np.ndarray, tolerance: float = 1e-8) -> Any:
     return drawn
 
 
+def coupling_bounds(found: Any) -> Any:
+    """How far the law of a chain is from the posterior after t steps: both bounds, with two standard errors.
+
+    Args:
+        found: From `convergence`.
+
+    Returns:
+        `matplotlib.figure.Figure` of two panels, total variation and Wasserstein distance; if some pairs did not meet, of
+        one, the share of pairs that have not.
+
+    Raises:
+        NoPlots: If matplotlib is missing.
+    """
+    times = np.arange(len(found.survival))
+    if found.num_unmet:
+        drawn = figure(6, 3.4)
+        axis = drawn.subplots()
+        axis.step(times, found.survival, where="post", color=_RED, linewidth=2)
+        axis.set_ylim(-0.03, 1.03)
+        title = f"{found.num_unmet} of {len(found.met)} pairs did not meet: nothing is bounded"
+        _finish(axis, title, "share of pairs apart", "step")
+        return drawn
+    drawn = figure(11, 3.4)
+    curves = (
+        (found.total_variation, found.total_variation_error, "Total variation at most"),
+        (found.wasserstein, found.wasserstein_error, "Wasserstein distance at most [sd]"),
+    )
+    for axis, (bound, error, title) in zip(drawn.subplots(1, 2), curves):
+        axis.plot(times, bound, color=_BLUE, linewidth=2)
+        low, high = np.maximum(bound - 2 * error, 0), bound + 2 * error
+        axis.fill_between(times, low, high, color=_BLUE, alpha=0.25, linewidth=0)
+        axis.set_ylim(bottom=0)
+        _finish(axis, title, "", "step")
+    return drawn
+
+
 def _matrix(values: np.ndarray, name: str, shape: str) -> np.ndarray:
     values = np.asarray(values, np.float64)
     if values.ndim != 2 or not values.size:

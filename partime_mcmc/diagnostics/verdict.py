@@ -6,11 +6,21 @@ here from all unconstrained coordinates and the log density:
     NOT CONVERGED   a chain is not certified or never moves; R-hat above 1.1 in some coordinate; or the pooled chains of
                     warm-up disagreed (R-hat above 1.2) and too few chains were kept to show that this is over
     CONVERGED       R-hat at most 1.01, at least 400 effective draws in bulk and tails of every coordinate, warm-up had settled,
-                    E-BFMI at least 0.3, less than one divergence in a thousand draws
+                    E-BFMI at least 0.3, less than one divergence in a thousand draws, draws in accord with the density's gradient
     UNDECIDED       everything between, and runs too short to say
 
+R-hat and effective sizes ask whether chains have settled, not on what: a kernel with a wrong acceptance ratio settles on another
+law. For draws of a smooth density p on unconstrained space Stein's identity says, with g = ∇ log p and any m,
+
+    E g_j = 0,      E [1 + (x_j − m_j) g_j] = 0,
+
+which is looked at in some draws in memory, coordinate by coordinate and summed over coordinates, in Monte Carlo standard errors.
+It fails, too, where the density has a jump or a border, which no transformation took away: hence a doubt, not a verdict.
+
 The limits of R-hat and of effective draws are those of Vehtari et al. (2021, arXiv:1903.08008), that of the E-BFMI is Stan's
-(Betancourt 2016, arXiv:1604.00695). No diagnostic sees a mode that no chain has visited.
+(Betancourt 2016, arXiv:1604.00695); Stein's identity as a test of samplers is from Gorham & Mackey (2015, arXiv:1506.03039).
+No diagnostic sees a mode that no chain has visited; pairs of chains from far-apart starts that do not meet may show one
+(`partime_mcmc.convergence`).
 """
 
 import dataclasses
@@ -20,6 +30,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from scipy.special import ndtri
 
 from partime_mcmc.diagnostics import mixing
 from partime_mcmc.diagnostics.arviz import STAT_NAMES
@@ -27,6 +38,11 @@ from partime_mcmc.diagnostics.values import frozen_chains, named_positions, thin
 
 RHAT_GOOD, RHAT_BAD, RHAT_WARMUP_BAD = 1.01, 1.1, 1.2
 ESS_GOOD = 400
+NESTED_RHAT_GOOD = 1.01
+_DISTANCE_GOOD = 0.01
+# Chance that draws of the right law are doubted by Stein's identity, were its errors normal; and the share of a run's draws
+# at which gradients are taken, with the fewest and the most.
+_STEIN_LEVEL, _STEIN_SHARE, _STEIN_DRAWS = 1e-5, 4, (400, 4000)
 EBFMI_GOOD = 0.3
 DIVERGENCES_GOOD = 1e-3
 # Fewer draws per chain say nothing; of more, so many are looked at; of more coordinates, so many of the worst.
@@ -97,23 +113,45 @@ class Verdict:
         return f"{self.outcome.value}: {'; '.join(self.grounds)}"
 
 
-def judge(draws: Any) -> Verdict:
+def judge(draws: Any, superchains: Any = None, coupling: Any = None) -> Verdict:
     """The verdict on a run.
 
     Args:
         draws: In memory or on disk. Of a run on disk the stored values are judged, since positions are not stored.
+        superchains: For many short chains of which several started at the same point: the number of the start of each chain,
+            shape `(C,)`. Then a nested R-hat is judged as well, and of chains that are too short for the others alone.
+            Where every chain has a start of its own, as after warm-up, there are no superchains: leave it None.
+        coupling: What `convergence` found for the run's kernel, as a ground more: a doubt if pairs did not meet, or if their
+            bound is still above 0.01 after as many steps as the run's chains made.
+
+    Raises:
+        ValueError: If there are fewer than two superchains, they differ in size, or have one chain each.
     """
     named, info = _judged(draws)
     bad, doubts, good = [], [], []
     _judge_chains(draws, bad)
     rhat = ess = np.nan
     num_draws = min((value.shape[1] for value in named.values()), default=0)
+    if superchains is not None:
+        _judge_superchains(named, np.asarray(superchains), bad, doubts, good)
     if num_draws < _FEWEST_DRAWS:
-        doubts.append(f"{num_draws} draws per chain are too few to judge (wanted {_FEWEST_DRAWS})")
+        if superchains is None:
+            doubts.append(
+                f"{num_draws} draws per chain are too few to judge (wanted {_FEWEST_DRAWS})"
+            )
+        elif draws.num_chains < ESS_GOOD:
+            doubts.append(
+                f"{draws.num_chains} chains of {num_draws} draws count for one effective draw each (wanted {ESS_GOOD})"
+            )
     else:
         rhat, ess = _judge_mixing(named, bad, doubts, good)
     _judge_warmup(getattr(draws, "warmup", None), draws.num_chains, bad, doubts, good)
+    if coupling is not None:
+        steps = coupling.steps_until(_DISTANCE_GOOD)
+        (good if steps <= draws.num_samples else doubts).append(str(coupling).rstrip("."))
     _judge_energy(info, doubts)
+    if num_draws >= _FEWEST_DRAWS and not bad:
+        _judge_gradients(draws, doubts, good)
     outcome = Outcome.NOT_CONVERGED if bad else Outcome.UNDECIDED if doubts else Outcome.CONVERGED
     return Verdict(outcome, tuple(bad + doubts + good), rhat, ess)
 
@@ -159,16 +197,90 @@ def _judge_chains(draws: Any, bad: list[str]) -> None:
         bad.append(f"chains {list(map(int, frozen))} never move, or not in some coordinate")
 
 
-def _judge_mixing(
-    named: dict[str, np.ndarray], bad: list[str], doubts: list[str], good: list[str]
-) -> tuple[float, float]:
-    """R-hat and effective sample sizes of the worst coordinates."""
+def _as_coordinates(named: dict[str, np.ndarray]) -> tuple[list[str], np.ndarray]:
+    """Labels of all coordinates, and their draws `(C, T, D)`."""
     labels = [
         name + (f"[{', '.join(map(str, index))}]" if index else "")
         for name, value in named.items()
         for index in np.ndindex(value.shape[2:])
     ]
-    x = np.concatenate([value.reshape(*value.shape[:2], -1) for value in named.values()], axis=2)
+    flat = [value.reshape(*value.shape[:2], -1) for value in named.values()]
+    return labels, np.concatenate(flat, axis=2)
+
+
+def _judge_superchains(
+    named: dict[str, np.ndarray],
+    superchains: np.ndarray,
+    bad: list[str],
+    doubts: list[str],
+    good: list[str],
+) -> None:
+    """Nested R-hat of the second half of each chain; its limit allows for the M chains of a superchain."""
+    labels, x = _as_coordinates(named)
+    found = mixing.nested_rhat(x[:, x.shape[1] // 2 :], superchains)
+    moving = np.isfinite(found) | (x != x[:1, :1]).any(axis=(0, 1))
+    worst = np.flatnonzero(moving)[found[moving].argmax()] if moving.any() else 0
+    num_superchains = len(np.unique(superchains))
+    # Where starts are forgotten B/W is 1/M, with a relative error of √(2/(K−1)), of which two are allowed.
+    per = len(superchains) // num_superchains
+    limit = np.sqrt(NESTED_RHAT_GOOD**2 + (1 + 2 * np.sqrt(2 / (num_superchains - 1))) / per)
+    text = f"nested R-hat {found[worst]:.3f} at {labels[worst]} (wanted at most {limit:.3f})"
+    is_bad = found[worst] ** 2 > limit**2 + RHAT_BAD**2 - 1
+    (bad if is_bad else doubts if found[worst] > limit else good).append(text)
+
+
+def _judge_gradients(draws: Any, doubts: list[str], good: list[str]) -> None:
+    """Whether draws and gradients obey Stein's identity.
+
+    Says nothing where the density is not at hand (runs on disk), cannot be differentiated, or has too many coordinates.
+    """
+    scores = getattr(draws, "scores", None)
+    if scores is None:
+        return
+    leaves = jax.tree.leaves(draws.positions)
+    num_chains, num_draws = leaves[0].shape[:2]
+    fewest, most = _STEIN_DRAWS
+    if fewest * sum(leaf[0, 0].size for leaf in leaves) > _MOST_NUMBERS:
+        return
+    wanted = max(fewest, min(most, num_chains * num_draws // _STEIN_SHARE))
+    step = max(1, num_chains * num_draws // wanted)
+    some = jax.tree.map(
+        lambda leaf: np.asarray(leaf)[:, ::step].reshape(-1, *leaf.shape[2:]), draws.positions
+    )
+    try:
+        x, gradient = (
+            np.asarray(part, float).reshape(num_chains, -1, part.shape[-1]) for part in scores(some)
+        )
+    except Exception:  # whatever a density raises that cannot be differentiated, or not at a batch
+        return
+    if not np.isfinite(gradient).all():
+        return
+    second = 1 + (x - x.mean(axis=(0, 1))) * gradient
+    terms = np.concatenate([gradient, second, second.sum(axis=2, keepdims=True)], axis=2)
+    size = x.shape[0] * x.shape[1]
+    moving = np.ptp(terms, axis=(0, 1)) > 0
+    terms = terms[..., moving]
+    # Effective sizes above the number of draws are not believed here: they would make errors smaller.
+    error = terms.std(axis=(0, 1)) / np.sqrt(np.minimum(mixing.ess_mean(terms), size))
+    score = np.abs(terms.mean(axis=(0, 1))) / error
+    limit = -ndtri(_STEIN_LEVEL / 2 / len(score))
+    worst = int(score.argmax())
+    names = _as_coordinates(named_positions(draws))[0]
+    names = [*names, *(f"the spread of {name}" for name in names), "the spread of all coordinates"]
+    name = np.array(names, object)[moving][worst]
+    text = (
+        f"{score[worst]:.1f} standard errors off in Stein's identity at {name} (wanted {limit:.1f})"
+    )
+    if score[worst] > limit:
+        text += ": a wrong acceptance ratio, or a density with a jump or border"
+    (doubts if score[worst] > limit else good).append(text)
+
+
+def _judge_mixing(
+    named: dict[str, np.ndarray], bad: list[str], doubts: list[str], good: list[str]
+) -> tuple[float, float]:
+    """R-hat and effective sample sizes of the worst coordinates."""
+    labels, x = _as_coordinates(named)
     # What is constant in every chain, at one value, is no coordinate (a simplex of one category, say).
     moving = np.flatnonzero((x != x[:1, :1]).any(axis=(0, 1)))
     if not moving.size:

@@ -26,6 +26,7 @@ from partime_mcmc.diagnostics.report import Level
 from partime_mcmc.diagnostics.verdict import Verdict
 from partime_mcmc.engine import Schedule
 from partime_mcmc.forgetting.advise import Advice
+from partime_mcmc.kernels import Kernel
 from partime_mcmc.numpyro.hmc_state import (
     check_fields,
     check_keys,
@@ -278,6 +279,16 @@ class ParallelMCMC(MCMC):
             raise RuntimeError("run must be called first")
         return self._draws
 
+    def target_and_kernel(self) -> tuple[Target, Kernel]:
+        """What the last run sampled, and its tuned kernel: for `convergence` and `unbiased`.
+
+        Raises:
+            RuntimeError: Before the first run.
+        """
+        _ = self.draws  # raises before the first run
+        plan = self._planned()
+        return plan.target, plan.kernel
+
     @property
     def warmed(self) -> Warmup | None:
         """The last warm-up: what was chosen, why, and what it cost; None before there was one."""
@@ -320,7 +331,9 @@ class ParallelMCMC(MCMC):
         """As NumPyro's, without what is compiled or traced: the next run, or `advice`, makes it again."""
         draws = self._draws
         if isinstance(draws, Draws):
-            draws = dataclasses.replace(draws, warmup=without_kernel(draws.warmup), ask=None)
+            draws = dataclasses.replace(
+                draws, warmup=without_kernel(draws.warmup), ask=None, scores=None
+            )
         return super().__getstate__() | {
             "_known": None,
             "_plan": None,
@@ -411,16 +424,17 @@ class ParallelMCMC(MCMC):
 
     def _advise(self) -> Advice:
         if self._advice is None:
-            if self._plan is None:
-                # Unpickled: the kernel is made again from the last state.
-                state = with_chains(self.last_state, self.num_chains)
-                target = self._target(self._args, self._kwargs, state.rng_key, state.z)
-                arguments = self._arguments(
-                    target, state.rng_key, self.draws.num_samples, None, state
-                )
-                self._plan = prepare(arguments, chosen_progress(False))[0]
-            self._advice = advise_plan(self._plan, self._pool)
+            self._advice = advise_plan(self._planned(), self._pool)
         return self._advice
+
+    def _planned(self) -> Plan:
+        """The plan of the last run; unpickled, it is made again from the last state."""
+        if self._plan is None:
+            state = with_chains(self.last_state, self.num_chains)
+            target = self._target(self._args, self._kwargs, state.rng_key, state.z)
+            arguments = self._arguments(target, state.rng_key, self.draws.num_samples, None, state)
+            self._plan = prepare(arguments, chosen_progress(False))[0]
+        return self._plan
 
     def _read_store(self, group_by_chain: bool) -> dict[str, Any] | None:
         """What the last run collected; None where it kept it in memory."""

@@ -41,6 +41,8 @@ class Draws:
         names: The constrained values worth showing; None: all.
         state: Where the chains stand after the last draw.
         ask: Works out the advice; see `advice`.
+        scores: From positions, leaves `(N, ...)`, to these as rows and the gradients of the log density there, `(N, D)` each:
+            the verdict looks at some. None where the density is not at hand.
     """
 
     positions: PyTree
@@ -54,6 +56,9 @@ class Draws:
     names: tuple[str, ...] | None = None
     state: ChainState | None = None
     ask: Callable[[], Advice] | None = dataclasses.field(default=None, compare=False)
+    scores: Callable[[PyTree], tuple[np.ndarray, np.ndarray]] | None = dataclasses.field(
+        default=None, compare=False
+    )
 
     @property
     def num_samples(self) -> int:

@@ -51,6 +51,7 @@ from partime_mcmc.sampling.local import LocalExecutor
 from partime_mcmc.sampling.pilots import advise_plan, choose_coupling_by_pilots
 from partime_mcmc.sampling.plan import FEWEST_WARMUP, Plan, prepare
 from partime_mcmc.sampling.progress import Progress, chosen_progress
+from partime_mcmc.sampling.score import scores_at
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.solvers import Solver
 from partime_mcmc.storage.saved_run import StoreMismatch, read_arguments
@@ -125,6 +126,7 @@ class MemorySink(contextlib.AbstractContextManager):
             tuple(plan.target.names) if plan.target.names else None,
             self._chunks[-1].state,
             advice if done else None,
+            functools.partial(scores_at, plan),
         )
 
 

@@ -35,6 +35,41 @@ def test_statistics_are_those_of_arviz(ours, theirs):
     assert found[-1] in (0.0, np.inf), "a coordinate that never moves says so"
 
 
+def superchains(seed, num_draws, start_weight, num_superchains=16, num_chains=32):
+    """Short chains of superchains, whose means still depend on the common start with some weight."""
+    rng = np.random.default_rng(seed)
+    start = start_weight * rng.normal(size=(num_superchains, 1, 1, 3))
+    x = start + rng.normal(size=(num_superchains, num_chains, num_draws, 3))
+    return x.reshape(-1, num_draws, 3), np.repeat(np.arange(num_superchains), num_chains)
+
+
+def test_nested_rhat_is_one_where_starts_are_forgotten():
+    for num_draws in (1, 8):
+        found = mixing.nested_rhat(*superchains(0, num_draws, 0.0))
+        # Its square is 1 + 1/M for one draw a chain, less for more of them.
+        assert ((found >= 1) & (found < np.sqrt(1 + 2.2 / 32))).all()
+    x, labels = superchains(1, 8, 0.0)
+    order = np.random.default_rng(2).permutation(len(x))
+    np.testing.assert_allclose(
+        mixing.nested_rhat(x[order], labels[order]), mixing.nested_rhat(x, labels)
+    )
+
+
+def test_nested_rhat_shows_a_start_that_is_remembered():
+    x, labels = superchains(3, 1, 1.0, num_superchains=256, num_chains=8)
+    np.testing.assert_allclose(mixing.nested_rhat(x, labels), np.sqrt(2 + 1 / 8), rtol=0.1)
+    # By the definition, of one coordinate.
+    groups = x[:, 0, 0].reshape(256, 8)
+    ratio = groups.mean(axis=1).var(ddof=1) / groups.var(axis=1, ddof=1).mean()
+    assert mixing.nested_rhat(x, labels)[0] == pytest.approx(np.sqrt(1 + ratio))
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0, 0], [0, 1, 2, 3], [0, 0, 0, 1], [0, 0, 1]])
+def test_superchains_of_a_wrong_shape_are_refused(labels):
+    with pytest.raises(ValueError, match="superchains: got"):
+        mixing.nested_rhat(np.zeros((4, 3, 1)), np.array(labels))
+
+
 def test_a_chain_apart_shows():
     found = mixing.split_rhat(chains())
     assert found[3] > 1.1 > found[0]

@@ -12,7 +12,16 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 
-from partime_mcmc import CoalescingHMC, ParallelMCMC, Target, coalescing_hmc, mala, sample
+from partime_mcmc import (
+    CoalescingHMC,
+    Kernel,
+    ParallelMCMC,
+    Target,
+    coalescing_hmc,
+    mala,
+    sample,
+    sequential,
+)
 from partime_mcmc.cli import _code_of
 from partime_mcmc.diagnostics import describe
 from partime_mcmc.diagnostics import verdict as verdicts
@@ -31,13 +40,14 @@ def in_float64():
         yield
 
 
-def run_of(x, *, warmup=None, certified=True, info=None):
+def run_of(x, *, warmup=None, certified=True, info=None, scores=None):
     """A run as far as a verdict looks at it, with draws `(C, T, D)`."""
     num_chains, num_samples = x.shape[:2]
     return SimpleNamespace(
         positions={"x": x},
         constrained={},
         info=info or {},
+        scores=scores,
         certificate=SimpleNamespace(
             certified=np.full(num_chains, certified), frozen=np.zeros(num_chains, bool)
         ),
@@ -130,6 +140,71 @@ def test_doubtful_runs_are_not_called_converged(make):
     assert Outcome.CONVERGED not in found and (make is sticky or found == {Outcome.UNDECIDED})
 
 
+def of_normal(positions):
+    """Rows and gradients of a standard normal's log density."""
+    return positions["x"], -positions["x"]
+
+
+def test_draws_of_another_law_are_doubted_though_they_mix():
+    """As of a kernel with a wrong acceptance ratio: nothing else is wrong with them."""
+    right, wide, off = [], [], []
+    for seed in range(40):
+        x = exact(seed, num_samples=1000)
+        right.append(judge(run_of(x, scores=of_normal)).outcome)
+        wide.append(judge(run_of(1.1 * x, scores=of_normal)))
+        off.append(judge(run_of(x + 0.15, scores=of_normal)))
+    assert right.count(Outcome.CONVERGED) >= 39
+    assert {verdict.outcome for verdict in wide + off} == {Outcome.UNDECIDED}
+    assert "the spread of all coordinates" in str(wide[0])
+    assert all("Stein's identity at x[" in str(verdict) for verdict in off)
+
+
+def test_a_density_without_a_gradient_is_judged_by_the_rest():
+    def broken(positions):
+        raise TypeError("no derivative")
+
+    for scores in (broken, lambda positions: (positions["x"], np.nan * positions["x"])):
+        verdict = judge(run_of(exact(0), scores=scores))
+        assert verdict.outcome is Outcome.CONVERGED and "Stein" not in str(verdict)
+
+
+def test_a_kernel_that_never_rejects_is_not_called_converged():
+    def logdensity(x):
+        return -0.5 * jnp.sum(x**2)
+
+    target = Target(logdensity, lambda key: jax.random.normal(key, (6,)))
+    # Two leapfrogs of 1 keep a normal whose variance is larger by 1 / (1 - 1 / 4) = 1.33.
+    step = lambda key, x: (_two_leapfrogs(x, jax.random.normal(key, x.shape), 1.0), ())
+    kernel = Kernel(SimpleNamespace(init=lambda position, rng_key=None: position, step=step))
+    draws = sample(
+        jax.random.key(3), target, kernel, num_samples=1000, solver=sequential(), progress=False
+    )
+    assert draws.certificate.certified.all() and draws.verdict.rhat < 1.01
+    assert draws.verdict.outcome is Outcome.UNDECIDED and "acceptance ratio" in str(draws.verdict)
+    alone = dataclasses.replace(draws, scores=None)
+    assert alone.verdict.outcome is Outcome.CONVERGED, "without gradients nobody would know"
+
+
+def _two_leapfrogs(x, p, size):
+    for _ in range(2):
+        p = p - 0.5 * size * x
+        x = x + size * p
+        p = p - 0.5 * size * x
+    return x
+
+
+def test_many_short_chains_are_judged_by_their_superchains():
+    rng, labels = np.random.default_rng(0), np.repeat(np.arange(32), 16)
+    x = rng.normal(size=(512, 6, 3))
+    assert judge(run_of(x)).outcome is Outcome.UNDECIDED, "six draws a chain, and no superchains"
+    verdict = judge(run_of(x), labels)
+    assert verdict.outcome is Outcome.CONVERGED and "nested R-hat" in str(verdict)
+    remembered = x + rng.normal(size=(32, 1, 3)).repeat(16, axis=0)
+    assert judge(run_of(remembered), labels).outcome is Outcome.NOT_CONVERGED
+    few = judge(run_of(x[:64]), labels[:64])
+    assert few.outcome is Outcome.UNDECIDED and "64 chains of 6 draws" in str(few)
+
+
 def two_modes():
     """Far apart, of equal weight: no chain goes from one to the other."""
 
@@ -175,6 +250,7 @@ def test_a_good_run_says_so_and_warns_of_nothing(capsys):
     assert mcmc.report.verdict.outcome is Outcome.CONVERGED, str(mcmc.report)
     assert str(mcmc.report).startswith("CONVERGED: R-hat") and mcmc.or_raise() is mcmc
     assert any("warm-up" in ground for ground in mcmc.report.verdict.grounds)
+    assert any("Stein's identity" in ground for ground in mcmc.report.verdict.grounds)
     mcmc.print_summary()
     assert capsys.readouterr().out.startswith("CONVERGED: ")
     assert mcmc.draws.certificate.num_rejected.sum() > 0
