@@ -4,17 +4,18 @@ Draws and gradients go through x_R = c + V h + exp(W h) ∘ y_R, h = x_H − m, 
 
     y_R = (x_R − c − V h) ∘ exp(−W h),     ∂_R = g_R ∘ exp(W h),     ∂_H = g_H + Vᵀ g_R + Wᵀ (1 + g_R ∘ (x_R − c − V h)),
 
-and V, W and c minimise `reparametrise`'s divergence J of them plus 0.02 (|V|₁ + |W|₁) by L-BFGS-B (Byrd, Lu, Nocedal & Zhu
-1995), weights split into positive and negative parts. All is in units in which draws and gradients are equally wide.
+and V, W and c minimise the divergence J of `reparametrise` plus 0.02 (|V|₁ + |W|₁) by L-BFGS-B (Byrd, Lu, Nocedal & Zhu 1995),
+weights split into positive and negative parts. All is in units in which draws and gradients are equally wide. Small weights
+become 0.
 
 Which coordinates are scales is read off the slope S = dJ/dW at W = 0, for all of them at once: half of the chains give S¹, the
-others S², and Σ_R S¹_Rk S²_Rk is how much J falls with coordinate k as a scale, up to a factor and to noise with mean 0. Those
-that score best are scales; what depends on a scale already cannot become one. More are looked for at the map thus found.
+others S², and Σ_R S¹_Rk S²_Rk is, up to noise with mean 0, what coordinate k as a scale promises. Those that promise most
+become scales; what depends on a scale by then cannot become one. More are looked for at the map thus found.
 
 Half of the chains fit; a map is kept if J falls on the others as well.
 """
 
-from typing import NamedTuple
+import dataclasses
 
 import numpy as np
 from scipy.optimize import minimize
@@ -25,133 +26,22 @@ from partime_mcmc.warmup.hmc_batch import HMCBatchResult
 from partime_mcmc.warmup.metric import DenseMetric, root_of
 from partime_mcmc.warmup.reparametrise import half_log_det
 
-MOST_DIMENSIONS = 300
-"""Beyond, a map is not looked for: J needs a dense covariance, and more draws than a window has."""
-_MOST_SCALES, _NUM_DRAWS, _MOST_CHAINS = 32, 512, 32
-# A scale's score: at least this, this share of the best one's, and this correlation of the two slopes.
-_LEAST_SCORE, _SHARE, _CORRELATION = 1.0, 0.25, 0.4
+# Beyond, a map is not looked for: J needs a dense covariance, and more draws than a window has.
+_MOST_DIMENSIONS = 300
+# Draws that weights are fitted to, of so many chains at most with those that judge them, which are as many.
+_NUM_DRAWS, _MOST_CHAINS = 512, 32
+# What a scale must promise: so much, this share of what the best one does, and the two slopes be so correlated.
+_LEAST_PROMISE, _SHARE, _CORRELATION = 1.0, 0.25, 0.4
 # What changes its log width that much by a scale's standard deviation cannot become one.
 _DEPENDENT = 0.25
-_ROUNDS, _ITERATIONS = 6, 20
+# Scales of one round: what widens coordinates so similarly, by the cosine, is not chosen together.
+_ALIKE = 0.5
+_MOST_SCALES, _MAX_ROUNDS, _MAX_ITERATIONS = 32, 6, 20
 _PENALTY, _SMALL = 0.02, 0.02
-# What J must fall by on draws that did not take part.
+# What J must fall by: where scales are added, and on draws that did not take part.
 _LEAST_GAIN = 0.5
-_FAR = 1e10
-
-
-class Map(NamedTuple):
-    """A map in the units of a fit.
-
-    Attributes:
-        scales: Coordinates, K of them.
-        origin: c, `(D,)`.
-        slopes: V, `(D, K)`.
-        log_slopes: W, `(D, K)`.
-    """
-
-    scales: list[int]
-    origin: np.ndarray
-    slopes: np.ndarray
-    log_slopes: np.ndarray
-
-    @classmethod
-    def without_effect(cls, dimension: int) -> "Map":
-        return cls([], np.zeros(dimension), np.zeros((dimension, 0)), np.zeros((dimension, 0)))
-
-    def with_scales(self, more: list[int]) -> "Map":
-        """The same map with room for more scales."""
-        room = np.zeros((len(self.origin), len(more)))
-        found = Map(
-            self.scales + more,
-            self.origin.copy(),
-            np.hstack([self.slopes, room]),
-            np.hstack([self.log_slopes, room]),
-        )
-        for part in found[1:]:
-            part[more] = 0
-        return found
-
-    def pruned(self) -> "Map":
-        """Without small weights, and without scales on which nothing depends."""
-        log_slopes = np.where(np.abs(self.log_slopes) > _SMALL, self.log_slopes, 0)
-        # Where no width changes the rest is affine, which the metric does as well.
-        used = (log_slopes != 0).any(axis=1)
-        slopes = np.where((np.abs(self.slopes) > _SMALL) & used[:, None], self.slopes, 0)
-        kept = (log_slopes != 0).any(axis=0) | (slopes != 0).any(axis=0)
-        return Map(
-            [scale for scale, keep in zip(self.scales, kept) if keep],
-            np.where(used, self.origin, 0),
-            slopes[:, kept],
-            log_slopes[:, kept],
-        )
-
-
-class Part(NamedTuple):
-    """Draws of some chains with gradients, rows `(n, D)`; `shape` is that of draws by step and chain."""
-
-    x: np.ndarray
-    g: np.ndarray
-    shape: tuple[int, ...]
-
-
-class Divergence:
-    """J of draws in the units of a fit.
-
-    Args:
-        draws: With gradients, `(S, C, D)`.
-        gradients: The same shape.
-    """
-
-    def __init__(self, draws: np.ndarray, gradients: np.ndarray):
-        unit = DenseMetric().fisher(draws, gradients, np.eye(draws.shape[-1]))
-        # In units of a metric correlations are small, and so is what shrinking them does.
-        self.root = root_of(unit)
-        self.inverse = np.linalg.inv(self.root)
-
-    def of(self, y: np.ndarray, g: np.ndarray, shape) -> tuple[float, np.ndarray, np.ndarray]:
-        """J, and its derivatives with respect to draws and gradients."""
-        one, dy = half_log_det((y @ self.inverse.T).reshape(shape))
-        two, dg = half_log_det((g @ self.root).reshape(shape))
-        return one + two, dy.reshape(y.shape) @ self.inverse, dg.reshape(g.shape) @ self.root.T
-
-    def through(self, found: Map, part: Part) -> tuple[float, Map]:
-        """J of the draws through a map, and its derivatives with respect to the map's weights."""
-        scales, _, slopes, log_slopes = found
-        with np.errstate(all="ignore"):
-            h = part.x[:, scales]
-            width = np.exp(h @ log_slopes.T)
-            y, g = through(found, part.x, part.g)
-        if not (np.isfinite(y).all() and np.isfinite(g).all()):
-            return _FAR, found
-        value, dy, dg = self.of(y, g, part.shape)
-        if not np.isfinite(value):
-            return _FAR, found
-        dh, placed = dg[:, scales], y * width
-        back = -dy / width - (dh @ log_slopes.T) * part.g
-        return value, Map(
-            scales,
-            back.sum(axis=0),
-            back.T @ h + part.g.T @ dh,
-            (dg * g - dy * y).T @ h + (part.g * placed).T @ dh + dh.sum(axis=0),
-        )
-
-    def log_slopes_at_zero(self, y: np.ndarray, g: np.ndarray, shape) -> np.ndarray:
-        """dJ/dW at W = 0 with every coordinate as a scale of every other, `(D, D)`."""
-        _, dy, dg = self.of(y, g, shape)
-        y = y - y.mean(axis=0)
-        found = (dg * g - dy * y).T @ y + (g * y).T @ dg + dg.sum(axis=0)
-        np.fill_diagonal(found, 0)
-        return found
-
-
-def through(found: Map, x: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of draws, their scales less m, and of gradients in the map's coordinates."""
-    scales, origin, slopes, log_slopes = found
-    h = x[:, scales]
-    width, placed = np.exp(h @ log_slopes.T), x - origin - h @ slopes.T
-    gradients = g * width
-    gradients[:, scales] += g @ slopes + (g * placed) @ log_slopes + log_slopes.sum(axis=0)
-    return placed / width, gradients
+# What stands for J where it is not finite.
+_FAR, _TINY = 1e10, 1e-30
 
 
 def split_maps(
@@ -172,188 +62,35 @@ def learn_triangular_map(old: TriangularMap | None, draws: HMCBatchResult) -> Tr
 
     Returns:
         The map to go on with: a new one, the old one, or None, whichever is best on chains that took no part in the fit.
+        None for more than 300 dimensions, or one chain.
     """
     x, g = (np.asarray(leaf, float) for leaf in (draws.positions, draws.gradients))
-    num_steps, num_chains, dimension = x.shape
+    num_chains, dimension = x.shape[1:]
     wide, steep = x.std(axis=(0, 1)), g.std(axis=(0, 1))
-    if dimension > MOST_DIMENSIONS or num_chains < 2 or not ((wide > 0) & (steep > 0)).all():
+    if dimension > _MOST_DIMENSIONS or num_chains < 2 or not ((wide > 0) & (steep > 0)).all():
         return old
-    unit = np.sqrt(wide / steep)
-    x, g = x / unit, g * unit
+    unit, middle = np.sqrt(wide / steep), x.mean(axis=(0, 1))
+    x, g = (x - middle) / unit, g * unit
     try:
-        divergence = Divergence(x, g)
+        # In units of a metric correlations are small, and so is what shrinking them does.
+        root = root_of(DenseMetric().fisher(x, g, np.eye(dimension)))
     except np.linalg.LinAlgError:
         return old
-    middle = x.mean(axis=(0, 1))
-    chains = min(num_chains, _MOST_CHAINS)
-    steps = np.linspace(0, num_steps - 1, min(num_steps, 2 * _NUM_DRAWS // chains)).astype(int)
-    parts = []
-    for first in (0, 1):
-        chosen = [leaf[steps][:, first:chains:2] for leaf in (x, g)]
-        rows = [leaf.reshape(-1, dimension) for leaf in chosen]
-        parts.append(Part(*rows, chosen[0].shape))
-    none = Map.without_effect(dimension)
+    fitting, judging = (_Part(x, g, root, chains) for chains in (0, 1))
+    none = _without_effect(dimension)
     kept = none if old is None else _in_units(old, unit, middle)
     # From the beginning: scales that were found among few draws need not be the right ones.
-    found = _Fit(divergence, parts, middle).run()
-
-    def judged(one: Map) -> float:
-        return divergence.through(one, _about(parts[1], middle, one.scales))[0]
-
-    before, now, after = judged(none), judged(kept), judged(found)
+    new = _fit(fitting, judging, middle / unit)
+    before, now, after = (judging.divergence(one) for one in (none, kept, new))
     if after < min(before, now) - _LEAST_GAIN:
-        return _as_map(found, unit, middle, draws.positions.dtype, old)
+        return _in_model(new, unit, middle, draws.positions.dtype, old)
     return old if now < before - _LEAST_GAIN else None
-
-
-class _Fit:
-    """Scales, round after round, and weights for them."""
-
-    def __init__(self, divergence: Divergence, parts: list[Part], middle: np.ndarray):
-        self.divergence, self.parts, self.middle = divergence, parts, middle
-        self.dimension = len(middle)
-
-    def run(self) -> Map:
-        """The map; without effect where there are no scales."""
-        found, reached = Map.without_effect(self.dimension), np.inf
-        for _ in range(_ROUNDS):
-            more = self.new_scales(found)
-            if not more:
-                break
-            next_found, value = self.fitted(found.with_scales(more))
-            if value > reached - _LEAST_GAIN:
-                break
-            found, reached = next_found, value
-        return found.pruned()
-
-    def new_scales(self, found: Map) -> list[int]:
-        """Coordinates that should be scales as well."""
-        one, two = (
-            self.divergence.log_slopes_at_zero(
-                *through(found, *_about(part, self.middle, found.scales)[:2]), part.shape
-            )
-            for part in self.parts
-        )
-        product, size = one * two, np.sqrt((one**2).sum(axis=0) * (two**2).sum(axis=0))
-        # Scales depend on nothing; what depends on one cannot become one.
-        change = np.abs(found.log_slopes) * self.parts[0].x[:, found.scales].std(axis=0)
-        free = (change < _DEPENDENT).all(axis=1)
-        free[found.scales], product[found.scales] = False, 0
-        room = _MOST_SCALES - len(found.scales)
-        return _best_columns(product, _CORRELATION * size, free, room)
-
-    def fitted(self, start: Map) -> tuple[Map, float]:
-        """Weights for a map's scales, and what they reach."""
-        scales, num_scales = start.scales, len(start.scales)
-        others = np.setdiff1d(np.arange(self.dimension), scales)
-        part, count = _about(self.parts[0], self.middle, scales), len(others) * num_scales
-
-        def unpacked(weights: np.ndarray) -> Map:
-            split = weights[: 4 * count].reshape(4, len(others), num_scales)
-            found = Map.without_effect(self.dimension).with_scales(scales)
-            found.slopes[others], found.log_slopes[others] = (
-                split[0] - split[1],
-                split[2] - split[3],
-            )
-            found.origin[others] = weights[4 * count :]
-            return found
-
-        def objective(weights: np.ndarray) -> tuple[float, np.ndarray]:
-            value, by = self.divergence.through(unpacked(weights), part)
-            if value == _FAR:
-                return _FAR, np.zeros_like(weights)
-            slopes, log_slopes = by.slopes[others].ravel(), by.log_slopes[others].ravel()
-            split = np.concatenate([slopes, -slopes, log_slopes, -log_slopes]) + _PENALTY
-            penalty = _PENALTY * weights[: 4 * count].sum()
-            return value + penalty, np.concatenate([split, by.origin[others]])
-
-        # Effects lie about 0, parameters about their means: where scales are the first, both are tried.
-        is_first = not start.log_slopes.any()
-        origins = [start.origin[others]] + [self.middle[others]] * is_first
-        signed = [
-            sign * leaf[others] for leaf in (start.slopes, start.log_slopes) for sign in (1, -1)
-        ]
-        ends = [
-            minimize(
-                objective,
-                np.concatenate([*(np.maximum(leaf, 0).ravel() for leaf in signed), origin]),
-                jac=True,
-                method="L-BFGS-B",
-                bounds=[(0, None)] * (4 * count) + [(None, None)] * len(others),
-                options={"maxiter": _ITERATIONS},
-            )
-            for origin in origins
-        ]
-        best = min(ends, key=lambda end: end.fun)
-        return unpacked(best.x), best.fun
-
-
-def _best_columns(product, least, allowed, room: int) -> list[int]:
-    """Columns with the largest sums, one after another: a column that is chosen leaves the rows of the others."""
-    found, product = [], product.copy()
-    enough = _LEAST_SCORE
-    while len(found) < room:
-        score = product.sum(axis=0)
-        score[~allowed | (score < least)] = 0
-        score[found] = 0
-        column = int(np.argmax(score))
-        if score[column] < enough:
-            break
-        enough = max(enough, _SHARE * score[column])
-        found.append(column)
-        product[column] = 0
-    return found
-
-
-def _about(part: Part, middle: np.ndarray, scales: list[int]) -> Part:
-    """Draws with scales less m."""
-    x = part.x.copy()
-    x[:, scales] -= middle[scales]
-    return part._replace(x=x)
-
-
-def _as_map(found: Map, unit, middle, dtype, old: TriangularMap | None) -> TriangularMap:
-    """With columns of zeros up to a power of two, so that another number of scales seldom makes another program."""
-    count = len(found.scales)
-    width = max(4, 1 << (count - 1).bit_length(), 0 if old is None else len(old.scales))
-    scales = np.array(found.scales + [0] * (width - count), np.int32)
-    room = ((0, 0), (0, width - count))
-    per_scale = unit[found.scales]
-    return TriangularMap(
-        scales,
-        (unit * middle)[scales].astype(dtype),
-        (unit * found.origin).astype(dtype),
-        np.pad(unit[:, None] * found.slopes / per_scale, room).astype(dtype),
-        np.pad(found.log_slopes / per_scale, room).astype(dtype),
-    )
-
-
-def _in_units(old: TriangularMap, unit: np.ndarray, middle: np.ndarray) -> Map:
-    """A map in the units of a fit, about its middle: another middle changes origins, and widths by a factor."""
-    used = ((old.log_slopes != 0) | (old.slopes != 0)).any(axis=0)
-    scales = np.asarray(old.scales)[used]
-    slopes, log_slopes = np.asarray(old.slopes)[:, used], np.asarray(old.log_slopes)[:, used]
-    moved = (unit * middle)[scales] - np.asarray(old.middle)[used]
-    return Map(
-        scales.tolist(),
-        (old.origin + slopes @ moved) / unit,
-        slopes * unit[scales] / unit[:, None],
-        log_slopes * unit[scales],
-    )
 
 
 def enter_map(found: TriangularMap, draws: HMCBatchResult) -> HMCBatchResult:
     """Draws, gradients and log densities in a map's coordinates."""
-    rows = [leaf.reshape(-1, leaf.shape[-1]).astype(float) for leaf in draws[:2]]
-    one = np.ones(rows[0].shape[1])
-    middle = np.zeros_like(one)
-    middle[found.scales] = found.middle
-    plain = _in_units(found, one, middle)
-    rows[0][:, plain.scales] -= middle[plain.scales]
-    h = rows[0][:, plain.scales]
-    y, g = through(plain, *rows)
-    y[:, plain.scales] += middle[plain.scales]
-    return _like(draws, y, g, (h @ plain.log_slopes.T).sum(axis=1))
+    x, g = (leaf.reshape(-1, leaf.shape[-1]).astype(float) for leaf in draws[:2])
+    return _like(draws, *_through(found, x, g))
 
 
 def leave_map(found: TriangularMap, draws: HMCBatchResult) -> HMCBatchResult:
@@ -361,20 +98,241 @@ def leave_map(found: TriangularMap, draws: HMCBatchResult) -> HMCBatchResult:
     y, g = (leaf.reshape(-1, leaf.shape[-1]).astype(float) for leaf in draws[:2])
     slopes, log_slopes = np.asarray(found.slopes, float), np.asarray(found.log_slopes, float)
     h = y[:, found.scales] - found.middle
-    width = np.exp(h @ log_slopes.T)
-    placed, gradients = width * y, g / width
-    back = -(gradients @ slopes + (gradients * placed) @ log_slopes + log_slopes.sum(axis=0))
-    # Columns of zeros may name a coordinate twice, and one that is no scale.
-    np.add.at(gradients, (slice(None), found.scales), back * (log_slopes != 0).any(axis=0))
-    return _like(
-        draws, placed + found.origin + h @ slopes.T, gradients, -(h @ log_slopes.T).sum(axis=1)
-    )
+    log_width = h @ log_slopes.T
+    placed, gradients = np.exp(log_width) * y, g * np.exp(-log_width)
+    by_scale = gradients @ slopes + (1 + gradients * placed) @ log_slopes
+    x = placed + found.origin + h @ slopes.T
+    # Columns of zeros may name a coordinate twice.
+    np.subtract.at(gradients, (slice(None), found.scales), by_scale)
+    return _like(draws, x, gradients, -log_width.sum(axis=1))
 
 
-def _like(draws: HMCBatchResult, x, g, change) -> HMCBatchResult:
+def _through(found: TriangularMap, x: np.ndarray, g: np.ndarray):
+    """Rows of draws and of gradients in a map's coordinates, and log |det dx/dy|."""
+    h = x[:, found.scales] - found.middle
+    log_width = h @ np.asarray(found.log_slopes, float).T
+    width, placed = np.exp(log_width), x - found.origin - h @ np.asarray(found.slopes, float).T
+    gradients = g * width
+    by_scale = g @ found.slopes + (1 + g * placed) @ found.log_slopes
+    np.add.at(gradients, (slice(None), found.scales), by_scale)
+    return placed / width, gradients, log_width.sum(axis=1)
+
+
+def _like(draws: HMCBatchResult, x, g, log_jacobian) -> HMCBatchResult:
     shape, dtype = draws.positions.shape, draws.positions.dtype
     return draws._replace(
         positions=x.reshape(shape).astype(dtype),
         gradients=g.reshape(shape).astype(dtype),
-        logdensity=draws.logdensity + change.reshape(shape[:2]).astype(dtype),
+        logdensity=draws.logdensity + log_jacobian.reshape(shape[:2]).astype(dtype),
+    )
+
+
+class _Part:
+    """J of every second chain's draws, in the units of a fit.
+
+    Args:
+        x: Draws of all chains, `(S, C, D)`.
+        g: Their gradients.
+        root: Of a metric.
+        first: The first of the chains, 0 or 1.
+    """
+
+    def __init__(self, x: np.ndarray, g: np.ndarray, root: np.ndarray, first: int):
+        chains = min(x.shape[1], _MOST_CHAINS)
+        count = min(len(x), 2 * _NUM_DRAWS // chains)
+        steps = np.linspace(0, len(x) - 1, count).astype(int)
+        x, g = (leaf[steps][:, first:chains:2] for leaf in (x, g))
+        self.root, self.inverse = root, np.linalg.inv(root)
+        self.shape = x.shape
+        self.x, self.g = (leaf.reshape(-1, leaf.shape[2]) for leaf in (x, g))
+
+    def divergence(self, found: TriangularMap) -> float:
+        """J of the draws through a map."""
+        with np.errstate(all="ignore"):
+            y, g, _ = _through(found, self.x, self.g)
+        return self._judged(y, g)[0]
+
+    def slopes(self, found: TriangularMap) -> tuple[float, list[np.ndarray]]:
+        """J of the draws through a map, and its derivatives by c, V and W."""
+        with np.errstate(all="ignore"):
+            y, g, _ = _through(found, self.x, self.g)
+            value, dy, dg = self._judged(y, g)
+        if value == _FAR:
+            return value, [np.zeros_like(found.origin), *[np.zeros_like(found.slopes)] * 2]
+        h = self.x[:, found.scales]
+        width, dh = np.exp(h @ found.log_slopes.T), dg[:, found.scales]
+        back = -dy / width - (dh @ found.log_slopes.T) * self.g
+        by_width = (dg * self.g * width - dy * y).T @ h + (self.g * width * y).T @ dh
+        # The derivative by W has a term Σ dh too, which is 0: J does not change with the gradients' mean.
+        return value, [back.sum(axis=0), back.T @ h + self.g.T @ dh, by_width]
+
+    def slopes_of_all(self, found: TriangularMap) -> np.ndarray:
+        """dJ/dW at W = 0, `(D, D)`, of another map before this one, with every coordinate as a scale of every other."""
+        y, g, _ = _through(found, self.x, self.g)
+        y = y - y.mean(axis=0)
+        _, dy, dg = self._judged(y, g)
+        found = (dg * g - dy * y).T @ y + (g * y).T @ dg
+        np.fill_diagonal(found, 0)
+        return found
+
+    def _judged(self, y: np.ndarray, g: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+        """J, and its derivatives by draws and gradients."""
+        if np.isfinite(y).all() and np.isfinite(g).all():
+            one, dy = half_log_det((y @ self.inverse.T).reshape(self.shape))
+            two, dg = half_log_det((g @ self.root).reshape(self.shape))
+            if np.isfinite(one + two):
+                dy, dg = (leaf.reshape(y.shape) for leaf in (dy, dg))
+                return one + two, dy @ self.inverse, dg @ self.root.T
+        return _FAR, y, g
+
+
+def _fit(fitting: _Part, judging: _Part, place: np.ndarray) -> TriangularMap:
+    """Scales, round after round, and weights for them; without effect where there are no scales.
+
+    Args:
+        fitting: Draws that weights are fitted to.
+        judging: Draws that have a say in what is a scale.
+        place: Where the draws' middle is, seen from 0, `(D,)`.
+    """
+    found, reached = _without_effect(len(place)), np.inf
+    for _ in range(_MAX_ROUNDS):
+        more = _new_scales(found, fitting, judging)
+        if not more:
+            break
+        begin = _with_scales(found, more)
+        ends = [_fitted(begin, fitting)]
+        if not len(found.scales):
+            # Parameters lie about their means, effects about 0.
+            origin = np.where(np.isin(np.arange(len(place)), more), 0, -place)
+            about_zero = dataclasses.replace(begin, origin=origin)
+            ends.append(_fitted(about_zero, fitting))
+        end, value = min(ends, key=lambda one: one[1])
+        if value > reached - _LEAST_GAIN:
+            break
+        found, reached = end, value
+    return _pruned(found)
+
+
+def _new_scales(found: TriangularMap, fitting: _Part, judging: _Part) -> list[int]:
+    """Coordinates that should be scales as well."""
+    one, two = (part.slopes_of_all(found) for part in (fitting, judging))
+    promise, size = one * two, np.sqrt((one**2).sum(axis=0) * (two**2).sum(axis=0))
+    change = np.abs(found.log_slopes) * fitting.x[:, found.scales].std(axis=0)
+    free = (change < _DEPENDENT).all(axis=1)
+    free[found.scales], promise[found.scales] = False, 0
+    direction = (one + two) / (np.linalg.norm(one + two, axis=0) + _TINY)
+    more, enough = [], _LEAST_PROMISE
+    while len(found.scales) + len(more) < _MOST_SCALES:
+        total = promise.sum(axis=0)
+        total[~free | (total < _CORRELATION * size)] = 0
+        best = int(np.argmax(total))
+        if total[best] < enough:
+            break
+        enough = max(enough, _SHARE * total[best])
+        more.append(best)
+        # Where another promises to widen the same coordinates it may stand for this one: it has to wait.
+        free &= np.abs(direction[:, best] @ direction) < _ALIKE
+        free[best], promise[best] = False, 0
+    return more
+
+
+def _fitted(start: TriangularMap, part: _Part) -> tuple[TriangularMap, float]:
+    """Weights for a map's scales, and J with the penalty."""
+    others = np.setdiff1d(np.arange(len(start.origin)), start.scales)
+    shape = 2, 2, len(others), len(start.scales)
+    count = np.prod(shape)
+
+    def unpacked(weights: np.ndarray) -> TriangularMap:
+        origin, pair = np.zeros_like(start.origin), np.zeros((2, *start.slopes.shape))
+        positive, negative = weights[:count].reshape(shape)
+        pair[:, others], origin[others] = positive - negative, weights[count:]
+        return dataclasses.replace(start, origin=origin, slopes=pair[0], log_slopes=pair[1])
+
+    def objective(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        value, (origin, *pair) = part.slopes(unpacked(weights))
+        slope = np.stack(pair)[:, others]
+        split = (np.stack([slope, -slope]) + _PENALTY).ravel()
+        return value + _PENALTY * weights[:count].sum(), np.concatenate([split, origin[others]])
+
+    pair = np.stack([start.slopes, start.log_slopes])[:, others]
+    begin = np.maximum(np.stack([pair, -pair]), 0).ravel()
+    end = minimize(
+        objective,
+        np.concatenate([begin, start.origin[others]]),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(0, None)] * count + [(None, None)] * len(others),
+        options={"maxiter": _MAX_ITERATIONS},
+    )
+    return unpacked(end.x), end.fun
+
+
+def _without_effect(dimension: int) -> TriangularMap:
+    nothing = np.zeros((dimension, 0))
+    return TriangularMap(np.zeros(0, int), np.zeros(0), np.zeros(dimension), nothing, nothing)
+
+
+def _with_scales(found: TriangularMap, more: list[int]) -> TriangularMap:
+    """The same map with more scales, on which nothing depends so far."""
+    origin, slopes, log_slopes = (
+        np.array(leaf) for leaf in (found.origin, found.slopes, found.log_slopes)
+    )
+    for leaf in (origin, slopes, log_slopes):
+        leaf[more] = 0
+    room = (0, 0), (0, len(more))
+    return TriangularMap(
+        np.append(found.scales, more),
+        np.append(found.middle, np.zeros(len(more))),
+        origin,
+        np.pad(slopes, room),
+        np.pad(log_slopes, room),
+    )
+
+
+def _pruned(found: TriangularMap) -> TriangularMap:
+    """Without small weights, and without scales on which nothing depends."""
+    log_slopes = np.where(np.abs(found.log_slopes) > _SMALL, found.log_slopes, 0)
+    # Where no width changes the rest is affine, which the metric does as well.
+    used = (log_slopes != 0).any(axis=1)
+    slopes = np.where((np.abs(found.slopes) > _SMALL) & used[:, None], found.slopes, 0)
+    kept = ((log_slopes != 0) | (slopes != 0)).any(axis=0)
+    return TriangularMap(
+        found.scales[kept],
+        found.middle[kept],
+        np.where(used, found.origin, 0),
+        slopes[:, kept],
+        log_slopes[:, kept],
+    )
+
+
+def _in_model(found: TriangularMap, unit, middle, dtype, old: TriangularMap | None):
+    """A map as the model's numbers have it, with columns of zeros up to a power of two: another number of scales is
+    seldom another program."""
+    count = len(found.scales)
+    width = max(4, 1 << (count - 1).bit_length(), 0 if old is None else len(old.scales))
+    scales = np.pad(found.scales, (0, width - count)).astype(np.int32)
+    per_scale, room = unit[found.scales], ((0, 0), (0, width - count))
+    used = (found.log_slopes != 0).any(axis=1)
+    return TriangularMap(
+        scales,
+        middle[scales].astype(dtype),
+        np.where(used, middle + unit * found.origin, 0).astype(dtype),
+        np.pad(unit[:, None] * found.slopes / per_scale, room).astype(dtype),
+        np.pad(found.log_slopes / per_scale, room).astype(dtype),
+    )
+
+
+def _in_units(found: TriangularMap, unit: np.ndarray, middle: np.ndarray) -> TriangularMap:
+    """The map of draws less `middle` in units `unit`, up to what is affine, which J does not see."""
+    slopes, log_slopes = np.asarray(found.slopes, float), np.asarray(found.log_slopes, float)
+    kept = ((log_slopes != 0) | (slopes != 0)).any(axis=0)
+    scales, slopes, log_slopes = found.scales[kept], slopes[:, kept], log_slopes[:, kept]
+    used = (log_slopes != 0).any(axis=1)
+    per_scale = unit[scales]
+    return TriangularMap(
+        scales,
+        (found.middle[kept] - middle[scales]) / per_scale,
+        np.where(used, (found.origin - middle) / unit, 0),
+        slopes * per_scale / unit[:, None],
+        log_slopes * per_scale,
     )
