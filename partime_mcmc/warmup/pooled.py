@@ -280,9 +280,9 @@ def window_sizes(num_steps: int, first: int) -> list[int]:
 def recentre(walker: HMCBatch, pool: Pool) -> bool:
     """Learn how far to recentre the sites of the walker's map, and carry the chains over; whether anything changed.
 
-    Does nothing for a target without location-scale sites, and where the draws or their gradients are not finite.
+    Does nothing for a target without location-scale sites.
     """
-    if not walker.maps or not pool.draws.is_finite():
+    if not walker.maps:
         return False
     (old,) = walker.maps
     learned = learn_map(old, pool.draws, root_of(pool.metric))
@@ -297,30 +297,44 @@ def recentre(walker: HMCBatch, pool: Pool) -> bool:
     return change > _SAME_WEIGHT
 
 
-def straighten(walker: HMCBatch, pool: Pool) -> bool:
-    """Learn a triangular map, and carry the chains over; whether anything changed."""
+def learn_coordinates(walker: HMCBatch, pool: Pool, estimate: Callable) -> bool:
+    """Recentre sites, since a site's law says more than draws do, then learn a triangular map of what is left.
+
+    Does nothing where the draws or their gradients are not finite.
+
+    Args:
+        walker: Its maps are replaced.
+        pool: Its draws are carried over.
+        estimate: Of a metric, from draws in coordinates for which there is none yet.
+
+    Returns:
+        Whether anything changed.
+    """
     if not pool.draws.is_finite():
         return False
-    old, rest = split_maps(walker.maps)
-    before = pool.draws if old is None else leave_map(old, pool.draws)
-    new = learn_triangular_map(old, before)
-    if new is old:
+    before, maps = dataclasses.replace(pool), walker.maps
+    old, walker.maps = split_maps(maps)
+    if old is not None:
+        pool.carry_over(leave_map(old, pool.draws))
+    if walker.maps:
+        learn(pool, estimate)
+    without = walker.maps
+    moved = recentre(walker, pool)
+    new = learn_triangular_map(old, pool.draws)
+    if old is not None and new is old and walker.maps is without:
+        walker.maps, pool.draws, pool.positions, pool.metric = (
+            maps,
+            before.draws,
+            before.positions,
+            before.metric,
+        )
         return False
-    draws = before if new is None else enter_map(new, before)
-    if not draws.is_finite():
-        return False
-    walker.maps = rest if new is None else (new, *rest)
-    pool.carry_over(draws)
-    return True
-
-
-def learn_coordinates(walker: HMCBatch, pool: Pool) -> bool:
-    """Recentre sites; once they keep their centring, learn a triangular map on what is left. Whether anything changed.
-
-    A site's law says more than draws do, so centring comes first. It stays as it is once there is a triangular map.
-    """
-    has_map = split_maps(walker.maps)[0] is not None
-    return (not has_map and recentre(walker, pool)) or straighten(walker, pool)
+    if new is not None:
+        draws = enter_map(new, pool.draws)
+        if draws.is_finite():
+            walker.maps = (new, *walker.maps)
+            pool.carry_over(draws)
+    return moved or new is not old
 
 
 def _largest_change(old, new) -> float:
@@ -355,7 +369,7 @@ class PooledAdaptation:
     target_acceptance: float | None = None
     path_length: float | None = None
     first_window: int = 32
-    coordinates: Callable[[HMCBatch, Pool], bool] | None = learn_coordinates
+    coordinates: Callable[[HMCBatch, Pool, Callable], bool] | None = learn_coordinates
     metric: MetricRule | None = None
     guess: np.ndarray | None = None
     run: Callable[..., HMCBatchResult] | None = None
@@ -417,9 +431,7 @@ class PooledAdaptation:
             pool.rhat = split_rhat(pool.draws)
             moved = False
             if self.coordinates is not None:
-                if walker.maps:
-                    learn(pool, rule.fisher)
-                moved = self.coordinates(walker, pool)
+                moved = self.coordinates(walker, pool, rule.fisher)
             pool.settled = pool.rhat < _AGREEING + _AGREEING_ROOM / size
             # The covariance of chains in different modes would be that of the modes.
             is_long = size >= _COVARIANCE_FROM and pool.settled

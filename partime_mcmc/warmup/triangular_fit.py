@@ -5,8 +5,7 @@ Draws and gradients go through x_R = c + V h + exp(W h) ∘ y_R, h = x_H − m, 
     y_R = (x_R − c − V h) ∘ exp(−W h),     ∂_R = g_R ∘ exp(W h),     ∂_H = g_H + Vᵀ g_R + Wᵀ (1 + g_R ∘ (x_R − c − V h)),
 
 and V, W and c minimise the divergence J of `reparametrise` plus 0.02 (|V|₁ + |W|₁) by L-BFGS-B (Byrd, Lu, Nocedal & Zhu 1995),
-weights split into positive and negative parts. All is in units in which draws and gradients are equally wide. Small weights
-become 0.
+weights split into positive and negative parts. All is in units of standard deviations. Small weights become 0.
 
 Which coordinates are scales is read off the slope S = dJ/dW at W = 0, for all of them at once: half of the chains give S¹, the
 others S², and Σ_R S¹_Rk S²_Rk is, up to noise with mean 0, what coordinate k as a scale promises. Those that promise most
@@ -32,11 +31,11 @@ _MOST_DIMENSIONS = 300
 _NUM_DRAWS, _MOST_CHAINS = 512, 32
 # What a scale must promise: so much, this share of what the best one does, and the two slopes be so correlated.
 _LEAST_PROMISE, _SHARE, _CORRELATION = 1.0, 0.25, 0.4
-# What changes its log width that much by a scale's standard deviation cannot become one.
+# What changes its log width that much with a scale cannot become one.
 _DEPENDENT = 0.25
 # Scales of one round: what widens coordinates so similarly, by the cosine, is not chosen together.
 _ALIKE = 0.5
-_MOST_SCALES, _MAX_ROUNDS, _MAX_ITERATIONS = 32, 6, 20
+_MOST_SCALES, _MAX_ROUNDS, _MAX_ITERATIONS = 32, 6, 30
 _PENALTY, _SMALL = 0.02, 0.02
 # What J must fall by: where scales are added, and on draws that did not take part.
 _LEAST_GAIN = 0.5
@@ -69,8 +68,8 @@ def learn_triangular_map(old: TriangularMap | None, draws: HMCBatchResult) -> Tr
     wide, steep = x.std(axis=(0, 1)), g.std(axis=(0, 1))
     if dimension > _MOST_DIMENSIONS or num_chains < 2 or not ((wide > 0) & (steep > 0)).all():
         return old
-    unit, middle = np.sqrt(wide / steep), x.mean(axis=(0, 1))
-    x, g = (x - middle) / unit, g * unit
+    middle = x.mean(axis=(0, 1))
+    x, g = (x - middle) / wide, g * wide
     try:
         # In units of a metric correlations are small, and so is what shrinking them does.
         root = root_of(DenseMetric().fisher(x, g, np.eye(dimension)))
@@ -78,12 +77,12 @@ def learn_triangular_map(old: TriangularMap | None, draws: HMCBatchResult) -> Tr
         return old
     fitting, judging = (_Part(x, g, root, chains) for chains in (0, 1))
     none = _without_effect(dimension)
-    kept = none if old is None else _in_units(old, unit, middle)
+    kept = none if old is None else _in_units(old, wide, middle)
     # From the beginning: scales that were found among few draws need not be the right ones.
-    new = _fit(fitting, judging, middle / unit)
+    new = _fit(fitting, judging, middle / wide)
     before, now, after = (judging.divergence(one) for one in (none, kept, new))
     if after < min(before, now) - _LEAST_GAIN:
-        return _in_model(new, unit, middle, draws.positions.dtype, old)
+        return _in_model(new, wide, middle, draws.positions.dtype, old)
     return old if now < before - _LEAST_GAIN else None
 
 
@@ -217,8 +216,7 @@ def _new_scales(found: TriangularMap, fitting: _Part, judging: _Part) -> list[in
     """Coordinates that should be scales as well."""
     one, two = (part.slopes_of_all(found) for part in (fitting, judging))
     promise, size = one * two, np.sqrt((one**2).sum(axis=0) * (two**2).sum(axis=0))
-    change = np.abs(found.log_slopes) * fitting.x[:, found.scales].std(axis=0)
-    free = (change < _DEPENDENT).all(axis=1)
+    free = (np.abs(found.log_slopes) < _DEPENDENT).all(axis=1)
     free[found.scales], promise[found.scales] = False, 0
     direction = (one + two) / (np.linalg.norm(one + two, axis=0) + _TINY)
     more, enough = [], _LEAST_PROMISE
