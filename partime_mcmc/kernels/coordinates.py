@@ -1,4 +1,4 @@
-"""Nonlinear changes of coordinates in which a posterior is closer to a normal: recentred sites.
+"""Nonlinear changes of coordinates in which a posterior is closer to a normal.
 
 A map takes coordinates y to unconstrained positions x = m(y), both flat vectors of D numbers. The density of y is
 
@@ -7,13 +7,13 @@ A map takes coordinates y to unconstrained positions x = m(y), both flat vectors
 so a kernel that is exact on y is exact on x. Maps are frozen before a run begins: their weights are numbers of the kernel, as
 its step size is, and every weight uses one compiled program.
 
-`Recentring` moves each site with a location-scale law between its centred form (c = 1) and its non-centred form (c = 0):
+A triangular map comes first, where there is one (`triangular_map`), then recentred sites. `Recentring` moves each site with a
+location-scale law between its centred form (c = 1) and its non-centred form (c = 0):
 
     x = l + s^(1 − c) (y − c l),     y = c l + (x − l) / s^(1 − c),     log |det| = Σ (1 − c) log s,
 
 with location l and scale s as the model computes them from the sites before (Papaspiliopoulos, Roberts & Sköld 2007; Gorinova,
-Moore & Hoffman 2020, arXiv:1906.03028). How weights are learned is `warmup.reparametrise`. What is left may go through a
-`triangular_map` first.
+Moore & Hoffman 2020, arXiv:1906.03028). How weights are learned is `warmup.reparametrise`.
 """
 
 import dataclasses
