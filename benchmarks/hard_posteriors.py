@@ -1,8 +1,9 @@
 """Posteriors that are hard on purpose, ours beside NUTS: `python -m benchmarks.hard_posteriors [NAME...] --out DIR`.
 
-Hierarchies written the centred way, a sparse regression, a latent random walk; data are simulated with fixed seeds, but for the
-eight schools. Four chains, 1,000 steps of warm-up allowed and 1,000 draws each, float64, one run after another in one
-process: `CoalescingHMC` through `ParallelMCMC`, and NumPyro's NUTS with a diagonal and with a dense mass matrix.
+Hierarchies written the centred way, a sparse regression, a latent random walk, Neal's funnel as a bare log density; data are
+simulated with fixed seeds, but for the eight schools. Four chains, 1,000 steps of warm-up allowed and 1,000 draws each, float64,
+one run after another in one process: `CoalescingHMC` through `ParallelMCMC`, and NumPyro's NUTS with a diagonal and with a
+dense mass matrix.
 
 R-hat and effective draws are of the worst unconstrained coordinate, the smaller of means and of squared deviations, and are
 counted against the gradients of sampling; those of warm-up stand beside them. Seconds are the whole run's, compilation included.
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+from numpyro.distributions import constraints
 from numpyro.infer import MCMC, NUTS
 
 from benchmarks.record import OUT, keep
@@ -105,9 +107,16 @@ def horseshoe():
     numpyro.sample("y", dist.Normal(x @ (overall * local * raw), noise), obs=y)
 
 
+def funnel():
+    """Neal's funnel of ten coordinates, as a log density of which no site's law tells."""
+    depth = numpyro.sample("depth", dist.Normal(0, 3))
+    x = numpyro.sample("x", dist.ImproperUniform(constraints.real_vector, (), (9,)))
+    numpyro.factor("width", -0.5 * jnp.sum(x**2) * jnp.exp(-depth) - 4.5 * depth)
+
+
 MODELS = {
     model.__name__: model
-    for model in (eight_schools, clinics, counts_by_year, crossed, volatility, horseshoe)
+    for model in (eight_schools, clinics, counts_by_year, crossed, volatility, horseshoe, funnel)
 }
 
 

@@ -1,4 +1,4 @@
-"""Nonlinear changes of coordinates in which a posterior is closer to a normal: recentred sites.
+"""Nonlinear changes of coordinates in which a posterior is closer to a normal.
 
 A map takes coordinates y to unconstrained positions x = m(y), both flat vectors of D numbers. The density of y is
 
@@ -7,7 +7,8 @@ A map takes coordinates y to unconstrained positions x = m(y), both flat vectors
 so a kernel that is exact on y is exact on x. Maps are frozen before a run begins: their weights are numbers of the kernel, as
 its step size is, and every weight uses one compiled program.
 
-`Recentring` moves each site with a location-scale law between its centred form (c = 1) and its non-centred form (c = 0):
+A triangular map comes first, where there is one (`triangular_map`), then recentred sites. `Recentring` moves each site with a
+location-scale law between its centred form (c = 1) and its non-centred form (c = 0):
 
     x = l + s^(1 − c) (y − c l),     y = c l + (x − l) / s^(1 − c),     log |det| = Σ (1 − c) log s,
 
@@ -21,6 +22,7 @@ from typing import Callable, Protocol, Self
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from partime_mcmc.kernels.triangular_map import TriangularMap
 from partime_mcmc.tracing import HashableFunction, explicit
 from partime_mcmc.types import Array, PyTree, pytree
 
@@ -66,6 +68,21 @@ def enter_all(maps: tuple[CoordinateMap, ...], x: Array) -> Array:
     for one in reversed(maps):
         x = one.enter(x)
     return x
+
+
+def density_through(
+    maps: tuple[CoordinateMap, ...], logdensity: Callable[[Array], Array], y: Array
+) -> Array:
+    """The log density of coordinates y: of the position that the maps make of them, with the log Jacobian.
+
+    Args:
+        maps: The first one first.
+        logdensity: Of flat positions.
+        y: Shape `(D,)`.
+    """
+    x, log_jacobian = leave_all(maps, y)
+    value = logdensity(x)
+    return value + log_jacobian.astype(value.dtype) if maps else value
 
 
 class Centring(Protocol):
@@ -171,4 +188,10 @@ def learned_maps(
     centring: Centring | None, example: PyTree, weights: tuple[PyTree, ...]
 ) -> tuple[CoordinateMap, ...]:
     """The maps that a warm-up has learned, from `weights_of` them; none if there are no weights."""
-    return reweighted(maps_of(centring, example), weights) if weights else ()
+    if not weights:
+        return ()
+    known = maps_of(centring, example)
+    # What comes before the maps that a target brings is a triangular one.
+    first = len(weights) - len(known)
+    found = tuple(TriangularMap(**one) for one in weights[:first])
+    return found + reweighted(known, weights[first:])

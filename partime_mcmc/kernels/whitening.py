@@ -16,7 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.kernels.coordinates import CoordinateMap, enter_all, leave_all
+from partime_mcmc.kernels.coordinates import (
+    CoordinateMap,
+    density_through,
+    enter_all,
+    leave_all,
+)
 from partime_mcmc.types import AnyArray, Array, ArrayLike, PyTree, pytree
 
 
@@ -136,26 +141,21 @@ class Whitening:
 
     def leave(self, z: Array) -> PyTree:
         """The position of `z`."""
-        return self._left(z)[0]
+        return self._unravel(leave_all(self.maps, self._affine(z))[0])
 
     def density(self, logdensity: Callable[[PyTree], Array]) -> Callable[[Array], Array]:
         """The log density of z, up to a constant, of one of positions."""
+        return lambda z: density_through(
+            self.maps, lambda flat: logdensity(self._unravel(flat)), self._affine(z)
+        )
 
-        def of_z(z):
-            position, log_jacobian = self._left(z)
-            value = logdensity(position)
-            return value + log_jacobian.astype(value.dtype) if self.maps else value
-
-        return of_z
-
-    def _left(self, z: Array) -> tuple[PyTree, Array]:
-        """The position of z, and the log Jacobian determinant of the maps."""
+    def _affine(self, z: Array) -> Array:
         if isinstance(self.scale, LowRank):
-            moved = self.scale.times(z)
-        else:
-            moved = self.scale * z if self.scale.ndim == 1 else self.scale @ z
-        flat, log_jacobian = leave_all(self.maps, self.center + moved)
-        return ravel_pytree(self.example)[1](flat), log_jacobian
+            return self.center + self.scale.times(z)
+        return self.center + (self.scale * z if self.scale.ndim == 1 else self.scale @ z)
+
+    def _unravel(self, flat: Array) -> PyTree:
+        return ravel_pytree(self.example)[1](flat)
 
 
 def checked_root(covariance: AnyArray, dimension: int, name: str) -> np.ndarray:

@@ -228,7 +228,10 @@ def hmc_state(plan: Plan, state: ChainState, sampler: ParallelKernel) -> HMCStat
         each(root**2 if root.ndim == 1 else root @ root.T),
         each(whitening.center),
         each(root),
-        jax.tree.map(each, weights_of(whitening.maps)),
+        jax.tree.map(
+            lambda leaf: each(leaf, np.int32 if jnp.issubdtype(leaf.dtype, jnp.integer) else dtype),
+            weights_of(whitening.maps),
+        ),
         {name: each(value, value.dtype) for name, value in settings.items()},
         state.discrete,
     )

@@ -50,7 +50,7 @@ from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import Key, PyTree, Tracer
 from partime_mcmc.validation import check_count
 from partime_mcmc.warmup.metric import DiagonalMetric, FrozenMetric
-from partime_mcmc.warmup.pooled import PooledAdaptation, recentre
+from partime_mcmc.warmup.pooled import PooledAdaptation, learn_coordinates
 
 
 class ParallelKernel(MCMCKernel):
@@ -127,7 +127,7 @@ class ParallelKernel(MCMCKernel):
             target_acceptance=target_accept_prob,
             path_length=self._trajectory_length,
             # A metric that is kept is one of the model's own coordinates.
-            coordinates=recentre if adapt_mass_matrix else None,
+            coordinates=learn_coordinates if adapt_mass_matrix else None,
             metric=rule if adapt_mass_matrix else FrozenMetric(),
             guess=None if inverse_mass_matrix is None else checked_metric(inverse_mass_matrix),
         )

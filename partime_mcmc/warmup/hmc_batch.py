@@ -20,7 +20,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.compile_cache import compiler_options
-from partime_mcmc.kernels.coordinates import CoordinateMap, leave_all
+from partime_mcmc.kernels.coordinates import CoordinateMap, density_through
 from partime_mcmc.kernels.coupling import normal_of
 from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import Array, ArrayLike, Key, PyTree
@@ -94,6 +94,10 @@ class HMCBatchResult(NamedTuple):
     logdensity: np.ndarray
     acceptance: np.ndarray
     step_sizes: np.ndarray
+
+    def is_finite(self) -> bool:
+        """Whether all positions and gradients are."""
+        return bool(np.isfinite(self.positions).all() and np.isfinite(self.gradients).all())
 
 
 @functools.cache
@@ -189,9 +193,7 @@ class _Mapped(HashableFunction):
     def __call__(self, params, coordinates):
         data, maps = params
         flat, unravel = ravel_pytree(coordinates)
-        flat, log_jacobian = leave_all(maps, flat)
-        value = self.parts[0](data, unravel(flat))
-        return value + log_jacobian.astype(value.dtype)
+        return density_through(maps, lambda x: self.parts[0](data, unravel(x)), flat)
 
 
 class HMCBatch:
@@ -202,7 +204,8 @@ class HMCBatch:
         data: Its first argument.
         example: A position.
         num_chains: C.
-        maps: From the coordinates in which chains move to positions. Their weights may change between calls.
+        maps: From the coordinates in which chains move to positions. They may change between calls; their weights alone
+            do so without a new program.
     """
 
     def __init__(
@@ -213,12 +216,17 @@ class HMCBatch:
         num_chains: int,
         maps: tuple[CoordinateMap, ...] = (),
     ):
-        self.density = _Mapped(density) if maps else density
+        self._density = density
         self.data, self.example, self.num_chains, self.maps = data, example, num_chains, maps
         flat = ravel_pytree(example)[0]
         self.dimension, self.dtype = flat.size, flat.dtype
         self.longest = max_batch_steps(num_chains * self.dimension)
         self.num_gradients = self.depth = self.num_steps = 0
+
+    @property
+    def density(self) -> Callable:
+        """`(params, coordinates) -> log density`, in the coordinates in which chains move."""
+        return _Mapped(self._density) if self.maps else self._density
 
     @property
     def params(self) -> PyTree:

@@ -6,7 +6,7 @@
               lies 4 s below it, after 64 steps at the earliest and half of the steps allowed at the latest
     rescue    a chain whose log density is so far below the others' that it is lost goes on from the state of another
     learn     windows of 32, 64, 128, 256, ... steps with step size, path and metric frozen: ordinary chains, which can be
-              solved in parallel time; after each new coordinates (`reparametrise`), a new metric, and by trials
+              solved in parallel time; after each new coordinates (`reparametrise`, `triangular_fit`), a new metric, and by trials
               (`tuning`) a new step size and path. They go on until what they learn has settled: after a window of 256
               steps at the earliest, once the pooled chains agree (split R-hat of every coordinate and of the log
               density) and the step size has changed by less than a quarter; or until no step is left
@@ -42,6 +42,12 @@ from partime_mcmc.warmup.metric import (
     unit_metric,
 )
 from partime_mcmc.warmup.reparametrise import carry_over, learn_map
+from partime_mcmc.warmup.triangular_fit import (
+    enter_map,
+    learn_triangular_map,
+    leave_map,
+    split_maps,
+)
 from partime_mcmc.warmup.tuning import Path, TrajectoryRule
 
 _PIECE, _SEGMENT = 128, 32
@@ -244,6 +250,15 @@ class Pool:
         )
         return cls(starts, metric, starts.mean(axis=0), draws, 0, [])
 
+    def carry_over(self, draws: HMCBatchResult) -> None:
+        """Go on from the last window's draws as they are in other coordinates."""
+        self.draws, self.positions = draws, draws.positions[-1]
+        # The metric of other coordinates says little of these.
+        spread = DiagonalMetric().fisher(
+            draws.positions, draws.gradients, np.ones(draws.positions.shape[-1])
+        )
+        self.metric = spread if self.metric.ndim == 1 else np.diag(spread)
+
     def trials(self, walker: HMCBatch, seed: SeedTree) -> Callable[[float, int], np.ndarray]:
         """Acceptance of one trajectory from each of 16 states of every chain, the same for all candidates."""
         draws, root = self.draws.positions, root_of(self.metric)
@@ -265,11 +280,9 @@ def window_sizes(num_steps: int, first: int) -> list[int]:
 def recentre(walker: HMCBatch, pool: Pool) -> bool:
     """Learn how far to recentre the sites of the walker's map, and carry the chains over; whether anything changed.
 
-    Does nothing for a target without location-scale sites, and where the draws or their gradients are not finite.
+    Does nothing for a target without location-scale sites.
     """
-    if not walker.maps or not (
-        np.isfinite(pool.draws.positions).all() and np.isfinite(pool.draws.gradients).all()
-    ):
+    if not walker.maps:
         return False
     (old,) = walker.maps
     learned = learn_map(old, pool.draws, root_of(pool.metric))
@@ -277,15 +290,51 @@ def recentre(walker: HMCBatch, pool: Pool) -> bool:
     if not change > 0:
         return False
     draws = carry_over(old, learned.map, pool.draws)
-    if not (np.isfinite(draws.positions).all() and np.isfinite(draws.gradients).all()):
+    if not draws.is_finite():
         return False
-    walker.maps, pool.draws, pool.positions = (learned.map,), draws, draws.positions[-1]
-    # The metric of other coordinates says little of these.
-    spread = DiagonalMetric().fisher(
-        draws.positions, draws.gradients, np.ones(draws.positions.shape[-1])
-    )
-    pool.metric = spread if pool.metric.ndim == 1 else np.diag(spread)
+    walker.maps = (learned.map,)
+    pool.carry_over(draws)
     return change > _SAME_WEIGHT
+
+
+def learn_coordinates(walker: HMCBatch, pool: Pool, estimate: Callable) -> bool:
+    """Recentre sites, since a site's law says more than draws do, then learn a triangular map of what is left.
+
+    Does nothing where the draws or their gradients are not finite.
+
+    Args:
+        walker: Its maps are replaced.
+        pool: Its draws are carried over.
+        estimate: Of a metric, from draws in coordinates for which there is none yet.
+
+    Returns:
+        Whether anything changed.
+    """
+    if not pool.draws.is_finite():
+        return False
+    before, maps = dataclasses.replace(pool), walker.maps
+    old, walker.maps = split_maps(maps)
+    if old is not None:
+        pool.carry_over(leave_map(old, pool.draws))
+    if walker.maps:
+        learn(pool, estimate)
+    without = walker.maps
+    moved = recentre(walker, pool)
+    new = learn_triangular_map(old, pool.draws)
+    if old is not None and new is old and walker.maps is without:
+        walker.maps, pool.draws, pool.positions, pool.metric = (
+            maps,
+            before.draws,
+            before.positions,
+            before.metric,
+        )
+        return False
+    if new is not None:
+        draws = enter_map(new, pool.draws)
+        if draws.is_finite():
+            walker.maps = (new, *walker.maps)
+            pool.carry_over(draws)
+    return moved or new is not old
 
 
 def _largest_change(old, new) -> float:
@@ -320,7 +369,7 @@ class PooledAdaptation:
     target_acceptance: float | None = None
     path_length: float | None = None
     first_window: int = 32
-    coordinates: Callable[[HMCBatch, Pool], bool] | None = recentre
+    coordinates: Callable[[HMCBatch, Pool, Callable], bool] | None = learn_coordinates
     metric: MetricRule | None = None
     guess: np.ndarray | None = None
     run: Callable[..., HMCBatchResult] | None = None
@@ -375,9 +424,8 @@ class PooledAdaptation:
             rescue(pool, one.child(1))
             pool.rhat = split_rhat(pool.draws)
             moved = False
-            if self.coordinates is not None and walker.maps:
-                learn(pool, rule.fisher)
-                moved = self.coordinates(walker, pool)
+            if self.coordinates is not None:
+                moved = self.coordinates(walker, pool, rule.fisher)
             pool.settled = pool.rhat < _AGREEING + _AGREEING_ROOM / size
             # The covariance of chains in different modes would be that of the modes.
             is_long = size >= _COVARIANCE_FROM and pool.settled
@@ -507,7 +555,7 @@ def _only(draws: HMCBatchResult, chains: np.ndarray) -> HMCBatchResult:
 
 
 def _metric(estimate: Callable, draws: HMCBatchResult, pool: Pool) -> np.ndarray | None:
-    if not (np.isfinite(draws.positions).all() and np.isfinite(draws.gradients).all()):
+    if not draws.is_finite():
         return None
     with np.errstate(all="ignore"):
         try:

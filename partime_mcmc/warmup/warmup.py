@@ -32,6 +32,7 @@ from partime_mcmc.types import Array, Key, PyTree
 from partime_mcmc.warmup.hmc_batch import HMCBatch, SeedTree
 from partime_mcmc.warmup.pooled import Pool, PooledAdaptation
 from partime_mcmc.warmup.reparametrise import carry_over
+from partime_mcmc.warmup.triangular_fit import leave_map, split_maps
 from partime_mcmc.warmup.tuning import (
     Path,
     TrajectoryRule,
@@ -174,10 +175,11 @@ def warm_up(
     path_rule = path_rule_of(builder, target, adaptation.path_length)
     pool, path = adaptation(walker, adapt_key, flat, num_warmup, path_rule, advance)
     whitening = Whitening.of_covariance(example, pool.center, pool.metric, walker.maps)
-    found = pool.draws
-    if maps:
+    triangular, recentred = split_maps(walker.maps)
+    found = pool.draws if triangular is None else leave_map(triangular, pool.draws)
+    if recentred:
         # As the model has it: every weight is 1.
-        found = carry_over(walker.maps[0], maps[0], found)
+        found = carry_over(recentred[0], maps[0], found)
     family, draws = KernelProgram(density, builder), found.positions
     own = own_trials(family, data, whitening, draws, tune_key)
     settings, acceptance = choose(

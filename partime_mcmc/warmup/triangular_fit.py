@@ -1,0 +1,336 @@
+"""A triangular map learned from pooled draws and their gradients; the model is not evaluated, and nothing is compiled.
+
+Draws and gradients go through x_R = c + V h + exp(W h) ∘ y_R, h = x_H − m, by the chain rule:
+
+    y_R = (x_R − c − V h) ∘ exp(−W h),     ∂_R = g_R ∘ exp(W h),     ∂_H = g_H + Vᵀ g_R + Wᵀ (1 + g_R ∘ (x_R − c − V h)),
+
+and V, W and c minimise the divergence J of `reparametrise` plus 0.02 (|V|₁ + |W|₁) by L-BFGS-B (Byrd, Lu, Nocedal & Zhu 1995),
+weights split into positive and negative parts. All is in units of standard deviations. Small weights become 0.
+
+Which coordinates are scales is read off the slope S = dJ/dW at W = 0, for all of them at once: half of the chains give S¹, the
+others S², and Σ_R S¹_Rk S²_Rk is, up to noise with mean 0, what coordinate k as a scale promises. Those that promise most
+become scales; what depends on a scale by then cannot become one. More are looked for at the map thus found.
+
+Half of the chains fit; a map is kept if J falls on the others as well.
+"""
+
+import dataclasses
+
+import numpy as np
+from scipy.optimize import minimize
+
+from partime_mcmc.kernels.coordinates import CoordinateMap
+from partime_mcmc.kernels.triangular_map import TriangularMap
+from partime_mcmc.warmup.hmc_batch import HMCBatchResult
+from partime_mcmc.warmup.metric import DenseMetric, root_of
+from partime_mcmc.warmup.reparametrise import half_log_det
+
+# Beyond, a map is not looked for: J needs a dense covariance, and more draws than a window has.
+_MOST_DIMENSIONS = 300
+# Draws that weights are fitted to, of so many chains at most with those that judge them, which are as many.
+_NUM_DRAWS, _MOST_CHAINS = 512, 32
+# What a scale must promise: so much, this share of what the best one does, and the two slopes be so correlated.
+_LEAST_PROMISE, _SHARE, _CORRELATION = 1.0, 0.25, 0.4
+# What changes its log width that much with a scale cannot become one.
+_DEPENDENT = 0.25
+# Scales of one round: what widens coordinates so similarly, by the cosine, is not chosen together.
+_ALIKE = 0.5
+_MOST_SCALES, _MAX_ROUNDS, _MAX_ITERATIONS = 32, 6, 30
+_PENALTY, _SMALL = 0.02, 0.02
+# What J must fall by: where scales are added, and on draws that did not take part.
+_LEAST_GAIN = 0.5
+# What stands for J where it is not finite.
+_FAR, _TINY = 1e10, 1e-30
+
+
+def split_maps(
+    maps: tuple[CoordinateMap, ...],
+) -> tuple[TriangularMap | None, tuple[CoordinateMap, ...]]:
+    """The triangular map among maps, which is the first one, and the rest."""
+    if maps and isinstance(maps[0], TriangularMap):
+        return maps[0], maps[1:]
+    return None, maps
+
+
+def learn_triangular_map(old: TriangularMap | None, draws: HMCBatchResult) -> TriangularMap | None:
+    """A triangular map that makes the draws' law more normal.
+
+    Args:
+        old: The map there is.
+        draws: A window with gradients, in the coordinates that the map leads to.
+
+    Returns:
+        The map to go on with: a new one, the old one, or None, whichever is best on chains that took no part in the fit.
+        None for more than 300 dimensions, or one chain.
+    """
+    x, g = (np.asarray(leaf, float) for leaf in (draws.positions, draws.gradients))
+    num_chains, dimension = x.shape[1:]
+    wide, steep = x.std(axis=(0, 1)), g.std(axis=(0, 1))
+    if dimension > _MOST_DIMENSIONS or num_chains < 2 or not ((wide > 0) & (steep > 0)).all():
+        return old
+    middle = x.mean(axis=(0, 1))
+    x, g = (x - middle) / wide, g * wide
+    try:
+        # In units of a metric correlations are small, and so is what shrinking them does.
+        root = root_of(DenseMetric().fisher(x, g, np.eye(dimension)))
+    except np.linalg.LinAlgError:
+        return old
+    fitting, judging = (_Part(x, g, root, chains) for chains in (0, 1))
+    none = _without_effect(dimension)
+    kept = none if old is None else _in_units(old, wide, middle)
+    # From the beginning: scales that were found among few draws need not be the right ones.
+    new = _fit(fitting, judging, middle / wide)
+    before, now, after = (judging.divergence(one) for one in (none, kept, new))
+    if after < min(before, now) - _LEAST_GAIN:
+        return _in_model(new, wide, middle, draws.positions.dtype, old)
+    return old if now < before - _LEAST_GAIN else None
+
+
+def enter_map(found: TriangularMap, draws: HMCBatchResult) -> HMCBatchResult:
+    """Draws, gradients and log densities in a map's coordinates."""
+    x, g = (leaf.reshape(-1, leaf.shape[-1]).astype(float) for leaf in draws[:2])
+    return _like(draws, *_through(found, x, g))
+
+
+def leave_map(found: TriangularMap, draws: HMCBatchResult) -> HMCBatchResult:
+    """The inverse of `enter_map`."""
+    y, g = (leaf.reshape(-1, leaf.shape[-1]).astype(float) for leaf in draws[:2])
+    slopes, log_slopes = np.asarray(found.slopes, float), np.asarray(found.log_slopes, float)
+    h = y[:, found.scales] - found.middle
+    log_width = h @ log_slopes.T
+    placed, gradients = np.exp(log_width) * y, g * np.exp(-log_width)
+    by_scale = gradients @ slopes + (1 + gradients * placed) @ log_slopes
+    x = placed + found.origin + h @ slopes.T
+    # Columns of zeros may name a coordinate twice.
+    np.subtract.at(gradients, (slice(None), found.scales), by_scale)
+    return _like(draws, x, gradients, -log_width.sum(axis=1))
+
+
+def _through(found: TriangularMap, x: np.ndarray, g: np.ndarray):
+    """Rows of draws and of gradients in a map's coordinates, and log |det dx/dy|."""
+    h = x[:, found.scales] - found.middle
+    log_width = h @ np.asarray(found.log_slopes, float).T
+    width, placed = np.exp(log_width), x - found.origin - h @ np.asarray(found.slopes, float).T
+    gradients = g * width
+    by_scale = g @ found.slopes + (1 + g * placed) @ found.log_slopes
+    np.add.at(gradients, (slice(None), found.scales), by_scale)
+    return placed / width, gradients, log_width.sum(axis=1)
+
+
+def _like(draws: HMCBatchResult, x, g, log_jacobian) -> HMCBatchResult:
+    shape, dtype = draws.positions.shape, draws.positions.dtype
+    return draws._replace(
+        positions=x.reshape(shape).astype(dtype),
+        gradients=g.reshape(shape).astype(dtype),
+        logdensity=draws.logdensity + log_jacobian.reshape(shape[:2]).astype(dtype),
+    )
+
+
+class _Part:
+    """J of every second chain's draws, in the units of a fit.
+
+    Args:
+        x: Draws of all chains, `(S, C, D)`.
+        g: Their gradients.
+        root: Of a metric.
+        first: The first of the chains, 0 or 1.
+    """
+
+    def __init__(self, x: np.ndarray, g: np.ndarray, root: np.ndarray, first: int):
+        chains = min(x.shape[1], _MOST_CHAINS)
+        count = min(len(x), 2 * _NUM_DRAWS // chains)
+        steps = np.linspace(0, len(x) - 1, count).astype(int)
+        x, g = (leaf[steps][:, first:chains:2] for leaf in (x, g))
+        self.root, self.inverse = root, np.linalg.inv(root)
+        self.shape = x.shape
+        self.x, self.g = (leaf.reshape(-1, leaf.shape[2]) for leaf in (x, g))
+
+    def divergence(self, found: TriangularMap) -> float:
+        """J of the draws through a map."""
+        with np.errstate(all="ignore"):
+            y, g, _ = _through(found, self.x, self.g)
+        return self._judged(y, g)[0]
+
+    def slopes(self, found: TriangularMap) -> tuple[float, list[np.ndarray]]:
+        """J of the draws through a map, and its derivatives by c, V and W."""
+        with np.errstate(all="ignore"):
+            y, g, _ = _through(found, self.x, self.g)
+            value, dy, dg = self._judged(y, g)
+        if value == _FAR:
+            return value, [np.zeros_like(found.origin), *[np.zeros_like(found.slopes)] * 2]
+        h = self.x[:, found.scales]
+        width, dh = np.exp(h @ found.log_slopes.T), dg[:, found.scales]
+        back = -dy / width - (dh @ found.log_slopes.T) * self.g
+        by_width = (dg * self.g * width - dy * y).T @ h + (self.g * width * y).T @ dh
+        # The derivative by W has a term Σ dh too, which is 0: J does not change with the gradients' mean.
+        return value, [back.sum(axis=0), back.T @ h + self.g.T @ dh, by_width]
+
+    def slopes_of_all(self, found: TriangularMap) -> np.ndarray:
+        """dJ/dW at W = 0, `(D, D)`, of another map before this one, with every coordinate as a scale of every other."""
+        y, g, _ = _through(found, self.x, self.g)
+        y = y - y.mean(axis=0)
+        _, dy, dg = self._judged(y, g)
+        found = (dg * g - dy * y).T @ y + (g * y).T @ dg
+        np.fill_diagonal(found, 0)
+        return found
+
+    def _judged(self, y: np.ndarray, g: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+        """J, and its derivatives by draws and gradients."""
+        if np.isfinite(y).all() and np.isfinite(g).all():
+            one, dy = half_log_det((y @ self.inverse.T).reshape(self.shape))
+            two, dg = half_log_det((g @ self.root).reshape(self.shape))
+            if np.isfinite(one + two):
+                dy, dg = (leaf.reshape(y.shape) for leaf in (dy, dg))
+                return one + two, dy @ self.inverse, dg @ self.root.T
+        return _FAR, y, g
+
+
+def _fit(fitting: _Part, judging: _Part, place: np.ndarray) -> TriangularMap:
+    """Scales, round after round, and weights for them; without effect where there are no scales.
+
+    Args:
+        fitting: Draws that weights are fitted to.
+        judging: Draws that have a say in what is a scale.
+        place: Where the draws' middle is, seen from 0, `(D,)`.
+    """
+    found, reached = _without_effect(len(place)), np.inf
+    for _ in range(_MAX_ROUNDS):
+        more = _new_scales(found, fitting, judging)
+        if not more:
+            break
+        begin = _with_scales(found, more)
+        ends = [_fitted(begin, fitting)]
+        if not len(found.scales):
+            # Parameters lie about their means, effects about 0.
+            origin = np.where(np.isin(np.arange(len(place)), more), 0, -place)
+            about_zero = dataclasses.replace(begin, origin=origin)
+            ends.append(_fitted(about_zero, fitting))
+        end, value = min(ends, key=lambda one: one[1])
+        if value > reached - _LEAST_GAIN:
+            break
+        found, reached = end, value
+    return _pruned(found)
+
+
+def _new_scales(found: TriangularMap, fitting: _Part, judging: _Part) -> list[int]:
+    """Coordinates that should be scales as well."""
+    one, two = (part.slopes_of_all(found) for part in (fitting, judging))
+    promise, size = one * two, np.sqrt((one**2).sum(axis=0) * (two**2).sum(axis=0))
+    free = (np.abs(found.log_slopes) < _DEPENDENT).all(axis=1)
+    free[found.scales], promise[found.scales] = False, 0
+    direction = (one + two) / (np.linalg.norm(one + two, axis=0) + _TINY)
+    more, enough = [], _LEAST_PROMISE
+    while len(found.scales) + len(more) < _MOST_SCALES:
+        total = promise.sum(axis=0)
+        total[~free | (total < _CORRELATION * size)] = 0
+        best = int(np.argmax(total))
+        if total[best] < enough:
+            break
+        enough = max(enough, _SHARE * total[best])
+        more.append(best)
+        # Where another promises to widen the same coordinates it may stand for this one: it has to wait.
+        free &= np.abs(direction[:, best] @ direction) < _ALIKE
+        free[best], promise[best] = False, 0
+    return more
+
+
+def _fitted(start: TriangularMap, part: _Part) -> tuple[TriangularMap, float]:
+    """Weights for a map's scales, and J with the penalty."""
+    others = np.setdiff1d(np.arange(len(start.origin)), start.scales)
+    shape = 2, 2, len(others), len(start.scales)
+    count = np.prod(shape)
+
+    def unpacked(weights: np.ndarray) -> TriangularMap:
+        origin, pair = np.zeros_like(start.origin), np.zeros((2, *start.slopes.shape))
+        positive, negative = weights[:count].reshape(shape)
+        pair[:, others], origin[others] = positive - negative, weights[count:]
+        return dataclasses.replace(start, origin=origin, slopes=pair[0], log_slopes=pair[1])
+
+    def objective(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        value, (origin, *pair) = part.slopes(unpacked(weights))
+        slope = np.stack(pair)[:, others]
+        split = (np.stack([slope, -slope]) + _PENALTY).ravel()
+        return value + _PENALTY * weights[:count].sum(), np.concatenate([split, origin[others]])
+
+    pair = np.stack([start.slopes, start.log_slopes])[:, others]
+    begin = np.maximum(np.stack([pair, -pair]), 0).ravel()
+    end = minimize(
+        objective,
+        np.concatenate([begin, start.origin[others]]),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(0, None)] * count + [(None, None)] * len(others),
+        options={"maxiter": _MAX_ITERATIONS},
+    )
+    return unpacked(end.x), end.fun
+
+
+def _without_effect(dimension: int) -> TriangularMap:
+    nothing = np.zeros((dimension, 0))
+    return TriangularMap(np.zeros(0, int), np.zeros(0), np.zeros(dimension), nothing, nothing)
+
+
+def _with_scales(found: TriangularMap, more: list[int]) -> TriangularMap:
+    """The same map with more scales, on which nothing depends so far."""
+    origin, slopes, log_slopes = (
+        np.array(leaf) for leaf in (found.origin, found.slopes, found.log_slopes)
+    )
+    for leaf in (origin, slopes, log_slopes):
+        leaf[more] = 0
+    room = (0, 0), (0, len(more))
+    return TriangularMap(
+        np.append(found.scales, more),
+        np.append(found.middle, np.zeros(len(more))),
+        origin,
+        np.pad(slopes, room),
+        np.pad(log_slopes, room),
+    )
+
+
+def _pruned(found: TriangularMap) -> TriangularMap:
+    """Without small weights, and without scales on which nothing depends."""
+    log_slopes = np.where(np.abs(found.log_slopes) > _SMALL, found.log_slopes, 0)
+    # Where no width changes the rest is affine, which the metric does as well.
+    used = (log_slopes != 0).any(axis=1)
+    slopes = np.where((np.abs(found.slopes) > _SMALL) & used[:, None], found.slopes, 0)
+    kept = ((log_slopes != 0) | (slopes != 0)).any(axis=0)
+    return TriangularMap(
+        found.scales[kept],
+        found.middle[kept],
+        np.where(used, found.origin, 0),
+        slopes[:, kept],
+        log_slopes[:, kept],
+    )
+
+
+def _in_model(found: TriangularMap, unit, middle, dtype, old: TriangularMap | None):
+    """A map as the model's numbers have it, with columns of zeros up to a power of two: another number of scales is
+    seldom another program."""
+    count = len(found.scales)
+    width = max(4, 1 << (count - 1).bit_length(), 0 if old is None else len(old.scales))
+    scales = np.pad(found.scales, (0, width - count)).astype(np.int32)
+    per_scale, room = unit[found.scales], ((0, 0), (0, width - count))
+    used = (found.log_slopes != 0).any(axis=1)
+    return TriangularMap(
+        scales,
+        middle[scales].astype(dtype),
+        np.where(used, middle + unit * found.origin, 0).astype(dtype),
+        np.pad(unit[:, None] * found.slopes / per_scale, room).astype(dtype),
+        np.pad(found.log_slopes / per_scale, room).astype(dtype),
+    )
+
+
+def _in_units(found: TriangularMap, unit: np.ndarray, middle: np.ndarray) -> TriangularMap:
+    """The map of draws less `middle` in units `unit`, up to what is affine, which J does not see."""
+    slopes, log_slopes = np.asarray(found.slopes, float), np.asarray(found.log_slopes, float)
+    kept = ((log_slopes != 0) | (slopes != 0)).any(axis=0)
+    scales, slopes, log_slopes = found.scales[kept], slopes[:, kept], log_slopes[:, kept]
+    used = (log_slopes != 0).any(axis=1)
+    per_scale = unit[scales]
+    return TriangularMap(
+        scales,
+        (found.middle[kept] - middle[scales]) / per_scale,
+        np.where(used, (found.origin - middle) / unit, 0),
+        slopes * per_scale / unit[:, None],
+        log_slopes * per_scale,
+    )

@@ -1,0 +1,195 @@
+"""Triangular maps: the map itself, what exact draws lead to, and runs in the coordinates that were learned."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.distributions import constraints
+from numpyro.infer import MCMC
+
+from partime_mcmc import CoalescingHMC, ParallelMCMC, Store, Target, coalescing_hmc, resume, sample
+from partime_mcmc.kernels.coordinates import (
+    Recentring,
+    enter_all,
+    learned_maps,
+    leave_all,
+    weights_of,
+)
+from partime_mcmc.kernels.triangular_map import TriangularMap
+from partime_mcmc.numpyro.model import Posterior
+from partime_mcmc.warmup.hmc_batch import HMCBatchResult
+from partime_mcmc.warmup.triangular_fit import enter_map, learn_triangular_map, leave_map
+
+NUM_STEPS, NUM_CHAINS, DIMENSION, SCALE = 128, 8, 6, 2
+OTHERS = np.delete(np.arange(DIMENSION), SCALE)
+DEPTH = 1.5
+
+
+@pytest.fixture(autouse=True)
+def in_float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def some_map():
+    """Two scales with a column of zeros between them, which names a scale once more."""
+    rng = np.random.default_rng(0)
+    slopes, log_slopes = rng.normal(size=(2, DIMENSION, 3))
+    for leaf in (slopes, log_slopes):
+        leaf[[1, 4]] = leaf[:, 1] = 0
+    origin = np.where(np.isin(np.arange(DIMENSION), [1, 4]), 0, rng.normal(size=DIMENSION))
+    return TriangularMap(
+        np.array([4, 1, 1], np.int32), rng.normal(size=3), origin, slopes, log_slopes
+    )
+
+
+def window(x, logdensity):
+    """Draws `(S, C, D)` with log densities and gradients."""
+    value, gradient = jax.vmap(jax.vmap(jax.value_and_grad(logdensity)))(x)
+    value = np.asarray(value)
+    return HMCBatchResult(
+        np.asarray(x), np.asarray(gradient), value, np.ones_like(value), np.ones(x.shape[1])
+    )
+
+
+def test_a_map_is_a_bijection_with_its_jacobian():
+    found, x = some_map(), np.random.default_rng(1).normal(size=DIMENSION)
+    y = found.enter(x)
+    back, log_jacobian = found.leave(y)
+    np.testing.assert_allclose(back, x, rtol=1e-12)
+    jacobian = jax.jacobian(lambda y: found.leave(y)[0])(y)
+    np.testing.assert_allclose(log_jacobian, np.linalg.slogdet(jacobian)[1], rtol=1e-10)
+
+
+def test_draws_go_through_a_map_with_gradients_and_densities():
+    found = some_map()
+
+    def logdensity(x):
+        return -jnp.sum(jnp.cosh(x)) + x[0] * x[1] * x[4]
+
+    def of_y(y):
+        x, log_jacobian = found.leave(y)
+        return logdensity(x) + log_jacobian
+
+    draws = window(np.random.default_rng(2).normal(size=(5, 3, DIMENSION)), logdensity)
+    moved = enter_map(found, draws)
+    np.testing.assert_allclose(
+        moved.positions, jax.vmap(jax.vmap(found.enter))(draws.positions), rtol=1e-10
+    )
+    expected = window(moved.positions, of_y)
+    for name in ("gradients", "logdensity"):
+        np.testing.assert_allclose(getattr(moved, name), getattr(expected, name), rtol=1e-8)
+    for one, two in zip(leave_map(found, moved)[:3], draws[:3]):
+        np.testing.assert_allclose(one, two, rtol=1e-8, atol=1e-10)
+
+
+def funnel(x, slope=0.5, origin=3.0):
+    """One coordinate is normal; the others have its exponential as their width, and a place that goes with it."""
+    log_width = x[SCALE]
+    z = (x[OTHERS] - origin - slope * log_width) * jnp.exp(-log_width)
+    return -0.5 * (log_width / DEPTH) ** 2 - 0.5 * jnp.sum(z**2) - len(OTHERS) * log_width
+
+
+def funnel_draws(origin=3.0, slope=0.5, dtype=float):
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(NUM_STEPS, NUM_CHAINS, DIMENSION))
+    x[..., SCALE] *= DEPTH
+    depth = x[..., SCALE, None]
+    x[..., OTHERS] = origin + slope * depth + np.exp(depth) * x[..., OTHERS]
+    return window(x.astype(dtype), functools.partial(funnel, slope=slope, origin=origin))
+
+
+@pytest.mark.parametrize("origin, slope", [(0.0, 0.0), (3.0, 0.5)])
+def test_a_funnel_is_found_in_exact_draws(origin, slope):
+    draws = funnel_draws(origin, slope)
+    found = learn_triangular_map(None, draws)
+    used = (found.log_slopes != 0).any(axis=0)
+    assert set(found.scales[used]) == {SCALE}
+    # The penalty and 512 draws leave the log width wrong by less than a tenth at a standard deviation.
+    np.testing.assert_allclose(found.log_slopes[OTHERS][:, used], 1, atol=0.1 / DEPTH)
+    np.testing.assert_allclose(
+        found.origin[OTHERS] - found.slopes[OTHERS] @ found.middle, origin, atol=0.5
+    )
+    assert learn_triangular_map(found, draws) is found, "there is nothing left to learn"
+    assert "1 scale" in found.describe() and f"{len(OTHERS)} other" in found.describe()
+
+
+def test_draws_in_single_precision_lead_to_a_map_of_it():
+    found = learn_triangular_map(None, funnel_draws(dtype=np.float32))
+    assert all(leaf.dtype in (np.float32, np.int32) for leaf in jax.tree.leaves(found))
+
+
+def test_correlated_normals_and_heavy_tails_need_no_map():
+    rng = np.random.default_rng(4)
+    root = rng.normal(size=(DIMENSION, DIMENSION))
+    precision = np.linalg.inv(root @ root.T)
+    x = rng.normal(size=(NUM_STEPS, NUM_CHAINS, DIMENSION)) @ root.T
+    normal = window(x, lambda x: -0.5 * x @ precision @ x)
+    tails = window(rng.standard_t(4, size=x.shape), lambda x: -2.5 * jnp.sum(jnp.log1p(x**2 / 4)))
+    for draws in (normal, tails):
+        assert learn_triangular_map(None, draws) is None
+        assert learn_triangular_map(some_map(), draws) is None, "a map that does harm goes"
+
+
+def both():
+    """A funnel that no site's law tells, beside effects that can be recentred."""
+    depth = numpyro.sample("depth", dist.Normal(0, DEPTH))
+    x = numpyro.sample("x", dist.ImproperUniform(constraints.real_vector, (), (4,)))
+    numpyro.factor("width", -0.5 * jnp.sum(x**2) * jnp.exp(-2 * depth) - 4 * depth)
+    scale = numpyro.sample("scale", dist.HalfNormal(1))
+    effect = numpyro.sample("effect", dist.Normal(0, scale).expand([4]).to_event(1))
+    numpyro.sample("seen", dist.Normal(effect, 5.0), obs=jnp.arange(4.0))
+
+
+OPTIONS = {"num_samples": 96, "num_chains": 4, "progress_bar": False}
+
+
+@functools.cache
+def recentred_run():
+    mcmc = ParallelMCMC(CoalescingHMC(both), num_warmup=600, **OPTIONS)
+    mcmc.run(jax.random.key(3))
+    return mcmc
+
+
+def test_it_comes_before_recentred_sites():
+    mcmc = recentred_run()
+    maps = mcmc.report.warmup.whitening.maps
+    assert [type(one) for one in maps] == [TriangularMap, Recentring]
+    assert "Re-centred" in str(mcmc.report) and "triangular map on 1 scale" in str(mcmc.report)
+    target = Posterior(both, (), {}, jax.random.key(0)).target
+    again = learned_maps(target.centring, target.start(jax.random.key(1)), weights_of(maps))
+    x = np.random.default_rng(5).normal(size=10)
+    np.testing.assert_allclose(leave_all(again, enter_all(maps, x))[0], x, rtol=1e-8)
+
+
+def test_numpyros_own_loop_draws_the_same_chain():
+    key, sampler = jax.random.key(3), CoalescingHMC(both)
+    warmed = ParallelMCMC(sampler, num_warmup=600, **OPTIONS)
+    warmed.warmup(key)
+    theirs = MCMC(sampler, num_warmup=0, chain_method="vectorized", **OPTIONS)
+    theirs.post_warmup_state = warmed.post_warmup_state
+    theirs.run(jax.random.split(key, 4))
+    for name, value in recentred_run().get_samples().items():
+        np.testing.assert_allclose(value, theirs.get_samples()[name], rtol=1e-6, atol=1e-6)
+
+
+def test_a_bare_density_is_sampled_exactly_and_a_stored_run_goes_on(tmp_path):
+    target = Target(funnel, lambda key: jax.random.normal(key, (DIMENSION,)))
+    store = Store(tmp_path / "run", chunk=500)
+    draws = sample(
+        jax.random.key(0), target, coalescing_hmc, num_samples=1000, num_chains=4, store=store
+    )
+    assert "triangular map on 1 scale" in str(draws.report)
+    x = np.asarray(draws.load().positions)
+    z = (x[..., OTHERS] - 3 - 0.5 * x[..., [SCALE]]) * np.exp(-x[..., [SCALE]])
+    standard = np.concatenate([x[..., [SCALE]] / DEPTH, z], axis=-1).reshape(-1, DIMENSION)
+    # Four standard errors at 500 effective draws, of means and of standard deviations.
+    np.testing.assert_allclose(standard.mean(axis=0), 0, atol=4 / np.sqrt(500))
+    np.testing.assert_allclose(standard.std(axis=0), 1, atol=4 / np.sqrt(1000))
+    max((tmp_path / "run").glob("checkpoint-*.npz")).unlink()
+    again = resume(tmp_path / "run", target, coalescing_hmc, progress=False)
+    np.testing.assert_array_equal(again.load().positions, x)
