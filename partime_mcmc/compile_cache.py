@@ -143,8 +143,7 @@ def run_program(function: Callable, *args: PyTree, timings: Timings, what: str =
 def call(program: jax.stages.Compiled, *args: PyTree) -> PyTree:
     """The result of a program, ready.
 
-    If some argument is no array but a `jax.ShapeDtypeStruct`, nothing runs and the result's shapes and types are returned: a
-    computation that is written with `run_program` compiles itself when it is given shapes.
+    If some argument is no array but a `jax.ShapeDtypeStruct`, nothing runs and the result's shapes and types are returned.
     """
     if not is_abstract(args):
         return jax.block_until_ready(program(*args))
@@ -159,9 +158,14 @@ def is_abstract(tree: PyTree) -> bool:
 def run_explicit(
     function: Callable, params: PyTree, *args: PyTree, timings: Timings, what: str = "run"
 ) -> PyTree:
-    """`function(params, *args)` as `run_program`, for functions that capture arrays: these become arguments."""
+    """`function(params, *args)` as `run_program`, for functions that capture arrays: these become arguments.
+
+    With shapes (`jax.ShapeDtypeStruct`) among the arguments it is traced only, and shapes are returned.
+    """
     with timings.measure("compile"):
         function, params = explicit(function, params, *args)
+    if is_abstract(args):
+        return function.result
     return run_program(function, params, *args, timings=timings, what=what)
 
 

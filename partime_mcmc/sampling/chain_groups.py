@@ -168,7 +168,12 @@ def run_groups(
 def run_explicit_groups(
     function: Callable, params: PyTree, groups: list[tuple], *, timings: Timings, what: str = "run"
 ) -> list[PyTree]:
-    """`function(params, *group)` as `run_groups`, for functions that capture arrays: these become arguments."""
+    """`function(params, *group)` as `run_groups`, for functions that capture arrays: these become arguments.
+
+    For groups of shapes (`jax.ShapeDtypeStruct`) these are traced only, and shapes are returned.
+    """
     with timings.measure("compile"):
         function, params = explicit(function, params, *groups[0])
+    if is_abstract(groups):
+        return [function.result] * len(groups)
     return run_groups(function, (params,), groups, timings=timings, what=what)

@@ -23,10 +23,10 @@ from partime_mcmc.certify.certificate import Certificate
 from partime_mcmc.certify.independent import certify_held
 from partime_mcmc.certify.recorded import certify_recorded
 from partime_mcmc.certify.step_record import info_dict
-from partime_mcmc.compile_cache import Timings, device
+from partime_mcmc.compile_cache import Timings, compiled, device
 from partime_mcmc.engine import AllAtOnce, Dynamics, Schedule, Solution, Status, Windows, sequential
 from partime_mcmc.engine.solve import solve
-from partime_mcmc.kernels import Kernel, Tape
+from partime_mcmc.kernels import Tape
 from partime_mcmc.kernels.kernel_program import program_and_params
 from partime_mcmc.sampling.chain_groups import (
     concat_chains,
@@ -47,7 +47,7 @@ from partime_mcmc.sampling.progress import Progress
 from partime_mcmc.sampling.randomness import draw_tapes
 from partime_mcmc.solvers import Sequential, Solver
 from partime_mcmc.solvers.sequential import finish_sequentially
-from partime_mcmc.tracing import HashableFunction
+from partime_mcmc.tracing import HashableFunction, explicit
 from partime_mcmc.types import PyTree
 
 
@@ -167,7 +167,7 @@ def _window_solver(plan: Plan, size: int, timings: Timings) -> tuple[Callable, i
 
 
 def compile_first_chunk(plan: Plan, state: ChainState) -> None:
-    """Compile the programs of a plan's first chunk.
+    """Compile the large programs of a plan's first chunk, which solve and certify a window.
 
     Args:
         plan: The plan; its kernel may have other numbers than the kernel that will be used.
@@ -185,7 +185,9 @@ def compile_first_chunk(plan: Plan, state: ChainState) -> None:
             (first, states, drives, *notes)
             for first, drives, (states, *notes) in zip(initial, tape, _resized(kept, num_steps))
         ]
-        _certify_groups(plan.kernel, paths, timings)
+        program, params = program_and_params(plan.kernel)
+        certify, params = explicit(_Certify(program), params, *paths[0])
+        compiled(certify, params, *paths[0], timings=timings)
 
 
 def _resized(tree: PyTree, num_steps: int) -> PyTree:
@@ -309,9 +311,9 @@ def _certified(
     """The chunk of solved chains."""
     recorded = () if chains.notes is None else (chains.notes, chains.defects)
     paths = list(zip(chains.initial, chains.states, chains.tape, *recorded))
-    certificate, records, last, positions = concat_chains(
-        _certify_groups(plan.kernel, paths, timings)
-    )
+    program, params = program_and_params(plan.kernel)
+    groups = run_explicit_groups(_Certify(program), params, paths, timings=timings, what="certify")
+    certificate, records, last, positions = concat_chains(groups)
     constrained = plan.target.constrained_values(positions, timings)
     info = info_dict(records, certificate.residual.shape) | {"residual": certificate.residual}
     path = jax.tree.leaves(chains.states)[0]
@@ -320,12 +322,6 @@ def _certified(
     )
     report = recorder.report(certificate, timings, path.dtype, device())
     return Chunk(positions, constrained, info, certificate, report, after)
-
-
-def _certify_groups(kernel: Kernel, paths: list[tuple], timings: Timings) -> list[PyTree]:
-    """`_Certify` of the paths of each group."""
-    program, params = program_and_params(kernel)
-    return run_explicit_groups(_Certify(program), params, paths, timings=timings, what="certify")
 
 
 class _Certify(HashableFunction):
