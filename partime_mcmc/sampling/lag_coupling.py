@@ -7,7 +7,7 @@ random numbers; multishift noise makes exact meetings possible, `kernels.couplin
     TV(π_t, π) ≤ Σ_{j ≥ 1} TV(π_{t+jL}, π_{t+(j−1)L}) ≤ E max(0, ⌈(m − t) / L⌉)
     W(π_t, π)  ≤ E Σ_{i ≥ 0} d(X_{t+(i+1)L}, Y_{t+iL})
 
-(Biswas, Jacob & Vanetti 2019, arXiv:1905.09971, theorems 2.5 and 2.7, with τ = m + L). The distance d is the largest
+(Biswas, Jacob & Vanetti 2019, arXiv:1905.09971, section 2, with τ = m + L). The distance d is the largest
 difference over coordinates in standard deviations, so W bounds the error of every coordinate's mean in this unit.
 
 What that rests on. The starts are independent and of one law; that of the target, never draws of a run. Where a kernel is a

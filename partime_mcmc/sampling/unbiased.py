@@ -8,8 +8,8 @@ A pair of chains X, Y as in `lag_coupling`, X ahead by L steps until X_{s+L} = Y
 
 whose expectation is h's under the posterior, for every k ≤ m, from wherever the chains start: the first sum is what an ordinary
 chain says after k steps, the second corrects what it still knows of its start, and is finite because pairs meet (Glynn & Rhee
-2014; Jacob, O'Leary & Atchadé 2020, arXiv:1708.03625, equation 2.1; with a lag Biswas, Jacob & Vanetti 2019,
-arXiv:1905.09971, appendix). Copies are independent, so their standard error is that of a mean, with no autocorrelation to estimate.
+2014; Jacob, O'Leary & Atchadé 2020, arXiv:1708.03625, section 2; with a lag Biswas, Jacob & Vanetti 2019,
+arXiv:1905.09971). Copies are independent, so their standard error is that of a mean, with no autocorrelation to estimate.
 
 What it costs in efficiency is measured: the variance of H times the steps of a pair, against the asymptotic variance of one
 long chain, which is what that chain has per step. A large k makes the correction rare, a large m makes the burn-in cheap.
