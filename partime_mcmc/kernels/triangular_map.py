@@ -15,7 +15,7 @@ from typing import Self
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.types import Array, PyTree, pytree
+from partime_mcmc.types import AnyArray, Array, PyTree, pytree
 
 
 @pytree()
@@ -31,11 +31,11 @@ class TriangularMap:
         log_slopes: W, the same.
     """
 
-    scales: Array
-    middle: Array
-    origin: Array
-    slopes: Array
-    log_slopes: Array
+    scales: AnyArray
+    middle: AnyArray
+    origin: AnyArray
+    slopes: AnyArray
+    log_slopes: AnyArray
 
     @property
     def weights(self) -> PyTree:
@@ -50,7 +50,8 @@ class TriangularMap:
     def leave(self, y: Array) -> tuple[Array, Array]:
         offset = y[self.scales] - self.middle
         log_width = self.log_slopes @ offset
-        return self.origin + self.slopes @ offset + jnp.exp(log_width) * y, jnp.sum(log_width)
+        place = jnp.asarray(self.origin) + self.slopes @ offset
+        return place + jnp.exp(log_width) * y, jnp.sum(log_width)
 
     def enter(self, x: Array) -> Array:
         offset = x[self.scales] - self.middle

@@ -102,7 +102,7 @@ def leave_map(found: TriangularMap, draws: HMCBatchResult) -> HMCBatchResult:
     by_scale = gradients @ slopes + (1 + gradients * placed) @ log_slopes
     x = placed + found.origin + h @ slopes.T
     # Columns of zeros may name a coordinate twice.
-    np.subtract.at(gradients, (slice(None), found.scales), by_scale)
+    np.subtract.at(gradients.T, np.asarray(found.scales), by_scale.T)
     return _like(draws, x, gradients, -log_width.sum(axis=1))
 
 
@@ -113,7 +113,7 @@ def _through(found: TriangularMap, x: np.ndarray, g: np.ndarray):
     width, placed = np.exp(log_width), x - found.origin - h @ np.asarray(found.slopes, float).T
     gradients = g * width
     by_scale = g @ found.slopes + (1 + g * placed) @ found.log_slopes
-    np.add.at(gradients, (slice(None), found.scales), by_scale)
+    np.add.at(gradients.T, np.asarray(found.scales), by_scale.T)
     return placed / width, gradients, log_width.sum(axis=1)
 
 
@@ -170,9 +170,9 @@ class _Part:
         y, g, _ = _through(found, self.x, self.g)
         y = y - y.mean(axis=0)
         _, dy, dg = self._judged(y, g)
-        found = (dg * g - dy * y).T @ y + (g * y).T @ dg
-        np.fill_diagonal(found, 0)
-        return found
+        slopes = (dg * g - dy * y).T @ y + (g * y).T @ dg
+        np.fill_diagonal(slopes, 0)
+        return slopes
 
     def _judged(self, y: np.ndarray, g: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
         """J, and its derivatives by draws and gradients."""
@@ -216,7 +216,7 @@ def _new_scales(found: TriangularMap, fitting: _Part, judging: _Part) -> list[in
     """Coordinates that should be scales as well."""
     one, two = (part.slopes_of_all(found) for part in (fitting, judging))
     promise, size = one * two, np.sqrt((one**2).sum(axis=0) * (two**2).sum(axis=0))
-    free = (np.abs(found.log_slopes) < _DEPENDENT).all(axis=1)
+    free = np.asarray((np.abs(found.log_slopes) < _DEPENDENT).all(axis=1))
     free[found.scales], promise[found.scales] = False, 0
     direction = (one + two) / (np.linalg.norm(one + two, axis=0) + _TINY)
     more, enough = [], _LEAST_PROMISE
