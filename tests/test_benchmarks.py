@@ -79,7 +79,8 @@ def test_committed_verdicts_are_right():
     rows = json.loads((RESULTS / "verdict-cpu.json").read_text())["rows"]
     assert {one["posterior"] for one in rows} <= set(verdict.NAMES)
     right = [one for one in rows if one["right"]]
-    assert sum(one["converged"] for one in right) >= 0.95 * sum(one["runs"] for one in right) > 0
+    assert len(right) >= 20
+    assert sum(one["converged"] for one in right) >= 0.95 * sum(one["runs"] for one in right)
     wrong = [one for one in rows if not one["right"]]
     assert {one["run"] for one in wrong} >= {*verdict.WRONG_KERNELS, *verdict.HOPELESS}
     assert not any(one["converged"] for one in wrong)
