@@ -87,7 +87,7 @@ def network_tolerance(dtype: jnp.dtype) -> Tolerance:
     """The tolerance of a network's path."""
     found = jnp.finfo(dtype)
     unit = (_ULPS if found.bits >= 32 else _COARSE_ULPS) * float(found.eps)
-    return Tolerance(unit, unit)
+    return Tolerance(unit)
 
 
 def plan_for(carry: PyTree) -> SegmentedScanConfig:
