@@ -5,13 +5,15 @@ XLA folds captured constants for tens of seconds, recompiles for every new data 
 part of its first argument. `jax.closure_convert` does this for tracers only, and arrays captured by a `jit` *inside* the
 function stay hidden from it; here those inner calls are inlined first.
 
-Results are cached by function and shapes, so the same function gives the same object and nothing is compiled twice.
-As with `jax.jit`, a captured array is read once: changing a NumPy array in place afterwards goes unnoticed.
+Results are cached by function and shapes, so the same function gives the same object and nothing is compiled twice. Unlike
+`jax.jit`, a function that now reads other data is traced again: a global that was rebound, an array that was changed in place
+(`captured_data` says what is looked at). New arrays of the same shapes go into the program that there is.
 """
 
 import collections
+import re
 import threading
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.core
@@ -19,7 +21,12 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
+from partime_mcmc.captured_data import data_read_by
 from partime_mcmc.types import PyTree, Tracer, jax_config
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+# Their texts do not say what they call.
+_CALLBACKS = {"pure_callback", "io_callback", "debug_callback", "ordered_effect"}
 
 
 class HashableFunction:
@@ -55,6 +62,18 @@ class _Explicit:
             self.structure, jax.core.eval_jaxpr(self.jaxpr, captured, *leaves)
         )
 
+    def is_like(self, other: "_Explicit") -> bool:
+        """Whether another one computes the same of other captured arrays."""
+        return (
+            self.structure == other.structure
+            and [one.aval for one in self.jaxpr.constvars]
+            == [one.aval for one in other.jaxpr.constvars]
+            and not inner_arrays(self.jaxpr)
+            and not inner_arrays(other.jaxpr)
+            and _ADDRESS.sub("", str(self.jaxpr)) == _ADDRESS.sub("", str(other.jaxpr))
+            and not primitives_of(self.jaxpr) & _CALLBACKS
+        )
+
     @property
     def result(self) -> PyTree:
         """Structure, shapes and types of what it returns."""
@@ -63,6 +82,29 @@ class _Explicit:
             for one in self.jaxpr.outvars
         ]
         return jax.tree.unflatten(self.structure, types)
+
+
+class _Traced(NamedTuple):
+    """A cached trace.
+
+    Attributes:
+        function: Without captured arrays.
+        captured: The captured arrays.
+        read: What the original function read, by variable, when it was traced.
+        volatile: Variables that tracing itself changes, such as a list in which calls are counted.
+    """
+
+    function: _Explicit
+    captured: list
+    read: dict[tuple, Any]
+    volatile: frozenset
+
+    def is_of(self, read: dict[tuple, Any]) -> bool:
+        """Whether the function still reads the same."""
+        kept = read.keys() | self.read.keys()
+        return all(
+            self.read.get(name) == read.get(name) for name in kept if name not in self.volatile
+        )
 
 
 _CACHE: collections.OrderedDict = collections.OrderedDict()
@@ -98,25 +140,44 @@ def explicit(function: Callable, params: PyTree, *rest: PyTree) -> tuple[_Explic
         jax_config.jax_default_matmul_precision,
         jax.sharding.get_abstract_mesh(),
     )
+    read, jitted = data_read_by(function)
     with _CACHE_LOCK:
         found = _CACHE.get(entry)
         if found:
             _CACHE.move_to_end(entry)
-    if not found:
+    if found is None or not found.is_of(read):
+        if found is not None:
+            # What the function calls may keep traces of its own.
+            for one in jitted:
+                one.clear_cache()
         abstract = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
-        closed, result = jax.make_jaxpr(function, return_shape=True)(*abstract)
-        if _hides_arrays(closed.jaxpr):
-            inlined = lambda *args: evaluate(closed.jaxpr, closed.consts, *jax.tree.leaves(args))
-            closed = jax.make_jaxpr(inlined)(*abstract)
-        jaxpr, consts = _needed(closed.jaxpr, closed.consts)
-        found = _Explicit(jaxpr, jax.tree.structure(result)), [_as_array(one) for one in consts]
-        if not any(isinstance(const, Tracer) for const in found[1]):
+        step, captured = _trace(function, abstract)
+        after, _ = data_read_by(function)
+        volatile = {
+            name for name in after.keys() | read.keys() if after.get(name) != read.get(name)
+        }
+        if found is not None:
+            volatile |= found.volatile
+            if found.function.is_like(step):
+                step = found.function
+        found = _Traced(step, captured, after, frozenset(volatile))
+        if not any(isinstance(const, Tracer) for const in captured):
             with _CACHE_LOCK:
                 _CACHE[entry] = found
                 while len(_CACHE) > _CACHE_SIZE:
                     _CACHE.popitem(last=False)
-    step, captured = found
-    return step, (captured, params)
+    return found.function, (found.captured, params)
+
+
+def _trace(function, abstract) -> tuple[_Explicit, list]:
+    """A function without captured arrays, and these."""
+    # JAX keeps traces by function, too: a new one for each trace finds none.
+    closed, result = jax.make_jaxpr(lambda *args: function(*args), return_shape=True)(*abstract)
+    if _hides_arrays(closed.jaxpr):
+        inlined = lambda *args: evaluate(closed.jaxpr, closed.consts, *jax.tree.leaves(args))
+        closed = jax.make_jaxpr(inlined)(*abstract)
+    jaxpr, consts = _needed(closed.jaxpr, closed.consts)
+    return _Explicit(jaxpr, jax.tree.structure(result)), [_as_array(one) for one in consts]
 
 
 def _needed(jaxpr, consts) -> tuple[Any, list]:
@@ -173,7 +234,8 @@ def is_jaxpr(value: Any) -> bool:
 
 
 def _as_array(const):
-    return const if isinstance(const, (jax.Array, Tracer)) else jnp.asarray(np.asarray(const))
+    # A copy: an array that shares memory with one of NumPy's would change with it, in the middle of a run.
+    return const if isinstance(const, (jax.Array, Tracer)) else jnp.array(np.asarray(const))
 
 
 def _inner_jit(equation):
