@@ -134,6 +134,7 @@ class Tolerance:
         Raises:
             ValueError: If a part is negative, not finite (traced ones pass), or of the wrong shape.
         """
+        self.check_values()
         for name, shapes in (("relative", ((),)), ("absolute", ((), (1,), (dimension,)))):
             value = getattr(self, name)
             if value is None:
@@ -142,10 +143,18 @@ class Tolerance:
                 raise ValueError(
                     f"tolerance: {name} has shape {jnp.shape(value)}, wanted one of {shapes}"
                 )
-            if (
-                not isinstance(value, Tracer)
-                and not (np.isfinite(value) & (np.asarray(value) >= 0)).all()
-            ):
+
+    def check_values(self) -> None:
+        """Refuse numbers that no path, or any path, could meet.
+
+        Raises:
+            ValueError: If a part is no number, negative or not finite (traced ones pass).
+        """
+        for name, value in (("relative", self.relative), ("absolute", self.absolute)):
+            if value is None or isinstance(value, Tracer):
+                continue
+            is_number = np.asarray(value).dtype.kind in "fiu"
+            if not is_number or not (np.isfinite(value) & (np.asarray(value) >= 0)).all():
                 raise ValueError(f"tolerance: {name} must be finite and at least 0, got {value!r}")
 
     def parts(self, dtype: jnp.dtype) -> Bound:

@@ -421,6 +421,10 @@ def unroll_with_status(
     max_iterations: int | None = None,
 ) -> tuple[PyTree, PyTree, UnrollStatus]:
     """`unroll`, and how its path was found; arguments and failures as there."""
+    if not callable(cell):
+        raise TypeError(
+            f"cell: got {describe(cell)}, wanted a function (params, carry, input) -> (carry, output)"
+        )
     params, carry, inputs = jax.tree.map(jnp.asarray, (params, carry, inputs))
     batch, num_steps, one, x = check_inputs(carry, inputs, batch_axes)
     mask = check_mask(mask, (*batch, num_steps))
