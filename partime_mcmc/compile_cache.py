@@ -116,7 +116,7 @@ def compiled(function: Callable, *args: PyTree, timings: Timings) -> jax.stages.
         jax_config.jax_default_matmul_precision,
     )
 
-    def make():
+    def make(_):
         with timings.measure("compile"):
             return jax.jit(function).lower(*args).compile(compiler_options())
 

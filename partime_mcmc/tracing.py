@@ -5,13 +5,15 @@ XLA folds captured constants for tens of seconds, recompiles for every new data 
 part of its first argument. `jax.closure_convert` does this for tracers only, and arrays captured by a `jit` *inside* the
 function stay hidden from it; here those inner calls are inlined first.
 
-Results are cached by function and shapes, so the same function gives the same object and nothing is compiled twice.
-As with `jax.jit`, a captured array is read once: changing a NumPy array in place afterwards goes unnoticed.
+Results are cached by function and shapes, so the same function gives the same object and nothing is compiled twice. Unlike
+`jax.jit`, a function that now reads other data is traced again: a global that was rebound, an array that was changed in place
+(`captured_data` says what is looked at). New arrays of the same shapes go into the program that there is.
 """
 
 import collections
+import re
 import threading
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.core
@@ -19,7 +21,12 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
+from partime_mcmc.captured_data import data_read_by
 from partime_mcmc.types import PyTree, Tracer, jax_config
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+# Their texts do not say what they call.
+_CALLBACKS = {"pure_callback", "io_callback", "debug_callback", "ordered_effect"}
 
 
 class HashableFunction:
@@ -57,6 +64,18 @@ class _Explicit:
             self.structure, jax.core.eval_jaxpr(self.jaxpr, captured, *leaves)
         )
 
+    def is_like(self, other: "_Explicit") -> bool:
+        """Whether another one computes the same of other captured arrays."""
+        return (
+            self.structure == other.structure
+            and [one.aval for one in self.jaxpr.constvars]
+            == [one.aval for one in other.jaxpr.constvars]
+            and not inner_arrays(self.jaxpr)
+            and not inner_arrays(other.jaxpr)
+            and _ADDRESS.sub("", str(self.jaxpr)) == _ADDRESS.sub("", str(other.jaxpr))
+            and not primitives_of(self.jaxpr) & _CALLBACKS
+        )
+
     @property
     def result(self) -> PyTree:
         """Structure, shapes and types of what it returns."""
@@ -65,6 +84,29 @@ class _Explicit:
             for one in self.jaxpr.outvars
         ]
         return jax.tree.unflatten(self.structure, types)
+
+
+class _Traced(NamedTuple):
+    """A cached trace.
+
+    Attributes:
+        function: Without captured arrays.
+        captured: The captured arrays.
+        read: What the original function read, by variable, when it was traced.
+        volatile: Variables that tracing itself changes, such as a list in which calls are counted.
+    """
+
+    function: _Explicit
+    captured: list
+    read: dict[tuple, Any]
+    volatile: frozenset
+
+    def is_of(self, read: dict[tuple, Any]) -> bool:
+        """Whether the function still reads the same."""
+        kept = read.keys() | self.read.keys()
+        return all(
+            self.read.get(name) == read.get(name) for name in kept if name not in self.volatile
+        )
 
 
 class OnceCache:
@@ -84,26 +126,31 @@ class OnceCache:
         return list(self._values)
 
     def get(
-        self, key: Any, make: Callable[[], Any], keep: Callable[[Any], bool] = lambda value: True
+        self,
+        key: Any,
+        make: Callable[[Any], Any],
+        keep: Callable[[Any], bool] = lambda value: True,
+        holds: Callable[[Any], bool] = lambda value: True,
     ) -> Any:
         """The value of a key.
 
         Args:
             key: Hashable.
-            make: Makes the value where there is none.
+            make: From the value that no longer holds, None where there is none, to a new one.
             keep: Whether a value may be handed out again.
+            holds: Whether a value that was kept still holds.
         """
+        found = self._kept(key)
+        if found is not None and holds(found):
+            return found
         with self._lock:
-            if key in self._values:
-                self._values.move_to_end(key)
-                return self._values[key]
             making = self._being_made.setdefault(key, threading.RLock())
         with making:
-            with self._lock:
-                if key in self._values:
-                    return self._values[key]
+            found = self._kept(key)
+            if found is not None and holds(found):
+                return found
             try:
-                value = make()
+                value = make(found)
                 if keep(value):
                     with self._lock:
                         self._values[key] = value
@@ -113,6 +160,12 @@ class OnceCache:
             finally:
                 with self._lock:
                     self._being_made.pop(key, None)
+
+    def _kept(self, key: Any) -> Any:
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+            return self._values.get(key)
 
 
 _TRACES = OnceCache(256)
@@ -146,22 +199,45 @@ def explicit(function: Callable, params: PyTree, *rest: PyTree) -> tuple[_Explic
         jax_config.jax_default_matmul_precision,
         jax.sharding.get_abstract_mesh(),
     )
+    read, jitted = data_read_by(function)
 
-    def trace():
+    def trace(old: _Traced | None) -> _Traced:
+        if old is not None:
+            # What the function calls may keep traces of its own.
+            for one in jitted:
+                one.clear_cache()
         abstract = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
-        closed, result = jax.make_jaxpr(function, return_shape=True)(*abstract)
-        if _hides_arrays(closed.jaxpr):
-            inlined = lambda *args: evaluate(closed.jaxpr, closed.consts, *jax.tree.leaves(args))
-            closed = jax.make_jaxpr(inlined)(*abstract)
-        jaxpr, consts = _needed(closed.jaxpr, closed.consts)
-        step = _Explicit(jaxpr, jax.tree.structure(result), _name_of(function))
-        return step, [_as_array(one) for one in consts]
+        step, captured = _trace(function, abstract)
+        after, _ = data_read_by(function)
+        volatile = {
+            name for name in after.keys() | read.keys() if after.get(name) != read.get(name)
+        }
+        if old is not None:
+            volatile |= old.volatile
+            if old.function.is_like(step):
+                step = old.function
+        return _Traced(step, captured, after, frozenset(volatile))
 
-    # Traced inside another trace it may hold that one's values.
-    step, captured = _TRACES.get(
-        entry, trace, lambda found: not any(isinstance(one, Tracer) for one in found[1])
+    found = _TRACES.get(
+        entry,
+        trace,
+        # Traced inside another trace it may hold that one's values.
+        keep=lambda new: not any(isinstance(one, Tracer) for one in new.captured),
+        holds=lambda old: old.is_of(read),
     )
-    return step, (captured, params)
+    return found.function, (found.captured, params)
+
+
+def _trace(function, abstract) -> tuple[_Explicit, list]:
+    """A function without captured arrays, and these."""
+    # JAX keeps traces by function, too: a new one for each trace finds none.
+    closed, result = jax.make_jaxpr(lambda *args: function(*args), return_shape=True)(*abstract)
+    if _hides_arrays(closed.jaxpr):
+        inlined = lambda *args: evaluate(closed.jaxpr, closed.consts, *jax.tree.leaves(args))
+        closed = jax.make_jaxpr(inlined)(*abstract)
+    jaxpr, consts = _needed(closed.jaxpr, closed.consts)
+    step = _Explicit(jaxpr, jax.tree.structure(result), _name_of(function))
+    return step, [_as_array(one) for one in consts]
 
 
 def _name_of(function: Callable) -> str:
@@ -222,7 +298,8 @@ def is_jaxpr(value: Any) -> bool:
 
 
 def _as_array(const):
-    return const if isinstance(const, (jax.Array, Tracer)) else jnp.asarray(np.asarray(const))
+    # A copy: an array that shares memory with one of NumPy's would change with it, in the middle of a run.
+    return const if isinstance(const, (jax.Array, Tracer)) else jnp.array(np.asarray(const))
 
 
 def _inner_jit(equation):

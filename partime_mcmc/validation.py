@@ -136,6 +136,28 @@ def check_key(key: Any, name: str = "key") -> jax.Array:
     return jax.random.wrap_key_data(jnp.asarray(key))
 
 
+def check_generator(key: Any, name: str) -> None:
+    """Refuse keys of generators whose numbers depend on how many are drawn side by side.
+
+    JAX documents that under `vmap` the generators `rbg` and `unsafe_rbg` give other numbers than one key after another. A path
+    that is found in parallel would then be another one than the loop's.
+
+    Args:
+        key: Typed keys, or their shape and type.
+        name: The argument's name, for the message.
+
+    Raises:
+        ValueError: For keys of another generator than `threefry2x32`.
+    """
+    found = str(jax.random.key_impl(key))
+    if "threefry" not in found:
+        raise ValueError(
+            f"{name}: got a key of the generator {found}; wanted one of threefry2x32, as jax.random.key(0, "
+            "impl='threefry2x32') makes it: the numbers of other generators depend on how many are drawn side by side, so that "
+            "a parallel chain would not be the sequential one"
+        )
+
+
 def check_count(value: Any, name: str, minimum: int) -> int:
     """Returns `value` as a Python int of at least `minimum`.
 
@@ -184,7 +206,15 @@ def check_dtypes(position: PyTree, name: str = "initial") -> PyTree:
         raise InvalidStart(
             f"{name}: got a mix of floating dtypes ({found}); wanted one dtype in every leaf"
         )
+    if not leaves:
+        raise InvalidStart(
+            f"{name}: got a position without entries (dimension 0); wanted at least one parameter"
+        )
     dtype = next(iter(strong), jnp.dtype(jnp.result_type(float)))
+    if dtype.itemsize < 4:
+        raise InvalidStart(
+            f"{name}: got {dtype}; wanted float32 or float64: in so few digits the residual of a path proves nothing"
+        )
     for label, leaf in leaves.items():
         if jnp.issubdtype(leaf.dtype, jnp.integer):
             warnings.warn(

@@ -365,8 +365,14 @@ def measured_residual(problem: Problem, states) -> np.ndarray:
 
 
 def within(residual: np.ndarray, states: np.ndarray, ulps: float) -> np.ndarray:
-    """Which steps have a residual of at most so many units in the last place of `1 + |x|`; NaN is not within."""
-    bound = ulps * np.finfo(states.dtype).eps * (1 + np.abs(states))
+    """Which steps have a residual of at most so many units in the last place of their sizes; NaN is not within.
+
+    The sizes are |x_j| and the mean |x_j| of the step and the 15 before it.
+    """
+    sizes = np.abs(states).astype(np.float64)
+    padded = np.concatenate([np.zeros((15, sizes.shape[1])), sizes])
+    mean = sum(padded[shift : shift + len(sizes)] for shift in range(16)) / 16
+    bound = ulps * np.finfo(states.dtype).eps * (mean + sizes)
     return (np.abs(residual) <= bound).all(axis=1)
 
 

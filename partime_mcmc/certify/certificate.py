@@ -140,7 +140,7 @@ def judged(
         path, expected, previous = (
             jnp.zeros((0, ravel_pytree(initial)[0].size), dtype) for _ in range(3)
         )
-    unit = _spread(path) if unit is None else jnp.asarray(unit, dtype)
+    unit = _spread(path, expected) if unit is None else jnp.asarray(unit, dtype)
     # A unit that is not positive and finite would let anything pass.
     usable = (unit > 0) & jnp.isfinite(unit)
     residual = nanaware_max(jnp.where(usable, jnp.abs(expected - path) / unit, jnp.nan), axis=1)
@@ -191,8 +191,9 @@ def judged(
 _SORTED = 1024
 
 
-def _spread(path: Array) -> Array:
-    """Standard deviation of each coordinate; 1 where it does not move, so that any residual there shows.
+def _spread(path: Array, expected: Array) -> Array:
+    """Standard deviation of each coordinate; where it does not move its size, or that of the values expected of it: a path
+    that stands still at 0 and ought not to is then off by 1.
 
     It is estimated from the interquartile range where that is smaller: a path that explodes somewhere must not set the unit
     by which it is judged.
@@ -201,12 +202,16 @@ def _spread(path: Array) -> Array:
         return jnp.ones(path.shape[1:], path.dtype)
     # Quartiles of steps all along the path, to the nearest rank: a unit needs no more, and sorting all would take as long as
     # sampling does.
+    # In units of the largest number, because squares of others need not be numbers of this type.
+    size = jnp.maximum(jnp.abs(path), jnp.abs(expected)).max(axis=0)
+    size = jnp.where(jnp.isfinite(size) & (size > 0), size, 1)
+    path = path / size
     ordered = jnp.sort(path[:: -(-path.shape[0] // _SORTED)], axis=0)
     last = ordered.shape[0] - 1
     low, high = ordered[round(0.25 * last)], ordered[round(0.75 * last)]
     spread, middle = jnp.std(path, axis=0), (high - low) / 1.349
     spread = jnp.where((middle > 0) & ~(middle > spread), middle, spread)
-    return jnp.where(jnp.isfinite(spread) & (spread > 0), spread, 1)
+    return size * jnp.where(jnp.isfinite(spread) & (spread > 0), spread, 1)
 
 
 def _margins(uniform, records, dtype):

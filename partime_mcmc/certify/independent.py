@@ -16,7 +16,7 @@ from partime_mcmc.kernels.explicit_randomness import anyone
 from partime_mcmc.kernels.kernel import Kernel, Tape, raw
 from partime_mcmc.tracing import HashableFunction, explicit
 from partime_mcmc.types import Array, PyTree
-from partime_mcmc.validation import check_scale
+from partime_mcmc.validation import check_scale, describe
 
 
 class Observe(HashableFunction):
@@ -125,6 +125,10 @@ def certify_held(
 
 
 def _observer(kernel, initial, states, drives, scale):
+    if not isinstance(kernel, Kernel):
+        raise TypeError(
+            f"kernel: got {describe(kernel)}, wanted a Kernel, such as mala(...) returns"
+        )
     _check_path(initial, states, drives)
     first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), drives)
     observe, params = explicit(Observe(kernel), None, initial, first)
@@ -161,6 +165,19 @@ def _check_path(initial: PyTree, states: PyTree, drives: Tape) -> None:
         raise TypeError(
             f"initial: got a {type(initial).__name__}, wanted its carry: kernel.carry(state)"
         )
+    structure, wanted = jax.tree.structure(states), jax.tree.structure(initial)
+    if structure != wanted:
+        raise TypeError(
+            f"states: got the structure {structure}, wanted that of `initial`, {wanted}, its leaves with a leading axis T"
+        )
+    for (path, got), state in zip(
+        jax.tree_util.tree_leaves_with_path(states), jax.tree.leaves(initial)
+    ):
+        if jnp.shape(got)[1:] != jnp.shape(state) or not jnp.ndim(got):
+            raise ValueError(
+                f"states{jax.tree_util.keystr(path)}: got the shape {jnp.shape(got)}, wanted a leading axis T and then "
+                f"{jnp.shape(state)}, as `initial` has it"
+            )
     steps = {leaf.shape[0] for leaf in (*jax.tree.leaves(states), *jax.tree.leaves(drives))}
     if len(steps) > 1:
         raise ValueError(

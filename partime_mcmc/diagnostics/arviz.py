@@ -145,9 +145,10 @@ def to_arviz(
         ``arviz.InferenceData`` with ArviZ 0.23, ``xarray.DataTree`` with ArviZ 1.x.
 
     Raises:
-        ValueError: as :func:`named_draws`.
+        ValueError: as :func:`named_draws`; or if a value has the name of an axis, which ArviZ would put in its place.
     """
-    certificate = getattr(draws, "certificate", None)
+    certificate, named = getattr(draws, "certificate", None), named_draws(draws)
+    _check_names(named, dims or {})
     recorded = {name: getattr(certificate, name, None) for name in _PER_DRAW}
     recorded |= getattr(draws, "info", None) or {}
     stats = {
@@ -155,12 +156,23 @@ def to_arviz(
         for name, values in recorded.items()
         if values is not None
     }
-    groups = {"posterior": named_draws(draws)} | ({"sample_stats": stats} if stats else {})
+    groups = {"posterior": named} | ({"sample_stats": stats} if stats else {})
     tree = _from_dict(groups, coords=coords, dims=dims)
     attributes = _attributes(draws)
     tree.attrs.update(attributes)
     tree["posterior"].attrs.update(attributes)
     return tree
+
+
+def _check_names(named: Mapping[str, np.ndarray], dims: Mapping[str, Any]) -> None:
+    """Refuse values that ArviZ would lose, because an axis has their name."""
+    axes = {"chain", "draw"}.union(*(map(str, one) for one in dims.values()))
+    for name in named:
+        if name in axes:
+            raise ValueError(
+                f"draws: got a value named {name!r}, wanted another name: an axis of the draws is called so, and ArviZ keeps one "
+                "of the two"
+            )
 
 
 def _from_dict(groups: dict[str, Any], **options: Any) -> Any:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from partime_mcmc.engine import Dynamics, LocalTime, Tolerance, ravel, without_captures
+from partime_mcmc.engine.time_axis import recent_sizes
 from partime_mcmc.solvers import Solver
 from partime_mcmc.types import PyTree
 from partime_mcmc.validation import check_count
@@ -66,7 +67,12 @@ def _step(solver, dynamics, initial, states, drives, memory, key, tolerance):
     # A maximum may drop a NaN: ask for it apart.
     residual = jnp.where(jnp.isfinite(size).all(axis=1), jnp.max(size, axis=1), jnp.nan)
     exact = (
-        jnp.all(tolerance.ratio(proposal.residual, proposal.judged) <= 1)
+        jnp.all(
+            tolerance.ratio(
+                proposal.residual, proposal.judged, recent_sizes(LocalTime(), proposal.judged)
+            )
+            <= 1
+        )
         & jnp.isfinite(residual).all()
     )
     return proposal.states, residual, exact, jnp.asarray(proposal.gave_up), memory

@@ -19,6 +19,7 @@ from scipy import special
 
 from partime_mcmc.diagnostics import values as by_name
 from partime_mcmc.diagnostics.report import PathComparison
+from partime_mcmc.validation import describe
 
 PATH_TOLERANCE = 1e-3  # posterior sd: how far a certified path may be from the exact one
 # Ten times the largest |difference of acceptance probabilities| seen.
@@ -57,8 +58,13 @@ class Side:
         """Take in one run.
 
         Raises:
+            TypeError: if it is no run.
             ValueError: if it holds no draws.
         """
+        if not any(hasattr(draws, name) for name in ("constrained", "positions", "posterior")):
+            raise TypeError(
+                f"{title}: got {describe(draws)}, wanted the draws of a run, as sample returns them"
+            )
         named = dict(by_name.coordinates(by_name.named_draws(draws)))
         positions = by_name.named_positions(draws)
         leaves = [

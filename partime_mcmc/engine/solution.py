@@ -5,12 +5,20 @@ The only judge is the exact residual of the recurrence, step by step,
     r_t = f(x_{t-1}, u_t) − x_t,      step t is exact  ⇔  |r_tj| ≤ absolute_j + relative · |x_tj| for all j,
 
 never the size of the last update: on a chaotic map an update can vanish while the path is wrong by any amount.
+Where no absolute tolerance is given, each coordinate is judged by its own size on the path,
+
+    absolute_tj = relative · s_tj,      s_tj = (|x_tj| + |x_{t-1,j}| + … + |x_{t-15,j}|) / 16,
+
+because `f` rounds by units in the last place of what it adds up, of which x_tj may be a small difference. The sizes are
+those of earlier steps and of the step itself: they are right if these steps are exact, whatever the guess was further on.
+A path in micrometres and one in metres are thus judged alike, and coordinates of one state each in units of their own.
 Verdicts are integers (`Status`), so that they travel through `jit` and `vmap`; `or_raise` turns them into exceptions.
 """
 
 from __future__ import annotations
 
 import enum
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +44,7 @@ def nanaware_max(values: Array, axis: int | None = None) -> Array:
     return jnp.where(missing.any(axis=axis), jnp.nan, top).astype(values.dtype)
 
 
-# A path is accepted when its residual is within this many units in the last place. The floor is some 2 to 20 ulp (one
+# A path is accepted when its residual is within this many units in the last place of its sizes. The floor is some 2 to 20 ulp (one
 # rounding per operation of f, amplified by its Jacobian); a wrong accept decision is some 1e15 ulp in float64.
 DEFAULT_ULPS = 128
 
@@ -80,13 +88,38 @@ class SolveError(RuntimeError):
     """A path that is not what was asked for, raised by `or_raise`."""
 
 
+class Bound(NamedTuple):
+    """A tolerance in numbers, for the states `(..., D)`.
+
+    Attributes:
+        absolute: Broadcasts against the states; None where coordinates are judged by their own sizes.
+        relative: Broadcasts against the states.
+    """
+
+    absolute: Array | None
+    relative: Array
+
+    def at(self, states: Array, recent: Array | None) -> Array:
+        """The largest residual allowed at `states`, of the mean sizes `recent`; None for these if `absolute` is given."""
+        if self.absolute is not None:
+            return self.absolute + self.relative * jnp.abs(states)
+        assert recent is not None
+        # Not as two products, which a compiler adds up first and multiplies then: the sum may leave the numbers.
+        return 2 * self.relative * (0.5 * recent + 0.5 * jnp.abs(states))
+
+    def scaled(self, factor: float) -> Bound:
+        """A part of this tolerance."""
+        return Bound(*(None if part is None else factor * part for part in self))
+
+
 @pytree()
 class Tolerance:
     """How small a residual must be: `|r_tj| ≤ absolute_j + relative · |x_tj|`.
 
     Attributes:
         relative: A scalar; None is 128 units in the last place of the state's type.
-        absolute: A scalar or an array of shape `(D,)`, in the units of the state; None is the same number.
+        absolute: A scalar or an array of shape `(D,)`, in the units of the state; None is `relative` times the mean |x_j|
+            of the step and the 15 before it.
     """
 
     relative: ArrayLike | None = None
@@ -101,6 +134,7 @@ class Tolerance:
         Raises:
             ValueError: If a part is negative, not finite (traced ones pass), or of the wrong shape.
         """
+        self.check_values()
         for name, shapes in (("relative", ((),)), ("absolute", ((), (1,), (dimension,)))):
             value = getattr(self, name)
             if value is None:
@@ -109,33 +143,41 @@ class Tolerance:
                 raise ValueError(
                     f"tolerance: {name} has shape {jnp.shape(value)}, wanted one of {shapes}"
                 )
-            if (
-                not isinstance(value, Tracer)
-                and not (np.isfinite(value) & (np.asarray(value) >= 0)).all()
-            ):
+
+    def check_values(self) -> None:
+        """Refuse numbers that no path, or any path, could meet.
+
+        Raises:
+            ValueError: If a part is no number, negative or not finite (traced ones pass).
+        """
+        for name, value in (("relative", self.relative), ("absolute", self.absolute)):
+            if value is None or isinstance(value, Tracer):
+                continue
+            is_number = np.asarray(value).dtype.kind in "fiu"
+            if not is_number or not (np.isfinite(value) & (np.asarray(value) >= 0)).all():
                 raise ValueError(f"tolerance: {name} must be finite and at least 0, got {value!r}")
 
-    def parts(self, dtype: jnp.dtype) -> tuple[Array, Array]:
-        """`absolute` and `relative` as arrays of `dtype`, defaults filled in."""
+    def parts(self, dtype: jnp.dtype) -> Bound:
+        """The tolerance in numbers of `dtype`."""
         unit = DEFAULT_ULPS * jnp.finfo(dtype).eps
-        return (
-            jnp.asarray(unit if self.absolute is None else self.absolute, dtype),
+        return Bound(
+            None if self.absolute is None else jnp.asarray(self.absolute, dtype),
             jnp.asarray(unit if self.relative is None else self.relative, dtype),
         )
 
-    def ratio(self, residual: Array, states: Array) -> Array:
+    def ratio(self, residual: Array, states: Array, recent: Array) -> Array:
         """How far each step is from the tolerance.
 
         Args:
             residual: Shape `(T, D)`.
             states: Shape `(T, D)`.
+            recent: `time_axis.recent_sizes` of the states, shape `(T, D)`.
 
         Returns:
             Shape `(T,)`: at most 1 where the step is exact; NaN where the residual is not finite.
         """
-        absolute, relative = self.parts(states.dtype)
         # Residual and bound are compared without dividing by zero: a tolerance of 0 asks for bitwise equality.
-        bound = jnp.asarray(absolute + relative * jnp.abs(states), states.dtype)
+        bound = jnp.asarray(self.parts(states.dtype).at(states, recent), states.dtype)
         size = jnp.abs(residual)
         scaled = jnp.where(size == 0, 0.0, size / bound)
         # An infinite state has an infinite bound: that must not pass as exact.

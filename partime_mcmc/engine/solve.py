@@ -22,7 +22,7 @@ from partime_mcmc.engine.adjoint import Adjoint, Implicit
 from partime_mcmc.engine.dynamics import Dynamics, check_state, ravel, without_captures
 from partime_mcmc.engine.recipes import DEFAULT_MAX_ITERATIONS, deer
 from partime_mcmc.engine.solution import Solution, Stats, Status, Tolerance, nanaware_max
-from partime_mcmc.engine.time_axis import LocalTime, TimeAxis
+from partime_mcmc.engine.time_axis import LocalTime, TimeAxis, recent_sizes
 from partime_mcmc.engine.windows import AllAtOnce, Schedule
 from partime_mcmc.solvers import Sequential, Solver
 from partime_mcmc.types import Array, Key, PyTree, pytree
@@ -233,8 +233,9 @@ def _one_pass(
     proposal, memory = solver.step(
         dynamics, first, states, in_window, loop.memory, axis=axis, key=key, tolerance=tolerance
     )
+    sizes = recent_sizes(axis, proposal.judged)
     num_exact = axis.length_of_true(
-        tolerance.ratio(proposal.residual, proposal.judged) <= 1
+        tolerance.ratio(proposal.residual, proposal.judged, sizes) <= 1
     ).astype(jnp.int32)
     per_step = nanaware_max(jnp.abs(proposal.residual), axis=1)
     per_step = jnp.where(jnp.isfinite(per_step), per_step, jnp.nan)

@@ -91,6 +91,28 @@ class TimeAxis(ScanAxis, Protocol):
         ...
 
 
+# Over how many steps, itself included, the size of a coordinate is taken; a power of two. In fewer steps a coordinate may be
+# near zero by chance while `f` still rounds by units of its usual size; after many more a large start would be remembered.
+REMEMBERED = 16
+
+
+def recent_sizes(axis: TimeAxis, states: Array) -> Array:
+    """The mean |x_j| of each step and the 15 before it, shape `(T, D)` like `states`; where there are fewer, zeros stand for them.
+
+    The state before the first step does not count: it was given, and the recurrence may map it to anything.
+    """
+    sizes = jnp.abs(states) / REMEMBERED
+    tail = sizes[max(sizes.shape[0] - REMEMBERED + 1, 0) :]
+    before = jnp.zeros((REMEMBERED - 1, *states.shape[1:]), states.dtype)
+    before = before.at[REMEMBERED - 1 - tail.shape[0] :].set(tail)
+    before = axis.previous(jnp.zeros_like(before), before[None])[0]
+    sizes, shift = jnp.concatenate([before, sizes]), 1
+    while shift < REMEMBERED:
+        sizes = sizes[shift:] + sizes[:-shift]
+        shift *= 2
+    return sizes
+
+
 @pytree(static=("scan",))
 class LocalTime:
     """The whole path on one device.

@@ -2,6 +2,8 @@
 
     x_t = f(x_{t-1}, u_t),  y_t = f(y_{t-1}, u_t),    m = min {t : |x_tj − y_tj| ≤ absolute_j + relative |y_tj|, all j}
 
+(`engine.solution` says what stands for an absolute tolerance that is not given).
+
 The same map takes equal states to equal states, so a pair that has met bit for bit is one path for ever; a pair within
 a tolerance of rounding is treated as one, as shooting treats it. m is what a re-rolled segment of shooting costs, and
 from far-apart starts the time after which the system has forgotten its start. Unlike a Lyapunov exponent it speaks for
@@ -21,6 +23,7 @@ from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.engine import Dynamics, Tolerance, ravel, without_captures
 from partime_mcmc.engine.solution import nanaware_max
+from partime_mcmc.solvers.segments import RecentSizes, agree
 from partime_mcmc.solvers.sequential import cached_step_of
 from partime_mcmc.types import Array, PyTree, pytree
 from partime_mcmc.validation import check_count
@@ -150,19 +153,22 @@ def _tail(steps, met) -> tuple[float, float]:
 
 @functools.partial(jax.jit, static_argnames=("shared",))
 def _meet(dynamics, pairs, tape, tolerance, num_steps, scale, *, shared) -> MeetingTimes:
-    absolute, relative = tolerance.parts(pairs.dtype)
+    bound = tolerance.parts(pairs.dtype)
     enter, advance = _batched(dynamics, shared)
 
     def look(step, states, carried):
-        steps, met, gap = carried
-        near = (
-            jnp.abs(states[:, 0] - states[:, 1]) <= absolute + relative * jnp.abs(states[:, 1])
-        ).all(axis=1)
+        steps, met, gap, recent = carried
+        recent = None if recent is None else recent.at(step)
+        recent = None if recent is None else recent.seen(states[:, 1])
+        sizes = None if recent is None else recent.mean
+        near = agree(states[:, 0], states[:, 1], bound, sizes)
+        near &= jnp.isfinite(states).all(axis=(1, 2))
         # A pair keeps the step and the distance of its meeting.
-        return (jnp.where(met, steps, step), met | near, jnp.where(met, gap, _apart(states, scale)))
+        gap = jnp.where(met, gap, _apart(states, scale))
+        return jnp.where(met, steps, step), met | near, gap, recent
 
     def waiting(carry):
-        step, _, states, (_, met, _) = carry
+        step, _, states, (_, met, _, _) = carry
         return (step < num_steps) & (~met & ~jnp.isnan(states).any(axis=(1, 2))).any()
 
     def one_step(carry):
@@ -172,9 +178,10 @@ def _meet(dynamics, pairs, tape, tolerance, num_steps, scale, *, shared) -> Meet
 
     count, zero = pairs.shape[0], jnp.zeros((), jnp.int32)
     begin = jnp.zeros(count, jnp.int32), jnp.zeros(count, bool), jnp.zeros(count, pairs.dtype)
+    begin = *begin, RecentSizes.none(bound, pairs[:, 1])
     first = jax.tree.map(lambda leaf: leaf[0], tape)
     start = zero, enter(pairs, first), pairs, look(zero, pairs, begin)
-    return MeetingTimes(*lax.while_loop(waiting, one_step, start)[3])
+    return MeetingTimes(*lax.while_loop(waiting, one_step, start)[3][:3])
 
 
 @functools.partial(jax.jit, static_argnames=("shared",))

@@ -29,7 +29,7 @@ from partime_mcmc.kernels.multishift_mala import coalescing_mala
 from partime_mcmc.kernels.multishift_random_walk import coalescing_random_walk
 from partime_mcmc.kernels.whitening import Whitening, checked_root
 from partime_mcmc.types import Array, ArrayLike, PyTree, Tracer
-from partime_mcmc.validation import check_count
+from partime_mcmc.validation import check_count, describe
 
 # A quarter of the period of a standard normal's Hamiltonian flow: the path length that forgets the start best.
 QUARTER_PERIOD = math.pi / 2
@@ -256,11 +256,17 @@ def check_step_size(step_size: ArrayLike) -> None:
     Raises:
         ValueError: If a concrete step size is not a positive finite number (traced ones pass).
     """
-    try:
-        value = np.asarray(step_size, float)
-    except Exception:  # traced: its value is not known here
+    if isinstance(step_size, Tracer):  # its value is not known here
         return
-    if value.ndim != 0 or not np.isfinite(value) or value <= 0:
+    try:
+        value = np.asarray(step_size)
+    except Exception as error:
+        raise TypeError(
+            f"step_size: got {describe(step_size)}, wanted one positive finite number"
+        ) from error
+    # "fiu": floats and integers, signed or not; JAX's short floats are of no kind that NumPy knows.
+    is_number = value.dtype.kind in "fiu" or jnp.issubdtype(value.dtype, jnp.floating)
+    if not is_number or value.ndim != 0 or not np.isfinite(value) or value <= 0:
         raise ValueError(f"step_size: got {step_size!r}, wanted one positive finite number")
 
 

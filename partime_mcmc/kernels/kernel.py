@@ -24,6 +24,7 @@ from partime_mcmc.engine import CachedStep, Dynamics
 from partime_mcmc.kernels.explicit_randomness import ExplicitRandomnessKernel
 from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import Array, Key, PyTree, pytree
+from partime_mcmc.validation import check_generator
 
 _DERIVED = ("logdensity", "logdensity_grad")
 
@@ -186,6 +187,7 @@ class Kernel:
 
     def tape_and_discrete(self, keys: Key, state: PyTree) -> tuple[Tape, dict]:
         """As `tape_of`, with the discrete leaves after the last step: what the next tape of the chain starts from."""
+        check_generator(keys, "key")
         start, randomness, num_steps = self.discrete(state), keys, keys.shape[0]
         if isinstance(self.algorithm, ExplicitRandomnessKernel):
             randomness = self.algorithm.sample_randomness(keys, state)

@@ -54,7 +54,7 @@ from partime_mcmc.storage.saved_run import chain_state_of
 from partime_mcmc.storage.store import Store
 from partime_mcmc.storage.stored_draws import StoredDraws
 from partime_mcmc.types import Key, PyTree
-from partime_mcmc.validation import check_count, check_has
+from partime_mcmc.validation import check_count, check_generator, check_has
 from partime_mcmc.warmup.warmup import Warmup
 
 
@@ -223,6 +223,7 @@ class ParallelMCMC(MCMC):
         """
         keep_on_disk()
         rng_key = check_keys(rng_key, self.num_chains)
+        check_generator(rng_key, "rng_key")
         check_leading(init_params, self.num_chains)
         if isinstance(extra_fields, str):
             raise TypeError(

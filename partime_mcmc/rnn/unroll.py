@@ -87,7 +87,7 @@ def network_tolerance(dtype: jnp.dtype) -> Tolerance:
     """The tolerance of a network's path."""
     found = jnp.finfo(dtype)
     unit = (_ULPS if found.bits >= 32 else _COARSE_ULPS) * float(found.eps)
-    return Tolerance(unit, unit)
+    return Tolerance(unit)
 
 
 def plan_for(carry: PyTree) -> SegmentedScanConfig:
@@ -421,6 +421,10 @@ def unroll_with_status(
     max_iterations: int | None = None,
 ) -> tuple[PyTree, PyTree, UnrollStatus]:
     """`unroll`, and how its path was found; arguments and failures as there."""
+    if not callable(cell):
+        raise TypeError(
+            f"cell: got {describe(cell)}, wanted a function (params, carry, input) -> (carry, output)"
+        )
     params, carry, inputs = jax.tree.map(jnp.asarray, (params, carry, inputs))
     batch, num_steps, one, x = check_inputs(carry, inputs, batch_axes)
     mask = check_mask(mask, (*batch, num_steps))

@@ -92,6 +92,7 @@ def check_strategies(
     tolerance: Any = None,
     max_iterations: Any = None,
     certificate: Any = CertifyWhileRolling(),
+    adaptation: Any = None,
 ) -> None:
     """Refuse arguments of the wrong kind.
 
@@ -126,6 +127,15 @@ def check_strategies(
     if tolerance is not None and not isinstance(tolerance, Tolerance):
         raise TypeError(
             f"tolerance: got {describe(tolerance)}, wanted Tolerance(relative, absolute) or None"
+        )
+    if tolerance is not None:
+        tolerance.check_values()
+    if adaptation is not None:
+        check_has(
+            adaptation,
+            "adaptation",
+            ("__call__",),
+            "PooledAdaptation(...), WindowAdaptation(...), or None",
         )
     if max_iterations is not None:
         check_count(max_iterations, "max_iterations", 1)

@@ -34,10 +34,11 @@ def default_solver(
 def default_tolerance(kernel: Kernel, dtype: Any) -> Tolerance:
     """A tenth (float32) to a thousandth (float64) of what the certificate allows, in the units of the kernel's noise.
 
-    What is left to the certificate's bound is for conditioning: an error of one step reaches the next ones.
+    What is left to the certificate's bound is for conditioning: an error of one step reaches the next ones. Kernels that do
+    not know their noise are judged by the sizes of their states.
     """
-    unit = np.minimum(
-        1.0, np.min(np.asarray(1.0 if kernel.noise_scale is None else kernel.noise_scale))
-    )
     size = 1e-11 if jnp.dtype(dtype) == jnp.float64 else 1e-5
+    if kernel.noise_scale is None:
+        return Tolerance(relative=0.25 * size)
+    unit = np.minimum(1.0, np.min(np.asarray(kernel.noise_scale)))
     return Tolerance(relative=0.25 * size, absolute=np.asarray(size * unit, dtype))

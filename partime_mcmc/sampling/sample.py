@@ -60,7 +60,7 @@ from partime_mcmc.storage.store import Store
 from partime_mcmc.storage.stored_draws import StoredDraws
 from partime_mcmc.storage.streaming_statistics import Fold
 from partime_mcmc.types import Key, PyTree, Tracer
-from partime_mcmc.validation import check_count, check_key
+from partime_mcmc.validation import check_count, check_generator, check_key
 from partime_mcmc.warmup.warmup import Adaptation, Warmup
 
 
@@ -204,7 +204,10 @@ def sample(
         )
     keep_on_disk()
     key = check_key(key)
-    check_strategies(target, kernel, solver, schedule, tolerance, max_iterations, certificate)
+    check_generator(key, "key")
+    check_strategies(
+        target, kernel, solver, schedule, tolerance, max_iterations, certificate, adaptation
+    )
     num_samples = check_count(num_samples, "num_samples", 0)
     num_chains = check_count(num_chains, "num_chains", 1)
     fewest = 0 if isinstance(kernel, (Kernel, Warmup)) else FEWEST_WARMUP

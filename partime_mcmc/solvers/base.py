@@ -95,9 +95,13 @@ def defect(values: Array, states: Array) -> Array:
     """`values − states`, and exactly 0 where they are equal and finite.
 
     A compiler may fuse the last product of `f` with this subtraction and skip the rounding of the product; a state that
-    is `f` of its past would then show a residual below one ulp, and tolerance 0 could not be met.
+    is `f` of its past would then show a residual below one ulp, and tolerance 0 could not be met. The other way about, the
+    difference of two small numbers may be flushed to 0: numbers that differ do so by the smallest normal number at least.
     """
-    return jnp.where((values == states) & jnp.isfinite(values), 0, values - states)
+    difference = values - states
+    least = jnp.asarray(jnp.finfo(values.dtype).tiny, values.dtype)
+    difference = jnp.where(difference == 0, least, difference)
+    return jnp.where((values == states) & jnp.isfinite(values), 0, difference)
 
 
 def replace_nonfinite_jacobians(maps: AffineMap) -> tuple[AffineMap, Array]:

@@ -135,7 +135,12 @@ class Kalman:
         residual = defect(values, states)
         maps, num_jacobians = replace_nonfinite_jacobians(maps)
         right = jnp.where(jnp.isfinite(residual), residual, 0)
-        merit = jnp.sqrt(axis.total(jnp.mean(right**2, axis=1)) / axis.length(states.shape[0]))
+        # In units of the largest one, whose square need not be a number of this type.
+        largest = axis.maximum(jnp.max(jnp.abs(right), axis=1))
+        shares = right / jnp.where(largest > 0, largest, 1)
+        merit = largest * jnp.sqrt(
+            axis.total(jnp.mean(shares**2, axis=1)) / axis.length(states.shape[0])
+        )
         damping, state = self.damping(merit, state)
         correction = trust_region_step(maps.with_shift(right), damping, initial, axis)
         updated, num_updates = replace_nonfinite_updates(states + correction, values, states)

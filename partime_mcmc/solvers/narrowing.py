@@ -23,7 +23,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from partime_mcmc.solvers.segments import agree
+from partime_mcmc.engine.solution import Bound
+from partime_mcmc.solvers.base import defect
+from partime_mcmc.solvers.segments import RecentSizes, agree
 from partime_mcmc.types import Array, PyTree
 
 _NARROWER = 4
@@ -40,7 +42,7 @@ class Segments(NamedTuple):
         roll: `(memory, values of one step) -> (memory, rows (W, D + R))`: states, and behind them the step's `aux` numbers.
         drives: Drives by segment, leading axes `(L, n)`.
         values: What `roll` needs of each step, leading axes `(n, L)`.
-        bound: Absolute and relative tolerance, shapes `(L, D)` and `(L, 1)`.
+        bound: The tolerance, its parts of shapes `(L, D)` and `(L, 1)`.
         init_cost: Evaluations that `init` costs: 1 or 0.
     """
 
@@ -48,7 +50,7 @@ class Segments(NamedTuple):
     roll: Callable
     drives: PyTree
     values: PyTree
-    bound: tuple[Array, Array]
+    bound: Bound
     init_cost: int
 
 
@@ -112,7 +114,8 @@ def roll_until_met(
         The lanes; those still open have a new path to their very end, and no gap in it.
     """
     steps = lanes.path.shape[0]
-    only_equal = ((segments.bound[0] == 0) & (segments.bound[1] == 0)).any()
+    absolute, relative = segments.bound
+    only_equal = ((relative == 0) & (True if absolute is None else absolute == 0)).any()
     lanes = lanes._replace(step=jnp.zeros((), jnp.int32))
     for width, narrower in zip(levels, (*levels[1:], 0)):
         enough = jnp.where(only_equal | is_first, 0, narrower)
@@ -142,38 +145,43 @@ def _level(segments: Segments, starts, is_first, width, enough, lanes: Lanes) ->
     ]
     state = take(jnp.where(begin == 0, starts, before))
     memory = segments.init(state, jax.tree.map(lambda leaf: take(row(leaf)), segments.drives))
-    bound = tuple(take(part) for part in segments.bound)
+    bound = jax.tree.map(take, segments.bound)
     met = ~lanes.open if full else chosen == num_lanes
 
     def going(carry):
         return (carry[0] < steps) & ((~carry[4]).sum() > enough)
 
     def advance(carry):
-        step, memory, last, rolled, met, where, gap = carry
+        step, memory, last, rolled, met, where, gap, recent = carry
         at_step = functools.partial(lax.dynamic_index_in_dim, index=step, keepdims=False)
         memory, row = segments.roll(
             memory, jax.tree.map(lambda leaf: take(at_step(leaf)), segments.values)
         )
         stored_row = take(at_step(lanes.path))
         new, stored = row[:, :dimension], stored_row[:, :dimension]
-        meets = ~met & agree(new, stored, bound) & ~is_first
-        if last is not None:
-            meets &= (new != last).any(axis=1) | (new == stored).all(axis=1)
         # An older gap further on is still there; the larger of the two stands for both, at the place of the newer.
         older = jnp.where((where > step)[:, None], jnp.abs(gap), 0)
-        gap = jnp.where(meets[:, None], jnp.maximum(jnp.abs(new - stored), older), gap)
+        recent = None if recent is None else recent.at(step)
+        sizes = None if recent is None else recent.seen(stored).mean
+        meets = ~met & agree(new, stored, bound, sizes, older) & ~is_first
+        if last is not None:
+            meets &= (new != last).any(axis=1) | (new == stored).all(axis=1)
+        apart = jnp.maximum(jnp.abs(defect(new, stored)), older)
+        gap = jnp.where(meets[:, None], apart, gap)
         where = jnp.where(meets, step, where)
         # At the meeting the stored state stays, because what follows was computed from it; `aux` is of the new step.
         row = jnp.where(met[:, None] | meets[:, None] & is_state, stored_row, row)
         rolled = lax.dynamic_update_index_in_dim(rolled, row, step, 0)
-        return step + 1, memory, None if last is None else new, rolled, met | meets, where, gap
+        recent = None if recent is None else recent.seen(new)
+        last = None if last is None else new
+        return step + 1, memory, last, rolled, met | meets, where, gap, recent
 
     # Read from one buffer and write to another: a loop that does both on one is made to copy all of it in every step.
     rolled = jnp.zeros((steps, width, width_of_row), lanes.path.dtype)
     last = state if width_of_row > dimension else None
-    end, _, _, rolled, met, where, gap = lax.while_loop(
-        going, advance, (begin, memory, last, rolled, met, take(lanes.where), take(lanes.gap))
-    )
+    recent = RecentSizes.none(bound, state)
+    begins = begin, memory, last, rolled, met, take(lanes.where), take(lanes.gap), recent
+    end, _, _, rolled, met, where, gap, _ = lax.while_loop(going, advance, begins)
     if full:
         path = lax.fori_loop(begin, end, functools.partial(_copy_step, rolled), lanes.path)
         still = ~met

@@ -25,7 +25,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from partime_mcmc.solvers.segments import agree, share_lanes, to_segments
+from partime_mcmc.solvers.segments import (
+    RecentSizes,
+    agree,
+    bound_of_lanes,
+    share_lanes,
+    to_segments,
+)
 from partime_mcmc.types import Array, ArrayLike, PyTree, pytree
 
 # Segments shorter than this meet too late to be worth their start.
@@ -97,7 +103,7 @@ def segmented_scan(
     params: PyTree,
     initial: Array,
     drives: PyTree,
-    bound: tuple[ArrayLike, ArrayLike],
+    bound: tuple[ArrayLike | None, ArrayLike],
     plan: SegmentedScanConfig,
     *,
     direction: int = 1,
@@ -109,15 +115,17 @@ def segmented_scan(
         params: Shared by all steps.
         initial: The state before the first step, shape `(D,)`.
         drives: Leaves with leading axis `T`.
-        bound: Absolute, shape `()` or `(D,)`, and relative tolerance at a meeting.
+        bound: Absolute, shape `()` or `(D,)`, and relative tolerance at a meeting. None for the former judges by the largest
+            mean |x_k| of the last states, over all k: numbers of one state are taken to be of one kind, and each a sum of others.
         plan: How many lanes.
         direction: 1 runs from the first step to the last, -1 from the last to the first.
 
     Returns:
         The states after each step, shape `(T, D)`, each at its step's place in time; and how they were found.
     """
-    absolute, relative = (jnp.asarray(part, initial.dtype) for part in bound)
-    chains = (initial, drives, jnp.broadcast_to(absolute, initial.shape), relative)
+    absolute, relative = jax.tree.map(lambda part: jnp.asarray(part, initial.dtype), tuple(bound))
+    absolute = None if absolute is None else jnp.broadcast_to(absolute, initial.shape)
+    chains = (initial, drives, absolute, relative)
     chains = jax.tree.map(lambda leaf: leaf[None], chains)
     return jax.tree.map(lambda leaf: leaf[0], _runner(step, plan, direction)(params, *chains))
 
@@ -182,7 +190,7 @@ def _run(step, plan, direction, params, initial, drives, absolute, relative):
         leaf = leaf[:, :body] if forward else leaf[:, num_steps - body :]
         return to_segments(leaf, segments)
 
-    bound = jnp.repeat(absolute, segments, axis=0), jnp.repeat(relative, segments)[:, None]
+    bound = bound_of_lanes(absolute, relative, segments)
     tape = jax.tree.map(cut, drives)
     patience = min(length, num_steps // PROBE_SHARE - PROBE_RUN)
     forgets, looked = _probe(advance, initial, tape, bound, patience, direction, segments)
@@ -262,20 +270,29 @@ def _probe(advance, initial, tape, bound, patience, direction, segments):
     typical = lax.fori_loop(0, min(PROBE_RUN, length), roll, starts)
     pairs = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), few)
 
-    def have_met(states):
-        return agree(states[:count], states[count:], limit).all()
+    def have_met(states, recent):
+        return agree(states[:count], states[count:], limit, _largest(recent)).all()
 
     def apart(carry):
-        step, states = carry
-        return (step < patience) & ~have_met(states)
+        step, _, _, met = carry
+        return (step < patience) & ~met
 
     def onwards(carry):
-        step, states = carry
-        return step + 1, advance(states, _row(pairs, _place(step, length, direction)))
+        step, states, recent, _ = carry
+        states = advance(states, _row(pairs, _place(step, length, direction)))
+        recent = None if recent is None else recent.at(step).seen(states[count:])
+        return step + 1, states, recent, have_met(states, recent)
 
-    begin = jnp.zeros((), jnp.int32), jnp.concatenate([starts, jnp.roll(typical, 1, axis=0)])
-    step, states = lax.while_loop(apart, onwards, begin)
-    return have_met(states), step
+    states, recent = jnp.concatenate([starts, jnp.roll(typical, 1, axis=0)]), None
+    if limit.absolute is None:
+        recent = RecentSizes.none(limit, starts).seen(states[count:])
+    begin = jnp.zeros((), jnp.int32), states, recent, have_met(states, recent)
+    step, _, _, met = lax.while_loop(apart, onwards, begin)
+    return met, step
+
+
+def _largest(recent):
+    return None if recent is None else recent.mean.max(axis=1, keepdims=True)
 
 
 def _correct(advance, starts, tape, path, bound, patience, direction, wanted):
@@ -287,24 +304,28 @@ def _correct(advance, starts, tape, path, bound, patience, direction, wanted):
     length = path.shape[1]
 
     def unfinished(carry):
-        step, _, met, _, _ = carry
+        step, _, met, _, _, _ = carry
         return wanted & (step < patience) & ~met
 
     def onwards(carry):
-        step, states, _, _, head = carry
+        step, states, _, _, head, recent = carry
         at = _place(step, length, direction)
         states = advance(states, _row(tape, at))
         stored = _row(path, at)
-        met = agree(states, stored, bound).all()
+        recent = None if recent is None else recent.at(step)
+        sizes = None if recent is None else recent.seen(stored)
+        met = agree(states, stored, bound, _largest(sizes)).all()
+        recent = None if recent is None else recent.seen(states)
         gap = jnp.max(jnp.where(jnp.isfinite(stored), jnp.abs(states - stored), 0))
         # Read from one buffer and write to another: a loop that does both on one would copy all of it in every step.
         place = _place(step, patience, direction)
         head = lax.dynamic_update_index_in_dim(head, states, place, 1)
-        return step + 1, states, met, gap, head
+        return step + 1, states, met, gap, head, recent
 
     head = jnp.zeros((path.shape[0], patience, path.shape[2]), path.dtype)
     nothing = jnp.zeros((), jnp.int32), starts, jnp.asarray(False), jnp.zeros((), path.dtype), head
-    step, _, met, gap, head = lax.while_loop(unfinished, onwards, nothing)
+    nothing = *nothing, RecentSizes.none(bound, starts)
+    step, _, met, gap, head, _ = lax.while_loop(unfinished, onwards, nothing)
     # At the meeting the stored state stays, because what follows was computed from it.
     begin = 0 if direction > 0 else length - patience
     order = _place(jnp.arange(patience), patience, direction)

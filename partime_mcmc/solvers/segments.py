@@ -8,12 +8,15 @@ chain; all lanes take a step together, as one batch.
 """
 
 import math
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from partime_mcmc.engine.solution import Bound
+from partime_mcmc.engine.time_axis import REMEMBERED
+from partime_mcmc.solvers.base import defect
 from partime_mcmc.types import Array
 
 # Lanes that fill a device (`python -m benchmarks.advised`): two CPU cores are full with some hundred, a GPU with thousands.
@@ -91,7 +94,40 @@ def to_segments(leaf: Array, num_segments: int) -> Array:
     return leaf.reshape(leaf.shape[0] * num_segments, -1, *leaf.shape[2:])
 
 
-def agree(new: Array, stored: Array, bound: tuple[Array, Array]) -> Array:
+def bound_of_lanes(absolute: Array | None, relative: Array, num_segments: int) -> Bound:
+    """The tolerances of chains, shapes `(B, D)` or None and `(B,)`, as those of their segments, chain after chain."""
+    if absolute is not None:
+        absolute = jnp.repeat(absolute, num_segments, axis=0)
+    return Bound(absolute, jnp.repeat(relative, num_segments)[:, None])
+
+
+class RecentSizes(NamedTuple):
+    """The sizes |x_j| by which lanes are judged while they are rolled: of up to 16 of the last states, so of no more than the
+    judge of the whole path looks at (`time_axis.recent_sizes`).
+
+    Attributes:
+        mean: A sixteenth of their sum since the last step that is a multiple of 16, shape `(L, D)`.
+    """
+
+    mean: Array
+
+    @classmethod
+    def none(cls, bound: Bound, like: Array) -> "RecentSizes | None":
+        """Before the first step, for states like `like`; None where an absolute tolerance makes them unnecessary."""
+        return cls(jnp.zeros_like(like)) if bound.absolute is None else None
+
+    def at(self, step: Array) -> "RecentSizes":
+        """Before the state of `step`, an index that goes up by one."""
+        return RecentSizes(jnp.where(step % REMEMBERED == 0, 0, self.mean))
+
+    def seen(self, states: Array) -> "RecentSizes":
+        """With the states `(L, D)` of one more step."""
+        return RecentSizes(self.mean + jnp.abs(states) / REMEMBERED)
+
+
+def agree(
+    new: Array, stored: Array, bound: Bound, recent: Array | None, older: Array | float = 0.0
+) -> Array:
     """Whether the states `(L, D)` of each lane agree within the tolerance, shape `(L,)`.
 
     An infinite stored state has an infinite bound, and infinity minus itself is NaN. So equal numbers agree and NaN
@@ -101,7 +137,11 @@ def agree(new: Array, stored: Array, bound: tuple[Array, Array]) -> Array:
     Args:
         new: Shape `(L, D)`.
         stored: Shape `(L, D)`.
-        bound: Absolute and relative tolerance, shapes `(L, D)` and `(L, 1)`.
+        bound: The tolerance, its parts of shapes `(L, D)` and `(L, 1)`.
+        recent: Mean sizes of the stored state and those before it, shape `(L, D)`; None if `bound` needs none.
+        older: Differences, shape `(L, D)`, that are to be within the tolerance here, too.
     """
-    near = jnp.isfinite(stored) & (jnp.abs(new - stored) <= bound[0] + bound[1] * jnp.abs(stored))
-    return (near | (new == stored) | (jnp.isnan(new) & jnp.isnan(stored))).all(axis=1)
+    allowed = bound.at(stored, recent)
+    near = jnp.isfinite(stored) & (jnp.abs(defect(new, stored)) <= allowed)
+    same = near | (new == stored) | (jnp.isnan(new) & jnp.isnan(stored))
+    return (same & ~(older > allowed)).all(axis=1)

@@ -36,13 +36,19 @@ from jax import lax
 
 from partime_mcmc.engine.dynamics import CachedStep, Dynamics
 from partime_mcmc.engine.solution import Tolerance
-from partime_mcmc.engine.time_axis import TimeAxis
+from partime_mcmc.engine.time_axis import REMEMBERED, TimeAxis
 from partime_mcmc.linearize import Linearizer, ZeroJacobian
-from partime_mcmc.solvers.base import Proposal, Solver
+from partime_mcmc.solvers.base import Proposal, Solver, defect
 from partime_mcmc.solvers.hoist import hoist_drive_only
 from partime_mcmc.solvers.interfaces import SegmentInterfaces, corrector
 from partime_mcmc.solvers.narrowing import Segments, no_lanes, roll_until_met, widths
-from partime_mcmc.solvers.segments import agree, segment_length, share_lanes, to_segments
+from partime_mcmc.solvers.segments import (
+    agree,
+    bound_of_lanes,
+    segment_length,
+    share_lanes,
+    to_segments,
+)
 from partime_mcmc.solvers.sequential import cached_step_of, init_as_is
 from partime_mcmc.types import Array, Key, PyTree, pytree
 from partime_mcmc.validation import check_count
@@ -105,7 +111,7 @@ class Shooting(Solver):
                 "a divisor, or distributed.sharded_solve, which fills up time"
             )
         absolute, relative = tolerance.parts(states.dtype)
-        absolute = jnp.broadcast_to(absolute, initial.shape)
+        absolute = None if absolute is None else jnp.broadcast_to(absolute, initial.shape)
         cached = cached_step_of(dynamics)
         budget = 4 + 256 / steps if self.max_evaluations is None else self.max_evaluations
         budget = (
@@ -157,7 +163,7 @@ def _shoot(cached, steps, budget, axis, shared, initial, guess, drives, absolute
     num_segments = math.ceil(num_steps / steps)
     num_lanes = num_chains * num_segments
     drives = jax.tree.map(lambda leaf: _filled_up(leaf, num_segments, steps), drives)
-    bound = jnp.repeat(absolute, num_segments, axis=0), jnp.repeat(relative, num_segments)[:, None]
+    bound = bound_of_lanes(absolute, relative, num_segments)
     interfaces = SegmentInterfaces(axis, initial)
     ends = guess[:, jnp.minimum(jnp.arange(1, num_segments + 1) * steps, num_steps) - 1]
     guessed = interfaces.hand_over(ends.reshape(num_lanes, dimension))
@@ -166,7 +172,7 @@ def _shoot(cached, steps, budget, axis, shared, initial, guess, drives, absolute
     correct = corrector(cached, correction, key, drives, interfaces)
     plain = isinstance(correction, ZeroJacobian)
     # A corrected start differs from its predecessor's end by what the meeting leaves over; that must still be within `bound`.
-    meeting = bound if plain else tuple(0.25 * part for part in bound)
+    meeting = bound if plain else bound.scaled(0.25)
     segments, num_aux = _segments(cached, initial[0], drives, meeting)
     levels = widths(num_lanes, num_chains)
     is_closed = functools.partial(_closed, interfaces, bound, num_aux)
@@ -215,7 +221,11 @@ def _shoot(cached, steps, budget, axis, shared, initial, guess, drives, absolute
 
 def _closed(interfaces, bound, num_aux, lanes, starts, ends):
     """Which lanes start at their predecessor's end: to the tolerance, and exactly where that end is a step that stands still."""
-    closed, dimension = agree(ends, starts, bound), starts.shape[1]
+    dimension = starts.shape[1]
+    # The start will stand in the place of the last of these states.
+    before = jnp.abs(lanes.path[-REMEMBERED:-1, :, :dimension]).sum(axis=0)
+    sizes = (interfaces.hand_over(before) + jnp.abs(starts)) / REMEMBERED
+    closed = agree(ends, starts, bound, sizes)
     if not num_aux:
         return closed
     last = lanes.path[-1, :, :dimension]
@@ -273,9 +283,9 @@ def _judged(lanes, starts, wanted, interfaces):
     residual = residual.at[lanes.where, index].add(lanes.gap)
     used, wanted = (interfaces.next(values) for values in (starts, wanted))
     joined = ~interfaces.is_last(path.shape[1])[:, None] & jnp.isfinite(wanted)
-    defect = jnp.where(joined, wanted - used, 0)
+    left = jnp.where(joined, defect(wanted, used), 0)
     last = jnp.where(joined, used, path[-1])
-    return path.at[-1].set(last), residual.at[-1].add(defect)
+    return path.at[-1].set(last), residual.at[-1].add(left)
 
 
 def _filled_up(leaf: Array, num_segments: int, steps: int) -> Array:

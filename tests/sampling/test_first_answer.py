@@ -114,8 +114,8 @@ def test_numbers_of_leapfrog_steps_share_one_program():
 def test_a_value_that_two_threads_want_is_made_once():
     cache, made, found = OnceCache(4), [], []
 
-    def make():
-        made.append(None)
+    def make(old):
+        made.append(old)
         time.sleep(0.1)
         return object()
 
@@ -129,10 +129,11 @@ def test_a_value_that_two_threads_want_is_made_once():
         one.join()
     assert len(made) == 1 and len(set(map(id, found))) == 1
     with pytest.raises(ZeroDivisionError):
-        cache.get("other", lambda: 1 / 0)
-    assert cache.get("other", lambda: 2) == 2, "what failed is tried again"
-    assert cache.get("unkept", lambda: 3, keep=lambda value: False) == 3
-    assert cache.get("unkept", lambda: 4) == 4
+        cache.get("other", lambda old: 1 / 0)
+    assert cache.get("other", lambda old: 2) == 2, "what failed is tried again"
+    assert cache.get("unkept", lambda old: 3, keep=lambda value: False) == 3
+    assert cache.get("unkept", lambda old: 4) == 4
+    assert cache.get("unkept", lambda old: old + 1, holds=lambda value: False) == 5
 
 
 SCRIPT = """

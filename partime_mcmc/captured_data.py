@@ -1,0 +1,172 @@
+"""What a function reads besides its arguments: closures, globals, defaults, attributes of objects, by content.
+
+A traced function keeps the values that it read. If a notebook cell rebinds a global array, or writes into one, the function
+is the same object and computes something else. `data_read_by` names every such variable with a token,
+
+    token(array) = its type, shape and a checksum of its bytes,      token(number or text) = itself,
+    token(immutable or unknown object) = the object itself, compared by identity,
+
+so that two equal fingerprints mean that nothing was rebound and no array changed in place. Code of libraries is followed into
+its closures and arguments, where functions of the user are found, but not into its globals.
+
+Left out: what a function reads from files, from modules of libraries, or from attributes that are computed.
+"""
+
+import functools
+import sys
+import types
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Callable
+
+import jax
+import numpy as np
+
+_LIBRARY_FOLDERS = ("site-packages", "dist-packages")
+_OWN_FOLDER = str(Path(__file__).parent)
+_STANDARD_FOLDER = str(Path(types.__file__).parent)
+# Deeper than data are nested, and short of what would take long to look through.
+_MOST_LEVELS, _MOST_ITEMS = 8, 10_000
+
+
+class _Same:
+    """An object compared by identity, and kept alive, so that no other one gets its address."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+class _Reader:
+    """Walks through functions and objects; fills `tokens` and `jitted`.
+
+    Owners of variables are numbered in the order in which they are met: wrappers are made anew for each run, and what they
+    wrap is the same.
+    """
+
+    def __init__(self):
+        self.tokens: dict[tuple, Any] = {}
+        self.jitted: list[Any] = []
+        self._seen: dict[int, tuple[int, Any]] = {}
+
+    def token(self, value: Any, level: int = 0) -> Any:
+        """What stands for a value; functions inside are walked through."""
+        if value is None or isinstance(value, (bool, int, float, complex, str, bytes, np.generic)):
+            # NaN is not itself, and 1, 1.0 and True are equal.
+            return type(value).__name__, repr(value)
+        if isinstance(value, np.ndarray):
+            return _of_array(value)
+        if isinstance(value, (jax.Array, type, types.ModuleType)) or level > _MOST_LEVELS:
+            return _Same(value)
+        if isinstance(value, (list, tuple, set, frozenset)):
+            if len(value) > _MOST_ITEMS:
+                return _Same(value), len(value)
+            return type(value).__name__, *(self.token(one, level + 1) for one in value)
+        if isinstance(value, Mapping):
+            if len(value) > _MOST_ITEMS:
+                return _Same(value), len(value)
+            return "mapping", *(
+                (repr(key), self.token(one, level + 1)) for key, one in value.items()
+            )
+        if isinstance(value, types.BuiltinFunctionType):
+            return _Same(value)
+        if hasattr(value, "__array__"):
+            return _of_array(np.asarray(value))
+        parts = self._parts(value)
+        if id(value) not in self._seen:
+            number = len(self._seen)
+            self._seen[id(value)] = number, value
+            for name, part in parts.items():
+                self.tokens[number, name] = self.token(part, level + 1)
+        return self._seen[id(value)][0], _Same(getattr(value, "__code__", type(value)))
+
+    def _parts(self, value: Any) -> dict[str, Any]:
+        """What a function reads, or an object holds, by name."""
+        if isinstance(value, functools.partial):
+            return {"func": value.func, "args": value.args, "keywords": value.keywords}
+        if isinstance(value, types.MethodType):
+            return {"self": value.__self__, "function": value.__func__}
+        wrapped = getattr(value, "__wrapped__", None)
+        parts = {} if wrapped is None else {"wrapped": wrapped}
+        if isinstance(value, types.FunctionType):
+            return parts | _variables(value)
+        if wrapped is not None and hasattr(value, "clear_cache"):
+            self.jitted.append(value)
+            return parts
+        parts |= getattr(value, "__dict__", None) or {}
+        for name in getattr(type(value), "__slots__", ()) or ():
+            if isinstance(name, str) and hasattr(value, name):
+                parts[name] = getattr(value, name)
+        call = next(
+            (vars(one)["__call__"] for one in type(value).__mro__ if "__call__" in vars(one)), None
+        )
+        return parts | ({"call": call} if isinstance(call, types.FunctionType) else {})
+
+
+def _of_array(value: np.ndarray) -> Any:
+    if value.dtype.hasobject:
+        return _Same(value)
+    data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+    return "array", value.dtype.str, value.shape, zlib.crc32(data)
+
+
+def _variables(function: types.FunctionType) -> dict[str, Any]:
+    """What a Python function reads, by name."""
+    code, found = function.__code__, {}
+    for name, cell in zip(code.co_freevars, function.__closure__ or ()):
+        try:
+            found[f"closure {name}"] = cell.cell_contents
+        except ValueError:  # not bound yet
+            found[f"closure {name}"] = None
+    defaults = {"defaults": function.__defaults__, "keywords": function.__kwdefaults__}
+    found |= {name: value for name, value in defaults.items() if value}
+    if not _is_library(code.co_filename):
+        for name in sorted(_names(code)):
+            if name in function.__globals__:
+                value = function.__globals__[name]
+                found[f"global {name}"] = value
+                if isinstance(value, types.ModuleType) and not _is_library(
+                    getattr(value, "__file__", None)
+                ):
+                    attributes = {
+                        one: vars(value)[one] for one in _names(code) if one in vars(value)
+                    }
+                    found[f"module {name}"] = attributes
+    return found
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """Names of globals and attributes in a function and in the functions written inside it."""
+    inner = [_names(one) for one in code.co_consts if isinstance(one, types.CodeType)]
+    return set(code.co_names).union(*inner)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_library(file: str | None) -> bool:
+    if file is None:
+        return True
+    return (
+        any(folder in file for folder in _LIBRARY_FOLDERS)
+        or file.startswith((_OWN_FOLDER, _STANDARD_FOLDER, sys.prefix + "/lib"))
+        or file.startswith("<frozen")
+    )
+
+
+def data_read_by(function: Callable) -> tuple[dict[tuple, Any], list[Any]]:
+    """What a function reads besides its arguments.
+
+    Args:
+        function: Any callable.
+
+    Returns:
+        Tokens by owner and name of each variable, and the functions compiled by `jax.jit` among what was walked through.
+    """
+    reader = _Reader()
+    reader.tokens[None, "function"] = reader.token(function)
+    return reader.tokens, reader.jitted
