@@ -78,6 +78,8 @@ class _Reader:
             return _Same(value)
         if hasattr(value, "__array__"):
             return _of_array(np.asarray(value))
+        if _is_jaxs_own(value):
+            return _Same(value)
         parts = self._parts(value)
         if id(value) not in self._seen:
             number = len(self._seen)
@@ -107,6 +109,12 @@ class _Reader:
             (vars(one)["__call__"] for one in type(value).__mro__ if "__call__" in vars(one)), None
         )
         return parts | ({"call": call} if isinstance(call, types.FunctionType) else {})
+
+
+def _is_jaxs_own(value: Any) -> bool:
+    """Whether it is an object that JAX made, such as a trace: these do not change, and are large. Not a `jit`ted function."""
+    made_by = type(value).__module__.partition(".")[0]
+    return made_by in ("jax", "jaxlib") and not hasattr(value, "clear_cache")
 
 
 def _of_array(value: np.ndarray) -> Any:
