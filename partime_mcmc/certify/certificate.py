@@ -6,7 +6,8 @@ All steps are compared with what the kernel makes of the state before them, x_t 
 
 is reported in units that mean something: standard deviations of the proposal's noise where the kernel knows it (an
 accepted step of MALA with ρ_t is *exactly* a step whose noise was shifted by ρ_t standard deviations), standard deviations
-of the chain otherwise. A wrong accept decision shows as ρ_t of order 1.
+of the chain otherwise. A wrong accept decision shows as ρ_t of order 1. On a rejected step, where the kernel returns the state
+that it was given, no noise explains a difference: nothing but a solver's rounding, 256 units in the last place, is allowed.
 
 The margin of a decision is |acceptance probability − uniform|. Where it is smaller than what rounding can change, the
 decision is *ambiguous*: another compilation of the same kernel may decide otherwise.
@@ -23,7 +24,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.certify.step_record import Records
-from partime_mcmc.engine.solution import nanaware_max
+from partime_mcmc.engine.solution import DEFAULT_ULPS, nanaware_max
 from partime_mcmc.kernels.kernel import Carry
 from partime_mcmc.types import AnyArray, Array, PyTree, pytree
 
@@ -32,7 +33,7 @@ _TOLERANCE = {jnp.dtype("float64"): 1e-8, jnp.dtype("float32"): 1e-4}
 # A healthy chain may reject as many proposals in a row.
 FEWEST_TO_FREEZE = 10
 # Ten times the difference in acceptance probability that was seen between two compilations of one kernel.
-_AMBIGUOUS = {jnp.dtype("float64"): 1e-11, jnp.dtype("float32"): 2e-3}
+AMBIGUOUS = {jnp.dtype("float64"): 1e-11, jnp.dtype("float32"): 2e-3}
 
 
 @pytree()
@@ -40,7 +41,7 @@ class Certificate:
     """Whether a path obeys its kernel, and by how much it fails to; one number per chain, shape `(C,)` where chains are batched.
 
     Attributes:
-        certified: All finite, and every step within `tolerance`.
+        certified: All finite, every step within `tolerance`, and rejected steps without a difference beyond rounding.
         max_residual: The largest ρ_t.
         worst_step: Where it is, counted from 0.
         tolerance: The bound on ρ_t.
@@ -160,9 +161,19 @@ def judged(
         else jnp.broadcast_to(records.accepted, (num_steps,))
     )
     held = ~moved | ~accepted
+    returned = (expected == previous).all(axis=1)
+    # Of the largest number of a coordinate, of which a small one may be a difference.
+    sizes = jnp.abs(previous).max(axis=0, initial=0)
+    rounding = 2 * DEFAULT_ULPS * jnp.finfo(dtype).eps * sizes
+    moves_where_rejected = (
+        ~accepted & returned & ~(jnp.abs(expected - path) <= rounding).all(axis=1)
+    )
     num_ambiguous, min_margin = _margins(uniform, records, dtype)
     certificate = Certificate(
-        certified=finite & jnp.all(residual <= tolerance) & consistent,
+        certified=finite
+        & jnp.all(residual <= tolerance)
+        & ~moves_where_rejected.any()
+        & consistent,
         max_residual=nanaware_max(residual),
         worst_step=jnp.argmax(jnp.where(jnp.isnan(residual), jnp.inf, residual))
         if num_steps
@@ -184,14 +195,14 @@ def judged(
         accepted=accepted,
         residual=residual,
     )
-    return certificate, dataclasses.replace(records, held=(expected == previous).all(axis=1))
+    return certificate, dataclasses.replace(records, held=returned)
 
 
 # Quartiles are taken from so many steps.
 _SORTED = 1024
 
 
-def _spread(path: Array, expected: Array) -> Array:
+def _spread(path: Array, expected: Array | None = None) -> Array:
     """Standard deviation of each coordinate; where it does not move its size, or that of the values expected of it: a path
     that stands still at 0 and ought not to is then off by 1.
 
@@ -203,7 +214,8 @@ def _spread(path: Array, expected: Array) -> Array:
     # Quartiles of steps all along the path, to the nearest rank: a unit needs no more, and sorting all would take as long as
     # sampling does.
     # In units of the largest number, because squares of others need not be numbers of this type.
-    size = jnp.maximum(jnp.abs(path), jnp.abs(expected)).max(axis=0)
+    size = jnp.abs(path if expected is None else jnp.maximum(jnp.abs(path), jnp.abs(expected)))
+    size = size.max(axis=0)
     size = jnp.where(jnp.isfinite(size) & (size > 0), size, 1)
     path = path / size
     ordered = jnp.sort(path[:: -(-path.shape[0] // _SORTED)], axis=0)
@@ -215,7 +227,7 @@ def _spread(path: Array, expected: Array) -> Array:
 
 
 def _margins(uniform, records, dtype):
-    threshold = _AMBIGUOUS.get(dtype, 2e-3)
+    threshold = AMBIGUOUS.get(dtype, 2e-3)
     if records.decision_margin is not None:
         return jnp.sum(records.decision_margin < threshold), jnp.min(
             records.decision_margin, initial=jnp.inf

@@ -221,6 +221,19 @@ def test_tolerance_lies_between_rounding_and_the_smallest_error_that_counts():
         assert bool(certificate.certified) == certified
 
 
+@pytest.mark.parametrize("shift", [1e-9, 1e-12])
+def test_a_rejected_step_that_moves_is_not_certified(shift):
+    """No noise of the proposal explains such a difference there; on an accepted step it does."""
+    run = run_of("mala")
+    accepted = np.asarray(run.certify(run.path).accepted)
+    for flag in (False, True):
+        # The next step is accepted, so that only this one is off where the kernel stands still.
+        step = int(np.flatnonzero((accepted[:-1] == flag) & accepted[1:])[3])
+        certificate = run.certify(run.path.at[step, 0].add(shift))
+        assert bool(certificate.certified) == flag
+        np.testing.assert_array_equal(certificate.accepted, accepted)
+
+
 def test_residual_of_hmc_is_in_standard_deviations_of_the_chain_unless_given():
     run = run_of("hmc")
     wrong = run.path.at[-1, 1].add(1e-3)
