@@ -41,7 +41,8 @@ def compiling_first_chunk(asked: SampleArguments, builder: Builder, chunk: int) 
     """Compile the programs of the first chunk while the body runs, which is warm-up.
 
     Where what warm-up finds may change the programs (the coupling, the form of the metric), where a mesh shares the work,
-    or where there is one core only, nothing is compiled.
+    or where there is one core only, nothing is compiled. If warm-up learns a triangular map, which is seldom, what was
+    compiled is of no use.
 
     Args:
         asked: What the run was asked for.

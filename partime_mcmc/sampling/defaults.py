@@ -7,6 +7,7 @@ import numpy as np
 
 from partime_mcmc.engine import Tolerance, shooting
 from partime_mcmc.kernels import Kernel
+from partime_mcmc.kernels.kernel_program import ParametrisedKernel
 from partime_mcmc.solvers import Solver
 from partime_mcmc.solvers.segments import segment_length
 
@@ -34,11 +35,12 @@ def default_solver(
 def default_tolerance(kernel: Kernel, dtype: Any) -> Tolerance:
     """A tenth (float32) to a thousandth (float64) of what the certificate allows, in the units of the kernel's noise.
 
-    What is left to the certificate's bound is for conditioning: an error of one step reaches the next ones. Kernels that do
-    not know their noise are judged by the sizes of their states.
+    What is left to the certificate's bound is for conditioning: an error of one step reaches the next ones. The unit is 1 in the
+    whitened coordinates that warm-up found; other kernels that do not know their noise are judged by the sizes of their states.
     """
     size = 1e-11 if jnp.dtype(dtype) == jnp.float64 else 1e-5
-    if kernel.noise_scale is None:
+    noise = kernel.noise_scale
+    if noise is None and not isinstance(kernel, ParametrisedKernel):
         return Tolerance(relative=0.25 * size)
-    unit = np.minimum(1.0, np.min(np.asarray(kernel.noise_scale)))
+    unit = np.minimum(1.0, np.min(np.asarray(1.0 if noise is None else noise)))
     return Tolerance(relative=0.25 * size, absolute=np.asarray(size * unit, dtype))
