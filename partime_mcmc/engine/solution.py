@@ -104,8 +104,8 @@ class Bound(NamedTuple):
         if self.absolute is not None:
             return self.absolute + self.relative * jnp.abs(states)
         assert recent is not None
-        # Not as two products, which a compiler adds up first and multiplies then: the sum may leave the numbers.
-        return 2 * self.relative * (0.5 * recent + 0.5 * jnp.abs(states))
+        # Not as a sum of two products, which a compiler adds up first and multiplies then: that may leave the numbers.
+        return 2 * self.relative * (recent + 0.5 * (jnp.abs(states) - recent))
 
     def scaled(self, factor: float) -> Bound:
         """A part of this tolerance."""
