@@ -121,7 +121,7 @@ def _of_array(value: np.ndarray) -> Any:
     if value.dtype.hasobject:
         return _Same(value)
     data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
-    return "array", value.dtype.str, value.shape, zlib.crc32(data)
+    return "array", value.dtype.str, value.shape, zlib.crc32(data.data)
 
 
 def _variables(function: types.FunctionType) -> dict[str, Any]:

@@ -109,7 +109,8 @@ class Bound(NamedTuple):
 
     def scaled(self, factor: float) -> Bound:
         """A part of this tolerance."""
-        return Bound(*(None if part is None else factor * part for part in self))
+        absolute = None if self.absolute is None else factor * self.absolute
+        return Bound(absolute, factor * self.relative)
 
 
 @pytree()

@@ -283,9 +283,9 @@ def _probe(advance, initial, tape, bound, patience, direction, segments):
         recent = None if recent is None else recent.at(step).seen(states[count:])
         return step + 1, states, recent, have_met(states, recent)
 
-    states, recent = jnp.concatenate([starts, jnp.roll(typical, 1, axis=0)]), None
-    if limit.absolute is None:
-        recent = RecentSizes.none(limit, starts).seen(states[count:])
+    states = jnp.concatenate([starts, jnp.roll(typical, 1, axis=0)])
+    recent = RecentSizes.none(limit, starts)
+    recent = None if recent is None else recent.seen(states[count:])
     begin = jnp.zeros((), jnp.int32), states, recent, have_met(states, recent)
     step, _, _, met = lax.while_loop(apart, onwards, begin)
     return met, step

@@ -118,10 +118,15 @@ def test_numpy_follows_the_default_dtype(precision):
     np.testing.assert_array_equal(got["a"], np.ones(3))
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_python_numbers_follow_the_arrays(precision, dtype):
-    got = check_dtypes({"a": jnp.ones(3, dtype), "b": 2.0})
-    assert got["a"].dtype == got["b"].dtype == dtype
+def test_python_numbers_follow_the_arrays(precision):
+    got = check_dtypes({"a": jnp.ones(3, "float32"), "b": 2.0})
+    assert got["a"].dtype == got["b"].dtype == "float32"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_numbers_of_few_digits_are_refused(precision, dtype):
+    with pytest.raises(InvalidStart, match=rf"got {dtype}; wanted float32 or float64"):
+        check_dtypes({"a": jnp.ones(3, dtype), "b": 2.0})
 
 
 def test_integers_become_floats_with_a_warning(precision):
