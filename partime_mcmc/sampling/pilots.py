@@ -49,7 +49,7 @@ def choose_coupling_by_pilots(warmup: Warmup, key: Key) -> Warmup:
     if not isinstance(plain, ParametrisedKernel) or not takes_coupling(plain.family.builder):
         return warmup
     builder = with_coupling(plain.family.builder, MultishiftCoupling())
-    family = dataclasses.replace(plain.family, builder=builder, counts=())
+    family = dataclasses.replace(plain.family, builder=builder)
     other = parametrised_kernel(family, plain.numbers.data, warmup.whitening, warmup.settings)
     tolerance = default_tolerance(plain, jax.tree.leaves(warmup.positions)[0].dtype)
     medians = [_median_meeting_time(one, warmup, tolerance, key) for one in (plain, other)]
