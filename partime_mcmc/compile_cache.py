@@ -133,21 +133,11 @@ def run_program(function: Callable, *args: PyTree, timings: Timings, what: str =
         what: Under what execution is booked.
 
     Returns:
-        As `call`.
+        The result, ready.
     """
     program = compiled(function, *args, timings=timings)
     with timings.measure(what):
-        return call(program, *args)
-
-
-def call(program: jax.stages.Compiled, *args: PyTree) -> PyTree:
-    """The result of a program, ready.
-
-    If some argument is no array but a `jax.ShapeDtypeStruct`, nothing runs and the result's shapes and types are returned.
-    """
-    if not is_abstract(args):
         return jax.block_until_ready(program(*args))
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), program.out_info)
 
 
 def is_abstract(tree: PyTree) -> bool:

@@ -62,8 +62,7 @@ def compiling_first_chunk(asked: SampleArguments, builder: Builder, chunk: int) 
         state = begin(kernel, positions, asked.chain_keys, Timings())
         compile_first_chunk(plan_for(asked, chunk, kernel, None, state), state)
 
-    thread = threading.Thread(target=_quietly(compile_chunk), name="partime_mcmc compiles")
-    thread.start()
+    threading.Thread(target=_quietly(compile_chunk), name="partime_mcmc compiles").start()
     yield
 
 

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.compile_cache import Timings, call, compiled, is_abstract
+from partime_mcmc.compile_cache import Timings, compiled, is_abstract
 from partime_mcmc.engine import Dynamics
 from partime_mcmc.tracing import explicit, primitives_of
 from partime_mcmc.types import PyTree
@@ -136,7 +136,8 @@ def run_groups(
         what: Under what execution is booked.
 
     Returns:
-        The results in order, as `compile_cache.call`. An error in one group is raised once all that have begun have ended.
+        The results, ready, in order. An error in one group is raised once all that have begun have ended. Groups of shapes
+        (`jax.ShapeDtypeStruct`) are compiled for only, and shapes are returned.
     """
     # Threads do not inherit settings such as the width of numbers, so nothing may be left for them to convert.
     shared, groups = jax.tree.map(
@@ -148,12 +149,17 @@ def run_groups(
         (shared, groups),
     )
     program = compiled(function, *shared, *groups[0], timings=timings)
+    if is_abstract(groups):
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), program.out_info
+        )
+        return [shapes] * len(groups)
 
     def run(group):
-        return call(program, *shared, *group)
+        return jax.block_until_ready(program(*shared, *group))
 
     with timings.measure(what):
-        if len(groups) == 1 or is_abstract(groups) or not _overlaps(program):
+        if len(groups) == 1 or not _overlaps(program):
             return [run(group) for group in groups]
         with concurrent.futures.ThreadPoolExecutor(min(len(groups), num_cores())) as threads:
             try:
