@@ -7,6 +7,7 @@ are a dict with a site called "position" (BlackJAX's states have a field of that
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Callable
 
 import blackjax
@@ -18,6 +19,8 @@ from blackjax.mcmc.random_walk import normal
 
 from partime_mcmc.engine.recipes import deer, jacobi, picard, quasi_deer, shooting
 from partime_mcmc.kernels import Kernel, from_blackjax
+from partime_mcmc.kernels.coupling import draw_multishift_noise, multishift
+from partime_mcmc.kernels.explicit_randomness import ExplicitRandomnessKernel, GradientState
 from partime_mcmc.kernels.multishift_hmc import hmc_cycle, steered_hmc
 from partime_mcmc.kernels.multishift_mala import coalescing_mala
 from partime_mcmc.kernels.multishift_random_walk import coalescing_random_walk
@@ -175,3 +178,19 @@ def logdensity_of(dtype) -> Callable:
 def start_of(dtype) -> dict:
     """Where chains on it start."""
     return {"position": jnp.asarray([1.0, -0.5], dtype), "slope": jnp.asarray(0.3, dtype)}
+
+
+def multishift_autoregression(memory: float) -> Kernel:
+    """x' = ρ x + √(1 − ρ²) noise, which keeps N(0, 1), with multishift noise: its law after any number of steps is known."""
+
+    def init(position, rng_key=None):
+        return GradientState(position, -0.5 * jnp.sum(position**2), -position)
+
+    def draw(key, state):
+        return draw_multishift_noise(key, state.position.size, state.position.dtype)
+
+    def step(randomness, state):
+        scale = math.sqrt(1 - memory**2)
+        return init(multishift(memory * state.position, scale, randomness.layers).value), ()
+
+    return Kernel(ExplicitRandomnessKernel(init, draw, step))

@@ -11,6 +11,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from kernel_catalogue import multishift_autoregression
 from scipy.stats import norm
 
 from partime_mcmc import (
@@ -24,8 +25,6 @@ from partime_mcmc import (
 )
 from partime_mcmc.diagnostics.verdict import judge
 from partime_mcmc.kernels import Whitening
-from partime_mcmc.kernels.coupling import draw_multishift_noise, multishift
-from partime_mcmc.kernels.explicit_randomness import ExplicitRandomnessKernel, GradientState
 
 MEMORY, PLACE, WIDTH = 0.9, 4.0, 2.0
 
@@ -40,23 +39,7 @@ def normal(x):
     return -0.5 * jnp.sum(x**2)
 
 
-def autoregression():
-    """x' = ρ x + √(1 − ρ²) noise, which keeps N(0, 1), with multishift noise."""
-
-    def init(position, rng_key=None):
-        return GradientState(position, normal(position), -position)
-
-    def draw(key, state):
-        return draw_multishift_noise(key, state.position.size, state.position.dtype)
-
-    def step(randomness, state):
-        scale = math.sqrt(1 - MEMORY**2)
-        return init(multishift(MEMORY * state.position, scale, randomness.layers).value), ()
-
-    return Kernel(ExplicitRandomnessKernel(init, draw, step))
-
-
-AUTOREGRESSION = autoregression()
+AUTOREGRESSION = multishift_autoregression(MEMORY)
 FAR = Target(normal, lambda key: PLACE + WIDTH * jax.random.normal(key, (1,)))
 
 

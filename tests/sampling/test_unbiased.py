@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernel_catalogue import multishift_autoregression
 from scipy import stats
 
-from partime_mcmc import Kernel, Target, unbiased
-from partime_mcmc.kernels.coupling import draw_multishift_noise, multishift
-from partime_mcmc.kernels.explicit_randomness import ExplicitRandomnessKernel, GradientState
+from partime_mcmc import Target, unbiased
 
 MEMORY, REPLICATES, PAIRS = 0.7, 1000, 16
 
@@ -21,23 +20,7 @@ def in_float64():
         yield
 
 
-def autoregression():
-    """x' = ρ x + √(1 − ρ²) noise, which keeps N(0, 1), with multishift noise."""
-
-    def init(position, rng_key=None):
-        return GradientState(position, -0.5 * jnp.sum(position**2), -position)
-
-    def draw(key, state):
-        return draw_multishift_noise(key, state.position.size, state.position.dtype)
-
-    def step(randomness, state):
-        scale = math.sqrt(1 - MEMORY**2)
-        return init(multishift(MEMORY * state.position, scale, randomness.layers).value), ()
-
-    return Kernel(ExplicitRandomnessKernel(init, draw, step))
-
-
-KERNEL = autoregression()
+KERNEL = multishift_autoregression(MEMORY)
 TARGET = Target(
     lambda x: -0.5 * jnp.sum(x**2),
     lambda key: 5 + jax.random.normal(key, (1,)),
