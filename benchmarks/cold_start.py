@@ -4,6 +4,7 @@ The models of `benchmarks.hard_posteriors`, 4 chains, 1,000 steps of warm-up all
 of its own, from the start of Python to the draws, imports and compilation included; methods take turns, and medians are shown:
 
     ours            `CoalescingHMC` through `ParallelMCMC`, nothing compiled before
+    our loop        the same with every chain computed one step after another (`sequential()`)
     ours, again     the same where another process has run the same model before: programs come from the cache on disk
     NUTS            NumPyro's, chains vectorized
     NUTS, parallel  chains on four devices that are made of the processor
@@ -26,7 +27,7 @@ from pathlib import Path
 
 from benchmarks.record import OUT, keep
 
-METHODS = ("ours", "ours, again", "NUTS", "NUTS, parallel")
+METHODS = ("ours", "our loop", "ours, again", "NUTS", "NUTS, parallel")
 
 
 def one(name: str, method: str) -> dict:
@@ -39,7 +40,7 @@ def one(name: str, method: str) -> dict:
     if method == "NUTS, parallel":
         numpyro.set_host_device_count(4)
     from benchmarks.hard_posteriors import CHAINS, MODELS, STEPS
-    from partime_mcmc import CoalescingHMC, ParallelMCMC
+    from partime_mcmc import CoalescingHMC, ParallelMCMC, sequential
 
     compiled: list[float] = []
     jax.monitoring.register_event_duration_secs_listener(
@@ -53,8 +54,9 @@ def one(name: str, method: str) -> dict:
         "num_chains": CHAINS,
         "progress_bar": False,
     }
-    if method.startswith("ours"):
-        mcmc = ParallelMCMC(CoalescingHMC(MODELS[name]), **settings)
+    if method.startswith("our"):
+        solver = sequential() if method == "our loop" else None
+        mcmc = ParallelMCMC(CoalescingHMC(MODELS[name]), solver=solver, **settings)
     else:
         chain_method = "parallel" if method == "NUTS, parallel" else "vectorized"
         mcmc = MCMC(NUTS(MODELS[name]), chain_method=chain_method, **settings)
