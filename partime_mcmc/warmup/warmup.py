@@ -18,6 +18,7 @@ import blackjax
 import jax
 import numpy as np
 from jax.flatten_util import ravel_pytree
+from threadpoolctl import ThreadpoolController
 
 from partime_mcmc.compile_cache import compiler_options
 from partime_mcmc.kernels import Kernel, Whitening
@@ -134,6 +135,28 @@ class Warmup:
         )
 
 
+@functools.cache
+def _libraries() -> ThreadpoolController:
+    # Finding the loaded libraries takes some milliseconds.
+    return ThreadpoolController()
+
+
+def _with_one_blas_thread(function: Callable) -> Callable:
+    """The function with NumPy's and SciPy's linear algebra on one thread.
+
+    Its matrices have some hundred rows: threads would wait for each other longer than they compute, up to 70 times as long
+    where the other cores have other work, as they do while programs are compiled (D = 89, OpenBLAS).
+    """
+
+    @functools.wraps(function)
+    def on_one_thread(*args, **kwargs):
+        with _libraries().limit(limits=1, user_api="blas"):
+            return function(*args, **kwargs)
+
+    return on_one_thread
+
+
+@_with_one_blas_thread
 def warm_up(
     key: Key,
     logdensity: Callable[[PyTree], Array],
