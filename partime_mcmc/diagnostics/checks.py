@@ -95,12 +95,13 @@ def check_deterministic(logdensity: LogDensity, position: PyTree) -> None:
         )
 
 
-def check_precision(logdensity: LogDensity, position: PyTree) -> float | None:
+def check_precision(logdensity: LogDensity, position: PyTree, value: Any = None) -> float | None:
     """Compares the log density in the position's precision with float64, and warns where digits are lost.
 
     Args:
         logdensity: PyTree to real scalar.
         position: Pytree of floating leaves of one dtype, D numbers in all.
+        value: Of the log density there, where it is known.
 
     Returns:
         |l - l64| / max(1, |l64|), `inf` if only l64 is finite; None where there is nothing to compare: a float64
@@ -116,13 +117,11 @@ def check_precision(logdensity: LogDensity, position: PyTree) -> float | None:
     leaves = jax.tree.leaves(position)
     if not leaves or any(leaf.dtype == jnp.float64 for leaf in leaves):
         return None
-    here = float(_compiled(logdensity, position)(position))
+    here = float(_compiled(logdensity, position)(position) if value is None else value)
     try:
         with jax.enable_x64(True), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            wide = jax.tree.map(
-                lambda leaf: jnp.asarray(np.asarray(leaf), dtype=jnp.float64), position
-            )
+            wide = jax.device_put(jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), position))
             value = _compiled(logdensity, wide)(wide)
     except Exception:  # whatever a model that insists on float32 raises
         return None

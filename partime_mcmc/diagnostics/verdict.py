@@ -240,7 +240,7 @@ def _judge_gradients(draws: Any, doubts: list[str], good: list[str]) -> None:
     leaves = jax.tree.leaves(draws.positions)
     num_chains, num_draws = leaves[0].shape[:2]
     fewest, most = _STEIN_DRAWS
-    if fewest * sum(leaf[0, 0].size for leaf in leaves) > _MOST_NUMBERS:
+    if fewest * sum(np.prod(leaf.shape[2:], dtype=int) for leaf in leaves) > _MOST_NUMBERS:
         return
     wanted = max(fewest, min(most, num_chains * num_draws // _STEIN_SHARE))
     step = max(1, num_chains * num_draws // wanted)

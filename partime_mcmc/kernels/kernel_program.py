@@ -12,11 +12,13 @@ import functools
 import inspect
 from typing import Any, Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from partime_mcmc.kernels import Kernel, Whitening
 from partime_mcmc.kernels.coupling import CommonRandomNumbers, Coupling, check_coupling
+from partime_mcmc.kernels.traced_gradient import WithTracedGradient
 from partime_mcmc.tracing import HashableFunction, WithoutParams, explicit
 from partime_mcmc.types import Array, PyTree, pytree
 from partime_mcmc.validation import describe
@@ -83,15 +85,18 @@ def parametrised_kernel(
         settings: By the builder's argument names. All are numbers of the program, counts too, so that another number of
             leapfrog steps is no other program.
     """
-    sizes = {
-        name: jnp.asarray(
-            value,
-            np.int32
-            if jnp.issubdtype(jnp.result_type(value), np.integer)
-            else whitening.center.dtype,
+
+    def number(value):
+        is_count = jnp.issubdtype(jnp.result_type(value), np.integer)
+        dtype = np.int32 if is_count else whitening.center.dtype
+        # On the host: a conversion on the device is a program of its own.
+        return (
+            value.astype(dtype)
+            if isinstance(value, jax.Array)
+            else jax.device_put(np.asarray(value, dtype))
         )
-        for name, value in settings.items()
-    }
+
+    sizes = {name: number(value) for name, value in settings.items()}
     numbers = KernelParams(data, whitening, sizes)
     kernel = family.kernel(numbers)
     fields = {field.name: getattr(kernel, field.name) for field in dataclasses.fields(Kernel)}
@@ -108,7 +113,8 @@ class _Part(HashableFunction):
 
 def density_of(logdensity: Callable[[PyTree], Array], example: PyTree) -> tuple[Callable, PyTree]:
     """A density as `(data, position) -> scalar`, the same object for the same density, and the data that it captured."""
-    return explicit(WithoutParams(logdensity), None, example)
+    density, data = explicit(WithoutParams(logdensity), None, example)
+    return WithTracedGradient(density), data
 
 
 class _Alone(HashableFunction):

@@ -78,7 +78,7 @@ class Whitening:
         Raises:
             ValueError: If shapes do not fit, or the covariance is not symmetric and positive definite.
         """
-        flat, _ = ravel_pytree(example)
+        flat = jax.eval_shape(lambda tree: ravel_pytree(tree)[0], example)
         middle, matrix = np.asarray(center, flat.dtype), np.asarray(covariance, flat.dtype)
         if middle.shape != flat.shape:
             raise ValueError(

@@ -307,7 +307,7 @@ def _checked_starts(
     """
     starts = _starts(sampler, target, jax.random.fold_in(key, _START_STREAM), init_params, count)
     try:
-        good = log_densities(target, starts)[1]
+        values, good = map(np.asarray, log_densities(target, starts))
     except TypeError:
         # This says what is wrong with a density that has no gradient.
         check_starts(target.logdensity, starts, "init_params")
@@ -319,11 +319,11 @@ def _checked_starts(
         raise ValueError(
             f"inverse_mass_matrix: shape {guess.shape}, wanted ({dimension},) or ({dimension}, {dimension})"
         )
-    if not np.asarray(good).all():
+    if not good.all():
         if init_params is None and sampler._posterior is not None:
             sampler._posterior.check_found(good)
         check_starts(target.logdensity, starts, "init_params")
-    check_precision(target.logdensity, first)
+    check_precision(target.logdensity, first, values[0])
     return starts
 
 

@@ -99,28 +99,36 @@ def _overlaps(program: jax.stages.Compiled) -> bool:
 
 def split_chains(tree: PyTree, count: int) -> list[PyTree]:
     """Leaves `(C, ...)` as `count` trees of leaves `(C / count, ...)`."""
-    if is_abstract(tree):
-        return jax.eval_shape(functools.partial(_cut, count=count), tree)
-    return [tree] if count == 1 else _cut(tree, count)
+    if count == 1:
+        return [tree]
 
-
-def concat_chains(groups: list[PyTree]) -> PyTree:
-    """What `split_chains` has split, or what came of the groups: their leaves one after another along the first axis."""
-    return groups[0] if len(groups) == 1 else _joined(groups)
-
-
-@functools.partial(jax.jit, static_argnames="count")
-def _cut(tree, count):
     def part(leaf, number):
         size = leaf.shape[0] // count
-        return leaf[number * size : (number + 1) * size]
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype)
+        return _on_host(lambda one: one[number * size : (number + 1) * size], leaf)
 
     return [jax.tree.map(functools.partial(part, number=number), tree) for number in range(count)]
 
 
-@jax.jit
-def _joined(groups):
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *groups)
+def concat_chains(groups: list[PyTree]) -> PyTree:
+    """What `split_chains` has split, or what came of the groups: their leaves one after another along the first axis."""
+    return (
+        groups[0]
+        if len(groups) == 1
+        else jax.tree.map(
+            lambda *leaves: _on_host(lambda *some: np.concatenate(some), *leaves), *groups
+        )
+    )
+
+
+def _on_host(function: Callable, *arrays: jax.Array) -> jax.Array:
+    """A function of NumPy arrays, applied to arrays of a processor, keys included: groups are made on no other device, and
+    every shape would be a program of its own."""
+    if not jnp.issubdtype(arrays[0].dtype, jax.dtypes.prng_key):
+        return jax.device_put(function(*map(np.asarray, arrays)))
+    words = [np.asarray(jax.random.key_data(one)) for one in arrays]
+    return jax.random.wrap_key_data(function(*words), impl=jax.random.key_impl(arrays[0]))
 
 
 def run_groups(

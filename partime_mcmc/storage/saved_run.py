@@ -49,7 +49,7 @@ from partime_mcmc.sampling.randomness import MAX_STEPS, recurrence
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.storage.serialize import decode, digest_arrays, encode, pack_arrays, unpack_arrays
 from partime_mcmc.storage.store import Folder, Store
-from partime_mcmc.tracing import HashableFunction, explicit, inner_arrays
+from partime_mcmc.tracing import HashableFunction, WithoutParams, explicit, inner_arrays
 from partime_mcmc.types import PyTree, jax_config
 from partime_mcmc.warmup.warmup import Warmup
 
@@ -98,7 +98,7 @@ def fingerprint_of(target: Target, example: PyTree) -> dict[str, Any]:
     Returns:
         `model`, `data` and `initial`, each a hash.
     """
-    density, (captured, _) = density_of(target.logdensity, example)
+    density, (captured, _) = explicit(WithoutParams(target.logdensity), None, example)
     programs, arrays = [density.jaxpr], [*captured, *inner_arrays(density.jaxpr)]
     if target.constrain is not None:
         constrain, (more, _) = explicit(_Composed(dict, target.constrain), None, example)

@@ -218,7 +218,7 @@ class HMCBatch:
     ):
         self._density = density
         self.data, self.example, self.num_chains, self.maps = data, example, num_chains, maps
-        flat = ravel_pytree(example)[0]
+        flat = jax.eval_shape(lambda tree: ravel_pytree(tree)[0], example)
         self.dimension, self.dtype = flat.size, flat.dtype
         self.longest = max_batch_steps(num_chains * self.dimension)
         self.num_gradients = self.depth = self.num_steps = 0

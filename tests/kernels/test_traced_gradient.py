@@ -1,0 +1,59 @@
+"""A density with a gradient that is traced once: every derivative is that of the plain function."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from partime_mcmc.kernels.traced_gradient import WithTracedGradient
+
+pytestmark = pytest.mark.fast
+
+DATA = {"y": jnp.arange(1.0, 4.0), "counts": jnp.arange(3)}
+AT = {"a": jnp.array([0.3, -0.2, 0.5]), "b": jnp.array(0.7)}
+CALLS = []
+
+
+def density(data, position):
+    CALLS.append(None)
+    shift = data["counts"] * position["b"]
+    return -jnp.sum((data["y"] - jnp.exp(position["a"]) - shift) ** 2) - position["b"] ** 4
+
+
+TRACED = WithTracedGradient(density)
+
+
+def test_every_derivative_is_that_of_the_function():
+    wanted = {name: derivative(density) for name, derivative in DERIVATIVES.items()}
+    found = {name: derivative(TRACED) for name, derivative in DERIVATIVES.items()}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), found, wanted)
+
+
+DERIVATIVES = {
+    "value": lambda f: f(DATA, AT),
+    "gradient": lambda f: jax.grad(f, 1)(DATA, AT),
+    "forward": lambda f: jax.jacfwd(f, 1)(DATA, AT),
+    "of one part": lambda f: jax.grad(lambda b: f(DATA, {**AT, "b": b}))(AT["b"]),
+    "second": lambda f: jax.hessian(f, 1)(DATA, AT),
+    "by the data": lambda f: jax.grad(lambda y, x: f({**DATA, "y": y}, x), (0, 1))(DATA["y"], AT),
+    "batched": lambda f: jax.vmap(jax.value_and_grad(f, 1), (None, 0))(
+        DATA, jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), AT)
+    ),
+    "in a loop": lambda f: jax.lax.fori_loop(
+        0, 3, lambda _, x: jax.tree.map(lambda a, g: a + 1e-3 * g, x, jax.grad(f, 1)(DATA, x)), AT
+    ),
+}
+
+
+def test_more_gradients_are_no_more_traces():
+    def steps(count):
+        x = AT
+        for _ in range(count):
+            x = jax.tree.map(lambda a, g: a + 1e-3 * g, x, jax.grad(TRACED, 1)(DATA, x))
+        return x
+
+    jax.eval_shape(lambda: steps(1))
+    before = len(CALLS)
+    jaxpr = jax.make_jaxpr(lambda: steps(5))()
+    assert len(CALLS) == before
+    assert str(jaxpr).count("name=_value_and_gradient") == 5
