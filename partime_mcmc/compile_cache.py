@@ -14,8 +14,10 @@ numbers of a solve again, and parameters serve every window.
 
 import contextlib
 import functools
+import math
 import os
 import pathlib
+import threading
 import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Callable
@@ -53,9 +55,35 @@ class Timings:
 CPU_OPTIONS: dict[str, int] = {"xla_backend_optimization_level": 2}
 
 
-def compiler_options() -> dict[str, Any] | None:
-    """How hard the compiler should try, for programs of this package; None leaves it to the compiler."""
-    return CPU_OPTIONS if CPU_OPTIONS and jax.default_backend() == "cpu" else None
+# To optimise the programs of a run of `CoalescingHMC` takes some 12 seconds of a core instead of 3; they then run 3 to 12 times
+# as fast (JAX 0.10.1). This much slower a run may be for the first answer to come sooner.
+_WORTH_OPTIMISING = 0.3
+# What one number costs, out of one operation on an array, in a program that was not optimised.
+SECONDS_PER_NUMBER = 2e-9
+
+
+def compiler_options(seconds: float = math.inf) -> dict[str, Any] | None:
+    """How hard the compiler should try, for programs of this package; None leaves it to the compiler.
+
+    Args:
+        seconds: How long all that is compiled would run without being optimised, by an estimate that hangs on shapes and counts
+            alone: bits must not depend on how fast a machine was.
+    """
+    if not CPU_OPTIONS or jax.default_backend() != "cpu":
+        return None
+    return CPU_OPTIONS if seconds > _WORTH_OPTIMISING else _quick_options()
+
+
+@functools.cache
+def _quick_options() -> dict[str, Any]:
+    quick = {"xla_backend_optimization_level": 0}
+    # Where there is a choice (JAX 0.10), the older way to make kernels compiles twice as fast.
+    older: dict[str, Any] = quick | {"xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(lambda: np.int32(0)).lower().compile(older)
+    except jax.errors.JaxRuntimeError:
+        return quick
+    return older
 
 
 # Bytes on disk; the programs that were not wanted for longest make room.
@@ -91,14 +119,70 @@ def keep_on_disk() -> pathlib.Path | None:
     return folder
 
 
-def compiled(function: Callable, *args: PyTree, timings: Timings) -> jax.stages.Compiled:
+def compiled(
+    function: Callable, *args: PyTree, timings: Timings, options: dict[str, Any] | None = None
+) -> jax.stages.Compiled:
     """The program of `function(*args)`, compiled now or found again.
 
     Args:
         function: Pure, hashable; captures no array.
         *args: Pytrees of arrays.
         timings: Where the seconds of compilation are counted.
+        options: From `compiler_options`; None is the usual ones.
     """
+    options = compiler_options() if options is None else options
+
+    def make(_):
+        with timings.measure("compile"):
+            return jax.jit(function).lower(*args).compile(options)
+
+    return _PROGRAMS.get(_entry(function, args, options), make)
+
+
+def compile_in_thread(
+    function: Callable, *args: PyTree, options: dict[str, Any] | None = None
+) -> PyTree:
+    """Trace a program here and compile it in a thread of its own; whoever wants it waits for that.
+
+    Args:
+        function: As for `compiled`.
+        *args: Shapes and types suffice.
+        options: As for `compiled`.
+
+    Returns:
+        Shapes and types of the result.
+    """
+    options = compiler_options() if options is None else options
+    lowered = jax.jit(function).lower(*args)
+
+    def compile_it():
+        # What fails here fails again where it is wanted.
+        with contextlib.suppress(Exception):
+            _PROGRAMS.get(_entry(function, args, options), lambda _: lowered.compile(options))
+
+    in_thread(compile_it)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), lowered.out_info)
+
+
+def in_thread(step: Callable[[], None]) -> None:
+    """Run a step that compiles in a thread of its own, with the settings that JAX has here: threads begin with the process's."""
+    settings = (
+        jax.enable_x64(jax_config.jax_enable_x64),
+        jax.default_matmul_precision(jax_config.jax_default_matmul_precision),
+        jax.default_device(jax_config.jax_default_device),
+    )
+
+    def run():
+        with contextlib.ExitStack() as stack:
+            for setting in settings:
+                stack.enter_context(setting)
+            step()
+
+    threading.Thread(target=run, name="partime_mcmc compiles").start()
+
+
+def _entry(function: Callable, args: tuple, options: dict[str, Any] | None) -> tuple:
+    """What a program belongs to."""
     leaves, structure = jax.tree.flatten(args)
     shapes = tuple(
         (
@@ -108,22 +192,23 @@ def compiled(function: Callable, *args: PyTree, timings: Timings) -> jax.stages.
         )
         for leaf in leaves
     )
-    entry = (
+    return (
         function,
         structure,
         shapes,
         jax_config.jax_enable_x64,
         jax_config.jax_default_matmul_precision,
+        frozenset((options or {}).items()),
     )
 
-    def make(_):
-        with timings.measure("compile"):
-            return jax.jit(function).lower(*args).compile(compiler_options())
 
-    return _PROGRAMS.get(entry, make)
-
-
-def run_program(function: Callable, *args: PyTree, timings: Timings, what: str = "run") -> PyTree:
+def run_program(
+    function: Callable,
+    *args: PyTree,
+    timings: Timings,
+    what: str = "run",
+    options: dict[str, Any] | None = None,
+) -> PyTree:
     """`function(*args)`, compiled ahead and kept.
 
     Args:
@@ -131,11 +216,12 @@ def run_program(function: Callable, *args: PyTree, timings: Timings, what: str =
         *args: As for `compiled`.
         timings: Where seconds are counted: compilation under "compile".
         what: Under what execution is booked.
+        options: As for `compiled`.
 
     Returns:
         The result, ready.
     """
-    program = compiled(function, *args, timings=timings)
+    program = compiled(function, *args, timings=timings, options=options)
     with timings.measure(what):
         return jax.block_until_ready(program(*args))
 
@@ -146,7 +232,12 @@ def is_abstract(tree: PyTree) -> bool:
 
 
 def run_explicit(
-    function: Callable, params: PyTree, *args: PyTree, timings: Timings, what: str = "run"
+    function: Callable,
+    params: PyTree,
+    *args: PyTree,
+    timings: Timings,
+    what: str = "run",
+    options: dict[str, Any] | None = None,
 ) -> PyTree:
     """`function(params, *args)` as `run_program`, for functions that capture arrays: these become arguments.
 
@@ -156,7 +247,7 @@ def run_explicit(
         function, params = explicit(function, params, *args)
     if is_abstract(args):
         return function.result
-    return run_program(function, params, *args, timings=timings, what=what)
+    return run_program(function, params, *args, timings=timings, what=what, options=options)
 
 
 def as_committed_array(value: Any) -> jax.Array:

@@ -11,6 +11,7 @@ Results are cached by function and shapes, so the same function gives the same o
 """
 
 import collections
+import math
 import re
 import threading
 from typing import Any, Callable, NamedTuple
@@ -290,6 +291,25 @@ def primitives_of(jaxpr: Any) -> set[str]:
             if is_jaxpr(value):
                 names |= primitives_of(getattr(value, "jaxpr", value))
     return names
+
+
+def num_computed(jaxpr: Any) -> float:
+    """How many numbers the operations of a jaxpr compute in all; infinite with a loop whose length is not known.
+
+    Args:
+        jaxpr: What to look through, jaxprs inside jaxprs included; of the branches of a condition the largest.
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        leaves = jax.tree.leaves(tuple(equation.params.values()), is_leaf=is_jaxpr)
+        inner = [num_computed(getattr(one, "jaxpr", one)) for one in leaves if is_jaxpr(one)]
+        if equation.primitive.name == "while":
+            return math.inf
+        if inner:
+            total += equation.params.get("length", 1) * max(inner)
+        else:
+            total += sum(one.aval.size for one in equation.outvars)
+    return total
 
 
 def is_jaxpr(value: Any) -> bool:

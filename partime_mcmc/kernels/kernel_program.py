@@ -10,6 +10,7 @@ calls.
 import dataclasses
 import functools
 import inspect
+import math
 from typing import Any, Callable
 
 import jax
@@ -24,6 +25,9 @@ from partime_mcmc.types import Array, PyTree, pytree
 from partime_mcmc.validation import describe
 
 Builder = Callable[..., Kernel]
+
+# What a transition costs besides gradients where the compiler was not asked to optimise, and how many gradients are usual.
+_SECONDS_PER_STEP, _SECONDS_PER_COORDINATE, _GRADIENTS_PER_STEP = 3e-6, 1.5e-7, 5
 
 
 @pytree()
@@ -71,6 +75,14 @@ class ParametrisedKernel(Kernel):
 
     def _parts(self) -> tuple[Callable, PyTree]:
         return functools.partial(_Part, self.family), self.numbers
+
+    def unoptimised_seconds(self, num_steps: float) -> float:
+        """How long so many transitions take, random numbers and certificate included, in programs that were not optimised."""
+        density, dimension = self.family.density, self.numbers.whitening.center.size
+        if not isinstance(density, WithTracedGradient):
+            return math.inf
+        own = num_steps * (_SECONDS_PER_STEP + dimension * _SECONDS_PER_COORDINATE)
+        return own + density.unoptimised_seconds(num_steps * _GRADIENTS_PER_STEP)
 
 
 def parametrised_kernel(

@@ -17,7 +17,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from numpyro.infer.hmc import HMCState
 
-from partime_mcmc.compile_cache import Timings, run_program
+from partime_mcmc.compile_cache import Timings, compiler_options, run_program
 from partime_mcmc.diagnostics.arviz import STAT_NAMES
 from partime_mcmc.diagnostics.checks import check_precision, check_starts
 from partime_mcmc.kernels import Whitening
@@ -282,7 +282,9 @@ _MOST_TRIES = 100
 def log_densities(target: Target, positions: PyTree) -> tuple[np.ndarray, np.ndarray]:
     """Log densities at positions `(C, ...)`, and whether they and their gradients are finite, each `(C,)`."""
     density, data = density_of(target.logdensity, _first(positions))
-    return run_program(_Evaluate(density), data, positions, timings=Timings())
+    return run_program(
+        _Evaluate(density), data, positions, timings=Timings(), options=compiler_options(0)
+    )
 
 
 class _Evaluate(HashableFunction):

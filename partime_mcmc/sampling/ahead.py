@@ -1,21 +1,19 @@
-"""What sampling will need, compiled in a thread of its own while warm-up runs.
+"""What sampling will need, compiled in threads while warm-up runs.
 
 Step sizes, numbers of leapfrog steps, metrics and weights of maps are numbers of the programs, so these can be compiled before
 warm-up has found them: a kernel with any numbers of the right shapes and types leads to the same programs. The compiler
 works outside Python's lock, and the second core has nothing to do meanwhile.
 
-A program that both want is compiled once, and the one that comes later waits for it (`tracing.OnceCache`). What fails here
-fails again where it is needed, and is reported there.
+A program that both want is compiled once, and the one that comes later waits for it (`tracing.OnceCache`).
 """
 
 import contextlib
-import threading
-from typing import Callable, Iterator
+from typing import Iterator
 
 import jax
 import numpy as np
 
-from partime_mcmc.compile_cache import Timings
+from partime_mcmc.compile_cache import Timings, in_thread
 from partime_mcmc.kernels import Whitening
 from partime_mcmc.kernels.coordinates import maps_of
 from partime_mcmc.kernels.kernel_program import (
@@ -30,7 +28,6 @@ from partime_mcmc.sampling.chain_groups import num_cores
 from partime_mcmc.sampling.local import compile_first_chunk
 from partime_mcmc.sampling.plan import plan_for
 from partime_mcmc.sampling.randomness import begin
-from partime_mcmc.types import jax_config
 from partime_mcmc.warmup.metric import LowRankMetric, metric_for, unit_metric
 from partime_mcmc.warmup.pooled import PooledAdaptation
 from partime_mcmc.warmup.tuning import any_settings
@@ -59,10 +56,12 @@ def compiling_first_chunk(asked: SampleArguments, builder: Builder, chunk: int) 
             lambda leaf: jax.ShapeDtypeStruct((asked.num_chains, *leaf.shape), leaf.dtype),
             kernel.numbers.whitening.example,
         )
-        state = begin(kernel, positions, asked.chain_keys, Timings())
-        compile_first_chunk(plan_for(asked, chunk, kernel, None, state), state)
+        # What fails here fails again where it is wanted.
+        with contextlib.suppress(Exception):
+            state = begin(kernel, positions, asked.chain_keys, Timings())
+            compile_first_chunk(plan_for(asked, chunk, kernel, None, state), state)
 
-    threading.Thread(target=_quietly(compile_chunk), name="partime_mcmc compiles").start()
+    in_thread(compile_chunk)
     yield
 
 
@@ -97,20 +96,3 @@ def _untuned_kernel(asked: SampleArguments, builder: Builder) -> ParametrisedKer
         return parametrised_kernel(family, data, whitening, any_settings(builder))
     except Exception:  # the same fails in earnest, where it is reported
         return None
-
-
-def _quietly(step: Callable[[], None]) -> Callable[[], None]:
-    """The step with the settings that JAX has here, since a thread begins with those of the process; errors are dropped."""
-    settings = (
-        jax.enable_x64(jax_config.jax_enable_x64),
-        jax.default_matmul_precision(jax_config.jax_default_matmul_precision),
-        jax.default_device(jax_config.jax_default_device),
-    )
-
-    def run():
-        with contextlib.ExitStack() as stack, contextlib.suppress(Exception):
-            for setting in settings:
-                stack.enter_context(setting)
-            step()
-
-    return run

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.compile_cache import Timings, compiled, is_abstract
+from partime_mcmc.compile_cache import Timings, compile_in_thread, compiled, is_abstract
 from partime_mcmc.engine import Dynamics
 from partime_mcmc.tracing import explicit, primitives_of
 from partime_mcmc.types import PyTree
@@ -132,7 +132,13 @@ def _on_host(function: Callable, *arrays: jax.Array) -> jax.Array:
 
 
 def run_groups(
-    function: Callable, shared: tuple, groups: list[tuple], *, timings: Timings, what: str = "run"
+    function: Callable,
+    shared: tuple,
+    groups: list[tuple],
+    *,
+    timings: Timings,
+    what: str = "run",
+    options: dict[str, Any] | None = None,
 ) -> list[PyTree]:
     """`function(*shared, *group)` for every group, side by side.
 
@@ -142,10 +148,11 @@ def run_groups(
         groups: The other arguments, of one structure, shapes and types.
         timings: Where seconds are counted.
         what: Under what execution is booked.
+        options: As for `compiled`.
 
     Returns:
         The results, ready, in order. An error in one group is raised once all that have begun have ended. Groups of shapes
-        (`jax.ShapeDtypeStruct`) are compiled for only, and shapes are returned.
+        (`jax.ShapeDtypeStruct`) are compiled for only, in a thread, and shapes are returned.
     """
     # Threads do not inherit settings such as the width of numbers, so nothing may be left for them to convert.
     shared, groups = jax.tree.map(
@@ -156,12 +163,10 @@ def run_groups(
         ),
         (shared, groups),
     )
-    program = compiled(function, *shared, *groups[0], timings=timings)
     if is_abstract(groups):
-        shapes = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), program.out_info
-        )
+        shapes = compile_in_thread(function, *shared, *groups[0], options=options)
         return [shapes] * len(groups)
+    program = compiled(function, *shared, *groups[0], timings=timings, options=options)
 
     def run(group):
         return jax.block_until_ready(program(*shared, *group))
@@ -180,7 +185,13 @@ def run_groups(
 
 
 def run_explicit_groups(
-    function: Callable, params: PyTree, groups: list[tuple], *, timings: Timings, what: str = "run"
+    function: Callable,
+    params: PyTree,
+    groups: list[tuple],
+    *,
+    timings: Timings,
+    what: str = "run",
+    options: dict[str, Any] | None = None,
 ) -> list[PyTree]:
     """`function(params, *group)` as `run_groups`, for functions that capture arrays: these become arguments.
 
@@ -190,4 +201,4 @@ def run_explicit_groups(
         function, params = explicit(function, params, *groups[0])
     if is_abstract(groups):
         return [function.result] * len(groups)
-    return run_groups(function, (params,), groups, timings=timings, what=what)
+    return run_groups(function, (params,), groups, timings=timings, what=what, options=options)

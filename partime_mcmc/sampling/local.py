@@ -23,7 +23,7 @@ from partime_mcmc.certify.certificate import Certificate
 from partime_mcmc.certify.independent import certify_held
 from partime_mcmc.certify.recorded import certify_recorded
 from partime_mcmc.certify.step_record import info_dict
-from partime_mcmc.compile_cache import Timings, compiled, device
+from partime_mcmc.compile_cache import Timings, compile_in_thread, device
 from partime_mcmc.engine import AllAtOnce, Dynamics, Schedule, Solution, Status, Windows, sequential
 from partime_mcmc.engine.solve import solve
 from partime_mcmc.kernels import Tape
@@ -124,7 +124,18 @@ def solve_windows(
         advance: Called with the steps done, and what to show, after each window.
     """
     initial, tape, discrete = map(
-        list, zip(*draw_tapes(plan.kernel, plan.keys, state, num_steps, timings, plan.num_groups))
+        list,
+        zip(
+            *draw_tapes(
+                plan.kernel,
+                plan.keys,
+                state,
+                num_steps,
+                timings,
+                plan.num_groups,
+                plan.compiler_options,
+            )
+        ),
     )
     solve_window, size = _window_solver(plan, state.max_window or max(num_steps, 1), timings)
     roll_window = _solve_groups(sequential(), AllAtOnce(), plan.tolerance, None, timings)
@@ -162,7 +173,9 @@ def _window_solver(plan: Plan, size: int, timings: Timings) -> tuple[Callable, i
         # A sequential run gains nothing from windows, and neither does an empty one.
         size = size if isinstance(plan.solver, Sequential) else min(size, inside.size)
         inside = AllAtOnce()
-    solve = _solve_groups(plan.solver, inside, plan.tolerance, plan.max_iterations, timings)
+    solve = _solve_groups(
+        plan.solver, inside, plan.tolerance, plan.max_iterations, timings, plan.compiler_options
+    )
     return solve, size
 
 
@@ -187,7 +200,7 @@ def compile_first_chunk(plan: Plan, state: ChainState) -> None:
         ]
         program, params = program_and_params(plan.kernel)
         certify, params = explicit(_Certify(program), params, *paths[0])
-        compiled(certify, params, *paths[0], timings=timings)
+        compile_in_thread(certify, params, *paths[0], options=plan.compiler_options)
 
 
 def _resized(tree: PyTree, num_steps: int) -> PyTree:
@@ -291,14 +304,23 @@ class _Solve(HashableFunction):
 
 
 def _solve_groups(
-    solver: Solver, schedule: Schedule, tolerance: Any, max_iterations: int | None, timings: Timings
+    solver: Solver,
+    schedule: Schedule,
+    tolerance: Any,
+    max_iterations: int | None,
+    timings: Timings,
+    options: dict[str, Any] | None = None,
 ) -> Callable[[Dynamics, list, list], list[Solution]]:
     """`(dynamics, initial, tape) -> solutions` of every group of chains, compiled once for all runs."""
     opaque = [one if jax.tree.structure(one) == _LEAF else None for one in (solver, schedule)]
     given = [None if jax.tree.structure(one) == _LEAF else one for one in (solver, schedule)]
     program = _Solve(max_iterations, *opaque)
     return lambda dynamics, initial, tape: run_groups(
-        program, (*given, tolerance, dynamics), list(zip(initial, tape)), timings=timings
+        program,
+        (*given, tolerance, dynamics),
+        list(zip(initial, tape)),
+        timings=timings,
+        options=options,
     )
 
 
@@ -312,7 +334,14 @@ def _certified(
     recorded = () if chains.notes is None else (chains.notes, chains.defects)
     paths = list(zip(chains.initial, chains.states, chains.tape, *recorded))
     program, params = program_and_params(plan.kernel)
-    groups = run_explicit_groups(_Certify(program), params, paths, timings=timings, what="certify")
+    groups = run_explicit_groups(
+        _Certify(program),
+        params,
+        paths,
+        timings=timings,
+        what="certify",
+        options=plan.compiler_options,
+    )
     certificate, records, last, positions = concat_chains(groups)
     constrained = plan.target.constrained_values(positions, timings)
     info = info_dict(records, certificate.residual.shape) | {"residual": certificate.residual}

@@ -14,11 +14,11 @@ import jax
 import numpy as np
 
 from partime_mcmc.certify.recorded import Certification
-from partime_mcmc.compile_cache import Timings
+from partime_mcmc.compile_cache import Timings, compiler_options
 from partime_mcmc.diagnostics.checks import looks_improper
 from partime_mcmc.engine import Dynamics, Schedule, Tolerance, Windows
 from partime_mcmc.kernels import Kernel
-from partime_mcmc.kernels.kernel_program import Builder, coupling_of
+from partime_mcmc.kernels.kernel_program import Builder, ParametrisedKernel, coupling_of
 from partime_mcmc.sampling.arguments import SampleArguments
 from partime_mcmc.sampling.chain_groups import num_groups
 from partime_mcmc.sampling.chunk import ChainState
@@ -59,6 +59,7 @@ class Plan:
         num_warmup: Steps of warm-up that were made.
         warmup: The warm-up; None if the kernel came tuned, or the plan was read from a store.
         warmup_notes: What the warm-up says of itself; empty if there was none.
+        compiler_options: How hard the compiler tries; None is the usual.
     """
 
     target: Target
@@ -79,6 +80,7 @@ class Plan:
     num_warmup: int = 0
     warmup: Warmup | None = None
     warmup_notes: str = ""
+    compiler_options: dict[str, Any] | None = None
 
     @property
     def num_chains(self) -> int:
@@ -167,12 +169,20 @@ def plan_for(
         certificate=asked.certificate,
         chunk=chunk,
         num_groups=groups,
+        compiler_options=_compiler_options(asked, kernel),
         thinning=asked.thinning,
         key_words=asked.key_words,
         num_warmup=warmup.num_steps if warmup else 0,
         warmup=warmup,
         warmup_notes=str(warmup or ""),
     )
+
+
+def _compiler_options(asked: SampleArguments, kernel: Kernel) -> dict[str, Any] | None:
+    """The usual ones in a store, where all parts of a long run need the same bits; otherwise what pays for the draws asked for."""
+    if asked.store is not None or not isinstance(kernel, ParametrisedKernel):
+        return compiler_options()
+    return compiler_options(kernel.unoptimised_seconds(asked.num_samples * asked.num_chains))
 
 
 def _tuned(

@@ -10,13 +10,14 @@ from where the steps before left them. The random numbers of a path and these le
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from partime_mcmc.certify.recorded import Certification, CertifyIndependently
-from partime_mcmc.compile_cache import Timings, run_explicit
+from partime_mcmc.compile_cache import Timings, compiler_options, run_explicit
 from partime_mcmc.engine import Dynamics, without_captures
 from partime_mcmc.kernels import Kernel, Tape
 from partime_mcmc.kernels.kernel_program import program_and_params
@@ -40,7 +41,10 @@ def begin(kernel: Kernel, positions: PyTree, keys: Key, timings: Timings) -> Cha
         timings: Where seconds are counted.
     """
     program, params = program_and_params(kernel)
-    return ChainState(*run_explicit(_Begin(program), params, positions, keys, timings=timings))
+    found = run_explicit(
+        _Begin(program), params, positions, keys, timings=timings, options=compiler_options(0)
+    )
+    return ChainState(*found)
 
 
 def draw_tapes(
@@ -50,6 +54,7 @@ def draw_tapes(
     num_steps: int,
     timings: Timings,
     num_groups: int = 1,
+    options: dict[str, Any] | None = None,
 ) -> list[tuple[PyTree, Tape, dict]]:
     """The tapes of the next steps, group by group (`chain_groups`).
 
@@ -60,6 +65,7 @@ def draw_tapes(
         num_steps: n.
         timings: Where seconds are counted.
         num_groups: How many groups.
+        options: As for `compile_cache.compiled`.
 
     Returns:
         Of each group the carries `(G, ...)` it starts from, its tape `(G, n, ...)`, and the discrete leaves after the
@@ -69,7 +75,7 @@ def draw_tapes(
     chains = split_chains((state.carries, state.discrete, keys), num_groups)
     groups = [(*group, np.uint32(state.num_steps)) for group in chains]
     draw = _DrawTapes(program, num_steps, None if splits_by_counting(keys) else state.num_steps)
-    return run_explicit_groups(draw, params, groups, timings=timings)
+    return run_explicit_groups(draw, params, groups, timings=timings, options=options)
 
 
 def recurrence(

@@ -11,6 +11,7 @@ each step log h grows by `gain · (acceptance − target)`; a gain of 0 keeps it
 """
 
 import functools
+import math
 from typing import Callable, NamedTuple, Self
 
 import jax
@@ -71,6 +72,8 @@ STEPS = 16
 """Transitions in a row: the searching phase looks at its chains that often, and windows are multiples of it."""
 # What one call makes at most: so many transitions, and so many numbers in their positions.
 _LONGEST, _MOST_NUMBERS = 256, 2**20
+# What a warm-up takes: by it the compiler is told how hard to try.
+_USUAL_GRADIENTS = 40_000
 
 
 def max_batch_steps(numbers: int) -> int:
@@ -101,9 +104,9 @@ class HMCBatchResult(NamedTuple):
 
 
 @functools.cache
-def _walking():
-    # Made at the first call: the options depend on the device.
-    return jax.jit(_walk, static_argnums=(0, 1), compiler_options=compiler_options())
+def _walking(options: frozenset | None):
+    options = None if options is None else dict(options)
+    return jax.jit(_walk, static_argnums=(0, 1), compiler_options=options)
 
 
 def _walk(
@@ -222,6 +225,9 @@ class HMCBatch:
         self.dimension, self.dtype = flat.size, flat.dtype
         self.longest = max_batch_steps(num_chains * self.dimension)
         self.num_gradients = self.depth = self.num_steps = 0
+        seconds = getattr(density, "unoptimised_seconds", lambda count: math.inf)
+        options = compiler_options(seconds(_USUAL_GRADIENTS))
+        self._options = None if options is None else frozenset(options.items())
 
     @property
     def density(self) -> Callable:
@@ -266,7 +272,7 @@ class HMCBatch:
         sizes = np.broadcast_to(np.asarray(step_sizes, self.dtype), (self.num_chains,))
         if size > self.longest:
             raise ValueError(f"size: got {size}, wanted at most {self.longest} transitions a call")
-        found = _walking()(
+        found = _walking(self._options)(
             self.density,
             self.longest,
             self.params,
