@@ -9,6 +9,7 @@ NumPyro's own loop over the same kernel with the same keys, certified; `report` 
 """
 
 import dataclasses
+import functools
 import os
 from types import SimpleNamespace
 from typing import Any, Callable, Self
@@ -36,6 +37,7 @@ from partime_mcmc.numpyro.hmc_state import (
     hmc_state,
     keys_of,
     last_stored_state,
+    potential_gradients,
     read_fields,
     sample_arguments,
     with_chains,
@@ -180,10 +182,11 @@ class ParallelMCMC(MCMC):
             thinning=check_count(thinning, "thinning", 1),
             postprocess_fn=postprocess_fn,
             chain_method="vectorized",
-            progress_bar=progress_bar,
+            progress_bar=bool(progress_bar),
             progress_rate=progress_rate,
             jit_model_args=jit_model_args,
         )
+        self.chain_method = chain_method
         self.solver, self.schedule, self.certificate = solver, schedule, certificate
         self._known: tuple[Data, Target, Any] | None = None
         self._store: Store | None = None
@@ -343,6 +346,25 @@ class ParallelMCMC(MCMC):
             "_draws": draws,
         }
 
+    @property
+    def chain_method(self) -> str:
+        """How NumPyro's class sees it: all chains at once."""
+        return "vectorized"
+
+    @chain_method.setter
+    def chain_method(self, chain_method: str | Callable) -> None:
+        """Accepted and ignored.
+
+        Raises:
+            ValueError: For anything that is none of NumPyro's.
+        """
+        if chain_method not in ("parallel", "sequential", "vectorized") and not callable(
+            chain_method
+        ):
+            raise ValueError(
+                f"chain_method: got {chain_method!r}, wanted 'parallel', 'sequential', 'vectorized' or a function"
+            )
+
     # --- the method of NumPyro's that moves chains
 
     def _single_chain_mcmc(self, init, args, kwargs, collect_fields, remove_sites):
@@ -369,7 +391,7 @@ class ParallelMCMC(MCMC):
             self._adopt(plan)
             if state is None:
                 state = hmc_state(plan, chain_state, self.sampler)
-            return empty_collection(state, self.num_chains)
+            return empty_collection(state, self.num_chains, collect_fields)
         plan, draws = run(arguments, progress)
         self._draws, self._stored = draws, None
         self._adopt(plan)
@@ -385,7 +407,13 @@ class ParallelMCMC(MCMC):
         if state is None:
             state = hmc_state(plan, draws.state, self.sampler)
         fields, last = collect(
-            draws, state, self.postprocess_fn, collect_fields, remove_sites, self.thinning
+            draws,
+            state,
+            self.postprocess_fn,
+            collect_fields,
+            remove_sites,
+            self.thinning,
+            functools.partial(potential_gradients, target),
         )
         if self.num_chains == 1:
             return jax.tree.map(lambda leaf: leaf[0], (fields, last))

@@ -14,13 +14,13 @@ import functools
 import time
 from typing import Any, Callable, Protocol
 
-import blackjax
 import jax
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.compile_cache import compiler_options
 from partime_mcmc.kernels import Kernel, Whitening
+from partime_mcmc.kernels.blackjax_without_backend import blackjax
 from partime_mcmc.kernels.coordinates import Centring, maps_of
 from partime_mcmc.kernels.kernel_program import (
     Builder,
