@@ -222,7 +222,9 @@ def _positions_of(rows: np.ndarray, example: PyTree) -> PyTree:
     cuts = np.cumsum([np.size(leaf) for leaf in leaves])[:-1]
     parts = zip(np.split(rows, cuts, axis=1), leaves)
     return jax.device_put(
-        jax.tree.unflatten(structure, [part.reshape(-1, *np.shape(leaf)) for part, leaf in parts])
+        jax.tree.unflatten(
+            structure, [part.reshape(len(rows), *np.shape(leaf)) for part, leaf in parts]
+        )
     )
 
 
