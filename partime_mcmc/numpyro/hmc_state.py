@@ -47,7 +47,7 @@ from partime_mcmc.sampling.target import Target
 from partime_mcmc.storage.saved_run import digest_arrays
 from partime_mcmc.storage.stored_draws import StoredDraws
 from partime_mcmc.tracing import HashableFunction
-from partime_mcmc.types import Key, PyTree, Tracer
+from partime_mcmc.types import Key, PyTree
 from partime_mcmc.validation import check_dtypes, check_key
 from partime_mcmc.warmup.hmc_batch import SeedTree
 from partime_mcmc.warmup.tuning import any_settings, path_rule_of, target_of
@@ -108,13 +108,9 @@ def check_keys(rng_key: Any, num_chains: int) -> Any:
         num_chains: C.
 
     Raises:
-        TypeError: For a traced value, or anything that is no key.
+        TypeError: For anything that is no key.
         ValueError: For another number of keys.
     """
-    if isinstance(rng_key, Tracer):
-        raise TypeError(
-            "rng_key: got a traced value; call run outside jit and vmap (it compiles what it needs itself)"
-        )
     is_array = hasattr(rng_key, "dtype") and hasattr(rng_key, "ndim")
     # A legacy key is two numbers: shape (2,) is one of these, or two typed keys.
     own_axes = 0 if is_array and is_typed(rng_key) else 1

@@ -56,7 +56,12 @@ from partime_mcmc.storage.saved_run import chain_state_of
 from partime_mcmc.storage.store import Store
 from partime_mcmc.storage.stored_draws import StoredDraws
 from partime_mcmc.types import Key, PyTree
-from partime_mcmc.validation import check_count, check_generator, check_has
+from partime_mcmc.validation import (
+    check_count,
+    check_generator,
+    check_has,
+    check_outside_transforms,
+)
 from partime_mcmc.warmup.warmup import Warmup
 
 
@@ -224,6 +229,9 @@ class ParallelMCMC(MCMC):
             StoreMismatch, StoreError: As `sample`.
             TypeError, ValueError: For bad keys, fields, starts, or models; see `from_numpyro`.
         """
+        check_outside_transforms(
+            "run", rng_key=rng_key, args=args, init_params=init_params, **kwargs
+        )
         keep_on_disk()
         rng_key = check_keys(rng_key, self.num_chains)
         check_generator(rng_key, "rng_key")
@@ -326,10 +334,15 @@ class ParallelMCMC(MCMC):
         if self._draws is not None:
             print(self._draws.verdict)
         try:
-            self._states = self._read_store(True) or in_memory
+            fields = self._read_store(True) or in_memory
+            if fields and isinstance(fields["z"], dict):
+                # Of no numbers there is no mean.
+                sites = {name: one for name, one in fields["z"].items() if _has_numbers(one)}
+                fields = fields | {"z": sites}
+            self._states, self._states_flat = fields, None
             super().print_summary(prob, exclude_deterministic)
         finally:
-            self._states = in_memory
+            self._states, self._states_flat = in_memory, None
 
     def __getstate__(self) -> dict[str, Any]:
         """As NumPyro's, without what is compiled or traced: the next run, or `advice`, makes it again."""
@@ -471,9 +484,7 @@ class ParallelMCMC(MCMC):
             return None
         fields = read_fields(*self._stored)
         return (
-            fields
-            if group_by_chain
-            else jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), fields)
+            fields if group_by_chain else jax.tree.map(lambda leaf: jnp.concatenate(leaf), fields)
         )
 
     def _target(self, args: tuple, kwargs: dict, keys: Key, init_params: PyTree) -> Target:
@@ -485,6 +496,10 @@ class ParallelMCMC(MCMC):
             self._known = (data, target, self.sampler._posterior)
         _, target, self.sampler._posterior = self._known
         return target
+
+
+def _has_numbers(tree: PyTree) -> bool:
+    return any(np.size(leaf) for leaf in jax.tree.leaves(tree))
 
 
 @jax.jit

@@ -39,7 +39,7 @@ from partime_mcmc.compile_cache import compiler_options
 from partime_mcmc.numpyro.centring import find_centring
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.types import AnyArray, Array, Key, PyTree, jax_config
-from partime_mcmc.validation import InvalidStart, check_key
+from partime_mcmc.validation import InvalidStart, check_key, check_outside_transforms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,6 +220,7 @@ def from_numpyro(
     Warns:
         UserWarning: For a `numpyro.param` site on which the density depends, and NumPyro's own remarks on missing plates.
     """
+    check_outside_transforms("from_numpyro", args=args, key=key, **kwargs)
     posterior = Posterior(model, args, kwargs, key, init_strategy)
     posterior.check_found(posterior.search(posterior.key)[1])
     return posterior.target
@@ -439,11 +440,12 @@ def _params_that_matter(
     params = {name: site["value"] for name, site in sites.items() if site["type"] == "param"}
     if not params:
         return []
-    latent = {name: site["value"] for name, site in _latent(sites).items()}
+    others = {name: site["value"] for name, site in _latent(sites).items()}
+    others |= {name: one["value"] for name, one in sites.items() if one["type"] == "mutable"}
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
 
     def log_densities(*values):
-        data = jax.tree.unflatten(structure, values) | latent
+        data = jax.tree.unflatten(structure, values) | others
         run = seed(WithData(substitute(model, data=data), args, kwargs), key)
         found = trace(run).get_trace().values()
         return [one["fn"].log_prob(one["value"]) for one in found if one["type"] == "sample"]

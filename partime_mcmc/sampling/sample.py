@@ -59,8 +59,13 @@ from partime_mcmc.storage.sink import StoreSink
 from partime_mcmc.storage.store import Store
 from partime_mcmc.storage.stored_draws import StoredDraws
 from partime_mcmc.storage.streaming_statistics import Fold
-from partime_mcmc.types import Key, PyTree, Tracer
-from partime_mcmc.validation import check_count, check_generator, check_key
+from partime_mcmc.types import Key, PyTree
+from partime_mcmc.validation import (
+    check_count,
+    check_generator,
+    check_key,
+    check_outside_transforms,
+)
 from partime_mcmc.warmup.warmup import Adaptation, Warmup
 
 
@@ -198,10 +203,8 @@ def sample(
         TypeError: If an argument has the wrong type.
         ValueError: If an argument has a value that cannot work, or a start has no finite density or gradient.
     """
-    if isinstance(key, Tracer):
-        raise TypeError(
-            "key: got a traced value; call sample outside jit and vmap (it compiles what it needs itself)"
-        )
+    start = target.initial if isinstance(target, Target) else None
+    check_outside_transforms("sample", key=key, **{"target.initial": start})
     keep_on_disk()
     key = check_key(key)
     check_generator(key, "key")
