@@ -195,6 +195,7 @@ class ParallelMCMC(MCMC):
         self.solver, self.schedule, self.certificate = solver, schedule, certificate
         self._known: tuple[Data, Target, Any] | None = None
         self._store: Store | None = None
+        self._asked: tuple[str, ...] = ()
         self._draws: Draws | StoredDraws | None = None
         self._stored: tuple[StoredDraws, Any, Any, bool] | None = None
         self._plan: Plan | None = None
@@ -240,6 +241,7 @@ class ParallelMCMC(MCMC):
             raise TypeError(
                 f"extra_fields: got the string {extra_fields!r}; wanted a tuple of field names"
             )
+        self._asked = tuple(name for name in extra_fields if not name.startswith("~"))
         self._store = as_store(store)
         try:
             super().run(
@@ -404,7 +406,7 @@ class ParallelMCMC(MCMC):
             self._adopt(plan)
             if state is None:
                 state = hmc_state(plan, chain_state, self.sampler)
-            return empty_collection(state, self.num_chains, collect_fields)
+            return empty_collection(state, self.num_chains, ("z", *self._asked))
         plan, draws = run(arguments, progress)
         self._draws, self._stored = draws, None
         self._adopt(plan)

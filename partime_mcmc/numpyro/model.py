@@ -31,7 +31,7 @@ from jax.flatten_util import ravel_pytree
 from numpyro.distributions import biject_to, constraints
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.initialization import init_to_uniform
-from numpyro.infer.util import constrain_fn, initialize_model, potential_energy
+from numpyro.infer.util import ParamInfo, constrain_fn, initialize_model, potential_energy
 from numpyro.primitives import Messenger
 from numpyro.util import _validate_model
 
@@ -357,20 +357,28 @@ class Posterior:
         return options.get("radius", 2)
 
     def _search(self, key: Key) -> tuple[PyTree, Array]:
-        # NumPyro's remarks on the model were made once, when it was traced. A start that it refuses is followed by another.
-        with numpyro.validation_enabled(False), warnings.catch_warnings(action="ignore"):
-            found = initialize_model(
-                key,
-                self.run,
-                init_strategy=self.strategy,
-                forward_mode_differentiation=self.forward_mode_differentiation,
-            ).param_info
+        # NumPyro's remarks on the model were made once, when it was traced.
+        with warnings.catch_warnings(action="ignore"):
+            try:
+                found = self._found(key)
+            except ValueError:
+                # NumPyro refuses a start that is known beforehand (`init_to_value`); here it is no good start.
+                with numpyro.validation_enabled(False):
+                    found = self._found(key)
         leaves = jax.tree.leaves((found.potential_energy, found.z_grad))
         good = jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
         start = {name: jnp.asarray(leaf, jnp.result_type(float)) for name, leaf in found.z.items()}
         if _OWN_COORDINATE in self.shapes:
             start[_OWN_COORDINATE] = jax.random.normal(key)
         return start, good
+
+    def _found(self, key: Key) -> ParamInfo:
+        return initialize_model(
+            key,
+            self.run,
+            init_strategy=self.strategy,
+            forward_mode_differentiation=self.forward_mode_differentiation,
+        ).param_info
 
     def check_found(self, good: AnyArray) -> None:
         """Raise unless all starts are good.
@@ -381,13 +389,12 @@ class Posterior:
         if np.asarray(good).all():
             return
         causes = self.run.nonfinite_arguments()
-        with numpyro.validation_enabled(False), warnings.catch_warnings(action="ignore"):
-            sites = traced(self.run, self.key, self.strategy)
-            for name, site in sites.items():
+        with warnings.catch_warnings(action="ignore"):
+            for name, site in self._first_trace().items():
                 if site["type"] == "sample" and (cause := _cause(site)):
                     causes.append(f"site {name!r} {cause}")
         if self._refusal is not None:
-            causes.append(str(self._refusal))
+            causes.append(str(self._refusal).rstrip("."))
         seen = f"Seen: {'; '.join(causes)}." if causes else ""
         raise InvalidStart(
             "model: got no start with a finite log density and gradient in 100 tries; wanted one. "
