@@ -211,7 +211,12 @@ def check_dtypes(position: PyTree, name: str = "initial") -> PyTree:
     Raises:
         InvalidStart: For bool, complex, object or string leaves, and for floats of two bytes.
     """
-    paths, tree = jax.tree_util.tree_flatten_with_path(position)
+    try:
+        paths, tree = jax.tree_util.tree_flatten_with_path(position)
+    except (TypeError, ValueError) as error:
+        raise InvalidStart(
+            f"{name}: got a dict with keys of several types; wanted keys that can be sorted, such as strings"
+        ) from error
     leaves, dtype = {}, jnp.dtype(jnp.result_type(float))
     for path, given in paths:
         label = name + jax.tree_util.keystr(path)

@@ -44,7 +44,7 @@ from partime_mcmc.numpyro.hmc_state import (
 )
 from partime_mcmc.numpyro.kernels import from_numpyro_kernel
 from partime_mcmc.numpyro.model import Data
-from partime_mcmc.sampling.arguments import as_store
+from partime_mcmc.sampling.arguments import as_store, device_of, on_device
 from partime_mcmc.sampling.draws import Draws, RunReport, spread_positions
 from partime_mcmc.sampling.pilots import advise_plan
 from partime_mcmc.sampling.plan import Plan, prepare
@@ -243,10 +243,18 @@ class ParallelMCMC(MCMC):
             )
         self._asked = tuple(name for name in extra_fields if not name.startswith("~"))
         self._store = as_store(store)
+        device = device_of(args, kwargs, init_params, rng_key)
+        if device is not None:
+            rng_key, init_params = jax.device_put((rng_key, init_params), device)
         try:
-            super().run(
-                rng_key, *args, extra_fields=tuple(extra_fields), init_params=init_params, **kwargs
-            )
+            with on_device(device):
+                super().run(
+                    rng_key,
+                    *args,
+                    extra_fields=tuple(extra_fields),
+                    init_params=init_params,
+                    **kwargs,
+                )
         finally:
             self._store = None
         if self._draws is not None:

@@ -11,6 +11,7 @@ and paths for the kernel by trials, and the report says what was chosen, why, an
 
 import dataclasses
 import functools
+import re
 import time
 from typing import Any, Callable, Protocol
 
@@ -43,6 +44,8 @@ from partime_mcmc.warmup.tuning import (
 )
 
 _NUM_POOL = 33
+# What JAX says of loops, and of callbacks into Python.
+_LACKS_GRADIENT = re.compile("[Rr]everse-mode|JVP|[Dd]ifferentiation rule")
 
 
 class Adaptation(Protocol):
@@ -173,7 +176,15 @@ def warm_up(
     )
     adapt_key, tune_key = jax.random.split(key)
     path_rule = path_rule_of(builder, target, adaptation.path_length)
-    pool, path = adaptation(walker, adapt_key, flat, num_warmup, path_rule, advance)
+    try:
+        pool, path = adaptation(walker, adapt_key, flat, num_warmup, path_rule, advance)
+    except (ValueError, NotImplementedError) as error:
+        if _LACKS_GRADIENT.search(str(error)):
+            raise ValueError(
+                f"logdensity: got a function without a gradient in reverse mode; wanted one that JAX differentiates (models with "
+                f"loops: forward_mode_differentiation=True). JAX says: {error}"
+            ) from error
+        raise
     whitening = Whitening.of_covariance(example, pool.center, pool.metric, walker.maps)
     triangular, recentred = split_maps(walker.maps)
     found = pool.draws if triangular is None else leave_map(triangular, pool.draws)
