@@ -114,6 +114,7 @@ def compiled(function: Callable, *args: PyTree, timings: Timings) -> jax.stages.
         shapes,
         jax_config.jax_enable_x64,
         jax_config.jax_default_matmul_precision,
+        *_elsewhere(leaves),
     )
 
     def make(_):
@@ -121,6 +122,14 @@ def compiled(function: Callable, *args: PyTree, timings: Timings) -> jax.stages.
             return jax.jit(function).lower(*args).compile(compiler_options())
 
     return _PROGRAMS.get(entry, make)
+
+
+def _elsewhere(leaves: list) -> set[jax.Device | str]:
+    """The devices other than the usual one for which a program of these arguments is compiled."""
+    default = jax_config.jax_default_device
+    arrays = (leaf for leaf in leaves if isinstance(leaf, jax.Array) and leaf.committed)
+    placed = {device for leaf in arrays for device in leaf.devices()}
+    return placed - {default or jax.local_devices()[0]} | ({default} if default else set())
 
 
 def run_program(function: Callable, *args: PyTree, timings: Timings, what: str = "run") -> PyTree:
