@@ -77,7 +77,10 @@ class _Reader:
         if isinstance(value, types.BuiltinFunctionType):
             return _Same(value)
         if hasattr(value, "__array__"):
-            return _of_array(np.asarray(value))
+            try:
+                return _of_array(np.asarray(value))
+            except TypeError:  # keys are no numbers
+                return _Same(value)
         if _is_jaxs_own(value):
             return _Same(value)
         parts = self._parts(value)

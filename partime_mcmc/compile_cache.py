@@ -199,7 +199,16 @@ def _entry(function: Callable, args: tuple, options: dict[str, Any] | None) -> t
         jax_config.jax_enable_x64,
         jax_config.jax_default_matmul_precision,
         frozenset((options or {}).items()),
+        *_elsewhere(leaves),
     )
+
+
+def _elsewhere(leaves: list) -> set[jax.Device | str]:
+    """The devices other than the usual one for which a program of these arguments is compiled."""
+    default = jax_config.jax_default_device
+    arrays = (leaf for leaf in leaves if isinstance(leaf, jax.Array) and leaf.committed)
+    placed = {device for leaf in arrays for device in leaf.devices()}
+    return placed - {default or jax.local_devices()[0]} | ({default} if default else set())
 
 
 def run_program(

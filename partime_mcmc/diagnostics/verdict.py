@@ -244,9 +244,7 @@ def _judge_gradients(draws: Any, doubts: list[str], good: list[str]) -> None:
         return
     wanted = max(fewest, min(most, num_chains * num_draws // _STEIN_SHARE))
     step = max(1, num_chains * num_draws // wanted)
-    some = jax.tree.map(
-        lambda leaf: np.asarray(leaf)[:, ::step].reshape(-1, *leaf.shape[2:]), draws.positions
-    )
+    some = jax.tree.map(lambda leaf: np.concatenate(np.asarray(leaf)[:, ::step]), draws.positions)
     try:
         x, gradient = (
             np.asarray(part, float).reshape(num_chains, -1, part.shape[-1]) for part in scores(some)

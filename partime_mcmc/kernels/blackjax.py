@@ -1,7 +1,6 @@
 """BlackJAX's sampling algorithms as kernels."""
 
-import blackjax
-
+from partime_mcmc.kernels.blackjax_without_backend import blackjax
 from partime_mcmc.kernels.kernel import Kernel
 from partime_mcmc.types import Array
 from partime_mcmc.validation import check_scale

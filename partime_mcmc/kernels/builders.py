@@ -11,12 +11,11 @@ Step sizes follow BlackJAX: MALA moves by `ε ∇log p + √(2ε) N(0, I)`, HMC'
 import math
 from typing import Any, Callable
 
-import blackjax
 import jax.numpy as jnp
 import numpy as np
-from blackjax.mcmc.random_walk import normal
 from jax.flatten_util import ravel_pytree
 
+from partime_mcmc.kernels.blackjax_without_backend import blackjax, normal
 from partime_mcmc.kernels.coupling import (
     CommonRandomNumbers,
     Coupling,

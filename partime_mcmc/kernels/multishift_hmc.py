@@ -18,10 +18,10 @@ from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from blackjax.mcmc import hmc, integrators, metrics
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
+from partime_mcmc.kernels.blackjax_without_backend import hmc, integrators, metrics
 from partime_mcmc.kernels.coupling import (
     MultishiftRandomness,
     draw_multishift_noise,

@@ -83,7 +83,8 @@ def find_centring(model: Callable[[], Any], position: PyTree) -> SiteCentring | 
     jaxpr, shapes = jax.make_jaxpr(laws, return_shape=True)(position)
     depends = iter(_depend_on_inputs(jaxpr.jaxpr))
     # A law may depend on its own site in no way but through others, since its parameters are known before its value.
-    names = tuple(name for name, law in shapes.items() if any([next(depends) for _ in law]))
+    hangs = {name: any([next(depends) for _ in law]) for name, law in shapes.items()}
+    names = tuple(name for name, moves in hangs.items() if moves and position[name].size)
     return SiteCentring(model, names) if names else None
 
 

@@ -7,7 +7,9 @@ Collected fields are those of `HMCState`, for every kept draw; of draws in a sto
 asked for.
 """
 
+import dataclasses
 import functools
+import operator
 import warnings
 from typing import Any, Callable, Mapping, NamedTuple
 
@@ -29,6 +31,14 @@ from partime_mcmc.kernels.kernel_program import (
     parametrised_kernel,
     program_and_params,
 )
+from partime_mcmc.numpyro.metric_blocks import (
+    each_block,
+    inverse_mass,
+    mass_sqrt,
+    mass_sqrt_inv,
+    root_by_block,
+    whole_root,
+)
 from partime_mcmc.sampling.arguments import SampleArguments, key_words
 from partime_mcmc.sampling.chunk import ChainState
 from partime_mcmc.sampling.draws import Draws
@@ -37,9 +47,10 @@ from partime_mcmc.sampling.target import Target
 from partime_mcmc.storage.saved_run import digest_arrays
 from partime_mcmc.storage.stored_draws import StoredDraws
 from partime_mcmc.tracing import HashableFunction
-from partime_mcmc.types import Key, PyTree, Tracer
+from partime_mcmc.types import Key, PyTree
 from partime_mcmc.validation import check_dtypes, check_key
 from partime_mcmc.warmup.hmc_batch import SeedTree
+from partime_mcmc.warmup.tuning import any_settings, path_rule_of, target_of
 
 # One of `numpyro.kernels`, which import this module.
 ParallelKernel = Any
@@ -50,25 +61,38 @@ _UNTUNED_STEP_SIZE = 0.1
 
 
 class AdaptState(NamedTuple):
-    """What warm-up chose, the same for every chain.
+    """What warm-up chose, the same for every chain. NumPyro's three matrices are worked out when they are asked for.
 
     Attributes:
         step_size: Of the builder's main step.
-        inverse_mass_matrix: The metric, `(D, D)` or `(D,)`.
         center: Of the whitened coordinates, `(D,)`.
-        mass_matrix_sqrt_inv: The metric's root, `(D, D)` or `(D,)`.
+        scale: The metric's root by block of sites (`metric_blocks`).
         weights: Of each learned map of coordinates; empty where there is none.
         settings: All settings by the builder's argument names.
         discrete: Counters that the kernel carries, by name.
     """
 
     step_size: Any
-    inverse_mass_matrix: Any
     center: Any
-    mass_matrix_sqrt_inv: Any
+    scale: Any
     weights: tuple
     settings: dict
     discrete: dict
+
+    @property
+    def inverse_mass_matrix(self) -> Any:
+        """The metric, `(d, d)` or `(d,)` by tuple of site names, as NumPyro has it."""
+        return each_block(inverse_mass, self.scale, np.ndim(self.step_size))
+
+    @property
+    def mass_matrix_sqrt(self) -> Any:
+        """The lower triangular root of its inverse, likewise."""
+        return each_block(mass_sqrt, self.scale, np.ndim(self.step_size))
+
+    @property
+    def mass_matrix_sqrt_inv(self) -> Any:
+        """The inverse of that root, likewise."""
+        return each_block(mass_sqrt_inv, self.scale, np.ndim(self.step_size))
 
 
 def is_typed(key: Any) -> bool:
@@ -84,13 +108,9 @@ def check_keys(rng_key: Any, num_chains: int) -> Any:
         num_chains: C.
 
     Raises:
-        TypeError: For a traced value, or anything that is no key.
+        TypeError: For anything that is no key.
         ValueError: For another number of keys.
     """
-    if isinstance(rng_key, Tracer):
-        raise TypeError(
-            "rng_key: got a traced value; call run outside jit and vmap (it compiles what it needs itself)"
-        )
     is_array = hasattr(rng_key, "dtype") and hasattr(rng_key, "ndim")
     # A legacy key is two numbers: shape (2,) is one of these, or two typed keys.
     own_axes = 0 if is_array and is_typed(rng_key) else 1
@@ -195,7 +215,7 @@ def sample_arguments(
         key_words=key_words(keys),
         key_impl=str(jax.random.key_impl(keys)),
         num_warmup=num_warmup,
-        adaptation=sampler.adaptation,
+        adaptation=sampler.adaptation_for(target.example),
         state=chain_state,
         extra={}
         if options.get("store") is None
@@ -225,9 +245,8 @@ def hmc_state(plan: Plan, state: ChainState, sampler: ParallelKernel) -> HMCStat
     step, root = settings.get("step_size", fixed), np.asarray(whitening.scale)
     adapted = AdaptState(
         each(step),
-        each(root**2 if root.ndim == 1 else root @ root.T),
         each(whitening.center),
-        each(root),
+        jax.tree.map(each, root_by_block(root, sampler._blocks, params.whitening.example)),
         jax.tree.map(
             lambda leaf: each(leaf, np.int32 if jnp.issubdtype(leaf.dtype, jnp.integer) else dtype),
             weights_of(whitening.maps),
@@ -270,7 +289,7 @@ def kernel_from(sampler: ParallelKernel, target: Target, state: HMCState) -> Par
     return parametrised_kernel(
         KernelProgram(density, sampler.tuned_builder()),
         data,
-        Whitening(one.z, adapted.center, adapted.mass_matrix_sqrt_inv, maps),
+        Whitening(one.z, adapted.center, whole_root(adapted.scale, one.z), maps),
         adapted.settings,
     )
 
@@ -316,7 +335,7 @@ def _checked_starts(
         raise
     first = _first(starts)
     dimension = sum(map(np.size, jax.tree.leaves(first)))
-    guess = getattr(sampler.adaptation, "guess", None)
+    guess = getattr(sampler.adaptation_for(lambda: first), "guess", None)
     if guess is not None and guess.shape[0] != dimension:
         raise ValueError(
             f"inverse_mass_matrix: shape {guess.shape}, wanted ({dimension},) or ({dimension}, {dimension})"
@@ -383,19 +402,29 @@ def _untuned(sampler: ParallelKernel, target: Target, starts: PyTree) -> Paramet
     """The kernel as it is without warm-up: the metric given, or none, and the step size given, or a cautious one."""
     first = _first(starts)
     density, data = density_of(target.logdensity, first)
-    flat, guess = ravel_pytree(first)[0], getattr(sampler.adaptation, "guess", None)
-    if guess is None:
-        guess = jnp.ones_like(flat)
+    builder = sampler.tuned_builder()
+    adaptation = sampler.adaptation_for(lambda: first)
+    flat, guess = ravel_pytree(first)[0], getattr(adaptation, "guess", None)
+    step = sampler._step_size
+    if guess is None and step is None:
         warnings.warn(
             "num_warmup: got 0, so nothing is adapted; step size and metric are those given, or "
             f"{_UNTUNED_STEP_SIZE} and the identity",
             stacklevel=4,
         )
+    settings: dict[str, Any] = {"step_size": _UNTUNED_STEP_SIZE if step is None else step}
+    rule = path_rule_of(builder, target_of(builder), adaptation.path_length)
+    if "num_integration_steps" in any_settings(builder):
+        _, settings["num_integration_steps"] = next(
+            dataclasses.replace(rule, step_size=settings["step_size"]).candidates()
+        )
     return parametrised_kernel(
-        KernelProgram(density, sampler.tuned_builder()),
+        KernelProgram(density, builder),
         data,
-        Whitening.of_covariance(first, jnp.zeros_like(flat), guess),
-        {} if sampler._step_size is not None else {"step_size": _UNTUNED_STEP_SIZE},
+        Whitening.of_covariance(
+            first, jnp.zeros_like(flat), jnp.ones_like(flat) if guess is None else guess
+        ),
+        {name: value for name, value in settings.items() if name not in sampler._fixed},
     )
 
 
@@ -418,6 +447,7 @@ def collect(
     names: tuple[str, ...],
     removed: tuple[str, ...],
     thinning: int,
+    gradients: Callable[[PyTree], PyTree],
 ) -> tuple[dict[str, PyTree], HMCState]:
     """Collected fields and the last state.
 
@@ -428,6 +458,7 @@ def collect(
         names: Fields to collect, the draws' own field `z` first.
         removed: Sites to leave out of `z`.
         thinning: Of so many draws the last is kept.
+        gradients: From positions `(C, T, ...)` to the potential's gradients there, called where they are asked for.
 
     Returns:
         Fields with leaves `(C, T', ...)`, and the state of every chain after its last step.
@@ -438,6 +469,10 @@ def collect(
     everything, positions = _fields(draws, state), draws.positions
     sites = positions if isinstance(positions, dict) else {}
     known = everything | {f"z.{site}": value for site, value in sites.items()}
+    constant = [name for name in names if name in _CONSTANT]
+    known |= {name: _every_step(state, name, draws.num_samples) for name in constant}
+    if "z_grad" in names:
+        known["z_grad"] = gradients(positions)
     if postprocess is None:
         known["z"] = _sites(draws.constrained, removed, isinstance(positions, dict))
     else:
@@ -446,23 +481,54 @@ def collect(
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(
-            f"extra_fields: got {unknown[0]!r}; wanted some of {sorted(everything)}, or z.<site>"
+            f"extra_fields: got {unknown[0]!r}; wanted some of {sorted([*everything, *_CONSTANT, 'z_grad'])}, or z.<site>"
         )
     fields = {name: known[name] for name in names}
+    # Keys cannot be indexed by NumPy.
+    keys = {name: fields.pop(name) for name in names if name == "rng_key"}
     if thinning > 1:
         steps = draws.num_samples
         kept = np.arange(steps % thinning + thinning - 1, steps, thinning)
         fields = jax.tree.map(lambda leaf: leaf[:, kept], fields)
-    return jax.device_put(fields), _last(draws, state, everything)
+        keys = {name: leaf[:, kept] for name, leaf in keys.items()}
+    return jax.device_put(fields) | keys, _last(draws, state, everything)
 
 
-def empty_collection(state: HMCState, num_chains: int) -> tuple[dict[str, PyTree], HMCState]:
-    """No draws, as NumPyro wants them, empty arrays, and the state, without its axis of chains if there is one chain."""
+def empty_collection(
+    state: HMCState, num_chains: int, names: tuple[str, ...] = ("z",)
+) -> tuple[dict[str, PyTree], HMCState]:
+    """No draws, as NumPyro wants them, empty arrays, and the state, without its axis of chains if there is one chain.
+
+    Args:
+        state: Leaves `(C, ...)`.
+        num_chains: C.
+        names: The fields that would have been collected.
+
+    Raises:
+        ValueError: For a field that there is not.
+    """
     shape = (0,) if num_chains == 1 else (0, num_chains)
-    none = {
-        "z": jax.tree.map(lambda leaf: jnp.zeros((*shape, *leaf.shape[1:]), leaf.dtype), state.z)
-    }
+
+    def empty(name):
+        try:
+            like = state.z if name == "z_grad" else _field_of(state, name)
+        except (AttributeError, KeyError):
+            raise ValueError(
+                f"extra_fields: got {name!r}; wanted a field of the state, or z.<site>"
+            ) from None
+        return jax.tree.map(lambda leaf: jnp.zeros((*shape, *leaf.shape[1:]), leaf.dtype), like)
+
+    none = {name: empty(name) for name in names if name not in _OWN_FIELDS}
+    none |= {name: jnp.zeros(shape) for name in names if name in _OWN_FIELDS}
     return none, jax.tree.map(lambda leaf: leaf[0], state) if num_chains == 1 else state
+
+
+# Fields that a state of NumPyro's does not have.
+_OWN_FIELDS = ("residual", "accepted")
+
+
+def _field_of(state: HMCState, name: str) -> PyTree:
+    return state.z[name[2:]] if name.startswith("z.") else operator.attrgetter(name)(state)
 
 
 def with_chains(tree: PyTree, num_chains: int) -> PyTree:
@@ -503,29 +569,55 @@ def _sites(values: Mapping[str, Any], removed: tuple[str, ...], is_dict: bool) -
 def _fields(draws: Draws, state: HMCState) -> dict[str, Any]:
     """All fields, `(C, T, ...)`, on the host: what is the same in all steps (metrics) is not written out."""
     certificate = draws.certificate
-    num_chains, num_steps = shape = certificate.residual.shape
+    _, num_steps = shape = certificate.residual.shape
     info = {**draws.info, "residual": certificate.residual, "accepted": certificate.accepted}
     found = {name: _reported(name, info, shape) for name in _REPORTED}
     accept, before = found["accept_prob"], np.asarray(state.i)[:, None]
     mean = np.asarray(state.mean_accept_prob)[:, None] * before + np.cumsum(accept, axis=1)
     index = before + np.arange(1, num_steps + 1)
-    adapted = state.adapt_state
-    same = {
-        "trajectory_length": state.trajectory_length,
-        "adapt_state.step_size": adapted.step_size,
-        "adapt_state.inverse_mass_matrix": adapted.inverse_mass_matrix,
-    }
     return {
         **found,
         "i": index.astype(np.int32),
         "mean_accept_prob": (mean / np.maximum(index, 1)).astype(accept.dtype),
-        **{
-            name: np.broadcast_to(
-                np.asarray(value)[:, None], (num_chains, num_steps, *value.shape[1:])
-            )
-            for name, value in same.items()
-        },
     }
+
+
+# Fields that are the same after every step.
+_CONSTANT = (
+    "trajectory_length",
+    "rng_key",
+    "adapt_state.step_size",
+    "adapt_state.inverse_mass_matrix",
+    "adapt_state.mass_matrix_sqrt",
+    "adapt_state.mass_matrix_sqrt_inv",
+)
+
+
+def _every_step(state: HMCState, name: str, num_steps: int) -> PyTree:
+    """A field that no step changes, as that of every step: leaves `(C, T, ...)` from leaves `(C, ...)`."""
+
+    def repeated(leaf):
+        shape = (leaf.shape[0], num_steps, *leaf.shape[1:])
+        if name == "rng_key":
+            return jnp.broadcast_to(leaf[:, None], shape)
+        return np.broadcast_to(np.asarray(leaf)[:, None], shape)
+
+    return jax.tree.map(repeated, operator.attrgetter(name)(state))
+
+
+def potential_gradients(target: Target, positions: PyTree) -> PyTree:
+    """Gradients of minus the log density at positions `(C, T, ...)`, as NumPyro's states have them."""
+    first = _first(_first(positions))
+    density, data = density_of(target.logdensity, first)
+    return run_program(_Slopes(density), data, positions, timings=Timings())
+
+
+class _Slopes(HashableFunction):
+    """Gradients of minus a log density, which is the part."""
+
+    def __call__(self, data, positions):
+        slope = jax.grad(lambda position: -self.parts[0](data, position))
+        return jax.vmap(jax.vmap(slope))(positions)
 
 
 def _last(draws: Draws, state: HMCState, everything: dict[str, Any]) -> HMCState:

@@ -10,10 +10,11 @@ coordinates, as NumPyro's are with an adapted mass matrix.
 
 NumPyro's own `HMC` and `NUTS` become kernels of ours, so that a script changes the name of one class. What was left at
 NumPyro's default is left to our warm-up: a step size of 1 is where NumPyro's adaptation starts, and a path of 2π, in
-coordinates as well whitened as ours, ends where it began. What was set is kept. Other kernels of NumPyro's, other kinetic
-energies than the Euclidean one, and metrics given by blocks are refused.
+coordinates as well whitened as ours, ends where it began. What was set is kept. Other kernels of NumPyro's, and other
+kinetic energies than the Euclidean one, are refused.
 """
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -42,15 +43,25 @@ from partime_mcmc.kernels import (
 from partime_mcmc.kernels.coordinates import reweighted
 from partime_mcmc.kernels.kernel_program import KernelParams, program_and_params
 from partime_mcmc.numpyro.hmc_state import hmc_state, is_typed, keys_of, sample_arguments
+from partime_mcmc.numpyro.metric_blocks import (
+    blocks_of,
+    coordinates_of,
+    metric_of_blocks,
+    site_names,
+    whole_root,
+)
 from partime_mcmc.numpyro.model import Posterior, forward_only
 from partime_mcmc.sampling.plan import prepare
 from partime_mcmc.sampling.progress import quiet
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.tracing import HashableFunction
-from partime_mcmc.types import Key, PyTree, Tracer
+from partime_mcmc.types import ArrayLike, Key, PyTree, Tracer
 from partime_mcmc.validation import check_count
-from partime_mcmc.warmup.metric import DiagonalMetric, FrozenMetric
+from partime_mcmc.warmup.metric import BlockMetric, DiagonalMetric, FrozenMetric
 from partime_mcmc.warmup.pooled import PooledAdaptation, learn_coordinates
+
+# What NumPyro's kernels move by unless they are told otherwise.
+_NUMPYROS_STEP_SIZE = 1.0
 
 
 class ParallelKernel(MCMCKernel):
@@ -59,13 +70,17 @@ class ParallelKernel(MCMCKernel):
     Args:
         model: A NumPyro model.
         potential_fn: Instead of a model: minus the log density of a position; give `init_params` to `run` then.
-        step_size: Fixed step size; None lets warm-up choose.
-        inverse_mass_matrix: A first metric for warm-up, `(D, D)` or `(D,)`, in the order of flattened positions.
-        adapt_step_size: False keeps `step_size`, which must be given.
+        kinetic_fn: None, or NumPyro's Euclidean kinetic energy: there is no other here.
+        step_size: Where warm-up's search begins, as in NumPyro; the step size itself with `adapt_step_size=False` or
+            without warm-up. None begins where warm-up is used to.
+        inverse_mass_matrix: A first metric for warm-up, `(D, D)` or `(D,)`, in the order of flattened positions, or
+            such blocks by tuples of site names.
+        adapt_step_size: False keeps `step_size`, or 1.
         adapt_mass_matrix: False keeps `inverse_mass_matrix`.
-        dense_mass: False or an empty list takes a diagonal metric; None, True or a list of blocks a dense one (low-rank
-            beyond 300 dimensions).
+        dense_mass: False or an empty list takes a diagonal metric, None or True a dense one (low-rank beyond 300
+            dimensions), a list of tuples of site names one that is dense within each tuple.
         target_accept_prob: Mean acceptance in trials; None is what suits the kernel.
+        max_tree_depth: A bound on the trees of `NUTS`; paths of other kernels have 48 leapfrog steps at most.
         init_strategy: As in NumPyro; None is `init_to_uniform`.
         find_heuristic_step_size, regularize_mass_matrix: Accepted, without effect.
         forward_mode_differentiation: True takes gradients in forward mode, for models with loops that know no other.
@@ -73,6 +88,7 @@ class ParallelKernel(MCMCKernel):
             `target_accept_prob` and `trajectory_length`.
 
     Raises:
+        TypeError: For an argument that the kernel does not have.
         ValueError: If not exactly one of `model` and `potential_fn` is given, or an argument cannot work, alone or with
             another.
 
@@ -88,26 +104,35 @@ class ParallelKernel(MCMCKernel):
         model: Callable | None = None,
         potential_fn: Callable | None = None,
         *,
-        step_size: float | None = None,
+        kinetic_fn: Callable | None = None,
+        step_size: ArrayLike | None = None,
         inverse_mass_matrix: Any = None,
         adapt_step_size: bool = True,
         adapt_mass_matrix: bool = True,
         dense_mass: bool | list | None = None,
         target_accept_prob: float | None = None,
+        max_tree_depth: int | tuple[int, int] = 10,
         init_strategy: Callable | None = None,
         find_heuristic_step_size: bool = False,
         forward_mode_differentiation: bool = False,
         regularize_mass_matrix: bool = True,
         adaptation: Any = None,
+        **unknown: Any,
     ):
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__}: got {', '.join(sorted(unknown))}, which it does not take; wanted arguments of NumPyro's "
+                "kernel of that name"
+            )
         if (model is None) == (potential_fn is None):
             raise ValueError("model and potential_fn: wanted exactly one of them")
+        check_kinetic_energy(kinetic_fn, "kinetic_fn")
         if target_accept_prob is not None and not 0 < target_accept_prob < 1:
             raise ValueError(
                 f"target_accept_prob: got {target_accept_prob!r}, wanted a number between 0 and 1"
             )
-        if step_size is None and not adapt_step_size:
-            raise ValueError("step_size: got None with adapt_step_size=False, wanted a number")
+        deepest = max_tree_depth[-1] if isinstance(max_tree_depth, tuple) else max_tree_depth
+        self._max_tree_depth = check_count(deepest, "max_tree_depth", 1)
         check_alone(
             adaptation,
             inverse_mass_matrix=inverse_mass_matrix,
@@ -119,17 +144,25 @@ class ParallelKernel(MCMCKernel):
         warn_without_effect(find_heuristic_step_size, regularize_mass_matrix)
         self._model, self._potential_fn, self._init_strategy = model, potential_fn, init_strategy
         self._step_size = check_positive(step_size, "step_size")
-        self._fixed = {} if step_size is None else {"step_size": step_size}
+        if not adapt_step_size and self._step_size is None:
+            self._step_size = _NUMPYROS_STEP_SIZE
+        self._fixed: dict[str, Any] = {} if adapt_step_size else {"step_size": self._step_size}
         self._posterior: Posterior | None = None
         self._forward_mode_differentiation = forward_mode_differentiation
         rule = DiagonalMetric() if dense_mass is False or dense_mass == [] else None
+        given = None if inverse_mass_matrix is None else checked_metric(inverse_mass_matrix)
+        self._blocks, self._given_blocks = blocks_of(dense_mass, given), None
+        if isinstance(given, dict):
+            self._given_blocks, given = given, None
+        first_step = {} if step_size is None else {"first_step": self._step_size}
         self.adaptation = adaptation or PooledAdaptation(
-            target_acceptance=target_accept_prob,
+            target_acceptance=None if target_accept_prob is None else float(target_accept_prob),
             path_length=self._trajectory_length,
             # A metric that is kept is one of the model's own coordinates.
             coordinates=learn_coordinates if adapt_mass_matrix else None,
             metric=rule if adapt_mass_matrix else FrozenMetric(),
-            guess=None if inverse_mass_matrix is None else checked_metric(inverse_mass_matrix),
+            guess=given,
+            **first_step,
         )
         self._family: Any = None
         self._data, self._sample_fn, self._builder, self._maps = None, None, None, ()
@@ -143,6 +176,26 @@ class ParallelKernel(MCMCKernel):
     def default_fields(self) -> tuple[str, ...]:
         """What a run collects unasked."""
         return ("z", "diverging")
+
+    def adaptation_for(self, position: Callable[[], PyTree]) -> Any:
+        """The warm-up of positions of this shape: what was given by sites becomes what is given by coordinates.
+
+        Args:
+            position: Makes a position, or its shapes.
+
+        Raises:
+            ValueError: If a block names a site that there is not, or has another shape.
+        """
+        if not self._blocks:
+            return self.adaptation
+        example, changes = position(), {}
+        if self._given_blocks is not None:
+            changes["guess"] = metric_of_blocks(self._given_blocks, example)
+        dense = [names for names, is_dense in self._blocks.items() if is_dense]
+        if not isinstance(self.adaptation.metric, FrozenMetric):
+            where = [coordinates_of(names, example) for names in dense]
+            changes["metric"] = BlockMetric(where) if dense else DiagonalMetric()
+        return dataclasses.replace(self.adaptation, **changes)
 
     def tuned_builder(self) -> Callable[..., Kernel]:
         """What warm-up tunes, as `sample` takes it."""
@@ -160,7 +213,11 @@ class ParallelKernel(MCMCKernel):
 
     def get_diagnostics_str(self, state: HMCState) -> str:
         """One line for a progress bar."""
-        return f"{state.num_steps} steps of size {state.adapt_state.step_size:.2e}. acc. prob={state.mean_accept_prob:.2f}"
+        steps, size, rate = (
+            np.mean(np.asarray(one))  # over chains, if the state is that of several
+            for one in (state.num_steps, state.adapt_state.step_size, state.mean_accept_prob)
+        )
+        return f"{steps:g} steps of size {size:.2e}. acc. prob={rate:.2f}"
 
     def num_gradients(self, draws: Any) -> int:
         """Gradients that these draws cost, over all chains: leapfrog steps, or one per draw.
@@ -264,7 +321,7 @@ class ParallelKernel(MCMCKernel):
         whitening = Whitening(
             state.z,
             adapted.center,
-            adapted.mass_matrix_sqrt_inv,
+            whole_root(adapted.scale, state.z),
             reweighted(self._maps, adapted.weights),
         )
         kernel = self._family.kernel(KernelParams(self._data, whitening, adapted.settings))
@@ -312,7 +369,7 @@ class HMC(ParallelKernel):
         potential_fn: Callable | None = None,
         *,
         num_steps: int | None = None,
-        trajectory_length: float | None = None,
+        trajectory_length: ArrayLike | None = None,
         **options: Any,
     ):
         self._trajectory_length = check_positive(trajectory_length, "trajectory_length")
@@ -361,6 +418,10 @@ class NUTS(ParallelKernel):
     Args:
         model, potential_fn, step_size, ...: As for every kernel here.
         max_tree_depth: Doublings at most; of a pair the second counts, as after NumPyro's warm-up.
+        trajectory_length: None: trees find their own length.
+
+    Raises:
+        ValueError: For a trajectory length.
     """
 
     builder = staticmethod(nuts)
@@ -370,12 +431,15 @@ class NUTS(ParallelKernel):
         model: Callable | None = None,
         potential_fn: Callable | None = None,
         *,
-        max_tree_depth: int | tuple[int, int] = 10,
+        trajectory_length: None = None,
         **options: Any,
     ):
-        depth = max_tree_depth[-1] if isinstance(max_tree_depth, tuple) else max_tree_depth
-        depth = check_count(depth, "max_tree_depth", 1)
+        if trajectory_length is not None:
+            raise ValueError(
+                f"trajectory_length: got {trajectory_length!r}, wanted None: the trees of NUTS find their own length"
+            )
         super().__init__(model, potential_fn, **options)
+        depth = self._max_tree_depth
         self._fixed |= {} if depth == 10 else {"max_num_doublings": depth}
 
 
@@ -414,42 +478,62 @@ class _Whitened(HashableFunction):
 # --- what is checked before anything is compiled
 
 
-def check_positive(value: Any, name: str) -> Any:
-    """The number, or None, as it came.
+def check_positive(value: Any, name: str) -> float | None:
+    """The number as a Python float, or None.
 
     Raises:
-        ValueError: Unless it is None or a finite number above 0.
+        TypeError: For a traced value.
+        ValueError: Unless it is None or a finite number above 0, of any kind, with or without a shape.
     """
+    if value is None:
+        return None
+    if isinstance(value, Tracer):
+        raise TypeError(
+            f"{name}: got a traced value; make the kernel outside of jit, vmap and grad"
+        )
     try:
-        usable = value is None or (math.isfinite(value) and value > 0)
-    except TypeError:
-        usable = False
-    if not usable:
+        number = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and number > 0):
         raise ValueError(f"{name}: got {value!r}, wanted a finite number above 0")
-    return value
+    return number
 
 
-def checked_metric(inverse_mass_matrix: Any) -> np.ndarray:
-    """A metric given by the user.
+def check_kinetic_energy(kinetic_fn: Any, name: str) -> None:
+    """There is one kinetic energy.
 
     Raises:
-        ValueError: If it is no vector of positive numbers and no symmetric positive definite matrix.
+        ValueError: For another one.
+    """
+    if kinetic_fn not in (None, euclidean_kinetic_energy):
+        raise ValueError(f"{name}: got {kinetic_fn!r}, wanted NumPyro's Euclidean kinetic energy")
+
+
+def checked_metric(
+    inverse_mass_matrix: Any, name: str = "inverse_mass_matrix"
+) -> np.ndarray | dict[tuple[str, ...], np.ndarray]:
+    """A metric given by the user, or its blocks by tuples of site names.
+
+    Raises:
+        ValueError: If it, or a block, is no vector of positive numbers and no symmetric positive definite matrix.
     """
     wanted = "wanted positive variances (D,) or a symmetric positive definite matrix (D, D)"
     if isinstance(inverse_mass_matrix, dict):
-        raise ValueError(
-            f"inverse_mass_matrix: got blocks by site {sorted(inverse_mass_matrix)}, {wanted}"
-        )
+        return {
+            site_names(names): np.asarray(checked_metric(block, f"{name}[{names!r}]"))
+            for names, block in inverse_mass_matrix.items()
+        }
     metric = np.asarray(inverse_mass_matrix, float)
     if metric.ndim not in (1, 2) or (metric.ndim == 2 and metric.shape[0] != metric.shape[1]):
-        raise ValueError(f"inverse_mass_matrix: shape {metric.shape}, {wanted}")
+        raise ValueError(f"{name}: shape {metric.shape}, {wanted}")
     usable = np.isfinite(metric).all() and (
         (metric > 0).all()
         if metric.ndim == 1
         else np.allclose(metric, metric.T, rtol=1e-3) and np.linalg.eigvalsh(metric).min() > 0
     )
     if not usable:
-        raise ValueError(f"inverse_mass_matrix: got {metric!r}, {wanted}")
+        raise ValueError(f"{name}: got {metric!r}, {wanted}")
     return metric
 
 
@@ -498,6 +582,8 @@ _OURS = {TheirHMC: HMC, TheirNUTS: NUTS}
 _CARRIED = (
     "model",
     "potential_fn",
+    "step_size",
+    "adapt_step_size",
     "inverse_mass_matrix",
     "dense_mass",
     "target_accept_prob",
@@ -528,10 +614,7 @@ def from_numpyro_kernel(sampler: MCMCKernel) -> ParallelKernel:
             f"sampler: got a {kind.__module__}.{kind.__name__}, wanted one of CoalescingHMC, HMC, NUTS, MALA or "
             "BlackJAXKernel of partime_mcmc, or NumPyro's own HMC or NUTS"
         )
-    if _stored(sampler, "kinetic_fn") is not euclidean_kinetic_energy:
-        raise ValueError(
-            f"sampler.kinetic_fn: got {_stored(sampler, 'kinetic_fn')!r}, wanted NumPyro's Euclidean kinetic energy"
-        )
+    check_kinetic_energy(_stored(sampler, "kinetic_fn"), "sampler.kinetic_fn")
     parameters = inspect.signature(kind.__init__).parameters
     options = {}
     for name in (*_CARRIED, *_OWN[kind]):
@@ -540,8 +623,6 @@ def from_numpyro_kernel(sampler: MCMCKernel) -> ParallelKernel:
             isinstance(value, (bool, int, float)) and value == default
         ):
             options[name] = value
-    if not _stored(sampler, "adapt_step_size"):
-        options |= {"step_size": _stored(sampler, "step_size"), "adapt_step_size": False}
     return _OURS[kind](**options)
 
 

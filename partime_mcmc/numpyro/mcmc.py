@@ -9,6 +9,7 @@ NumPyro's own loop over the same kernel with the same keys, certified; `report` 
 """
 
 import dataclasses
+import functools
 import os
 from types import SimpleNamespace
 from typing import Any, Callable, Self
@@ -36,13 +37,14 @@ from partime_mcmc.numpyro.hmc_state import (
     hmc_state,
     keys_of,
     last_stored_state,
+    potential_gradients,
     read_fields,
     sample_arguments,
     with_chains,
 )
 from partime_mcmc.numpyro.kernels import from_numpyro_kernel
 from partime_mcmc.numpyro.model import Data
-from partime_mcmc.sampling.arguments import as_store
+from partime_mcmc.sampling.arguments import as_store, device_of, on_device
 from partime_mcmc.sampling.draws import Draws, RunReport, spread_positions
 from partime_mcmc.sampling.pilots import advise_plan
 from partime_mcmc.sampling.plan import Plan, prepare
@@ -54,7 +56,12 @@ from partime_mcmc.storage.saved_run import chain_state_of
 from partime_mcmc.storage.store import Store
 from partime_mcmc.storage.stored_draws import StoredDraws
 from partime_mcmc.types import Key, PyTree
-from partime_mcmc.validation import check_count, check_generator, check_has
+from partime_mcmc.validation import (
+    check_count,
+    check_generator,
+    check_has,
+    check_outside_transforms,
+)
 from partime_mcmc.warmup.warmup import Warmup
 
 
@@ -180,13 +187,15 @@ class ParallelMCMC(MCMC):
             thinning=check_count(thinning, "thinning", 1),
             postprocess_fn=postprocess_fn,
             chain_method="vectorized",
-            progress_bar=progress_bar,
+            progress_bar=bool(progress_bar),
             progress_rate=progress_rate,
             jit_model_args=jit_model_args,
         )
+        self.chain_method = chain_method
         self.solver, self.schedule, self.certificate = solver, schedule, certificate
         self._known: tuple[Data, Target, Any] | None = None
         self._store: Store | None = None
+        self._asked: tuple[str, ...] = ()
         self._draws: Draws | StoredDraws | None = None
         self._stored: tuple[StoredDraws, Any, Any, bool] | None = None
         self._plan: Plan | None = None
@@ -221,6 +230,9 @@ class ParallelMCMC(MCMC):
             StoreMismatch, StoreError: As `sample`.
             TypeError, ValueError: For bad keys, fields, starts, or models; see `from_numpyro`.
         """
+        check_outside_transforms(
+            "run", rng_key=rng_key, args=args, init_params=init_params, **kwargs
+        )
         keep_on_disk()
         rng_key = check_keys(rng_key, self.num_chains)
         check_generator(rng_key, "rng_key")
@@ -229,11 +241,20 @@ class ParallelMCMC(MCMC):
             raise TypeError(
                 f"extra_fields: got the string {extra_fields!r}; wanted a tuple of field names"
             )
+        self._asked = tuple(name for name in extra_fields if not name.startswith("~"))
         self._store = as_store(store)
+        device = device_of(args, kwargs, init_params, rng_key)
+        if device is not None:
+            rng_key, init_params = jax.device_put((rng_key, init_params), device)
         try:
-            super().run(
-                rng_key, *args, extra_fields=tuple(extra_fields), init_params=init_params, **kwargs
-            )
+            with on_device(device):
+                super().run(
+                    rng_key,
+                    *args,
+                    extra_fields=tuple(extra_fields),
+                    init_params=init_params,
+                    **kwargs,
+                )
         finally:
             self._store = None
         if self._draws is not None:
@@ -323,10 +344,15 @@ class ParallelMCMC(MCMC):
         if self._draws is not None:
             print(self._draws.verdict)
         try:
-            self._states = self._read_store(True) or in_memory
+            fields = self._read_store(True) or in_memory
+            if fields and isinstance(fields["z"], dict):
+                # Of no numbers there is no mean.
+                sites = {name: one for name, one in fields["z"].items() if _has_numbers(one)}
+                fields = fields | {"z": sites}
+            self._states, self._states_flat = fields, None
             super().print_summary(prob, exclude_deterministic)
         finally:
-            self._states = in_memory
+            self._states, self._states_flat = in_memory, None
 
     def __getstate__(self) -> dict[str, Any]:
         """As NumPyro's, without what is compiled or traced: the next run, or `advice`, makes it again."""
@@ -342,6 +368,25 @@ class ParallelMCMC(MCMC):
             "_warmed_on": None,
             "_draws": draws,
         }
+
+    @property
+    def chain_method(self) -> str:
+        """How NumPyro's class sees it: all chains at once."""
+        return "vectorized"
+
+    @chain_method.setter
+    def chain_method(self, chain_method: str | Callable) -> None:
+        """Accepted and ignored.
+
+        Raises:
+            ValueError: For anything that is none of NumPyro's.
+        """
+        if chain_method not in ("parallel", "sequential", "vectorized") and not callable(
+            chain_method
+        ):
+            raise ValueError(
+                f"chain_method: got {chain_method!r}, wanted 'parallel', 'sequential', 'vectorized' or a function"
+            )
 
     # --- the method of NumPyro's that moves chains
 
@@ -369,7 +414,7 @@ class ParallelMCMC(MCMC):
             self._adopt(plan)
             if state is None:
                 state = hmc_state(plan, chain_state, self.sampler)
-            return empty_collection(state, self.num_chains)
+            return empty_collection(state, self.num_chains, ("z", *self._asked))
         plan, draws = run(arguments, progress)
         self._draws, self._stored = draws, None
         self._adopt(plan)
@@ -385,7 +430,13 @@ class ParallelMCMC(MCMC):
         if state is None:
             state = hmc_state(plan, draws.state, self.sampler)
         fields, last = collect(
-            draws, state, self.postprocess_fn, collect_fields, remove_sites, self.thinning
+            draws,
+            state,
+            self.postprocess_fn,
+            collect_fields,
+            remove_sites,
+            self.thinning,
+            functools.partial(potential_gradients, target),
         )
         if self.num_chains == 1:
             return jax.tree.map(lambda leaf: leaf[0], (fields, last))
@@ -443,9 +494,7 @@ class ParallelMCMC(MCMC):
             return None
         fields = read_fields(*self._stored)
         return (
-            fields
-            if group_by_chain
-            else jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), fields)
+            fields if group_by_chain else jax.tree.map(lambda leaf: jnp.concatenate(leaf), fields)
         )
 
     def _target(self, args: tuple, kwargs: dict, keys: Key, init_params: PyTree) -> Target:
@@ -457,6 +506,10 @@ class ParallelMCMC(MCMC):
             self._known = (data, target, self.sampler._posterior)
         _, target, self.sampler._posterior = self._known
         return target
+
+
+def _has_numbers(tree: PyTree) -> bool:
+    return any(np.size(leaf) for leaf in jax.tree.leaves(tree))
 
 
 @jax.jit

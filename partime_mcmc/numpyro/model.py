@@ -7,8 +7,12 @@ NumPyro maps every latent site z to unconstrained x by the bijection b of its su
 Starts are NumPyro's own: `init_strategy`, by default uniform on (-2, 2) in x, up to 100 tries for a finite log density
 and gradient. NumPy data stay NumPy, in the dtypes of the precision that is on while the model runs.
 
-Left out: discrete latent sites (sum them out, e.g. with `MixtureSameFamily`), subsampling plates (the density would be
-random, and NumPyro's fixes one subsample in silence), and fitting `numpyro.param` (held at its initial value).
+Discrete latent sites are summed out as NumPyro's HMC does it, by funsor; their values are not among the draws (NumPyro's
+`infer_discrete` draws them afterwards). A model without a free coordinate, such as one of deterministic sites alone, is
+sampled along a standard normal coordinate of its own, so that it has as many draws as any.
+
+Left out: subsampling plates (the density would be random, and NumPyro's fixes one subsample in silence), and fitting
+`numpyro.param` (held at its initial value).
 """
 
 import dataclasses
@@ -20,19 +24,22 @@ from typing import Any, Callable, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 import numpyro.distributions as dist
+from jax.extend.core import Literal
 from jax.flatten_util import ravel_pytree
-from numpyro.distributions import biject_to
+from numpyro.distributions import biject_to, constraints
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.initialization import init_to_uniform
-from numpyro.infer.util import constrain_fn, initialize_model, potential_energy
+from numpyro.infer.util import ParamInfo, constrain_fn, initialize_model, potential_energy
 from numpyro.primitives import Messenger
+from numpyro.util import _validate_model
 
 from partime_mcmc.compile_cache import compiler_options
 from partime_mcmc.numpyro.centring import find_centring
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.types import AnyArray, Array, Key, PyTree, jax_config
-from partime_mcmc.validation import InvalidStart, check_key
+from partime_mcmc.validation import InvalidStart, check_key, check_outside_transforms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,14 +210,17 @@ def from_numpyro(
 
     Raises:
         TypeError: If `model` or `init_strategy` is no function, or the key no key.
-        ValueError: If the model has no latent site, or a latent site that is discrete or a Delta, a site name twice, a
-            subsampling plate, a Python branch on a latent value, or observations that are NaN or outside the support.
+        ValueError: If the model has a latent site that is a Delta, or discrete with values that cannot be listed, a site
+            name twice, a subsampling plate, a Python branch on a latent value, or observations that are NaN or outside the
+            support.
+        ModuleNotFoundError: If a discrete site is to be summed out and funsor is not installed.
         InvalidStart: If no start with finite log density and gradient is found.
         Exception: Whatever the model itself raises, with a note on the last site it reached.
 
     Warns:
-        UserWarning: For a `numpyro.param` site.
+        UserWarning: For a `numpyro.param` site on which the density depends, and NumPyro's own remarks on missing plates.
     """
+    check_outside_transforms("from_numpyro", args=args, key=key, **kwargs)
     posterior = Posterior(model, args, kwargs, key, init_strategy)
     posterior.check_found(posterior.search(posterior.key)[1])
     return posterior.target
@@ -256,51 +266,85 @@ class Posterior:
             )
         self.key, self.forward_mode_differentiation = check_key(key), forward_mode_differentiation
         self.run = WithData(model, args, kwargs)
-        sites = traced(self.run, self.key, self.strategy)
+        self._refusal: ValueError | None = None
+        sites = self._first_trace()
         _check_latent_sites(sites)
-        fixed = {name: site["value"] for name, site in sites.items() if site["type"] == "param"}
+        latent = {name: site for name, site in _latent(sites).items() if not _is_discrete(site)}
+        has_discrete = len(latent) < len(_latent(sites))
+        _validate_model(sites, plate_warning="error" if has_discrete else "loose")
+        fixed = {
+            name: site["value"]
+            for name, site in sites.items()
+            if site["type"] in ("param", "mutable")
+        }
         if fixed:
-            warnings.warn(
-                f"numpyro.param sites {sorted(fixed)} are not sampled: they stay at their initial values",
-                stacklevel=3,
-            )
             self.run = WithData(substitute(model, data=fixed), args, kwargs)
-        _check_observed_sites(self.run, self.key, sites)
-        self.search = jax.jit(self._search, compiler_options=compiler_options())
-        # With options a program cannot be part of another.
-        inside = jax.jit(self._search)
+        if not has_discrete:
+            _check_observed_sites(self.run, self.key, sites)
         # Keys that a model draws for itself are part of the density: one key, once and for all.
         kinds = {site["type"] for site in sites.values()}
         prepared = seed(self.run, self.key) if "prng_key" in kinds else self.run
-        latent = _latent(sites)
+        if has_discrete:
+            prepared = _enumerated(prepared, sites)
         names = tuple(
             name
             for name, site in sites.items()
             if name in latent or site["type"] == "deterministic"
         )
+        # Computed without running anything. Starts are as wide as floats are, whatever the parameters of their laws.
+        self.shapes = {
+            name: jax.ShapeDtypeStruct(
+                jax.eval_shape(biject_to(site["fn"].support).inv, site["value"]).shape,
+                jnp.result_type(float),
+            )
+            for name, site in latent.items()
+        }
+        is_empty = not any(one.size for one in self.shapes.values())
+        if is_empty:
+            self.shapes[_OWN_COORDINATE] = jax.ShapeDtypeStruct((), jnp.result_type(float))
+        self.search = jax.jit(self._search, compiler_options=compiler_options())
+        # With options a program cannot be part of another.
+        inside = jax.jit(self._search)
 
         def logdensity(position: PyTree) -> Array:
-            return -jnp.asarray(potential_energy(prepared, (), {}, position))
+            position, own = _without_own_coordinate(position)
+            energy = potential_energy(prepared, (), {}, position, enum=has_discrete)
+            return -jnp.asarray(energy) - own**2 / 2 if is_empty else -jnp.asarray(energy)
 
         def initial(key: Key) -> PyTree:
             return inside(key)[0]
 
         def constrain(position: PyTree) -> dict[str, Array]:
+            position, _ = _without_own_coordinate(position)
             return constrain_fn(prepared, (), {}, position, return_deterministic=True)
 
-        # Computed without running anything.
-        self.shapes = {
-            name: jax.eval_shape(
-                lambda value, site=site: biject_to(site["fn"].support).inv(value), site["value"]
-            )
-            for name, site in latent.items()
-        }
         _check_traceable(lambda position: -logdensity(position), self.shapes)
+        if unsampled := _params_that_matter(model, args, kwargs, sites, self.key):
+            warnings.warn(
+                f"numpyro.param sites {unsampled} are not sampled: they stay at their initial values",
+                stacklevel=3,
+            )
         density = forward_only(logdensity) if forward_mode_differentiation else logdensity
-        centring = find_centring(prepared, self.shapes)
+        # Locations and scales that hang on a discrete value are several.
+        centring = None if has_discrete or is_empty else find_centring(prepared, self.shapes)
         self.target = Target(
             density, initial, constrain, names, _plate_dims(sites, names), centring
         )
+
+    def _first_trace(self) -> dict:
+        """All sites at a start. Where NumPyro refuses a law's parameters, a later start may have better ones: then unchecked."""
+        try:
+            return traced(self.run, self.key, self.strategy)
+        except ValueError as error:
+            if self.run.nonfinite_arguments():
+                raise
+            try:
+                with numpyro.validation_enabled(False), warnings.catch_warnings(action="ignore"):
+                    sites = traced(self.run, self.key, self.strategy)
+            except Exception:  # what is wrong is something else
+                raise error from None
+            self._refusal = error
+            return sites
 
     @property
     def radius(self) -> float | None:
@@ -315,14 +359,26 @@ class Posterior:
     def _search(self, key: Key) -> tuple[PyTree, Array]:
         # NumPyro's remarks on the model were made once, when it was traced.
         with warnings.catch_warnings(action="ignore"):
-            found = initialize_model(
-                key,
-                self.run,
-                init_strategy=self.strategy,
-                forward_mode_differentiation=self.forward_mode_differentiation,
-            ).param_info
+            try:
+                found = self._found(key)
+            except ValueError:
+                # NumPyro refuses a start that is known beforehand (`init_to_value`); here it is no good start.
+                with numpyro.validation_enabled(False):
+                    found = self._found(key)
         leaves = jax.tree.leaves((found.potential_energy, found.z_grad))
-        return found.z, jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+        good = jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+        start = {name: jnp.asarray(leaf, jnp.result_type(float)) for name, leaf in found.z.items()}
+        if _OWN_COORDINATE in self.shapes:
+            start[_OWN_COORDINATE] = jax.random.normal(key)
+        return start, good
+
+    def _found(self, key: Key) -> ParamInfo:
+        return initialize_model(
+            key,
+            self.run,
+            init_strategy=self.strategy,
+            forward_mode_differentiation=self.forward_mode_differentiation,
+        ).param_info
 
     def check_found(self, good: AnyArray) -> None:
         """Raise unless all starts are good.
@@ -333,17 +389,82 @@ class Posterior:
         if np.asarray(good).all():
             return
         causes = self.run.nonfinite_arguments()
-        for name, site in traced(self.run, self.key, self.strategy).items():
-            if site["type"] == "sample":
-                values = np.asarray(site["fn"].log_prob(site["value"]))
-                bad = values[~np.isfinite(values)]
-                if bad.size:
-                    causes.append(f"site {name!r} has log probability {bad[0]} at a random start")
+        with warnings.catch_warnings(action="ignore"):
+            for name, site in self._first_trace().items():
+                if site["type"] == "sample" and (cause := _cause(site)):
+                    causes.append(f"site {name!r} {cause}")
+        if self._refusal is not None:
+            causes.append(str(self._refusal).rstrip("."))
         seen = f"Seen: {'; '.join(causes)}." if causes else ""
         raise InvalidStart(
             "model: got no start with a finite log density and gradient in 100 tries; wanted one. "
             + (seen or "Try another init_strategy, or tighter priors.")
         )
+
+
+# The coordinate of a model that has none.
+_OWN_COORDINATE = "a coordinate of its own"
+
+
+def _without_own_coordinate(position: dict[str, Array]) -> tuple[dict[str, Array], Array | float]:
+    sites = {name: leaf for name, leaf in position.items() if name != _OWN_COORDINATE}
+    return sites, position.get(_OWN_COORDINATE, 0.0)
+
+
+def _cause(site: dict) -> str | None:
+    """What is wrong with the value of a site at a start."""
+    value, law = site["value"], site["fn"]
+    if not site["is_observed"] and not np.asarray(law.support(value)).all():
+        return f"starts at {np.asarray(value)}, which is not in its support {law.support}"
+    values = np.asarray(law.log_prob(value))
+    bad = values[~np.isfinite(values)]
+    return f"has log probability {bad[0]} at a random start" if bad.size else None
+
+
+def _enumerated(model: Callable, sites: dict) -> Callable:
+    """The model with its discrete latent sites summed out, each in a dimension of its own to the left of all plates."""
+    try:
+        from numpyro.contrib.funsor import config_enumerate, enum
+    except ImportError as error:
+        name = next(name for name, site in _latent(sites).items() if _is_discrete(site))
+        raise ModuleNotFoundError(
+            f"site {name!r}: got a discrete latent variable, which is summed out by funsor; install "
+            "partime_mcmc[funsor], or sum it out yourself, e.g. with MixtureSameFamily",
+            name="funsor",
+        ) from error
+    plates = [frame for site in sites.values() for frame in site.get("cond_indep_stack", ())]
+    nesting = max((-frame.dim for frame in plates), default=0)
+    return enum(config_enumerate(model), -nesting - 1)
+
+
+def _params_that_matter(
+    model: Callable, args: tuple, kwargs: dict, sites: dict, key: Key
+) -> list[str]:
+    """The `numpyro.param` sites, and their leaves, on which the density depends.
+
+    Those of modules whose parameters all have priors (`random_flax_module`) are there, and looked at by nobody.
+    """
+    params = {name: site["value"] for name, site in sites.items() if site["type"] == "param"}
+    if not params:
+        return []
+    others = {name: site["value"] for name, site in _latent(sites).items()}
+    others |= {name: one["value"] for name, one in sites.items() if one["type"] == "mutable"}
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+
+    def log_densities(*values):
+        data = jax.tree.unflatten(structure, values) | others
+        run = seed(WithData(substitute(model, data=data), args, kwargs), key)
+        found = trace(run).get_trace().values()
+        return [one["fn"].log_prob(one["value"]) for one in found if one["type"] == "sample"]
+
+    arrays = [jnp.asarray(leaf) for _, leaf in leaves]
+    jaxpr = jax.make_jaxpr(log_densities)(*arrays).jaxpr
+    needed = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}
+    for equation in reversed(jaxpr.eqns):
+        if needed.intersection(equation.outvars):
+            needed.update(atom for atom in equation.invars if not isinstance(atom, Literal))
+    used = [path for (path, _), given in zip(leaves, jaxpr.invars) if given in needed]
+    return sorted({f"{path[0].key}{jax.tree_util.keystr(path[1:])}" for path in used})
 
 
 def forward_only(logdensity: Callable[[PyTree], Array]) -> Callable[[PyTree], Array]:
@@ -377,53 +498,87 @@ def _latent(sites: dict) -> dict:
     }
 
 
+def _is_discrete(site: dict) -> bool:
+    return site["fn"].support.is_discrete
+
+
 def _check_latent_sites(sites: dict) -> None:
     for name, site in sites.items():
         if site["type"] == "plate" and site["args"][0] != len(site["value"]):
             raise ValueError(
-                f"plate {name!r}: got a subsample of {len(site['value'])} out of {site['args'][0]}; wanted all of the data"
+                f"plate {name!r}: got a subsample of {len(site['value'])} out of {site['args'][0]}; wanted all of the data: "
+                "leave subsample_size out"
             )
-    latent = _latent(sites)
-    for name, site in latent.items():
-        base = _base(site["fn"])
-        if site["fn"].support.is_discrete:
+    for name, site in _latent(sites).items():
+        law = type(_base(site["fn"])).__name__
+        if _support(site["fn"]) is None:
             raise ValueError(
-                f"site {name!r}: got a discrete latent variable ({type(base).__name__}); wanted continuous ones. Sum it out, e.g. "
-                "with MixtureSameFamily, or observe it"
+                f"site {name!r}: got a latent variable whose distribution ({law}) has no support; wanted one, such as "
+                "constraints.real"
             )
-        if isinstance(base, dist.Delta):
+        if _is_discrete(site):
+            how = site["infer"].get("enumerate", "parallel")
+            if not site["fn"].has_enumerate_support or how != "parallel":
+                raise ValueError(
+                    f"site {name!r}: got a discrete latent variable ({law}, enumerate={how!r}); wanted a continuous one, or "
+                    "one of finitely many values with enumerate='parallel', which is summed out. Sum it out yourself, or "
+                    "observe it"
+                )
+        if isinstance(_base(site["fn"]), dist.Delta):
             raise ValueError(
                 f"site {name!r}: got a latent variable with a Delta distribution; wanted a density. Report the value "
                 "with numpyro.deterministic instead"
             )
-    if not latent:
-        raise ValueError(
-            f"model: got no latent sites (its sites: {sorted(sites) or 'none'}); wanted at least one"
-        )
+
+
+def _support(distribution: dist.Distribution) -> Any:
+    """The support; None if the distribution does not say, as laws that users write for observations need not."""
+    try:
+        support = distribution.support
+        return None if constraints.is_dependent(support) else support
+    except NotImplementedError:
+        return None
 
 
 def _check_observed_sites(run: WithData, key: Key, sites: dict) -> None:
     """NaN observations, and observations outside a support that does not hang on latent values."""
     for name in _fixed_supports(run, key):
         site = sites[name]
-        distribution, value = site["fn"], np.asarray(site["value"])
-        if isinstance(distribution, dist.MaskedDistribution | dist.Unit) or value.dtype == object:
+        distribution = site["fn"]
+        leaves = jax.tree.leaves(site["value"])
+        if isinstance(distribution, dist.Unit) or len(leaves) != 1:
+            continue
+        value = np.asarray(leaves[0])
+        if value.dtype == object:
             continue
         # Only a float differs from itself.
         missing = np.asarray(value != value)
+        if _is_masked(distribution):
+            # What is masked is nobody's business; the rest has a density.
+            missing &= not np.isfinite(np.asarray(distribution.log_prob(site["value"]))).all()
         if missing.any():
             raise ValueError(
                 f"site {name!r}: got {missing.sum()} NaN among its {value.size} observed values (the first at index "
                 f"{_first(missing)}); wanted numbers. Leave missing values out, or mask them"
             )
-        outside = ~np.asarray(distribution.support(site["value"]))
+        support = _support(distribution)
+        if support is None or _is_masked(distribution):
+            continue
+        outside = ~np.asarray(support(site["value"]))
         if outside.any():
             seen = value.reshape(outside.shape + (-1,))[_first(outside)]
             raise ValueError(
                 f"site {name!r}: got {outside.sum()} observed value(s) outside the support of "
                 f"{type(_base(distribution)).__name__}, the first {seen.squeeze()} at index {_first(outside)}; wanted "
-                f"values in {distribution.support}"
+                f"values in {support}"
             )
+
+
+def _is_masked(distribution: dist.Distribution) -> bool:
+    """Whether some values of a distribution may be left out, under whatever wraps it."""
+    while isinstance(distribution, dist.Independent | dist.ExpandedDistribution):
+        distribution = distribution.base_dist
+    return isinstance(distribution, dist.MaskedDistribution)
 
 
 def _fixed_supports(run: WithData, key: Key) -> list[str]:
@@ -436,7 +591,7 @@ def _fixed_supports(run: WithData, key: Key) -> list[str]:
     for name, site in first.items():
         if site["type"] == "sample" and site["is_observed"] and name in second:
             one, other = (
-                jax.tree.leaves((it["value"], it["fn"].support)) for it in (site, second[name])
+                jax.tree.leaves((it["value"], _support(it["fn"]))) for it in (site, second[name])
             )
             if len(one) == len(other) and all(
                 np.array_equal(a, b, equal_nan=True) for a, b in zip(one, other)

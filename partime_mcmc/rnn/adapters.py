@@ -95,7 +95,8 @@ def RNN(cell: Any, *, solver: Solver | None = None, **keywords) -> Any:
         cell: A `flax.nnx` cell.
         solver: As in `unroll`.
         **keywords: As `flax.nnx.RNN` takes them: `time_major`, `return_carry`, `reverse`, `keep_order`. Its `unroll`,
-            `state_axes` and `broadcast_rngs` speak of `lax.scan` and change nothing here.
+            `state_axes` and `broadcast_rngs` speak of `lax.scan` and change nothing here, but for cells that change
+            themselves in a step (dropout, statistics): these are run by `flax.nnx.RNN` itself, and so are empty batches.
 
     Returns:
         An `nnx.Module`, an instance of a subclass of `nnx.RNN` with the same arguments when called.
@@ -132,6 +133,16 @@ def _rnn_class():
                 "keep_order": keep_order,
                 "return_carry": return_carry,
             }
+            by_flax = functools.partial(
+                super().__call__,
+                inputs,
+                initial_carry=initial_carry,
+                seq_lengths=seq_lengths,
+                rngs=rngs,
+                **given,
+            )
+            if not inputs.size:
+                return by_flax()
             time_major, reverse, keep_order, return_carry = (
                 getattr(self, name) if value is None else value for name, value in given.items()
             )
@@ -139,6 +150,9 @@ def _rnn_class():
                 inputs = jnp.moveaxis(inputs, 0, -1 - self.cell.num_feature_axes)
             split = inputs.ndim - self.cell.num_feature_axes
             batch, features = inputs.shape[: split - 1], inputs.shape[split:]
+            first = inputs[(0,) * split]
+            if _changes_itself(self.cell, first):
+                return by_flax()
             if initial_carry is None:
                 rngs = (
                     self.rngs
@@ -170,6 +184,36 @@ def _rnn_class():
             return (final, ys) if return_carry else ys
 
     return ParallelRNN
+
+
+def _changes_itself(cell, x) -> bool:
+    """Whether a step changes more of the cell than its carry: counters of random streams, as of dropout, or statistics.
+
+    Args:
+        cell: A `flax.nnx` cell.
+        x: One input.
+    """
+    from flax import nnx
+
+    graph, params, rest = nnx.split(cell, nnx.Param, ...)
+    if not jax.tree.leaves(rest):
+        return False
+    changed = []
+
+    def step(params, rest, x):
+        again = nnx.merge(graph, params, rest)
+        before = [variable.get_value() for variable in _variables(again)]
+        again(again.initialize_carry(x.shape, nnx.Rngs(0)), x)
+        after = [variable.get_value() for variable in _variables(again)]
+        changed.extend(a is not b for a, b in zip(before, after))
+
+    def _variables(module):
+        return jax.tree.leaves(
+            nnx.state(module, nnx.Not(nnx.Param)), is_leaf=lambda one: isinstance(one, nnx.Variable)
+        )
+
+    jax.eval_shape(step, params, rest, x)
+    return any(changed)
 
 
 @dataclasses.dataclass(frozen=True)

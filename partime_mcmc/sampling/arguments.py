@@ -1,10 +1,12 @@
 """What a run was asked for: the arguments of `sample` and of `ParallelMCMC.run`, checked."""
 
+import contextlib
 import dataclasses
 import os
-from typing import Any, Callable
+from typing import Any, Callable, ContextManager
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -17,7 +19,7 @@ from partime_mcmc.sampling.chunk import ChainState
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.solvers import Solver
 from partime_mcmc.storage.store import Store
-from partime_mcmc.types import Key, PyTree
+from partime_mcmc.types import Key, PyTree, jax_config
 from partime_mcmc.validation import check_count, check_has, describe
 from partime_mcmc.warmup.warmup import Adaptation, Warmup
 
@@ -142,6 +144,31 @@ def check_strategies(
     check_has(
         certificate, "certificate", ("dynamics",), "CertifyWhileRolling() or CertifyIndependently()"
     )
+
+
+def device_of(*values: PyTree) -> jax.Device | None:
+    """The one device on which the first of these that was put on a device lies; None if none was.
+
+    Args:
+        *values: Data, starts, keys.
+    """
+    for leaf in jax.tree.leaves(values):
+        # A key is no array of its own: what it holds is.
+        held = jax.random.key_data(leaf) if is_key(leaf) else leaf
+        if isinstance(held, jax.Array) and held.committed and len(held.devices()) == 1:
+            return next(iter(held.devices()))
+    return None
+
+
+def on_device(device: jax.Device | None) -> ContextManager:
+    """Where the body runs on this device; unchanged for None, and for the device on which it runs anyway."""
+    default = jax_config.jax_default_device or jax.local_devices()[0]
+    return contextlib.nullcontext() if device in (None, default) else jax.default_device(device)
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a value is a typed PRNG key, or several."""
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def key_words(key: Key) -> list[int]:

@@ -37,7 +37,14 @@ from partime_mcmc.kernels import Kernel
 from partime_mcmc.kernels.coupling import Coupling
 from partime_mcmc.kernels.kernel_program import Builder, fixed_coupling
 from partime_mcmc.sampling.ahead import compiling_first_chunk
-from partime_mcmc.sampling.arguments import SampleArguments, as_store, check_strategies, key_words
+from partime_mcmc.sampling.arguments import (
+    SampleArguments,
+    as_store,
+    check_strategies,
+    device_of,
+    key_words,
+    on_device,
+)
 from partime_mcmc.sampling.chunk import (
     ChainState,
     Chunk,
@@ -59,8 +66,13 @@ from partime_mcmc.storage.sink import StoreSink
 from partime_mcmc.storage.store import Store
 from partime_mcmc.storage.stored_draws import StoredDraws
 from partime_mcmc.storage.streaming_statistics import Fold
-from partime_mcmc.types import Key, PyTree, Tracer
-from partime_mcmc.validation import check_count, check_generator, check_key
+from partime_mcmc.types import Key, PyTree
+from partime_mcmc.validation import (
+    check_count,
+    check_generator,
+    check_key,
+    check_outside_transforms,
+)
 from partime_mcmc.warmup.warmup import Adaptation, Warmup
 
 
@@ -198,16 +210,19 @@ def sample(
         TypeError: If an argument has the wrong type.
         ValueError: If an argument has a value that cannot work, or a start has no finite density or gradient.
     """
-    if isinstance(key, Tracer):
-        raise TypeError(
-            "key: got a traced value; call sample outside jit and vmap (it compiles what it needs itself)"
-        )
+    start = target.initial if isinstance(target, Target) else None
+    check_outside_transforms("sample", key=key, **{"target.initial": start})
     keep_on_disk()
     key = check_key(key)
     check_generator(key, "key")
     check_strategies(
         target, kernel, solver, schedule, tolerance, max_iterations, certificate, adaptation
     )
+    device = device_of(None if callable(start) else start, key) if mesh is None else None
+    if device is not None:
+        key = jax.device_put(key, device)
+        if not callable(start):
+            target = dataclasses.replace(target, initial=jax.device_put(start, device))
     num_samples = check_count(num_samples, "num_samples", 0)
     num_chains = check_count(num_chains, "num_chains", 1)
     fewest = 0 if isinstance(kernel, (Kernel, Warmup)) else FEWEST_WARMUP
@@ -239,7 +254,8 @@ def sample(
         store=as_store(store),
     )
     progress = _progress_of_first_host(progress, mesh)
-    draws = run(arguments, progress)[1]
+    with on_device(device):
+        draws = run(arguments, progress)[1]
     progress.note(str(draws))
     trouble = hardly_moves(draws.certificate, draws.num_samples) if draws.num_samples else None
     if trouble:

@@ -12,7 +12,7 @@ are enough draws. Everything is computed in units of each coordinate. A diagonal
 coordinate; a low-rank one adds those directions in which draws or gradients differ clearly from the diagonal.
 """
 
-from typing import Protocol
+from typing import Protocol, Sequence
 
 import numpy as np
 
@@ -55,6 +55,31 @@ class DenseMetric:
         unit, weight = np.sqrt(np.diag(_as_matrix(previous))), _weight(len(flat))
         found = weight * np.atleast_2d(np.cov(flat / unit, rowvar=False)) * np.outer(unit, unit)
         return found + (1 - weight) * _as_matrix(previous)
+
+
+class BlockMetric(DenseMetric):
+    """Correlations within blocks of coordinates, variances elsewhere.
+
+    Args:
+        blocks: The coordinates of each block.
+    """
+
+    def __init__(self, blocks: Sequence[np.ndarray]):
+        self.blocks = blocks
+
+    def fisher(self, x: np.ndarray, g: np.ndarray, previous: np.ndarray) -> np.ndarray:
+        return self._by_block(DenseMetric().fisher, DiagonalMetric().fisher, x, g, previous)
+
+    def covariance(self, x: np.ndarray, g: np.ndarray, previous: np.ndarray) -> np.ndarray:
+        return self._by_block(DenseMetric().covariance, DiagonalMetric().covariance, x, g, previous)
+
+    def _by_block(self, dense, diagonal, x, g, previous) -> np.ndarray:
+        previous = _as_matrix(previous)
+        found = np.diag(diagonal(x, g, previous))
+        for block in self.blocks:
+            within = np.ix_(block, block)
+            found[within] = dense(x[..., block], g[..., block], previous[within])
+        return found
 
 
 class DiagonalMetric:

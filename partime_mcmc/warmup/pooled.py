@@ -208,7 +208,6 @@ _MIN_SEARCH, _MAX_SEARCH = 64, 512
 # How far below the others the last chain may be, in standard deviations of a normal's log density; and how many steps a chain
 # has that lies so far below that it is lost.
 _BEHIND, _PATIENCE = 4, 192
-_FIRST_STEP = 0.1
 _COVARIANCE_FROM = 256
 # What counts as settled.
 _SAME_STEP, _SAME_WEIGHT = 0.25, 0.1
@@ -363,6 +362,7 @@ class PooledAdaptation:
         metric: How the metric is estimated; None is dense up to 300 dimensions, low-rank beyond.
         guess: A first metric, `(D, D)` or `(D,)`; None is the identity.
         run: How a window is run: `side_by_side` or `in_parallel_time`; None is what suits the device.
+        first_step: The step size with which every chain begins its search.
     """
 
     num_chains: int = 8
@@ -373,6 +373,7 @@ class PooledAdaptation:
     metric: MetricRule | None = None
     guess: np.ndarray | None = None
     run: Callable[..., HMCBatchResult] | None = None
+    first_step: float = 0.1
 
     def __call__(
         self,
@@ -388,7 +389,14 @@ class PooledAdaptation:
         guess = unit_metric(rule, walker.dimension) if self.guess is None else self.guess
         seed = SeedTree.of(key)
         pool = search(
-            walker, seed.child(0), starts, guess, rule, max(STEPS, num_steps // 2), advance
+            walker,
+            seed.child(0),
+            starts,
+            guess,
+            rule,
+            max(STEPS, num_steps // 2),
+            advance,
+            self.first_step,
         )
         return pool, self._windows(
             walker, seed.child(1), pool, rule, num_steps - walker.num_steps, path_rule, advance
@@ -450,6 +458,7 @@ def search(
     rule: MetricRule,
     max_steps: int,
     advance: Callable[[int], None],
+    first_step: float,
 ) -> Pool:
     """From dispersed starts to the typical set.
 
@@ -461,6 +470,7 @@ def search(
         rule: How metrics are estimated.
         max_steps: Steps at most.
         advance: Told the number of steps done.
+        first_step: The step size to begin with.
     """
     num_chains, dimension = starts.shape
     lengths = seed.generator.integers(
@@ -469,7 +479,7 @@ def search(
     # Who has not arrived by then has a long way to go, along ridges that short paths walk at random.
     later = lengths[_MIN_SEARCH // STEPS :]
     later[:] = seed.child(0).generator.integers(1, _LONGEST_LATER + 1, later.shape)
-    root, steps = root_of(metric), np.full(num_chains, _FIRST_STEP)
+    root, steps = root_of(metric), np.full(num_chains, first_step)
     pool = Pool.at(starts, metric)
     before = -np.inf
     for batch in range(max(1, min(max_steps, _MAX_SEARCH) // STEPS)):

@@ -11,10 +11,10 @@ and paths for the kernel by trials, and the report says what was chosen, why, an
 
 import dataclasses
 import functools
+import re
 import time
 from typing import Any, Callable, Protocol
 
-import blackjax
 import jax
 import numpy as np
 from jax.flatten_util import ravel_pytree
@@ -22,6 +22,7 @@ from threadpoolctl import ThreadpoolController
 
 from partime_mcmc.compile_cache import compiler_options
 from partime_mcmc.kernels import Kernel, Whitening
+from partime_mcmc.kernels.blackjax_without_backend import blackjax
 from partime_mcmc.kernels.coordinates import Centring, maps_of
 from partime_mcmc.kernels.kernel_program import (
     Builder,
@@ -44,6 +45,8 @@ from partime_mcmc.warmup.tuning import (
 )
 
 _NUM_POOL = 33
+# What JAX says of loops, and of callbacks into Python.
+_LACKS_GRADIENT = re.compile("[Rr]everse-mode|JVP|[Dd]ifferentiation rule")
 
 
 class Adaptation(Protocol):
@@ -196,7 +199,15 @@ def warm_up(
     )
     adapt_key, tune_key = jax.random.split(key)
     path_rule = path_rule_of(builder, target, adaptation.path_length)
-    pool, path = adaptation(walker, adapt_key, flat, num_warmup, path_rule, advance)
+    try:
+        pool, path = adaptation(walker, adapt_key, flat, num_warmup, path_rule, advance)
+    except (ValueError, NotImplementedError) as error:
+        if _LACKS_GRADIENT.search(str(error)):
+            raise ValueError(
+                f"logdensity: got a function without a gradient in reverse mode; wanted one that JAX differentiates (models with "
+                f"loops: forward_mode_differentiation=True). JAX says: {error}"
+            ) from error
+        raise
     whitening = Whitening.of_covariance(example, pool.center, pool.metric, walker.maps)
     triangular, recentred = split_maps(walker.maps)
     found = pool.draws if triangular is None else leave_map(triangular, pool.draws)
@@ -245,7 +256,9 @@ def _positions_of(rows: np.ndarray, example: PyTree) -> PyTree:
     cuts = np.cumsum([np.size(leaf) for leaf in leaves])[:-1]
     parts = zip(np.split(rows, cuts, axis=1), leaves)
     return jax.device_put(
-        jax.tree.unflatten(structure, [part.reshape(-1, *np.shape(leaf)) for part, leaf in parts])
+        jax.tree.unflatten(
+            structure, [part.reshape(len(rows), *np.shape(leaf)) for part, leaf in parts]
+        )
     )
 
 

@@ -521,13 +521,6 @@ TARGETS = {
         NonDeterministicTarget,
         "wanted one value for one position",
     ),
-    "mixed types": (
-        lambda: Target(
-            lambda x: -(x["a"] ** 2) - x["b"] ** 2, {"a": np.float32(1), "b": np.float64(1)}
-        ),
-        InvalidStart,
-        "mix of floating dtypes",
-    ),
     "no target": (lambda: NORMAL.logdensity, TypeError, "target: got the function"),
 }
 
