@@ -93,7 +93,7 @@ def go_on(path, **changes):
 
 
 def checkpoints(path):
-    return sorted(Path(path).glob("checkpoint-*.npz"))
+    return sorted(Path(path).glob("chunk-*.npz"))
 
 
 def assert_same(draws, wanted):
@@ -380,6 +380,38 @@ def test_a_checkpoint_of_another_run_is_no_checkpoint_of_this_one(tmp_path, whol
     shutil.copy(checkpoints(path)[3], checkpoints(path)[4])
     with pytest.raises(StoreError, match="it holds checkpoint 3"):
         open_draws(path)
+    # All files of draws and all checkpoints agree among themselves, and are of another run.
+    shutil.rmtree(path)
+    shutil.copytree(other.path, path)
+    for name in ("run.json", "plan.npz"):
+        shutil.copy(Path(whole.path) / name, path)
+    with pytest.raises(StoreError, match="000000.* does not follow"):
+        open_draws(path)
+    with pytest.warns(UserWarning, match="goes on from step 0"):
+        assert_same(go_on(path), whole)
+    # The plan holds the keys of all chains.
+    shutil.copy(Path(other.path) / "plan.npz", path)
+    with pytest.raises(StoreError, match=r"plan\.npz is not the plan of the run"):
+        go_on(path)
+
+
+EXTRA = {
+    "next": lambda last: last.with_name("chunk-000005-000000000144.npz"),
+    "beside": lambda last: last.with_name("chunk-000004-000000000144.npz"),
+    "later": lambda last: last.with_name("chunk-000007-000000000192.npz"),
+}
+
+
+@pytest.mark.parametrize("place", EXTRA)
+def test_an_extra_chunk_is_noticed(place, tmp_path, whole):
+    path = tmp_path / "run"
+    shutil.copytree(whole.path, path)
+    last = checkpoints(path)[-1]
+    shutil.copy(last, EXTRA[place](last))
+    with pytest.raises(StoreError, match="does not follow|it holds checkpoint 4"):
+        open_draws(path)
+    with pytest.warns(UserWarning, match="1 chunk dropped, and the run goes on from step 120"):
+        assert_same(go_on(path), whole)
 
 
 def test_what_was_not_committed_is_not_read_and_drawn_again(tmp_path, whole):
@@ -473,7 +505,7 @@ def no_space(handle):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("failing", ["c.0.2.0", "checkpoint-000002"])
+@pytest.mark.parametrize("failing", ["c.0.2.0", "chunk-000002"])
 def test_a_full_disk_leaves_the_last_good_state(failing, tmp_path, whole, monkeypatch):
     from partime_mcmc.storage import store, zarr_files
 
@@ -876,7 +908,7 @@ def test_what_another_program_keeps_in_the_folder_is_not_touched(tmp_path):
     assert theirs.read_text() == "{}"
 
     run(tmp_path / "run", num_samples=CHUNK)
-    model = tmp_path / "run" / "checkpoint-best.npz"
+    model = tmp_path / "run" / "chunk-best.npz"
     model.write_bytes(b"of another program")
     draws = go_on(tmp_path / "run")
     assert draws.finished and model.read_bytes() == b"of another program"
