@@ -29,6 +29,7 @@ from partime_mcmc.compile_cache import (
     device,
     versions,
 )
+from partime_mcmc.diagnostics.values import leaf_names
 from partime_mcmc.engine import Dynamics
 from partime_mcmc.kernels import Kernel, Whitening
 from partime_mcmc.kernels.coordinates import learned_maps, weights_of
@@ -188,8 +189,13 @@ def describe_run(arguments: SampleArguments, store: Store) -> dict[str, Any]:
         )
     example = target.example()
     values = example if target.constrain is None else jax.eval_shape(target.constrain, example)
+    named = [*leaf_names(values)] if isinstance(values, Mapping) else []
+    if twice := {name for name in named if named.count(name) > 1}:
+        raise ValueError(
+            f"target: two values are named {min(twice)!r} in a store, one of them a part of another value: rename one"
+        )
     for name in ("chain", "draw"):
-        if isinstance(values, Mapping) and name in values:
+        if name in named:
             raise ValueError(
                 f"target: a value is named {name!r}, which names an axis of every value in a store: rename it"
             )

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from partime_mcmc.diagnostics.arviz import STAT_NAMES
+from partime_mcmc.diagnostics.values import flat
 from partime_mcmc.distributed.collectives import gather_to_all
 from partime_mcmc.extras import import_name
 from partime_mcmc.sampling.arguments import SampleArguments
@@ -172,7 +173,7 @@ class StoreSink:
             (last.step, last.index + 1, last.checksum) if last else (0, 0, self.folder.beginning())
         )
         stop = chunk.state.num_steps - plan.first_step
-        constrained = {name: np.asarray(value) for name, value in chunk.constrained.items()}
+        constrained = flat(dict(chunk.constrained))
         steps = {name: getattr(chunk.certificate, name) for name in ("accepted", "residual")}
         info = {name: np.asarray(value) for name, value in {**steps, **chunk.info}.items()}
         # A thread does not inherit the caller's precision, and the user's folds may be written in JAX.

@@ -31,6 +31,7 @@ import partime_mcmc.storage.files as files
 from partime_mcmc import AllAtOnce, elk, open_draws, resume, shooting
 from partime_mcmc.compile_cache import Timings
 from partime_mcmc.diagnostics.arviz import summary_table
+from partime_mcmc.diagnostics.values import escaped, original
 from partime_mcmc.engine.recipes import sequential
 from partime_mcmc.engine.solution import SolveError, Status, Tolerance
 from partime_mcmc.engine.windows import Windows
@@ -56,7 +57,7 @@ from partime_mcmc.storage.saved_run import StoreMismatch, fingerprint_of
 from partime_mcmc.storage.store import Folder, Store, draws_per_file, kept_steps
 from partime_mcmc.storage.stored_draws import concat_draws
 from partime_mcmc.storage.streaming_statistics import Fold
-from partime_mcmc.storage.zarr_files import escaped, file_shape, original
+from partime_mcmc.storage.zarr_files import file_shape
 from partime_mcmc.validation import TooLarge
 from partime_mcmc.warmup.warmup import Warmup
 
