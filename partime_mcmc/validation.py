@@ -184,7 +184,8 @@ def check_dtypes(position: PyTree, name: str = "initial") -> PyTree:
 
     NumPy arrays become JAX arrays as they do elsewhere in JAX: float64 data become float32 while x64 is off. Python
     numbers, weakly typed arrays and integers follow the dtype of the other leaves, else the default float; integers
-    with a warning. It works on traced leaves too.
+    with a warning. While x64 is on float32 becomes float64, which changes no number: a start must not decide in how many
+    digits a run is made. It works on traced leaves too.
 
     Raises:
         InvalidStart: For bool, complex, object or string leaves, and for two floating dtypes in one position.
@@ -210,11 +211,13 @@ def check_dtypes(position: PyTree, name: str = "initial") -> PyTree:
         raise InvalidStart(
             f"{name}: got a position without entries (dimension 0); wanted at least one parameter"
         )
-    dtype = next(iter(strong), jnp.dtype(jnp.result_type(float)))
+    default = jnp.dtype(jnp.result_type(float))
+    dtype = next(iter(strong), default)
     if dtype.itemsize < 4:
         raise InvalidStart(
             f"{name}: got {dtype}; wanted float32 or float64: in so few digits the residual of a path proves nothing"
         )
+    dtype = jnp.promote_types(dtype, default)
     for label, leaf in leaves.items():
         if jnp.issubdtype(leaf.dtype, jnp.integer):
             warnings.warn(

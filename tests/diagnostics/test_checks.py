@@ -119,8 +119,9 @@ def test_numpy_follows_the_default_dtype(precision):
 
 
 def test_python_numbers_follow_the_arrays(precision):
+    """And these what JAX computes in: float32 starts do not make a run in float64 one in float32."""
     got = check_dtypes({"a": jnp.ones(3, "float32"), "b": 2.0})
-    assert got["a"].dtype == got["b"].dtype == "float32"
+    assert got["a"].dtype == got["b"].dtype == precision
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
