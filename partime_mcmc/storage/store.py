@@ -178,14 +178,30 @@ def draws_per_file(chunk: int, thinning: int, num_samples: int) -> int:
     return kept if aligned else max(kept // 8, _FEWEST_DRAWS)
 
 
+class _Description(dict):
+    """What was asked for, by name; a name that the file lacks is an error of the file."""
+
+    def __init__(self, run: dict[str, Any], where: Path):
+        super().__init__(run)
+        self._where = where
+
+    def __missing__(self, name: str) -> Any:
+        raise StoreError(f"store: {self._where} is damaged: it lacks {name!r}")
+
+
 class Folder:
     """The files of one run.
 
     Args:
         path: The folder.
+
+    Raises:
+        ValueError: If it cannot be one: Python takes an empty path for the folder in which the program runs.
     """
 
     def __init__(self, path: str | os.PathLike):
+        if not os.fspath(path) or "\0" in str(path):
+            raise ValueError(f"store: got {os.fspath(path)!r}, wanted the path of a folder")
         self.path = Path(path)
         self.draws = self.path / _DRAWS
 
@@ -258,7 +274,7 @@ class Folder:
                 f"store: {file} has changed since it was written (its checksum is not the one in it): put back what "
                 "was there, or begin another run in a new folder"
             )
-        return run
+        return _Description(run, where=file)
 
     def write_plan(self, data: bytes) -> None:
         """Write what warm-up tuned and what was chosen.

@@ -488,6 +488,26 @@ def test_a_description_that_was_edited_is_refused(change, said, tmp_path, whole)
             read(tmp_path / "run")
 
 
+def test_a_description_that_lacks_a_field_names_it(tmp_path, whole):
+    shutil.copytree(whole.path, tmp_path / "run")
+    words = Folder(whole.path).read_run()
+    Folder(tmp_path / "run").write_run({name: words[name] for name in words if name != "thinning"})
+    for read in (open_draws, go_on):
+        with pytest.raises(
+            StoreError, match=r"run\.json is damaged: it lacks 'thinning'|does not follow"
+        ):
+            read(tmp_path / "run")
+
+
+@pytest.mark.parametrize("path", ["", "a\0b"])
+def test_a_path_that_is_none_is_refused(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for call in (run, open_draws, go_on, lambda path: run(Store(path))):
+        with pytest.raises(ValueError, match="store: got .* wanted the path of a folder"):
+            call(path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_that_cannot_be_read_is_not_damaged(whole, monkeypatch):
     def away(*_):
         raise OSError(errno.EIO, "Input/output error")
