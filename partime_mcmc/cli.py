@@ -2,7 +2,7 @@
 
 Exit codes: 0, the chains are certified and, where two runs are compared, agree. 1, they are not, or do not. 2, arguments,
 files or a model that cannot work: one sentence on standard error says why, and --traceback shows where. 3, the chains are
-certified, and the verdict on them is NOT CONVERGED. As for other programs: 130 after an interrupt. What is in a store is safe.
+certified, and the verdict on them is NOT CONVERGED. As for other programs: 130 after an interrupt, which SIGTERM is, too. What is in a store is safe.
 
 MODEL is a NumPyro model, a `Target`, or a function that returns a `Target` or `(logdensity, initial)`; data are its
 keyword arguments by name. Loading a file runs it. JAX is switched to float64 when asked to, and for built-in models
@@ -34,6 +34,7 @@ from partime_mcmc.diagnostics.report import Level, Report
 from partime_mcmc.diagnostics.verdict import Outcome
 from partime_mcmc.models import MODELS
 from partime_mcmc.numpyro.model import called
+from partime_mcmc.sampling.interrupts import termination_interrupts
 from partime_mcmc.sampling.memory import default_max_bytes
 from partime_mcmc.sampling.pilots import coupled_distances, solve_by_pass
 from partime_mcmc.storage.store import Folder
@@ -118,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return _WRONG_ARGUMENTS
     try:
-        with warnings.catch_warnings():
+        with termination_interrupts(), warnings.catch_warnings():
             warnings.showwarning = lambda text, *rest: print(f"warning: {text}", file=sys.stderr)
             return arguments.command(arguments)
     except KeyboardInterrupt:

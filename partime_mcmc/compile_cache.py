@@ -27,7 +27,7 @@ import platformdirs
 from jax.experimental.compilation_cache import compilation_cache
 
 from partime_mcmc.tracing import OnceCache, explicit
-from partime_mcmc.types import PyTree, jax_config
+from partime_mcmc.types import PyTree, jax_config, nan_is_a_value
 
 _PROGRAMS = OnceCache(128)
 
@@ -136,7 +136,7 @@ def run_program(function: Callable, *args: PyTree, timings: Timings, what: str =
         The result, ready.
     """
     program = compiled(function, *args, timings=timings)
-    with timings.measure(what):
+    with timings.measure(what), nan_is_a_value():
         return jax.block_until_ready(program(*args))
 
 

@@ -16,7 +16,7 @@ from partime_mcmc.certify.step_record import Records, decision_uniform, record
 from partime_mcmc.kernels.explicit_randomness import anyone
 from partime_mcmc.kernels.kernel import Kernel, Tape, raw
 from partime_mcmc.tracing import HashableFunction, explicit
-from partime_mcmc.types import Array, PyTree
+from partime_mcmc.types import Array, PyTree, nan_is_a_value
 from partime_mcmc.validation import check_scale, describe
 
 
@@ -79,6 +79,7 @@ def steps_at_once() -> int:
     return 32 if jax.default_backend() == "cpu" else 1024
 
 
+@nan_is_a_value()
 def certify(
     kernel: Kernel, initial: PyTree, states: PyTree, drives: Tape, *, scale: Array | None = None
 ) -> Certificate:

@@ -28,7 +28,7 @@ import numpy as np
 from partime_mcmc.compile_cache import Timings, compiled, is_abstract
 from partime_mcmc.engine import Dynamics
 from partime_mcmc.tracing import explicit, primitives_of
-from partime_mcmc.types import PyTree
+from partime_mcmc.types import PyTree, nan_is_a_value
 
 _MOST_PER_CORE = 8
 
@@ -155,6 +155,7 @@ def run_groups(
         )
         return [shapes] * len(groups)
 
+    @nan_is_a_value()
     def run(group):
         return jax.block_until_ready(program(*shared, *group))
 

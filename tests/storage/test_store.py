@@ -219,6 +219,36 @@ def test_an_interrupt_keeps_what_is_certified(tmp_path, whole, memory):
     assert np.asarray(draws.certificate.certified).all() and draws.state.num_steps == 72
 
 
+def test_termination_is_an_interrupt(tmp_path, whole, memory):
+    class Terminating(Interrupting):
+        @contextlib.contextmanager
+        def stage(self, name, total):
+            def count(steps, **shown):
+                self.steps += steps
+                if self.after <= self.steps:
+                    self.after = np.inf
+                    signal.raise_signal(signal.SIGTERM)
+
+            yield count
+
+    part = run(progress=Terminating(70))
+    assert part.num_samples == 72 and set(part.status) == {Status.INTERRUPTED}
+    np.testing.assert_array_equal(
+        part.constrained["place"], np.asarray(memory.constrained["place"])[:, :72]
+    )
+    stored = run(tmp_path / "run", progress=Terminating(70))
+    assert 48 <= stored.num_samples <= 72 and set(stored.status) == {Status.INTERRUPTED}
+    assert_same(go_on(tmp_path / "run"), whole)
+    # Outside a run the process ends as it would have without this package, and an answer of its own is kept.
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    heard = []
+    try:
+        signal.signal(signal.SIGTERM, lambda *_: heard.append(True))
+        assert run(progress=Terminating(70)).num_samples == T and heard
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def test_an_interrupt_while_draws_are_certified_loses_none(tmp_path, whole, memory, monkeypatch):
     inner, calls = local._certified, []
 
