@@ -2,7 +2,7 @@
 
 Exit codes: 0, the chains are certified and, where two runs are compared, agree. 1, they are not, or do not. 2, arguments,
 files or a model that cannot work: one sentence on standard error says why, and --traceback shows where. 3, the chains are
-certified, and the verdict on them is NOT CONVERGED. As for other programs: 130 after an interrupt. What is in a store is safe.
+certified, and the verdict on them is NOT CONVERGED. As for other programs: 130 after an interrupt, which SIGTERM is, too. What is in a store is safe.
 
 MODEL is a NumPyro model, a `Target`, or a function that returns a `Target` or `(logdensity, initial)`; data are its
 keyword arguments by name. Loading a file runs it. JAX is switched to float64 when asked to, and for built-in models
@@ -18,6 +18,7 @@ import runpy
 import sys
 import traceback
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from partime_mcmc.diagnostics.report import Level, Report
 from partime_mcmc.diagnostics.verdict import Outcome
 from partime_mcmc.models import MODELS
 from partime_mcmc.numpyro.model import called
+from partime_mcmc.sampling.interrupts import termination_interrupts
 from partime_mcmc.sampling.memory import default_max_bytes
 from partime_mcmc.sampling.pilots import coupled_distances, solve_by_pass
 from partime_mcmc.storage.store import Folder
@@ -45,26 +47,47 @@ _SOLVERS = ("sequential", "shooting", "deer", "quasi_deer", "elk", "quasi_elk", 
 _LEVELS = ("statistical", "certified-path", "bitwise")
 _COPIES = 4  # a comparison, or a file that is written, copies draws on its way
 
+
+def _path(text: str) -> Path:
+    """A path, if the text can be one: Python takes an empty one for the folder in which the program runs."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a path")
+    return Path(text)
+
+
+def _seed(text: str) -> int:
+    """A seed of JAX's: of larger numbers and negative ones it would keep 32 bits and say nothing."""
+    try:
+        seed = int(text)
+    except ValueError:
+        seed = -1
+    if not 0 <= seed < 2**32:
+        raise argparse.ArgumentTypeError(
+            f"got {text[:40]!r}, wanted an integer from 0 to {2**32 - 1}"
+        )
+    return seed
+
+
 _FLAG, _DEFAULT = {"action": "store_true"}, "default: %(default)s"
 _OPTIONS: dict[str, dict[str, Any]] = {
     "model": {"metavar": "FILE.py:MODEL", "help": f"or a built-in model: {', '.join(MODELS)}"},
-    "run": {"type": Path, "metavar": "RUN", "help": "a store, or a NetCDF file"},
-    "other": {"type": Path, "metavar": "OTHER", "help": "likewise; the sequential run"},
+    "run": {"type": _path, "metavar": "RUN", "help": "a store, or a NetCDF file"},
+    "other": {"type": _path, "metavar": "OTHER", "help": "likewise; the sequential run"},
     "--model": {"choices": sorted(MODELS), "default": "eight_schools", "help": _DEFAULT},
-    "--data": {"type": Path, "help": "a file .npz or .json with the model's arguments by name"},
+    "--data": {"type": _path, "help": "a file .npz or .json with the model's arguments by name"},
     "--kernel": {"choices": _KERNELS, "default": "coalescing_hmc", "help": _DEFAULT},
     "--num-samples": {"type": int, "default": 4096, "help": f"per chain; {_DEFAULT}"},
     "--num-chains": {"type": int, "default": 4, "help": _DEFAULT},
     "--num-warmup": {"type": int, "default": 1000, "help": f"at most; {_DEFAULT}"},
     "--solver": {"choices": _SOLVERS, "help": "default: the library's own choice"},
-    "--seed": {"type": int, "default": 0, "help": _DEFAULT},
+    "--seed": {"type": _seed, "default": 0, "help": _DEFAULT},
     "--float64": _FLAG | {"help": "sample in double precision"},
     "--independent": _FLAG | {"help": "certify by evaluating every step once more"},
     "--compare": _FLAG | {"help": "also sample one step after another, and compare"},
-    "--store": {"type": Path, "help": "a folder for draws as they come; memory stays bounded"},
+    "--store": {"type": _path, "help": "a folder for draws as they come; memory stays bounded"},
     "--thinning": {"type": int, "default": 1, "help": "keep every K-th draw in a store"},
-    "--out": {"type": Path, "help": "write draws to this file .nc for ArviZ (demo: a folder)"},
-    "--report": {"type": Path, "help": "write a page .html with table and figures"},
+    "--out": {"type": _path, "help": "write draws to this file .nc for ArviZ (demo: a folder)"},
+    "--report": {"type": _path, "help": "write a page .html with table and figures"},
     "--quiet": _FLAG | {"help": "no progress"},
     "--json": _FLAG | {"help": "print JSON"},
     "--at-least": {"choices": _LEVELS, "help": "what counts as agreement"},
@@ -96,13 +119,13 @@ def main(argv: list[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return _WRONG_ARGUMENTS
     try:
-        with warnings.catch_warnings():
+        with termination_interrupts(), warnings.catch_warnings():
             warnings.showwarning = lambda text, *rest: print(f"warning: {text}", file=sys.stderr)
             return arguments.command(arguments)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED
-    except Exception as error:  # a user's model may raise anything
+    except BaseException as error:  # a user's model may raise anything, and may end the program
         if arguments.traceback:
             raise
         print(f"partime_mcmc: {_sentence(error)}", file=sys.stderr)
@@ -313,12 +336,14 @@ def _code_of(draws: Any) -> int:
     return _NOT_CONVERGED if failed else _GOOD
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: BaseException) -> str:
     """An error in one sentence, on one line."""
     # JAX's note on what its traceback leaves out is of no use to those who see no traceback.
     notes = [note for note in getattr(error, "__notes__", ()) if "JAX_TRACEBACK" not in note]
     parts = [str(error).strip().split("\n\n")[0] or type(error).__name__, *notes]
     text = " ".join(". ".join(part.rstrip().removesuffix(".") for part in parts).split())
+    if isinstance(error, SystemExit | GeneratorExit):
+        return f"model: it ends the program ({error!r}), wanted one that can be evaluated"
     known = isinstance(error, ValueError | TypeError | OSError | ImportError)
     return text if known else f"{type(error).__name__}: {text}"
 
@@ -366,7 +391,7 @@ def _load_target(arguments: argparse.Namespace, key: Key) -> Target:
 def _load_model(source: str) -> Any:
     """The object that `FILE.py:MODEL` names."""
     file, _, name = source.rpartition(":")
-    if not file.endswith(".py"):
+    if not file.endswith(".py") or "\0" in file:
         raise ValueError(
             f"model: got {source!r}, wanted FILE.py:MODEL, or one of {', '.join(MODELS)}"
         )
@@ -413,15 +438,49 @@ def _load_data(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        found = (
-            json.loads(path.read_text())
-            if path.suffix == ".json"
-            else dict(np.load(path, allow_pickle=False))
-        )
-        found = {name: np.asarray(v) if isinstance(v, list) else v for name, v in found.items()}
-    except Exception as error:  # zip, pickle, text and JSON all have errors of their own
+        found = _read_json(path) if path.suffix == ".json" else _read_npz(path)
+    except Exception as error:  # zip, text and JSON all have errors of their own
         raise ValueError(
             f"--data: {path} cannot be read ({error}); wanted .npz, or .json with an object of values by name"
         ) from error
     # A number may be a size, which NumPyro wants as Python's own.
     return {name: v.item() if getattr(v, "shape", None) == () else v for name, v in found.items()}
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    with open(path, "rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise ValueError("it is no archive of NumPy's, or only a part of one")
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: _of_numbers(name, lambda: arrays[name]) for name in arrays.files}  # noqa: B023 (called at once)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    def by_name(pairs):
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"two values are named {max(names, key=names.count)!r}")
+        return found
+
+    found = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=by_name)
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds a {type(found).__name__}")
+    return {
+        name: _of_numbers(name, lambda: np.asarray(value)) if isinstance(value, list) else value  # noqa: B023
+        for name, value in found.items()
+    }
+
+
+def _of_numbers(name: str, read: Callable[[], np.ndarray]) -> np.ndarray:
+    """An array that is read, if it is one of numbers: those of other things are pickled, or have rows of several lengths."""
+    try:
+        found = read()
+    except ValueError:
+        found = None
+    # "biufc": flags, integers, floating-point numbers.
+    if found is None or found.dtype.kind not in "biufc":
+        raise ValueError(
+            f"{name!r} is no array of numbers: it has text, gaps or other objects, or rows of different lengths"
+        )
+    return found

@@ -5,7 +5,9 @@ fields (functions, numbers that fix shapes) are static. `pytree` declares both i
 shows what is data and what is structure.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, Callable, TypeAlias, TypeVar, dataclass_transform
 
 import jax
@@ -23,6 +25,17 @@ Tracer: TypeAlias = jax.core.Tracer
 jax_config: Any = jax.config
 
 _Class = TypeVar("_Class", bound=type)
+
+
+@contextlib.contextmanager
+def nan_is_a_value() -> Iterator[None]:
+    """JAX's own searches for NaN and infinities (`jax_debug_nans`, `jax_debug_infs`) are off inside, in this thread.
+
+    A proposal outside the support and a residual that was not computed are NaN or infinite in a program that is right; what
+    is wrong shows in verdicts and certificates. Also a decorator.
+    """
+    with jax.debug_nans(False), jax.debug_infs(False):
+        yield
 
 
 @dataclass_transform(frozen_default=True)

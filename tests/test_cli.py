@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import sys
+import pickle
 import tomllib
 from pathlib import Path
 
@@ -39,6 +39,12 @@ def nothing():
 def breaks(y):
     mu = numpyro.sample("mu", dist.Normal(0, 1))
     raise RuntimeError("out of cheese")
+
+def quits():
+    raise SystemExit(0)
+
+def quits_later():
+    return lambda x: exit("enough"), jnp.ones(3)
 """
 
 
@@ -166,6 +172,8 @@ def test_compare_fails_by_its_exit_code(sampled, tmp_path, monkeypatch, capsys):
             "model(y, sigma, scale=10.0): got an unexpected keyword argument 'scal'",
         ),
         ("sample {f}/model.py:ready --data {f}/data.json", "takes no data"),
+        ("sample {f}/model.py:quits", "model: it ends the program (SystemExit(0))"),
+        ("sample {f}/mo\0del.py:ready", "wanted FILE.py:MODEL"),
         ("sample {f}/model.py:nothing", "which returns a int; wanted a NumPyro model"),
         ("sample {f}/model.py:MODEL", "has no model 'MODEL'"),
         ("sample banana --num-samples 0", "--num-samples: got 0"),
@@ -198,6 +206,54 @@ def test_errors_of_a_model_are_one_sentence_and_traced_on_demand(folder, capsys,
     )
     with pytest.raises(RuntimeError, match="cheese"):
         main([*command, "--traceback"])
+    assert main(["sample", f"{folder}/model.py:quits_later", *OPTIONS]) == 2
+    assert "model: it ends the program (SystemExit('enough'))" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, data, message",
+    [
+        ("ragged.json", b'{"y": [[1, 2], [3]]}', "'y' is no array of numbers"),
+        ("text.json", b'{"y": ["one", "two"]}', "'y' is no array of numbers"),
+        ("gaps.json", b'{"y": [1, null]}', "'y' is no array of numbers"),
+        ("huge.json", b'{"y": [1, 1' + b"0" * 30 + b"]}", "'y' is no array of numbers"),
+        ("twice.json", b'{"y": [1], "sigma": 2, "y": [2]}', "two values are named 'y'"),
+        ("number.json", b"3", "it holds a int"),
+        ("zero.json", b'{"y": [1\0]}', "cannot be read"),
+        ("fake.npz", b"PK but no archive", "it is no archive of NumPy's"),
+        ("pickle.npz", pickle.dumps({"y": 1}), "it is no archive of NumPy's"),
+    ],
+)
+def test_data_that_are_none_are_refused_by_name(tmp_path, folder, capsys, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    assert main(["sample", f"{folder}/model.py:model", "--data", f"{tmp_path / name}"]) == 2
+    err = capsys.readouterr().err
+    assert message in err and "pickle=" not in err and err.count("\n") == 1
+
+
+def test_pickled_data_are_not_loaded_and_nobody_is_told_how(tmp_path, folder, capsys):
+    np.savez(tmp_path / "objects.npz", y=np.array([{}, None], dtype=object))
+    assert main(["sample", f"{folder}/model.py:model", "--data", f"{tmp_path}/objects.npz"]) == 2
+    err = capsys.readouterr().err
+    assert "'y' is no array of numbers" in err and "allow_pickle" not in err
+
+
+@pytest.mark.parametrize(
+    "option, value, wanted",
+    [
+        *(("--seed", text, "from 0 to 4294967295") for text in ("-1", "4294967296", "9" * 40, "x")),
+        *((name, "", "wanted a path") for name in ("--store", "--out", "--report", "--data")),
+        ("--store", "a\0b", "wanted a path"),
+    ],
+)
+def test_values_that_mean_another_thing_are_refused(
+    option, value, wanted, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["sample", "banana", f"{option}={value}"])
+    assert stopped.value.code == 2 and f"argument {option}: got" in (err := capsys.readouterr().err)
+    assert wanted in err and not list(tmp_path.iterdir())
 
 
 def test_notes_of_jax_on_its_traceback_are_left_out():
@@ -283,14 +339,14 @@ def test_interruption_has_its_own_code(monkeypatch, folder, capsys, sampled):
 )
 def test_models_targets_and_pairs_are_taken(monkeypatch, folder, name, data, dimension):
     seen = []
-    monkeypatch.setattr(
-        partime_mcmc,
-        "sample",
-        lambda key, target, *rest, **options: seen.append(target) or sys.exit(0),
-    )
+
+    def only_look(key, target, *rest, **options):
+        seen.append(target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(partime_mcmc, "sample", only_look)
     (folder / "scale.json").write_text('{"scale": 2.0}')
-    with pytest.raises(SystemExit):
-        main(["sample", f"{folder}/model.py:{name}", *data.format(f=folder).split()])
+    assert main(["sample", f"{folder}/model.py:{name}", *data.format(f=folder).split()]) == 130
     position = seen[0].start(jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(position)) == dimension
     assert np.isfinite(seen[0].logdensity(position))

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from partime_mcmc.certify.certificate import Certificate, before_steps, flat_steps, judged
+from partime_mcmc.certify.repeated import may_be_random, refuse_random_steps
 from partime_mcmc.certify.step_record import Records, decision_uniform, record
 from partime_mcmc.kernels.explicit_randomness import anyone
 from partime_mcmc.kernels.kernel import Kernel, Tape, raw
 from partime_mcmc.tracing import HashableFunction, explicit
-from partime_mcmc.types import Array, PyTree
+from partime_mcmc.types import Array, PyTree, nan_is_a_value
 from partime_mcmc.validation import check_scale, describe
 
 
@@ -78,6 +79,7 @@ def steps_at_once() -> int:
     return 32 if jax.default_backend() == "cpu" else 1024
 
 
+@nan_is_a_value()
 def certify(
     kernel: Kernel, initial: PyTree, states: PyTree, drives: Tape, *, scale: Array | None = None
 ) -> Certificate:
@@ -187,8 +189,12 @@ def _check_path(initial: PyTree, states: PyTree, drives: Tape) -> None:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _certify(observe, params, initial, states, drives, unit):
-    seen = in_batches(functools.partial(observe, params), before_steps(initial, states), drives)
-    return _judge(seen, initial, states, drives, unit)
+    evaluate = functools.partial(observe, params)
+    seen = in_batches(evaluate, before_steps(initial, states), drives)
+    certificate, records = _judge(seen, initial, states, drives, unit)
+    if may_be_random(observe.jaxpr):
+        certificate = refuse_random_steps(certificate, evaluate, initial, states, drives)
+    return certificate, records
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -202,9 +208,13 @@ def _certify_held(observe, params, initial, states, drives, unit):
     )
     seen = in_batches(evaluate, *one_axis, size=4 * steps_at_once())
     seen = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), seen)
-    return jax.vmap(functools.partial(_hold_and_judge, evaluate), in_axes=(0, 0, 0, 0, None))(
-        seen, initial, states, drives, unit
-    )
+    certificate, records, still = jax.vmap(
+        functools.partial(_hold_and_judge, evaluate), in_axes=(0, 0, 0, 0, None)
+    )(seen, initial, states, drives, unit)
+    if may_be_random(observe.jaxpr):
+        twice = lambda found, *path: refuse_random_steps(found, evaluate, *path)
+        certificate = jax.vmap(twice)(certificate, initial, still, drives)
+    return certificate, records, still
 
 
 def _hold_and_judge(evaluate, seen, initial, states, drives, unit):

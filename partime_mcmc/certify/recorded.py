@@ -10,13 +10,20 @@ and the kernel's decision, energy and margins of each step are those of the tran
 be evaluated again: the certificate costs the memory of a few numbers per step. An independent pass costs one more evaluation
 of every step and shares nothing with the solver but the kernel. It serves users who doubt the recording, solvers that do
 not go step by step, and chains that were finished sequentially.
+
+A recording agrees with itself even where f is no function. Steps that call Python or a library, whose answers might be random,
+are sampled and evaluated twice (`repeated`).
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.certify.certificate import Certificate, judged
+from partime_mcmc.certify.independent import Observe
+from partime_mcmc.certify.repeated import may_be_random, refuse_random_steps
 from partime_mcmc.certify.step_record import Records, unpacked
 from partime_mcmc.engine import Dynamics
 from partime_mcmc.kernels.kernel import Kernel, Tape
@@ -61,10 +68,11 @@ def certify_recorded(
         The certificate, not `independent`, and the record of each step.
     """
     drive = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), drives)
-    steps = unpacked(notes, jax.eval_shape(kernel.step_record, initial, drive))
+    traced, example = jax.make_jaxpr(kernel.step_record, return_shape=True)(initial, drive)
+    steps = unpacked(notes, example)
     _, unravel = ravel_pytree(initial)
     values = jax.tree.map(jnp.add, states, jax.vmap(unravel)(defects))
-    return judged(
+    certificate, records = judged(
         values,
         steps.consistent.all(),
         steps.records,
@@ -74,3 +82,7 @@ def certify_recorded(
         kernel.noise_scale,
         independent=False,
     )
+    if may_be_random(traced.jaxpr):
+        evaluate = functools.partial(Observe(kernel), None)
+        certificate = refuse_random_steps(certificate, evaluate, initial, states, drives)
+    return certificate, records

@@ -30,9 +30,12 @@ from partime_mcmc.diagnostics.formatting import plain
 from partime_mcmc.diagnostics.plots import adopt_figure, figure
 from partime_mcmc.diagnostics.values import (
     coordinates,
+    escaped,
+    flat,
     frozen_chains,
     is_constant,
     named_draws,
+    original,
     partly_constant,
     stuck,
 )
@@ -145,10 +148,23 @@ def to_arviz(
         ``arviz.InferenceData`` with ArviZ 0.23, ``xarray.DataTree`` with ArviZ 1.x.
 
     Raises:
-        ValueError: as :func:`named_draws`; or if a value has the name of an axis, which ArviZ would put in its place.
+        ValueError: as :func:`named_draws`; or if a value has the name of an axis, which ArviZ would put in its place, or two
+            axes have one name.
+
+    With ArviZ 1.x names with a slash, which would be paths, are escaped as in addresses of the web: "a/b" is "a%2Fb".
     """
-    certificate, named = getattr(draws, "certificate", None), named_draws(draws)
+    named = named_draws(draws)
     _check_names(named, dims or {})
+    if not hasattr(_arviz()[1], "InferenceData") and any("/" in name for name in named):
+        # A path in a DataTree.
+        named = {escaped(name): values for name, values in named.items()}
+        dims = {escaped(name): list(map(escaped, axes)) for name, axes in (dims or {}).items()}
+        coords = {escaped(axis): labels for axis, labels in (coords or {}).items()}
+    return _tree(draws, named, coords, dims)
+
+
+def _tree(draws: Any, named: Mapping[str, Any], coords: Any, dims: Any) -> Any:
+    certificate = getattr(draws, "certificate", None)
     recorded = {name: getattr(certificate, name, None) for name in _PER_DRAW}
     recorded |= getattr(draws, "info", None) or {}
     stats = {
@@ -157,7 +173,8 @@ def to_arviz(
         if values is not None
     }
     groups = {"posterior": named} | ({"sample_stats": stats} if stats else {})
-    tree = _from_dict(groups, coords=coords, dims=dims)
+    axes = axis_names({name: values.shape[2:] for name, values in named.items()}, dims)
+    tree = _from_dict(groups, coords=coords, dims={name: list(own) for name, own in axes.items()})
     attributes = _attributes(draws)
     tree.attrs.update(attributes)
     tree["posterior"].attrs.update(attributes)
@@ -166,6 +183,11 @@ def to_arviz(
 
 def _check_names(named: Mapping[str, np.ndarray], dims: Mapping[str, Any]) -> None:
     """Refuse values that ArviZ would lose, because an axis has their name."""
+    for name, own in dims.items():
+        if twice := {"chain", "draw"} & {*own}:
+            raise ValueError(
+                f"dims: got an axis of {name!r} named {min(twice)!r}, wanted another name: all draws have an axis called so"
+            )
     axes = {"chain", "draw"}.union(*(map(str, one) for one in dims.values()))
     for name in named:
         if name in axes:
@@ -237,9 +259,17 @@ def tree_of(groups: Mapping[str, Any], attributes: Mapping[str, Any]) -> Any:
         )
     import xarray
 
-    tree = xarray.DataTree.from_dict(dict(groups))
+    tree = xarray.DataTree.from_dict({name: _without_slashes(one) for name, one in groups.items()})
     tree.attrs.update(attributes)
     return tree
+
+
+def _without_slashes(dataset: Any) -> Any:
+    """A dataset whose names are no paths: all of them `escaped` where one has a slash."""
+    names = [str(name) for name in {*dataset.variables, *dataset.dims}]
+    if not any("/" in name for name in names):
+        return dataset
+    return dataset.rename({name: escaped(name) for name in names if escaped(name) != name})
 
 
 def _attributes(draws: Any) -> dict[str, str | int | float]:
@@ -271,8 +301,13 @@ def _attributes(draws: Any) -> dict[str, str | int | float]:
     return attributes
 
 
+_ESCAPED = "names_are_escaped"
+
+
 def save_netcdf(draws: Any, path: str | os.PathLike) -> Path:
     """Write :func:`to_arviz` of the draws to one NetCDF file, which appears complete or not at all.
+
+    Names that HDF5 has no variables of are escaped as in addresses of the web: "a/b" is "a%2Fb".
 
     Returns:
         The path written.
@@ -284,7 +319,11 @@ def save_netcdf(draws: Any, path: str | os.PathLike) -> Path:
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        to_arviz(draws).to_netcdf(str(partial), engine="h5netcdf")
+        named = named_draws(draws)
+        _check_names(named, {})
+        tree = _tree(draws, {escaped(name): values for name, values in named.items()}, None, None)
+        tree.attrs[_ESCAPED] = tree["posterior"].attrs[_ESCAPED] = 1
+        tree.to_netcdf(str(partial), engine="h5netcdf")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -305,11 +344,27 @@ def read_netcdf(path: str | os.PathLike) -> Any:
     converters = _arviz()[1]
     if hasattr(converters, "InferenceData"):
         with converters.rc_context({"data.load": "eager"}):
-            return converters.from_netcdf(str(path), engine="h5netcdf")
+            tree = converters.from_netcdf(str(path), engine="h5netcdf")
+        if tree.attrs.pop(_ESCAPED, None):
+            tree = tree.map(_with_names)
+            tree["posterior"].attrs.pop(_ESCAPED, None)
+        return tree
     import xarray
 
     with xarray.open_datatree(str(path), engine="h5netcdf") as tree:
-        return tree.load()
+        tree.load()
+    slashes = any("/" in original(str(name)) for name in tree["posterior"].data_vars)
+    # As in `to_arviz`: there are no slashes in names.
+    if tree.attrs.get(_ESCAPED) and not slashes:
+        tree = tree.map_over_datasets(_with_names)
+        tree.attrs.pop(_ESCAPED), tree["posterior"].attrs.pop(_ESCAPED)
+    return tree
+
+
+def _with_names(dataset: Any) -> Any:
+    """A dataset whose names were `escaped`."""
+    names = map(str, {*dataset.variables, *dataset.dims})
+    return dataset.rename({name: original(name) for name in names if original(name) != name})
 
 
 def draws_dataset(values: Mapping[str, Any], dims: Mapping[str, Any] | None = None) -> Any:
@@ -321,20 +376,48 @@ def draws_dataset(values: Mapping[str, Any], dims: Mapping[str, Any] | None = No
     """
     import xarray
 
-    arrays = {name: np.asarray(value) for name, value in values.items()}
-    variables = {
-        name: (("chain", "draw", *axis_names(name, value.ndim - 2, dims)), value)
-        for name, value in arrays.items()
-    }
+    arrays = flat(dict(values))
+    axes = axis_names({name: value.shape[2:] for name, value in arrays.items()}, dims)
+    variables = {name: (("chain", "draw", *axes[name]), value) for name, value in arrays.items()}
     shape = next(iter(arrays.values())).shape if arrays else (0, 0)
     coords = {"chain": np.arange(shape[0]), "draw": np.arange(shape[1])}
     return xarray.Dataset(variables, coords=coords)
 
 
-def axis_names(name: str, num_axes: int, dims: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """Names of a variable's own axes: those given, and ``<name>_dim_<i>`` for the rest."""
-    given = tuple((dims or {}).get(name, ()))[:num_axes]
-    return (*given, *(f"{name}_dim_{axis}" for axis in range(len(given), num_axes)))
+def axis_names(
+    shapes: Mapping[str, tuple[int, ...]], dims: Mapping[str, Any] | None
+) -> dict[str, tuple[str, ...]]:
+    """Names of the axes that values have of their own: those given, and ``<name>_dim_<i>`` for the rest.
+
+    A given name must mean one thing: one that is a value's, that of chains or draws, twice in one value or of two lengths (a
+    model may use the name of a plate again) is not used.
+
+    Args:
+        shapes: Of one draw of each value, by its name.
+        dims: Names that are given, by the value's name.
+    """
+    given = {
+        name: tuple((dims or {}).get(name, ()))[: len(shape)] for name, shape in shapes.items()
+    }
+    taken, twice, lengths = {"chain", "draw", *shapes}, set(), {}
+    for name, own in given.items():
+        twice |= {axis for axis in own if own.count(axis) > 1}
+        for axis, length in zip(own, shapes[name]):
+            lengths.setdefault(axis, set()).add(length)
+    usable = {axis for axis, found in lengths.items() if len(found) == 1} - twice - taken
+
+    def named(name, axis, own):
+        if axis < len(own) and own[axis] in usable:
+            return own[axis]
+        made = f"{name}_dim_{axis}"
+        while made in taken or made in usable:
+            made += "_"
+        return made
+
+    return {
+        name: tuple(named(name, axis, given[name]) for axis in range(len(shape)))
+        for name, shape in shapes.items()
+    }
 
 
 def stats_dataset(info: Mapping[str, Any]) -> Any:
@@ -369,7 +452,10 @@ def read_draws(path: str | os.PathLike) -> SimpleNamespace:
     stats = tree["sample_stats"].data_vars if "sample_stats" in tree else {}
     info = {_OWN_NAMES.get(name, str(name)): one.values for name, one in stats.items()}
     return SimpleNamespace(
-        constrained={name: one.values for name, one in posterior.data_vars.items()},
+        constrained={
+            original(str(name)) if _ESCAPED in attributes else name: one.values
+            for name, one in posterior.data_vars.items()
+        },
         info=info,
         certificate=_object(attributes.get("certificate"), info),
         report=_object(attributes.get("run"), {}),

@@ -10,19 +10,20 @@ and where l in float32 is close to l in float64. Everything here costs one or tw
 the captured data as arguments, and comes before anything that depends on the number of steps. An error names the
 argument, what it got and what it wanted.
 
-Left out: a start that is bad only in law (far out in a tail), a key that was used before, and a density that is random
-in rare places; none of these can be seen from one evaluation. All checks want concrete values: call them outside `jit`.
+Left out: a start that is bad only in law (far out in a tail), and a key that was used before; neither can be seen from one
+evaluation. A density that calls random code away from the start is found when its path is certified (`certify.repeated`). All checks want concrete values: call them outside `jit`.
 """
 
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.tracing import explicit
+from partime_mcmc.tracing import explicit, is_jaxpr
 from partime_mcmc.types import Array, PyTree
 from partime_mcmc.validation import InvalidStart
 
@@ -82,17 +83,29 @@ def check_starts(logdensity: LogDensity, positions: PyTree, name: str = "initial
 
 
 def check_deterministic(logdensity: LogDensity, position: PyTree) -> None:
-    """Evaluates twice, untraced, so that both host randomness and random callbacks show.
+    """Evaluates twice, untraced, so that both host randomness and random callbacks show; and traces twice, so that a random
+    number that tracing writes into the program shows wherever in the space it counts.
 
     Raises:
-        NonDeterministicTarget: If the two values differ in any bit (NaN equals NaN here).
+        NonDeterministicTarget: If the two values differ in any bit (NaN equals NaN here), or a number in the two programs.
     """
     first, second = np.asarray(logdensity(position)), np.asarray(logdensity(position))
+    advice = "Take random numbers and subsampling out of the model: a chain's path is defined for a fixed density only"
     if not np.array_equal(first, second, equal_nan=True):
         raise NonDeterministicTarget(
-            f"logdensity: got {first} and then {second} at the same position; wanted one value for one position. Take "
-            "random numbers and subsampling out of the model: a chain's path is defined for a fixed density only"
+            f"logdensity: got {first} and then {second} at the same position; wanted one value for one position. {advice}"
         )
+    # JAX remembers what it traced by the function: each time another one.
+    one, other = (
+        list(_written_numbers(jax.make_jaxpr(lambda x: logdensity(x))(position))) for _ in range(2)
+    )
+    if len(one) == len(other):
+        for was, now in zip(one, other):
+            if was.shape == now.shape and not np.array_equal(was, now, equal_nan=True):
+                raise NonDeterministicTarget(
+                    f"logdensity: traced twice, it has {_some(was)} and then {_some(now)} written into it; wanted one program "
+                    f"of one density. {advice}"
+                )
 
 
 def check_precision(logdensity: LogDensity, position: PyTree, value: Any = None) -> float | None:
@@ -138,6 +151,28 @@ def check_precision(logdensity: LogDensity, position: PyTree, value: Any = None)
             stacklevel=2,
         )
     return error
+
+
+def _written_numbers(closed: Any) -> Iterator[np.ndarray]:
+    """The numbers that a traced function holds itself: constants, and those written between its operations."""
+    for value in getattr(closed, "consts", ()):
+        if _is_number(value):
+            yield np.asarray(value)
+    for equation in getattr(closed, "jaxpr", closed).eqns:
+        for variable in equation.invars:
+            if hasattr(variable, "val") and _is_number(variable.val):
+                yield np.asarray(variable.val)
+        for inner in jax.tree.leaves(tuple(equation.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(inner):
+                yield from _written_numbers(inner)
+
+
+def _is_number(value: Any) -> bool:
+    return np.issubdtype(getattr(value, "dtype", type(value)), np.number)
+
+
+def _some(value: np.ndarray) -> str:
+    return str(value) if value.ndim == 0 else f"{value.ravel()[:3]}..."
 
 
 def _check_position(position: PyTree, name: str) -> None:

@@ -7,6 +7,7 @@ effective draws.
 
 from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.parse import unquote
 
 import jax
 import numpy as np
@@ -20,15 +21,37 @@ def named_positions(draws: Any) -> dict[str, np.ndarray]:
     Returns:
         Name to array `(C, T, ...)`, plain NumPy; empty if there are no positions.
     """
-    leaves = jax.tree_util.tree_flatten_with_path(getattr(draws, "positions", None))[0]
     return {
-        jax.tree_util.keystr(path, simple=True, separator=".") or "position": np.asarray(leaf)
-        for path, leaf in leaves
+        name or "position": one for name, one in flat(getattr(draws, "positions", None)).items()
     }
 
 
+def flat(tree: Any) -> dict[str, np.ndarray]:
+    """The arrays of a pytree by their path, plain NumPy: `{"a": {"b": leaf}}` is `{"a.b": leaf}`.
+
+    Raises:
+        ValueError: If two of them would have one name.
+    """
+    found: dict[str, np.ndarray] = {}
+    for name, leaf in zip(leaf_names(tree), jax.tree.leaves(tree)):
+        if name in found:
+            raise ValueError(
+                f"draws: got two values named {name!r}, one of them a part of another value: rename one"
+            )
+        found[name] = np.asarray(leaf)
+    return found
+
+
+def leaf_names(tree: Any) -> list[str]:
+    """The paths of a pytree's arrays, joined by dots."""
+    return [
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
 def named_draws(draws: Any) -> dict[str, np.ndarray]:
-    """Values in the model's space, `draws.constrained`, or the positions if there are none.
+    """Values in the model's space, `draws.constrained`, or the positions if there are none; parts of a value by their path.
 
     Returns:
         Name to array `(C, T, ...)`, plain NumPy.
@@ -37,9 +60,7 @@ def named_draws(draws: Any) -> dict[str, np.ndarray]:
         ValueError: If `draws` holds neither, or an array that does not start with the same (C, T) as the others.
     """
     constrained = getattr(draws, "constrained", None) or {}
-    named = {name: np.asarray(values) for name, values in constrained.items()} or named_positions(
-        draws
-    )
+    named = flat(dict(constrained)) or named_positions(draws)
     if not named:
         raise ValueError("draws has neither constrained values nor positions")
     lead = next(iter(named.values())).shape[:2]
@@ -110,3 +131,15 @@ def is_constant(x: np.ndarray) -> bool:
 def partly_constant(x: np.ndarray) -> bool:
     """Whether some chain of `x` `(C, T)` is constant although `x` as a whole is not."""
     return bool(stuck(x).any() and not is_constant(x))
+
+
+def escaped(name: str) -> str:
+    """A name that can be that of a folder in a zarr group, or of a variable in an HDF5 file: as in addresses of the web."""
+    if name in (".", "..", "zarr.json") or name.startswith("__"):
+        return "".join(f"%{byte:02X}" for byte in name.encode())
+    return name.replace("%", "%25").replace("/", "%2F") or "%"
+
+
+def original(name: str) -> str:
+    """The name that was `escaped`."""
+    return "" if name == "%" else unquote(name)

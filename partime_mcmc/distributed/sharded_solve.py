@@ -42,9 +42,10 @@ from partime_mcmc.engine.dynamics import check_state
 from partime_mcmc.engine.solve import check_step, count_steps, flat_guess, solve
 from partime_mcmc.solvers import Shooting, Solver
 from partime_mcmc.tracing import HashableFunction
-from partime_mcmc.types import Array, Key, PyTree
+from partime_mcmc.types import Array, Key, PyTree, nan_is_a_value
 
 
+@nan_is_a_value()
 def sharded_solve(
     dynamics: Dynamics,
     initial: PyTree,

@@ -25,13 +25,14 @@ from partime_mcmc.engine.solution import Solution, Stats, Status, Tolerance, nan
 from partime_mcmc.engine.time_axis import LocalTime, TimeAxis, recent_sizes
 from partime_mcmc.engine.windows import AllAtOnce, Schedule
 from partime_mcmc.solvers import Sequential, Solver
-from partime_mcmc.types import Array, Key, PyTree, pytree
+from partime_mcmc.types import Array, Key, PyTree, nan_is_a_value, pytree
 from partime_mcmc.validation import check_count, check_has, check_like, describe
 
 _RUNNING = -1
 _MAX_HISTORY = 512
 
 
+@nan_is_a_value()
 def solve(
     dynamics: Dynamics,
     initial: PyTree,

@@ -9,26 +9,31 @@ and are joined where a whole array is wanted; more groups would cost more than t
 share its lanes by rounding only, as it does on the number of segments. Accelerators share the lanes of one program among all
 chains: there g = 1.
 
-Of one run, programs that call a library (LAPACK, a Fourier transform, Python) run one at a time. jaxlib spreads such a call
-over XLA's own threads and waits for them while it occupies one: two programs can so wait for each other for ever (seen with
-a Cholesky factor's solve on two cores, JAX 0.10.1). Where a step makes such calls, chains are left together.
+Programs that call a library (LAPACK, a Fourier transform, Python) run one at a time (`compile_cache`). Where a step makes such
+calls, chains are left together.
 """
 
 import concurrent.futures
 import functools
 import math
 import os
-import re
 from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.compile_cache import Timings, compile_in_thread, compiled, is_abstract
+from partime_mcmc.compile_cache import (
+    Timings,
+    compile_in_thread,
+    compiled,
+    executing,
+    is_abstract,
+    overlaps,
+)
 from partime_mcmc.engine import Dynamics
 from partime_mcmc.tracing import explicit, primitives_of
-from partime_mcmc.types import PyTree
+from partime_mcmc.types import PyTree, nan_is_a_value
 
 _MOST_PER_CORE = 8
 
@@ -83,18 +88,11 @@ _LIBRARY = {
     "debug_callback",
     "debug_print",
 }
-_LIBRARY_COMPILED = re.compile(r"\b(custom-call|fft|convolution)\(")
 
 
 @functools.lru_cache(maxsize=128)
 def _calls_library(function: Any) -> bool:
     return bool(primitives_of(function.jaxpr) & _LIBRARY)
-
-
-@functools.lru_cache(maxsize=128)
-def _overlaps(program: jax.stages.Compiled) -> bool:
-    """Whether a program may run beside others: what the compiler has made of it is what counts."""
-    return _LIBRARY_COMPILED.search(program.as_text() or "") is None
 
 
 def split_chains(tree: PyTree, count: int) -> list[PyTree]:
@@ -168,11 +166,13 @@ def run_groups(
         return [shapes] * len(groups)
     program = compiled(function, *shared, *groups[0], timings=timings, options=options)
 
+    @nan_is_a_value()
     def run(group):
-        return jax.block_until_ready(program(*shared, *group))
+        with executing(program):
+            return jax.block_until_ready(program(*shared, *group))
 
     with timings.measure(what):
-        if len(groups) == 1 or not _overlaps(program):
+        if len(groups) == 1 or not overlaps(program):
             return [run(group) for group in groups]
         with concurrent.futures.ThreadPoolExecutor(min(len(groups), num_cores())) as threads:
             try:

@@ -182,10 +182,15 @@ def raise_unless_good(status: tuple[Status, ...], certificate: Certificate) -> N
         if verdict != Status.CONVERGED:
             raise SolveError(f"{verdict.name}: chain {chain}: {verdict.message}")
         if not bool(np.asarray(certificate.certified)[chain]):
+            step = int(np.asarray(certificate.worst_step)[chain])
+            if np.asarray(certificate.max_residual)[chain] == np.inf:
+                raise SolveError(
+                    f"NOT CERTIFIED: chain {chain}: step {step}, evaluated once more, gave something else: is the log "
+                    "density random away from the start? Take random numbers and subsampling out of it"
+                )
             raise SolveError(
                 f"NOT CERTIFIED: chain {chain}: the largest residual is "
-                f"{float(np.asarray(certificate.max_residual)[chain]):.3g} noise units at step "
-                f"{int(np.asarray(certificate.worst_step)[chain])}, wanted at most "
+                f"{float(np.asarray(certificate.max_residual)[chain]):.3g} noise units at step {step}, wanted at most "
                 f"{float(np.asarray(certificate.tolerance)[chain]):.1g}; use float64 or a smaller tolerance"
             )
 

@@ -54,6 +54,7 @@ from partime_mcmc.sampling.chunk import (
 )
 from partime_mcmc.sampling.defaults import SHORT_RUN
 from partime_mcmc.sampling.draws import Draws, hardly_moves, spread_positions
+from partime_mcmc.sampling.interrupts import termination_interrupts
 from partime_mcmc.sampling.local import LocalExecutor
 from partime_mcmc.sampling.pilots import advise_plan, choose_coupling_by_pilots
 from partime_mcmc.sampling.plan import FEWEST_WARMUP, Plan, prepare
@@ -66,7 +67,7 @@ from partime_mcmc.storage.sink import StoreSink
 from partime_mcmc.storage.store import Store
 from partime_mcmc.storage.stored_draws import StoredDraws
 from partime_mcmc.storage.streaming_statistics import Fold
-from partime_mcmc.types import Key, PyTree
+from partime_mcmc.types import Key, PyTree, nan_is_a_value
 from partime_mcmc.validation import (
     check_count,
     check_generator,
@@ -265,6 +266,8 @@ def sample(
     return draws
 
 
+@termination_interrupts()
+@nan_is_a_value()
 def run(arguments: SampleArguments, progress: Progress) -> tuple[Plan, Draws | StoredDraws]:
     """Plan a run, execute it chunk by chunk, and keep its draws in memory or in a store.
 

@@ -29,6 +29,7 @@ from partime_mcmc.compile_cache import (
     device,
     versions,
 )
+from partime_mcmc.diagnostics.values import leaf_names
 from partime_mcmc.engine import Dynamics
 from partime_mcmc.kernels import Kernel, Whitening
 from partime_mcmc.kernels.coordinates import learned_maps, weights_of
@@ -47,6 +48,7 @@ from partime_mcmc.sampling.chunk import ChainState
 from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.sampling.randomness import MAX_STEPS, recurrence
 from partime_mcmc.sampling.target import Target
+from partime_mcmc.storage.files import Damaged
 from partime_mcmc.storage.serialize import decode, digest_arrays, encode, pack_arrays, unpack_arrays
 from partime_mcmc.storage.store import Folder, Store
 from partime_mcmc.tracing import HashableFunction, WithoutParams, explicit, inner_arrays
@@ -187,8 +189,13 @@ def describe_run(arguments: SampleArguments, store: Store) -> dict[str, Any]:
         )
     example = target.example()
     values = example if target.constrain is None else jax.eval_shape(target.constrain, example)
+    named = [*leaf_names(values)] if isinstance(values, Mapping) else []
+    if twice := {name for name in named if named.count(name) > 1}:
+        raise ValueError(
+            f"target: two values are named {min(twice)!r} in a store, one of them a part of another value: rename one"
+        )
     for name in ("chain", "draw"):
-        if isinstance(values, Mapping) and name in values:
+        if name in named:
             raise ValueError(
                 f"target: a value is named {name!r}, which names an axis of every value in a store: rename it"
             )
@@ -320,18 +327,20 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def pack_plan(plan: Plan, state: ChainState) -> bytes:
+def pack_plan(plan: Plan, state: ChainState, run_sum: str) -> bytes:
     """Everything that a run needs to go on.
 
     Args:
         plan: What was chosen.
         state: Where the chains start.
+        run_sum: The checksum of what was asked for.
 
     Raises:
         NotStorable: If a strategy is not of this package.
     """
     kernel = plan.kernel
     words = {
+        "run": run_sum,
         "choices": {name: encode(getattr(plan, name), name) for name in _CHOICES},
         "program": program_of(plan.recurrence, kernel),
         "plan": encode(plan.describe(), "plan"),
@@ -356,7 +365,11 @@ def pack_plan(plan: Plan, state: ChainState) -> bytes:
 
 
 def unpack_plan(
-    data: bytes, target: Target, given_kernel: Kernel | Builder | Warmup, where: str = "."
+    data: bytes,
+    target: Target,
+    given_kernel: Kernel | Builder | Warmup,
+    where: str = ".",
+    run_sum: str | None = None,
 ) -> tuple[Plan, ChainState]:
     """The plan that was packed, and where its chains start.
 
@@ -365,13 +378,19 @@ def unpack_plan(
         target: What is sampled.
         given_kernel: What the user gives as the kernel: what the run was begun with, or its builder.
         where: The store, for messages.
+        run_sum: The checksum of what was asked for; None on a host that does not see the store.
 
     Raises:
-        Damaged: If the bytes are not those that were written.
+        Damaged: If the bytes are not those that were written, or of another run.
         TypeError: If a tuned kernel is needed and a builder was given, or the other way round.
         StoreMismatch: If the same model and the same name of a kernel are another program.
     """
     _, words, _ = unpack_arrays(data, f"{where}/plan.npz")
+    if run_sum not in (None, words.get("run")):
+        raise Damaged(
+            f"store: {where}/plan.npz is not the plan of the run in {where}/run.json: put back the one that was there, or take it "
+            "away, and the run starts again"
+        )
     example = target.example()
     choices = {name: decode(value) for name, value in words["choices"].items()}
     kernel, keys = _kernel_of(words, target, given_kernel, example), decode(words["keys"])

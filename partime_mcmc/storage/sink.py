@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from partime_mcmc.diagnostics.arviz import STAT_NAMES
+from partime_mcmc.diagnostics.values import flat
 from partime_mcmc.distributed.collectives import gather_to_all
 from partime_mcmc.extras import import_name
 from partime_mcmc.sampling.arguments import SampleArguments
@@ -106,10 +107,9 @@ class StoreSink:
         if not begun:
             # Until chunks are chosen the latest limit of memory counts.
             folder.write_run(run)
-            folder.write_plan(pack_plan(*make_plan()))
-        plan, state = unpack_plan(
-            folder.read_plan() or b"", asked.target, asked.kernel, str(folder.path)
-        )
+            folder.write_plan(pack_plan(*make_plan(), folder.run_sum()))
+        data, where = folder.read_plan() or b"", str(folder.path)
+        plan, state = unpack_plan(data, asked.target, asked.kernel, where, folder.run_sum())
         last, warning = folder.recover()
         if warning:
             self._progress.warn(warning)
@@ -169,9 +169,11 @@ class StoreSink:
 
     def _write(self, chunk: Chunk, x64: bool) -> None:
         plan, last = self._plan, self._last
-        start, index, previous = (last.step, last.index + 1, last.checksum) if last else (0, 0, "")
+        start, index, previous = (
+            (last.step, last.index + 1, last.checksum) if last else (0, 0, self.folder.beginning())
+        )
         stop = chunk.state.num_steps - plan.first_step
-        constrained = {name: np.asarray(value) for name, value in chunk.constrained.items()}
+        constrained = flat(dict(chunk.constrained))
         steps = {name: getattr(chunk.certificate, name) for name in ("accepted", "residual")}
         info = {name: np.asarray(value) for name, value in {**steps, **chunk.info}.items()}
         # A thread does not inherit the caller's precision, and the user's folds may be written in JAX.

@@ -3,12 +3,13 @@
     run.json                        what was asked for, with its checksum; written before anything is computed
     plan.npz                        what warm-up tuned and what was chosen; written once, before the first draw
     draws.zarr/                     draws, a zarr group that other programs read, too
-    checkpoint-<index>-<step>.npz   the commit point of a chunk that ends at <step>
+    chunk-<index>-<step>.npz        the commit point of a chunk that ends at <step>: its checkpoint
     lock                            held by the one process that writes
 
 A chunk's files of draws are written first and its checkpoint last: draws beyond the newest checkpoint do not exist. A
-checkpoint names every file of draws by its digest, and the checkpoint before it by its checksum, so that the newest one
-vouches for all bytes of a run. A chunk with a file that is not what was written is dropped with all that follow, and drawn again.
+checkpoint names every file of draws by its digest, and the checkpoint before it by its checksum, the first one what was asked
+for and chosen, so that the newest one vouches for all bytes of a run and for their order. A chunk with a file that is not
+what was written, or that stands where it was not written, is dropped with all that follow, and drawn again.
 """
 
 import contextlib
@@ -30,6 +31,7 @@ from partime_mcmc.storage.files import (
     PARTIAL,
     Damaged,
     StoreError,
+    digest_of,
     make_folder,
     read_file,
     write_copy,
@@ -58,7 +60,7 @@ _RUN, _PLAN, _DRAWS, _LOCK, _DAMAGED, _SUM = (
 )
 # Draws per file where files do not end with chunks; as large as the batches of the streaming statistics.
 _FEWEST_DRAWS = 256
-_CHECKPOINT = re.compile(r"checkpoint-(\d{6,})-(\d{12,})\.npz$")
+_CHECKPOINT = re.compile(r"chunk-(\d{6,})-(\d{12,})\.npz$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Checkpoint:
     Attributes:
         index: The number of the chunk.
         step: Steps per chain up to here.
-        previous: The checksum of the checkpoint before; empty for the first.
+        previous: The checksum of the checkpoint before; of the first, `Folder.beginning`.
         state: The chains, with lists of leaves.
         certificate: Of all draws so far, without what it has of single steps.
         report: Of all chunks so far.
@@ -110,7 +112,7 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """Of its file."""
-        return f"checkpoint-{self.index:06d}-{self.step:012d}.npz"
+        return f"chunk-{self.index:06d}-{self.step:012d}.npz"
 
     def pack(self) -> tuple[bytes, str]:
         """The bytes of its file, and its checksum."""
@@ -176,14 +178,30 @@ def draws_per_file(chunk: int, thinning: int, num_samples: int) -> int:
     return kept if aligned else max(kept // 8, _FEWEST_DRAWS)
 
 
+class _Description(dict):
+    """What was asked for, by name; a name that the file lacks is an error of the file."""
+
+    def __init__(self, run: dict[str, Any], where: Path):
+        super().__init__(run)
+        self._where = where
+
+    def __missing__(self, name: str) -> Any:
+        raise StoreError(f"store: {self._where} is damaged: it lacks {name!r}")
+
+
 class Folder:
     """The files of one run.
 
     Args:
         path: The folder.
+
+    Raises:
+        ValueError: If it cannot be one: Python takes an empty path for the folder in which the program runs.
     """
 
     def __init__(self, path: str | os.PathLike):
+        if not os.fspath(path) or "\0" in str(path):
+            raise ValueError(f"store: got {os.fspath(path)!r}, wanted the path of a folder")
         self.path = Path(path)
         self.draws = self.path / _DRAWS
 
@@ -256,7 +274,7 @@ class Folder:
                 f"store: {file} has changed since it was written (its checksum is not the one in it): put back what "
                 "was there, or begin another run in a new folder"
             )
-        return run
+        return _Description(run, where=file)
 
     def write_plan(self, data: bytes) -> None:
         """Write what warm-up tuned and what was chosen.
@@ -273,6 +291,18 @@ class Folder:
             StoreError: If it cannot be read.
         """
         return read_file(self.path / _PLAN) if (self.path / _PLAN).is_file() else None
+
+    def beginning(self) -> str:
+        """A digest of what was asked for and chosen, which the first chunk follows: chunks of another run do not.
+
+        Raises:
+            StoreError: If it cannot be read.
+        """
+        return digest_of(self.run_sum().encode() + (self.read_plan() or b""))
+
+    def run_sum(self) -> str:
+        """The checksum of what was asked for; errors as `read_run`."""
+        return _sum_of(self.read_run())
 
     def write_checkpoint(self, checkpoint: Checkpoint) -> Checkpoint:
         """Commit a chunk whose files of draws are written.
@@ -291,12 +321,17 @@ class Folder:
         """The newest checkpoint, and the digests of all files of draws that are full, by key.
 
         Raises:
-            StoreError: If it is damaged, or another one before it.
+            StoreError: If it is damaged, or another one before it, or there are some that do not follow one another.
         """
         paths = self._checkpoints()
+        if strays := self._all_checkpoints() - set(paths):
+            raise Damaged(
+                f"store: {min(strays)} does not follow the checkpoints before it: one is missing, or this one was never part of "
+                "the run; resume(path, target, kernel) puts it aside and draws again what is missing"
+            )
         if not paths:
             return None, {}
-        newest, previous = self._read(paths[-1]), ""
+        newest, previous = self._read(paths[-1]), self.beginning()
         files: dict[str, str] = {}
         for index, path in enumerate(paths):
             # Of those before only what is small is read; the newest one vouches for their checksums.
@@ -324,7 +359,7 @@ class Folder:
         try:
             for path in paths:
                 found = self._read(path)
-                if found.previous != (good.checksum if good else ""):
+                if found.previous != (good.checksum if good else self.beginning()):
                     raise Damaged(f"store: {path} does not follow the checkpoint before it")
                 for key, digest in found.files.items():
                     read_file(self.draws / key, digest)
@@ -332,8 +367,7 @@ class Folder:
                 files.update(found.files)
         except Damaged as error:
             reason = str(error)
-        dropped = {path for path in self.path.iterdir() if _CHECKPOINT.match(path.name)}
-        dropped -= set(paths[: good.index + 1 if good else 0])
+        dropped = self._all_checkpoints() - set(paths[: good.index + 1 if good else 0])
         try:
             self._go_back(good, files, dropped)
         except OSError as error:
@@ -369,12 +403,15 @@ class Folder:
         for key, data in wanted.items():
             write_copy(self.draws / key, data)
 
+    def _all_checkpoints(self) -> set[Path]:
+        return {path for path in self.path.glob("chunk-*.npz") if _CHECKPOINT.match(path.name)}
+
     def _checkpoints(self) -> list[Path]:
-        """Those that follow one another from the first on, by their names alone."""
+        """Those that follow one another from the first on, by their names alone; of two with one index the one that ends
+        sooner: what was put beside it ends later, because its steps are there already."""
         found = {
-            int(named[1]): path
-            for path in self.path.glob("checkpoint-*.npz")
-            if (named := _CHECKPOINT.match(path.name))
+            int(path.name.split("-")[1]): path
+            for path in sorted(self._all_checkpoints(), reverse=True)
         }
         count = next(index for index in range(len(found) + 1) if index not in found)
         return [found[index] for index in range(count)]

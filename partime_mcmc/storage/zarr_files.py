@@ -20,7 +20,6 @@ import math
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import numpy as np
 import zarr
@@ -30,6 +29,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import LocalStore
 
 from partime_mcmc.diagnostics.arviz import axis_names
+from partime_mcmc.diagnostics.values import escaped, original
 from partime_mcmc.storage.files import Damaged, digest_of, read_file, write_copy, write_file
 from partime_mcmc.storage.store import Checkpoint
 
@@ -191,12 +191,15 @@ class DrawsWriter:
             place, created = root.create_group(group), {}
             num_chains = next(iter(variables.values())).shape[0]
             chains = np.arange(num_chains)
+            axes = axis_names(
+                {name: value.shape[2:] for name, value in variables.items()}, self._dims
+            )
             arrays = {
                 "chain": (("chain",), chains.shape, chains.dtype),
                 "draw": (("draw",), (0,), chains.dtype),
             } | {
                 name: (
-                    ("chain", "draw", *axis_names(name, value.ndim - 2, self._dims)),
+                    ("chain", "draw", *axes[name]),
                     (num_chains, 0, *value.shape[2:]),
                     value.dtype,
                 )
@@ -257,15 +260,3 @@ def file_shape(shape: list[int], itemsize: int) -> tuple[int, ...]:
         longest = shape.index(max(shape))
         shape[longest] = -(-shape[longest] // 2)
     return tuple(shape)
-
-
-def escaped(name: str) -> str:
-    """A name that can be that of a folder in a zarr group."""
-    if name in (".", "..", "zarr.json") or name.startswith("__"):
-        return "".join(f"%{byte:02X}" for byte in name.encode())
-    return name.replace("%", "%25").replace("/", "%2F") or "%"
-
-
-def original(name: str) -> str:
-    """The name that was `escaped`."""
-    return "" if name == "%" else unquote(name)

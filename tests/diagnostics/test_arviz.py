@@ -159,6 +159,41 @@ def test_netcdf_round_trip(run, tmp_path):
     assert float(tree["posterior"]["mu"].mean()) == run.constrained["mu"].mean()
 
 
+NAMES = ("a/b", "a%2Fb", "50%", "", "..", "µ θ", "theta_dim_0")
+
+
+def test_every_name_comes_back_from_a_file(run, tmp_path):
+    run.constrained |= {name: fakes.chains(k) for k, name in enumerate(NAMES)}
+    run.constrained["pair"] = (run.constrained["mu"], {"half": run.constrained["mu"] / 2})
+    path = arviz.save_netcdf(run, tmp_path / "draws.nc")
+    back = arviz.read_draws(path).constrained
+    assert set(back) == {"mu", "theta", "pair.0", "pair.1.half", *NAMES}
+    for name in ("theta", *NAMES):
+        np.testing.assert_array_equal(back[name], run.constrained[name], err_msg=name)
+    np.testing.assert_array_equal(back["pair.1.half"], run.constrained["mu"] / 2)
+    assert len(arviz.to_arviz(run)["posterior"].data_vars) == len(back)
+    assert len(arviz.read_netcdf(path)["posterior"].data_vars) == len(back)
+
+
+def test_a_name_of_an_axis_means_one_thing():
+    """A plate may be called as a site or as the axis of chains is, or be used again with another length."""
+    shapes = {"x": (3,), "y": (5,), "z": (3, 3), "n": (4, 2), "w": (4,)}
+    dims = {"x": ["k"], "y": ["k"], "z": ["m", "m"], "n": ["draw", "q"], "w": ["n"]}
+    assert arviz.axis_names(shapes, dims) == {
+        "x": ("x_dim_0",),
+        "y": ("y_dim_0",),
+        "z": ("z_dim_0", "z_dim_1"),
+        "n": ("n_dim_0", "q"),
+        "w": ("w_dim_0",),
+    }
+    values = {name: np.zeros((2, 6, *shape)) for name, shape in shapes.items()}
+    assert arviz.draws_dataset(values, dims).sizes["q"] == 2
+    with pytest.raises(ValueError, match="dims: got an axis of 'n' named 'draw'"):
+        arviz.to_arviz(types.SimpleNamespace(constrained=values), dims={"n": ["draw"]})
+    with pytest.raises(ValueError, match="two values named 'a.b'"):
+        arviz.draws_dataset({"a.b": np.zeros((2, 6)), "a": {"b": np.zeros((2, 6))}})
+
+
 def test_a_failed_save_leaves_the_old_file(run, tmp_path, monkeypatch):
     path = arviz.save_netcdf(run, tmp_path / "draws.nc")
     before = path.read_bytes()

@@ -298,6 +298,19 @@ def test_host_randomness_and_random_callbacks_show(precision):
             check_deterministic(random, jnp.ones(2))
 
 
+def test_random_numbers_that_tracing_writes_into_the_program_show(precision):
+    """However far from the position they count."""
+    rng = np.random.default_rng(0)
+    for random in (
+        lambda x: normal(x) + jnp.where(jnp.abs(x).max() > 9, rng.normal(), 0.0),
+        lambda x: jax.lax.cond(
+            jnp.abs(x).max() > 9, lambda y: normal(y * rng.normal(size=2)), normal, x
+        ),
+    ):
+        with pytest.raises(NonDeterministicTarget, match="logdensity: traced twice, it has"):
+            check_deterministic(random, jnp.ones(2))
+
+
 def test_precision_of_a_tame_density():
     error = check_precision(normal, jnp.full(10, 0.3))
     assert 0.0 <= error < 1e-6

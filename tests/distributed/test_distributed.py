@@ -153,7 +153,7 @@ def test_a_damaged_chunk_is_drawn_again_by_any_number_of_hosts(num_hosts, tmp_pa
 
 def num_chunks(folder):
     """Of a stored run, as far as they are committed."""
-    return len(list(folder.glob("checkpoint-*.npz")))
+    return len(list(folder.glob("chunk-*.npz")))
 
 
 @pytest.mark.slow

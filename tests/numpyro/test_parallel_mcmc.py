@@ -228,7 +228,7 @@ def test_a_run_on_disk_is_the_run_in_memory(tmp_path):
         )
     before = mcmc.get_samples()
     # As if it had died before the second chunk was committed.
-    sorted(tmp_path.glob("checkpoint-*.npz"))[1].unlink()
+    sorted(tmp_path.glob("chunk-*.npz"))[1].unlink()
     again = run(CoalescingHMC(line))
     jax.tree.map(np.testing.assert_array_equal, again.get_samples(), before)
     jax.tree.map(

@@ -1,6 +1,7 @@
 """Chains on several cores: the groups, what they share, and the same chains however many there are."""
 
 import threading
+import time
 
 import blackjax
 import jax
@@ -10,7 +11,7 @@ import pytest
 from fakes import exact_path
 
 from partime_mcmc import compile_cache
-from partime_mcmc.compile_cache import Timings
+from partime_mcmc.compile_cache import Timings, run_program
 from partime_mcmc.engine.dynamics import Dynamics, without_captures
 from partime_mcmc.engine.recipes import jacobi, sequential, shooting
 from partime_mcmc.engine.solution import Status
@@ -147,7 +148,8 @@ def test_groups_overlap_and_an_error_in_one_is_raised_after_all_have_ended(with_
         return x
 
     monkeypatch.setattr(chain_groups, "compiled", lambda *args, timings: program)
-    monkeypatch.setattr(chain_groups, "_overlaps", lambda program: True)
+    for module in (chain_groups, compile_cache):
+        monkeypatch.setattr(module, "overlaps", lambda program: True)
     with pytest.raises(MemoryError, match="RESOURCE_EXHAUSTED"):
         run_groups(double, (), [(np.zeros(1),), (np.ones(1),)], timings=Timings())
     assert ended == [0.0]
@@ -155,6 +157,44 @@ def test_groups_overlap_and_an_error_in_one_is_raised_after_all_have_ended(with_
     with pytest.raises(MemoryError):
         run_groups(double, (), [(np.ones(1),), (np.zeros(1),)], timings=Timings())
     assert ended == [0.0, 0.0]
+
+
+def test_programs_that_call_a_library_wait_for_each_other_whoever_wants_them():
+    """Two of them side by side, with Cholesky factors of 100 x 100, waited for each other for ever."""
+    inside, most = [], []
+
+    def on_host(x):
+        inside.append(x)
+        most.append(len(inside))
+        time.sleep(0.05)
+        inside.pop()
+        return x
+
+    def calls(x):
+        return jax.pure_callback(on_host, jax.ShapeDtypeStruct((3,), x.dtype), x)
+
+    def want(x):
+        with jax.enable_x64(True):
+            for _ in range(3):
+                run_program(calls, x, timings=Timings())
+
+    threads = [threading.Thread(target=want, args=(jnp.full(3, float(k)),)) for k in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) == 9 and max(most) == 1
+    # One that fails lets the others go on.
+    with pytest.raises(Exception, match="no such thing"):
+        run_program(fails, jnp.ones(3), timings=Timings())
+    run_program(calls, jnp.ones(3), timings=Timings())
+
+
+def fails(x):
+    def on_host(x):
+        raise RuntimeError("no such thing")
+
+    return jax.pure_callback(on_host, jax.ShapeDtypeStruct((3,), x.dtype), x)
 
 
 def bowl(x):

@@ -31,6 +31,7 @@ import partime_mcmc.storage.files as files
 from partime_mcmc import AllAtOnce, elk, open_draws, resume, shooting
 from partime_mcmc.compile_cache import Timings
 from partime_mcmc.diagnostics.arviz import summary_table
+from partime_mcmc.diagnostics.values import escaped, original
 from partime_mcmc.engine.recipes import sequential
 from partime_mcmc.engine.solution import SolveError, Status, Tolerance
 from partime_mcmc.engine.windows import Windows
@@ -56,7 +57,7 @@ from partime_mcmc.storage.saved_run import StoreMismatch, fingerprint_of
 from partime_mcmc.storage.store import Folder, Store, draws_per_file, kept_steps
 from partime_mcmc.storage.stored_draws import concat_draws
 from partime_mcmc.storage.streaming_statistics import Fold
-from partime_mcmc.storage.zarr_files import escaped, file_shape, original
+from partime_mcmc.storage.zarr_files import file_shape
 from partime_mcmc.validation import TooLarge
 from partime_mcmc.warmup.warmup import Warmup
 
@@ -93,7 +94,7 @@ def go_on(path, **changes):
 
 
 def checkpoints(path):
-    return sorted(Path(path).glob("checkpoint-*.npz"))
+    return sorted(Path(path).glob("chunk-*.npz"))
 
 
 def assert_same(draws, wanted):
@@ -216,6 +217,36 @@ def test_an_interrupt_keeps_what_is_certified(tmp_path, whole, memory):
         draws.constrained["place"], np.asarray(memory.constrained["place"])[:, :72]
     )
     assert np.asarray(draws.certificate.certified).all() and draws.state.num_steps == 72
+
+
+def test_termination_is_an_interrupt(tmp_path, whole, memory):
+    class Terminating(Interrupting):
+        @contextlib.contextmanager
+        def stage(self, name, total):
+            def count(steps, **shown):
+                self.steps += steps
+                if self.after <= self.steps:
+                    self.after = np.inf
+                    signal.raise_signal(signal.SIGTERM)
+
+            yield count
+
+    part = run(progress=Terminating(70))
+    assert part.num_samples == 72 and set(part.status) == {Status.INTERRUPTED}
+    np.testing.assert_array_equal(
+        part.constrained["place"], np.asarray(memory.constrained["place"])[:, :72]
+    )
+    stored = run(tmp_path / "run", progress=Terminating(70))
+    assert 48 <= stored.num_samples <= 72 and set(stored.status) == {Status.INTERRUPTED}
+    assert_same(go_on(tmp_path / "run"), whole)
+    # Outside a run the process ends as it would have without this package, and an answer of its own is kept.
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    heard = []
+    try:
+        signal.signal(signal.SIGTERM, lambda *_: heard.append(True))
+        assert run(progress=Terminating(70)).num_samples == T and heard
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def test_an_interrupt_while_draws_are_certified_loses_none(tmp_path, whole, memory, monkeypatch):
@@ -380,6 +411,38 @@ def test_a_checkpoint_of_another_run_is_no_checkpoint_of_this_one(tmp_path, whol
     shutil.copy(checkpoints(path)[3], checkpoints(path)[4])
     with pytest.raises(StoreError, match="it holds checkpoint 3"):
         open_draws(path)
+    # All files of draws and all checkpoints agree among themselves, and are of another run.
+    shutil.rmtree(path)
+    shutil.copytree(other.path, path)
+    for name in ("run.json", "plan.npz"):
+        shutil.copy(Path(whole.path) / name, path)
+    with pytest.raises(StoreError, match="000000.* does not follow"):
+        open_draws(path)
+    with pytest.warns(UserWarning, match="goes on from step 0"):
+        assert_same(go_on(path), whole)
+    # The plan holds the keys of all chains.
+    shutil.copy(Path(other.path) / "plan.npz", path)
+    with pytest.raises(StoreError, match=r"plan\.npz is not the plan of the run"):
+        go_on(path)
+
+
+EXTRA = {
+    "next": lambda last: last.with_name("chunk-000005-000000000144.npz"),
+    "beside": lambda last: last.with_name("chunk-000004-000000000144.npz"),
+    "later": lambda last: last.with_name("chunk-000007-000000000192.npz"),
+}
+
+
+@pytest.mark.parametrize("place", EXTRA)
+def test_an_extra_chunk_is_noticed(place, tmp_path, whole):
+    path = tmp_path / "run"
+    shutil.copytree(whole.path, path)
+    last = checkpoints(path)[-1]
+    shutil.copy(last, EXTRA[place](last))
+    with pytest.raises(StoreError, match="does not follow|it holds checkpoint 4"):
+        open_draws(path)
+    with pytest.warns(UserWarning, match="1 chunk dropped, and the run goes on from step 120"):
+        assert_same(go_on(path), whole)
 
 
 def test_what_was_not_committed_is_not_read_and_drawn_again(tmp_path, whole):
@@ -455,6 +518,26 @@ def test_a_description_that_was_edited_is_refused(change, said, tmp_path, whole)
             read(tmp_path / "run")
 
 
+def test_a_description_that_lacks_a_field_names_it(tmp_path, whole):
+    shutil.copytree(whole.path, tmp_path / "run")
+    words = Folder(whole.path).read_run()
+    Folder(tmp_path / "run").write_run({name: words[name] for name in words if name != "thinning"})
+    for read in (open_draws, go_on):
+        with pytest.raises(
+            StoreError, match=r"run\.json is damaged: it lacks 'thinning'|does not follow"
+        ):
+            read(tmp_path / "run")
+
+
+@pytest.mark.parametrize("path", ["", "a\0b"])
+def test_a_path_that_is_none_is_refused(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for call in (run, open_draws, go_on, lambda path: run(Store(path))):
+        with pytest.raises(ValueError, match="store: got .* wanted the path of a folder"):
+            call(path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_that_cannot_be_read_is_not_damaged(whole, monkeypatch):
     def away(*_):
         raise OSError(errno.EIO, "Input/output error")
@@ -473,7 +556,7 @@ def no_space(handle):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("failing", ["c.0.2.0", "checkpoint-000002"])
+@pytest.mark.parametrize("failing", ["c.0.2.0", "chunk-000002"])
 def test_a_full_disk_leaves_the_last_good_state(failing, tmp_path, whole, monkeypatch):
     from partime_mcmc.storage import store, zarr_files
 
@@ -876,7 +959,7 @@ def test_what_another_program_keeps_in_the_folder_is_not_touched(tmp_path):
     assert theirs.read_text() == "{}"
 
     run(tmp_path / "run", num_samples=CHUNK)
-    model = tmp_path / "run" / "checkpoint-best.npz"
+    model = tmp_path / "run" / "chunk-best.npz"
     model.write_bytes(b"of another program")
     draws = go_on(tmp_path / "run")
     assert draws.finished and model.read_bytes() == b"of another program"

@@ -195,6 +195,6 @@ def test_a_bare_density_is_sampled_exactly_and_a_stored_run_goes_on(tmp_path):
     store = Store(tmp_path / "run", chunk=500)
     stored = sample(key, target, draws.warmup, num_samples=1000, num_chains=4, store=store)
     x = np.asarray(stored.load().positions)
-    max((tmp_path / "run").glob("checkpoint-*.npz")).unlink()
+    max((tmp_path / "run").glob("chunk-*.npz")).unlink()
     again = resume(tmp_path / "run", target, draws.warmup, progress=False)
     np.testing.assert_array_equal(again.load().positions, x)
