@@ -77,7 +77,12 @@ def compiler_options(seconds: float = math.inf) -> dict[str, Any] | None:
     """
     if not CPU_OPTIONS or jax.default_backend() != "cpu":
         return None
-    return CPU_OPTIONS if seconds > _WORTH_OPTIMISING else _quick_options()
+    return CPU_OPTIONS if worth_optimising(seconds) else _quick_options()
+
+
+def worth_optimising(seconds: float) -> bool:
+    """Whether what would run so long without being optimised should be."""
+    return seconds > _WORTH_OPTIMISING
 
 
 @functools.cache

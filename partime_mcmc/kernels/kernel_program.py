@@ -123,7 +123,9 @@ class _Part(HashableFunction):
         return getattr(family.kernel(numbers), name)(*args)
 
 
-def density_of(logdensity: Callable[[PyTree], Array], example: PyTree) -> tuple[Callable, PyTree]:
+def density_of(
+    logdensity: Callable[[PyTree], Array], example: PyTree
+) -> tuple[WithTracedGradient, PyTree]:
     """A density as `(data, position) -> scalar`, the same object for the same density, and the data that it captured."""
     density, data = explicit(WithoutParams(logdensity), None, example)
     return WithTracedGradient(density), data

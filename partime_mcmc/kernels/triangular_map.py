@@ -65,6 +65,8 @@ class TriangularMap:
         slopes, log_slopes = np.asarray(self.slopes), np.asarray(self.log_slopes)
         count = int(((slopes != 0) | (log_slopes != 0)).any(axis=0).sum())
         others = int((log_slopes != 0).any(axis=1).sum())
+        if not others:
+            return ""
         scales = "1 scale" if count == 1 else f"{count} scales"
         return (
             f"A triangular map on {scales}, by which the width of {others} other coordinates goes."

@@ -15,7 +15,6 @@ import numpy as np
 
 from partime_mcmc.compile_cache import Timings, in_thread
 from partime_mcmc.kernels import Whitening
-from partime_mcmc.kernels.coordinates import maps_of
 from partime_mcmc.kernels.kernel_program import (
     Builder,
     KernelProgram,
@@ -30,6 +29,7 @@ from partime_mcmc.sampling.plan import plan_for
 from partime_mcmc.sampling.randomness import begin
 from partime_mcmc.warmup.metric import LowRankMetric, metric_for, unit_metric
 from partime_mcmc.warmup.pooled import PooledAdaptation
+from partime_mcmc.warmup.triangular_fit import first_maps
 from partime_mcmc.warmup.tuning import any_settings
 
 
@@ -38,8 +38,8 @@ def compiling_first_chunk(asked: SampleArguments, builder: Builder, chunk: int) 
     """Compile the programs of the first chunk while the body runs, which is warm-up.
 
     Where what warm-up finds may change the programs (the coupling, the form of the metric), where a mesh shares the work,
-    or where there is one core only, nothing is compiled. If warm-up learns a triangular map, which is seldom, what was
-    compiled is of no use.
+    or where there is one core only, nothing is compiled. If warm-up learns a triangular map of a small model, or one with many
+    scales, which is seldom, what was compiled is of no use.
 
     Args:
         asked: What the run was asked for.
@@ -90,7 +90,8 @@ def _untuned_kernel(asked: SampleArguments, builder: Builder) -> ParametrisedKer
             jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
         )
         density, data = density_of(asked.target.logdensity, example)
-        metric, maps = unit_metric(rule, dimension), maps_of(asked.target.centring, example)
+        metric = unit_metric(rule, dimension)
+        maps = first_maps(density, example, asked.target.centring)
         whitening = Whitening.of_covariance(example, np.zeros(dimension), metric, maps)
         family = KernelProgram(density, builder)
         return parametrised_kernel(family, data, whitening, any_settings(builder))

@@ -9,13 +9,13 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.compile_cache import Timings, run_explicit
-from partime_mcmc.kernels.coordinates import maps_of
 from partime_mcmc.kernels.kernel_program import density_of
 from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import PyTree
 from partime_mcmc.warmup.hmc_batch import STEPS, HMCBatch, SeedTree
 from partime_mcmc.warmup.pooled import PooledAdaptation
+from partime_mcmc.warmup.triangular_fit import first_maps
 
 # Positions that the small program takes at a time.
 _BATCH = 128
@@ -52,7 +52,9 @@ def _by_warmup(plan: Plan, positions: PyTree, rows: np.ndarray):
     example = jax.device_put(jax.tree.map(lambda leaf: leaf[0], positions))
     density, data = density_of(plan.target.logdensity, example)
     num_chains, dimension = max(plan.num_chains, PooledAdaptation.num_chains), rows.shape[1]
-    walker = HMCBatch(density, data, example, num_chains, maps_of(plan.target.centring, example))
+    walker = HMCBatch(
+        density, data, example, num_chains, first_maps(density, example, plan.target.centring)
+    )
     is_diagonal = getattr(plan.warmup.whitening.scale, "ndim", 2) == 1
     root, seed = np.ones(dimension) if is_diagonal else np.eye(dimension), SeedTree((0,))
 

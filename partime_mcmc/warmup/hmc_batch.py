@@ -23,6 +23,7 @@ from jax.flatten_util import ravel_pytree
 from partime_mcmc.compile_cache import compiler_options
 from partime_mcmc.kernels.coordinates import CoordinateMap, density_through
 from partime_mcmc.kernels.coupling import normal_of
+from partime_mcmc.kernels.traced_gradient import WithTracedGradient
 from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import Array, ArrayLike, Key, PyTree
 
@@ -199,6 +200,13 @@ class _Mapped(HashableFunction):
         return density_through(maps, lambda x: self.parts[0](data, unravel(x)), flat)
 
 
+def usual_seconds(density: Callable) -> float:
+    """How long the gradients of a usual warm-up take in programs that were not optimised; infinite where that is not known."""
+    if not isinstance(density, WithTracedGradient):
+        return math.inf
+    return density.unoptimised_seconds(_USUAL_GRADIENTS)
+
+
 class HMCBatch:
     """The program for one density, with its books.
 
@@ -225,8 +233,7 @@ class HMCBatch:
         self.dimension, self.dtype = flat.size, flat.dtype
         self.longest = max_batch_steps(num_chains * self.dimension)
         self.num_gradients = self.depth = self.num_steps = 0
-        seconds = getattr(density, "unoptimised_seconds", lambda count: math.inf)
-        options = compiler_options(seconds(_USUAL_GRADIENTS))
+        options = compiler_options(usual_seconds(density))
         self._options = None if options is None else frozenset(options.items())
 
     @property

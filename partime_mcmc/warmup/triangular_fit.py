@@ -16,12 +16,17 @@ Half of the chains fit; a map is kept if J falls on the others as well.
 
 import dataclasses
 
+import jax
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from scipy.optimize import minimize
 
-from partime_mcmc.kernels.coordinates import CoordinateMap
+from partime_mcmc.compile_cache import worth_optimising
+from partime_mcmc.kernels.coordinates import Centring, CoordinateMap, maps_of
+from partime_mcmc.kernels.traced_gradient import WithTracedGradient
 from partime_mcmc.kernels.triangular_map import TriangularMap
-from partime_mcmc.warmup.hmc_batch import HMCBatchResult
+from partime_mcmc.types import PyTree
+from partime_mcmc.warmup.hmc_batch import HMCBatchResult, usual_seconds
 from partime_mcmc.warmup.metric import DenseMetric, root_of
 from partime_mcmc.warmup.reparametrise import half_log_det
 
@@ -37,10 +42,32 @@ _DEPENDENT = 0.25
 _ALIKE = 0.5
 _MOST_SCALES, _MAX_ROUNDS, _MAX_ITERATIONS = 32, 6, 30
 _PENALTY, _SMALL = 0.02, 0.02
+# Columns that a map has at least.
+_LEAST_ROOM = 4
 # What J must fall by: where scales are added, and on draws that did not take part.
 _LEAST_GAIN = 0.5
 # What stands for J where it is not finite.
 _FAR, _TINY = 1e10, 1e-30
+
+
+def first_maps(
+    density: WithTracedGradient, example: PyTree, centring: Centring | None
+) -> tuple[CoordinateMap, ...]:
+    """The maps that warm-up may learn, as yet without effect.
+
+    Where programs take long to compile a triangular map is among them from the beginning, since one that comes later is another
+    program.
+
+    Args:
+        density: `(data, position) -> log density`.
+        example: A position.
+        centring: Of the target: its location-scale sites.
+    """
+    flat = jax.eval_shape(lambda tree: ravel_pytree(tree)[0], example)
+    maps = maps_of(centring, example)
+    if not 2 <= flat.size <= _MOST_DIMENSIONS or not worth_optimising(usual_seconds(density)):
+        return maps
+    return without_effect(flat.size, flat.dtype), *maps
 
 
 def split_maps(
@@ -60,8 +87,9 @@ def learn_triangular_map(old: TriangularMap | None, draws: HMCBatchResult) -> Tr
         draws: A window with gradients, in the coordinates that the map leads to.
 
     Returns:
-        The map to go on with: a new one, the old one, or None, whichever is best on chains that took no part in the fit.
-        None for more than 300 dimensions, or one chain.
+        The map to go on with: a new one, the old one, or one without effect, whichever is best on chains that took no part in
+        the fit. None stands for no effect where there was no map, so that no program is compiled for it. The old one for more
+        than 300 dimensions, or one chain.
     """
     x, g = (np.asarray(leaf, float) for leaf in (draws.positions, draws.gradients))
     num_chains, dimension = x.shape[1:]
@@ -83,7 +111,22 @@ def learn_triangular_map(old: TriangularMap | None, draws: HMCBatchResult) -> Tr
     before, now, after = (judging.divergence(one) for one in (none, kept, new))
     if after < min(before, now) - _LEAST_GAIN:
         return _in_model(new, wide, middle, draws.positions.dtype, old)
-    return old if now < before - _LEAST_GAIN else None
+    if kept is none or not len(kept.scales) or now < before - _LEAST_GAIN:
+        return old
+    return without_effect(dimension, draws.positions.dtype, len(old.scales))
+
+
+def without_effect(dimension: int, dtype: np.dtype, room: int = _LEAST_ROOM) -> TriangularMap:
+    """The map that changes nothing, in the form of maps with so many scales: these are then no other program.
+
+    Args:
+        dimension: D.
+        dtype: Of positions.
+        room: Columns for scales.
+    """
+    nothing = np.zeros((dimension, room), dtype)
+    scales = np.zeros(room, np.int32)
+    return TriangularMap(scales, nothing[0], nothing[:, 0].copy(), nothing, nothing)
 
 
 def enter_map(found: TriangularMap, draws: HMCBatchResult) -> HMCBatchResult:
@@ -307,7 +350,8 @@ def _in_model(found: TriangularMap, unit, middle, dtype, old: TriangularMap | No
     """A map as the model's numbers have it, with columns of zeros up to a power of two: another number of scales is
     seldom another program."""
     count = len(found.scales)
-    width = max(4, 1 << (count - 1).bit_length(), 0 if old is None else len(old.scales))
+    room = 0 if old is None else len(old.scales)
+    width = max(_LEAST_ROOM, 1 << (count - 1).bit_length(), room)
     scales = np.pad(found.scales, (0, width - count)).astype(np.int32)
     per_scale, room = unit[found.scales], ((0, 0), (0, width - count))
     used = (found.log_slopes != 0).any(axis=1)

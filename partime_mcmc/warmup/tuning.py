@@ -254,11 +254,11 @@ def own_trials(
     """One step of the family's own kernel from each of 16 states of every chain; compiled once."""
     num_draws, num_chains, dimension = draws.shape
     states = draws[np.linspace(0, num_draws - 1, STEPS).astype(int)].reshape(-1, dimension)
-    unravel = ravel_pytree(whitening.example)[1]
 
     @functools.partial(jax.jit, compiler_options=compiler_options())
     def accept(numbers, states, key):
         kernel, keys = family.kernel(numbers), jax.random.split(key, len(states))
+        unravel = ravel_pytree(whitening.example)[1]
 
         def one(flat, key):
             return kernel.step(key, kernel.init(unravel(flat)))[1].acceptance_rate

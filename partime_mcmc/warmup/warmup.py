@@ -23,7 +23,7 @@ from threadpoolctl import ThreadpoolController
 from partime_mcmc.compile_cache import compiler_options
 from partime_mcmc.kernels import Kernel, Whitening
 from partime_mcmc.kernels.blackjax_without_backend import blackjax
-from partime_mcmc.kernels.coordinates import Centring, maps_of
+from partime_mcmc.kernels.coordinates import Centring
 from partime_mcmc.kernels.kernel_program import (
     Builder,
     KernelProgram,
@@ -34,7 +34,7 @@ from partime_mcmc.types import Array, Key, PyTree
 from partime_mcmc.warmup.hmc_batch import HMCBatch, SeedTree
 from partime_mcmc.warmup.pooled import Pool, PooledAdaptation
 from partime_mcmc.warmup.reparametrise import carry_over
-from partime_mcmc.warmup.triangular_fit import leave_map, split_maps
+from partime_mcmc.warmup.triangular_fit import first_maps, leave_map, split_maps
 from partime_mcmc.warmup.tuning import (
     Path,
     TrajectoryRule,
@@ -192,7 +192,7 @@ def warm_up(
     example = jax.device_put(jax.tree.map(lambda leaf: np.asarray(leaf)[0], starts))
     density, data = density_of(logdensity, example)
     flat = _rows_of(starts)
-    maps = maps_of(centring, example)
+    maps = first_maps(density, example, centring)
     walker = HMCBatch(density, data, example, len(flat), maps)
     target = (
         target_of(builder) if adaptation.target_acceptance is None else adaptation.target_acceptance
@@ -213,7 +213,7 @@ def warm_up(
     found = pool.draws if triangular is None else leave_map(triangular, pool.draws)
     if recentred:
         # As the model has it: every weight is 1.
-        found = carry_over(recentred[0], maps[0], found)
+        found = carry_over(recentred[0], maps[-1], found)
     family, draws = KernelProgram(density, builder), found.positions
     own = own_trials(family, data, whitening, draws, tune_key)
     settings, acceptance = choose(

@@ -8,9 +8,8 @@ that take longer.
 import os
 import sys
 
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+quickly = os.environ.get("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {quickly}"
 
 import contextlib  # noqa: E402
 import dataclasses  # noqa: E402

@@ -23,7 +23,7 @@ from partime_mcmc.storage.files import PARTIAL, StoreError
 
 HERE = Path(__file__).parent
 # As in `conftest.py`: what is compiled here runs once.
-FAST = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+FAST = {"XLA_FLAGS": os.environ["XLA_FLAGS"]}
 # JAX ends the others once heartbeats are missed, 5 s here; the rest is for ending and a busy machine.
 DEADLINE = 5 + 5 + 20
 

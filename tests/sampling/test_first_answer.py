@@ -88,6 +88,38 @@ def _broken(x):
     raise ZeroDivisionError("the model's own")
 
 
+def test_a_short_run_of_a_small_model_is_compiled_quickly_and_a_store_as_ever(
+    makers, monkeypatch, tmp_path
+):
+    monkeypatch.setitem(compile_cache.CPU_OPTIONS, "xla_backend_optimization_level", 1)
+
+    def options_of_solves():
+        entries = compile_cache._PROGRAMS.kept()
+        return [dict(entry[5]) for entry in entries if entry[0].__name__ == "Solve"]
+
+    short = run()
+    (quick,) = options_of_solves()
+    assert quick["xla_backend_optimization_level"] == 0
+    stored = run(store=tmp_path / "run")
+    assert options_of_solves()[1:] == [compile_cache.CPU_OPTIONS]
+    # The same chains; how they are rounded depends on the compiler.
+    np.testing.assert_allclose(short.positions, stored.posterior["x"].values, rtol=0, atol=1e-3)
+    assert short.certificate.certified.all()
+
+
+def test_what_costs_much_is_optimised(monkeypatch):
+    monkeypatch.setitem(compile_cache.CPU_OPTIONS, "xla_backend_optimization_level", 1)
+    assert compile_cache.compiler_options() == compile_cache.CPU_OPTIONS
+    assert compile_cache.compiler_options(0) != compile_cache.CPU_OPTIONS
+    large, _ = density_of(lambda x: -jnp.sum(jnp.cosh(x + jnp.zeros(10_000))), jnp.zeros(()))
+    loop, _ = density_of(
+        lambda x: -jax.lax.while_loop(lambda y: y < 1, lambda y: 2 * y, x), jnp.ones(())
+    )
+    small, _ = density_of(lambda x: -(x**2), jnp.zeros(()))
+    seconds = [one.unoptimised_seconds(1000) for one in (small, large, loop)]
+    assert seconds[0] < 1e-4 < seconds[1] < seconds[2] == np.inf
+
+
 def test_numbers_of_leapfrog_steps_share_one_program():
     density, data = density_of(TARGET.logdensity, jnp.zeros(3))
     whitening = Whitening.of_covariance(jnp.zeros(3), np.zeros(3), np.eye(3))

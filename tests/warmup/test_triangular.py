@@ -19,10 +19,16 @@ from partime_mcmc.kernels.coordinates import (
     leave_all,
     weights_of,
 )
+from partime_mcmc.kernels.kernel_program import density_of
 from partime_mcmc.kernels.triangular_map import TriangularMap
 from partime_mcmc.numpyro.model import Posterior
 from partime_mcmc.warmup.hmc_batch import HMCBatchResult
-from partime_mcmc.warmup.triangular_fit import enter_map, learn_triangular_map, leave_map
+from partime_mcmc.warmup.triangular_fit import (
+    enter_map,
+    first_maps,
+    learn_triangular_map,
+    leave_map,
+)
 
 NUM_STEPS, NUM_CHAINS, DIMENSION, SCALE = 128, 8, 6, 2
 OTHERS = np.delete(np.arange(DIMENSION), SCALE)
@@ -132,7 +138,39 @@ def test_correlated_normals_and_heavy_tails_need_no_map():
     tails = window(rng.standard_t(4, size=x.shape), lambda x: -2.5 * jnp.sum(jnp.log1p(x**2 / 4)))
     for draws in (normal, tails):
         assert learn_triangular_map(None, draws) is None
-        assert learn_triangular_map(some_map(), draws) is None, "a map that does harm goes"
+        left = learn_triangular_map(some_map(), draws)
+        assert not left.describe(), "a map that does harm goes"
+        np.testing.assert_array_equal(left.leave(draws.positions[0, 0])[0], draws.positions[0, 0])
+        assert left.scales.shape == some_map().scales.shape, "and leaves no other program behind"
+        assert learn_triangular_map(left, draws) is left
+
+
+@pytest.mark.parametrize("size, wanted", [(1, 0), (100_000, 1)])
+def test_a_density_that_costs_much_begins_with_a_map_without_effect(size, wanted):
+    numbers = np.ones(size)
+    density, data = density_of(lambda x: -jnp.sum(numbers) * jnp.sum(jnp.cosh(x)), np.zeros(3))
+    whole, _ = density_of(lambda x: -jnp.sum(jnp.cosh(x.sum() * numbers)), np.zeros(3))
+    assert len(first_maps(whole, np.zeros(3), None)) == wanted
+    assert not first_maps(density, np.zeros(3), None), "no operation of the density itself is large"
+
+
+def test_scales_are_learned_where_a_map_is_there_from_the_beginning():
+    def logdensity(x):
+        # Many numbers by count, which the compiler makes few.
+        return funnel(x) + jnp.broadcast_to(x[0], 5_000).sum() * 0
+
+    run = sample(
+        jax.random.key(3),
+        Target(logdensity, jnp.zeros(DIMENSION)),
+        coalescing_hmc,
+        num_samples=100,
+        num_chains=2,
+        num_warmup=400,
+        progress=False,
+    )
+    (found,) = run.warmup.kernel.numbers.whitening.maps
+    assert found.scales.shape == (4,) and SCALE in found.scales[(found.log_slopes != 0).any(axis=0)]
+    assert "1 scale" in str(run.warmup)
 
 
 def both():
