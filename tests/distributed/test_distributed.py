@@ -49,7 +49,7 @@ def test_eight_devices(options):
         [sys.executable, HERE / "distributed_checks.py", *options],
         capture_output=True,
         text=True,
-        env=environment(),
+        env={**environment(), **FAST},
         timeout=3000,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
