@@ -124,7 +124,7 @@ def compiled(function: Callable, *args: PyTree, timings: Timings) -> jax.stages.
     return _PROGRAMS.get(entry, make)
 
 
-def _elsewhere(leaves: list) -> set[jax.Device | str]:
+def _elsewhere(leaves: list) -> set[Any]:
     """The devices other than the usual one for which a program of these arguments is compiled."""
     default = jax_config.jax_default_device
     arrays = (leaf for leaf in leaves if isinstance(leaf, jax.Array) and leaf.committed)
