@@ -214,7 +214,7 @@ def _entry(function: Callable, args: tuple, options: dict[str, Any] | None) -> t
     )
 
 
-def _elsewhere(leaves: list) -> set[jax.Device | str]:
+def _elsewhere(leaves: list) -> set[Any]:
     """The devices other than the usual one for which a program of these arguments is compiled."""
     default = jax_config.jax_default_device
     arrays = (leaf for leaf in leaves if isinstance(leaf, jax.Array) and leaf.committed)

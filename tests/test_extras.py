@@ -24,6 +24,7 @@ EXTRAS = [
     "blackjax",
     "equinox",
     "flax",
+    "funsor",
     "h5netcdf",
     "h5py",
     "matplotlib",
@@ -94,6 +95,17 @@ except ImportError as error:
 def test_a_missing_extra_is_named(missing, name, extra):
     said = run_without([missing], REPORT.format(name=name))
     assert said == f"partime_mcmc.{name} needs {missing}; install partime_mcmc[{extra}]\n"
+
+
+def test_importing_leaves_the_backend_asleep():
+    """What sets up devices may come after the import."""
+    code = """
+from partime_mcmc import ParallelMCMC, coalescing_hmc
+import jax, numpyro
+numpyro.set_host_device_count(3)
+print(jax.local_device_count())
+"""
+    assert run_without((), code).strip() == "3"
 
 
 def test_importing_does_not_import_extras():

@@ -154,7 +154,6 @@ class ParallelKernel(MCMCKernel):
         self._blocks, self._given_blocks = blocks_of(dense_mass, given), None
         if isinstance(given, dict):
             self._given_blocks, given = given, None
-        first_step = {} if step_size is None else {"first_step": self._step_size}
         self.adaptation = adaptation or PooledAdaptation(
             target_acceptance=None if target_accept_prob is None else float(target_accept_prob),
             path_length=self._trajectory_length,
@@ -162,7 +161,7 @@ class ParallelKernel(MCMCKernel):
             coordinates=learn_coordinates if adapt_mass_matrix else None,
             metric=rule if adapt_mass_matrix else FrozenMetric(),
             guess=given,
-            **first_step,
+            first_step=self._step_size or PooledAdaptation.first_step,
         )
         self._family: Any = None
         self._data, self._sample_fn, self._builder, self._maps = None, None, None, ()

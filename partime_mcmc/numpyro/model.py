@@ -150,7 +150,16 @@ class _SiteNames(Messenger):
 
 def traced(run: WithData, key: Key, strategy: Callable) -> dict:
     """All sites of one run, latent values from `strategy`; what the model raises gets a note with the last site."""
-    recorder = _SiteNames(substitute(seed(run, key), substitute_fn=strategy))
+
+    def start(site):
+        if site["type"] == "sample" and not site["is_observed"] and _support(site["fn"]) is None:
+            raise ValueError(
+                f"site {site['name']!r}: got a latent variable whose distribution ({type(_base(site['fn'])).__name__}) has no "
+                "support; wanted one, such as constraints.real"
+            )
+        return strategy(site)
+
+    recorder = _SiteNames(substitute(seed(run, key), substitute_fn=start))
     try:
         return trace(recorder).get_trace()
     except Exception as error:
@@ -511,11 +520,6 @@ def _check_latent_sites(sites: dict) -> None:
             )
     for name, site in _latent(sites).items():
         law = type(_base(site["fn"])).__name__
-        if _support(site["fn"]) is None:
-            raise ValueError(
-                f"site {name!r}: got a latent variable whose distribution ({law}) has no support; wanted one, such as "
-                "constraints.real"
-            )
         if _is_discrete(site):
             how = site["infer"].get("enumerate", "parallel")
             if not site["fn"].has_enumerate_support or how != "parallel":
@@ -555,7 +559,9 @@ def _check_observed_sites(run: WithData, key: Key, sites: dict) -> None:
         missing = np.asarray(value != value)
         if _is_masked(distribution):
             # What is masked is nobody's business; the rest has a density.
-            missing &= not np.isfinite(np.asarray(distribution.log_prob(site["value"]))).all()
+            with warnings.catch_warnings(action="ignore"):
+                finite = np.isfinite(np.asarray(distribution.log_prob(site["value"])))
+            missing &= not finite.all()
         if missing.any():
             raise ValueError(
                 f"site {name!r}: got {missing.sum()} NaN among its {value.size} observed values (the first at index "

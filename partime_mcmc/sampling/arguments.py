@@ -146,7 +146,7 @@ def check_strategies(
     )
 
 
-def device_of(*values: PyTree) -> jax.Device | None:
+def device_of(*values: PyTree) -> Any:
     """The one device on which the first of these that was put on a device lies; None if none was.
 
     Args:
@@ -160,7 +160,7 @@ def device_of(*values: PyTree) -> jax.Device | None:
     return None
 
 
-def on_device(device: jax.Device | None) -> ContextManager:
+def on_device(device: Any) -> ContextManager:
     """Where the body runs on this device; unchanged for None, and for the device on which it runs anyway."""
     default = jax_config.jax_default_device or jax.local_devices()[0]
     return contextlib.nullcontext() if device in (None, default) else jax.default_device(device)

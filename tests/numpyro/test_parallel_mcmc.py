@@ -324,19 +324,9 @@ def nan_gradient():
     numpyro.factor("trap", jnp.where(x > 100, jnp.sqrt(x - 100) * 0, 0.0))
 
 
-def discrete():
-    numpyro.sample("y", dist.Normal(numpyro.sample("z", dist.Bernoulli(0.5)), 1.0), obs=1.0)
-
-
-def nothing():
-    numpyro.sample("y", dist.Normal(0, 1), obs=1.0)
-
-
 MODELS = {
     "-inf everywhere": (bad_start, InvalidStart, "no start with a finite"),
     "NaN gradient": (nan_gradient, InvalidStart, "no start with a finite"),
-    "discrete": (discrete, ValueError, "site 'z': got a discrete latent variable"),
-    "no latent": (nothing, ValueError, "model: got no latent sites"),
 }
 
 

@@ -193,10 +193,30 @@ BAD = {
         ValueError,
         "every: got 0; wanted an int of at least 1",
     ),
-    "blocks": (
-        lambda: HMC(level, inverse_mass_matrix={("mu",): np.eye(1)}),
+    "block of nothing": (
+        lambda: run(HMC(level, dense_mass=[("nu",)])),
         ValueError,
-        "inverse_mass_matrix: got blocks",
+        "got a block of site 'nu', wanted some of",
+    ),
+    "block's shape": (
+        lambda: run(HMC(level, inverse_mass_matrix={("mu",): np.eye(2)})),
+        ValueError,
+        r"inverse_mass_matrix\[\('mu',\)\]: shape \(2, 2\), wanted \(1,\) or \(1, 1\)",
+    ),
+    "two blocks": (
+        lambda: HMC(level, dense_mass=[("mu", "sigma"), ("mu",)]),
+        ValueError,
+        "got site 'mu' in two blocks",
+    ),
+    "another's argument": (
+        lambda: NUTS(level, num_steps=3),
+        TypeError,
+        "NUTS: got num_steps, which it does not take",
+    ),
+    "chain method": (
+        lambda: setattr(shared(), "chain_method", "threads"),
+        ValueError,
+        "chain_method: got 'threads'",
     ),
     "site": (
         lambda: run(init_params={"nu": jnp.zeros(8)}, num_chains=8),
@@ -230,11 +250,6 @@ BAD = {
         lambda: run(numpyro.infer.NUTS(level, kinetic_fn=lambda m, r: 0.0)),
         ValueError,
         "sampler.kinetic_fn",
-    ),
-    "their blocks": (
-        lambda: run(numpyro.infer.NUTS(level, inverse_mass_matrix={("mu",): np.eye(1)})),
-        ValueError,
-        "inverse_mass_matrix: got blocks",
     ),
 }
 
@@ -284,6 +299,76 @@ def test_forward_mode_is_honoured():
     )
     with pytest.raises(ValueError, match="[Rr]everse-mode"):
         ParallelMCMC(HMC(loops), num_warmup=20, num_samples=4).run(KEY)
+
+
+def test_a_step_size_is_where_adaptation_begins_and_blocks_of_the_metric_are_those_asked_for():
+    """A step a hundred times too long, correlations within one block only; the state has NumPyro's matrices."""
+
+    def pair(y):
+        a = numpyro.sample("a", dist.Normal(jnp.zeros(2), 1.0))
+        b = numpyro.sample("b", dist.Normal())
+        numpyro.sample("y", dist.Normal(a.sum() + b, 0.5), obs=y)
+
+    kernel = HMC(pair, step_size=jnp.float64(100.0), dense_mass=[("a",)])
+    mcmc = ParallelMCMC(kernel, num_warmup=200, num_samples=5, num_chains=2, thinning=2)
+    mcmc.warmup(KEY, Y[:1], extra_fields=("num_steps", "z.a"))
+    assert {name: one.shape for name, one in mcmc.get_extra_fields().items()} == {
+        "num_steps": (0,), "z.a": (0, 2)}  # fmt: skip
+    assert 0.1 < mcmc.warmed.settings["step_size"] < 2 and mcmc.warmed.acceptance > 0.6
+    matrices = ("inverse_mass_matrix", "mass_matrix_sqrt", "mass_matrix_sqrt_inv")
+    fields = (
+        *(f"adapt_state.{name}" for name in matrices),
+        "z_grad",
+        "rng_key",
+        "mean_accept_prob",
+    )
+    mcmc.chain_method = "sequential"
+    mcmc.run(KEY, Y[:1], extra_fields=fields)
+    found = mcmc.get_extra_fields()
+    metric, root, inverse = (found[f"adapt_state.{name}"] for name in matrices)
+    assert {names: one.shape for names, one in metric.items()} == {
+        ("a",): (4, 2, 2), ("b",): (4, 1)}  # fmt: skip
+    block = metric[("a",)][0]
+    assert block[0, 1] < -0.1, "the sum is known, so that the parts are anticorrelated"
+    np.testing.assert_allclose(block, np.linalg.inv(root[("a",)][0] @ root[("a",)][0].T), rtol=1e-9)
+    np.testing.assert_allclose(inverse[("b",)], 1 / root[("b",)])
+    np.testing.assert_array_equal(np.triu(root[("a",)][0], 1), np.zeros((2, 2)))
+    a, b = mcmc.get_samples()["a"], mcmc.get_samples()["b"]
+    slope = b - (Y[0] - a.sum(axis=1) - b) / 0.25
+    np.testing.assert_allclose(found["z_grad"]["b"], slope, rtol=1e-9)
+    assert found["rng_key"].shape == (4,)
+    assert "acc. prob=" in mcmc.sampler.get_diagnostics_str(mcmc.last_state)
+    # What was adapted is where another kernel begins.
+    adapted = jax.tree.map(lambda leaf: leaf[0], mcmc.last_state.adapt_state)
+    options = {"step_size": adapted.step_size, "adapt_step_size": False, "num_steps": 2}
+    given = HMC(pair, inverse_mass_matrix=adapted.inverse_mass_matrix, **options)
+    again = run(given, data=(Y[:1],), num_chains=1).last_state.adapt_state
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-6),
+        again.inverse_mass_matrix,
+        adapted.inverse_mass_matrix,
+    )
+    assert again.step_size == adapted.step_size
+
+
+def test_without_warmup_the_step_size_is_the_one_given():
+    for kernel in (CoalescingHMC(level, step_size=0.3), numpyro.infer.HMC(level, step_size=0.3)):
+        assert run(kernel, num_chains=1).last_state.adapt_state.step_size == 0.3
+    plain = HMC(level, adapt_step_size=False, max_tree_depth=(5, 6), num_steps=jnp.int32(2))
+    assert plain._fixed == {"step_size": 1.0, "num_integration_steps": 2}, "as in NumPyro"
+
+
+def test_inside_of_transformations_the_argument_is_named():
+    def mean(key, y):
+        return run(fixed(), key=key, data=(y,)).get_samples()["mu"].mean()
+
+    words = "got a traced value; call run outside jit, vmap and grad"
+    with pytest.raises(TypeError, match=f"rng_key: {words}"):
+        jax.vmap(mean, in_axes=(0, None))(jax.random.split(KEY, 2), Y)
+    with pytest.raises(TypeError, match=rf"args\[0\]: {words}"):
+        jax.jit(functools.partial(mean, KEY))(Y)
+    with pytest.raises(TypeError, match="run: called while JAX traces"):
+        jax.jit(lambda: mean(KEY, Y))()
 
 
 # --- scripts of NumPyro's
