@@ -3,12 +3,13 @@
 Each fault is brought about anew, in a small run, and what should happen is known: a number that is certified, an error that names
 its cause, or draws that are those of a run to which nothing happened, bit for bit. A row says what was tried, what happened
 and whether that is what should have; the command ends with 1 if anything else did. Runs that are killed, that write to a
-full disk or that stand still are processes of their own.
+full disk or that stand still are processes of their own. Rows of earlier runs that are not tried again stay.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import resource
 import shutil
@@ -471,6 +472,9 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; 1 if anything happened that should not have."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", default="", help="faults whose name has this in it")
+    parser.add_argument(
+        "--between", nargs=2, type=int, default=(0, len(FAULTS)), help="places in the table, from 0"
+    )
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args(argv)
@@ -479,8 +483,13 @@ def main(argv: list[str] | None = None) -> int:
         run(Path(path), num_samples=int(num_samples))
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return 0
-    rows = tried([name for name in FAULTS if arguments.only in name])
-    keep(arguments.out / "faults-cpu.json", {"rows": rows}, table(rows))
+    stored = arguments.out / "faults-cpu.json"
+    earlier = json.loads(stored.read_text())["rows"] if stored.exists() else []
+    names = list(FAULTS)[slice(*arguments.between)]
+    found = tried([name for name in names if arguments.only in name])
+    by_name = {row["fault"]: row for row in (*earlier, *found)}
+    rows = [by_name[name] for name in FAULTS if name in by_name]
+    keep(stored, {"rows": rows}, table(rows))
     return int(not all(row["good"] for row in rows))
 
 
