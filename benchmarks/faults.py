@@ -183,7 +183,7 @@ def _rebound(folder):
         data = np.full(20, centre, np.float32)
         options = {"num_samples": 400, "num_warmup": 100, "progress": False}
         draws = sample(jax.random.key(0), target, mala, **options)
-        means.append(float(np.mean(draws.positions)))
+        means.append(float(np.mean(np.asarray(draws.positions))))
     good = abs(means[0]) < 0.2 and abs(means[1] - 5) < 0.2
     return good, f"posterior means {means[0]:.2f} and {means[1]:.2f}, wanted 0 and 5"
 
@@ -425,7 +425,7 @@ def _full(folder):
 def _memory(folder):
     sizes = []
     for name, chunks in (("short", 50), ("long", 500)):
-        text, _ = _process(folder / name, chunks * _CHUNK).communicate()
+        text = str(_process(folder / name, chunks * _CHUNK).communicate()[0])
         sizes.append(int(text.split()[-1]) / 2**20)
     return sizes[1] < sizes[0] + 32, f"{sizes[0]:.0f} and {sizes[1]:.0f} MiB at most"
 
