@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from partime_mcmc.certify.certificate import Certificate, before_steps, flat_steps
 from partime_mcmc.tracing import primitives_of
-from partime_mcmc.types import Array, PyTree
+from partime_mcmc.types import AnyArray, Array, PyTree
 
 _EVENLY, _FARTHEST = 64, 128
 # Operations whose results their arguments need not determine.
@@ -82,7 +82,7 @@ def refuse_random_steps(
     )
 
 
-def _evenly(flags: Array) -> Array:
+def _evenly(flags: AnyArray) -> Array:
     """The places of some steps that are flagged, all along the path; the last step where none is."""
     rank = jnp.cumsum(flags)
     wanted = 1 + (jnp.arange(_EVENLY) * jnp.maximum(rank[-1], 1)) // _EVENLY

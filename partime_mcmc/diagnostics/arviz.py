@@ -357,7 +357,8 @@ def read_netcdf(path: str | os.PathLike) -> Any:
     # As in `to_arviz`: there are no slashes in names.
     if tree.attrs.get(_ESCAPED) and not slashes:
         tree = tree.map_over_datasets(_with_names)
-        tree.attrs.pop(_ESCAPED), tree["posterior"].attrs.pop(_ESCAPED)
+        for attributes in (tree.attrs, tree["posterior"].attrs):
+            attributes.pop(_ESCAPED)
     return tree
 
 

@@ -64,4 +64,5 @@ def _slope(function: Callable, primals: tuple, tangents: tuple) -> tuple[Array, 
             values[place] = value
         return function(*jax.tree.unflatten(structure, values))
 
-    return jax.jvp(of_moving, *zip(*(leaves[place] for place in moving)))
+    values, slopes = zip(*(leaves[place] for place in moving))
+    return jax.jvp(of_moving, values, slopes)

@@ -106,8 +106,8 @@ class HMCBatchResult(NamedTuple):
 
 @functools.cache
 def _walking(options: frozenset | None):
-    options = None if options is None else dict(options)
-    return jax.jit(_walk, static_argnums=(0, 1), compiler_options=options)
+    given = None if options is None else dict(options)
+    return jax.jit(_walk, static_argnums=(0, 1), compiler_options=given)
 
 
 def _walk(

@@ -111,7 +111,7 @@ def learn_triangular_map(old: TriangularMap | None, draws: HMCBatchResult) -> Tr
     before, now, after = (judging.divergence(one) for one in (none, kept, new))
     if after < min(before, now) - _LEAST_GAIN:
         return _in_model(new, wide, middle, draws.positions.dtype, old)
-    if kept is none or not len(kept.scales) or now < before - _LEAST_GAIN:
+    if old is None or not len(kept.scales) or now < before - _LEAST_GAIN:
         return old
     return without_effect(dimension, draws.positions.dtype, len(old.scales))
 

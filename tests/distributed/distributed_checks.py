@@ -8,8 +8,8 @@ that take longer.
 import os
 import sys
 
-quickly = os.environ.get("XLA_FLAGS", "--xla_backend_optimization_level=0")
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {quickly}"
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 
 import contextlib  # noqa: E402
 import dataclasses  # noqa: E402
