@@ -194,11 +194,19 @@ def sample_arguments(
         init_params: One start per chain, leaves `(C, ...)`, or None.
         state: Where chains go on from, leaves `(C, ...)`; None warms up.
         **options: Further fields of `SampleArguments`.
+
+    Raises:
+        TypeError: For a state of NumPyro's own kernels.
     """
     resumable = {"init_params": init_params, "post_warmup_state": state}
     starts = functools.partial(_checked_starts, sampler, target, keys[0], init_params)
     kernel, chain_state = sampler.tuned_builder(), None
     if state is not None:
+        if not isinstance(state.adapt_state, AdaptState):
+            raise TypeError(
+                f"post_warmup_state: got a state of another kernel (adapt_state is a {type(state.adapt_state).__name__}), wanted "
+                "one of ParallelMCMC: its last_state, or what warmup() leaves"
+            )
         kernel = kernel_from(sampler, target, state)
         chain_state = ChainState(state.r, state.adapt_state.discrete, int(np.asarray(state.i)[0]))
     elif not num_warmup:

@@ -180,6 +180,12 @@ def test_an_adaptation_comes_alone(name):
     )
 
 
+def from_their_state():
+    mcmc = ParallelMCMC(fixed(), num_warmup=0, num_samples=SAMPLES)
+    mcmc.post_warmup_state = numpyro.infer.HMC(level).init(KEY, 0, None, (Y,), {})
+    mcmc.run(KEY, Y)
+
+
 BAD = {
     "no steps": (lambda: HMC(level, num_steps=0), ValueError, "num_steps: got 0"),
     "half a step": (lambda: HMC(level, num_steps=1.5), TypeError, "num_steps: got 1.5"),
@@ -212,6 +218,11 @@ BAD = {
         lambda: NUTS(level, num_steps=3),
         TypeError,
         "NUTS: got num_steps, which it does not take",
+    ),
+    "their state": (
+        from_their_state,
+        TypeError,
+        "post_warmup_state: got a state of another kernel",
     ),
     "chain method": (
         lambda: setattr(shared(), "chain_method", "threads"),
@@ -322,6 +333,7 @@ def test_a_step_size_is_where_adaptation_begins_and_blocks_of_the_metric_are_tho
         "rng_key",
         "mean_accept_prob",
     )
+    np.testing.assert_array_equal(mcmc.warmed.whitening.scale[2, :2], np.zeros(2))
     mcmc.chain_method = "sequential"
     mcmc.run(KEY, Y[:1], extra_fields=fields)
     found = mcmc.get_extra_fields()
