@@ -13,11 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-# JAX has no public name for it; NumPyro takes it from here, too.
-from jax._src.core import trace_state_clean
+from jax.extend.core import get_opaque_trace_state
 
 from partime_mcmc.types import Array, PyTree, Tracer
+
+# The state of JAX's tracing when this is imported, before any function is traced.
+_NOTHING_TRACED = get_opaque_trace_state()
 
 
 def check_has(value: Any, name: str, methods: tuple[str, ...], wanted: str) -> None:
@@ -154,7 +155,7 @@ def check_outside_transforms(what: str, **values: PyTree) -> None:
         for path, leaf in jax.tree_util.tree_leaves_with_path(value):
             if isinstance(leaf, Tracer):
                 raise TypeError(f"{name}{jax.tree_util.keystr(path)}: got a traced value; {advice}")
-    if not trace_state_clean():
+    if get_opaque_trace_state() != _NOTHING_TRACED:
         raise TypeError(f"{what}: called while JAX traces or maps a function; {advice}")
 
 
