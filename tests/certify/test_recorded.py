@@ -191,7 +191,8 @@ def test_the_draws_do_not_depend_on_the_certification(window):
         draws_of(kernel, solver=shooting(steps=16), schedule=Windows(window), certificate=one)
         for one in (CertifyWhileRolling(), CertifyIndependently())
     )
-    assert np.array_equal(mine.positions, theirs.positions)
+    # A step that also records is another program, which may round apart; this chain forgets, so that nothing adds up.
+    np.testing.assert_allclose(mine.positions, theirs.positions, rtol=0, atol=1e-12)
     assert not mine.certificate.independent.any() and theirs.certificate.independent.all()
     assert (
         mine.certificate.certified.all() and (np.asarray(mine.certificate.num_rejected) > 0).all()

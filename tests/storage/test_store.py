@@ -284,7 +284,7 @@ def test_a_run_goes_on_in_the_groups_that_it_was_begun_in(tmp_path, monkeypatch)
     inner, groups = local.draw_tapes, []
 
     def recorded(*rest):
-        groups.append(rest[-1])
+        groups.append(rest[5])
         return inner(*rest)
 
     monkeypatch.setattr(local, "draw_tapes", recorded)
