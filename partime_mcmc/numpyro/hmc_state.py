@@ -515,7 +515,7 @@ def empty_collection(
     Raises:
         ValueError: For a field that there is not.
     """
-    shape = (0,) if num_chains == 1 else (0, num_chains)
+    shape = (0,) if num_chains == 1 else (num_chains, 0)
 
     def empty(name):
         try:

@@ -370,9 +370,9 @@ class ParallelMCMC(MCMC):
         }
 
     @property
-    def chain_method(self) -> str:
-        """How NumPyro's class sees it: all chains at once."""
-        return "vectorized"
+    def chain_method(self) -> Callable:
+        """How NumPyro's class sees it: a way of its own, by which all chains are run at once and come first in what is collected."""
+        return _all_at_once
 
     @chain_method.setter
     def chain_method(self, chain_method: str | Callable) -> None:
@@ -440,7 +440,7 @@ class ParallelMCMC(MCMC):
         )
         if self.num_chains == 1:
             return jax.tree.map(lambda leaf: leaf[0], (fields, last))
-        return _swapped(fields), last
+        return fields, last
 
     def _arguments(self, target, keys, num_samples, init_params, state):
         return sample_arguments(
@@ -512,7 +512,5 @@ def _has_numbers(tree: PyTree) -> bool:
     return any(np.size(leaf) for leaf in jax.tree.leaves(tree))
 
 
-@jax.jit
-def _swapped(fields: PyTree) -> PyTree:
-    """Leaves `(C, T, ...)` as `(T, C, ...)`, as NumPyro collects them."""
-    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), fields)
+def _all_at_once(run_chains: Callable) -> Callable:
+    return run_chains
