@@ -73,7 +73,12 @@ def test_one_iteration_too_few_is_caught():
 
 def test_a_frozen_chain_is_caught():
     mcmc = ParallelMCMC(
-        HMC(potential_fn=lambda x: -density(x), step_size=50.0, num_steps=1),
+        HMC(
+            potential_fn=lambda x: -density(x),
+            step_size=50.0,
+            adapt_step_size=False,
+            num_steps=1,
+        ),
         num_warmup=40,
         num_samples=30,
         num_chains=4,
