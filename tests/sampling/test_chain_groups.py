@@ -147,7 +147,7 @@ def test_groups_overlap_and_an_error_in_one_is_raised_after_all_have_ended(with_
         ended.append(float(x[0]))
         return x
 
-    monkeypatch.setattr(chain_groups, "compiled", lambda *args, timings: program)
+    monkeypatch.setattr(chain_groups, "compiled", lambda *args, timings, options: program)
     for module in (chain_groups, compile_cache):
         monkeypatch.setattr(module, "overlaps", lambda program: True)
     with pytest.raises(MemoryError, match="RESOURCE_EXHAUSTED"):
