@@ -63,7 +63,7 @@ CPU_OPTIONS: dict[str, int] = {"xla_backend_optimization_level": 2}
 
 # To optimise the programs of a run of `CoalescingHMC` takes some 12 seconds of a core instead of 3; they then run 3 to 12 times
 # as fast (JAX 0.10.1). This much slower a run may be for the first answer to come sooner.
-_WORTH_OPTIMISING = 0.3
+_WORTH_OPTIMISING = 0.15
 # What one number costs, out of one operation on an array, in a program that was not optimised.
 SECONDS_PER_NUMBER = 2e-9
 
