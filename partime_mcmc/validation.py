@@ -152,7 +152,7 @@ def check_outside_transforms(what: str, **values: PyTree) -> None:
     """
     advice = f"call {what} outside jit, vmap and grad (it compiles what it needs itself)"
     for name, value in values.items():
-        for path, leaf in jax.tree_util.tree_leaves_with_path(value):
+        for path, leaf in _flattened(value, name)[0]:
             if isinstance(leaf, Tracer):
                 raise TypeError(f"{name}{jax.tree_util.keystr(path)}: got a traced value; {advice}")
     if get_opaque_trace_state() != _NOTHING_TRACED:
@@ -202,6 +202,20 @@ def check_count(value: Any, name: str, minimum: int) -> int:
     return count
 
 
+def _flattened(tree: PyTree, name: str) -> tuple[list, Any]:
+    """Leaves with their paths, and the structure.
+
+    Raises:
+        InvalidStart: For a dict that JAX cannot sort.
+    """
+    try:
+        return jax.tree_util.tree_flatten_with_path(tree)
+    except (TypeError, ValueError) as error:
+        raise InvalidStart(
+            f"{name}: got a dict with keys of several types; wanted keys that can be sorted, such as strings"
+        ) from error
+
+
 def check_dtypes(position: PyTree, name: str = "initial") -> PyTree:
     """Returns `position` with JAX leaves of the default floating dtype, so that no float32 and float64 meet in the carry.
 
@@ -212,12 +226,7 @@ def check_dtypes(position: PyTree, name: str = "initial") -> PyTree:
     Raises:
         InvalidStart: For bool, complex, object or string leaves, and for floats of two bytes.
     """
-    try:
-        paths, tree = jax.tree_util.tree_flatten_with_path(position)
-    except (TypeError, ValueError) as error:
-        raise InvalidStart(
-            f"{name}: got a dict with keys of several types; wanted keys that can be sorted, such as strings"
-        ) from error
+    paths, tree = _flattened(position, name)
     leaves, dtype = {}, jnp.dtype(jnp.result_type(float))
     for path, given in paths:
         label = name + jax.tree_util.keystr(path)

@@ -53,6 +53,10 @@ def named(name):
 
 WRONG = {
     "no position": (lambda: sampled(Target(normal, {})), "initial: got .*without entries.*wanted"),
+    "keys of several types": (
+        lambda: sampled(Target(lambda x: normal(x["a"]), {"a": jnp.ones(2), 1: jnp.ones(1)})),
+        "initial: got a dict with keys of several types; wanted",
+    ),
     "half": (
         lambda: sampled(Target(normal, jnp.ones(2, jnp.float16))),
         "initial: got float16; wanted float32 or float64",
