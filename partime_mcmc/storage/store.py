@@ -48,8 +48,10 @@ from partime_mcmc.storage.serialize import (
 )
 from partime_mcmc.storage.streaming_statistics import Fold
 
-FORMAT_VERSION = 4
-"""Of all files of a store together. Up to 3: version 0.1.0, one file of draws per chunk."""
+FORMAT_VERSION = 5
+"""Of all files of a store together. Up to 3: version 0.1.0, one file of draws per chunk. 4 was never released: its checkpoints
+have other names and do not follow what was asked for."""
+_LAST_OF_0_1 = 3
 _RUN, _PLAN, _DRAWS, _LOCK, _DAMAGED, _SUM = (
     "run.json",
     "plan.npz",
@@ -264,7 +266,7 @@ class Folder:
             raise StoreError(f"store: {file} is damaged: {error}") from error
         version = run.get("format_version") if isinstance(run, dict) else None
         if version != FORMAT_VERSION:
-            older = isinstance(version, int) and version < FORMAT_VERSION
+            older = isinstance(version, int) and version <= _LAST_OF_0_1
             reader = "partime_mcmc 0.1.0" if older else "the version of partime_mcmc that wrote it"
             raise StoreError(
                 f"store: {self.path} has format {version}, wanted {FORMAT_VERSION}: read it with {reader}"

@@ -194,10 +194,13 @@ class Interrupting(type(quiet)):
             self.steps += steps
             if self.after <= self.steps:
                 self.after = np.inf
-                # No signal: workers of a parallel test run ignore it.
-                raise KeyboardInterrupt
+                self.interrupt()
 
         yield count
+
+    def interrupt(self):
+        # No signal: workers of a parallel test run ignore it.
+        raise KeyboardInterrupt
 
 
 def test_an_interrupt_keeps_what_is_certified(tmp_path, whole, memory):
@@ -221,15 +224,8 @@ def test_an_interrupt_keeps_what_is_certified(tmp_path, whole, memory):
 
 def test_termination_is_an_interrupt(tmp_path, whole, memory):
     class Terminating(Interrupting):
-        @contextlib.contextmanager
-        def stage(self, name, total):
-            def count(steps, **shown):
-                self.steps += steps
-                if self.after <= self.steps:
-                    self.after = np.inf
-                    signal.raise_signal(signal.SIGTERM)
-
-            yield count
+        def interrupt(self):
+            signal.raise_signal(signal.SIGTERM)
 
     part = run(progress=Terminating(70))
     assert part.num_samples == 72 and set(part.status) == {Status.INTERRUPTED}
@@ -501,10 +497,14 @@ def edited(path, change):
         (lambda words: words.pop("sha256"), "run.json has changed since it was written"),
         (
             lambda words: words.update(format_version=3),
-            "has format 3, wanted 4: read it with partime_mcmc 0.1.0",
+            "has format 3, wanted 5: read it with partime_mcmc 0.1.0",
+        ),
+        (
+            lambda words: words.update(format_version=4),
+            "has format 4, wanted 5: read it with the version of partime_mcmc that wrote it",
         ),
     ],
-    ids=["num_samples", "thinning", "checksum", "version"],
+    ids=["num_samples", "thinning", "checksum", "version", "unreleased version"],
 )
 def test_a_description_that_was_edited_is_refused(change, said, tmp_path, whole):
     shutil.copytree(whole.path, tmp_path / "run")
