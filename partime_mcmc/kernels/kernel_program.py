@@ -10,7 +10,6 @@ calls.
 import dataclasses
 import functools
 import inspect
-import math
 from typing import Any, Callable
 
 import jax
@@ -19,7 +18,7 @@ import numpy as np
 
 from partime_mcmc.kernels import Kernel, Whitening
 from partime_mcmc.kernels.coupling import CommonRandomNumbers, Coupling, check_coupling
-from partime_mcmc.kernels.traced_gradient import WithTracedGradient
+from partime_mcmc.kernels.traced_gradient import WithTracedGradient, unoptimised_seconds
 from partime_mcmc.tracing import HashableFunction, WithoutParams, explicit
 from partime_mcmc.types import Array, PyTree, pytree
 from partime_mcmc.validation import describe
@@ -78,11 +77,9 @@ class ParametrisedKernel(Kernel):
 
     def unoptimised_seconds(self, num_steps: float) -> float:
         """How long so many transitions take, random numbers and certificate included, in programs that were not optimised."""
-        density, dimension = self.family.density, self.numbers.whitening.center.size
-        if not isinstance(density, WithTracedGradient):
-            return math.inf
+        dimension = self.numbers.whitening.center.size
         own = num_steps * (_SECONDS_PER_STEP + dimension * _SECONDS_PER_COORDINATE)
-        return own + density.unoptimised_seconds(num_steps * _GRADIENTS_PER_STEP)
+        return own + unoptimised_seconds(self.family.density, num_steps * _GRADIENTS_PER_STEP)
 
 
 def parametrised_kernel(

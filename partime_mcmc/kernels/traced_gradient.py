@@ -11,6 +11,7 @@ wanted. Derivatives with respect to the parameters, and of the gradient itself, 
 """
 
 import functools
+import math
 from typing import Any, Callable
 
 import jax
@@ -28,10 +29,18 @@ class WithTracedGradient(HashableFunction):
     def __call__(self, params: PyTree, position: PyTree) -> Array:
         return _value(self.parts[0], params, position)
 
-    def unoptimised_seconds(self, num_gradients: float) -> float:
-        """How long so many gradients take in a program that was not optimised; the part must come from `explicit`."""
-        # Reverse mode computes about three times what the function does.
-        return 3 * num_computed(self.parts[0].jaxpr) * SECONDS_PER_NUMBER * num_gradients
+
+def unoptimised_seconds(density: Callable, num_gradients: float) -> float:
+    """How long so many gradients take in a program that was not optimised.
+
+    Args:
+        density: From `kernel_program.density_of`; of another function it is not known, which counts as infinite.
+        num_gradients: How many.
+    """
+    if not isinstance(density, WithTracedGradient):
+        return math.inf
+    # Reverse mode computes about three times what the function does.
+    return 3 * num_computed(density.parts[0].jaxpr) * SECONDS_PER_NUMBER * num_gradients
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

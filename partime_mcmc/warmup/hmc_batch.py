@@ -11,7 +11,6 @@ each step log h grows by `gain · (acceptance − target)`; a gain of 0 keeps it
 """
 
 import functools
-import math
 from typing import Callable, NamedTuple, Self
 
 import jax
@@ -23,7 +22,7 @@ from jax.flatten_util import ravel_pytree
 from partime_mcmc.compile_cache import compiler_options
 from partime_mcmc.kernels.coordinates import CoordinateMap, density_through
 from partime_mcmc.kernels.coupling import normal_of
-from partime_mcmc.kernels.traced_gradient import WithTracedGradient
+from partime_mcmc.kernels.traced_gradient import unoptimised_seconds
 from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import Array, ArrayLike, Key, PyTree
 
@@ -202,9 +201,7 @@ class _Mapped(HashableFunction):
 
 def usual_seconds(density: Callable) -> float:
     """How long the gradients of a usual warm-up take in programs that were not optimised; infinite where that is not known."""
-    if not isinstance(density, WithTracedGradient):
-        return math.inf
-    return density.unoptimised_seconds(_USUAL_GRADIENTS)
+    return unoptimised_seconds(density, _USUAL_GRADIENTS)
 
 
 class HMCBatch:
