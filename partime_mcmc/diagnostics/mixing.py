@@ -62,7 +62,9 @@ def rank_rhat(draws: np.ndarray) -> np.ndarray:
     """Rank-normalised split R-hat, the larger of locations and of scales."""
     halves = _halves(draws)
     folded = np.abs(halves - np.median(halves, axis=(0, 1)))
-    return np.maximum(_rhat(_normal_scores(halves)), _rhat(_normal_scores(folded)))
+    # Of two values as far from their median as each other the scale is known.
+    scales = np.where(_moves(folded), _rhat(_normal_scores(folded)), 1.0)
+    return np.maximum(_rhat(_normal_scores(halves)), scales)
 
 
 def ess_mean(draws: np.ndarray) -> np.ndarray:
@@ -76,10 +78,12 @@ def ess_bulk(draws: np.ndarray) -> np.ndarray:
 
 
 def ess_tail(draws: np.ndarray) -> np.ndarray:
-    """The smaller effective sample size of the 5% and 95% quantiles."""
+    """The smaller effective sample size of the 5% and 95% quantiles; infinite where draws of a few values have no tails."""
     halves = _halves(draws)
     ends = np.quantile(halves, (0.05, 0.95), axis=(0, 1))
-    return np.minimum(*(_ess((halves <= end).astype(float)) for end in ends))
+    below = [(halves <= end).astype(float) for end in ends]
+    sizes = [np.where(_moves(one), _ess(one), np.inf) for one in below]
+    return np.where(_moves(halves), np.minimum(*sizes), 0.0)
 
 
 def _halves(draws: np.ndarray) -> np.ndarray:

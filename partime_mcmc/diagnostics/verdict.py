@@ -26,6 +26,7 @@ No diagnostic sees a mode that no chain has visited; pairs of chains from far-ap
 import dataclasses
 import enum
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -136,9 +137,7 @@ def judge(draws: Any, superchains: Any = None, coupling: Any = None) -> Verdict:
         _judge_superchains(named, np.asarray(superchains), bad, doubts, good)
     if num_draws < _FEWEST_DRAWS:
         if superchains is None:
-            doubts.append(
-                f"{num_draws} draws per chain are too few to judge (wanted {_FEWEST_DRAWS})"
-            )
+            doubts.append(_too_few(num_draws))
         elif draws.num_chains < ESS_GOOD:
             doubts.append(
                 f"{draws.num_chains} chains of {num_draws} draws count for one effective draw each (wanted {ESS_GOOD})"
@@ -152,8 +151,49 @@ def judge(draws: Any, superchains: Any = None, coupling: Any = None) -> Verdict:
     _judge_energy(info, doubts)
     if num_draws >= _FEWEST_DRAWS and not bad:
         _judge_gradients(draws, doubts, good)
+    return _verdict(bad, doubts, good, rhat, ess)
+
+
+def judge_values(values: Mapping[str, np.ndarray], info: Mapping[str, np.ndarray]) -> Verdict:
+    """The verdict on draws of another sampler, of which nothing is known but themselves.
+
+    Args:
+        values: Named values, `(C, T, ...)`, of any coordinates; integers too.
+        info: Of `diverging` and `energy`, `(C, T)`, those that there are.
+
+    Returns:
+        A verdict from R-hat, effective sample sizes, divergences and E-BFMI.
+    """
+    bad, doubts, good = [], [], []
+    named = _thinned({name: np.asarray(value, float) for name, value in values.items()})
+    num_draws = min((value.shape[1] for value in named.values()), default=0)
+    rhat = ess = np.nan
+    if num_draws < _FEWEST_DRAWS:
+        doubts.append(_too_few(num_draws))
+    else:
+        rhat, ess = _judge_mixing(named, bad, doubts, good)
+    _judge_energy(info, doubts)
+    return _verdict(bad, doubts, good, rhat, ess)
+
+
+def _verdict(
+    bad: list[str], doubts: list[str], good: list[str], rhat: float, ess: float
+) -> Verdict:
     outcome = Outcome.NOT_CONVERGED if bad else Outcome.UNDECIDED if doubts else Outcome.CONVERGED
     return Verdict(outcome, tuple(bad + doubts + good), rhat, ess)
+
+
+def _too_few(num_draws: int) -> str:
+    return f"{num_draws} draws per chain are too few to judge (wanted {_FEWEST_DRAWS})"
+
+
+def _thinned(named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Values `(C, T, ...)`, thinned if they are many."""
+    num_chains, num_draws = next(iter(named.values())).shape[:2]
+    size = sum(np.prod(value.shape[2:], dtype=int) for value in named.values())
+    most = min(_MOST_DRAWS, max(_FEWEST_OF_MANY, _MOST_NUMBERS // max(1, num_chains * size)))
+    step = max(1, -(-num_draws // most))
+    return {name: value[:, ::step] for name, value in named.items()}
 
 
 def _judged(draws: Any) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -164,20 +204,18 @@ def _judged(draws: Any) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     named = named_positions(draws)
     if named:
         info = getattr(draws, "info", None) or {}
-        num_chains, num_draws = next(iter(named.values())).shape[:2]
-        size = sum(value[0, 0].size for value in named.values())
-        most = min(_MOST_DRAWS, max(_FEWEST_OF_MANY, _MOST_NUMBERS // max(1, num_chains * size)))
-        step = max(1, -(-num_draws // most))
-        named = {name: value[:, ::step] for name, value in named.items()}
         density = info.get("logdensity")
+        if density is not None:
+            named["log density"] = np.asarray(density)
+        named = _thinned(named)
     else:
         named, stats = thinned_draws(draws, _MOST_DRAWS), draws.sample_stats
         names = {name: STAT_NAMES.get(name, name) for name in ("logdensity", "diverging", "energy")}
         info = {ours: stats[theirs] for ours, theirs in names.items() if theirs in stats}
         density, num_kept = info.get("logdensity"), stats.sizes["draw"]
-        step = max(1, -(-num_kept // _MOST_DRAWS))
-    if density is not None:
-        named["log density"] = np.asarray(density[:, ::step])
+        if density is not None:
+            step = max(1, -(-num_kept // _MOST_DRAWS))
+            named["log density"] = np.asarray(density[:, ::step])
     return named, {
         name: np.asarray(info[name][:, -_MOST_DRAWS:])
         for name in ("diverging", "energy")

@@ -11,7 +11,7 @@ coordinates, as NumPyro's are with an adapted mass matrix.
 NumPyro's own `HMC` and `NUTS` become kernels of ours, so that a script changes the name of one class. What was left at
 NumPyro's default is left to our warm-up: a step size of 1 is where NumPyro's adaptation starts, and a path of 2π, in
 coordinates as well whitened as ours, ends where it began. What was set is kept. Other kernels of NumPyro's, and other
-kinetic energies than the Euclidean one, are refused.
+kinetic energies than the Euclidean one, are left to NumPyro's own loop (`loop`).
 """
 
 import dataclasses
@@ -595,6 +595,16 @@ _CARRIED = (
 _OWN = {TheirHMC: ("num_steps", "trajectory_length"), TheirNUTS: ("max_tree_depth",)}
 
 
+def has_parallel_form(sampler: MCMCKernel) -> bool:
+    """Whether a kernel is one of ours, or has one of ours to stand in for it."""
+    if isinstance(sampler, ParallelKernel):
+        return True
+    return type(sampler) in _OURS and _stored(sampler, "kinetic_fn") in (
+        None,
+        euclidean_kinetic_energy,
+    )
+
+
 def from_numpyro_kernel(sampler: MCMCKernel) -> ParallelKernel:
     """A kernel of ours for one of ours, or for NumPyro's `HMC` or `NUTS`.
 
@@ -602,8 +612,7 @@ def from_numpyro_kernel(sampler: MCMCKernel) -> ParallelKernel:
         sampler: The kernel.
 
     Raises:
-        TypeError: For any other kernel.
-        ValueError: For a setting that cannot be carried over.
+        TypeError: For anything else; see `has_parallel_form`.
     """
     if isinstance(sampler, ParallelKernel):
         return sampler
@@ -613,7 +622,6 @@ def from_numpyro_kernel(sampler: MCMCKernel) -> ParallelKernel:
             f"sampler: got a {kind.__module__}.{kind.__name__}, wanted one of CoalescingHMC, HMC, NUTS, MALA or "
             "BlackJAXKernel of partime_mcmc, or NumPyro's own HMC or NUTS"
         )
-    check_kinetic_energy(_stored(sampler, "kinetic_fn"), "sampler.kinetic_fn")
     parameters = inspect.signature(kind.__init__).parameters
     options = {}
     for name in (*_CARRIED, *_OWN[kind]):

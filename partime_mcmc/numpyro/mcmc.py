@@ -42,7 +42,8 @@ from partime_mcmc.numpyro.hmc_state import (
     sample_arguments,
     with_chains,
 )
-from partime_mcmc.numpyro.kernels import from_numpyro_kernel
+from partime_mcmc.numpyro.kernels import from_numpyro_kernel, has_parallel_form
+from partime_mcmc.numpyro.loop import LoopMCMC
 from partime_mcmc.numpyro.model import Data
 from partime_mcmc.sampling.arguments import as_store, device_of, on_device
 from partime_mcmc.sampling.draws import Draws, RunReport, spread_positions
@@ -135,15 +136,19 @@ def without_kernel(warmup: Warmup | None) -> Warmup | None:
 class ParallelMCMC(MCMC):
     """NumPyro's `MCMC` with chains solved in parallel time.
 
+    Of a kernel that has no form in parallel time (NumPyro's Gibbs kernels, ensembles, `SA`, `BarkerMH`, a kernel of the
+    user's) a `LoopMCMC` is made instead: NumPyro's own loop, with a verdict in its report.
+
     Args:
         sampler: `CoalescingHMC(model)`, `HMC`, `NUTS`, `MALA` of this package, `BlackJAXKernel(build, model)`, or
-            NumPyro's own `HMC` or `NUTS`, for which ours stand in (see `convert`).
+            NumPyro's own `HMC` or `NUTS`, for which ours stand in (see `from_numpyro_kernel`).
         num_warmup: Warm-up steps per chain at most, but 20; warm-up stops when it is done. 0 adapts nothing.
         num_samples: Draws per chain.
         num_chains: Chains, all advanced together.
         thinning: Of `thinning` draws in a row the last is kept.
         postprocess_fn: As in NumPyro.
-        chain_method: Accepted and ignored: chains share all lanes anyway.
+        chain_method: Accepted and ignored: chains share all lanes anyway. That of NumPyro's own loop is "sequential" for
+            None, of ensembles "vectorized".
         progress_bar: One line per stage on a terminal.
         progress_rate: Accepted and ignored.
         jit_model_args: Accepted and ignored: data are always arguments of what is compiled.
@@ -152,9 +157,15 @@ class ParallelMCMC(MCMC):
         certificate: What it rests on, as for `sample`: `CertifyWhileRolling()` or `CertifyIndependently()`.
 
     Raises:
-        TypeError: If the sampler is none of these, or a count has the wrong type.
-        ValueError: If a count is out of range, or a kernel of NumPyro's has a setting that ours lack.
+        TypeError: If the sampler is no kernel, or a count has the wrong type.
+        ValueError: If a count is out of range, or an argument cannot work with the sampler.
     """
+
+    def __new__(cls, sampler: Any = None, **options: Any) -> Self:
+        """A `LoopMCMC` where the kernel has no form in parallel time."""
+        if isinstance(sampler, MCMCKernel) and not has_parallel_form(sampler):
+            return LoopMCMC(sampler, **options)  # pyright: ignore[reportReturnType]
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -165,7 +176,7 @@ class ParallelMCMC(MCMC):
         num_chains: int = 1,
         thinning: int = 1,
         postprocess_fn: Callable | None = None,
-        chain_method: str | Callable = "vectorized",
+        chain_method: str | Callable | None = None,
         progress_bar: bool = True,
         progress_rate: int | None = None,
         jit_model_args: bool = False,
@@ -191,7 +202,7 @@ class ParallelMCMC(MCMC):
             progress_rate=progress_rate,
             jit_model_args=jit_model_args,
         )
-        self.chain_method = chain_method
+        self.chain_method = chain_method or "vectorized"
         self.solver, self.schedule, self.certificate = solver, schedule, certificate
         self._known: tuple[Data, Target, Any] | None = None
         self._store: Store | None = None

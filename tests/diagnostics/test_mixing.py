@@ -73,3 +73,15 @@ def test_superchains_of_a_wrong_shape_are_refused(labels):
 def test_a_chain_apart_shows():
     found = mixing.split_rhat(chains())
     assert found[3] > 1.1 > found[0]
+
+
+@pytest.mark.parametrize("share", [0.5, 0.03])
+def test_independent_draws_of_two_values_mix(share):
+    """Exactly so many of ones in every chain: neither the folded draws nor a quantile then moves."""
+    ones = np.arange(1000) < 1000 * share
+    draws = np.stack([np.random.default_rng(seed).permutation(ones) for seed in range(4)])
+    draws = draws[..., None].astype(float)
+    assert mixing.rank_rhat(draws) < 1.01
+    assert 3000 < mixing.ess_bulk(draws) < 5000
+    assert mixing.ess_tail(draws) > 3000
+    assert mixing.ess_tail(np.ones((4, 100, 1))) == 0

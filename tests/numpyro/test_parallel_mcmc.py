@@ -348,11 +348,6 @@ ARGUMENTS = {
         ValueError,
         "num_chains: got 0",
     ),
-    "their kernel": (
-        lambda: ParallelMCMC(numpyro.infer.SA(line), num_warmup=40, num_samples=4),
-        TypeError,
-        "sampler: got a numpyro",
-    ),
     "step size": (
         lambda: _run(CoalescingHMC(line, step_size=-0.1)),
         ValueError,
