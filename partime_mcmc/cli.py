@@ -2,7 +2,7 @@
 
 Exit codes: 0, the chains are certified and, where two runs are compared, agree. 1, they are not, or do not. 2, arguments,
 files or a model that cannot work: one sentence on standard error says why, and --traceback shows where. 3, the chains are
-certified, and the verdict on them is NOT CONVERGED. As for other programs: 130 after an interrupt, which SIGTERM is, too. What is in a store is safe.
+certified, and the verdict on them is NOT CONVERGED; or pairs of chains do not meet, so that nothing is bounded. As for other programs: 130 after an interrupt, which SIGTERM is, too. What is in a store is safe.
 
 MODEL is a NumPyro model, a `Target`, or a function that returns a `Target` or `(logdensity, initial)`; data are its
 keyword arguments by name. Loading a file runs it. JAX is switched to float64 when asked to, and for built-in models
@@ -78,6 +78,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--kernel": {"choices": _KERNELS, "default": "coalescing_hmc", "help": _DEFAULT},
     "--num-samples": {"type": int, "default": 4096, "help": f"per chain; {_DEFAULT}"},
     "--num-chains": {"type": int, "default": 4, "help": _DEFAULT},
+    "--num-pairs": {"type": int, "default": 256, "help": f"pairs of chains; {_DEFAULT}"},
     "--num-warmup": {"type": int, "default": 1000, "help": f"at most; {_DEFAULT}"},
     "--solver": {"choices": _SOLVERS, "help": "default: the library's own choice"},
     "--seed": {"type": _seed, "default": 0, "help": _DEFAULT},
@@ -144,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
         _resume: f"run {_MODEL} {_DEVICES}",
         _summary: "run --json --report",
         _compare: "run other --at-least --json",
+        _convergence: "model --data --kernel --float64 --quiet --num-warmup --num-pairs --seed",
     }.items():
         text = inspect.getdoc(command)
         added = commands.add_parser(command.__name__[1:], help=text, description=text)
@@ -227,6 +229,26 @@ def _compare(arguments: argparse.Namespace) -> int:
     default = "statistical" if report.path is None else "certified-path"
     wanted = Level[(arguments.at_least or default).upper().replace("-", "_")]
     return _GOOD if report.level >= wanted else _BAD
+
+
+def _convergence(arguments: argparse.Namespace) -> int:
+    """Bound how far a tuned kernel's chains are from the posterior after so many steps, by pairs of chains that meet."""
+    key = jax.random.key(arguments.seed)
+    target, builder = _load_target(arguments, key), getattr(partime_mcmc, arguments.kernel)
+    warmup = partime_mcmc.sample(
+        key,
+        target,
+        builder,
+        num_samples=0,
+        num_warmup=arguments.num_warmup,
+        progress=not arguments.quiet,
+    ).warmup
+    print(warmup)
+    bounds = partime_mcmc.convergence(
+        jax.random.fold_in(key, 1), target, warmup, num_pairs=arguments.num_pairs
+    )
+    print(bounds)
+    return _NOT_CONVERGED if bounds.num_unmet else _GOOD
 
 
 def started_together(environment: Mapping[str, str]) -> bool:
@@ -373,7 +395,8 @@ def _loaded(draws: Any) -> Any:
 
 def _load_target(arguments: argparse.Namespace, key: Key) -> Target:
     """The target that the options mean: counts are checked first, then files, then the model runs."""
-    for name, least in (("num_samples", 1), ("num_chains", 1), ("num_warmup", 20)):
+    counts = {"num_samples": 1, "num_chains": 1, "num_warmup": 20, "num_pairs": 2}
+    for name, least in counts.items():
         check_count(getattr(arguments, name, least), "--" + name.replace("_", "-"), least)
     data, built_in = _load_data(arguments.data), MODELS.get(arguments.model, lambda: None)()
     if arguments.float64 or (built_in and built_in.needs_float64):

@@ -17,7 +17,7 @@ from partime_mcmc.diagnostics.arviz import read_netcdf
 from partime_mcmc.engine.solution import Status
 
 MODEL = """
-import jax.numpy as jnp, numpyro, numpyro.distributions as dist
+import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
 from partime_mcmc import Target
 
 def model(y, sigma, scale=10.0):
@@ -39,6 +39,10 @@ def nothing():
 def breaks(y):
     mu = numpyro.sample("mu", dist.Normal(0, 1))
     raise RuntimeError("out of cheese")
+
+def apart():
+    modes = lambda x: jnp.logaddexp(-0.5 * jnp.sum((x - 20)**2), -0.5 * jnp.sum((x + 20)**2))
+    return modes, lambda key: 20.0 * jax.random.rademacher(key, (2,), float)
 
 def quits():
     raise SystemExit(0)
@@ -177,6 +181,7 @@ def test_compare_fails_by_its_exit_code(sampled, tmp_path, monkeypatch, capsys):
         ("sample {f}/model.py:nothing", "which returns a int; wanted a NumPyro model"),
         ("sample {f}/model.py:MODEL", "has no model 'MODEL'"),
         ("sample banana --num-samples 0", "--num-samples: got 0"),
+        ("convergence banana --num-pairs 1", "--num-pairs: got 1"),
         ("sample banana --store {f}/new --compare", "--compare: got --store with it"),
         ("resume {f}/missing banana", "missing"),
         ("sample banana --out {f}/draws.txt", "--out: got"),
@@ -299,11 +304,23 @@ def test_draws_that_do_not_fit_are_not_read(sampled, folder, capsys, command, mo
     assert main(["summary", f"{folder}/run"]) == 0
 
 
+@pytest.mark.parametrize(
+    "model, code, words",
+    [("ready", 0, "all 8 pairs of chains met"), ("apart", 3, "OF 8 PAIRS OF CHAINS DID NOT MEET")],
+)
+def test_distance_from_the_posterior_is_bounded_where_pairs_meet(
+    folder, capsys, model, code, words
+):
+    options = ["--num-warmup", "100", "--num-pairs", "8", "--quiet"]
+    assert main(["convergence", f"{folder}/model.py:{model}", *options]) == code
+    assert words in capsys.readouterr().out
+
+
 def test_without_a_command_the_help_is_shown(capsys):
     assert main([]) == 2
     err = capsys.readouterr().err
     assert "Exit codes:" in err and all(
-        name in err for name in ("demo", "sample", "resume", "summary", "compare")
+        name in err for name in ("demo", "sample", "resume", "summary", "compare", "convergence")
     )
     with pytest.raises(SystemExit) as stopped:
         main(["sample"])
