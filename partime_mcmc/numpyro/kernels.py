@@ -417,10 +417,10 @@ class NUTS(ParallelKernel):
     Args:
         model, potential_fn, step_size, ...: As for every kernel here.
         max_tree_depth: Doublings at most; of a pair the second counts, as after NumPyro's warm-up.
-        trajectory_length: None: trees find their own length.
+        trajectory_length: Accepted, without effect, as in NumPyro: trees find their own length.
 
-    Raises:
-        ValueError: For a trajectory length.
+    Warns:
+        UserWarning: For a trajectory length.
     """
 
     builder = staticmethod(nuts)
@@ -430,12 +430,13 @@ class NUTS(ParallelKernel):
         model: Callable | None = None,
         potential_fn: Callable | None = None,
         *,
-        trajectory_length: None = None,
+        trajectory_length: ArrayLike | None = None,
         **options: Any,
     ):
         if trajectory_length is not None:
-            raise ValueError(
-                f"trajectory_length: got {trajectory_length!r}, wanted None: the trees of NUTS find their own length"
+            warnings.warn(
+                f"trajectory_length: got {trajectory_length!r}, which has no effect here: the trees of NUTS find their own length",
+                stacklevel=2,
             )
         super().__init__(model, potential_fn, **options)
         depth = self._max_tree_depth

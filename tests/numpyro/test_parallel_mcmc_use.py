@@ -269,6 +269,8 @@ def test_arguments_of_numpyros_that_have_nothing_to_do():
         )
     with pytest.warns(UserWarning, match="find_heuristic_step_size: got True, which has no effect"):
         MALA(level, find_heuristic_step_size=True)
+    with pytest.warns(UserWarning, match="trajectory_length: got 2.0, which has no effect"):
+        NUTS(level, trajectory_length=2.0)
     with pytest.warns(UserWarning, match="regularize_mass_matrix: got False, which has no effect"):
         NUTS(level, regularize_mass_matrix=False)
 
