@@ -228,6 +228,7 @@ class Pool:
         notes: What a reader should know, in sentences.
         rhat: The largest split R-hat of the last window; infinite where there was none.
         settled: Whether the chains agreed in it.
+        minima: Weights at which a map's last fit ended; none before the first.
     """
 
     positions: np.ndarray
@@ -238,6 +239,7 @@ class Pool:
     notes: list[str]
     rhat: float = np.inf
     settled: bool = False
+    minima: tuple[np.ndarray, ...] = ()
 
     @classmethod
     def at(cls, starts: np.ndarray, metric: np.ndarray) -> Self:
@@ -284,7 +286,8 @@ def recentre(walker: HMCBatch, pool: Pool) -> bool:
     if not walker.maps:
         return False
     (old,) = walker.maps
-    learned = learn_map(old, pool.draws, root_of(pool.metric))
+    learned = learn_map(old, pool.draws, root_of(pool.metric), pool.minima)
+    pool.minima = learned.minima
     change = _largest_change(old.weights, learned.map.weights)
     if not change > 0:
         return False

@@ -14,10 +14,13 @@ chain rule, so that learning evaluates the model's laws and never its likelihood
 The derivative of J with respect to draws and gradients is a few lines of linear algebra on the host; the compiler's part is to
 carry draws through the map and derivatives back. Half of the draws fit the weights by L-BFGS-B (Byrd, Lu, Nocedal & Zhu 1995)
 within [0, 1]; they are kept only if J falls on the other half as well.
+
+J has several minima where effects trade off. The first fit descends from two starts, and later ones from the better of the two
+minima that the fit before has found, as the new draws see them.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +35,7 @@ from partime_mcmc.warmup.hmc_batch import HMCBatchResult
 
 # Draws that weights are fitted to, of so many chains at most, and as many that judge them.
 _NUM_DRAWS, _MOST_CHAINS = 512, 32
-# J has several minima where effects trade off: descents begin at the weights there are, and here.
+# Where the second of the first fit's descents begins.
 _OTHER_START = 0.5
 _MAX_ITERATIONS = 15
 # What J must fall by on draws that did not take part.
@@ -49,14 +52,21 @@ class Learned(NamedTuple):
         map: With the weights to go on with.
         before: J on the held-out draws with the weights there were.
         after: J there with the new ones.
+        minima: The best two that are known, flat weights `(K,)` each, the better one first.
     """
 
     map: CoordinateMap
     before: float
     after: float
+    minima: tuple[np.ndarray, ...]
 
 
-def learn_map(found: CoordinateMap, draws: HMCBatchResult, root: np.ndarray) -> Learned:
+def learn_map(
+    found: CoordinateMap,
+    draws: HMCBatchResult,
+    root: np.ndarray,
+    minima: tuple[np.ndarray, ...] = (),
+) -> Learned:
     """Weights of a map that make the draws' law more normal.
 
     Args:
@@ -64,6 +74,7 @@ def learn_map(found: CoordinateMap, draws: HMCBatchResult, root: np.ndarray) -> 
         draws: A window, with gradients.
         root: Of a metric for these draws, `(D, D)` or `(D,)`: in its units correlations are small, and so is what
             shrinking them does.
+        minima: Of the fit before; none at first.
     """
     root = np.diag(root) if root.ndim == 1 else root
     inverse = np.linalg.inv(root)
@@ -98,22 +109,28 @@ def learn_map(found: CoordinateMap, draws: HMCBatchResult, root: np.ndarray) -> 
         slope = _moved(found, unravel(weights), fitted[0], fitted[1], slopes[0], slopes[1])[-1]
         return value, np.asarray(ravel_pytree(slope)[0], float)
 
-    start = np.asarray(flat, float)
-    ends = [
-        minimize(
+    def descend(begin: np.ndarray) -> Any:
+        return minimize(
             objective,
             begin,
             jac=True,
             method="L-BFGS-B",
-            bounds=[(0, 1)] * len(start),
+            bounds=[(0, 1)] * len(begin),
             options={"maxiter": _MAX_ITERATIONS},
         )
-        for begin in (start, np.full_like(start, _OTHER_START))
-    ]
-    best = min(ends, key=lambda end: end.fun).x
+
+    start = np.asarray(flat, float)
+    if minima:
+        best = descend(min((start, *minima), key=lambda one: divergence(one, fitted)[0])).x
+        # The other one is that of another valley.
+        other = max(minima, key=lambda one: np.abs(one - best).max())
+    else:
+        ends = map(descend, (start, np.full_like(start, _OTHER_START)))
+        best, other = (end.x for end in sorted(ends, key=lambda end: end.fun))
     before, after = (divergence(one, held_out)[0] for one in (start, best))
     better = after < before - _LEAST_GAIN
-    return Learned(found.reweighted(unravel(best)) if better else found, before, after)
+    learned = found.reweighted(unravel(best)) if better else found
+    return Learned(learned, before, after, (best, other))
 
 
 def carry_over(old: CoordinateMap, new: CoordinateMap, draws: HMCBatchResult) -> HMCBatchResult:

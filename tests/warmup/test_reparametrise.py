@@ -12,6 +12,7 @@ from partime_mcmc.kernels.coordinates import Recentring
 from partime_mcmc.numpyro.model import Posterior
 from partime_mcmc.warmup.hmc_batch import HMCBatchResult
 from partime_mcmc.warmup.pooled import split_rhat, window_sizes
+from partime_mcmc.warmup import reparametrise
 from partime_mcmc.warmup.reparametrise import carry_over, half_log_det, learn_map
 
 NUM_STEPS, NUM_CHAINS, NUM_GROUPS = 128, 8, 6
@@ -105,6 +106,21 @@ def test_effects_are_centred_as_far_as_data_inform_them(noise, low, high):
     learned = learn_map(start, moved, np.ones(NUM_GROUPS + 1))
     mean = float(learned.map.weights["effect"].mean())
     assert low <= mean <= high and learned.after < learned.before
+
+
+def test_a_later_fit_goes_on_from_the_minima_of_the_one_before(monkeypatch):
+    calls, move = [], reparametrise._moved
+    monkeypatch.setattr(reparametrise, "_moved", lambda *args: calls.append(1) or move(*args))
+    target = hierarchy(5.0)
+    draws = exact_draws(target, 5.0)
+    found = Recentring.of(target.centring, target.start(jax.random.key(1)))
+    first = learn_map(found, draws, np.ones(NUM_GROUPS + 1))
+    num_first = len(calls)
+    again = learn_map(found, draws, np.ones(NUM_GROUPS + 1), first.minima)
+    assert len(first.minima) == 2 and len(calls) - num_first < num_first / 2
+    # The same draws: the minimum is where it was, to the accuracy at which descents end.
+    assert again.after == pytest.approx(first.after, abs=0.01)
+    np.testing.assert_allclose(again.minima[0], first.minima[0], atol=0.05)
 
 
 @pytest.mark.parametrize("num_chains", [3, 10, 64])
