@@ -10,9 +10,9 @@ from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.kernels.coordinates import Recentring
 from partime_mcmc.numpyro.model import Posterior
+from partime_mcmc.warmup import reparametrise
 from partime_mcmc.warmup.hmc_batch import HMCBatchResult
 from partime_mcmc.warmup.pooled import split_rhat, window_sizes
-from partime_mcmc.warmup import reparametrise
 from partime_mcmc.warmup.reparametrise import carry_over, half_log_det, learn_map
 
 NUM_STEPS, NUM_CHAINS, NUM_GROUPS = 128, 8, 6
