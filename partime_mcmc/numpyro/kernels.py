@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import inspect
 import math
-import warnings
 from typing import Any, Callable
 
 import jax
@@ -82,7 +81,8 @@ class ParallelKernel(MCMCKernel):
         target_accept_prob: Mean acceptance in trials; None is what suits the kernel.
         max_tree_depth: A bound on the trees of `NUTS`; paths of other kernels have 48 leapfrog steps at most.
         init_strategy: As in NumPyro; None is `init_to_uniform`.
-        find_heuristic_step_size, regularize_mass_matrix: Accepted, without effect.
+        find_heuristic_step_size, regularize_mass_matrix: Accepted, without effect: step sizes are found by trials and metrics
+            shrunk in any case.
         forward_mode_differentiation: True takes gradients in forward mode, for models with loops that know no other.
         adaptation: A whole warm-up strategy, instead of `inverse_mass_matrix`, `adapt_mass_matrix`, `dense_mass`,
             `target_accept_prob` and `trajectory_length`.
@@ -91,9 +91,6 @@ class ParallelKernel(MCMCKernel):
         TypeError: For an argument that the kernel does not have.
         ValueError: If not exactly one of `model` and `potential_fn` is given, or an argument cannot work, alone or with
             another.
-
-    Warns:
-        UserWarning: For an argument without effect that is not at NumPyro's default.
     """
 
     builder: Callable[..., Kernel]
@@ -141,7 +138,6 @@ class ParallelKernel(MCMCKernel):
             target_accept_prob=target_accept_prob,
             trajectory_length=self._trajectory_length,
         )
-        warn_without_effect(find_heuristic_step_size, regularize_mass_matrix)
         self._model, self._potential_fn, self._init_strategy = model, potential_fn, init_strategy
         self._step_size = check_positive(step_size, "step_size")
         if not adapt_step_size and self._step_size is None:
@@ -418,9 +414,6 @@ class NUTS(ParallelKernel):
         model, potential_fn, step_size, ...: As for every kernel here.
         max_tree_depth: Doublings at most; of a pair the second counts, as after NumPyro's warm-up.
         trajectory_length: Accepted, without effect, as in NumPyro: trees find their own length.
-
-    Warns:
-        UserWarning: For a trajectory length.
     """
 
     builder = staticmethod(nuts)
@@ -433,11 +426,6 @@ class NUTS(ParallelKernel):
         trajectory_length: ArrayLike | None = None,
         **options: Any,
     ):
-        if trajectory_length is not None:
-            warnings.warn(
-                f"trajectory_length: got {trajectory_length!r}, which has no effect here: the trees of NUTS find their own length",
-                stacklevel=2,
-            )
         super().__init__(model, potential_fn, **options)
         depth = self._max_tree_depth
         self._fixed |= {} if depth == 10 else {"max_num_doublings": depth}
@@ -549,30 +537,6 @@ def check_alone(adaptation: Any, **choices: Any) -> None:
             f"adaptation: got a {type(adaptation).__name__} together with {', '.join(given)}, wanted one or the other: an "
             "adaptation has its own acceptance, path and metric"
         )
-
-
-def warn_without_effect(find_heuristic_step_size: bool, regularize_mass_matrix: bool) -> None:
-    """NumPyro's switches of its own warm-up have nothing to switch here.
-
-    Warns:
-        UserWarning: For one that is not at NumPyro's default.
-    """
-    for name, value, default, why in (
-        (
-            "find_heuristic_step_size",
-            find_heuristic_step_size,
-            False,
-            "step sizes are found by trials in any case",
-        ),
-        (
-            "regularize_mass_matrix",
-            regularize_mass_matrix,
-            True,
-            "metrics are always shrunk towards the one before",
-        ),
-    ):
-        if value is not default:
-            warnings.warn(f"{name}: got {value!r}, which has no effect here: {why}", stacklevel=4)
 
 
 # --- NumPyro's own kernels

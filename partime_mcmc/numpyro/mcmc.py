@@ -399,6 +399,35 @@ class ParallelMCMC(MCMC):
                 f"chain_method: got {chain_method!r}, wanted 'parallel', 'sequential', 'vectorized' or a function"
             )
 
+    def warmup(
+        self,
+        rng_key: Any,
+        *args: Any,
+        extra_fields: tuple | list = (),
+        collect_warmup: bool = False,
+        init_params: PyTree = None,
+        **kwargs: Any,
+    ) -> None:
+        """As NumPyro's: adapt, and have the next run go on from there.
+
+        Args:
+            rng_key: One key, or one per chain.
+            *args: The model's.
+            extra_fields: As for `run`.
+            collect_warmup: Whether to draw and keep `num_warmup` draws per chain more. They are of the tuned kernel: while
+                chains still adapt, and are pooled, they are draws of nothing.
+            init_params: As for `run`.
+            **kwargs: The model's.
+        """
+        super().warmup(
+            rng_key,
+            *args,
+            extra_fields=extra_fields,
+            collect_warmup=collect_warmup,
+            init_params=init_params,
+            **kwargs,
+        )
+
     # --- the method of NumPyro's that moves chains
 
     def _single_chain_mcmc(self, init, args, kwargs, collect_fields, remove_sites):
@@ -407,10 +436,6 @@ class ParallelMCMC(MCMC):
         init_params = with_chains(init_params, self.num_chains)
         target = self._target(args, kwargs, keys, init_params)
         num_steps = self._collection_params["upper"] - self._collection_params["lower"]
-        if self._collection_params["phase"] == "warmup" and num_steps:
-            raise ValueError(
-                "collect_warmup: got True, wanted False: warm-up pools chains and keeps no draws; see report.warmup"
-            )
         if state is not None:
             own = keys if self.num_chains > 1 else keys[0]
             state = with_chains(state._replace(rng_key=own), self.num_chains)

@@ -40,6 +40,9 @@ LEAPFROGS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48)
 _FIRST_TRIED = 3
 _SHRINK_PATH, _MAX_SHRINKS = 1.5, 24
 _SHRINK_STEP, _MAX_STEPS = 0.85, 60
+# Leapfrog steps turn a standard normal by 2 arcsin(h / 2) each instead of h. By so much in all a fixed path may go too far: coarse
+# steps would make 9.3 of 8, three half turns, after which a chain is as far from the middle as it was.
+_TOO_FAR = 0.2
 # No chain may be left where hardly anything is accepted.
 _EVERY_CHAIN = 0.3
 # Nor may a chain stand still for long where the mean is fine: in all but one state of fifty it must wait five steps at most.
@@ -80,6 +83,8 @@ class TrajectoryRule:
             yield self.step_size, self.num_steps or self._steps_for(self.step_size)
             return
         choices = LEAPFROGS if self.num_steps is None else (self.num_steps,)
+        if self.length is not None:
+            choices = [one for one in choices if self._excess(one) <= _TOO_FAR] or choices[-1:]
         for steps in choices:
             yield self._step_for(steps), steps
         for power in range(1, _MAX_SHRINKS):
@@ -108,6 +113,11 @@ class TrajectoryRule:
 
     def _step_for(self, steps: int) -> float:
         return 2 * math.sin(math.pi / (4 * steps)) if self.length is None else self.length / steps
+
+    def _excess(self, steps: int) -> float:
+        """By how much a fixed path in so many steps turns a standard normal too far; infinite for steps that are not stable."""
+        step = self._step_for(steps)
+        return steps * (2 * math.asin(step / 2) - step) if step < 2 else math.inf
 
     def _steps_for(self, step: float) -> int:
         if self.length is not None:

@@ -261,18 +261,29 @@ def test_bad_arguments(case):
 def test_arguments_of_numpyros_that_have_nothing_to_do():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        HMC(
+        NUTS(
             level,
-            find_heuristic_step_size=False,
-            regularize_mass_matrix=True,
+            find_heuristic_step_size=True,
+            regularize_mass_matrix=False,
             forward_mode_differentiation=False,
+            trajectory_length=2.0,
         )
-    with pytest.warns(UserWarning, match="find_heuristic_step_size: got True, which has no effect"):
-        MALA(level, find_heuristic_step_size=True)
-    with pytest.warns(UserWarning, match="trajectory_length: got 2.0, which has no effect"):
-        NUTS(level, trajectory_length=2.0)
-    with pytest.warns(UserWarning, match="regularize_mass_matrix: got False, which has no effect"):
-        NUTS(level, regularize_mass_matrix=False)
+
+
+def test_draws_of_a_warm_up_are_of_the_tuned_kernel_and_the_run_goes_on_from_them():
+    mcmc = ParallelMCMC(
+        CoalescingHMC(level), num_warmup=40, num_samples=SAMPLES, num_chains=2, progress_bar=False
+    )
+    mcmc.warmup(KEY, Y, collect_warmup=True, extra_fields=("num_steps",))
+    first, collected = mcmc.draws, mcmc.get_samples(group_by_chain=True)
+    assert collected["mu"].shape == mcmc.get_extra_fields(group_by_chain=True)["num_steps"].shape
+    assert collected["mu"].shape == (2, 40)
+    assert mcmc.post_warmup_state is mcmc.last_state
+    settings = mcmc.last_state.adapt_state.settings
+    mcmc.run(jax.random.key(1), Y)
+    assert mcmc.get_samples(group_by_chain=True)["mu"].shape == (2, SAMPLES)
+    jax.tree.map(np.testing.assert_array_equal, mcmc.last_state.adapt_state.settings, settings)
+    assert mcmc.draws.warmup is None and first.warmup is not None
 
 
 @pytest.mark.slow

@@ -94,6 +94,10 @@ def test_paths_are_the_cheapest_that_are_accepted():
     assert path.num_steps == 4 and path.step_size == pytest.approx(2 * np.sin(np.pi / 16))
     assert TrajectoryRule(0.8, length=3.0).choose(trial) == Path(0.5, 6, pytest.approx(0.8))
     assert TrajectoryRule(0.8, step_size=0.3).choose(trial)[:2] == (0.3, 5)
+    # Six steps would be accepted as well, and turn a normal by 8.7 instead of 8.
+    step, steps, _ = TrajectoryRule(0.8, length=8.0).choose(lambda step, steps: np.ones((STEPS, C)))
+    assert step * steps == pytest.approx(8.0)
+    assert steps * 2 * np.arcsin(step / 2) == pytest.approx(8.0, abs=0.2)
     assert boldest_step(trial, 1.0, 0.8).step_size == pytest.approx(0.85**5)
     stuck = TrajectoryRule(0.8).choose(
         lambda step, steps: np.where(np.arange(C) == 0, 0.1, 1.0) * np.ones((STEPS, 1))
