@@ -88,7 +88,7 @@ class LoopMCMC(MCMC):
             num_warmup=check_count(num_warmup, "num_warmup", 0),
             num_samples=check_count(num_samples, "num_samples", 1),
             num_chains=check_count(num_chains, "num_chains", 1),
-            chain_method=chain_method,
+            chain_method=chain_method,  # pyright: ignore[reportArgumentType]  NumPyro takes functions, too
             **options,
         )
         self._report: LoopReport | None = None
