@@ -87,7 +87,7 @@ def pytest_runtest_logreport(report: Any) -> None:
 # --- the two runs
 
 
-def test_files(checkout: Path) -> list[str]:
+def files_with_mcmc(checkout: Path) -> list[str]:
     """Test files in which an MCMC is made, relative to the checkout.
 
     Raises:
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     paths = {whose: arguments.out / f"numpyro-suite-{whose}.jsonl" for whose in ("theirs", "ours")}
     checkout, limit = arguments.checkout, arguments.limit
-    files = [file for file in test_files(checkout) if arguments.only in file]
+    files = [file for file in files_with_mcmc(checkout) if arguments.only in file]
     ran = {test.partition("::")[0] for test in rows_of(paths["theirs"])}
     run_tests(
         checkout, [file for file in files if file not in ran], "theirs", paths["theirs"], limit
