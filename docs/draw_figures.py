@@ -279,7 +279,7 @@ def draw_certificate() -> Figure:
     axis.axhline(tolerance, color=INK, lw=1, ls="--", label=f"allowed: {tolerance:g}")
     axis.set_yscale("log")
     axis.set(xlabel="step t", ylabel="residual (noise units)")
-    axis.legend(frameon=False, fontsize=8, loc="center left")
+    axis.legend(frameon=False, fontsize=8, loc="upper left")
     axis.set_title("Every step, compared with what the kernel makes of the state before it")
     return drawn
 

@@ -50,7 +50,7 @@ def pages_with_code():
             yield pytest.param(name, marks=[pytest.mark.slow] * (name in LONG))
 
 
-@pytest.mark.parametrize("name", pages_with_code())
+@pytest.mark.parametrize("name", list(pages_with_code()))
 def test_code_prints_what_the_page_says(name):
     for block, printed in zip(BLOCKS[name], page_run(name).printed):
         assert (block.output is None) == (not printed), "an output is not shown, or is not printed"
