@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from benchmarks.record import OUT, keep, module_at, put_between
+from benchmarks.record import OUT, keep, module_at
 from partime_mcmc import (
     Kernel,
     MultishiftCoupling,
@@ -283,7 +283,6 @@ def main(argv: list[str] | None = None) -> None:
         default="",
         help="models whose name contains this; others keep their stored results",
     )
-    parser.add_argument("--readme", type=Path, help="a file whose table is to be replaced")
     arguments = parser.parse_args(argv)
     jax.config.update("jax_enable_x64", True)
     results = {}
@@ -295,12 +294,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.only and stored.exists():
         results = {**json.loads(stored.read_text())["models"], **results}
     keep(stored, {"models": results}, table(results))
-    if arguments.readme:
-        put_between(arguments.readme, BEGIN, END, table(results))
     print(table(results))
-
-
-BEGIN, END = "<!-- table: benchmarks/results/dice-meetings.md -->", "<!-- end of meetings -->"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from benchmarks.record import OUT, keep, put_between, timed
+from benchmarks.record import OUT, keep, timed
 from partime_mcmc import (
     Kernel,
     MultishiftCoupling,
@@ -203,7 +203,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--dtypes", nargs="+", choices=("float32", "float64"), default=("float32", "float64")
     )
-    parser.add_argument("--readme", type=Path, help="a file whose table is to be replaced")
     arguments = parser.parse_args(argv)
     results = {"kernels": {}}
     for dtype in arguments.dtypes:
@@ -223,14 +222,6 @@ def main(argv: list[str] | None = None) -> None:
             )
     print({key: value for key, value in results.items() if key != "kernels"})
     keep(arguments.out / "dice-shooting.json", results, table(results))
-    if arguments.readme:
-        put_between(arguments.readme, BEGIN, END, table(results))
-
-
-BEGIN, END = (
-    "<!-- table: benchmarks/results/dice-shooting.md -->",
-    "<!-- end of multishift shooting -->",
-)
 
 
 if __name__ == "__main__":

@@ -218,29 +218,15 @@ def table(rows: dict) -> str:
         "sampling, ours / our loop, s | certificate |",
         "|---" * 9 + "|",
     ]
-    ratios, gains, compiles = [], [], []
-    for name, row in rows.items():
-        theirs = [row[m] for m in METHODS if m != "ours" and "seconds_to_target" in row.get(m, {})]
-        if not theirs or "seconds_to_target" not in row.get("ours", {}):
-            continue
-        ours, best = row["ours"], min(theirs, key=lambda one: one["seconds_to_target"])
-        method = next(m for m in METHODS if row.get(m) is best)
-        gains.append(ours["ess_per_1000_gradients"] / best["ess_per_1000_gradients"])
-        ratios.append(best["seconds_to_target"] / ours["seconds_to_target"])
-        compiles.append(ours["compile_seconds"] / best["compile_seconds"])
+    for name, (ours, best, method) in _beside_nuts(rows).items():
         lines.append(
             f"| {name} | {ours['ess_per_1000_gradients']:.0f} / {best['ess_per_1000_gradients']:.0f} | "
-            f"{ours['seconds_to_target']:.2f} / {best['seconds_to_target']:.2f} ({method}) | **{ratios[-1]:.1f}×** | "
+            f"{ours['seconds_to_target']:.2f} / {best['seconds_to_target']:.2f} ({method}) | **{_gain(ours, best):.1f}×** | "
             f"{ours['warmup_gradients']:,} / {best['warmup_gradients']:,} | {ours['compile_seconds']:.1f} / "
             f"{best['compile_seconds']:.1f} | {ours['evaluations']:.2f} | {_against_loop(ours)} | "
             f"{ours['level']}, {ours['residual']:.0e} |"
         )
-    if ratios:
-        lines.append(
-            f"\nESS per gradient at least twice NUTS's: {sum(g >= 2 for g in gains)} of {len(gains)}. Faster to ESS 20,000: "
-            f"{sum(r > 1 for r in ratios)} of {len(ratios)}, median {sorted(ratios)[len(ratios) // 2]:.1f}×. Compilation: "
-            f"median {sorted(compiles)[len(compiles) // 2]:.1f} times NUTS's."
-        )
+    lines += _all_in_all(rows)
     # Records of before certificates were recorded lack it.
     ours = [row["ours"] for row in rows.values() if "level" in row.get("ours", {})]
     evidence = sorted({one.get("evidence", "by an independent pass") for one in ours})
@@ -259,6 +245,57 @@ def table(rows: dict) -> str:
         if "failed" in row.get(m, {})
     ]
     return "\n".join(lines) + "\n"
+
+
+def short_table(record: dict) -> str:
+    """Four of the posteriors for the README: the largest and the smallest gain, and two between them."""
+    found = _beside_nuts(record["rows"])
+    order = sorted(found, key=lambda name: -_gain(*found[name][:2]))
+    lines = [
+        "| posterior | ESS per 1,000 gradients, this / NUTS | seconds to ESS 20,000, this / NUTS | gain | largest residual |",
+        "|---" * 5 + "|",
+    ]
+    last = len(order) - 1
+    for place in sorted({0, last // 3, 2 * last // 3, last}):
+        ours, best, _ = found[order[place]]
+        lines.append(
+            f"| {order[place]} | {ours['ess_per_1000_gradients']:.0f} / {best['ess_per_1000_gradients']:.0f} | "
+            f"{ours['seconds_to_target']:.2f} / {best['seconds_to_target']:.2f} | {_gain(ours, best):.1f}× | "
+            f"{ours['residual']:.0e} |"
+        )
+    return "\n".join([*lines, *_all_in_all(record["rows"])]) + "\n"
+
+
+def _beside_nuts(rows: dict) -> dict[str, tuple[dict, dict, str]]:
+    """By posterior on which both reached the target: ours, NUTS's fastest method, and its name."""
+    found = {}
+    for name, row in rows.items():
+        methods = [m for m in METHODS if m != "ours" and "seconds_to_target" in row.get(m, {})]
+        if methods and "seconds_to_target" in row.get("ours", {}):
+            method = min(methods, key=lambda one: row[one]["seconds_to_target"])
+            found[name] = row["ours"], row[method], method
+    return found
+
+
+def _gain(ours: dict, best: dict) -> float:
+    return best["seconds_to_target"] / ours["seconds_to_target"]
+
+
+def _all_in_all(rows: dict) -> list[str]:
+    """One line on all posteriors; none if there are none."""
+    pairs = [(ours, best) for ours, best, _ in _beside_nuts(rows).values()]
+    if not pairs:
+        return []
+    draws = [
+        ours["ess_per_1000_gradients"] / best["ess_per_1000_gradients"] for ours, best in pairs
+    ]
+    compiles = [ours["compile_seconds"] / best["compile_seconds"] for ours, best in pairs]
+    ratios = [_gain(*pair) for pair in pairs]
+    return [
+        f"\nESS per gradient at least twice NUTS's: {sum(g >= 2 for g in draws)} of {len(draws)}. Faster to ESS 20,000: "
+        f"{sum(r > 1 for r in ratios)} of {len(ratios)}, median {sorted(ratios)[len(ratios) // 2]:.1f}×. Compilation: "
+        f"median {sorted(compiles)[len(compiles) // 2]:.1f} times NUTS's."
+    ]
 
 
 def _against_loop(ours: dict) -> str:

@@ -158,4 +158,4 @@ def put_between(file: Path, begin: str, end: str, text: str) -> None:
     _, closed, tail = rest.partition(end)
     if not found or not closed:
         raise ValueError(f"{file}: wanted the marks {begin!r} and {end!r}, one is missing")
-    file.write_text(head + begin + "\n" + text + end + tail, encoding="utf-8")
+    file.write_text(f"{head}{begin}\n\n{text.strip()}\n\n{end}{tail}", encoding="utf-8")

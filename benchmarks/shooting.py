@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.record import OUT, keep, put_between, timed
+from benchmarks.record import OUT, keep, timed
 from partime_mcmc import (
     Dynamics,
     Kernel,
@@ -327,7 +327,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--only", default="", help="rows whose name contains this; others keep their stored results"
     )
-    parser.add_argument("--readme", type=Path, help="a file whose table is to be replaced")
     arguments = parser.parse_args(argv)
     results = []
     for row in ROWS:
@@ -354,12 +353,6 @@ def main(argv: list[str] | None = None) -> None:
         table(results),
     )
     print(table(results))
-    if arguments.readme:
-        put_between(arguments.readme, BEGIN, END, table(results))
-
-
-BEGIN = "<!-- table: benchmarks/results/shooting-cpu.md, written by `python -m benchmarks.shooting --readme README.md` -->"
-END = "<!-- end of table -->"
 
 
 def merged(old: list[dict], new: list[dict]) -> list[dict]:

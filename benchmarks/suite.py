@@ -6,7 +6,8 @@ after another, and leaves its JSON and Markdown in DIR, a new folder by default,
 overwrites the tables that the documentation quotes. `suite.json` keeps what ran, for how long, with how much memory,
 what was left out, on which device, with which versions and commit. A benchmark that fails or runs out of its time
 does not stop the others; it is listed, and the exit code is 1. `report` checks the figures against
-what is wanted (`benchmarks.targets`), and with `--readme` puts the tables of DIR where the README quotes them.
+what is wanted (`benchmarks.targets`); `python -m benchmarks quote DIR` puts the tables of DIR where README and
+documentation quote them.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import posteriors
 from benchmarks.record import OUT, put_between
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -165,19 +168,53 @@ LEFT_OUT = {
     "gpu": ("gru at batch 16", "memory"),
     "smoke": (),
 }
-# What the README quotes: record, and the marks around its table.
-QUOTED = {
-    name: (f"<!-- table: benchmarks/results/{name}.md -->", end)
-    for name, end in (
-        ("posteriors-cpu", "<!-- end of posteriors -->"),
-        ("dice-meetings", "<!-- end of meetings -->"),
-        ("verdict-cpu", "<!-- end of verdict -->"),
-        ("dice-shooting", "<!-- end of multishift shooting -->"),
-    )
-}
-QUOTED["shooting-cpu"] = (
-    "<!-- table: benchmarks/results/shooting-cpu.md, written by `python -m benchmarks.shooting --readme README.md` -->",
-    "<!-- end of table -->",
+
+
+@dataclasses.dataclass(frozen=True)
+class Quote:
+    """A table in a page of the documentation, written from a record.
+
+    Attributes:
+        page: The page, from the root of the checkout.
+        name: The record's.
+        table: From the record to Markdown; None quotes the table that lies beside the record.
+    """
+
+    page: str
+    name: str
+    table: Callable[[dict], str] | None = None
+
+    @property
+    def begin(self) -> str:
+        """The mark before it."""
+        return f"<!-- table: benchmarks/results/{self.name} -->"
+
+    @property
+    def end(self) -> str:
+        """The mark behind it."""
+        return f"<!-- end of {self.name} -->"
+
+
+QUOTED = (
+    Quote("README.md", "posteriors-cpu", posteriors.short_table),
+    *(
+        Quote("docs/benchmarks.md", name)
+        for name in (
+            "posteriors-cpu",
+            "hard-posteriors-cpu",
+            "cold-start-cpu",
+            "shooting-cpu",
+            "dice-meetings",
+            "dice-shooting",
+            "iterations-cpu",
+            "memory-cpu",
+            "scans-cpu",
+            "gru-cpu",
+            "faults-cpu",
+        )
+    ),
+    Quote("docs/converged.md", "verdict-cpu"),
+    Quote("docs/long-runs.md", "long-run-cpu"),
 )
 
 
@@ -262,16 +299,18 @@ def main(argv: list[str] | None = None) -> int:
         "report", help="check the figures of a folder of results against their targets"
     )
     reporting.add_argument("folder", type=Path)
-    reporting.add_argument(
-        "--readme", type=Path, help="a file whose tables are to be replaced by those of the folder"
-    )
     reporting.set_defaults(act=report)
+    quoting = commands.add_parser(
+        "quote", help="put the tables of a folder of results into README and documentation"
+    )
+    quoting.add_argument("folder", type=Path)
+    quoting.set_defaults(act=quote_here)
     arguments = parser.parse_args(argv)
     return arguments.act(arguments)
 
 
 def report(arguments: argparse.Namespace) -> int:
-    """Check the figures, and put tables into a README."""
+    """Check the figures."""
     from benchmarks.targets import check
 
     if not arguments.folder.is_dir():
@@ -280,18 +319,26 @@ def report(arguments: argparse.Namespace) -> int:
     found = check(arguments.folder)
     (arguments.folder / "targets.md").write_text(found, encoding="utf-8")
     print(found)
-    if arguments.readme is not None:
-        replaced = quote(arguments.folder, arguments.readme)
-        print(f"{arguments.readme}: {', '.join(replaced) or 'nothing'} replaced")
     return 0
 
 
-def quote(folder: Path, readme: Path) -> list[str]:
-    """Replace the README's tables by those of a folder; which ones it has."""
+def quote_here(arguments: argparse.Namespace) -> int:
+    """Put the tables of a folder into the pages of this checkout."""
+    print(*quote(arguments.folder, ROOT), sep="\n")
+    return 0
+
+
+def quote(folder: Path, checkout: Path) -> list[str]:
+    """Replace the tables of README and documentation by those of a folder; which ones it has, as `page: name`."""
     replaced = []
-    for name, (begin, end) in QUOTED.items():
-        table = folder / f"{name}.md"
-        if table.exists():
-            put_between(readme, begin, end, table.read_text(encoding="utf-8"))
-            replaced.append(name)
+    for one in QUOTED:
+        stored = folder / f"{one.name}.json"
+        if not stored.exists():
+            continue
+        if one.table is None:
+            text = stored.with_suffix(".md").read_text(encoding="utf-8")
+        else:
+            text = one.table(json.loads(stored.read_text(encoding="utf-8")))
+        put_between(checkout / one.page, one.begin, one.end, text)
+        replaced.append(f"{one.page}: {one.name}")
     return replaced

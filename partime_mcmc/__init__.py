@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     from partime_mcmc.warmup.pooled import PooledAdaptation
     from partime_mcmc.warmup.warmup import WindowAdaptation
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "AllAtOnce",

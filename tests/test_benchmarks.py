@@ -128,12 +128,26 @@ def test_targets_find_their_rows_in_the_committed_results(target):
     assert target.found(RESULTS) > 0
 
 
-def test_the_readme_is_written_from_the_results(tmp_path):
-    readme = tmp_path / "README.md"
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    readme.write_text(text, encoding="utf-8")
-    assert set(suite.quote(RESULTS, readme)) == set(QUOTED)
-    assert readme.read_text(encoding="utf-8") == text
-    readme.write_text(text.replace("<!-- end of posteriors -->", ""), encoding="utf-8")
-    with pytest.raises(ValueError, match="end of posteriors.*missing"):
-        suite.quote(RESULTS, readme)
+@pytest.fixture
+def pages(tmp_path):
+    """A folder with the pages that quote tables."""
+    for one in QUOTED:
+        copy = tmp_path / one.page
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text((ROOT / one.page).read_text(encoding="utf-8"), encoding="utf-8")
+    return tmp_path
+
+
+def test_tables_of_readme_and_documentation_are_written_from_the_results(pages):
+    assert len(suite.quote(RESULTS, pages)) == len(QUOTED)
+    for one in QUOTED:
+        assert (pages / one.page).read_text(encoding="utf-8") == (ROOT / one.page).read_text(
+            encoding="utf-8"
+        ), f"{one.page}: run `python -m benchmarks quote benchmarks/results`"
+
+
+def test_a_table_without_its_place_is_missed(pages):
+    page = pages / "README.md"
+    page.write_text(page.read_text(encoding="utf-8").replace("<!-- end of posteriors-cpu -->", ""))
+    with pytest.raises(ValueError, match="end of posteriors-cpu.*missing"):
+        suite.quote(RESULTS, pages)
