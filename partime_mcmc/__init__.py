@@ -1,6 +1,6 @@
 """partime_mcmc: Markov chain Monte Carlo and recurrent systems, parallel over time.
 
-engine        Dynamics, solve, rollout, residual; Solution, Status, Tolerance
+engine        Dynamics, solve, iterates, rollout, residual; Solution, Status, Tolerance
 recipes       sequential, deer, quasi_deer, elk, quasi_elk, picard, jacobi, shooting
 windows       AllAtOnce, Windows, SlidingWindow
 kernels       from_blackjax, coalescing_hmc, hmc, mala, nuts, random_walk, Kernel
@@ -44,6 +44,7 @@ from partime_mcmc.engine import (
     sequential,
     shooting,
 )
+from partime_mcmc.engine.iterates import iterates
 from partime_mcmc.engine.solve import solve
 from partime_mcmc.extras import import_name as _import_name
 from partime_mcmc.rnn.unroll import unroll
@@ -106,6 +107,7 @@ __all__ = [
     "from_numpyro",
     "hmc",
     "hosts",
+    "iterates",
     "jacobi",
     "mala",
     "nuts",
