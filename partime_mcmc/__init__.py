@@ -3,7 +3,7 @@
 engine        Dynamics, solve, iterates, rollout, residual; Solution, Status, Tolerance
 recipes       sequential, deer, quasi_deer, elk, quasi_elk, picard, jacobi, shooting
 windows       AllAtOnce, Windows, SlidingWindow
-kernels       from_blackjax, coalescing_hmc, hmc, mala, nuts, random_walk, Kernel
+kernels       from_blackjax, coalescing_hmc, hmc, mala, nuts, random_walk, gibbs, Kernel
 coupling      CommonRandomNumbers, MultishiftCoupling
 sampling      Target, from_numpyro, sample, resume, Draws, PooledAdaptation, WindowAdaptation
 long runs     Store, open_draws, StoredDraws
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from partime_mcmc.kernels.blackjax import from_blackjax
     from partime_mcmc.kernels.builders import coalescing_hmc, hmc, mala, nuts, random_walk
     from partime_mcmc.kernels.coupling import CommonRandomNumbers, MultishiftCoupling
+    from partime_mcmc.kernels.gibbs import gibbs
     from partime_mcmc.kernels.kernel import Kernel
     from partime_mcmc.numpyro.kernels import CoalescingHMC
     from partime_mcmc.numpyro.mcmc import ParallelMCMC
@@ -105,6 +106,7 @@ __all__ = [
     "elk",
     "from_blackjax",
     "from_numpyro",
+    "gibbs",
     "hmc",
     "hosts",
     "iterates",
@@ -138,6 +140,7 @@ _LAZY = {
         "kernels.blackjax": "from_blackjax",
         "kernels.builders": "coalescing_hmc hmc mala nuts random_walk",
         "kernels.coupling": "CommonRandomNumbers MultishiftCoupling",
+        "kernels.gibbs": "gibbs",
         "kernels.kernel": "Kernel",
         "numpyro.kernels": "CoalescingHMC",
         "numpyro.mcmc": "ParallelMCMC",
