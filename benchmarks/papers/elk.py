@@ -1,17 +1,15 @@
-"""Stable and scalable evaluation of nonlinear recurrences: quasi-DEER and ELK (arXiv:2407.19115).
+"""Stable evaluation of nonlinear recurrences: DEER inside a trust region, ELK (arXiv:2407.19115).
 
-Three recurrences. *A network that feeds on itself*: a GRU trained to predict a noisy sine wave runs on its own predictions
+Two recurrences. *A network that feeds on itself*: a GRU trained to predict a noisy sine wave runs on its own predictions
 with noise, float32; along the first guess products of Jacobians grow by the step, and Newton's method overflows where a
 trust region does not (`benchmarks.gru_autoregressive` has the cell and its training). *Lorenz-96*: five numbers, forcing 8,
-Runge–Kutta steps of 0.01, chaotic. *A network that is driven*: a GRU on noise at two widths, for memory and time.
+Runge–Kutta steps of 0.01, chaotic.
 
 ELK's trust region has a damping λ; λ = 0 is DEER. The papers choose one by a sweep; `elk()` here lets it fall with the
 residual ("automatic"). scale-ELK is the variant without a smoother that multiplies every Jacobian by 1 − k.
 """
 
 from __future__ import annotations
-
-import math
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +30,6 @@ from benchmarks.papers.experiment import (
     times,
 )
 from partime_mcmc import Dynamics, deer, elk, quasi_deer, quasi_elk
-from partime_mcmc.rnn import gru, gru_params
 from partime_mcmc.solvers import ConstantDamping
 
 SMALL = {
@@ -40,20 +37,16 @@ SMALL = {
     "num_updates": 600,
     "max_iterations": 100,
     "dampings": (1e-6, 1e-4, 1e-2),
-    "widths": (4, 32),
     "num_chaotic": 300,
-    "repeats": 2,
 }
 PAPER = {
     "num_steps": 10_000,
     "num_updates": 600,
     "max_iterations": 1000,
     "dampings": (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2),
-    "widths": (8, 16, 32, 64),
     "num_chaotic": 1000,
-    "repeats": 3,
 }
-_ITSELF, _CHAOS, _DRIVEN = "GRU on its own predictions", "Lorenz-96", "GRU on noise"
+_ITSELF, _CHAOS = "GRU on its own predictions", "Lorenz-96"
 
 
 def lorenz96(forcing, state, _):
@@ -68,13 +61,8 @@ def lorenz96(forcing, state, _):
     return state + 0.01 / 6 * (k1 + 2 * k2 + 2 * k3 + field(state + 0.01 * k3))
 
 
-def driven(params, state, drive):
-    """A GRU's carry."""
-    return gru(params, state, drive)[0]
-
-
-def run(num_steps, num_updates, max_iterations, dampings, widths, num_chaotic, repeats) -> Findings:
-    """All three recurrences."""
+def run(num_steps, num_updates, max_iterations, dampings, num_chaotic) -> Findings:
+    """Both recurrences."""
     weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), train(4, num_updates))
     noise = 0.5 * jnp.asarray(np.random.default_rng(1).normal(size=(num_steps, 1)), jnp.float32)
     start = jnp.zeros(4, jnp.float32), jnp.zeros(1, jnp.float32)
@@ -114,21 +102,10 @@ def run(num_steps, num_updates, max_iterations, dampings, widths, num_chaotic, r
         max_iterations=num_chaotic,
         repeats=1,
     )
-    for width in widths:
-        params = gru_params(jax.random.key(width), width, width)
-        inputs = jax.random.normal(jax.random.key(1), (2 * num_steps, width), jnp.float32)
-        rows += solved(
-            f"{_DRIVEN}, D = {width}",
-            Dynamics(driven, params),
-            jnp.zeros(width, jnp.float32),
-            inputs,
-            {"DEER": deer(), "quasi-DEER": quasi_deer(clip=None)},
-            repeats=repeats,
-        )
-    return Findings(rows, claims(rows, dampings, widths), figure(rows, dampings))
+    return Findings(rows, claims(rows, dampings), figure(rows, dampings))
 
 
-def claims(rows: list[dict], dampings, widths) -> list[Claim]:
+def claims(rows: list[dict], dampings) -> list[Claim]:
     """What the paper says, beside the rows."""
     itself = lambda method: row_of(rows, problem=_ITSELF, method=method)
     chaos = lambda method: row_of(rows, problem=_CHAOS, method=method)
@@ -138,19 +115,7 @@ def claims(rows: list[dict], dampings, widths) -> list[Claim]:
     sweep = [itself(f"ELK, λ = {value:g}") for value in dampings]
     right = [row for row in sweep if converged(row)] or sweep
     best = min(right, key=lambda row: row["iterations"])
-    narrow, wide = (
-        {
-            method: row_of(rows, problem=f"{_DRIVEN}, D = {width}", method=method)
-            for method in ("DEER", "quasi-DEER")
-        }
-        for width in (widths[0], widths[-1])
-    )
     top = lambda row: max(row["history"])
-    memory = {name: one["temp_bytes"] / 2**20 for name, one in wide.items()}
-    per_iteration = lambda row: row["seconds"] / (row["iterations"] + 1)
-    growth = math.log(per_iteration(wide["DEER"]) / per_iteration(narrow["DEER"])) / math.log(
-        widths[-1] / widths[0]
-    )
     chaotic = [row for row in rows if row["problem"] == _CHAOS]
     damped_chaos = chaos("ELK, automatic")
     undamped = [row for row in chaotic if row is not damped_chaos]
@@ -211,36 +176,6 @@ def claims(rows: list[dict], dampings, widths) -> list[Claim]:
             f"Lorenz-96: ELK, automatic λ, {verdict(damped_chaos)}, {damped_chaos['exact_steps']} exact steps",
             not converged(damped_chaos),
             "λ fell fast enough for ELK to become Newton's method in time",
-        ),
-        judged(
-            "arXiv:2407.19115",
-            "quasi-DEER converges comparably to DEER",
-            f"GRU on noise, D = {widths[-1]}: DEER {wide['DEER']['iterations']}, "
-            f"quasi-DEER {wide['quasi-DEER']['iterations']} iterations",
-            wide["quasi-DEER"]["iterations"] <= 5 * wide["DEER"]["iterations"],
-        ),
-        judged(
-            "arXiv:2407.19115",
-            "quasi-DEER uses less memory",
-            f"temporary memory at D = {widths[-1]}, T = {wide['DEER']['T']:,}: DEER {memory['DEER']:.1f} MiB, "
-            f"quasi-DEER {memory['quasi-DEER']:.1f} MiB",
-            memory["quasi-DEER"] < memory["DEER"],
-        ),
-        judged(
-            "arXiv:2407.19115",
-            "quasi-DEER is faster",
-            f"D = {widths[-1]}: quasi-DEER {times(wide['quasi-DEER'])}; DEER {times(wide['DEER'])}",
-            wide["quasi-DEER"]["seconds"] < wide["DEER"]["seconds"],
-            "both take D Jacobian products per step, which is most of the time where the scan is not a tree of matrix products",
-        ),
-        judged(
-            "arXiv:2407.19115",
-            "an iteration of DEER costs D³ per step",
-            f"time of an iteration from D = {widths[0]} to {widths[-1]} grows like D^{growth:.1f}; "
-            f"D = {widths[-1]}: {times(wide['DEER'])}",
-            growth > 2.5,
-            f"on {jax.default_backend()} small matrices cost no more than their overhead, and on a CPU the scan is a loop that "
-            "applies matrices to a vector, D² per step",
         ),
     ]
 

@@ -1,11 +1,7 @@
 """Predictability enables parallelisation: iterations against the largest Lyapunov exponent (arXiv:2508.16817).
 
-*Mean-field network*: x_t = W tanh(x_{t-1}) + u_t with W_ij ~ N(0, g²/D): the gain g moves the largest Lyapunov exponent
-(LLE) through zero, and DEER's iterations with it. *Two wells*: Langevin dynamics in the potential (x² − 1)²/4 with the same
-noise from everywhere: it hops between wells and is predictable all the same. *Observers of chaotic flows*: the Lorenz and
-Rössler flows are chaotic, an observer that sees one of their coordinates, z' = flow(z) + K (y − C z), is not.
-
-The bound on iterations is T, which the theorem allows; DEER is the paper's, without clipping or damping.
+A mean-field network, x_t = W tanh(x_{t-1}) + u_t with W_ij ~ N(0, g²/D): the gain g moves the largest Lyapunov exponent
+(LLE) through zero, and DEER's iterations with it. The bound on iterations is T, which the theorem allows; DEER is the paper's, without clipping or damping.
 """
 
 from __future__ import annotations
@@ -22,15 +18,12 @@ from scipy.stats import spearmanr
 from benchmarks.papers.experiment import (
     Claim,
     Findings,
-    converged,
     judged,
     panels,
     ratio,
-    row_of,
-    solved,
     times,
 )
-from partime_mcmc import Dynamics, Status, deer, iterates, quasi_deer, rollout, solve
+from partime_mcmc import Dynamics, Status, iterates, rollout, solve
 from partime_mcmc.forgetting.lyapunov import lyapunov
 
 SMALL = {
@@ -38,59 +31,18 @@ SMALL = {
     "num_gains": 10,
     "lengths": (40, 160),
     "num_exponent": 2000,
-    "num_langevin": 4096,
-    "num_flow": 512,
-    "repeats": 2,
 }
 PAPER = {
     "dimension": 100,
     "num_gains": 50,
     "lengths": (256, 1024),
     "num_exponent": 10_000,
-    "num_langevin": 100_000,
-    "num_flow": 10_000,
-    "repeats": 2,
 }
-_FLOWS = ("Lorenz", "Rössler")
-# Which coordinate is seen, the gain K that it acts with, and the step size. With K = (10, 28, 0) the first two equations of the
-# Lorenz flow take x from the observation.
-_SEEN = {"Lorenz": 0, "Rössler": 1}
-_GAINS = {"Lorenz": (10.0, 28.0, 0.0), "Rössler": (0.0, 2.0, 0.0)}
-_STEPS = {"Lorenz": 0.01, "Rössler": 0.05}
 
 
 def mean_field(weights, state, drive):
     """A step of the network."""
     return weights @ jnp.tanh(state) + drive
-
-
-def two_wells(step_size, state, noise):
-    """An Euler–Maruyama step of Langevin dynamics at temperature 0.15."""
-    return state - step_size * (state**3 - state) + jnp.sqrt(2 * 0.15 * step_size) * noise
-
-
-def flow(name: str, state):
-    """The velocity of a chaotic flow in three dimensions."""
-    x, y, z = state
-    if name == "Lorenz":
-        return jnp.stack([10 * (y - x), x * (28 - z) - y, x * y - 8 / 3 * z])
-    return jnp.stack([-y - z, x + 0.2 * y, 0.2 + z * (x - 5.7)])
-
-
-def pushed(name: str, step_size, gain, state, observed):
-    """A Runge–Kutta step of a flow that is drawn to what is observed; with a gain of 0 it is the flow itself.
-
-    The Lorenz flow is seen through x, the Rössler flow through y.
-    """
-    seen = _SEEN[name]
-
-    def field(s):
-        return flow(name, s) + gain * (observed - s[seen])
-
-    k1 = field(state)
-    k2 = field(state + 0.5 * step_size * k1)
-    k3 = field(state + 0.5 * step_size * k2)
-    return state + step_size / 6 * (k1 + 2 * k2 + 2 * k3 + field(state + step_size * k3))
 
 
 def network_rows(dimension: int, num_gains: int, lengths, num_exponent: int) -> list[dict]:
@@ -147,39 +99,9 @@ def _timed(function, arguments):
     return value, time.perf_counter() - begin
 
 
-def with_exponent(row: dict, dynamics, initial, drives) -> dict:
-    """A row with the exponent along the loop's path."""
-    path = jax.jit(rollout)(dynamics, initial, drives)
-    found = lyapunov(dynamics, initial, path, drives, key=jax.random.key(0))
-    return row | {"exponent": float(found.exponent)}
-
-
-def run(dimension, num_gains, lengths, num_exponent, num_langevin, num_flow, repeats) -> Findings:
-    """All three."""
+def run(dimension, num_gains, lengths, num_exponent) -> Findings:
+    """Iterations over gains, and the merit of the iterates of three of them."""
     rows = network_rows(dimension, num_gains, lengths, num_exponent)
-    noise = jnp.asarray(np.random.default_rng(1).normal(size=num_langevin))
-    wells = Dynamics(two_wells, jnp.asarray(0.05)), jnp.asarray(-1.0), noise
-    (row,) = solved("two wells", *wells, {"DEER": deer()}, repeats=repeats)
-    crossings = int(np.sum(np.diff(np.sign(np.asarray(jax.jit(rollout)(*wells)))) != 0))
-    rows.append(with_exponent(row, *wells) | {"crossings": crossings})
-    for name in _FLOWS:
-        step = functools.partial(pushed, name, _STEPS[name])
-        alone, observer = Dynamics(step, jnp.zeros(3)), Dynamics(step, jnp.asarray(_GAINS[name]))
-        nothing = jnp.zeros(num_flow)
-        truth = jax.jit(rollout)(alone, jnp.ones(3), jnp.zeros(2 * num_flow))
-        start, seen = truth[num_flow - 1], truth[num_flow:, _SEEN[name]]
-        methods = {"DEER": deer(), "quasi-DEER": quasi_deer(clip=None)}
-        given = alone, start, nothing
-        (row,) = solved(
-            f"{name} flow", *given, {"DEER": deer()}, max_iterations=num_flow, repeats=repeats
-        )
-        rows.append(with_exponent(row, *given))
-        # The observer does not know where the flow began.
-        given = observer, jnp.zeros(3), seen
-        for row in solved(
-            f"{name} observer", *given, methods, max_iterations=num_flow, repeats=repeats
-        ):
-            rows.append(with_exponent(row, *given))
     merits = {}
     base = jnp.asarray(np.random.default_rng(0).normal(size=(dimension, dimension)))
     base, start = base / dimension**0.5, jnp.ones(dimension)
@@ -204,11 +126,6 @@ def claims(rows: list[dict], lengths) -> list[Claim]:
     ).statistic
     tame_short = [row for row in shortest if row["gain"] in {row["gain"] for row in tame}]
     wild_short = [row for row in shortest if row["gain"] in {row["gain"] for row in wild}]
-    wells = row_of(rows, problem="two wells")
-    flows = [row_of(rows, problem=f"{name} flow") for name in _FLOWS]
-    observers = [row_of(rows, problem=f"{name} observer", method="DEER") for name in _FLOWS]
-    quasi = [row_of(rows, problem=f"{name} observer", method="quasi-DEER") for name in _FLOWS]
-    said = lambda row: f"{row['problem']} {row['iterations']} iterations, LLE {row['exponent']:.3f}"
     fastest = max(tame, key=ratio)
     return [
         judged(
@@ -242,42 +159,6 @@ def claims(rows: list[dict], lengths) -> list[Claim]:
             f"mean-field network, gain {fastest['gain']:.2f}: {times(fastest)}",
             ratio(fastest) > 1,
             f"on {jax.default_backend()} {fastest['D']} Jacobian products per step and iteration cost more than the steps of the loop",
-        ),
-        judged(
-            "arXiv:2508.16817",
-            "Langevin dynamics in two wells has a negative exponent and takes few iterations, though the path hops",
-            f"T = {wells['T']:,}: LLE {wells['exponent']:.3f}, {wells['crossings']} changes of sign, {wells['iterations']} "
-            f"iterations, {times(wells)}",
-            converged(wells) and wells["exponent"] < 0 and wells["iterations"] < 50,
-        ),
-        judged(
-            "arXiv:2508.16817",
-            "an observer of a chaotic flow has a negative exponent where the flow's is positive",
-            "; ".join(
-                f"{row['problem']} {row['exponent']:.4f} per step" for row in (*flows, *observers)
-            ),
-            all(row["exponent"] > 0 for row in flows)
-            and all(row["exponent"] < 0 for row in observers),
-        ),
-        judged(
-            "arXiv:2508.16817",
-            "DEER solves observers in fewer iterations than the flows they observe",
-            "; ".join(map(said, (*flows, *observers)))
-            + f"; largest residual of the observers {max(row['residual'] for row in observers):.0e}",
-            all(
-                converged(one) and one["iterations"] < other["iterations"]
-                for one, other in zip(observers, flows)
-            ),
-        ),
-        judged(
-            "the method",
-            "quasi-DEER solves the observers, too",
-            "; ".join(
-                f"{row['problem']}: {row['status']} after {row['iterations']} iterations"
-                for row in quasi
-            ),
-            all(map(converged, quasi)) and all(row["iterations"] < row["T"] / 2 for row in quasi),
-            "the diagonal of a rotation says nothing of where it turns",
         ),
     ]
 
