@@ -29,6 +29,8 @@ from partime_mcmc.rnn import gru, gru_params, unroll_with_status
 
 SMALL = {
     "widths": (2, 16),
+    "short_widths": (2,),
+    "gradient_widths": (16,),
     "lengths": (1_000, 10_000),
     "largest": 2**24,
     "loop_steps": 10_000,
@@ -36,6 +38,8 @@ SMALL = {
 }
 PAPER = {
     "widths": (1, 4, 16, 64),
+    "short_widths": (1, 4, 16, 64),
+    "gradient_widths": (1, 4, 16, 64),
     "lengths": (1_000, 10_000, 100_000, 1_000_000),
     "largest": 2**30,
     "loop_steps": 1000,
@@ -112,15 +116,17 @@ def network_rows(
     return rows
 
 
-def run(widths, lengths, largest, loop_steps, repeats) -> Findings:
+def run(widths, short_widths, gradient_widths, lengths, largest, loop_steps, repeats) -> Findings:
     """Speed over sizes."""
     rows = []
     for length in lengths:
-        # Short sequences show how the gain depends on the length; everything else is measured on the longest.
+        # Shorter sequences show how the gain depends on the length; everything else is measured on the longest.
         longest = length == lengths[-1]
-        kinds = ("forward", "gradient") if longest else ("forward",)
         names = tuple(_METHODS) if longest else ("DEER",)
-        for width in widths:
+        for width in widths if longest else short_widths:
+            kinds = (
+                ("forward", "gradient") if longest and width in gradient_widths else ("forward",)
+            )
             if length * width**2 <= largest:
                 rows += network_rows(width, length, kinds, names, loop_steps, repeats)
     return Findings(rows, claims(rows), figure(rows))
@@ -133,7 +139,7 @@ def claims(rows: list[dict]) -> list[Claim]:
     gradient = [row for row in network if "gradient" in row["problem"] and row["method"] == "DEER"]
     chosen = [row for row in network if row["method"] != "DEER"]
     best, best_chosen = max(forward, key=ratio), max(chosen, key=ratio)
-    width = best["D"]
+    width = forward[0]["D"]
     by_length = sorted((row for row in forward if row["D"] == width), key=lambda row: row["T"])
     longest = min(row["T"] for row in (forward[-1], by_length[-1]))
     by_width = sorted((row for row in forward if row["T"] == longest), key=lambda row: row["D"])

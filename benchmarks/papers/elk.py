@@ -34,10 +34,10 @@ from partime_mcmc.solvers import ConstantDamping
 
 SMALL = {
     "num_steps": 1024,
-    "num_updates": 600,
-    "max_iterations": 100,
+    "num_updates": 400,
+    "max_iterations": 60,
     "dampings": (1e-6, 1e-4, 1e-2),
-    "num_chaotic": 300,
+    "num_chaotic": 200,
 }
 PAPER = {
     "num_steps": 10_000,

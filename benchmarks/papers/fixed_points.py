@@ -35,7 +35,7 @@ from benchmarks.papers.experiment import (
 )
 from partime_mcmc import Dynamics, deer, jacobi, picard, quasi_deer
 
-SMALL = {"num_steps": 512, "dimension": 8, "repeats": 3}
+SMALL = {"num_steps": 512, "dimension": 8, "repeats": 1}
 PAPER = {"num_steps": 8192, "dimension": 32, "repeats": 3}
 
 METHODS = {

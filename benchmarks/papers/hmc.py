@@ -34,9 +34,9 @@ from partime_mcmc.models.banana import logdensity as banana
 from partime_mcmc.solvers import Newton
 
 SMALL = {
-    "num_banana": 4096,
+    "num_banana": 2048,
     "trajectory": {"num_steps": 64, "num_data": 250, "dimension": 9},
-    "repeats": 2,
+    "repeats": 1,
 }
 PAPER = {
     "num_banana": 100_000,
@@ -89,7 +89,7 @@ def run(num_banana, trajectory, repeats) -> Findings:
         "DEER": deer(),
         "shooting": shooting(32),
     }
-    rows = solved(_BANANA, *bent, methods, max_iterations=400, repeats=repeats)
+    rows = solved(_BANANA, *bent, methods, max_iterations=300, repeats=repeats)
     rows += trajectory_rows(**trajectory, repeats=repeats)
     return Findings(rows, claims(rows), figure(rows))
 

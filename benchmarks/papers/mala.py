@@ -37,8 +37,8 @@ from partime_mcmc import SlidingWindow, deer, iterates, mala, quasi_deer, shooti
 
 SMALL = {
     "logistic": {"num_steps": 512, "num_data": 250, "dimension": 9, "step_size": 0.006},
-    "num_mixture": 4096,
-    "repeats": 2,
+    "num_mixture": 2048,
+    "repeats": 1,
 }
 PAPER = {
     "logistic": {"num_steps": 2048, "num_data": 1000, "dimension": 25, "step_size": 0.0015},
@@ -134,7 +134,7 @@ def early_stopping(given, num_steps: int) -> dict:
     watch = jax.jit(lambda *args: iterates(*args, solver=deer(), num_iterations=40))
     found = watch(*given)
     rng = np.random.default_rng(5)
-    count = min(num_steps - num_steps % 256, 4096)
+    count = min(num_steps - num_steps % 256, 1024)
 
     def exact():
         return jnp.asarray(MODES[rng.integers(4, size=count)] + rng.normal(size=(count, 2)))

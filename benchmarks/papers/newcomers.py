@@ -40,8 +40,8 @@ SMALL = {
     "dimensions": (25, 400),
     "num_walk": 1024,
     "window": 128,
-    "network": {"num_steps": 512, "num_units": 8, "num_series": 16, "num_updates": 100},
-    "repeats": 2,
+    "network": {"num_steps": 512, "num_units": 8, "num_series": 16, "num_updates": 60},
+    "repeats": 1,
 }
 PAPER = {
     "dimensions": (100, 400, 1600, 6400),

@@ -30,7 +30,7 @@ from benchmarks.papers.experiment import (
 from partime_mcmc import Dynamics, deer, quasi_deer, rollout
 from partime_mcmc.forgetting.lyapunov import lyapunov
 
-SMALL = {"num_langevin": 4096, "num_flow": 1024, "repeats": 2}
+SMALL = {"num_langevin": 4096, "num_flow": 1024, "repeats": 1}
 PAPER = {"num_langevin": 100_000, "num_flow": 10_000, "repeats": 2}
 _FLOWS = ("Lorenz", "Rössler")
 # Which coordinate is seen, the gain K that it acts with, and the step size. With K = (10, 28, 0) the first two equations of the

@@ -25,7 +25,7 @@ from benchmarks.papers.experiment import (
 from partime_mcmc import Dynamics, deer, quasi_deer
 from partime_mcmc.rnn import gru, gru_params
 
-SMALL = {"num_steps": 1024, "widths": (4, 32), "repeats": 3}
+SMALL = {"num_steps": 1024, "widths": (4, 32), "repeats": 2}
 PAPER = {"num_steps": 16_384, "widths": (8, 16, 32, 64), "repeats": 3}
 _METHODS = {
     "DEER": deer(),
