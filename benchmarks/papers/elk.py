@@ -126,6 +126,8 @@ def claims(rows: list[dict], dampings) -> list[Claim]:
             "DEER can be numerically unstable: on a network that feeds on itself its iterates grow before they converge",
             f"largest residual on the way {top(newton):.1e}; {verdict(newton)}, residual {newton['residual']:.0e}",
             top(newton) > 1e3 or not converged(newton),
+            "products of Jacobians along the first guess grow with its length and with how long the network was trained: with 4,096 "
+            "steps and 600 updates they reach 1.8e+38 and 67 iterations (`benchmarks/results/gru-autoregressive.md`)",
         ),
         judged(
             "arXiv:2407.19115",
@@ -142,6 +144,8 @@ def claims(rows: list[dict], dampings) -> list[Claim]:
             f"quasi-DEER: {verdict(quasi)}; quasi-ELK, λ = 0.1: {verdict(damped)}, {times(damped)}",
             converged(damped)
             and (not converged(quasi) or damped["iterations"] < quasi["iterations"]),
+            "its residual is smaller, but a diagonal wants some hundred iterations more than are allowed here; which λ is enough "
+            "depends on the noise (`benchmarks/results/gru-autoregressive.md`)",
         ),
         judged(
             "arXiv:2407.19115",

@@ -324,7 +324,12 @@ def claims_table(claims: list[dict]) -> str:
 def rows_table(rows: list[dict]) -> str:
     """All rows with the columns that any of them has."""
     columns = list(
-        dict.fromkeys(key for row in rows for key in row if key not in ("temp_bytes", "history"))
+        dict.fromkeys(
+            key
+            for row in rows
+            for key in row
+            if key != "temp_bytes" and not isinstance(row[key], list)
+        )
     )
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for row in rows:
