@@ -2,7 +2,7 @@
 
 Each option names a checkout: lindermanlab/elk, machine-discovery/deer, lindermanlab/parallel-mcmc; those that are not given are
 left out. Two recurrences, float32: a GRU on noise, and MALA on four normals in the plane with BlackJAX's keys. Every code gets
-the same function, the same first guess and at most T iterations, and is compared with `lax.scan` over that function, in turn
+the same function, the same first guess and at most 200 iterations, and is compared with `lax.scan` over that function, in turn
 in one process. Beside every time stands the residual of the path that was returned, measured here, and whether it is within
 the tolerance of `solve`: these codes stop by the size of the last update, and two of them turn NaN into zeros on the way.
 Two were written for a JAX whose `clip` had other names for its bounds, under which it serves them here; a code that cannot be
@@ -40,6 +40,8 @@ REPOSITORIES = {
     "parallel_mcmc": "lindermanlab/parallel-mcmc",
 }
 
+_ITERATIONS = 200
+
 
 def peers(folders: dict[str, Path | None]) -> dict[str, Callable]:
     """The peers' solvers by name, `(step, params, initial, drives, guess) -> (states, iterations or None)`.
@@ -70,7 +72,7 @@ def _elk(folder: Path) -> dict[str, Callable]:
 
     def by(step, params, initial, drives, guess, **options):
         return seq1d(
-            step, initial, drives, params, yinit_guess=guess, max_iter=len(guess), **options
+            step, initial, drives, params, yinit_guess=guess, max_iter=_ITERATIONS, **options
         )
 
     return {"elk: DEER": by, "elk: quasi-DEER": functools.partial(by, quasi=True)}
@@ -84,7 +86,7 @@ def _deer(folder: Path) -> dict[str, Callable]:
         sys.path.remove(str(folder))
 
     def by(step, params, initial, drives, guess):
-        method = sequence.DEER(yinit_guess=guess, max_iter=len(guess))
+        method = sequence.DEER(yinit_guess=guess, max_iter=_ITERATIONS)
         return sequence.seq1d(step, initial, drives, params, method=method).value, None
 
     return {"deer: DEER": by}
@@ -101,7 +103,7 @@ def _parallel_mcmc(folder: Path) -> dict[str, Callable]:
             drives,
             given,
             yinit_guess=guess,
-            max_iter=len(guess),
+            max_iter=_ITERATIONS,
             clip_val=1.0,
         )
 
@@ -151,9 +153,9 @@ def measure(name: str, problem: tuple, others: dict[str, Callable], repeats: int
         "ours: quasi-DEER, 1 probe": quasi_deer(num_probes=1),
         "ours: shooting": shooting(64),
     }
-    runs: dict[Any, tuple] = {None: (jax.jit(rollout), (dynamics, initial, drives))}
+    runs: dict[Any, tuple[Any, tuple]] = {None: (jax.jit(rollout), (dynamics, initial, drives))}
     for method, solver in ours.items():
-        run = functools.partial(solve, solver=solver, max_iterations=num_steps)
+        run = functools.partial(solve, solver=solver, max_iterations=_ITERATIONS)
         runs[method] = (jax.jit(run), (dynamics, initial, drives))
     failed = []
     with unittest.mock.patch.object(jnp, "clip", clip):
@@ -215,7 +217,7 @@ def table(rows: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> list[dict]:
     """Measure and write `peers-<platform>.json` and `.md`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=OUT)
     for name, repository in REPOSITORIES.items():
         parser.add_argument(

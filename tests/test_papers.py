@@ -100,7 +100,7 @@ def test_a_peer_is_called_as_its_checkout_defines(tmp_path):
     (tmp_path / "src" / "qdeer.py").write_text(
         "import jax\n"
         "def seq1d(func, y0, xinp, params, yinit_guess=None, max_iter=1, clip_val=1e8):\n"
-        "    assert params['key'] is not None and yinit_guess.shape == (max_iter, y0.size)\n"
+        "    assert params['key'] is not None and yinit_guess.shape == (3, y0.size) and max_iter == 200\n"
         "    move = lambda y, x: (func(y, x, params),) * 2\n"
         "    return jax.lax.scan(move, y0, xinp)[1], 7\n"
     )

@@ -13,7 +13,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from benchmarks.papers.experiment import NAMES, SIZES, report, run_experiment
+from benchmarks.papers.experiment import NAMES, SIZES, report, run_experiment, title_of
 from benchmarks.record import OUT, put_between
 
 BEGIN, END = "<!-- claims, from benchmarks/results/papers -->", "<!-- end of claims -->"
@@ -22,7 +22,7 @@ BEGIN, END = "<!-- claims, from benchmarks/results/papers -->", "<!-- end of cla
 def main(argv: list[str] | None = None) -> int:
     """The command line; 1 if an experiment failed."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.papers", description=__doc__.splitlines()[0]
+        prog="python -m benchmarks.papers", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("name", nargs="?", choices=[*NAMES, "all", "none"])
     parser.add_argument("--list", action="store_true", help="show the experiments")
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     if flags.list:
         for name in NAMES:
             module = importlib.import_module(f"benchmarks.papers.{name}")
-            print(f"{name:15} {module.__doc__.splitlines()[0]}")
+            print(f"{name:15} {title_of(module)}")
         return 0
     if flags.name is None:
         parser.error(f"name: wanted one of {', '.join(NAMES)}, all, none, or --list")

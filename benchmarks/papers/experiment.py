@@ -16,7 +16,8 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any, Callable
+from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -122,8 +123,8 @@ def solved(
     )
     options = options or {}
     arguments = (dynamics, initial, drives)
-    programs: dict[Any, Callable] = {}
-    runs: dict[Any, tuple] = {None: (jax.jit(rollout), arguments)}
+    programs: dict[Any, _Program] = {}
+    runs: dict[Any, tuple[Any, tuple]] = {None: (jax.jit(rollout), arguments)}
     for name, solver in solvers.items():
         # Solvers that differ in numbers only, such as a damping, share one program.
         key = jax.tree.structure(solver), bounds[name], str(options.get(name))
@@ -234,7 +235,7 @@ def said(row: dict) -> str:
     return f"T = {row['T']:,}: {row['status']} after {row['iterations']} iterations, {times(row)}"
 
 
-def chain(kernel: Kernel, position: Any, num_steps: int, seed: int) -> tuple:
+def chain(kernel: Kernel, position: Any, num_steps: int, seed: int) -> tuple[Dynamics, Any, Any]:
     """A kernel's recurrence with its random numbers."""
     state = kernel.init(position)
     return (
@@ -281,7 +282,7 @@ def run_experiment(name: str, size: str, out: Path, **changed: Any) -> Findings:
         "rows": [_finite(row) for row in found.rows],
         "claims": [dataclasses.asdict(claim) for claim in found.claims],
     }
-    text = f"# {module.__doc__.splitlines()[0]}\n\n{claims_table(record['claims'])}\n{rows_table(found.rows)}"
+    text = f"# {title_of(module)}\n\n{claims_table(record['claims'])}\n{rows_table(found.rows)}"
     keep(out / f"{stem}.json", record, text)
     # The same numbers give the same file: no date, no random names of clipping paths.
     with matplotlib.rc_context({"svg.hashsalt": stem, "svg.fonttype": "none"}):
@@ -292,6 +293,11 @@ def run_experiment(name: str, size: str, out: Path, **changed: Any) -> Findings:
         flush=True,
     )
     return found
+
+
+def title_of(module: ModuleType) -> str:
+    """The first line of an experiment's docstring."""
+    return (module.__doc__ or "").splitlines()[0]
 
 
 def _finite(row: dict) -> dict:
@@ -352,7 +358,7 @@ def report(folder: Path, platform: str = "cpu", size: str = "small") -> str:
     parts, count, right, missing = [], 0, 0, []
     for name in NAMES:
         stem = f"{name}-{size}-{platform}"
-        title = importlib.import_module(f"benchmarks.papers.{name}").__doc__.splitlines()[0]
+        title = title_of(importlib.import_module(f"benchmarks.papers.{name}"))
         if not (folder / f"{stem}.json").exists():
             missing.append(title)
             continue

@@ -16,6 +16,8 @@ only finds that nothing is left, is among them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,7 +80,7 @@ def denoise(means, state, times):
     return state + 0.5 * size * (state + score)
 
 
-def problems(num_steps: int, dimension: int) -> dict:
+def problems(num_steps: int, dimension: int) -> dict[str, tuple[Dynamics, Any, Any]]:
     """Recurrences by name: dynamics, initial state, drives."""
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape))

@@ -171,4 +171,5 @@ def _iterates(
         jax.eval_shape(advance, (begin, None))[1],
     )
     (end, _), rows = lax.scan(row, (begin, empty), length=num_iterations + 1)
-    return Iterates(*rows, end.status, end.iterations)
+    states, residuals, merit, num_exact = rows
+    return Iterates(states, residuals, merit, num_exact, end.status, end.iterations)

@@ -31,6 +31,10 @@ class SweepState(NamedTuple):
     position: PyTree
 
 
+class SweepInfo(NamedTuple):
+    """The info of a sweep: nothing is proposed, so that there is nothing to report."""
+
+
 def gibbs(blocks: Mapping[str, Callable[[dict, Array], Array]]) -> Kernel:
     """A systematic-scan Gibbs sampler.
 
@@ -81,7 +85,7 @@ def gibbs(blocks: Mapping[str, Callable[[dict, Array], Array]]) -> Kernel:
             new = block(dict(position), randomness[name])
             check_like(f"blocks: {name!r} returns", new, position[name], f"position[{name!r}]")
             position[name] = new
-        return SweepState(position), ()
+        return SweepState(position), SweepInfo()
 
     return Kernel(ExplicitRandomnessKernel(init, draw, step_with), name="gibbs")
 
