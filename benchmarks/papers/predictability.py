@@ -121,8 +121,11 @@ def claims(rows: list[dict], lengths) -> list[Claim]:
     wild = [row for row in longest if row["exponent"] > 0.05]
     largest = lambda some: max((row["iterations"] for row in some), default=0)
     least = lambda some: min((row["iterations"] for row in some), default=0)
-    columns = [[row[key] for row in longest] for key in ("exponent", "iterations")]
-    order = float(np.asarray(spearmanr(*columns))[0])
+    exponents, counts = (
+        [row["exponent"] for row in longest],
+        [row["iterations"] for row in longest],
+    )
+    order = float(np.asarray(spearmanr(exponents, counts))[0])
     tame_short = [row for row in shortest if row["gain"] in {row["gain"] for row in tame}]
     wild_short = [row for row in shortest if row["gain"] in {row["gain"] for row in wild}]
     fastest = max(tame, key=ratio)
