@@ -1,9 +1,9 @@
 """partime_mcmc: Markov chain Monte Carlo and recurrent systems, parallel over time.
 
-engine        Dynamics, solve, rollout, residual; Solution, Status, Tolerance
+engine        Dynamics, solve, iterates, rollout, residual; Solution, Status, Tolerance
 recipes       sequential, deer, quasi_deer, elk, quasi_elk, picard, jacobi, shooting
 windows       AllAtOnce, Windows, SlidingWindow
-kernels       from_blackjax, coalescing_hmc, hmc, mala, nuts, random_walk, Kernel
+kernels       from_blackjax, coalescing_hmc, hmc, mala, nuts, random_walk, gibbs, Kernel
 coupling      CommonRandomNumbers, MultishiftCoupling
 sampling      Target, from_numpyro, sample, resume, Draws, PooledAdaptation, WindowAdaptation
 long runs     Store, open_draws, StoredDraws
@@ -44,6 +44,7 @@ from partime_mcmc.engine import (
     sequential,
     shooting,
 )
+from partime_mcmc.engine.iterates import iterates
 from partime_mcmc.engine.solve import solve
 from partime_mcmc.extras import import_name as _import_name
 from partime_mcmc.rnn.unroll import unroll
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from partime_mcmc.kernels.blackjax import from_blackjax
     from partime_mcmc.kernels.builders import coalescing_hmc, hmc, mala, nuts, random_walk
     from partime_mcmc.kernels.coupling import CommonRandomNumbers, MultishiftCoupling
+    from partime_mcmc.kernels.gibbs import gibbs
     from partime_mcmc.kernels.kernel import Kernel
     from partime_mcmc.numpyro.kernels import CoalescingHMC
     from partime_mcmc.numpyro.mcmc import ParallelMCMC
@@ -104,8 +106,10 @@ __all__ = [
     "elk",
     "from_blackjax",
     "from_numpyro",
+    "gibbs",
     "hmc",
     "hosts",
+    "iterates",
     "jacobi",
     "mala",
     "nuts",
@@ -136,6 +140,7 @@ _LAZY = {
         "kernels.blackjax": "from_blackjax",
         "kernels.builders": "coalescing_hmc hmc mala nuts random_walk",
         "kernels.coupling": "CommonRandomNumbers MultishiftCoupling",
+        "kernels.gibbs": "gibbs",
         "kernels.kernel": "Kernel",
         "numpyro.kernels": "CoalescingHMC",
         "numpyro.mcmc": "ParallelMCMC",

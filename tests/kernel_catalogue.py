@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from blackjax.mcmc.integrators import isokinetic_velocity_verlet
 from blackjax.mcmc.random_walk import normal
+from jax.scipy.stats.norm import ppf
 
 from partime_mcmc.engine.recipes import deer, jacobi, picard, quasi_deer, shooting
-from partime_mcmc.kernels import Kernel, from_blackjax
+from partime_mcmc.kernels import Kernel, from_blackjax, gibbs
 from partime_mcmc.kernels.coupling import draw_multishift_noise, multishift
 from partime_mcmc.kernels.explicit_randomness import ExplicitRandomnessKernel, GradientState
 from partime_mcmc.kernels.multishift_hmc import hmc_cycle, steered_hmc
@@ -126,7 +127,21 @@ def _coalescing_walk(logdensity, dimension, dtype):
     return coalescing_random_walk(logdensity, 0.8, 2)
 
 
+def _gibbs(logdensity, dimension, dtype):
+    """Two blocks, each drawn given the other; no density is asked."""
+    del logdensity, dimension, dtype
+
+    def position(state, uniform):
+        return 0.4 * state["slope"] + 0.3 * state["position"][::-1] + 0.9 * ppf(uniform)
+
+    def slope(state, uniform):
+        return 0.5 * state["position"].sum() + 0.7 * ppf(uniform)
+
+    return gibbs({"position": position, "slope": slope}).algorithm
+
+
 KERNELS = [
+    AlgorithmRow("gibbs", _gibbs, deer()),
     AlgorithmRow("mala", _mala, quasi_deer(num_probes=1), decides=True, margins=True),
     AlgorithmRow("hmc", _hmc, quasi_deer(damping=0.1), decides=True, margins=True),
     AlgorithmRow("multinomial hmc", _multinomial_hmc, deer(), float32=False),

@@ -114,15 +114,69 @@ def residual_map(residuals: np.ndarray) -> Any:
     residuals = _matrix(residuals, "residuals", "num_passes, num_steps")
     drawn = figure(11, 1.8 + 0.06 * min(max(len(residuals), 10), 40))
     axis = drawn.subplots()
-    blocks = np.stack([_block_maxima(one, 300)[1] for one in residuals])
-    shown = np.log10(np.maximum(np.ma.masked_invalid(blocks), _FLOOR))
-    place = (0.5, residuals.shape[1] + 0.5, len(residuals) + 0.5, 0.5)
-    image = axis.imshow(shown, aspect="auto", interpolation="nearest", extent=place, cmap="viridis")
-    drawn.colorbar(image, ax=axis, label="log10 residual")
-    axis.yaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    _draw_residuals(drawn, axis, residuals, 1)
     _finish(axis, "Residual by pass and step", "pass", "step")
-    axis.set_facecolor(_RED)
     axis.grid(False)
+    return drawn
+
+
+def iterates_converging(found: Any, coordinate: int = 0) -> Any:
+    """How the iterates of a solve become the path: some of them, their residuals, their merit and their front.
+
+    Args:
+        found: From `partime_mcmc.iterates`.
+        coordinate: Which number of the flat state is drawn.
+
+    Returns:
+        `matplotlib.figure.Figure` of three panels: the coordinate along time in at most six iterates, the last one in ink;
+        log10 of the residual by iteration and step; largest residual, merit ½ Σ ‖r_t‖² and share of exact steps by iteration.
+
+    Raises:
+        NoPlots: If matplotlib is missing.
+        ValueError: If the state has no such coordinate.
+    """
+    import jax
+
+    last = int(found.iterations)
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(found.states)]
+    flat = np.concatenate([leaf.reshape(*leaf.shape[:2], -1) for leaf in leaves], axis=2)
+    if not 0 <= coordinate < flat.shape[2]:
+        raise ValueError(
+            f"coordinate: got {coordinate}, wanted one of the {flat.shape[2]} numbers of a state, counted from 0"
+        )
+    residuals = np.asarray(found.residuals, np.float64)[: last + 1]
+    drawn = figure(11, 6.5)
+    paths, image, numbers = drawn.subplots(3, 1, height_ratios=[1.3, 1, 1.2])
+    steps = np.arange(1, flat.shape[1] + 1)
+    for k in sorted({round(share * last) for share in (0, 0.1, 0.25, 0.5, 0.75)} - {last}):
+        tint = 0.25 + 0.65 * k / last
+        paths.plot(
+            steps,
+            flat[k, :, coordinate],
+            color=_BLUE,
+            alpha=tint,
+            linewidth=0.9,
+            label=f"iterate {k}",
+        )
+    paths.plot(steps, flat[last, :, coordinate], color=_INK, linewidth=1.3, label=f"iterate {last}")
+    # An iterate on its way may be anywhere; what is looked for is where it comes from and goes to.
+    middle, width = np.mean(flat[last, :, coordinate]), np.ptp(flat[last, :, coordinate]) or 1.0
+    paths.set_ylim(middle - 1.5 * width, middle + 1.5 * width)
+    paths.legend(fontsize=8, ncols=6, frameon=False)
+    _draw_residuals(drawn, image, residuals, 0)
+    index = np.arange(last + 1)
+    for values, label, colour in (
+        (residuals.max(axis=1), "largest residual", _BLUE),
+        (np.asarray(found.merit, np.float64)[: last + 1], "merit", _RED),
+        (np.asarray(found.num_exact)[: last + 1] / flat.shape[1], "share of exact steps", _INK),
+    ):
+        numbers.plot(index, np.maximum(values, _FLOOR), color=colour, marker=".", label=label)
+    numbers.set_yscale("log")
+    numbers.legend(fontsize=8, frameon=False)
+    _finish(paths, f"Coordinate {coordinate} of the path", "", "step")
+    _finish(image, "Residual", "iteration", "step")
+    _finish(numbers, "Iterations", "", "iteration")
+    image.grid(False)
     return drawn
 
 
@@ -218,6 +272,17 @@ def _draw_distances(axis: Any, ours: dict[str, np.ndarray], theirs: dict[str, np
     axis.set_yscale("log")
     top = float(np.nanmax(distance, initial=0.0, where=np.isfinite(distance)))
     axis.set_ylim(_FLOOR / 3, max(30.0, 10 * top))
+
+
+def _draw_residuals(drawn: Any, axis: Any, residuals: np.ndarray, first: int) -> None:
+    """Residuals `(P, T)` as colours, the first row being pass `first`; red where they are not finite."""
+    blocks = np.stack([_block_maxima(one, 300)[1] for one in residuals])
+    shown = np.log10(np.maximum(np.ma.masked_invalid(blocks), _FLOOR))
+    place = (0.5, residuals.shape[1] + 0.5, first + len(residuals) - 0.5, first - 0.5)
+    image = axis.imshow(shown, aspect="auto", interpolation="nearest", extent=place, cmap="viridis")
+    drawn.colorbar(image, ax=axis, label="log10 residual")
+    axis.yaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axis.set_facecolor(_RED)
 
 
 def _block_maxima(values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:

@@ -28,7 +28,7 @@ from partime_mcmc.solvers import Sequential, Solver
 from partime_mcmc.types import Array, Key, PyTree, nan_is_a_value, pytree
 from partime_mcmc.validation import check_count, check_has, check_like, describe
 
-_RUNNING = -1
+RUNNING = -1
 _MAX_HISTORY = 512
 
 
@@ -72,7 +72,7 @@ def solve(
         TypeError: If the state is not floating point of one type, or the step changes its structure.
         ValueError: If shapes do not fit, or `max_iterations` is not a positive integer.
     """
-    _check_strategies(dynamics, solver, schedule, tolerance, adjoint)
+    check_strategies(dynamics, solver, schedule, tolerance, adjoint)
     initial = jax.tree.map(jnp.asarray, initial)
     drives = jax.tree.map(jnp.asarray, drives)
     check_state(initial)
@@ -145,9 +145,9 @@ def _solve(
     # Derivatives come from the adjoint; nothing here may be differentiated.
     dynamics, initial, drives, guess = lax.stop_gradient((dynamics, initial, drives, guess))
     num_steps = guess.shape[0]
-    begin = _at_start(dynamics, initial, drives, guess, solver, window, max_iterations)
-    one_pass = functools.partial(
-        _one_pass,
+    begin = at_start(dynamics, initial, drives, guess, solver, window, max_iterations)
+    pass_on = functools.partial(
+        one_pass,
         dynamics,
         initial,
         drives,
@@ -161,9 +161,9 @@ def _solve(
     )
     if isinstance(solver, Sequential) and window == num_steps > 0:
         # One pass is enough; under `vmap` a loop would copy the path to select between the old and the new one.
-        end = one_pass(begin)
+        end, _ = pass_on(begin)
     elif num_steps:
-        end = axis.repeat(lambda loop: loop.status == _RUNNING, one_pass, begin)
+        end = axis.repeat(lambda loop: loop.status == RUNNING, lambda loop: pass_on(loop)[0], begin)
     else:
         end = begin
     work = axis.by_part(jnp.stack([end.evaluations, end.jvps]))
@@ -184,7 +184,7 @@ def _solve(
     )
 
 
-def _at_start(dynamics, initial, drives, guess, solver, window, max_iterations) -> _Loop:
+def at_start(dynamics, initial, drives, guess, solver, window, max_iterations) -> _Loop:
     """What the loop carries before the first pass."""
     num_steps, dtype = guess.shape[0], guess.dtype
     zero = jnp.zeros((), jnp.int32)
@@ -192,7 +192,7 @@ def _at_start(dynamics, initial, drives, guess, solver, window, max_iterations) 
         guess,
         zero,
         solver.init(initial, guess[:window]),
-        jnp.asarray(_RUNNING if num_steps else 0, jnp.int32),
+        jnp.asarray(RUNNING if num_steps else 0, jnp.int32),
         zero,
         jnp.zeros((), dtype),
         zero,
@@ -225,10 +225,10 @@ def _no_notes(dynamics, solver, initial, drives, guess, window):
     ), jnp.zeros_like(guess)
 
 
-def _one_pass(
+def one_pass(
     dynamics, initial, drives, solver, schedule, tolerance, key, axis, window, max_iterations, loop
 ):
-    """One pass over the window: propose, judge, move on."""
+    """One pass over the window: propose, judge, move on. What the loop carries next, and the proposal that was judged."""
     num_steps, length = loop.states.shape[0], axis.length(window)
     first, states, in_window = _cut(initial, loop.states, drives, loop.start, window)
     proposal, memory = solver.step(
@@ -254,9 +254,9 @@ def _one_pass(
             jnp.int32(Status.STALLED),
             jnp.int32(Status.OUT_OF_ITERATIONS),
         ],
-        jnp.int32(_RUNNING),
+        jnp.int32(RUNNING),
     )
-    over = status != _RUNNING
+    over = status != RUNNING
     ahead = jnp.where(over, 0, schedule.advance(num_exact, length))
     start = jnp.minimum(loop.start + ahead, num_steps - window)
     # What the window leaves behind, or returns at the end, is the path whose residual was computed, not the new guess.
@@ -267,7 +267,7 @@ def _one_pass(
     fresh = solver.init(initial, states)
     memory = jax.tree.map(lambda new, old: jnp.where(ahead == window, new, old), fresh, memory)
     left = axis.maximum(jnp.where(counted, per_step, 0))
-    return _Loop(
+    loop = _Loop(
         _extend_guess(path, loop.start + window, start, window),
         start,
         memory,
@@ -284,6 +284,7 @@ def _one_pass(
         loop.num_updates + proposal.num_replaced_updates,
         *((None, None) if loop.notes is None else (proposal.notes, proposal.residual)),
     )
+    return loop, proposal
 
 
 def _cut(initial, states, drives, start, window):
@@ -328,7 +329,18 @@ def _repeats(loop, per_step, num_exact, memory, axis):
     return jnp.all(now == loop.fingerprint), jnp.where(power_of_two, now, loop.fingerprint)
 
 
-def _check_strategies(dynamics, solver, schedule, tolerance, adjoint) -> None:
+def check_strategies(
+    dynamics: Dynamics,
+    solver: Solver,
+    schedule: Schedule,
+    tolerance: Tolerance,
+    adjoint: Adjoint,
+) -> None:
+    """Refuse what is no recurrence, solver, schedule, tolerance or adjoint.
+
+    Raises:
+        TypeError: Naming the argument.
+    """
     if not isinstance(dynamics, Dynamics):
         raise TypeError(f"dynamics: got {describe(dynamics)}, wanted Dynamics(step, params)")
     check_has(solver, "solver", ("init", "step"), "a recipe such as shooting() or deer()")

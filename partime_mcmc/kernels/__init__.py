@@ -5,6 +5,7 @@ from typing import Any as _Any
 
 from partime_mcmc.extras import import_name as _import_name
 from partime_mcmc.kernels.coupling import CommonRandomNumbers, MultishiftCoupling
+from partime_mcmc.kernels.gibbs import gamma_quantile, gibbs
 from partime_mcmc.kernels.kernel import Carry, Kernel, Tape, blackjax_loop
 from partime_mcmc.kernels.whitening import Whitening
 
@@ -23,6 +24,8 @@ __all__ = [
     "blackjax_loop",
     "coalescing_hmc",
     "from_blackjax",
+    "gamma_quantile",
+    "gibbs",
     "hmc",
     "mala",
     "nuts",

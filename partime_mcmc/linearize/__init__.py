@@ -5,6 +5,7 @@ from partime_mcmc.linearize.dense import DenseJacobian
 from partime_mcmc.linearize.diagonal import DiagonalJacobian, HutchinsonDiagonal
 from partime_mcmc.linearize.fixed import IdentityJacobian, ZeroJacobian
 from partime_mcmc.linearize.modify import Clipped, Damped
+from partime_mcmc.linearize.paired import PairedDiagonal
 
 __all__ = [
     "Clipped",
@@ -14,5 +15,6 @@ __all__ = [
     "HutchinsonDiagonal",
     "IdentityJacobian",
     "Linearizer",
+    "PairedDiagonal",
     "ZeroJacobian",
 ]

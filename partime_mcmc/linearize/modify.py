@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from partime_mcmc.engine.dynamics import Dynamics
 from partime_mcmc.linearize.base import Linearizer
-from partime_mcmc.scan.affine import AffineMap, Dense, Diagonal, Identity, Zero
+from partime_mcmc.scan.affine import AffineMap, Dense, Diagonal, Identity, Pairs, Zero
 from partime_mcmc.types import Array, Key, PyTree, pytree
 
 
@@ -83,6 +83,11 @@ def _(step: Diagonal, factor: Array) -> Diagonal:
 
 
 @scaled.register
+def _(step: Pairs, factor: Array) -> Pairs:
+    return Pairs(factor * step.blocks, step.shift)
+
+
+@scaled.register
 def _(step: Identity, factor: Array) -> Diagonal:
     return Diagonal(jnp.broadcast_to(factor, step.shift.shape), step.shift)
 
@@ -109,6 +114,14 @@ def _(step: Dense, bound: Array) -> Dense:
 @bounded.register
 def _(step: Diagonal, bound: Array) -> Diagonal:
     return Diagonal(jnp.clip(step.diagonal, -bound, bound), step.shift)
+
+
+@bounded.register
+def _(step: Pairs, bound: Array) -> Pairs:
+    # Per pair, by the same bound on the spectral norm as for dense maps.
+    size = jnp.abs(step.blocks)
+    norm = jnp.sqrt(size.sum(axis=0).max(axis=0) * size.sum(axis=1).max(axis=0))
+    return Pairs(step.blocks * jnp.minimum(1.0, bound / jnp.where(norm > 0, norm, 1.0)), step.shift)
 
 
 @bounded.register

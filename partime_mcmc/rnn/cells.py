@@ -24,45 +24,10 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.engine import Dynamics
-from partime_mcmc.linearize.modify import bounded, scaled
+from partime_mcmc.linearize.modify import scaled
 from partime_mcmc.rnn.unroll import Packed
-from partime_mcmc.scan.affine import AffineMap, Diagonal
+from partime_mcmc.scan.affine import AffineMap, Diagonal, Pairs
 from partime_mcmc.types import Array, Key, PyTree, pytree
-
-
-@pytree()
-class Pairs:
-    """`(c, h) ↦ blocks (c, h) + shift`, `blocks` of shape `(2, 2, D)`, states flat, `(2 D,)`."""
-
-    blocks: Array
-    shift: Array
-
-    def __call__(self, x: Array) -> Array:
-        return self.linear(x) + self.shift
-
-    def linear(self, x: Array) -> Array:
-        c, h = jnp.split(x, 2)
-        (cc, ch), (hc, hh) = self.blocks
-        return jnp.concatenate([cc * c + ch * h, hc * c + hh * h])
-
-    def after(self, earlier: Pairs) -> Pairs:
-        return Pairs(jnp.einsum("ijd,jkd->ikd", self.blocks, earlier.blocks), self(earlier.shift))
-
-    def with_shift(self, shift: PyTree) -> Pairs:
-        return Pairs(self.blocks, shift)
-
-
-@scaled.register
-def _(step: Pairs, factor: Array) -> Pairs:
-    return Pairs(factor * step.blocks, step.shift)
-
-
-@bounded.register
-def _(step: Pairs, bound: Array) -> Pairs:
-    # Per unit, by the bound √(‖A‖₁ ‖A‖_∞) on the spectral norm, as for dense maps.
-    size = jnp.abs(step.blocks)
-    norm = jnp.sqrt(size.sum(axis=0).max(axis=0) * size.sum(axis=1).max(axis=0))
-    return Pairs(step.blocks * jnp.minimum(1.0, bound / jnp.where(norm > 0, norm, 1.0)), step.shift)
 
 
 @pytree(static=("linear_part", "numbers_per_state"))

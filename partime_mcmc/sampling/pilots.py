@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.diagnostics.passes import residuals_by_pass
 from partime_mcmc.engine import Tolerance
+from partime_mcmc.engine.iterates import iterates
 from partime_mcmc.forgetting.advise import Advice, advise
 from partime_mcmc.forgetting.coalescence import distances, meeting_times
 from partime_mcmc.kernels import Kernel, MultishiftCoupling
@@ -158,4 +158,5 @@ def solve_by_pass(
     )
     initial, tape = jax.tree.map(lambda leaf: leaf[0], (carries, tape))
     tolerance = default_tolerance(warmup.kernel, jax.tree.leaves(initial)[0].dtype)
-    return residuals_by_pass(dynamics, initial, tape, solver=solver, tolerance=tolerance)
+    found = iterates(dynamics, initial, tape, solver=solver, tolerance=tolerance)
+    return np.asarray(found.residuals)[: int(found.iterations) + 1]

@@ -1,6 +1,6 @@
 """Monoids of maps, prefix scans over them, and the time axis they run along."""
 
-from partime_mcmc.scan.affine import AffineMap, Dense, Diagonal, Identity, Zero
+from partime_mcmc.scan.affine import AffineMap, Dense, Diagonal, Identity, Pairs, Zero
 from partime_mcmc.scan.gaussian import DenseBelief, DenseMessage, DiagonalBelief, DiagonalMessage
 from partime_mcmc.scan.prefix import (
     AssociativeScan,
@@ -21,6 +21,7 @@ __all__ = [
     "DiagonalBelief",
     "DiagonalMessage",
     "Identity",
+    "Pairs",
     "Scan",
     "SequentialScan",
     "Zero",

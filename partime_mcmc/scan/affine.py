@@ -5,11 +5,11 @@ A step linearised around a guess is `x ↦ A x + shift`. Such maps compose to ma
     (A₂, s₂) ∘ (A₁, s₁) = (A₂ A₁, A₂ s₁ + s₂),
 
 and composition is associative, so all T partial compositions come from one prefix scan of depth log T
-(Blelloch 1990, "Prefix sums and their applications"). The shape of `A` (dense, diagonal, identity, zero) sets the
-price: D³, D, 0 and 0 multiplications per composition. Every class here holds one map, `shift` of shape `(D,)`;
+(Blelloch 1990, "Prefix sums and their applications"). The shape of `A` (dense, diagonal, pairs, identity, zero) sets the
+price: D³, D, 4 D, 0 and 0 multiplications per composition. Every class here holds one map, `shift` of shape `(D,)`;
 batches of maps are made by `vmap`, as everywhere in JAX.
 
-Left out: low-rank and block maps (a new class with these four methods is enough to add one).
+Left out: low-rank maps and larger blocks (a new class with these four methods is enough to add one).
 """
 
 from __future__ import annotations
@@ -86,6 +86,28 @@ class Diagonal:
 
     def with_shift(self, shift: PyTree) -> Diagonal:
         return Diagonal(self.diagonal, shift)
+
+
+@pytree()
+class Pairs:
+    """`(x, y) ↦ blocks (x, y) + shift`: x_j and y_j make a pair, `blocks` of shape `(2, 2, D/2)`; the state is flat, x then y."""
+
+    blocks: Array
+    shift: Array
+
+    def __call__(self, x: Array) -> Array:
+        return self.linear(x) + self.shift
+
+    def linear(self, x: Array) -> Array:
+        first, second = jnp.split(x, 2)
+        (a, b), (c, d) = self.blocks
+        return jnp.concatenate([a * first + b * second, c * first + d * second])
+
+    def after(self, earlier: Pairs) -> Pairs:
+        return Pairs(jnp.einsum("ijd,jkd->ikd", self.blocks, earlier.blocks), self(earlier.shift))
+
+    def with_shift(self, shift: PyTree) -> Pairs:
+        return Pairs(self.blocks, shift)
 
 
 @pytree()

@@ -5,7 +5,7 @@ with that path's exact residual, so that the one loop in `engine/solve.py` judge
 solver judges itself. Newton-like solvers evaluate the guess they were given; solvers that roll evaluate the path they make.
 """
 
-from typing import Protocol
+from typing import Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +89,10 @@ class Solver(Protocol):
     def map_size(self, dimension: int) -> int:
         """Numbers kept per step besides the states, for estimates of memory."""
         ...
+
+    def single_pass(self) -> Self:
+        """The same iteration handed back after every pass, by solvers whose `step` makes several passes at once."""
+        return self
 
 
 def defect(values: Array, states: Array) -> Array:

@@ -25,6 +25,7 @@ from partime_mcmc.scan.affine import Dense, Diagonal, Identity, Zero
 from partime_mcmc.scan.gaussian import DenseMessage, DiagonalMessage
 from partime_mcmc.solvers.base import (
     Proposal,
+    Solver,
     defect,
     replace_nonfinite_jacobians,
     replace_nonfinite_updates,
@@ -110,7 +111,7 @@ class RelaxingDamping:
 
 
 @pytree()
-class Kalman:
+class Kalman(Solver):
     """Levenberg–Marquardt over the path, dense or diagonal by the linearizer."""
 
     linearizer: Linearizer

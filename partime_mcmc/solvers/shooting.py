@@ -28,7 +28,7 @@ above. A correction costs one more roll of every segment and its JVPs, and may o
 import dataclasses
 import functools
 import math
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ from partime_mcmc.validation import check_count
 _TRIAL = 256
 
 
-@pytree(static=("num_segments", "steps", "max_evaluations"))
+@pytree(static=("num_segments", "steps", "max_evaluations", "max_passes"))
 class Shooting(Solver):
     """Segments side by side until they coalesce.
 
@@ -69,12 +69,16 @@ class Shooting(Solver):
             their ends. At this bound the solver gives up if more than half of the segments are still open, and at four
             times the bound in any case. None is 4 + 256 / n. With None it also gives up after two rolls of all segments,
             and at least 256 steps, if fewer than one segment in twenty has met: such a chain does not forget its past.
+        max_passes: Passes after which `step` hands the path back, to be called again with it; None makes all of them. The
+            passes are the same to rounding, but segments are not rolled onto their old paths across calls, so that each
+            call rolls them to their ends.
     """
 
     num_segments: int | None = None
     steps: int | None = None
     correction: Linearizer = ZeroJacobian()
     max_evaluations: float | None = None
+    max_passes: int | None = None
     keeps_aux: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -86,7 +90,7 @@ class Shooting(Solver):
             raise ValueError(
                 f"max_evaluations must be at least 1 or None, got {self.max_evaluations!r}"
             )
-        for name in ("num_segments", "steps"):
+        for name in ("num_segments", "steps", "max_passes"):
             value = getattr(self, name)
             if value is not None:
                 check_count(value, name, 1)
@@ -119,22 +123,35 @@ class Shooting(Solver):
             math.inf if self.max_evaluations is not None else max(2 * steps, _TRIAL),
         )
         functions = dataclasses.replace(cached, params=(None, None, None))
-        shoot = _shoot_for(functions, steps, budget, axis)
+        shoot = _shoot_for(functions, steps, budget, self.max_passes, axis)
         shared = jax.tree.map(jnp.asarray, (cached.params, self.correction)), key
         batched = jax.tree.map(
             lambda leaf: leaf[None], (initial, states, drives, absolute, relative)
         )
         found = shoot(shared, *batched)
-        path, notes, residual, evaluations, jvps, depth, gave_up, num_passes = jax.tree.map(
-            lambda leaf: leaf[0], found
+        following, path, notes, residual, evaluations, jvps, depth, gave_up, num_passes = (
+            jax.tree.map(lambda leaf: leaf[0], found)
         )
         none, notes = jnp.zeros((), jnp.int32), notes if cached.aux else None
         return Proposal(
-            path, path, residual, none, none, depth, evaluations, jvps, gave_up, num_passes, notes
+            path if following is None else following,
+            path,
+            residual,
+            none,
+            none,
+            depth,
+            evaluations,
+            jvps,
+            gave_up,
+            num_passes,
+            notes,
         ), state
 
     def map_size(self, dimension: int) -> int:
         return self.correction.map_size(dimension)
+
+    def single_pass(self) -> Self:
+        return dataclasses.replace(self, max_passes=1)
 
     def segment_steps(self, num_steps: int, num_devices: int = 1) -> int:
         """The length n of a segment for a path of `num_steps` on so many devices, each of which holds whole segments."""
@@ -147,17 +164,25 @@ class Shooting(Solver):
 
 
 @functools.lru_cache(maxsize=256)
-def _shoot_for(cached: CachedStep, steps: int, budget: tuple[int, float], axis: TimeAxis):
+def _shoot_for(
+    cached: CachedStep,
+    steps: int,
+    budget: tuple[int, float],
+    max_passes: int | None,
+    axis: TimeAxis,
+):
     """The shooting of B chains, `(shared, initial (B, D), guess (B, T, D), drives (B, T, ...), ...)`."""
-    return share_lanes(functools.partial(_shoot, cached, steps, budget, axis))
+    return share_lanes(functools.partial(_shoot, cached, steps, budget, max_passes, axis))
 
 
-def _shoot(cached, steps, budget, axis, shared, initial, guess, drives, absolute, relative):
+def _shoot(
+    cached, steps, budget, max_passes, axis, shared, initial, guess, drives, absolute, relative
+):
     """All passes over B chains; lanes are chains × the segments on this device.
 
     Returns:
-        Path `(B, T, D)`, `aux` numbers `(B, T, R)`, residual `(B, T, D)`, and evaluations, JVPs, depth, whether it gave up,
-        and passes, `(B,)` each.
+        What to guess next (None: the path) and the path `(B, T, D)`, `aux` numbers `(B, T, R)`, residual `(B, T, D)`, and
+        evaluations, JVPs, depth, whether it gave up, and passes, `(B,)` each.
     """
     num_chains, num_steps, dimension = guess.shape
     num_segments = math.ceil(num_steps / steps)
@@ -188,33 +213,44 @@ def _shoot(cached, steps, budget, axis, shared, initial, guess, drives, absolute
         ends = interfaces.hand_over(lanes.path[-1, :, :dimension])
         unmet = ~is_closed(lanes, new, ends)
         going = goes_on(passes + 1, unmet, depth)
+        if max_passes is not None:
+            going &= passes + 1 < max_passes
         return passes + 1, new, correct(new, ends), lanes._replace(depth=depth), ends, going
 
     zero = jnp.zeros((), jnp.int32)
     nothing = no_lanes(steps, num_lanes, dimension, num_aux, guess.dtype)
     begin = zero, guessed, guessed, nothing, guessed, jnp.ones((), bool)
-    passes, starts, _, lanes, ends, _ = lax.while_loop(lambda carry: carry[-1], one_pass, begin)
+    passes, starts, following, lanes, ends, _ = lax.while_loop(
+        lambda carry: carry[-1], one_pass, begin
+    )
     states = lanes._replace(path=lanes.path[..., :dimension])
     judged = *_judged(states, starts, ends, interfaces), lanes.path[..., dimension:]
-    everything, residual, notes = (
-        values.transpose(1, 0, 2).reshape(num_chains, num_segments * steps, values.shape[2])[
-            :, :num_steps
-        ]
-        for values in judged
-    )
+
+    def over_time(values):
+        values = values.transpose(1, 0, 2)
+        return values.reshape(num_chains, num_segments * steps, values.shape[2])[:, :num_steps]
+
+    everything, residual, notes = map(over_time, judged)
+    everything = jnp.where(jnp.isfinite(everything), everything, initial[:, None])
+    guess = None
+    if max_passes is not None:
+        # The next call reads the starts of its segments from the ends of this path.
+        guess = over_time(states.path.at[-1].set(_started(states, following, interfaces)))
+        guess = jnp.where(jnp.isfinite(guess), guess, everything)
     unmet = (~is_closed(lanes, starts, ends)).reshape(num_chains, num_segments)
     each = functools.partial(jnp.broadcast_to, shape=(num_chains,))
     corrections = passes * (not plain) * steps
     evaluations = lanes.evaluations / num_chains + (corrections * num_segments).astype(jnp.float32)
     jvps = (corrections * num_segments * correction.jvps(dimension)).astype(jnp.float32)
     return (
-        jnp.where(jnp.isfinite(everything), everything, initial[:, None]),
+        guess,
+        everything,
         notes,
         residual,
         each(evaluations),
         each(jvps),
         each(lanes.depth + corrections),
-        axis.total(unmet.T) > 0,
+        (axis.total(unmet.T) > 0) if max_passes is None else each(jnp.zeros((), bool)),
         each(passes),
     )
 
@@ -286,6 +322,13 @@ def _judged(lanes, starts, wanted, interfaces):
     left = jnp.where(joined, defect(wanted, used), 0)
     last = jnp.where(joined, used, path[-1])
     return path.at[-1].set(last), residual.at[-1].add(left)
+
+
+def _started(lanes, starts, interfaces):
+    """The last state of every segment with the start of the next one in its place, where there is one."""
+    following = interfaces.next(starts)
+    joined = ~interfaces.is_last(following.shape[0])[:, None]
+    return jnp.where(joined, following, lanes.path[-1])
 
 
 def _filled_up(leaf: Array, num_segments: int, steps: int) -> Array:

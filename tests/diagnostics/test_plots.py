@@ -4,9 +4,12 @@ import subprocess
 import sys
 import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from partime_mcmc import Dynamics, iterates, jacobi
 from partime_mcmc.diagnostics import arviz, plots
 from tests import fakes
 
@@ -70,6 +73,22 @@ def test_the_residual_map_shows_peaks_and_what_is_not_finite():
     assert np.argwhere(np.ma.getmaskarray(shown)).tolist() == [[0, 1]]
     with pytest.raises(ValueError, match="num_passes, num_steps"):
         plots.residual_map(np.zeros(3))
+
+
+def test_iterates_are_shown_becoming_the_path():
+    network = Dynamics(lambda w, x, u: jnp.tanh(w @ x + u), 0.6 * jnp.eye(2)[::-1])
+    drives = jax.random.normal(jax.random.key(0), (30, 2))
+    found = iterates(network, jnp.zeros(2), drives, solver=jacobi(), num_iterations=40)
+    last = int(found.iterations)
+    drawn = plots.iterates_converging(found, 1)
+    paths = drawn.axes[0].lines
+    np.testing.assert_array_equal(data(paths[0]), found.states[0, :, 1])
+    np.testing.assert_array_equal(data(paths[-1]), found.states[last, :, 1])
+    assert drawn.axes[1].images[0].get_array().shape == (last + 1, 30)
+    residual, _, exact = drawn.axes[2].lines
+    assert data(residual)[0] == pytest.approx(found.residual[0]) and data(exact)[-1] == 1
+    with pytest.raises(ValueError, match="2 numbers"):
+        plots.iterates_converging(found, 2)
 
 
 def test_coalescence_counts_pairs_that_have_not_met_for_good():
