@@ -234,7 +234,14 @@ def convergence(
     target, kernel = target_and_kernel(target, kernel)
     dimension = sum(leaf.size for leaf in jax.tree.leaves(target.example()))
     pairs, lag, cost = lagged_pairs(
-        key, target, kernel, num_pairs, lag, max_steps, _gap, np.ones(dimension)
+        key,
+        target,
+        kernel,
+        num_pairs,
+        lag,
+        max_steps,
+        _gap,
+        np.ones(dimension, jnp.result_type(float)),
     )
     alone = pairs.lead(lag)
     scale = _spread_of(pairs.kernel, alone.states)
@@ -489,7 +496,7 @@ def _spread_of(kernel: Kernel, states: tuple[PyTree, PyTree]) -> np.ndarray:
     program, params = program_and_params(kernel)
     flat = np.asarray(run_explicit(_Flat(program), params, states[0], timings=Timings()))
     scale = flat[:, 0].std(axis=0)
-    return np.where(np.isfinite(scale) & (scale > 0), scale, 1.0)
+    return np.where(np.isfinite(scale) & (scale > 0), scale, 1.0).astype(jnp.result_type(float))
 
 
 class _Flat(HashableFunction):
