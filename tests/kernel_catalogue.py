@@ -141,7 +141,6 @@ def _gibbs(logdensity, dimension, dtype):
 
 
 KERNELS = [
-    AlgorithmRow("gibbs", _gibbs, deer()),
     AlgorithmRow("mala", _mala, quasi_deer(num_probes=1), decides=True, margins=True),
     AlgorithmRow("hmc", _hmc, quasi_deer(damping=0.1), decides=True, margins=True),
     AlgorithmRow("multinomial hmc", _multinomial_hmc, deer(), float32=False),
@@ -174,6 +173,7 @@ KERNELS = [
     AlgorithmRow(
         "coalescing walk", _coalescing_walk, jacobi(), decides=True, margins=True, float32=False
     ),
+    AlgorithmRow("gibbs", _gibbs, deer()),
 ]
 
 DIMENSION = 3
