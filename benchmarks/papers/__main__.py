@@ -3,7 +3,7 @@
 NAME is one of those that `--list` shows, or `all`. Each leaves a JSON, a Markdown table and an SVG figure in DIR, and prints
 the table of claims. `--readme FILE` puts the claims of all records in DIR between the marks of that page afterwards; with
 the name `none` nothing is run before. Small sizes take under two minutes each on two cores; paper sizes want a GPU
-(`bash benchmarks/gpu.sh OUT papers`).
+(`bash benchmarks/gpu.sh papers OUT`).
 """
 
 from __future__ import annotations
