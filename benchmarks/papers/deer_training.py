@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import math
-import time
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +26,7 @@ from benchmarks.papers.experiment import (
     row_of,
     solved,
     times,
+    train,
 )
 from partime_mcmc import Dynamics, Tolerance, deer, iterates, rollout, solve
 from partime_mcmc.rnn import gru, gru_params, unroll, unroll_with_status
@@ -88,7 +88,6 @@ def training_rows(num_steps, num_units, num_series, num_updates) -> list[dict]:
         "readout": jax.random.normal(jax.random.key(3), (num_units, 5), jnp.float32)
         / num_units**0.5,
     }
-    optimizer = optax.adam(1e-2)
 
     def trained(function):
         def loss(weights):
@@ -98,19 +97,7 @@ def training_rows(num_steps, num_units, num_series, num_updates) -> list[dict]:
             logits = outputs.mean(axis=1) @ weights["readout"]
             return optax.softmax_cross_entropy_with_integer_labels(logits, classes).mean()
 
-        @jax.jit
-        def update(weights, memory):
-            value, gradient = jax.value_and_grad(loss)(weights)
-            change, memory = optimizer.update(gradient, memory)
-            return optax.apply_updates(weights, change), memory, value
-
-        weights, memory, losses, seconds = begin, optimizer.init(begin), [], []
-        for _ in range(num_updates + 1):
-            start = time.perf_counter()
-            weights, memory, value = jax.block_until_ready(update(weights, memory))
-            seconds.append(time.perf_counter() - start)
-            losses.append(float(value))
-        return losses, float(np.median(seconds[1:])), weights
+        return train(loss, begin, optax.adam(1e-2), num_updates)
 
     solve_cell = functools.partial(unroll, gru, solver=deer())
     loop, loop_seconds, _ = trained(by_scan)

@@ -17,7 +17,7 @@ import math
 import time
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
@@ -243,6 +243,34 @@ def chain(kernel: Kernel, position: Any, num_steps: int, seed: int) -> tuple[Dyn
         kernel.carry(state),
         kernel.tape(jax.random.key(seed), num_steps, state),
     )
+
+
+def train(
+    loss: Callable, weights: Any, optimizer: Any, num_updates: int
+) -> tuple[list, float, Any]:
+    """Losses before each update and after the last, median seconds of an update without the first, and the weights.
+
+    Args:
+        loss: Of weights, a scalar.
+        weights: To begin with.
+        optimizer: Of optax.
+        num_updates: How many.
+    """
+    from optax import apply_updates
+
+    @jax.jit
+    def update(weights, memory):
+        value, gradient = jax.value_and_grad(loss)(weights)
+        change, memory = optimizer.update(gradient, memory)
+        return apply_updates(weights, change), memory, value
+
+    memory, losses, seconds = optimizer.init(weights), [], []
+    for _ in range(num_updates + 1):
+        begin = time.perf_counter()
+        weights, memory, value = jax.block_until_ready(update(weights, memory))
+        seconds.append(time.perf_counter() - begin)
+        losses.append(float(value))
+    return losses, float(np.median(seconds[1:])), weights
 
 
 def panels(count: int, width: float = 4.2, height: float = 3.2) -> tuple[Figure, list]:

@@ -12,7 +12,6 @@ instead of D³ per composition; trained here to add up marked inputs, by the loo
 from __future__ import annotations
 
 import functools
-import time
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +29,7 @@ from benchmarks.papers.experiment import (
     row_of,
     solved,
     times,
+    train,
 )
 from partime_mcmc import Dynamics, SlidingWindow, deer, jacobi, picard, random_walk
 from partime_mcmc.linearize import HutchinsonDiagonal
@@ -93,7 +93,6 @@ def training_rows(num_steps, num_units, num_series, num_updates) -> list[dict]:
         "cell": weights_of(num_units),
         "readout": jnp.ones(num_units, jnp.float32) / num_units,
     }
-    optimizer = optax.adam(1e-2)
 
     def by_scan(params, carry, x):
         return jax.lax.scan(functools.partial(diagonal_gru, params), carry, x)
@@ -103,19 +102,7 @@ def training_rows(num_steps, num_units, num_series, num_updates) -> list[dict]:
             last = jax.vmap(lambda x: function(weights["cell"], start, x)[0])(inputs)
             return jnp.mean((last @ weights["readout"] - wanted) ** 2)
 
-        @jax.jit
-        def update(weights, memory):
-            value, gradient = jax.value_and_grad(loss)(weights)
-            change, memory = optimizer.update(gradient, memory)
-            return optax.apply_updates(weights, change), memory, value
-
-        now, memory, losses, seconds = weights, optimizer.init(weights), [], []
-        for _ in range(num_updates + 1):
-            begin = time.perf_counter()
-            now, memory, value = jax.block_until_ready(update(now, memory))
-            seconds.append(time.perf_counter() - begin)
-            losses.append(float(value))
-        return losses, float(np.median(seconds[1:])), now
+        return train(loss, weights, optax.adam(1e-2), num_updates)
 
     loop, loop_seconds, _ = trained(by_scan)
     ours, seconds, now = trained(functools.partial(unroll, diagonal_gru, solver=_DIAGONAL))
