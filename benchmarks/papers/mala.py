@@ -219,7 +219,7 @@ def claims(rows: list[dict], early: dict) -> list[Claim]:
             "shooting solves the same chain at little more than one evaluation per draw, and faster than the loop",
             f"{rolled['evaluations']:.2f} evaluations per draw, {said(rolled)}",
             converged(rolled) and rolled["evaluations"] < 2 and ratio(rolled) > 1,
-            "shooting wants longer chains, or other programs used the machine",
+            "it takes two evaluations or more: the segments of so short a chain are not long against the steps in which it forgets",
         ),
     ]
 
