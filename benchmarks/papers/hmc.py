@@ -20,9 +20,9 @@ from benchmarks.papers.experiment import (
     draw_histories,
     judged,
     panels,
-    ratio,
     row_of,
     said,
+    shooting_claim,
     solved,
     times,
 )
@@ -116,13 +116,7 @@ def claims(rows: list[dict]) -> list[Claim]:
             f"{plain['iterations']}, DEER {here(_LEAPFROG)['iterations']}",
             converged(blocks) and blocks["iterations"] <= 0.75 * blocks["T"],
         ),
-        judged(
-            "the method",
-            "shooting solves the same chain at little more than one evaluation per draw, and faster than the loop",
-            f"{rolled['evaluations']:.2f} evaluations per draw, {said(rolled)}",
-            converged(rolled) and rolled["evaluations"] < 2 and ratio(rolled) > 1,
-            "it takes two evaluations or more: the segments of so short a chain are not long against the steps in which it forgets",
-        ),
+        shooting_claim(rolled),
     ]
 
 

@@ -30,6 +30,7 @@ from benchmarks.papers.experiment import (
     ratio,
     row_of,
     said,
+    shooting_claim,
     solved,
     times,
 )
@@ -214,13 +215,7 @@ def claims(rows: list[dict], early: dict) -> list[Claim]:
             ratio(best) > 1,
             f"on {jax.default_backend()}: tens of iterations of D + 1 evaluations each want more lanes than there are",
         ),
-        judged(
-            "the method",
-            "shooting solves the same chain at little more than one evaluation per draw, and faster than the loop",
-            f"{rolled['evaluations']:.2f} evaluations per draw, {said(rolled)}",
-            converged(rolled) and rolled["evaluations"] < 2 and ratio(rolled) > 1,
-            "it takes two evaluations or more: the segments of so short a chain are not long against the steps in which it forgets",
-        ),
+        shooting_claim(rolled),
     ]
 
 

@@ -114,6 +114,9 @@ class Verdict:
         return f"{self.outcome.value}: {'; '.join(self.grounds)}"
 
 
+_NOTHING = Verdict(Outcome.UNDECIDED, ("there are no draws here to judge",))
+
+
 def judge(draws: Any, superchains: Any = None, coupling: Any = None) -> Verdict:
     """The verdict on a run.
 
@@ -164,9 +167,11 @@ def judge_values(values: Mapping[str, np.ndarray], info: Mapping[str, np.ndarray
     Returns:
         A verdict from R-hat, effective sample sizes, divergences and E-BFMI.
     """
+    if not values:
+        return _NOTHING
     bad, doubts, good = [], [], []
     named = _thinned({name: np.asarray(value, float) for name, value in values.items()})
-    num_draws = min((value.shape[1] for value in named.values()), default=0)
+    num_draws = min(value.shape[1] for value in named.values())
     rhat = ess = np.nan
     if num_draws < _FEWEST_DRAWS:
         doubts.append(_too_few(num_draws))
@@ -370,5 +375,5 @@ def verdict_of(draws: Any) -> Verdict:
     """The verdict on draws; UNDECIDED where none is at hand: on another host, or before the first that thinning keeps."""
     on_disk = hasattr(draws, "thinning")
     if draws.num_samples < draws.thinning if on_disk else not jax.tree.leaves(draws.positions):
-        return Verdict(Outcome.UNDECIDED, ("there are no draws here to judge",))
+        return _NOTHING
     return judge(draws)

@@ -488,13 +488,18 @@ def check_positive(value: Any, name: str) -> float | None:
     return number
 
 
+def is_euclidean(kinetic_fn: Any) -> bool:
+    """Whether a kinetic energy is NumPyro's usual one, which None is, too."""
+    return kinetic_fn in (None, euclidean_kinetic_energy)
+
+
 def check_kinetic_energy(kinetic_fn: Any, name: str) -> None:
     """There is one kinetic energy.
 
     Raises:
         ValueError: For another one.
     """
-    if kinetic_fn not in (None, euclidean_kinetic_energy):
+    if not is_euclidean(kinetic_fn):
         raise ValueError(f"{name}: got {kinetic_fn!r}, wanted NumPyro's Euclidean kinetic energy")
 
 
@@ -564,10 +569,7 @@ def has_parallel_form(sampler: MCMCKernel) -> bool:
     """Whether a kernel is one of ours, or has one of ours to stand in for it."""
     if isinstance(sampler, ParallelKernel):
         return True
-    return type(sampler) in _OURS and _stored(sampler, "kinetic_fn") in (
-        None,
-        euclidean_kinetic_energy,
-    )
+    return type(sampler) in _OURS and is_euclidean(_stored(sampler, "kinetic_fn"))
 
 
 def from_numpyro_kernel(sampler: MCMCKernel) -> ParallelKernel:

@@ -15,7 +15,7 @@ from numpyro.infer import MCMC
 from numpyro.infer.mcmc import MCMCKernel
 
 from partime_mcmc.diagnostics.values import flat
-from partime_mcmc.diagnostics.verdict import Outcome, Verdict, judge_values
+from partime_mcmc.diagnostics.verdict import Verdict, judge_values
 from partime_mcmc.types import PyTree
 from partime_mcmc.validation import check_count, check_outside_transforms
 
@@ -138,13 +138,11 @@ class LoopMCMC(MCMC):
                 for name, value in self.get_extra_fields(group_by_chain=True).items()
             }
             values = flat(self.get_samples(group_by_chain=True))
-            moved = {name or "x": value for name, value in values.items() if value.size}
+            values = {name or "x": value for name, value in values.items() if value.size}
             steps = info.get("num_steps")
             self._report = LoopReport(
                 type(self.sampler).__name__,
-                judge_values(moved, info)
-                if moved
-                else Verdict(Outcome.UNDECIDED, ("there are no draws here to judge",)),
+                judge_values(values, info),
                 None if steps is None else int(steps.sum()),
             )
         return self._report

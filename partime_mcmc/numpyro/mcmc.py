@@ -136,6 +136,9 @@ def without_kernel(warmup: Warmup | None) -> Warmup | None:
 class ParallelMCMC(MCMC):
     """NumPyro's `MCMC` with chains solved in parallel time.
 
+    `warmup(..., collect_warmup=True)` draws and keeps `num_warmup` draws per chain of the tuned kernel: while chains still adapt,
+    and are pooled, they are draws of nothing.
+
     Of a kernel that has no form in parallel time (NumPyro's Gibbs kernels, ensembles, `SA`, `BarkerMH`, a kernel of the
     user's) a `LoopMCMC` is made instead: NumPyro's own loop, with a verdict in its report.
 
@@ -398,35 +401,6 @@ class ParallelMCMC(MCMC):
             raise ValueError(
                 f"chain_method: got {chain_method!r}, wanted 'parallel', 'sequential', 'vectorized' or a function"
             )
-
-    def warmup(
-        self,
-        rng_key: Any,
-        *args: Any,
-        extra_fields: tuple | list = (),
-        collect_warmup: bool = False,
-        init_params: PyTree = None,
-        **kwargs: Any,
-    ) -> None:
-        """As NumPyro's: adapt, and have the next run go on from there.
-
-        Args:
-            rng_key: One key, or one per chain.
-            *args: The model's.
-            extra_fields: As for `run`.
-            collect_warmup: Whether to draw and keep `num_warmup` draws per chain more. They are of the tuned kernel: while
-                chains still adapt, and are pooled, they are draws of nothing.
-            init_params: As for `run`.
-            **kwargs: The model's.
-        """
-        super().warmup(
-            rng_key,
-            *args,
-            extra_fields=extra_fields,
-            collect_warmup=collect_warmup,
-            init_params=init_params,
-            **kwargs,
-        )
 
     # --- the method of NumPyro's that moves chains
 
