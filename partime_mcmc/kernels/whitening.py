@@ -3,7 +3,7 @@
 In these coordinates MALA's Jacobian is nearly a multiple of the identity (its diagonal says almost everything), the
 dense metric of HMC is the identity, and chains forget their past at the same rate in every direction. A kernel that
 works on z is exactly the kernel with metric `scale scaleᵀ` on x; only where rounding falls differs. The scale is diagonal, a
-triangular matrix, or, beyond some hundred dimensions, diagonal with a few stretched directions (`LowRank`). Where an affine
+triangular matrix, or, beyond some hundred dimensions, diagonal with some stretched directions (`metric_root`). Where an affine
 map does not suffice, nonlinear maps follow it (`kernels.coordinates`), and the density of z gets their log Jacobians.
 """
 
@@ -22,31 +22,8 @@ from partime_mcmc.kernels.coordinates import (
     enter_all,
     leave_all,
 )
+from partime_mcmc.kernels.metric_root import LowRank, Root, dual, times, transposed_times
 from partime_mcmc.types import AnyArray, Array, ArrayLike, PyTree, pytree
-
-
-@pytree()
-class LowRank:
-    """The matrix `diag(σ) (I + U (diag(s) − I) Uᵀ)`: a diagonal scale, and K directions stretched by more.
-
-    Attributes:
-        sigma: σ, shape `(D,)`, positive.
-        directions: U, shape `(D, K)`, orthonormal columns.
-        stretches: s, shape `(K,)`, positive.
-    """
-
-    sigma: Array
-    directions: Array
-    stretches: Array
-
-    def times(self, z: Array) -> Array:
-        """The matrix times `z`, shape `(D,)`, in O(D K)."""
-        return self.sigma * (z + self.directions @ ((self.stretches - 1) * (self.directions.T @ z)))
-
-    def solve(self, x: Array) -> Array:
-        """Its inverse times `x`, shape `(D,)`, in O(D K)."""
-        z = x / self.sigma
-        return z + self.directions @ ((1 / self.stretches - 1) * (self.directions.T @ z))
 
 
 @pytree()
@@ -62,7 +39,7 @@ class Whitening:
 
     example: PyTree
     center: Array
-    scale: Array | LowRank
+    scale: Root
     maps: tuple[CoordinateMap, ...] = ()
 
     @classmethod
@@ -70,74 +47,42 @@ class Whitening:
         cls,
         example: PyTree,
         center: ArrayLike,
-        covariance: ArrayLike,
+        covariance: ArrayLike | LowRank,
         maps: tuple[CoordinateMap, ...] = (),
     ) -> Whitening:
-        """Whitening by a covariance: variances of shape `(D,)` or a matrix of shape `(D, D)`, in the maps' coordinates.
+        """Whitening by a covariance in the maps' coordinates.
+
+        Args:
+            example: Any position.
+            center: Shape `(D,)`.
+            covariance: Variances of shape `(D,)`, a matrix of shape `(D, D)`, or the `LowRank` root of one.
+            maps: Nonlinear maps that follow.
 
         Raises:
             ValueError: If shapes do not fit, or the covariance is not symmetric and positive definite.
         """
         flat = jax.eval_shape(lambda tree: ravel_pytree(tree)[0], example)
-        middle, matrix = np.asarray(center, flat.dtype), np.asarray(covariance, flat.dtype)
+        middle, given = jax.tree.map(
+            lambda leaf: np.asarray(leaf, flat.dtype), (center, covariance)
+        )
         if middle.shape != flat.shape:
             raise ValueError(
                 f"center: shape {middle.shape}, wanted {flat.shape} as the position has {flat.size} numbers"
             )
-        middle, root = jax.device_put((middle, checked_root(matrix, flat.size, "covariance")))
+        root = (
+            _checked_low_rank(given, flat.size, "covariance")
+            if isinstance(given, LowRank)
+            else checked_root(given, flat.size, "covariance")
+        )
+        middle, root = jax.device_put((middle, root))
         return cls(example, middle, root, maps)
-
-    @classmethod
-    def of_low_rank(
-        cls, example: PyTree, center: Array, sigma: Array, directions: Array, variances: Array
-    ) -> Whitening:
-        """Whitening by the covariance `diag(σ) (I + U (diag(v) − I) Uᵀ) diag(σ)`.
-
-        Args:
-            example: Any position.
-            center: Shape `(D,)`.
-            sigma: σ, shape `(D,)`.
-            directions: U, shape `(D, K)`, orthonormal columns.
-            variances: v, shape `(K,)`: of the directions, in units of σ.
-
-        Raises:
-            ValueError: If shapes do not fit, σ or v are not positive, or the columns of U are not orthonormal.
-        """
-        flat, _ = ravel_pytree(example)
-        center, sigma, directions, variances = (
-            jnp.asarray(value, flat.dtype) for value in (center, sigma, directions, variances)
-        )
-        rank = variances.size
-        for name, value, shape in (
-            ("center", center, flat.shape),
-            ("sigma", sigma, flat.shape),
-            ("directions", directions, (flat.size, rank)),
-            ("variances", variances, (rank,)),
-        ):
-            if value.shape != shape:
-                raise ValueError(
-                    f"{name}: shape {value.shape}, wanted {shape} for a position of {flat.size} numbers"
-                )
-        for name, value in (("sigma", sigma), ("variances", variances)):
-            if not bool((jnp.isfinite(value) & (value > 0)).all()):
-                raise ValueError(
-                    f"{name}: smallest entry {float(value.min()):.3g}, wanted positive finite numbers"
-                )
-        error = float(
-            jnp.abs(directions.T @ directions - jnp.eye(rank, dtype=flat.dtype)).max(initial=0)
-        )
-        if not error < 1e-3:
-            raise ValueError(f"directions: columns are orthonormal only to {error:.3g}")
-        return cls(example, center, LowRank(sigma, directions, jnp.sqrt(variances)))
 
     def enter(self, position: PyTree) -> Array:
         """`z` of a position, shape `(D,)`."""
         offset = enter_all(self.maps, ravel_pytree(position)[0]) - self.center
-        if isinstance(self.scale, LowRank):
-            return self.scale.solve(offset)
-        if self.scale.ndim == 1:
-            return offset / self.scale
-        return jnp.linalg.solve(self.scale, offset)
+        if not isinstance(self.scale, LowRank) and self.scale.ndim == 2:
+            return jnp.linalg.solve(self.scale, offset)
+        return transposed_times(dual(self.scale), offset)
 
     def leave(self, z: Array) -> PyTree:
         """The position of `z`."""
@@ -150,12 +95,31 @@ class Whitening:
         )
 
     def _affine(self, z: Array) -> Array:
-        if isinstance(self.scale, LowRank):
-            return self.center + self.scale.times(z)
-        return self.center + (self.scale * z if self.scale.ndim == 1 else self.scale @ z)
+        return self.center + times(self.scale, z)
 
     def _unravel(self, flat: Array) -> PyTree:
         return ravel_pytree(self.example)[1](flat)
+
+
+def _checked_low_rank(root: LowRank, dimension: int, name: str) -> LowRank:
+    """The root, if its shapes fit, its numbers are positive and its directions orthonormal or zero."""
+    rank = root.stretches.size
+    for field, shape in (("sigma", (dimension,)), ("directions", (dimension, rank))):
+        if getattr(root, field).shape != shape:
+            raise ValueError(
+                f"{name}.{field}: shape {getattr(root, field).shape}, wanted {shape} for a position of {dimension} numbers"
+            )
+    for field in ("sigma", "stretches"):
+        value = getattr(root, field)
+        if not (np.isfinite(value) & (value > 0)).all():
+            raise ValueError(
+                f"{name}.{field}: smallest entry {float(value.min()):.3g}, wanted positive finite numbers"
+            )
+    is_used = np.abs(root.directions).max(axis=0, initial=0) > 0
+    error = np.abs(root.directions.T @ root.directions - np.diag(is_used)).max(initial=0)
+    if not error < 1e-3 or (root.stretches[~is_used] != 1).any():
+        raise ValueError(f"{name}.directions: columns are orthonormal only to {error:.3g}")
+    return root
 
 
 def checked_root(covariance: AnyArray, dimension: int, name: str) -> np.ndarray:

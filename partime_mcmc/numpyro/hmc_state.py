@@ -31,9 +31,9 @@ from partime_mcmc.kernels.kernel_program import (
     parametrised_kernel,
     program_and_params,
 )
+from partime_mcmc.kernels.metric_root import metric_of
 from partime_mcmc.numpyro.metric_blocks import (
     each_block,
-    inverse_mass,
     mass_sqrt,
     mass_sqrt_inv,
     root_by_block,
@@ -82,7 +82,7 @@ class AdaptState(NamedTuple):
     @property
     def inverse_mass_matrix(self) -> Any:
         """The metric, `(d, d)` or `(d,)` by tuple of site names, as NumPyro has it."""
-        return each_block(inverse_mass, self.scale, np.ndim(self.step_size))
+        return each_block(metric_of, self.scale, np.ndim(self.step_size))
 
     @property
     def mass_matrix_sqrt(self) -> Any:
@@ -250,7 +250,7 @@ def hmc_state(plan: Plan, state: ChainState, sampler: ParallelKernel) -> HMCStat
 
     settings = {name: np.asarray(value) for name, value in params.settings.items()}
     fixed = jnp.nan if sampler._step_size is None else sampler._step_size
-    step, root = settings.get("step_size", fixed), np.asarray(whitening.scale)
+    step, root = settings.get("step_size", fixed), jax.tree.map(np.asarray, whitening.scale)
     adapted = AdaptState(
         each(step),
         each(whitening.center),

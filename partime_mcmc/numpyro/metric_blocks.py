@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.types import Array, PyTree
+from partime_mcmc.kernels.metric_root import LowRank, Root, metric_of
+from partime_mcmc.types import AnyArray, Array, PyTree
 
 Names = tuple[str, ...]
 
@@ -105,12 +106,12 @@ def metric_of_blocks(blocks: Mapping[Names, np.ndarray], position: Any) -> np.nd
 
 
 def root_by_block(
-    root: np.ndarray, blocks: Mapping[Names, bool], position: PyTree
-) -> dict[Names, np.ndarray] | np.ndarray:
+    root: Root, blocks: Mapping[Names, bool], position: PyTree
+) -> dict[Names, Root] | Root:
     """The root of a metric by block; as it came if positions are no dicts of sites.
 
     Args:
-        root: Standard deviations `(D,)`, or lower triangular `(D, D)`.
+        root: Standard deviations `(D,)`, lower triangular `(D, D)`, or, without blocks of a user's, `LowRank`.
         blocks: The blocks that a user has named, and whether each is dense; the other sites are one more.
         position: A position.
     """
@@ -129,7 +130,7 @@ def root_by_block(
     return found
 
 
-def whole_root(roots: Mapping[Names, Array] | Array, position: PyTree) -> Array:
+def whole_root(roots: Mapping[Names, Root] | Root, position: PyTree) -> Root:
     """The root `(D,)` or `(D, D)` from `root_by_block`; works on traced values.
 
     Args:
@@ -153,31 +154,28 @@ def whole_root(roots: Mapping[Names, Array] | Array, position: PyTree) -> Array:
     return whole
 
 
-def each_block(function: Callable[[Array], Array], roots: Any, num_axes: int) -> Any:
+def each_block(function: Callable[[Any], AnyArray], roots: Any, num_axes: int) -> Any:
     """A function of one matrix, or of one diagonal, of every block of every chain.
 
     Args:
-        function: Of `(d,)` or `(d, d)`.
-        roots: By block, or one array, with `num_axes` axes in front.
+        function: Of `(d,)`, `(d, d)` or a `LowRank`.
+        roots: By block, or one root, with `num_axes` axes in front.
         num_axes: Axes of chains.
     """
     for _ in range(num_axes):
         function = jax.vmap(function)
-    return jax.tree.map(function, roots)
+    return jax.tree.map(function, roots, is_leaf=lambda node: isinstance(node, LowRank))
 
 
-def inverse_mass(root: Array) -> Array:
-    """R Rᵀ, or variances."""
-    return root**2 if root.ndim == 1 else root @ root.T
-
-
-def mass_sqrt(root: Array) -> Array:
+def mass_sqrt(root: Root) -> Array:
     """S."""
-    if root.ndim == 1:
+    if not isinstance(root, LowRank) and root.ndim == 1:
         return 1 / root
-    return jnp.linalg.cholesky(jnp.linalg.inv(inverse_mass(root)))
+    return jnp.linalg.cholesky(jnp.linalg.inv(metric_of(root)))
 
 
-def mass_sqrt_inv(root: Array) -> Array:
+def mass_sqrt_inv(root: Root) -> AnyArray:
     """S⁻¹."""
-    return root if root.ndim == 1 else jnp.linalg.inv(mass_sqrt(root))
+    if not isinstance(root, LowRank) and root.ndim == 1:
+        return root
+    return jnp.linalg.inv(mass_sqrt(root))

@@ -27,7 +27,7 @@ from partime_mcmc.sampling.chain_groups import num_cores
 from partime_mcmc.sampling.local import compile_first_chunk
 from partime_mcmc.sampling.plan import plan_for
 from partime_mcmc.sampling.randomness import begin
-from partime_mcmc.warmup.metric import LowRankMetric, metric_for, unit_metric
+from partime_mcmc.warmup.metric import metric_for, unit_metric
 from partime_mcmc.warmup.pooled import PooledAdaptation
 from partime_mcmc.warmup.triangular_fit import first_maps
 from partime_mcmc.warmup.tuning import any_settings
@@ -83,14 +83,11 @@ def _untuned_kernel(asked: SampleArguments, builder: Builder) -> ParametrisedKer
     try:
         shapes = asked.target.example()
         dimension = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-        rule = metric_for(dimension)
-        if isinstance(rule, LowRankMetric):
-            return None
         example = jax.device_put(
             jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
         )
         density, data = density_of(asked.target.logdensity, example)
-        metric = unit_metric(rule, dimension)
+        metric = unit_metric(metric_for(dimension), dimension)
         maps = first_maps(density, example, asked.target.centring)
         whitening = Whitening.of_covariance(example, np.zeros(dimension), metric, maps)
         family = KernelProgram(density, builder)

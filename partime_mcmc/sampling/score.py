@@ -14,6 +14,7 @@ from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import PyTree
 from partime_mcmc.warmup.hmc_batch import STEPS, HMCBatch, SeedTree
+from partime_mcmc.warmup.metric import diagonal_like
 from partime_mcmc.warmup.pooled import PooledAdaptation
 from partime_mcmc.warmup.triangular_fit import first_maps
 
@@ -55,8 +56,8 @@ def _by_warmup(plan: Plan, positions: PyTree, rows: np.ndarray):
     walker = HMCBatch(
         density, data, example, num_chains, first_maps(density, example, plan.target.centring)
     )
-    is_diagonal = getattr(plan.warmup.whitening.scale, "ndim", 2) == 1
-    root, seed = np.ones(dimension) if is_diagonal else np.eye(dimension), SeedTree((0,))
+    root = diagonal_like(plan.warmup.whitening.scale, np.ones(dimension))
+    seed = SeedTree((0,))
 
     def evaluate(index):
         starts = rows[index].reshape(STEPS, num_chains, dimension)

@@ -68,7 +68,8 @@ class Shooting(Solver):
         max_evaluations: The bound on the work, in evaluations per step of the path, if every pass rolled all segments to
             their ends. At this bound the solver gives up if more than half of the segments are still open, and at four
             times the bound in any case. None is 4 + 256 / n. With None it also gives up after two rolls of all segments,
-            and at least 256 steps, if fewer than one segment in twenty has met: such a chain does not forget its past.
+            and at least 256 steps, if fewer than one segment in twenty has met, those that are exact whatever the system
+            not counted: such a chain does not forget its past.
         max_passes: Passes after which `step` hands the path back, to be called again with it; None makes all of them. The
             passes are the same to rounding, but segments are not rolled onto their old paths across calls, so that each
             call rolls them to their ends.
@@ -273,14 +274,13 @@ def _closed(interfaces, bound, num_aux, lanes, starts, ends):
 def _goes_on(axis, budget, num_segments, num_lanes, passes, unmet, depth):
     """Whether another pass is worth it; the same answer on all devices."""
     still, (max_depth, trial) = axis.total(unmet.sum()[None]), budget
-    patient = (depth < max_depth) | (
-        (2 * still <= axis.length(num_lanes)) & (depth < 4 * max_depth)
-    )
-    patient &= (depth < trial) | (20 * still <= 19 * axis.length(num_lanes))
+    all_lanes, all_segments = axis.length(num_lanes), axis.length(num_segments)
+    patient = (depth < max_depth) | ((2 * still <= all_lanes) & (depth < 4 * max_depth))
+    # The first segments, one per pass, are exact whatever the system: only the others tell whether it forgets.
+    rest = all_lanes - jnp.minimum(passes, all_segments) * (num_lanes // num_segments)
+    patient &= (depth < trial) | (20 * still <= 19 * rest)
     # After as many passes as segments all are exact whatever happened, so this also bounds passes that do nothing.
-    return axis.anyone(
-        (still > 0) & patient & (passes <= max(axis.length(num_segments), max_depth))
-    )
+    return axis.anyone((still > 0) & patient & (passes <= max(all_segments, max_depth)))
 
 
 def _segments(cached, state, drives, bound) -> tuple[Segments, int]:

@@ -22,6 +22,7 @@ from jax.flatten_util import ravel_pytree
 from partime_mcmc.compile_cache import compiler_options
 from partime_mcmc.kernels.coordinates import CoordinateMap, density_through
 from partime_mcmc.kernels.coupling import normal_of
+from partime_mcmc.kernels.metric_root import Root, times, transposed_times
 from partime_mcmc.kernels.traced_gradient import unoptimised_seconds
 from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import Array, ArrayLike, Key, PyTree
@@ -114,7 +115,7 @@ def _walk(
     longest: int,
     params: PyTree,
     example: PyTree,
-    root: Array,
+    root: Root,
     starts: Array,
     fresh: Array,
     step_sizes: Array,
@@ -128,12 +129,6 @@ def _walk(
     evaluate = jax.vmap(jax.value_and_grad(lambda x: density(params, unravel(x))))
     num_chains, dimension = starts.shape[1:]
 
-    def pulled(gradient):
-        return gradient * root if root.ndim == 1 else gradient @ root
-
-    def pushed(momentum):
-        return momentum * root if root.ndim == 1 else momentum @ root.T
-
     def energy(value, momentum):
         return 0.5 * jnp.sum(momentum**2, axis=1) - value
 
@@ -146,10 +141,15 @@ def _walk(
 
         def leap(index, moving):
             x, value, gradient, p = moving
-            half = p + 0.5 * step * pulled(gradient)
-            new = x + step * pushed(half)
+            half = p + 0.5 * step * transposed_times(root, gradient)
+            new = x + step * times(root, half)
             new_value, new_gradient = evaluate(new)
-            ended = (new, new_value, new_gradient, half + 0.5 * step * pulled(new_gradient))
+            ended = (
+                new,
+                new_value,
+                new_gradient,
+                half + 0.5 * step * transposed_times(root, new_gradient),
+            )
             going = index < length
             return tuple(
                 jnp.where(going.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
@@ -247,7 +247,7 @@ class HMCBatch:
         self,
         seed: SeedTree,
         starts: np.ndarray,
-        root: np.ndarray,
+        root: Root,
         step_sizes: ArrayLike,
         lengths: ArrayLike,
         *,
@@ -261,7 +261,7 @@ class HMCBatch:
             seed: Of the random numbers.
             starts: Shape `(C, D)`, where chains go on from; or `(16, C, D)`: each of 16 steps is a
                 trial from its own start.
-            root: Of the metric, `(D, D)` or `(D,)`.
+            root: Of the metric.
             step_sizes: h, `(C,)` or scalar.
             lengths: Leapfrog steps, `(16, C)`, the same in every 16 steps, or scalar.
             size: S, a multiple of 16, at most `max_batch_steps(C D)`.
@@ -281,7 +281,7 @@ class HMCBatch:
             self.longest,
             self.params,
             self.example,
-            np.asarray(root, self.dtype),
+            jax.tree.map(lambda leaf: np.asarray(leaf, self.dtype), root),
             starts,
             fresh,
             sizes,

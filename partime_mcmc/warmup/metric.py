@@ -12,9 +12,14 @@ are enough draws. Everything is computed in units of each coordinate. A diagonal
 coordinate; a low-rank one adds those directions in which draws or gradients differ clearly from the diagonal.
 """
 
-from typing import Protocol, Sequence
+from typing import Protocol, Sequence, TypeAlias
 
 import numpy as np
+
+from partime_mcmc.kernels.metric_root import LowRank, Root, metric_of
+
+# A covariance `(D, D)`, variances `(D,)`, or the low-rank root of a covariance, which stands for it.
+Metric: TypeAlias = np.ndarray | LowRank
 
 # Correlated draws: about a fifth of them counts; so many more stand for what was believed before.
 _DRAWS_PER_EFFECTIVE = 5
@@ -23,16 +28,17 @@ _PRIOR_DRAWS = 5
 _ENOUGH_PER_DIMENSION = 10
 # A direction joins a low-rank metric if its variance is off by this factor.
 _WORTH_A_DIRECTION = 1.5
+_SUBSPACE_STEPS = 3
 
 
 class MetricRule(Protocol):
-    """How a metric is estimated. A metric is a covariance `(D, D)`, or variances `(D,)`."""
+    """How a metric is estimated."""
 
-    def fisher(self, x: np.ndarray, g: np.ndarray, previous: np.ndarray) -> np.ndarray:
+    def fisher(self, x: np.ndarray, g: np.ndarray, previous: Metric) -> Metric:
         """From few draws and their gradients, `(n, C, D)` each."""
         ...
 
-    def covariance(self, x: np.ndarray, g: np.ndarray, previous: np.ndarray) -> np.ndarray:
+    def covariance(self, x: np.ndarray, g: np.ndarray, previous: Metric) -> Metric:
         """From a long window, `(n, C, D)`."""
         ...
 
@@ -40,7 +46,7 @@ class MetricRule(Protocol):
 class DenseMetric:
     """All correlations."""
 
-    def fisher(self, x: np.ndarray, g: np.ndarray, previous: np.ndarray) -> np.ndarray:
+    def fisher(self, x: np.ndarray, g: np.ndarray, previous: Metric) -> np.ndarray:
         x, g = _deviations(x), _deviations(g)
         unit = _units(x, g, previous)
         old, weight = _as_matrix(previous) / np.outer(unit, unit), _weight(len(x))
@@ -48,7 +54,7 @@ class DenseMetric:
         slope = weight * _second_moment(g * unit) + (1 - weight) * np.linalg.inv(old)
         return geometric_mean(spread, np.linalg.inv(slope)) * np.outer(unit, unit)
 
-    def covariance(self, x: np.ndarray, g: np.ndarray, previous: np.ndarray) -> np.ndarray:
+    def covariance(self, x: np.ndarray, g: np.ndarray, previous: Metric) -> np.ndarray:
         if x.shape[0] * x.shape[1] / _DRAWS_PER_EFFECTIVE < _ENOUGH_PER_DIMENSION * x.shape[-1]:
             return self.fisher(x, g, previous)
         flat = x.reshape(-1, x.shape[-1])
@@ -67,10 +73,10 @@ class BlockMetric(DenseMetric):
     def __init__(self, blocks: Sequence[np.ndarray]):
         self.blocks = blocks
 
-    def fisher(self, x: np.ndarray, g: np.ndarray, previous: np.ndarray) -> np.ndarray:
+    def fisher(self, x: np.ndarray, g: np.ndarray, previous: Metric) -> np.ndarray:
         return self._by_block(DenseMetric().fisher, DiagonalMetric().fisher, x, g, previous)
 
-    def covariance(self, x: np.ndarray, g: np.ndarray, previous: np.ndarray) -> np.ndarray:
+    def covariance(self, x: np.ndarray, g: np.ndarray, previous: Metric) -> np.ndarray:
         return self._by_block(DenseMetric().covariance, DiagonalMetric().covariance, x, g, previous)
 
     def _by_block(self, dense, diagonal, x, g, previous) -> np.ndarray:
@@ -85,13 +91,13 @@ class BlockMetric(DenseMetric):
 class DiagonalMetric:
     """Variances only."""
 
-    def fisher(self, x: np.ndarray, g: np.ndarray, previous: np.ndarray) -> np.ndarray:
+    def fisher(self, x: np.ndarray, g: np.ndarray, previous: Metric) -> np.ndarray:
         x, g = _deviations(x), _deviations(g)
         old, weight = _as_variances(previous), _weight(len(x))
         spread = weight * np.mean(x**2, axis=0) + (1 - weight) * old
         return np.sqrt(spread / (weight * np.mean(g**2, axis=0) + (1 - weight) / old))
 
-    def covariance(self, x: np.ndarray, g: np.ndarray, previous: np.ndarray) -> np.ndarray:
+    def covariance(self, x: np.ndarray, g: np.ndarray, previous: Metric) -> np.ndarray:
         weight = _weight(x.shape[0] * x.shape[1])
         return weight * x.reshape(-1, x.shape[-1]).var(axis=0) + (1 - weight) * _as_variances(
             previous
@@ -101,36 +107,32 @@ class DiagonalMetric:
 class LowRankMetric:
     """Variances, and the directions in which draws or gradients show that variances do not suffice.
 
-    With n draws only the space that draws and gradients span can be known; the Fisher metric is computed there, in
-    units of the diagonal one, and every other direction keeps variance 1.
+    With n draws only the space that draws and gradients span can be known; the Fisher metric is computed in the leading
+    directions of both, in units of the diagonal one, and every other direction keeps variance 1.
 
     Args:
-        max_rank: Directions at most.
+        rank: Directions at most: K, what every leapfrog step pays for with O(D K).
+        num_searched: Leading directions of the draws, and of the gradients, among which they are looked for.
     """
 
-    def __init__(self, max_rank: int = 64):
-        self.max_rank = max_rank
+    def __init__(self, rank: int = 32, num_searched: int = 64):
+        self.rank, self.num_searched = rank, num_searched
 
-    def fisher(self, x: np.ndarray, g: np.ndarray, previous: np.ndarray) -> np.ndarray:
-        variances = DiagonalMetric().fisher(
-            x, g, np.diag(previous) if previous.ndim == 2 else previous
-        )
-        unit = np.sqrt(variances)
+    def fisher(self, x: np.ndarray, g: np.ndarray, previous: Metric) -> LowRank:
+        unit = np.sqrt(DiagonalMetric().fisher(x, g, previous))
         x, g = _deviations(x) / unit, _deviations(g) * unit
-        basis = np.concatenate(
-            [np.linalg.svd(part, full_matrices=False)[2][: self.max_rank] for part in (x, g)]
-        )
-        basis = np.linalg.qr(basis.T)[0]
+        leading = [_leading_directions(part, self.num_searched) for part in (x, g)]
+        basis = np.linalg.qr(np.concatenate(leading, axis=1))[0]
         eye, weight = np.eye(basis.shape[1]), _weight(len(x))
         spread = weight * _second_moment(x @ basis) + (1 - weight) * eye
         slope = weight * _second_moment(g @ basis) + (1 - weight) * eye
         values, vectors = np.linalg.eigh(geometric_mean(spread, np.linalg.inv(slope)))
-        kept = np.abs(np.log(values)) > np.log(_WORTH_A_DIRECTION)
-        if not kept.any():
-            return variances
-        directions = basis @ vectors[:, kept]
-        metric = np.eye(len(unit)) + (directions * (values[kept] - 1)) @ directions.T
-        return metric * np.outer(unit, unit)
+        size = np.abs(np.log(values))
+        kept = [i for i in np.argsort(-size)[: self.rank] if size[i] > np.log(_WORTH_A_DIRECTION)]
+        found = no_directions(unit, self.rank)
+        found.directions[:, : len(kept)] = basis @ vectors[:, kept]
+        found.stretches[: len(kept)] = np.sqrt(values[kept])
+        return found
 
     covariance = fisher
 
@@ -138,26 +140,43 @@ class LowRankMetric:
 class FrozenMetric:
     """The metric that was given."""
 
-    def fisher(self, x: np.ndarray, g: np.ndarray, previous: np.ndarray) -> np.ndarray:
+    def fisher(self, x: np.ndarray, g: np.ndarray, previous: Metric) -> Metric:
         return previous
 
     covariance = fisher
 
 
 def metric_for(dimension: int) -> MetricRule:
-    """Dense up to some hundred dimensions, low-rank beyond, variances where a matrix would be too large to carry."""
+    """Dense up to some hundred dimensions, low-rank beyond, variances where even some directions would be too much to carry."""
     if dimension <= 300:
         return DenseMetric()
-    return LowRankMetric() if dimension <= 3000 else DiagonalMetric()
+    return LowRankMetric() if dimension <= 100_000 else DiagonalMetric()
 
 
-def unit_metric(rule: MetricRule, dimension: int) -> np.ndarray:
-    """The identity, in the form in which a rule returns a metric: `(D, D)` if it is dense, else variances `(D,)`."""
+def unit_metric(rule: MetricRule, dimension: int) -> Metric:
+    """The identity, in the form in which a rule returns a metric."""
+    if isinstance(rule, LowRankMetric):
+        return no_directions(np.ones(dimension), rule.rank)
     return np.eye(dimension) if isinstance(rule, DenseMetric) else np.ones(dimension)
 
 
-def root_of(metric: np.ndarray) -> np.ndarray:
-    """R with R Rᵀ the metric: lower triangular `(D, D)`, or standard deviations `(D,)`."""
+def no_directions(sigma: np.ndarray, rank: int) -> LowRank:
+    """Standard deviations `(D,)` alone, with room for so many directions."""
+    rank = min(rank, len(sigma))
+    return LowRank(sigma, np.zeros((len(sigma), rank)), np.ones(rank))
+
+
+def diagonal_like(metric: Metric, variances: np.ndarray) -> Metric:
+    """A metric of variances alone, in the form of another one."""
+    if isinstance(metric, LowRank):
+        return no_directions(np.sqrt(variances), len(metric.stretches))
+    return variances if metric.ndim == 1 else np.diag(variances)
+
+
+def root_of(metric: Metric) -> Root:
+    """R with R Rᵀ the metric."""
+    if isinstance(metric, LowRank):
+        return metric
     return np.sqrt(metric) if metric.ndim == 1 else np.linalg.cholesky(metric)
 
 
@@ -183,7 +202,19 @@ def _second_moment(deviations: np.ndarray) -> np.ndarray:
     return deviations.T @ deviations / len(deviations)
 
 
-def _units(x: np.ndarray, g: np.ndarray, previous: np.ndarray) -> np.ndarray:
+def _leading_directions(rows: np.ndarray, count: int) -> np.ndarray:
+    """The leading right singular vectors of a matrix `(n, D)`, as columns, by subspace iteration.
+
+    Halko, Martinsson & Tropp 2011, algorithms 4.4 and 5.1; they need be right only so far as a metric is.
+    """
+    count = min(count, *rows.shape)
+    guess = np.random.default_rng(0).normal(size=(rows.shape[1], min(count + 8, *rows.shape)))
+    for _ in range(_SUBSPACE_STEPS):
+        guess = np.linalg.qr(rows.T @ (rows @ guess))[0]
+    return guess @ np.linalg.svd(rows @ guess, full_matrices=False)[2][:count].T
+
+
+def _units(x: np.ndarray, g: np.ndarray, previous: Metric) -> np.ndarray:
     """Units in which draws and gradients are equally wide, the diagonal Fisher metric; the old ones where nothing moved."""
     wide, steep = x.std(axis=0), g.std(axis=0)
     moved = (wide > 0) & (steep > 0) & np.isfinite(wide) & np.isfinite(steep)
@@ -197,9 +228,15 @@ def _weight(num_draws: int) -> float:
     return effective / (effective + _PRIOR_DRAWS)
 
 
-def _as_matrix(metric: np.ndarray) -> np.ndarray:
+def _as_matrix(metric: Metric) -> np.ndarray:
+    if isinstance(metric, LowRank):
+        return np.asarray(metric_of(metric))
     return np.diag(metric) if metric.ndim == 1 else metric
 
 
-def _as_variances(metric: np.ndarray) -> np.ndarray:
+def _as_variances(metric: Metric) -> np.ndarray:
+    if isinstance(metric, LowRank):
+        return metric.sigma**2 * (
+            1 + metric.directions**2 @ (np.asarray(metric.stretches) ** 2 - 1)
+        )
     return metric if metric.ndim == 1 else np.diag(metric)

@@ -31,12 +31,15 @@ from partime_mcmc.diagnostics import mixing
 from partime_mcmc.engine import CachedStep, Dynamics, Status, Tolerance, shooting
 from partime_mcmc.engine.solve import solve
 from partime_mcmc.kernels.coupling import normal_of
+from partime_mcmc.kernels.metric_root import Root, largest_ratio, times, transposed_times
 from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import Key
 from partime_mcmc.warmup.hmc_batch import STEPS, HMCBatch, HMCBatchResult, SeedTree
 from partime_mcmc.warmup.metric import (
     DiagonalMetric,
+    Metric,
     MetricRule,
+    diagonal_like,
     metric_for,
     root_of,
     unit_metric,
@@ -56,7 +59,7 @@ _TOLERANCE = 1e-6
 
 
 def side_by_side(
-    walker: HMCBatch, seed: SeedTree, positions: np.ndarray, root: np.ndarray, path: Path, size: int
+    walker: HMCBatch, seed: SeedTree, positions: np.ndarray, root: Root, path: Path, size: int
 ) -> HMCBatchResult:
     """A window with all chains side by side, in as few calls as memory lets it be.
 
@@ -88,7 +91,7 @@ def side_by_side(
 
 
 def in_parallel_time(
-    walker: HMCBatch, seed: SeedTree, positions: np.ndarray, root: np.ndarray, path: Path, size: int
+    walker: HMCBatch, seed: SeedTree, positions: np.ndarray, root: Root, path: Path, size: int
 ) -> HMCBatchResult:
     """A window solved in parallel time, 128 steps a piece; short ones, and pieces that do not forget, side by side.
 
@@ -100,7 +103,7 @@ def in_parallel_time(
     numbers = (
         walker.params,
         walker.example,
-        jnp.asarray(root, dtype),
+        jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), root),
         jnp.asarray(path.step_size, dtype),
         jnp.asarray(path.num_steps, jnp.int32),
     )
@@ -187,13 +190,9 @@ def _move(density, numbers, state, uniforms):
 
     def leap(_, moving):
         x, _, gradient, p = moving
-        half = p + 0.5 * step * (root * gradient if root.ndim == 1 else root.T @ gradient)
-        ended = _evaluate(
-            density, numbers, x + step * (root * half if root.ndim == 1 else root @ half)
-        )
-        return *ended, half + 0.5 * step * (
-            root * ended[2] if root.ndim == 1 else root.T @ ended[2]
-        )
+        half = p + 0.5 * step * transposed_times(root, gradient)
+        ended = _evaluate(density, numbers, x + step * times(root, half))
+        return *ended, half + 0.5 * step * transposed_times(root, ended[2])
 
     *end, last = lax.fori_loop(0, num_steps, leap, (*state, momentum))
     fall = 0.5 * jnp.sum(momentum**2) - state[1] - 0.5 * jnp.sum(last**2) + end[1]
@@ -221,7 +220,7 @@ class Pool:
 
     Attributes:
         positions: Shape `(C, D)`.
-        metric: A covariance `(D, D)`, or variances `(D,)`.
+        metric: What is believed of the covariance.
         center: Shape `(D,)`.
         draws: The last window.
         num_rescued: Chains that were lost and went on from another chain's state.
@@ -232,7 +231,7 @@ class Pool:
     """
 
     positions: np.ndarray
-    metric: np.ndarray
+    metric: Metric
     center: np.ndarray
     draws: HMCBatchResult
     num_rescued: int
@@ -242,7 +241,7 @@ class Pool:
     minima: tuple[np.ndarray, ...] = ()
 
     @classmethod
-    def at(cls, starts: np.ndarray, metric: np.ndarray) -> Self:
+    def at(cls, starts: np.ndarray, metric: Metric) -> Self:
         """Chains that have not moved yet: their starts stand for draws."""
         states = np.broadcast_to(starts, (STEPS, *starts.shape))
         nothing = np.zeros(states.shape)
@@ -258,7 +257,7 @@ class Pool:
         spread = DiagonalMetric().fisher(
             draws.positions, draws.gradients, np.ones(draws.positions.shape[-1])
         )
-        self.metric = spread if self.metric.ndim == 1 else np.diag(spread)
+        self.metric = diagonal_like(self.metric, spread)
 
     def trials(self, walker: HMCBatch, seed: SeedTree) -> Callable[[float, int], np.ndarray]:
         """Acceptance of one trajectory from each of 16 states of every chain, the same for all candidates."""
@@ -363,7 +362,7 @@ class PooledAdaptation:
         first_window: Steps of the first window; each further one is twice as long.
         coordinates: How coordinates are learned after each window; None keeps the model's own.
         metric: How the metric is estimated; None is dense up to 300 dimensions, low-rank beyond.
-        guess: A first metric, `(D, D)` or `(D,)`; None is the identity.
+        guess: A first metric; None is the identity.
         run: How a window is run: `side_by_side` or `in_parallel_time`; None is what suits the device.
         first_step: The step size with which every chain begins its search.
     """
@@ -374,7 +373,7 @@ class PooledAdaptation:
     first_window: int = 32
     coordinates: Callable[[HMCBatch, Pool, Callable], bool] | None = learn_coordinates
     metric: MetricRule | None = None
-    guess: np.ndarray | None = None
+    guess: Metric | None = None
     run: Callable[..., HMCBatchResult] | None = None
     first_step: float = 0.1
 
@@ -410,7 +409,7 @@ class PooledAdaptation:
         walker: HMCBatch,
         key: Key,
         starts: np.ndarray,
-        metric: np.ndarray,
+        metric: Metric,
         num_steps: int,
         path_rule: TrajectoryRule,
         advance: Callable[[int], None],
@@ -457,7 +456,7 @@ def search(
     walker: HMCBatch,
     seed: SeedTree,
     starts: np.ndarray,
-    metric: np.ndarray,
+    metric: Metric,
     rule: MetricRule,
     max_steps: int,
     advance: Callable[[int], None],
@@ -469,7 +468,7 @@ def search(
         walker: The program.
         seed: Of the random numbers.
         starts: Shape `(C, D)`.
-        metric: A first guess, `(D, D)` or `(D,)`.
+        metric: A first guess.
         rule: How metrics are estimated.
         max_steps: Steps at most.
         advance: Told the number of steps done.
@@ -511,7 +510,7 @@ def search(
             old, root = root, root_of(learned)
             pool.metric = learned
             # The old step was near the limit of stability in its worst direction: so shall the new one be.
-            steps = np.clip(steps * _largest_ratio(old, root), 1e-6, 1.0)
+            steps = np.clip(steps * largest_ratio(old, root), 1e-6, 1.0)
     else:
         pool.notes.append(
             f"the search ended after {max_steps} steps with the log density still rising"
@@ -567,7 +566,7 @@ def _only(draws: HMCBatchResult, chains: np.ndarray) -> HMCBatchResult:
     )
 
 
-def _metric(estimate: Callable, draws: HMCBatchResult, pool: Pool) -> np.ndarray | None:
+def _metric(estimate: Callable, draws: HMCBatchResult, pool: Pool) -> Metric | None:
     if not draws.is_finite():
         return None
     with np.errstate(all="ignore"):
@@ -576,12 +575,5 @@ def _metric(estimate: Callable, draws: HMCBatchResult, pool: Pool) -> np.ndarray
             root = root_of(found)
         except np.linalg.LinAlgError:
             return None
-    return found if np.isfinite(root).all() else None
-
-
-def _largest_ratio(old: np.ndarray, new: np.ndarray) -> float:
-    """The largest singular value of new⁻¹ old: how much longer a step of the old metric is in units of the new one."""
-    if old.ndim == 1 and new.ndim == 1:
-        return float((old / new).max())
-    old, new = (np.diag(root) if root.ndim == 1 else root for root in (old, new))
-    return float(np.linalg.norm(np.linalg.solve(new, old), 2))
+    is_finite = all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(root))
+    return found if is_finite else None

@@ -30,6 +30,7 @@ from scipy.optimize import minimize
 
 from partime_mcmc.compile_cache import compiler_options
 from partime_mcmc.kernels.coordinates import CoordinateMap
+from partime_mcmc.kernels.metric_root import Root, dual, times, transposed_times
 from partime_mcmc.types import PyTree
 from partime_mcmc.warmup.hmc_batch import HMCBatchResult
 
@@ -64,7 +65,7 @@ class Learned(NamedTuple):
 def learn_map(
     found: CoordinateMap,
     draws: HMCBatchResult,
-    root: np.ndarray,
+    root: Root,
     minima: tuple[np.ndarray, ...] = (),
 ) -> Learned:
     """Weights of a map that make the draws' law more normal.
@@ -72,12 +73,10 @@ def learn_map(
     Args:
         found: The map in which the draws were made.
         draws: A window, with gradients.
-        root: Of a metric for these draws, `(D, D)` or `(D,)`: in its units correlations are small, and so is what
-            shrinking them does.
+        root: Of a metric for these draws: in its units correlations are small, and so is what shrinking them does.
         minima: Of the fit before; none at first.
     """
-    root = np.diag(root) if root.ndim == 1 else root
-    inverse = np.linalg.inv(root)
+    inverse = dual(root)
     num_steps, num_chains, dimension = draws.positions.shape
     chains = min(num_chains, _MOST_CHAINS)
     steps = np.linspace(0, num_steps - 1, 2 * (_NUM_DRAWS // chains)).astype(int)
@@ -97,9 +96,12 @@ def learn_map(
 
     def divergence(weights: np.ndarray, data: list[np.ndarray]) -> tuple[float, list[np.ndarray]]:
         y, g = _moved(found, unravel(weights), data[0], data[1], nothing, nothing)[:2]
-        one, dy = half_log_det((y @ inverse.T).reshape(shape))
-        two, dg = half_log_det((g @ root).reshape(shape))
-        slopes = dy.reshape(-1, dimension) @ inverse, dg.reshape(-1, dimension) @ root.T
+        one, dy = half_log_det(transposed_times(inverse, y).reshape(shape))
+        two, dg = half_log_det(transposed_times(root, g).reshape(shape))
+        slopes = (
+            times(inverse, dy.reshape(-1, dimension)),
+            times(root, dg.reshape(-1, dimension)),
+        )
         return one + two, [slope.astype(nothing.dtype) for slope in slopes]
 
     def objective(weights: np.ndarray) -> tuple[float, np.ndarray]:

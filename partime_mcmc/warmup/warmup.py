@@ -30,6 +30,7 @@ from partime_mcmc.kernels.kernel_program import (
     density_of,
     parametrised_kernel,
 )
+from partime_mcmc.kernels.metric_root import LowRank
 from partime_mcmc.types import Array, Key, PyTree
 from partime_mcmc.warmup.hmc_batch import HMCBatch, SeedTree
 from partime_mcmc.warmup.pooled import Pool, PooledAdaptation
@@ -122,11 +123,11 @@ class Warmup:
 
     def __str__(self) -> str:
         chosen = ", ".join(f"{name} {value:.3g}" for name, value in self.settings.items())
-        metric = (
-            "a diagonal metric"
-            if getattr(self.whitening.scale, "ndim", 2) == 1
-            else "a dense metric"
-        )
+        root = self.whitening.scale
+        if isinstance(root, LowRank):
+            metric = f"a diagonal metric with {root.num_stretched} more directions"
+        else:
+            metric = "a diagonal metric" if root.ndim == 1 else "a dense metric"
         rescued = f"{self.num_rescued} chains rescued" if self.num_rescued else "no chain rescued"
         return " ".join(
             [

@@ -34,6 +34,7 @@ from partime_mcmc.kernels import (
     random_walk,
 )
 from partime_mcmc.kernels.explicit_randomness import ExplicitRandomnessKernel
+from partime_mcmc.kernels.metric_root import LowRank
 
 T = 96
 every_kernel = pytest.mark.parametrize("row", KERNELS, ids=lambda row: row.name)
@@ -323,27 +324,44 @@ def test_whitening_enter_and_leave_are_inverse_and_white(shape):
 def test_low_rank_whitening_is_the_dense_one_of_its_covariance():
     with jax.enable_x64(True):
         rng = np.random.default_rng(4)
-        directions, sigma = np.linalg.qr(rng.normal(size=(3, 2)))[0], np.array([0.5, 2.0, 1.0])
-        low = Whitening.of_low_rank(
-            start_of(jnp.float64), jnp.arange(3.0), sigma, directions, [9.0, 0.1]
-        )
-        stretched = np.eye(3) + directions @ np.diag([8.0, -0.9]) @ directions.T
-        root = np.stack(
-            [ravel_pytree(low.leave(unit))[0] - np.arange(3.0) for unit in np.eye(3)], axis=1
-        )
+        # The last column stands for a direction that is not used.
+        directions = np.linalg.qr(rng.normal(size=(3, 3)))[0] * [1.0, 1.0, 0.0]
+        root = LowRank(np.array([0.5, 2.0, 1.0]), directions, np.array([3.0, 0.3, 1.0]))
+        low = Whitening.of_covariance(start_of(jnp.float64), jnp.arange(3.0), root)
+        stretched = np.eye(3) + directions @ np.diag([8.0, -0.91, 0.0]) @ directions.T
+        columns = [ravel_pytree(low.leave(unit))[0] - np.arange(3.0) for unit in np.eye(3)]
         np.testing.assert_allclose(
-            root @ root.T, np.diag(sigma) @ stretched @ np.diag(sigma), rtol=1e-12, atol=1e-14
+            np.stack(columns, axis=1) @ np.stack(columns),
+            np.diag(root.sigma) @ stretched @ np.diag(root.sigma),
+            rtol=1e-12,
+            atol=1e-14,
         )
         z = jnp.array([0.3, -2.0, 1.0])
         np.testing.assert_allclose(low.enter(low.leave(z)), z, rtol=1e-12)
-        with pytest.raises(ValueError, match="directions: columns are orthonormal only to"):
-            Whitening.of_low_rank(
-                start_of(jnp.float64), jnp.zeros(3), sigma, directions * 1.1, [9.0, 0.1]
-            )
-        with pytest.raises(ValueError, match="variances: smallest entry -1"):
-            Whitening.of_low_rank(
-                start_of(jnp.float64), jnp.zeros(3), sigma, directions, [9.0, -1.0]
-            )
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"directions": 1.1 * np.eye(3, 2)},
+            "covariance.directions: columns are orthonormal only to",
+        ),
+        ({"directions": np.eye(2)}, r"covariance.directions: shape \(2, 2\), wanted \(3, 2\)"),
+        (
+            {"directions": np.zeros((3, 2))},
+            "covariance.directions: columns are orthonormal only to",
+        ),
+        ({"stretches": np.array([9.0, -1.0])}, "covariance.stretches: smallest entry -1"),
+        ({"sigma": np.array([1.0, 0.0, 1.0])}, "covariance.sigma: smallest entry 0"),
+    ],
+)
+def test_low_rank_roots_that_are_none_are_refused(changes, message):
+    root = LowRank(np.ones(3), np.eye(3, 2), np.array([2.0, 0.5]))
+    with pytest.raises(ValueError, match=message):
+        Whitening.of_covariance(
+            start_of(jnp.float32), jnp.zeros(3), dataclasses.replace(root, **changes)
+        )
 
 
 @pytest.mark.parametrize("shape", ["dense", "diagonal"])

@@ -309,6 +309,21 @@ def test_chaos_is_given_up_and_the_exact_prefix_is_exact():
     assert float(found.stats.evaluations) < 12
 
 
+@pytest.mark.parametrize("num_chains", [1, 3])
+def test_segments_that_are_exact_whatever_the_system_are_no_sign_of_forgetting(num_chains):
+    """Of 16 segments of 64 steps four are exact after four passes, on a random walk too, whose paths never meet."""
+    walk = Dynamics(lambda _, state, drive: state + drive)
+    drives = jax.random.normal(jax.random.key(4), (num_chains, 1024, 2))
+    starts = jnp.zeros((num_chains, 2))
+    found = jax.jit(
+        jax.vmap(lambda start, drives: solve(walk, start, drives, solver=shooting(steps=64)))
+    )(starts, drives)
+    assert (found.status == Status.OUT_OF_ITERATIONS).all()
+    # The step from one segment to the next is not exact where the next begins elsewhere; the check adds a step.
+    assert (found.num_exact == 255).all() and (found.stats.depth <= 257).all()
+    np.testing.assert_array_less(found.stats.evaluations, 5.1)
+
+
 def test_a_recurrence_that_overflows_is_not_finite_and_ends():
     for solver in (shooting(), shooting(steps=5), shooting(4, correction=DenseJacobian())):
         found = solve(

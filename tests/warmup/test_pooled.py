@@ -9,6 +9,7 @@ import pytest
 
 from partime_mcmc.kernels import hmc
 from partime_mcmc.kernels.kernel_program import density_of
+from partime_mcmc.kernels.metric_root import LowRank, metric_of
 from partime_mcmc.warmup import hmc_batch as trajectories
 from partime_mcmc.warmup.hmc_batch import STEPS, HMCBatch, HMCBatchResult, SeedTree
 from partime_mcmc.warmup.metric import (
@@ -78,7 +79,8 @@ def test_metrics_by_shape():
         *2 * [np.sqrt(np.diag(wide)) / np.sqrt(60)]
     )  # one direction of 31 times the variance
     found = LowRankMetric().fisher(*draws(8, 1, wide), np.ones(60))
-    low, high = width(found, wide)
+    assert isinstance(found, LowRank) and 1 <= found.num_stretched <= 32
+    low, high = width(metric_of(found), wide)
     assert (
         high / low
         < 12
