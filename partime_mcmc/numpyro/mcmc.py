@@ -107,8 +107,8 @@ class ParallelReport:
     def advice(self) -> Advice | None:
         """What pilot chains say, where the default solver had to give up; None elsewhere.
 
-        Pilots are run when this is first looked at, or printed: they are compiled for seconds, which a run that needs no
-        advice should not wait for.
+        Pilots are run when this is first looked at: they may take longer than the run itself, so that a printed report only
+        points here.
         """
         return None if self.ask is None else self.ask()
 
@@ -117,12 +117,11 @@ class ParallelReport:
 
     def __str__(self) -> str:
         residual = float(np.max(np.asarray(self.certificate.max_residual)))
-        advice = self.advice
         lines = [
             str(self.verdict),
             f"{self.level.name}: largest residual {residual:.1e} noise units, {self.certificate.evidence}; {self.run}",
             *self.run.fallbacks,
-            *([] if advice is None else [f"Advice: {advice}"]),
+            *([] if self.ask is None else ["Pilot chains tell why, and what to do: report.advice."]),
             *([str(self.warmup)] if self.warmup else []),
         ]
         return "\n".join(lines)
