@@ -38,6 +38,7 @@ NAMES = (
     "observers",
     "gibbs",
     "mala",
+    "adaptive_mala",
     "hmc",
     "fixed_points",
     "newcomers",
