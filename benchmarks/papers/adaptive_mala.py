@@ -1,4 +1,4 @@
-"""MALA that adapts its metric, the adaptation inside the solve: in every step, and in every window.
+"""MALA that adapts its metric inside the solve, in every step or in every window (Atchadé 2006, arXiv:2508.16817).
 
 The step size h and the variances v of the metric are part of the state, so that adaptation is solved for together with the chain
 (Atchadé 2006 and Marshall & Roberts 2012 have such chains and their ergodicity; γ_t = (t + 2)^-0.6 diminishes):
