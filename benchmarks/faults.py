@@ -9,6 +9,8 @@ full disk or that stand still are processes of their own. Rows of earlier runs t
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import json
 import os
 import resource
@@ -17,9 +19,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,11 +33,22 @@ import numpy as np
 
 from benchmarks.record import OUT, keep
 from partime_mcmc import (
+    AllAtOnce,
+    CertifyIndependently,
+    CertifyWhileRolling,
+    CoalescingHMC,
     Dynamics,
+    ParallelMCMC,
+    SlidingWindow,
+    Status,
     Store,
     Target,
+    Windows,
     certify,
+    coalescing_hmc,
     deer,
+    from_blackjax,
+    jacobi,
     mala,
     open_draws,
     quasi_deer,
@@ -44,9 +59,14 @@ from partime_mcmc import (
     sequential,
     shooting,
     solve,
+    time_mesh,
+    to_arviz,
+    unroll,
 )
 from partime_mcmc.diagnostics.arviz import read_draws, save_netcdf
-from partime_mcmc.diagnostics.checks import NonDeterministicTarget
+from partime_mcmc.diagnostics.checks import NonDeterministicTarget, PrecisionWarning
+from partime_mcmc.engine.solution import SolveError
+from partime_mcmc.sampling import local
 from partime_mcmc.storage.files import StoreError
 from partime_mcmc.validation import InvalidStart
 
@@ -265,6 +285,432 @@ def _wide(width: int, num_steps: int, solver) -> tuple[bool, str]:
         apart < 1e-4,
         f"{found.verdict.name} after {int(found.iterations)} passes, error {apart:.0e}",
     )
+
+
+# --- derivatives, pieces of time and numbers of few digits --------------------------------------------------------------
+
+
+def chain_of(kernel, num_steps: int, start=(0.3, -0.2), key: int = 0):
+    """What `solve` and `certify` take of a chain of a kernel: recurrence, first carry, random numbers."""
+    state = kernel.init(jnp.asarray(start))
+    return (
+        kernel.dynamics(),
+        kernel.carry(state),
+        kernel.tape(jax.random.key(key), num_steps, state),
+    )
+
+
+def distance(one, other) -> float:
+    """The largest difference of two paths."""
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other))
+    return max(float(jnp.abs(a - b).max()) for a, b in pairs)
+
+
+def certified(draws) -> bool:
+    """Whether all chains are."""
+    return bool(np.all(draws.certificate.certified))
+
+
+@fault("derivatives that are NaN where a proposal leaves the support, dense Jacobians")
+def _nan_derivative(folder):
+    kernel = mala(lambda x: jnp.sum(jnp.log(jnp.sqrt(1 - x**2))), 0.3)
+    dynamics, first, tape = chain_of(kernel, 300)
+    found = solve(dynamics, first, tape, solver=deer()).or_raise()
+    judged = certify(kernel, first, found.states, tape)
+    apart = distance(found.states, rollout(dynamics, first, tape))
+    outside = int(judged.num_nonfinite_proposals)
+    return bool(judged.certified) and outside > 20 and apart < 1e-4, (
+        f"{outside} such proposals in 300 steps, certified {bool(judged.certified)}, {apart:.0e} from the loop"
+    )
+
+
+@fault("one derivative that is NaN, at step 501 of 1,000")
+def _one_nan_derivative(folder):
+    # The square root of 0 squared: a value of 0, and a derivative of 0/0.
+    step = lambda w, x, u: jnp.where(u[1] > 0, 0.0, w * jnp.sqrt(x**2) + u[0])
+    noise = jax.random.normal(jax.random.key(0), (1000,))
+    drives = jnp.stack([noise, jnp.arange(1000) == 499], axis=1)
+    dynamics = Dynamics(step, jnp.float32(0.5))
+    found = solve(dynamics, jnp.float32(1), drives, solver=deer()).or_raise()
+    apart = distance(found.states, rollout(dynamics, jnp.float32(1), drives))
+    count = int(found.stats.num_replaced_jacobians)
+    return count > 0 and apart < 1e-5, f"{count} Jacobians replaced, path {apart:.0e} from the loop"
+
+
+@fault("a recurrence that grows by 1.1 for 1,000 steps and then forgets: float32, float64")
+def _burst(folder):
+    growth = np.where(np.arange(2000) < 1000, 1.1, 0.5)
+    said, good = [], True
+    for x64 in (False, True):
+        with jax.enable_x64(x64):
+            drives = jnp.asarray(growth, float)
+            dynamics = Dynamics(lambda w, x, a: w * a * x + 1, jnp.asarray(1.0))
+            truth = np.asarray(rollout(dynamics, jnp.asarray(1.0), drives))
+            left = int(np.argmin(np.isfinite(truth))) if not np.isfinite(truth).all() else None
+            found = solve(dynamics, jnp.asarray(1.0), drives, solver=deer())
+            wanted = Status.CONVERGED if left is None else Status.NONFINITE
+            exact = int(found.num_exact)
+            good &= found.verdict == wanted and exact == (2000 if left is None else left)
+            apart = np.abs(np.asarray(found.states) - truth)[:exact] / np.abs(truth[:exact])
+            good &= bool(apart.max() < (1e-12 if x64 else 1e-3))
+            said.append(
+                f"{found.verdict.name}, {exact:,} exact steps, {apart.max():.0e} from the loop"
+            )
+    return good, "; ".join(said)
+
+
+@dataclasses.dataclass(frozen=True)
+class _TwoCycle:
+    """A solver whose proposals go to and fro between two paths, neither of them right."""
+
+    def init(self, initial, states):
+        return ()
+
+    def step(self, dynamics, initial, states, drives, state, **context):
+        proposal, state = jacobi().step(dynamics, initial, states, drives, state, **context)
+        return dataclasses.replace(proposal, states=1.5 - states), state
+
+
+jax.tree_util.register_pytree_node(
+    _TwoCycle, lambda one: ((), None), lambda aux, leaves: _TwoCycle()
+)
+
+
+@fault("a solver that goes to and fro between two paths")
+def _cycle(folder):
+    dynamics = Dynamics(lambda w, x, u: jnp.tanh(w * x + u), jnp.float32(0.9))
+    drives = jax.random.normal(jax.random.key(0), (17, 2))
+    found = solve(dynamics, jnp.zeros(2), drives, solver=_TwoCycle())
+    passes = int(found.iterations)
+    return (
+        found.verdict == Status.STALLED and passes < 10,
+        f"{found.verdict.name} after {passes} passes of 200",
+    )
+
+
+@fault("decisions that hang on rounding: 40,000 steps in float32, segments against the loop")
+def _flips(folder):
+    options = {"num_samples": 10_000, "num_chains": 4, "progress": False}
+    kernel = mala(normal, 0.9)
+    both = [
+        sample(jax.random.key(2), TARGET, kernel, solver=one, **options)
+        for one in (shooting(32), sequential())
+    ]
+    decided = [np.asarray(draws.info["accepted"]) for draws in both]
+    flips = int((decided[0] != decided[1]).sum())
+    ambiguous = int(np.sum(both[0].certificate.num_ambiguous))
+    good = all(map(certified, both)) and flips <= ambiguous and not decided[0].all()
+    return good, f"{flips} of 40,000 decisions differ, {ambiguous} were called ambiguous, {'all' if good else 'NOT all'} certified"  # fmt: skip
+
+
+@fault("products in 10 bits, as a GPU's TF32, in the solver only")
+def _few_bits(folder):
+    few = lambda x: jax.lax.reduce_precision(x, 8, 10)
+    matrix = jnp.asarray([[1.0, 0.3], [0.3, 0.7]], jnp.float32)
+    exact = mala(lambda x: -0.5 * x @ (matrix @ x), 0.5)
+    coarse = mala(lambda x: -0.5 * x @ (few(matrix) @ few(x)), 0.5)
+    _, first, tape = chain_of(exact, 2000)
+    judged = [
+        certify(exact, first, solve(one.dynamics(), first, tape, solver=shooting(16)).states, tape)
+        for one in (coarse, exact)
+    ]
+    good = not bool(judged[0].certified) and bool(judged[1].certified)
+    return good, f"certified {bool(judged[0].certified)}, residual {float(judged[0].max_residual):.0e}; without {bool(judged[1].certified)}, {float(judged[1].max_residual):.0e}"  # fmt: skip
+
+
+@fault("a log density that loses its digits in float32")
+def _digits(folder):
+    cancels = lambda x: -jnp.sum((1e4 + x) ** 2 - 1e8 - 2e4 * x)
+    told = []
+    for one in (cancels, normal):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            target = Target(one, jnp.full(2, 0.7))
+            sample(jax.random.key(0), target, mala(one, 0.1), num_samples=10, progress=False)
+        told.append([str(one.message) for one in caught if one.category is PrecisionWarning])
+    return bool(told[0]) and not told[1], f"{told[0][0][:80] if told[0] else 'no warning'}…; {len(told[1])} of an honest one"  # fmt: skip
+
+
+@fault("windows of 4 steps, shorter than a row of rejections")
+def _short_windows(folder):
+    kernel = mala(normal, 2.2)
+    dynamics, first, tape = chain_of(kernel, 400)
+    truth = rollout(dynamics, first, tape)
+    judged = certify(kernel, first, truth, tape)
+    apart = max(
+        distance(
+            solve(dynamics, first, tape, solver=jacobi(), schedule=one).or_raise().states, truth
+        )
+        for one in (Windows(4), SlidingWindow(4))
+    )
+    longest, rate = int(judged.longest_rejection), 1 - int(judged.num_rejected) / 400
+    return apart < 1e-5 and longest > 4, f"acceptance {rate:.2f}, {longest} rejections in a row, paths {apart:.0e} from the loop"  # fmt: skip
+
+
+# --- chains that do not sample ------------------------------------------------------------------------------------------
+
+
+@fault("a step size of a million: no proposal is accepted")
+def _frozen(folder):
+    draws = run_kernel(mala(normal, 1e6))
+    raised, said = refused(SolveError, draws.or_raise)
+    good = (
+        raised and set(draws.report.status) == {Status.FROZEN} and draws.verdict.name != "CONVERGED"
+    )
+    return good, f"{said}; verdict {draws.verdict.name}"
+
+
+def run_kernel(kernel, num_samples: int = 200):
+    """A small run of a kernel in memory."""
+    target = Target(normal, jnp.ones(2))
+    return sample(jax.random.key(0), target, kernel, num_samples=num_samples, num_chains=2, progress=False)  # fmt: skip
+
+
+@fault("a posterior that cannot be normalised: a constant, and one that grows")
+def _improper(folder):
+    said, good = [], True
+    for flat in (lambda x: 0.0 * jnp.sum(x), lambda x: 1e-3 * jnp.sum(x**2)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            target = Target(flat, lambda key: jax.random.normal(key, (2,)))
+            options = {"num_samples": 400, "num_warmup": 200, "progress": False}
+            draws = sample(jax.random.key(0), target, coalescing_hmc, **options)
+        told = [str(one.message) for one in caught if "improper" in str(one.message)]
+        good &= bool(told) or draws.verdict.name != "CONVERGED"
+        said.append(f"{'warned of it' if told else 'no warning'}, verdict {draws.verdict.name}")
+    return good, "; ".join(said)
+
+
+@fault("the device runs out of memory twice")
+def _exhausted(folder):
+    whole, solve_windows, asked = run(), local.solve_windows, []
+
+    def full(plan, state, num_steps, *rest):
+        asked.append(num_steps)
+        if len(asked) <= 2:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return solve_windows(plan, state, num_steps, *rest)
+
+    local.solve_windows = full
+    try:
+        draws = run().or_raise()
+    finally:
+        local.solve_windows = solve_windows
+    apart = distance(draws.positions, whole.positions)
+    notes = sum("ran out of memory" in note for note in draws.report.fallbacks)
+    return notes == 2 and apart < 1e-4 and certified(draws), f"steps at once {asked[:3]}, {notes} notes in the report, draws {apart:.0e} apart"  # fmt: skip
+
+
+# --- repetitions and neighbours -----------------------------------------------------------------------------------------
+
+
+@fault("one run ten times over")
+def _again(folder):
+    first, *others = (run(solver=shooting(8)).constrained["x"] for _ in range(10))
+    same = all(np.array_equal(first, one) for one in others)
+    return same, f"draws {_same(same)}, on {jax.devices()[0].device_kind}"
+
+
+@fault("products of small matrices beyond 2^14 and 2^15 rows, which JAX 0.10.2 gets wrong")
+def _compiler(folder):
+    worst, rng = 0.0, np.random.default_rng(0)
+    for x64, width, length in itertools.product((False, True), (3, 5, 7), (2**14 + 3, 2**15 + 3)):
+        with jax.enable_x64(x64):
+            matrix, rows = rng.normal(size=(width, width)), rng.normal(size=(length, width))
+            form = jax.jit(
+                jax.vmap(lambda x, matrix=matrix: jnp.sum((jnp.asarray(matrix) @ x) ** 2))
+            )
+            got, wanted = (
+                np.asarray(form(jnp.asarray(rows)), float),
+                ((rows @ matrix.T) ** 2).sum(1),
+            )
+            unit = np.finfo(np.float64 if x64 else np.float32).eps * np.maximum(wanted, 1)
+            worst = max(worst, float((np.abs(got - wanted) / unit).max()))
+    return worst < 200, f"largest error {worst:.0f} units in the last place, JAX {jax.__version__}"
+
+
+@fault("one of eight paths is NaN from its start, or too large from step 20 on")
+def _neighbours(folder):
+    dynamics = Dynamics(
+        lambda w, x, u: jnp.where(u > 9, jnp.inf, jnp.tanh(w * x) + u), jnp.float32(0.5)
+    )
+    starts = jax.random.normal(jax.random.key(1), (8, 2))
+    drives = jax.random.normal(jax.random.key(0), (8, 60, 2))
+    others, good = np.arange(8) != 3, True
+    for solver in (deer(), shooting(4)):
+        paths = jax.jit(jax.vmap(lambda start, u: solve(dynamics, start, u, solver=solver)))
+        whole = paths(starts, drives)
+        for sick in (
+            paths(starts.at[3].set(jnp.nan), drives),
+            paths(starts, drives.at[3, 20].set(10)),
+        ):
+            found = [Status(one) for one in np.asarray(sick.status)]
+            good &= found[3] == Status.NONFINITE and found.count(Status.CONVERGED) == 7
+            good &= np.array_equal(
+                np.asarray(sick.states)[others], np.asarray(whole.states)[others]
+            )
+    return good, f"NONFINITE; the other seven {_same(good)}"
+
+
+@fault(
+    "a step with side effects, closures over tracers, jit in jit, vmap and grad around, tracer leaks looked for"
+)
+def _transformed(folder):
+    with jax.enable_x64(True):
+        return _in_transformations()
+
+
+def _in_transformations() -> tuple[bool, str]:
+    calls = []
+
+    def step(w, x, u):
+        calls.append(1)
+        return jnp.tanh(w * x) + u
+
+    drives = jax.random.normal(jax.random.key(0), (50, 2))
+    plain = lambda w: rollout(Dynamics(step, w), jnp.zeros(2), drives)
+
+    @jax.jit
+    def captured(w):
+        # The weight is a tracer of the function outside.
+        dynamics = Dynamics(lambda params, x, u: step(w, x, u))
+        found = jax.jit(lambda u: solve(dynamics, jnp.zeros(2), u, solver=shooting(4)).states)
+        return found(drives)
+
+    weights = jnp.asarray([0.3, 0.8])
+    with jax.checking_leaks():
+        paths = jax.vmap(captured)(weights)
+        slope = jax.grad(lambda w: captured(w).sum())(weights[0])
+    apart = distance(paths, jax.vmap(plain)(weights))
+    off = float(jnp.abs(slope / jax.grad(lambda w: plain(w).sum())(weights[0]) - 1))
+    inside = lambda key: sample(key, TARGET, KERNEL, num_samples=10, progress=False).positions
+    good, said = refused(TypeError, lambda: jax.jit(inside)(jax.random.key(0)))
+    good &= max(apart, off) < 1e-10
+    return (
+        good,
+        f"paths {apart:.0e} and derivative {off:.0e} from the loop's; sampling inside jit {said}",
+    )
+
+
+@fault(
+    "a network whose weights are 1.5 times orthogonal, with kinks, half of its inputs masked and NaN there"
+)
+def _network(folder):
+    weights = 1.5 * jnp.linalg.qr(jax.random.normal(jax.random.key(0), (8, 8)))[0]
+    inputs = jax.random.normal(jax.random.key(1), (4096, 8))
+    mask = jnp.arange(4096) % 4 < 2
+
+    def cell(w, x, u):
+        x = jnp.clip(jax.nn.relu(w @ x + u), 0, 5)
+        return x, x
+
+    dirty = jnp.where(mask[:, None], inputs, jnp.nan)
+    last, outputs = unroll(cell, weights, jnp.ones(8), dirty, mask=mask)
+    # 32 units in the last place of states up to 5. Such a network forgets nothing: rounding grows, so that it is judged step by step.
+    seen = outputs[mask]
+    before = jnp.concatenate([jnp.ones((1, 8)), seen[:-1]])
+    wanted = jax.vmap(lambda x, u: cell(weights, x, u)[0])(before, inputs[mask])
+    apart = max(
+        distance(seen, wanted), distance(last, seen[-1]), float(jnp.abs(outputs[~mask]).max())
+    )
+    bound = 32 * 5 * float(np.finfo(np.float32).eps)
+    return apart < bound, f"every step within {apart:.0e} of the cell's, masked outputs 0"
+
+
+@fault("windows of 50 steps after warm-up: does anything still adapt?")
+def _adapts(folder):
+    target = Target(normal, jnp.zeros(2))
+    options = {"num_samples": 400, "num_chains": 2, "progress": False, "solver": sequential()}
+    warmup = sample(jax.random.key(0), target, mala, num_warmup=100, **options).warmup
+    before = jax.tree.map(np.array, warmup.settings)
+    whole, cut, once = (
+        sample(jax.random.key(1), target, warmup, certificate=how, schedule=one, **options)
+        for how, one in (
+            (CertifyIndependently(), Windows(400)),
+            (CertifyIndependently(), Windows(50)),
+            (CertifyWhileRolling(), AllAtOnce()),
+        )
+    )
+    apart = max(distance(one.positions, whole.positions) for one in (cut, once))
+    kept = all(map(np.array_equal, jax.tree.leaves(before), jax.tree.leaves(cut.warmup.settings)))
+    good = kept and apart < 1e-5 and all(map(certified, (whole, cut, once)))
+    size = float(np.max(warmup.settings["step_size"]))
+    return (
+        good,
+        f"draws {apart:.0e} from those of one window; step size {size:.3f} before and after",
+    )
+
+
+@fault("the installed BlackJAX, NumPyro and ArviZ: loop, kernels, containers")
+def _libraries(folder):
+    with jax.enable_x64(True):
+        return _with_libraries()
+
+
+def _with_libraries() -> tuple[bool, str]:
+    import blackjax
+    import numpyro
+
+    algorithm = blackjax.mala(normal, 0.5)
+    kernel = from_blackjax(algorithm)
+    state, keys = algorithm.init(jnp.ones(2)), jax.random.split(jax.random.key(3), 200)
+    loop = jax.lax.scan(lambda one, key: (algorithm.step(key, one)[0],) * 2, state, keys)[
+        1
+    ].position
+    first = kernel.carry(kernel.init(jnp.ones(2)))
+    tape = kernel.tape(jax.random.key(3), 200, kernel.init(jnp.ones(2)))
+    path = solve(kernel.dynamics(), first, tape, solver=shooting(8)).or_raise().states
+    apart = distance(jax.tree.leaves(path)[0], loop)
+    mcmc = ParallelMCMC(
+        CoalescingHMC(lambda: numpyro.sample("z", numpyro.distributions.Normal(0, 1))),
+        num_warmup=50, num_samples=100, num_chains=2, progress_bar=False,
+    )  # fmt: skip
+    mcmc.run(jax.random.key(0))
+    shape = to_arviz(mcmc.draws).posterior["z"].shape
+    good = apart < 1e-10 and mcmc.get_samples()["z"].shape == (200,) and shape == (2, 100)
+    names = ("blackjax", "numpyro", "arviz")
+    return good, f"path {apart:.0e} from BlackJAX's loop; {', '.join(f'{name} {version(name)}' for name in names)}"  # fmt: skip
+
+
+@fault("a log density that is random away from the start, on a mesh")
+def _random_on_a_mesh(folder):
+    found = []
+    for noise in (0.3, 1e-5, 0.0):
+        logdensity = _on_host(noise, 1.0)
+        target, kernel = Target(logdensity, jnp.zeros(2)), random_walk(logdensity, 0.7)
+        options = {"num_samples": 300, "num_chains": 2, "progress": False, "mesh": time_mesh()}
+        draws = sample(jax.random.key(1), target, kernel, solver=sequential(), **options)
+        found.append(list(np.asarray(draws.certificate.certified)))
+    good = not any(found[0] + found[1]) and all(found[2])
+    return (
+        good,
+        f"{sum(found[0] + found[1])} of 4 chains certified; without the noise {sum(found[2])} of 2",
+    )
+
+
+@fault("two threads that solve at once, with a Cholesky factor of 100 x 100 in every step")
+def _threads(folder):
+    def step(a, x, u):
+        factor = jnp.linalg.cholesky(a + 0.01 * jnp.outer(x, x))
+        return 0.5 * jax.scipy.linalg.solve_triangular(factor, x + u, lower=True)
+
+    dynamics, drives = (
+        Dynamics(step, 2 * jnp.eye(100)),
+        jax.random.normal(jax.random.key(0), (64, 100)),
+    )
+    path = lambda: np.asarray(solve(dynamics, jnp.zeros(100), drives, solver=shooting(8)).states)
+    truth, found = np.asarray(rollout(dynamics, jnp.zeros(100), drives)), []
+    threads = [
+        threading.Thread(target=lambda: found.extend(path() for _ in range(20)), daemon=True)
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    waits = any(thread.is_alive() for thread in threads)
+    apart = max((float(np.abs(one - truth).max()) for one in found), default=np.inf)
+    return not waits and len(found) == 40 and apart < 1e-4, f"{len(found)} of 40 solves ended, paths {apart:.0e} from the loop"  # fmt: skip
 
 
 # --- stores -----------------------------------------------------------------------------------------------------------

@@ -1,11 +1,15 @@
 """Runs longer than memory: `python -m benchmarks.long_run --out DIR`.
 
-Three questions, each answered in a process of its own, on eight schools (D = 10, float64, 4 chains, `coalescing_hmc`):
+Four questions. Three are answered in a process of their own each, on eight schools (D = 10, float64, 4 chains, `coalescing_hmc`):
 
     memory      the largest resident memory of a process that draws `--num-draws` draws and keeps every
                 `--thinning`-th on disk
     speed       draws per second of a stored run against one in memory, of a size that fits memory, interleaved
     progress    a run with a progress line against the same without
+
+and one by `--steps N`: one chain of N transitions of MALA on a normal (D = 1, float64), solved and then evaluated once more, step by
+step and in another program, piece after piece. How many of its decisions and states does that find wrong? The run goes on where the
+last one ended, so it can be cut (`--limit`); nothing grows with its length.
 
 Warm-up comes before, compilation is part of the long run only; the certificate of every draw is part of all times but
 the loop's, streaming statistics, checksums and flushing to the disk of all stored runs. Beside the times stand the
@@ -15,19 +19,38 @@ largest residual and what the kernel's own loop takes for as many draws.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
 import multiprocessing
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 from benchmarks.record import OUT, keep, peak_resident
-from partime_mcmc import StoredDraws, Windows, coalescing_hmc, open_draws, sample, shooting
+from partime_mcmc import (
+    Dynamics,
+    Status,
+    StoredDraws,
+    Windows,
+    coalescing_hmc,
+    mala,
+    open_draws,
+    rollout,
+    sample,
+    shooting,
+    solve,
+)
+from partime_mcmc.certify.certificate import before_steps, flat_steps
+from partime_mcmc.compile_cache import compiler_options
 from partime_mcmc.kernels import blackjax_loop
 from partime_mcmc.models.eight_schools import make_target
 from partime_mcmc.sampling.progress import progress_line, quiet
@@ -164,6 +187,141 @@ def loop_seconds(warmup: Warmup, num_samples: int) -> float:
     return min(times[1:])
 
 
+# Steps of the long chain that are solved at once.
+_PIECE = 10**6
+# Standard deviations of the noise, as for certificates in float64.
+_WRONG = 1e-8
+
+
+def one_chain(done: dict[str, Any], num_steps: int, limit: float, save: Any) -> dict[str, Any]:
+    """One long chain, piece by piece, each solved and then evaluated once more.
+
+    Args:
+        done: What was done already, as returned; empty at the beginning.
+        num_steps: N, at least.
+        limit: Seconds after which no piece is begun.
+        save: Called with what is done, after each piece.
+    """
+    if done and done["steps"] >= num_steps:
+        return done
+    jax.config.update("jax_enable_x64", True)
+    kernel, begin = mala(lambda x: -0.5 * jnp.sum(x**2), 0.7), time.monotonic()
+    dynamics, start = kernel.dynamics(), kernel.init(jnp.zeros(1))
+    first, unravel = ravel_pytree(kernel.carry(start))
+    compiled = functools.partial(jax.jit, compiler_options=compiler_options())
+    tape_of = compiled(lambda piece: kernel.tape(jax.random.fold_in(jax.random.key(0), piece), _PIECE, start))  # fmt: skip
+    find = compiled(lambda carry, tape: solve(dynamics, carry, tape, solver=shooting()))
+    look = compiled(functools.partial(evaluated_again, dynamics, kernel.noise_scale))
+    carry = unravel(jnp.asarray(done.get("carry", first)))
+    if not done:
+        tape = tape_of(0)
+        states = find(carry, tape).states
+        loop = compiled(functools.partial(rollout, dynamics))
+        jax.block_until_ready((look(carry, states, tape), loop(carry, tape)))
+        with stopwatch() as spent:
+            truth = jax.block_until_ready(loop(carry, tape))
+        names = (
+            "steps",
+            "wrong",
+            "rounded",
+            "unconverged",
+            "accepted",
+            "sum",
+            "sum_of_squares",
+            "max_residual",
+        )
+        done = dict.fromkeys(names, 0) | {
+            "loop": {"steps": _PIECE} | spent,
+            "loop_differs": float(jnp.abs(flat_steps(truth) - flat_steps(states)).max()),
+            "solve": {"seconds": 0.0, "core_seconds": 0.0},
+            "evaluate": {"seconds": 0.0, "core_seconds": 0.0},
+            "peaks": [],
+        }
+    else:  # what is compiled is apart from the times
+        tape = tape_of(0)
+        look(carry, find(carry, tape).states, tape)
+    here = 0
+    while done["steps"] < num_steps and time.monotonic() - begin < limit:
+        with stopwatch() as spent:
+            tape = tape_of(done["steps"] // _PIECE)
+            found = jax.block_until_ready(find(carry, tape))
+        with stopwatch() as again:
+            seen = jax.block_until_ready(look(carry, found.states, tape))
+        carry, counts = seen
+        here += _PIECE
+        done = done | {
+            "steps": done["steps"] + _PIECE,
+            "unconverged": done["unconverged"] + int(found.verdict != Status.CONVERGED),
+            **{name: done[name] + counts[name].item() for name in ("wrong", "rounded", "accepted", "sum", "sum_of_squares")},
+            "max_residual": max(done["max_residual"], counts["max_residual"].item()),
+            "solve": {name: done["solve"][name] + spent[name] for name in spent},
+            "evaluate": {name: done["evaluate"][name] + again[name] for name in again},
+            "carry": np.asarray(ravel_pytree(carry)[0]).tolist(),
+        }  # fmt: skip
+        save(done | {"peaks": [*done["peaks"], [here, peak_resident()]]})
+    return done | {"peaks": [*done["peaks"], *([[here, peak_resident()]] if here else [])]}
+
+
+def evaluated_again(dynamics: Dynamics, unit: Any, carry: Any, states: Any, tape: Any) -> tuple:
+    """Every step of a path evaluated once more: where the path ends, and what was found.
+
+    Args:
+        dynamics: The kernel's.
+        unit: The standard deviation of its noise.
+        carry: Before the first step.
+        states: The path, leaves `(T, ...)`.
+        tape: Its random numbers.
+    """
+    before = before_steps(carry, states)
+    values = flat_steps(jax.lax.map(lambda one: dynamics(*one), (before, tape), batch_size=2**12))
+    path, previous = flat_steps(states), flat_steps(before)
+    residual = jnp.abs(values - path).max(axis=1) / unit
+    accepted, moved = (values != previous).any(axis=1), (path != previous).any(axis=1)
+    # NaN is no agreement.
+    right = residual <= _WRONG
+    return jax.tree.map(lambda leaf: leaf[-1], states), {
+        "wrong": jnp.sum(~right),
+        "rounded": jnp.sum(right & (accepted != moved)),
+        "accepted": jnp.sum(accepted),
+        "max_residual": jnp.max(residual),
+        "sum": jnp.sum(path[:, 0]),
+        "sum_of_squares": jnp.sum(path[:, 0] ** 2),
+    }
+
+
+@contextlib.contextmanager
+def stopwatch() -> Iterator[dict[str, float]]:
+    """Seconds, and seconds of all cores, that the body takes."""
+    spent, begin, core = {}, time.perf_counter(), time.process_time()
+    yield spent
+    spent |= {"seconds": time.perf_counter() - begin, "core_seconds": time.process_time() - core}
+
+
+def chain_table(chain: dict[str, Any]) -> str:
+    """The long chain as Markdown."""
+    steps, loop = chain["steps"], chain["loop"]
+    mean, variance = chain["sum"] / steps, chain["sum_of_squares"] / steps
+    scaled = {name: loop[name] * steps / loop["steps"] for name in ("seconds", "core_seconds")}
+    peaks = [peak / 2**20 for _, peak in chain["peaks"]]
+    longest = max(count for count, _ in chain["peaks"])
+    lines = [
+        "| one chain of MALA on a normal, D = 1, float64 | |",
+        "|---|---|",
+        f"| transitions | {steps:,} in pieces of {_PIECE:,} |",
+        f"| decisions or states that another evaluation finds wrong | {chain['wrong']:,} |",
+        f"| rejected steps that move by a rounding error (`sample` sets them to the state before) | {chain['rounded']:,} |",
+        f"| largest residual | {chain['max_residual']:.0e} standard deviations of the noise |",
+        f"| pieces that did not converge | {chain['unconverged']} of {steps // _PIECE:,} |",
+        f"| solved in | {chain['solve']['seconds']:,.0f} s ({chain['solve']['core_seconds']:,.0f} s of a core) |",
+        f"| evaluated once more in | {chain['evaluate']['seconds']:,.0f} s ({chain['evaluate']['core_seconds']:,.0f} s of a core) |",
+        f"| kernel's own loop, scaled from {loop['steps']:,} | {scaled['seconds']:,.0f} s ({scaled['core_seconds']:,.0f} s of a core) |",
+        f"| accepted | {chain['accepted'] / steps:.4%} |",
+        f"| mean and mean square | {mean:+.1e}, 1 {variance - 1:+.1e} |",
+        f"| resident memory | {max(peaks):.0f} MiB at most; the longest of {len(peaks)} processes made {longest:,} transitions |",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def alone(function: Any, *args: Any) -> dict[str, Any]:
     """`function(*args)` in a fresh process, whose memory is its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -216,6 +374,13 @@ def main(argv: list[str] | None = None) -> None:
         help="draws per chain where memory and disk are compared",
     )
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="of one long chain, and nothing else is measured")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=float("inf"),
+        help="seconds after which the long chain pauses",
+    )
     parser.add_argument(
         "--only",
         choices=("memory", "speed"),
@@ -223,6 +388,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     arguments = parser.parse_args(argv)
     stored = arguments.out / f"long-run-{jax.default_backend()}.json"
+    if arguments.steps:
+        kept = arguments.out / "long-chain-cpu.json"
+        done = json.loads(kept.read_text()) if kept.exists() else {}
+        done.pop("about", None)
+        save = lambda chain: keep(kept, chain, chain_table(chain))
+        save(one_chain(done, arguments.steps, arguments.limit, save))
+        print(kept.with_suffix(".md").read_text())
+        return
     results = {}
     if arguments.only and stored.exists():
         results = json.loads(stored.read_text())

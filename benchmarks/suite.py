@@ -211,10 +211,12 @@ QUOTED = (
             "scans-cpu",
             "gru-cpu",
             "faults-cpu",
+            "mutations-cpu",
         )
     ),
     Quote("docs/converged.md", "verdict-cpu"),
     Quote("docs/long-runs.md", "long-run-cpu"),
+    Quote("docs/long-runs.md", "long-chain-cpu"),
 )
 
 

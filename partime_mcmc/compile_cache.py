@@ -8,10 +8,6 @@ compiled ahead.
 
 Between processes JAX's own cache on disk keeps what was compiled (`keep_on_disk`).
 
-Programs that call a library (LAPACK, a Fourier transform, Python) run one at a time, whichever thread of the user's wants them.
-jaxlib spreads such a call over XLA's own threads and waits for them while it occupies one: two programs can so wait for each other
-for ever (seen with a Cholesky factor's solve on two cores, JAX 0.10.1).
-
 No argument is donated: the certificate and the sequential finish of a chain that did not converge read starts and random
 numbers of a solve again, and parameters serve every window.
 """
@@ -21,10 +17,8 @@ import functools
 import math
 import os
 import pathlib
-import re
 import threading
 import time
-from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Callable
 
@@ -34,6 +28,7 @@ import numpy as np
 import platformdirs
 from jax.experimental.compilation_cache import compilation_cache
 
+from partime_mcmc.executions import executing
 from partime_mcmc.tracing import OnceCache, explicit
 from partime_mcmc.types import PyTree, jax_config, nan_is_a_value
 
@@ -220,40 +215,6 @@ def _elsewhere(leaves: list) -> set[Any]:
     arrays = (leaf for leaf in leaves if isinstance(leaf, jax.Array) and leaf.committed)
     placed = {device for leaf in arrays for device in leaf.devices()}
     return placed - {default or jax.local_devices()[0]} | ({default} if default else set())
-
-
-_LIBRARY_COMPILED = re.compile(r"\b(custom-call|fft|convolution)\(")
-
-
-@functools.lru_cache(maxsize=128)
-def overlaps(program: jax.stages.Compiled) -> bool:
-    """Whether a program may run beside others: what the compiler has made of it is what counts."""
-    return _LIBRARY_COMPILED.search(program.as_text() or "") is None
-
-
-class _Executions:
-    """The programs that are being executed, and a place to wait until one of them is done."""
-
-    def __init__(self):
-        self._changed, self._running = threading.Condition(), []
-
-    @contextlib.contextmanager
-    def of(self, program: jax.stages.Compiled) -> Iterator[None]:
-        """Execute a program inside: beside others only if it or they call no library, of which nobody asks while it is alone."""
-        with self._changed:
-            self._changed.wait_for(
-                lambda: not self._running or overlaps(program) or all(map(overlaps, self._running))
-            )
-            self._running.append(program)
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._running.remove(program)
-                self._changed.notify_all()
-
-
-executing = _Executions().of
 
 
 def run_program(

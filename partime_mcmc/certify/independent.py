@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from partime_mcmc.certify.certificate import Certificate, before_steps, flat_steps, judged
 from partime_mcmc.certify.repeated import may_be_random, refuse_random_steps
 from partime_mcmc.certify.step_record import Records, decision_uniform, record
+from partime_mcmc.executions import run_jitted
 from partime_mcmc.kernels.explicit_randomness import anyone
 from partime_mcmc.kernels.kernel import Kernel, Tape, raw
 from partime_mcmc.tracing import HashableFunction, explicit
@@ -107,7 +108,7 @@ def certify_with_records(
 ) -> tuple[Certificate, Records]:
     """As `certify`, with the records of the steps of the path."""
     observe, params, unit = _observer(kernel, initial, states, drives, scale)
-    return _certify(observe, params, initial, states, drives, unit)
+    return run_jitted(_certify, observe, params, initial, states, drives, unit)
 
 
 def certify_held(
@@ -123,7 +124,7 @@ def certify_held(
         *(jax.tree.map(lambda leaf: leaf[0], tree) for tree in (initial, states, drives)),
         scale=scale,
     )
-    return _certify_held(observe, params, initial, states, drives, unit)
+    return run_jitted(_certify_held, observe, params, initial, states, drives, unit)
 
 
 def _observer(kernel, initial, states, drives, scale):

@@ -31,6 +31,7 @@ from partime_mcmc.engine.solve import (
 )
 from partime_mcmc.engine.time_axis import LocalTime
 from partime_mcmc.engine.windows import AllAtOnce
+from partime_mcmc.executions import run_jitted
 from partime_mcmc.solvers import Solver
 from partime_mcmc.types import Array, Key, PyTree, nan_is_a_value, pytree
 from partime_mcmc.validation import check_count
@@ -114,7 +115,8 @@ def iterates(
     flat, start, unravel = ravel(check_step(dynamics, initial, drives), initial)
     tolerance.check(start.size)
     watched = getattr(solver, "single_pass", lambda: solver)()
-    found = _iterates(
+    found = run_jitted(
+        _iterates,
         flat,
         start,
         drives,

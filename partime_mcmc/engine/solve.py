@@ -24,6 +24,7 @@ from partime_mcmc.engine.recipes import DEFAULT_MAX_ITERATIONS, deer
 from partime_mcmc.engine.solution import Solution, Stats, Status, Tolerance, nanaware_max
 from partime_mcmc.engine.time_axis import LocalTime, TimeAxis, recent_sizes
 from partime_mcmc.engine.windows import AllAtOnce, Schedule
+from partime_mcmc.executions import run_jitted
 from partime_mcmc.solvers import Sequential, Solver
 from partime_mcmc.types import Array, Key, PyTree, nan_is_a_value, pytree
 from partime_mcmc.validation import check_count, check_has, check_like, describe
@@ -88,7 +89,8 @@ def solve(
     max_iterations = check_iterations(max_iterations)
     path = flat_guess(guess, initial, start, num_steps)
     key = jax.random.key(0) if key is None else key
-    found = _solve(
+    found = run_jitted(
+        _solve,
         flat,
         start,
         drives,

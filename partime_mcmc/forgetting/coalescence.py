@@ -23,6 +23,7 @@ from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.engine import Dynamics, Tolerance, ravel, without_captures
 from partime_mcmc.engine.solution import nanaware_max
+from partime_mcmc.executions import run_jitted
 from partime_mcmc.solvers.segments import RecentSizes, agree
 from partime_mcmc.solvers.sequential import cached_step_of
 from partime_mcmc.types import Array, PyTree, pytree
@@ -79,7 +80,8 @@ def meeting_times(
     num_steps = jax.tree.leaves(tape)[0].shape[0]
     if max_steps is not None:
         num_steps = min(num_steps, check_count(max_steps, "max_steps", 1))
-    return _meet(
+    return run_jitted(
+        _meet,
         flat,
         pairs,
         tape,
@@ -114,7 +116,7 @@ def distances(
         ValueError: If shapes do not fit or there are no pairs.
     """
     flat, pairs, tape, shared = _prepared(dynamics, starts, others, drives)
-    return _distances(flat, pairs, tape, jnp.asarray(scale, pairs.dtype), shared=shared)
+    return run_jitted(_distances, flat, pairs, tape, jnp.asarray(scale, pairs.dtype), shared=shared)
 
 
 def expected_max_meeting_time(steps: np.ndarray, met: np.ndarray, lanes: int) -> float:

@@ -21,6 +21,7 @@ from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.engine import Dynamics, ravel, without_captures
 from partime_mcmc.engine.solution import nanaware_max
+from partime_mcmc.executions import run_jitted
 from partime_mcmc.types import Array, Key, PyTree, pytree
 from partime_mcmc.validation import check_count
 
@@ -92,7 +93,9 @@ def lyapunov(
     path = jax.vmap(lambda state: ravel_pytree(state)[0])(states)
     spin_up = min(_MAX_SPIN_UP, num_steps // 8)
     num_segments = min(_MAX_SEGMENTS, (num_steps - spin_up) // max(spin_up, 1))
-    return _lyapunov(flat, start, path, drives, key, num_directions, spin_up, num_segments)
+    return run_jitted(
+        _lyapunov, flat, start, path, drives, key, num_directions, spin_up, num_segments
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6, 7))

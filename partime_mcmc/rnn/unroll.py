@@ -48,6 +48,7 @@ from partime_mcmc.engine import (
 from partime_mcmc.engine.dynamics import check_state
 from partime_mcmc.engine.solution import nanaware_max
 from partime_mcmc.engine.solve import check_iterations, solve
+from partime_mcmc.executions import run_jitted
 from partime_mcmc.solvers import Solver
 from partime_mcmc.solvers.segmented_scan import (
     LEAN_LOOPS,
@@ -437,7 +438,8 @@ def unroll_with_status(
     check_solver(solver, tolerance, max_iterations, one)
     tolerance = network_tolerance(jax.tree.leaves(one)[0].dtype) if tolerance is None else tolerance
     around = batch_around((params, carry, inputs, mask))
-    return _program(
+    return run_jitted(
+        _program,
         cell,
         params,
         carry,

@@ -9,8 +9,8 @@ and are joined where a whole array is wanted; more groups would cost more than t
 share its lanes by rounding only, as it does on the number of segments. Accelerators share the lanes of one program among all
 chains: there g = 1.
 
-Programs that call a library (LAPACK, a Fourier transform, Python) run one at a time (`compile_cache`). Where a step makes such
-calls, chains are left together.
+Programs that call a library (LAPACK, a Fourier transform, Python) run one at a time (`executions`). By the operations of a step chains
+are cut or left together; what may run side by side is read from the compiled program.
 """
 
 import concurrent.futures
@@ -23,16 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.compile_cache import (
-    Timings,
-    compile_in_thread,
-    compiled,
-    executing,
-    is_abstract,
-    overlaps,
-)
+from partime_mcmc.compile_cache import Timings, compile_in_thread, compiled, is_abstract
 from partime_mcmc.engine import Dynamics
-from partime_mcmc.tracing import explicit, primitives_of
+from partime_mcmc.executions import calls_library, executing, overlaps
+from partime_mcmc.tracing import explicit
 from partime_mcmc.types import PyTree, nan_is_a_value
 
 _MOST_PER_CORE = 8
@@ -53,46 +47,16 @@ def num_groups(num_chains: int, dynamics: Dynamics) -> int:
     """
     cached = dynamics.cached
     parts = (dynamics.step, *(() if cached is None else (cached.init, cached.step, cached.state)))
-    if jax.default_backend() != "cpu" or num_chains == 1 or any(map(_calls_library, parts)):
+    if (
+        jax.default_backend() != "cpu"
+        or num_chains == 1
+        or any(calls_library(one.jaxpr) for one in parts)
+    ):
         return 1
     cores = num_cores()
     most = min(num_chains, _MOST_PER_CORE * cores)
     divisors = [count for count in range(1, most + 1) if num_chains % count == 0]
     return min(divisors, key=lambda count: math.ceil(count / cores) * num_chains / count, default=1)
-
-
-# Operations that become calls of a library on a CPU: by these chains are cut or not. What may run side by side is read from
-# the compiled program.
-_LIBRARY = {
-    "cholesky",
-    "cholesky_update",
-    "triangular_solve",
-    "lu",
-    "lu_pivots_to_permutation",
-    "eig",
-    "eigh",
-    "svd",
-    "qr",
-    "geqrf",
-    "geqp3",
-    "householder_product",
-    "schur",
-    "hessenberg",
-    "tridiagonal",
-    "tridiagonal_solve",
-    "fft",
-    "conv_general_dilated",
-    "ffi_call",
-    "pure_callback",
-    "io_callback",
-    "debug_callback",
-    "debug_print",
-}
-
-
-@functools.lru_cache(maxsize=128)
-def _calls_library(function: Any) -> bool:
-    return bool(primitives_of(function.jaxpr) & _LIBRARY)
 
 
 def split_chains(tree: PyTree, count: int) -> list[PyTree]:

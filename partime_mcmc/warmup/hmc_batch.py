@@ -20,6 +20,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.compile_cache import compiler_options
+from partime_mcmc.executions import run_jitted
 from partime_mcmc.kernels.coordinates import CoordinateMap, density_through
 from partime_mcmc.kernels.coupling import normal_of
 from partime_mcmc.kernels.metric_root import Root, times, transposed_times
@@ -276,7 +277,8 @@ class HMCBatch:
         sizes = np.broadcast_to(np.asarray(step_sizes, self.dtype), (self.num_chains,))
         if size > self.longest:
             raise ValueError(f"size: got {size}, wanted at most {self.longest} transitions a call")
-        found = _walking(self._options)(
+        found = run_jitted(
+            _walking(self._options),
             self.density,
             self.longest,
             self.params,

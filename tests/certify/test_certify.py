@@ -395,6 +395,10 @@ def test_a_frozen_chain():
         "frozen is not wrong, it is useless"
     )
     assert int(certificate.num_rejected) == int(certificate.longest_rejection) == 30
+    # A healthy chain may reject nine proposals in a row.
+    for count, frozen in ((9, False), (10, True)):
+        tape = jax.tree.map(lambda leaf, count=count: leaf[:count], run.tape)
+        assert bool(certify(run.kernel, run.initial, run.path[:count], tape).frozen) == frozen
 
 
 def test_one_accepted_step_is_not_frozen():

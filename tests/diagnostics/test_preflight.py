@@ -9,6 +9,7 @@ import numpyro.distributions as dist
 import pytest
 
 from partime_mcmc.certify.recorded import CertifyIndependently, CertifyWhileRolling
+from partime_mcmc.engine import deer, elk
 from partime_mcmc.kernels import hmc
 from partime_mcmc.numpyro import HMC, ParallelMCMC
 from partime_mcmc.sampling import memory
@@ -73,10 +74,11 @@ def test_numpyros_front_refuses_at_once(tmp_path):
         mcmc.run(jax.random.key(0), store=Store(tmp_path / "run", chunk=10**8))
 
 
-def fits(target, certificate=INDEPENDENT, num_samples=10_000):
+def fits(target, certificate=INDEPENDENT, num_samples=10_000, solver=None):
     """Whether a run of four chains begins."""
+    options = {"num_samples": num_samples, "certificate": certificate, "solver": solver}
     with pytest.raises((TooLarge, Begun)) as raised:
-        sample(jax.random.key(0), target, hmc, num_samples=num_samples, certificate=certificate)
+        sample(jax.random.key(0), target, hmc, **options)
     return raised.type is Begun
 
 
@@ -97,3 +99,8 @@ def test_what_steps_record_counts():
     assert fits(target_of(1_000)) and not fits(target_of(1_000), CertifyWhileRolling())
     # 10^7 draws of one number: 24 bytes of copies each, and 36 of what steps report.
     assert not fits(target_of(1), num_samples=5 * 10**6) and LIMIT > 5 * 10**6 * 4 * 24
+
+
+def test_what_solvers_keep_of_each_step_counts():
+    # 4 chains x 10,000 steps x 6 copies of a matrix of 22 x 22 are 0.5 GB, of the three that a message of the filter holds 1.4.
+    assert fits(target_of(22), solver=deer()) and not fits(target_of(22), solver=elk())

@@ -44,7 +44,7 @@ def nothing_compiles(monkeypatch):
         raise AssertionError("the loop was reached")
 
     # By its module: the package's own attribute `solve` is the function.
-    monkeypatch.setattr(sys.modules["partime_mcmc.engine.solve"], "_solve", reached)
+    monkeypatch.setattr(sys.modules["partime_mcmc.engine.solve"], "run_jitted", reached)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +157,8 @@ def test_schedules(schedule, size):
 def test_damping(recipe, damping):
     with refused(ValueError, "damping", "between 0 and 1", str(damping)):
         recipe(damping=damping)
+    for end in (0.0, 1.0):
+        recipe(damping=end)
 
 
 @pytest.mark.parametrize("recipe", [deer, quasi_deer, elk, quasi_elk])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from fakes import exact_path
 
-from partime_mcmc import compile_cache
+from partime_mcmc import compile_cache, executions
 from partime_mcmc.compile_cache import Timings, run_program
 from partime_mcmc.engine.dynamics import Dynamics, without_captures
 from partime_mcmc.engine.recipes import jacobi, sequential, shooting
@@ -148,7 +148,7 @@ def test_groups_overlap_and_an_error_in_one_is_raised_after_all_have_ended(with_
         return x
 
     monkeypatch.setattr(chain_groups, "compiled", lambda *args, timings, options: program)
-    for module in (chain_groups, compile_cache):
+    for module in (chain_groups, executions):
         monkeypatch.setattr(module, "overlaps", lambda program: True)
     with pytest.raises(MemoryError, match="RESOURCE_EXHAUSTED"):
         run_groups(double, (), [(np.zeros(1),), (np.ones(1),)], timings=Timings())

@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from partime_mcmc.engine.recipes import shooting
+from partime_mcmc.solvers.segmented_scan import SegmentedScanConfig
 from partime_mcmc.solvers.segments import device_lanes, segment_length
 
 
@@ -31,3 +32,8 @@ def test_shooting_follows_the_rule_unless_segments_are_given():
     for num_steps in (100, 4096, 65_536):
         assert shooting().segment_steps(num_steps) == min(num_steps, segment_length(num_steps))
     assert shooting(8).segment_steps(4096) == 512
+
+
+def test_the_largest_batch_that_gains_is_cut_and_a_larger_one_is_not():
+    plan = SegmentedScanConfig(lanes=256, most_chains=4)
+    assert plan.segments(4, 16384, "cpu") == 64 and plan.segments(5, 16384, "cpu") == 1

@@ -168,6 +168,26 @@ def test_lanes_that_have_met_are_let_go():
     )
 
 
+def test_segments_that_are_open_in_a_later_pass_are_written_back():
+    """Two segments hardly forget: from the third pass on only the second of them and its successor are rolled."""
+    fading = jnp.full((64, 64), 0.1).at[5:7].set(0.9)
+    noise = jax.random.normal(jax.random.key(1), (64 * 64, 2))
+    drives = jnp.concatenate([fading.reshape(-1, 1), noise], axis=1)
+    found = solve(Dynamics(_fading_step), jnp.zeros(2), drives, solver=shooting(64)).or_raise()
+    assert int(found.iterations) >= 2
+    truth = rollout(Dynamics(_fading_step), jnp.zeros(2), drives)
+    np.testing.assert_allclose(found.states, truth, rtol=0, atol=1e-12)
+
+
+def test_what_is_computed_ahead_has_the_parameters_of_the_step():
+    weights = jax.random.normal(jax.random.key(0), (2, 3))
+    dynamics = Dynamics(lambda w, x, u: jnp.tanh(0.5 * x + w @ u), weights)
+    drives = jax.random.normal(jax.random.key(1), (96, 3))
+    found = solve(dynamics, jnp.zeros(2), drives, solver=shooting(4)).or_raise()
+    truth = rollout(dynamics, jnp.zeros(2), drives)
+    np.testing.assert_allclose(found.states, truth, rtol=0, atol=1e-12)
+
+
 def test_random_numbers_drawn_ahead_are_the_same():
     kernel, state, tape = mala_chain(50)
     cached, first = kernel.dynamics().cached, jax.tree.map(lambda leaf: leaf[0], tape)

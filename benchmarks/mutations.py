@@ -1,0 +1,468 @@
+"""Does a test notice when the code is wrong? `python -m benchmarks.mutations --out DIR`.
+
+A mutant is the package with one small mistake: a comparison flipped, an operator swapped, a number changed by one, a decision
+negated, `min` for `max`, `any` for `all`, the branches of a condition exchanged. From every module whose mistakes would make a path
+or its certificate wrong mutants are drawn at random, with a fixed seed, one per module and round, and the tests that belong to the
+module are run until one fails:
+
+    killed      a test fails, or the package can no longer be imported
+    timed out   the tests take more than three times as long as without the mistake: loops that do not end
+    survived    no test notices; either the mistake changes nothing that is promised, or a test is missing
+
+Docstrings, annotations, messages of errors, decorators and the right sides of type aliases are left as they are. The tests run in a
+copy of the checkout. Compiled programs are kept in a folder of that run, which hides nothing: a program is found there by what it
+computes. Every run begins where the last one ended, so it can be cut into pieces (`--limit`). The tests chosen here are the ones
+that take seconds, so a survivor may well be noticed by a slower one. `NOTICED` names it, or the test that was written for it, and it is run;
+`EQUIVALENT` says why nothing changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import copy
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.record import OUT, keep
+
+ROOT = Path(__file__).resolve().parent.parent
+SEED, ROUNDS = 0, 3
+# Beyond three times what the tests take without the mistake, for what is compiled anew.
+_MARGIN_SECONDS = 20
+
+
+class Tests(NamedTuple):
+    """Tests that belong to a module: files or single tests, and which of them (pytest's `-k`)."""
+
+    paths: tuple[str, ...]
+    keyword: str = ""
+
+    @property
+    def name(self) -> str:
+        """What they are known by."""
+        return " ".join((*self.paths, "-k", self.keyword))
+
+
+_VERDICTS = "tests/engine/test_verdicts.py"
+_ERRORS = "tests/engine/test_validation_errors.py"
+_ORACLE = "tests/engine/test_oracle.py"
+_THEOREM = "tests/engine/test_theorem.py"
+_SHOOTING = "tests/solvers/test_shooting.py"
+_CERTIFY = "tests/certify/test_certify.py"
+_KERNELS = "tests/kernels/test_kernels.py"
+_COUPLING = "tests/kernels/test_coupling.py"
+# Of the long files the tests that take seconds each, or those of several that look at the same.
+_NO_LONG = (
+    "not (nan_at_step_500 or chaos or growth or overflow_of or nan_jacobian or below_the_floor or "
+    "first_derivatives or any_length or falls_back or corrections_make)"
+)
+_LOOP = Tests((_VERDICTS, f"{_ORACLE}::test_work_is_counted", _ERRORS), f"{_NO_LONG} and not elk")
+_SEGMENTS = Tests(
+    (_SHOOTING, "tests/solvers/test_segment_rule.py"),
+    "one_segment or tolerance_zero or evaluations_are or have_met or drawn_ahead or finished_from or time_can or overflows "
+    "or rule or fill or fewer_lanes",
+)
+_CHAINS = "tests/kernels/test_kernels.py::test_certificate_and_decisions_agree_with_blackjax"
+
+MODULES: dict[str, Tests] = {
+    "engine/solve.py": _LOOP,
+    "engine/solution.py": _LOOP,
+    "engine/windows.py": _LOOP,
+    "engine/dynamics.py": _LOOP,
+    "engine/recipes.py": _LOOP,
+    "engine/time_axis.py": Tests(
+        ("tests/scan/test_scan_laws.py::test_the_time_axis_on_small_numbers", *_LOOP.paths),
+        _LOOP.keyword,
+    ),
+    "engine/adjoint.py": Tests(("tests/engine/test_derivatives.py",), _NO_LONG),
+    "engine/iterates.py": Tests(("tests/engine/test_iterates.py",)),
+    "solvers/base.py": Tests((f"{_ORACLE}::test_work_is_counted", _THEOREM), "not elk"),
+    "solvers/newton.py": Tests((f"{_ORACLE}::test_work_is_counted", _THEOREM), "not elk"),
+    "solvers/kalman.py": Tests(
+        (_VERDICTS, "tests/engine/test_iterates.py"),
+        "elk and not (nan_at_step_500 or chaos or overflow_of)",
+    ),
+    "solvers/sequential.py": _SEGMENTS,
+    "solvers/shooting.py": _SEGMENTS,
+    "solvers/segments.py": _SEGMENTS,
+    "solvers/narrowing.py": _SEGMENTS,
+    "solvers/interfaces.py": _SEGMENTS,
+    "solvers/hoist.py": _SEGMENTS,
+    "solvers/segmented_scan.py": Tests(
+        ("tests/solvers/test_segment_rule.py", "tests/rnn/test_rnn.py"),
+        "rule or batch or short_sequences or masked or kinks",
+    ),
+    "certify/certificate.py": Tests((_CERTIFY,)),
+    "certify/independent.py": Tests((_CERTIFY,)),
+    "certify/recorded.py": Tests(("tests/certify/test_recorded.py",)),
+    "certify/repeated.py": Tests(("tests/certify/test_repeated.py",)),
+    "certify/step_record.py": Tests((_CERTIFY,)),
+    "kernels/builders.py": Tests(
+        (_KERNELS,), "builders or bad_ or noise_scale or quarter or whitened"
+    ),
+    "kernels/coupling.py": Tests((_COUPLING,)),
+    "kernels/multishift_hmc.py": Tests((_COUPLING,)),
+    "kernels/kernel.py": Tests(
+        (_CHAINS, _KERNELS),
+        "mala or keys or begins or legacy or own_ or frozen or algorithm or empty",
+    ),
+    "kernels/whitening.py": Tests((_KERNELS,), "whiten or metric or inverse"),
+    "forgetting/coalescence.py": Tests(
+        ("tests/forgetting/test_forgetting.py",), "meet or survival or trees or drives_and"
+    ),
+}
+
+# What survivors were on inspection, by module, line's text and change.
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    (
+        "solvers/hoist.py",
+        "_STATES, _IN_ANY_CASE = 4, 16",
+        "16 -> 17",
+    ): "how much memory hoisting may take is a choice, and any choice gives the same numbers",
+}
+NOTICED: dict[tuple[str, str, str], str] = {
+    (
+        "engine/windows.py",
+        "return jnp.where(num_exact == window, num_exact, 0)",
+        "num_exact == window -> num_exact != window",
+    ): "tests/engine/test_oracle.py::test_windows_shorter_than_a_burst_of_rejections",
+    (
+        "engine/recipes.py",
+        "if not 0.0 <= damping <= 1.0:",
+        "0.0 <= damping <= 1.0 -> 0.0 <= damping < 1.0",
+    ): "tests/engine/test_validation_errors.py::test_damping",
+    (
+        "solvers/kalman.py",
+        "return 3 * max(self.linearizer.map_size(dimension), dimension)",
+        "3 * max(self.linearizer.map_size(dimension), dimension) -> 3 / max(self.linearizer.map_size(dimension), dimension)",
+    ): "tests/diagnostics/test_preflight.py",
+    (
+        "solvers/shooting.py",
+        "values = jax.vmap(ahead, in_axes=(None, 0))(params[1], tape)",
+        "1 -> 2",
+    ): f"{_SHOOTING}::test_what_is_computed_ahead_has_the_parameters_of_the_step",
+    (
+        "solvers/narrowing.py",
+        "return lax.fori_loop(0, rolled.shape[1], write, path)",
+        "0 -> 1",
+    ): f"{_SHOOTING}::test_segments_that_are_open_in_a_later_pass_are_written_back",
+    (
+        "solvers/interfaces.py",
+        "return jnp.where(first | ~jnp.isfinite(corrected), ends, corrected)",
+        "~jnp.isfinite(corrected) -> jnp.isfinite(corrected)",
+    ): f"{_SHOOTING}::test_corrections_make_slow_systems_converge",
+    (
+        "solvers/segmented_scan.py",
+        "and num_chains > self.most_chains",
+        "num_chains > self.most_chains -> num_chains >= self.most_chains",
+    ): "tests/solvers/test_segment_rule.py",
+    (
+        "certify/certificate.py",
+        "frozen=(num_steps >= FEWEST_TO_FREEZE) & held.all(),",
+        "num_steps >= FEWEST_TO_FREEZE -> num_steps > FEWEST_TO_FREEZE",
+    ): f"{_CERTIFY}::test_a_frozen_chain",
+}
+
+
+class Mutant(NamedTuple):
+    """One mistake.
+
+    Attributes:
+        begin: Where the text that is replaced begins, in bytes.
+        end: Where it ends.
+        text: What stands there instead.
+        line: Its line, from 1.
+        change: Before and after, in words.
+    """
+
+    begin: int
+    end: int
+    text: str
+    line: int
+    change: str
+
+
+_OPERATORS: dict[type, type] = {
+    **{ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt},
+    **{ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is},
+    **{ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or, ast.Or: ast.And},
+    **{ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult},
+    **{ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult, ast.Pow: ast.Mult},
+    **{ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd},
+}
+_PAIRS = (("min", "max"), ("minimum", "maximum"), ("any", "all"), ("argmin", "argmax"))
+_NAMES = dict([*_PAIRS, *((b, a) for a, b in _PAIRS)])
+
+
+def changed(node: ast.AST) -> Iterator[ast.AST]:
+    """What could stand in a node's place by one mistake."""
+    match node:
+        case ast.Compare():
+            for place, operator in enumerate(node.ops):
+                other = copy.deepcopy(node)
+                other.ops[place] = _OPERATORS[type(operator)]()
+                yield other
+        case ast.BinOp() | ast.BoolOp() if type(node.op) in _OPERATORS:
+            other = copy.deepcopy(node)
+            other.op = _OPERATORS[type(node.op)]()
+            yield other
+        case ast.UnaryOp():
+            yield node.operand
+        case ast.Constant(value=bool()):
+            yield ast.Constant(not node.value)
+        case ast.Constant(value=(int() | float()) as number):
+            yield ast.Constant(number + 1)
+        case ast.Name(id=name) if name in _NAMES:
+            yield ast.Name(_NAMES[name])
+        case ast.Attribute(attr=name) if name in _NAMES:
+            yield ast.Attribute(node.value, _NAMES[name])
+        case ast.Call(func=ast.Attribute(attr="where"), args=[test, one, two]):
+            yield ast.Call(node.func, [test, two, one], node.keywords)
+        case ast.IfExp():
+            yield ast.IfExp(node.test, node.orelse, node.body)
+
+
+def mutants(source: str) -> list[Mutant]:
+    """All mutants of a module's text, in order of their places."""
+    lines = source.encode().splitlines(keepends=True)
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line))
+    found = []
+    for node in _code(ast.parse(source)):
+        for other in changed(node):
+            begin = starts[node.lineno - 1] + node.col_offset
+            end = starts[node.end_lineno - 1] + node.end_col_offset
+            before = " ".join(source.encode()[begin:end].decode().split())
+            text = ast.unparse(other)
+            found.append(Mutant(begin, end, f"({text})", node.lineno, f"{before} -> {text}"))
+    return sorted(found)
+
+
+def _code(node: ast.AST) -> Iterator[Any]:
+    """The nodes whose values matter, this one and below."""
+    match node:
+        case ast.Raise() | ast.JoinedStr() | ast.Import() | ast.ImportFrom():
+            return
+        case ast.Call(func=ast.Name(id="isinstance")):
+            return
+        case ast.Assign(value=ast.BinOp(op=ast.BitOr(), left=ast.Name() | ast.BinOp())):
+            # Of a module: the alias of a type. Masks of arrays stand in functions and are no plain names only.
+            if node.col_offset == 0:
+                return
+        case _:
+            pass
+    yield node
+    left_out = {"annotation", "returns", "decorator_list"}
+    for field, value in ast.iter_fields(node):
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST) and field not in left_out:
+                yield from _code(child)
+
+
+def drawn(module: str, rounds: int) -> list[Mutant]:
+    """The mutants of a module that are tried, in order: more rounds begin with the same ones."""
+    everything = mutants((ROOT / "partime_mcmc" / module).read_text(encoding="utf-8"))
+    random.Random(f"{SEED} {module}").shuffle(everything)
+    return everything[:rounds]
+
+
+def run_tests(checkout: Path, tests: Tests, limit: float, cache: Path) -> tuple[str, str]:
+    """Run tests until one fails: `(killed, survived or timed out, the test that failed)`."""
+    command = [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider"]
+    command += ["-o", "addopts=-q --strict-markers", "-m", "not slow", *tests.paths]
+    environment = os.environ | {
+        "PYTHONPATH": str(checkout),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    try:
+        done = subprocess.run(
+            [*command, *(("-k", tests.keyword) if tests.keyword else ())],
+            cwd=checkout,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=limit,
+        )
+    except subprocess.TimeoutExpired:
+        return "timed out", ""
+    failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    return ("killed" if done.returncode else "survived"), (failed or [""])[0]
+
+
+def key(row: dict[str, Any]) -> tuple[str, str, str]:
+    """What a mutant is known by: lines move."""
+    return row["module"], row["text"], row["change"]
+
+
+def row_of(module: str, mutant: Mutant) -> dict[str, Any]:
+    """The beginning of a mutant's row."""
+    text = (ROOT / "partime_mcmc" / module).read_text(encoding="utf-8").splitlines()
+    place = {"module": module, "line": mutant.line, "text": text[mutant.line - 1].strip()}
+    return place | {"change": mutant.change}
+
+
+@contextlib.contextmanager
+def copied() -> Iterator[Path]:
+    """A copy of the checkout, in which mistakes can be made."""
+    with tempfile.TemporaryDirectory() as folder:
+        leave = shutil.ignore_patterns(".git", "results", "__pycache__", "figures", "*.egg-info")
+        yield Path(shutil.copytree(ROOT, Path(folder) / "checkout", ignore=leave))
+
+
+@contextlib.contextmanager
+def mistaken(checkout: Path, module: str, mutant: Mutant) -> Iterator[None]:
+    """A copy with this mistake, inside."""
+    file = checkout / "partime_mcmc" / module
+    source = file.read_bytes()
+    file.write_bytes(source[: mutant.begin] + mutant.text.encode() + source[mutant.end :])
+    try:
+        yield
+    finally:
+        file.write_bytes(source)
+
+
+def tried(
+    rounds: int,
+    earlier: list[dict],
+    seconds: dict[str, float],
+    until: float,
+    only: str,
+    cache: Path,
+) -> Iterator[dict]:
+    """Try the mutants that were not tried earlier, round by round; a row each."""
+    known = {key(row) for row in earlier}
+    with copied() as checkout:
+        for number, (module, tests) in itertools.product(range(rounds), MODULES.items()):
+            chosen = drawn(module, rounds)
+            if number >= len(chosen) or only not in module:
+                continue
+            row = row_of(module, chosen[number])
+            if key(row) in known:
+                continue
+            if time.monotonic() > until:
+                return
+            if tests.name not in seconds:
+                begin = time.monotonic()
+                outcome, failed = run_tests(checkout, tests, 600, cache)
+                if outcome != "survived":
+                    raise RuntimeError(f"{module}: {failed or outcome} without any mistake")
+                seconds[tests.name] = time.monotonic() - begin
+            begin, limit = time.monotonic(), 3 * seconds[tests.name] + _MARGIN_SECONDS
+            with mistaken(checkout, module, chosen[number]):
+                row["outcome"], row["by"] = run_tests(checkout, tests, limit, cache)
+            yield row | {"seconds": time.monotonic() - begin}
+
+
+def looked_at_again(rows: list[dict], until: float, cache: Path) -> Iterator[dict]:
+    """Run the test that `NOTICED` names for each survivor; rows with what came of it, `noticed`."""
+    waiting = [
+        row
+        for row in rows
+        if row["outcome"] == "survived" and key(row) in NOTICED and not row.get("noticed")
+    ]
+    with copied() as checkout:
+        for row in waiting:
+            if time.monotonic() > until:
+                return
+            source = (ROOT / "partime_mcmc" / row["module"]).read_text(encoding="utf-8")
+            mutant = next(
+                one for one in mutants(source) if key(row_of(row["module"], one)) == key(row)
+            )
+            with mistaken(checkout, row["module"], mutant):
+                outcome, _ = run_tests(checkout, Tests((NOTICED[key(row)],)), 600, cache)
+            yield row | {"noticed": NOTICED[key(row)] if outcome == "killed" else ""}
+
+
+def table(rows: list[dict]) -> str:
+    """The Markdown table, and the survivors."""
+    lines = ["| module | mutants | killed | timed out | survived |", "|---" * 5 + "|"]
+    outcomes = ("killed", "timed out", "survived")
+
+    def line(name, some):
+        counts = [sum(row["outcome"] == one for row in some) for one in outcomes]
+        return f"| {name} | {len(some)} | {' | '.join(map(str, counts))} |"
+
+    modules = [name for name in MODULES if any(row["module"] == name for row in rows)]
+    lines += [line(name, [row for row in rows if row["module"] == name]) for name in modules]
+    sources = ((ROOT / "partime_mcmc" / name).read_text(encoding="utf-8") for name in MODULES)
+    possible = sum(len(mutants(source)) for source in sources)
+    lines += [
+        line("**all**", rows),
+        "",
+        f"{len(rows)} of {possible:,} possible mistakes were drawn.",
+        "",
+    ]
+    survivors = [row for row in rows if row["outcome"] == "survived"]
+    if survivors:
+        lines += ["| survivor | mistake | on inspection |", "|---|---|---|"]
+    for row in survivors:
+        if row.get("noticed"):
+            said = f"noticed by `{row['noticed']}`"
+        elif key(row) in EQUIVALENT:
+            said = f"nothing that is promised changes: {EQUIVALENT[key(row)]}"
+        else:
+            said = "**not explained**"
+        change = row["change"].replace("|", "\\|")
+        lines.append(f"| {row['module']}:{row['line']} | `{change}` | {said} |")
+    return "\n".join([*lines, ""])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; 1 if a survivor is not explained."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="mutants per module")
+    parser.add_argument("--only", default="", help="modules whose name has this in it")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="begin none after so many seconds")  # fmt: skip
+    parser.add_argument("--programs", type=Path, help="folder of compiled programs, kept")
+    parser.add_argument("--out", type=Path, default=OUT)
+    arguments = parser.parse_args(argv)
+    stored = arguments.out / "mutations-cpu.json"
+    record = {"seed": SEED, "seconds": {}, "rows": []}
+    record |= json.loads(stored.read_text()) if stored.exists() else {}
+    stored.parent.mkdir(parents=True, exist_ok=True)
+    rows, seconds = record["rows"], record["seconds"]
+    until = time.monotonic() + arguments.limit
+    with tempfile.TemporaryDirectory() as folder:
+        cache = arguments.programs or Path(folder)
+        for row in tried(arguments.rounds, rows, seconds, until, arguments.only, cache):
+            rows.append(row)
+            print(
+                " | ".join(
+                    str(row[name]) for name in ("outcome", "module", "line", "change", "by")
+                ),
+                flush=True,
+            )
+            stored.write_text(json.dumps(record))
+        for row in looked_at_again(rows, until, cache):
+            rows[[key(one) for one in rows].index(key(row))] = row
+            print(
+                f"{row['module']}:{row['line']} | {row['change']} | {row['noticed'] or 'NOT noticed'}",
+                flush=True,
+            )
+            stored.write_text(json.dumps(record))
+    record.pop("about", None)
+    keep(stored, record, table(rows))
+    survivors = [row for row in rows if row["outcome"] == "survived" and not row.get("noticed")]
+    return int(any(key(row) not in EQUIVALENT for row in survivors))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
