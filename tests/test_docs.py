@@ -62,6 +62,8 @@ def pages_with_code():
             yield pytest.param(name, marks=[pytest.mark.slow] * (name in LONG))
 
 
+# ArviZ 0.23 announces its successor on every import.
+@pytest.mark.filterwarnings("ignore:\\s*ArviZ is undergoing:FutureWarning")
 @pytest.mark.parametrize("name", list(pages_with_code()))
 def test_code_prints_what_the_page_says(name):
     for block, printed in zip(BLOCKS[name], printed_by(name), strict=True):
