@@ -31,7 +31,7 @@ _BLOCK = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 # The coordinate at which a verdict's figure is worst changes with the last bits of the figures.
-_WORST = re.compile(r"(R-hat \S+ at|effective draws of|Stein's identity at) .*?(?= \(wanted)")
+_WORST = re.compile(r"(R-hat\s+\S+ at|effective draws of|Stein's identity at) .*?(?= \(wanted)")
 _NUMBER = re.compile(r"[-+]?\b\d[\d,]*(?:\.\d*)?(?:e[-+]?\d+)?\b|\bnan\b|\binf\b")
 
 
