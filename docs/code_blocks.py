@@ -134,7 +134,8 @@ def main(argv: list[str] | None = None) -> None:
     # As in the tests: the checkout, and the catalogues that pages add rows to.
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     if arguments.print:
-        print(json.dumps(run(*arguments.pages, Path.cwd()).printed))
+        (page,) = arguments.pages
+        print(json.dumps(run(page, Path.cwd()).printed))
         return
     for page in arguments.pages or PAGES:
         write(page.resolve())

@@ -35,7 +35,7 @@ LONG = {name for name in BLOCKS if name.startswith("docs/gallery/")}
 @pytest.fixture(autouse=True)
 def settings_restored():
     """The global setting that a page may change, as it was."""
-    before = jax.config.jax_enable_x64
+    before = jax.config.values["jax_enable_x64"]
     yield
     jax.config.update("jax_enable_x64", before)
 
