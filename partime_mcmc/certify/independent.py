@@ -99,6 +99,18 @@ def certify(
 
     Raises:
         ValueError: If `scale` is not positive and finite.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from partime_mcmc import certify, mala, rollout
+        >>> kernel = mala(lambda x: -0.5 * jnp.sum(x**2), 0.5)
+        >>> state = kernel.init(jnp.ones(2))
+        >>> tape = kernel.tape(jax.random.key(0), 100, state)
+        >>> path = rollout(kernel.dynamics(), kernel.carry(state), tape)
+        >>> bool(certify(kernel, kernel.carry(state), path, tape).certified)
+        True
+        >>> bool(certify(kernel, kernel.carry(state), path.at[7].add(0.1), tape).certified)
+        False
     """
     return certify_with_records(kernel, initial, states, drives, scale=scale)[0]
 

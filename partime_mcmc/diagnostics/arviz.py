@@ -152,6 +152,15 @@ def to_arviz(
             axes have one name.
 
     With ArviZ 1.x names with a slash, which would be paths, are escaped as in addresses of the web: "a/b" is "a%2Fb".
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from partime_mcmc import Target, mala, sample, to_arviz
+        >>> target = Target(jax.scipy.stats.norm.logpdf, initial=jnp.zeros(()))
+        >>> kernel = mala(target.logdensity, 0.5)
+        >>> draws = sample(jax.random.key(0), target, kernel, num_samples=500)
+        >>> dict(to_arviz(draws).posterior.sizes)
+        {'chain': 4, 'draw': 500}
     """
     named = named_draws(draws)
     _check_names(named, dims or {})

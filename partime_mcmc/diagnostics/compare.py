@@ -52,6 +52,16 @@ def compare(parallel: Any, sequential: Any, *, family_alpha: float = 1e-3) -> Re
 
     Raises:
         ValueError: if ``family_alpha`` is not in (0, 1), a side holds no draws, or the sides share no coordinate.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from partime_mcmc import Target, compare, mala, sample, sequential
+        >>> target = Target(jax.scipy.stats.norm.logpdf, initial=jnp.zeros(()))
+        >>> kernel = mala(target.logdensity, 0.5)
+        >>> draws = sample(jax.random.key(0), target, kernel, num_samples=500)
+        >>> loop = sample(jax.random.key(0), target, kernel, num_samples=500, solver=sequential())
+        >>> compare(draws, loop).ok
+        True
     """
     if not 0 < family_alpha < 1:
         raise ValueError(f"family_alpha must lie between 0 and 1, got {family_alpha}")

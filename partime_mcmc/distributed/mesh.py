@@ -57,6 +57,11 @@ def time_mesh(
 
     Raises:
         ValueError: If a count is not positive, or does not fit the number of devices.
+
+    Examples:
+        >>> from partime_mcmc import time_mesh
+        >>> dict(time_mesh(1).shape)
+        {'chains': 1, 'time': 1, 'data': 1}
     """
     taken = np.asarray(jax.devices() if devices is None else devices)
     for name, count in (("num_time", num_time), ("num_chains", num_chains), ("num_data", num_data)):
@@ -153,6 +158,12 @@ def hosts(
     Raises:
         ValueError: If only some of the first three arguments are given, one of them is invalid, or no cluster is found.
         RuntimeError: If arrays exist already, or the hosts do not come together in time.
+
+    Examples:
+        >>> import sys
+        >>> from partime_mcmc import hosts, sample, time_mesh
+        >>> with hosts("10.0.0.1:9876", num_hosts=2, host_id=int(sys.argv[1])):  # doctest: +SKIP
+        ...     draws = sample(key, target, kernel, num_samples=100_000, mesh=time_mesh())
     """
     given = [value is not None for value in (coordinator, num_hosts, host_id)]
     if any(given) and not all(given):

@@ -85,6 +85,14 @@ def sharded_solve(
         TypeError: As `solve` does; or if `adjoint` cannot go along a spread axis, or is given with `params_spec`; or if a
             path with `params_spec` is differentiated.
         ValueError: As `solve` does; or if the mesh has no axis `time`, or `params_spec` names an axis that it cannot.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from partime_mcmc import Dynamics, sharded_solve, time_mesh
+        >>> decay = Dynamics(lambda half, x, u: half * x + u, 0.5)
+        >>> found = sharded_solve(decay, jnp.zeros(1), jnp.ones((4, 1)), mesh=time_mesh(1))
+        >>> print(found.states.ravel())
+        [1.    1.5   1.75  1.875]
     """
     axis = time_axis(mesh)
     if isinstance(adjoint, ImplicitSegmented):

@@ -54,6 +54,13 @@ class Dynamics:
             `state`. Compared by identity: use one function object for one recurrence, or it is compiled again.
         params: Whatever `step` needs besides; a pytree, differentiable.
         cached: The same recurrence with a memory, for sequential use; None where steps share nothing.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from partime_mcmc import Dynamics
+        >>> decay = Dynamics(lambda half, x, u: half * x + u, 0.5)
+        >>> print(decay(jnp.ones(1), jnp.ones(1)))
+        [1.5]
     """
 
     step: Callable[[PyTree, PyTree, PyTree], PyTree]
@@ -110,6 +117,13 @@ def rollout(dynamics: Dynamics, initial: PyTree, drives: PyTree) -> PyTree:
 
     Returns:
         `x_1..x_T`, leaves with leading axis `T`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from partime_mcmc import Dynamics, rollout
+        >>> decay = Dynamics(lambda half, x, u: half * x + u, 0.5)
+        >>> print(rollout(decay, jnp.zeros(1), jnp.ones((4, 1))).ravel())
+        [1.    1.5   1.75  1.875]
     """
     return rollout_with_aux(dynamics, initial, drives)[0]
 
@@ -146,6 +160,14 @@ def residual(dynamics: Dynamics, initial: PyTree, states: PyTree, drives: PyTree
 
     Returns:
         `max_j |f(x_{t-1}, u_t) − x_t|_j`, shape `(T,)`; NaN where a step is not finite.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from partime_mcmc import Dynamics, residual
+        >>> decay = Dynamics(lambda half, x, u: half * x + u, 0.5)
+        >>> path = jnp.array([[1.0], [1.5], [2.0]])  # 1.75 would be right
+        >>> print(residual(decay, jnp.zeros(1), path, jnp.ones((3, 1))))
+        [0.   0.   0.25]
     """
     previous = jax.tree.map(
         lambda first, rest: jnp.concatenate([jnp.asarray(first, rest.dtype)[None], rest[:-1]])[

@@ -103,6 +103,14 @@ def iterates(
     Raises:
         TypeError: As `solve` does.
         ValueError: As `solve` does; or if there are no steps, or `num_iterations` is not a positive integer.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from partime_mcmc import Dynamics, iterates, jacobi
+        >>> decay = Dynamics(lambda half, x, u: half * x + u, 0.5)
+        >>> rows = iterates(decay, jnp.zeros(1), jnp.ones((3, 1)), solver=jacobi(), num_iterations=3)
+        >>> print(rows.num_exact)
+        [0 1 2 3]
     """
     schedule = AllAtOnce()
     check_strategies(dynamics, solver, schedule, tolerance, NoDerivatives())

@@ -39,7 +39,16 @@ DEFAULT_MAX_ITERATIONS = 200
 
 
 def sequential() -> Sequential:
-    """One step after another."""
+    """One step after another.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from partime_mcmc import Dynamics, sequential, solve
+        >>> wave = Dynamics(lambda rate, x, u: jnp.cos(rate * x) + u, 0.5)
+        >>> found = solve(wave, jnp.zeros(2), jnp.zeros((50, 2)), solver=sequential())
+        >>> found.verdict.name, int(found.num_exact)
+        ('CONVERGED', 50)
+    """
     return Sequential()
 
 
@@ -49,6 +58,14 @@ def deer(*, damping: float = 0.0, clip: float | None = None) -> Newton:
     Args:
         damping: Linear parts are multiplied by `1 − damping`.
         clip: Largest spectral norm of a linear part; None leaves them, as the paper does.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from partime_mcmc import Dynamics, deer, solve
+        >>> wave = Dynamics(lambda rate, x, u: jnp.cos(rate * x) + u, 0.5)
+        >>> found = solve(wave, jnp.zeros(2), jnp.zeros((50, 2)), solver=deer())
+        >>> found.verdict.name, int(found.num_exact)
+        ('CONVERGED', 50)
     """
     return Newton(_tamed(DenseJacobian(), damping, clip))
 
@@ -62,6 +79,14 @@ def quasi_deer(
         num_probes: Products per step for Hutchinson's estimate; None takes the exact diagonal, D products.
         damping: Linear parts are multiplied by `1 − damping`.
         clip: Largest entry of a linear part; 1 makes overflow impossible, None is the paper's own method.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from partime_mcmc import Dynamics, quasi_deer, solve
+        >>> wave = Dynamics(lambda rate, x, u: jnp.cos(rate * x) + u, 0.5)
+        >>> found = solve(wave, jnp.zeros(2), jnp.zeros((50, 2)), solver=quasi_deer())
+        >>> found.verdict.name, int(found.num_exact)
+        ('CONVERGED', 50)
     """
     return Newton(_tamed(_diagonal(num_probes), damping, clip))
 
@@ -72,6 +97,14 @@ def elk(*, policy: DampingPolicy = RelaxingDamping(), clip: float | None = None)
     Args:
         policy: How the damping λ follows the residual.
         clip: Largest spectral norm of a linear part.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from partime_mcmc import Dynamics, elk, solve
+        >>> wave = Dynamics(lambda rate, x, u: jnp.cos(rate * x) + u, 0.5)
+        >>> found = solve(wave, jnp.zeros(2), jnp.zeros((50, 2)), solver=elk())
+        >>> found.verdict.name, int(found.num_exact)
+        ('CONVERGED', 50)
     """
     return Kalman(_tamed(DenseJacobian(), 0.0, clip), policy)
 
@@ -88,6 +121,14 @@ def quasi_elk(
         num_probes: As in `quasi_deer`.
         policy: How the damping λ follows the residual.
         clip: Largest entry of a linear part.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from partime_mcmc import Dynamics, quasi_elk, solve
+        >>> wave = Dynamics(lambda rate, x, u: jnp.cos(rate * x) + u, 0.5)
+        >>> found = solve(wave, jnp.zeros(2), jnp.zeros((50, 2)), solver=quasi_elk())
+        >>> found.verdict.name, int(found.num_exact)
+        ('CONVERGED', 50)
     """
     return Kalman(_tamed(_diagonal(num_probes), 0.0, clip), policy)
 
@@ -103,17 +144,43 @@ def shooting(
         num_segments: C; None chooses by device and path. One segment is the sequential chain.
         steps: Steps per segment, instead of `num_segments`; one step with `DenseJacobian()` as the correction is DEER.
         correction: What stands for the Jacobian of a whole segment; clip it where forgetting is slow.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from partime_mcmc import Dynamics, shooting, solve
+        >>> wave = Dynamics(lambda rate, x, u: jnp.cos(rate * x) + u, 0.5)
+        >>> found = solve(wave, jnp.zeros(2), jnp.zeros((50, 2)), solver=shooting(num_segments=5))
+        >>> found.verdict.name, int(found.num_exact)
+        ('CONVERGED', 50)
     """
     return Shooting(num_segments, steps, correction)
 
 
 def picard() -> Newton:
-    """Picard's iteration: cumulative sums of the increments."""
+    """Picard's iteration: cumulative sums of the increments.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from partime_mcmc import Dynamics, picard, solve
+        >>> wave = Dynamics(lambda rate, x, u: jnp.cos(rate * x) + u, 0.5)
+        >>> found = solve(wave, jnp.zeros(2), jnp.zeros((50, 2)), solver=picard())
+        >>> found.verdict.name, int(found.num_exact)
+        ('CONVERGED', 50)
+    """
     return Newton(IdentityJacobian())
 
 
 def jacobi() -> Newton:
-    """Jacobi's iteration: every step from the last guess of the step before it."""
+    """Jacobi's iteration: every step from the last guess of the step before it.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from partime_mcmc import Dynamics, jacobi, solve
+        >>> wave = Dynamics(lambda rate, x, u: jnp.cos(rate * x) + u, 0.5)
+        >>> found = solve(wave, jnp.zeros(2), jnp.zeros((50, 2)), solver=jacobi())
+        >>> found.verdict.name, int(found.num_exact)
+        ('CONVERGED', 50)
+    """
     return Newton(ZeroJacobian())
 
 

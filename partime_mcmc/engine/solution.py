@@ -50,7 +50,13 @@ DEFAULT_ULPS = 128
 
 
 class Status(enum.IntEnum):
-    """The verdict on a path."""
+    """The verdict on a path.
+
+    Examples:
+        >>> from partime_mcmc import Status
+        >>> Status.CONVERGED.message
+        'every step obeys the recurrence to within the tolerance'
+    """
 
     CONVERGED = 0
     OUT_OF_ITERATIONS = 1
@@ -121,6 +127,15 @@ class Tolerance:
         relative: A scalar; None is 128 units in the last place of the state's type.
         absolute: A scalar or an array of shape `(D,)`, in the units of the state; None is `relative` times the mean |x_j|
             of the step and the 15 before it.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from partime_mcmc import Dynamics, Tolerance, jacobi, solve
+        >>> decay = Dynamics(lambda half, x, u: half * x + u, 0.5)
+        >>> rough = Tolerance(relative=0.0, absolute=0.1)
+        >>> found = solve(decay, jnp.zeros(1), jnp.ones((9, 1)), solver=jacobi(), tolerance=rough)
+        >>> bool(0 < found.residual <= 0.1)
+        True
     """
 
     relative: ArrayLike | None = None
@@ -225,6 +240,14 @@ class Solution:
         notes: `CachedStep.aux` of every step of the path, shape `(T, R)`; None where the dynamics have no `aux`, or the
             solver keeps none.
         defects: `f(x_{t-1}, u_t) − x_t` in flat coordinates, shape `(T, D)`; None where there are no notes.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from partime_mcmc import Dynamics, solve
+        >>> decay = Dynamics(lambda half, x, u: half * x + u, 0.5)
+        >>> found = solve(decay, jnp.zeros(1), jnp.ones((4, 1)))
+        >>> found.verdict.name, int(found.num_exact), float(found.residual)
+        ('CONVERGED', 4, 0.0)
     """
 
     states: PyTree

@@ -72,6 +72,14 @@ def solve(
     Raises:
         TypeError: If the state is not floating point of one type, or the step changes its structure.
         ValueError: If shapes do not fit, or `max_iterations` is not a positive integer.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from partime_mcmc import Dynamics, solve
+        >>> decay = Dynamics(lambda half, x, u: half * x + u, 0.5)
+        >>> found = solve(decay, jnp.zeros(1), jnp.ones((4, 1))).or_raise()
+        >>> print(found.states.ravel())
+        [1.    1.5   1.75  1.875]
     """
     check_strategies(dynamics, solver, schedule, tolerance, adjoint)
     initial = jax.tree.map(jnp.asarray, initial)

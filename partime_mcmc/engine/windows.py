@@ -33,7 +33,16 @@ class Schedule(Protocol):
 
 @pytree()
 class AllAtOnce:
-    """All of time at once."""
+    """All of time at once.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from partime_mcmc import AllAtOnce, Dynamics, solve
+        >>> decay = Dynamics(lambda half, x, u: half * x + u, 0.5)
+        >>> found = solve(decay, jnp.zeros(1), jnp.ones((4, 1)), schedule=AllAtOnce())
+        >>> found.verdict.name
+        'CONVERGED'
+    """
 
     def window(self, num_steps: int) -> int:
         return num_steps
@@ -57,7 +66,16 @@ class _Moving:
 
 @pytree(static=("size",))
 class Windows(_Moving):
-    """One window of `size` steps after another."""
+    """One window of `size` steps after another.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from partime_mcmc import Dynamics, Windows, solve
+        >>> decay = Dynamics(lambda half, x, u: half * x + u, 0.5)
+        >>> found = solve(decay, jnp.zeros(1), jnp.ones((8, 1)), schedule=Windows(4))
+        >>> found.verdict.name
+        'CONVERGED'
+    """
 
     def advance(self, num_exact: Array, window: int) -> Array:
         return jnp.where(num_exact == window, num_exact, 0)
@@ -65,7 +83,17 @@ class Windows(_Moving):
 
 @pytree(static=("size",))
 class SlidingWindow(_Moving):
-    """A window of `size` steps whose front follows the exact steps."""
+    """A window of `size` steps whose front follows the exact steps.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from partime_mcmc import Dynamics, SlidingWindow, jacobi, solve
+        >>> decay = Dynamics(lambda half, x, u: half * x + u, 0.5)
+        >>> window = SlidingWindow(4)
+        >>> found = solve(decay, jnp.zeros(1), jnp.ones((8, 1)), solver=jacobi(), schedule=window)
+        >>> found.verdict.name
+        'CONVERGED'
+    """
 
     def advance(self, num_exact: Array, window: int) -> Array:
         return num_exact

@@ -26,6 +26,16 @@ def from_blackjax(
     Raises:
         TypeError: If it has no `init` and `step`.
         ValueError: If `noise_scale` is not positive and finite.
+
+    Examples:
+        >>> import blackjax, jax, jax.numpy as jnp
+        >>> from partime_mcmc import from_blackjax, rollout
+        >>> kernel = from_blackjax(blackjax.barker_proposal(lambda x: -0.5 * jnp.sum(x**2), 0.5))
+        >>> state = kernel.init(jnp.ones(2))
+        >>> tape = kernel.tape(jax.random.key(0), 100, state)
+        >>> path = rollout(kernel.dynamics(), kernel.carry(state), tape)
+        >>> path.shape
+        (100, 2)
     """
     for method in ("init", "step"):
         if not callable(getattr(algorithm, method, None)):

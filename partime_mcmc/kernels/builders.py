@@ -52,6 +52,16 @@ def mala(
     Raises:
         ValueError: If the step size is not positive and finite.
         TypeError: If `coupling` is not one of the two couplings.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from partime_mcmc import mala, rollout
+        >>> kernel = mala(lambda x: -0.5 * jnp.sum(x**2), 0.5)
+        >>> state = kernel.init(jnp.ones(2))
+        >>> tape = kernel.tape(jax.random.key(0), 100, state)
+        >>> path = rollout(kernel.dynamics(), kernel.carry(state), tape)
+        >>> path.shape
+        (100, 2)
     """
     check_step_size(step_size)
     check_coupling(coupling)
@@ -81,6 +91,16 @@ def hmc(
     Raises:
         ValueError: If the step size or the metric is unusable.
         TypeError: If `coupling` is not one of the two couplings, or wants a `Whitening` and gets none.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from partime_mcmc import hmc, rollout
+        >>> kernel = hmc(lambda x: -0.5 * jnp.sum(x**2), 0.5, jnp.ones(2))  # three leapfrog steps
+        >>> state = kernel.init(jnp.ones(2))
+        >>> tape = kernel.tape(jax.random.key(0), 100, state)
+        >>> path = rollout(kernel.dynamics(), kernel.carry(state), tape)
+        >>> path.shape
+        (100, 2)
     """
     check_step_size(step_size)
     check_coupling(coupling)
@@ -142,6 +162,15 @@ def coalescing_hmc(
     Raises:
         ValueError: If a step size or a count is unusable.
         TypeError: If the metric is not a `Whitening`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from partime_mcmc import coalescing_hmc
+        >>> from partime_mcmc.kernels import Whitening
+        >>> metric = Whitening.of_covariance(jnp.zeros(2), jnp.array([5.0, 0.0]), 4 * jnp.eye(2))
+        >>> kernel = coalescing_hmc(lambda x: -0.125 * jnp.sum((x - metric.center) ** 2), 0.5, metric)
+        >>> print(kernel.init(jnp.array([9.0, 0.0])).position)  # in whitened coordinates
+        [2. 0.]
     """
     check_step_size(step_size)
     if num_integration_steps is None:
@@ -178,6 +207,14 @@ def nuts(
 
     Raises:
         ValueError: If the step size or the metric is unusable.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from partime_mcmc import nuts
+        >>> kernel = nuts(lambda x: -0.5 * jnp.sum(x**2), 0.5, jnp.ones(2), max_num_doublings=3)
+        >>> state, info = kernel.step(jax.random.key(0), kernel.init(jnp.ones(2)))
+        >>> state.position.shape
+        (2,)
     """
     check_step_size(step_size)
     _check_positive_integer(max_num_doublings, "max_num_doublings")
@@ -214,6 +251,16 @@ def random_walk(
     Raises:
         ValueError: If the step size is not positive and finite, or `block` is no count or given with common random numbers.
         TypeError: If `coupling` is not one of the two couplings.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from partime_mcmc import random_walk, rollout
+        >>> kernel = random_walk(lambda x: -0.5 * jnp.sum(x**2), 0.5)
+        >>> state = kernel.init(jnp.ones(2))
+        >>> tape = kernel.tape(jax.random.key(0), 100, state)
+        >>> path = rollout(kernel.dynamics(), kernel.carry(state), tape)
+        >>> path.shape
+        (100, 2)
     """
     check_step_size(step_size)
     check_coupling(coupling)

@@ -35,12 +35,28 @@ _SMALLEST_RADIUS = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class CommonRandomNumbers:
-    """The kernel's own Gaussian noise: for BlackJAX's kernels its draws, bit for bit."""
+    """The kernel's own Gaussian noise: for BlackJAX's kernels its draws, bit for bit.
+
+    Examples:
+        >>> from partime_mcmc import CommonRandomNumbers, mala
+        >>> mala(lambda x: -0.5 * x**2, 0.5, coupling=CommonRandomNumbers()).name
+        'mala'
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class MultishiftCoupling:
-    """Layered multishift noise: the same law, and chains that meet exactly within a few steps."""
+    """Layered multishift noise: the same law, and chains that meet exactly within a few steps.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from partime_mcmc import MultishiftCoupling, mala, rollout
+        >>> kernel = mala(lambda x: -0.5 * jnp.sum(x**2), 0.5, coupling=MultishiftCoupling())
+        >>> tape = kernel.tape(jax.random.key(0), 50, kernel.init(jnp.zeros(2)))
+        >>> ends = [rollout(kernel.dynamics(), x, tape)[-1] for x in (jnp.ones(2), -jnp.ones(2))]
+        >>> bool((ends[0] == ends[1]).all())
+        True
+    """
 
 
 Coupling: TypeAlias = CommonRandomNumbers | MultishiftCoupling

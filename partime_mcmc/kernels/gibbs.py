@@ -50,6 +50,21 @@ def gibbs(blocks: Mapping[str, Callable[[dict, Array], Array]]) -> Kernel:
         TypeError: If `blocks` is not a mapping of functions; at the first step, if the position is no dict, lacks a field
             that has a block, or a block returns another shape or type.
         ValueError: If there are no blocks.
+
+    Examples:
+        >>> import jax
+        >>> from jax.scipy.special import ndtri
+        >>> from partime_mcmc import gibbs, rollout
+        >>> kernel = gibbs(
+        ...     {
+        ...         "x": lambda at, uniform: 0.8 * at["y"] + 0.6 * ndtri(uniform),
+        ...         "y": lambda at, uniform: 0.8 * at["x"] + 0.6 * ndtri(uniform),
+        ...     }
+        ... )
+        >>> state = kernel.init({"x": jax.numpy.zeros(()), "y": jax.numpy.zeros(())})
+        >>> tape = kernel.tape(jax.random.key(0), 100, state)
+        >>> rollout(kernel.dynamics(), kernel.carry(state), tape)["x"].shape
+        (100,)
     """
     if not isinstance(blocks, Mapping) or not all(map(callable, blocks.values())):
         raise TypeError(

@@ -70,6 +70,14 @@ class Kernel:
         noise_scale: Standard deviation of the proposal's noise in the kernel's flat coordinates, a scalar or shape
             `(D,)`; None where it is not known. Residuals are reported in this unit.
         name: What to call it in reports.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from partime_mcmc import mala
+        >>> kernel = mala(lambda x: -0.5 * jnp.sum(x**2), 0.5)
+        >>> state, info = kernel.step(jax.random.key(0), kernel.init(jnp.ones(2)))
+        >>> state.position.shape
+        (2,)
     """
 
     algorithm: Any

@@ -380,6 +380,14 @@ class CoalescingHMC(HMC):
     Args:
         model, potential_fn, step_size, num_steps, trajectory_length, ...: As for `HMC`.
         every: Trajectories per Langevin step.
+
+    Examples:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> from partime_mcmc import CoalescingHMC, ParallelMCMC
+        >>> def model():
+        ...     numpyro.sample("x", dist.Normal(0, 1))
+        >>> kernel = CoalescingHMC(model, target_accept_prob=0.9)
+        >>> mcmc = ParallelMCMC(kernel, num_warmup=1000, num_samples=2000, num_chains=4)
     """
 
     builder = staticmethod(coalescing_hmc)

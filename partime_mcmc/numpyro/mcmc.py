@@ -161,6 +161,16 @@ class ParallelMCMC(MCMC):
     Raises:
         TypeError: If the sampler is no kernel, or a count has the wrong type.
         ValueError: If a count is out of range, or an argument cannot work with the sampler.
+
+    Examples:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> from partime_mcmc import CoalescingHMC, ParallelMCMC
+        >>> def model():
+        ...     numpyro.sample("x", dist.Normal(0, 1))
+        >>> mcmc = ParallelMCMC(CoalescingHMC(model), num_warmup=100, num_samples=500, num_chains=4)
+        >>> mcmc.run(jax.random.key(0))
+        >>> mcmc.get_samples()["x"].shape
+        (2000,)
     """
 
     def __new__(cls, sampler: Any = None, **options: Any) -> Self:

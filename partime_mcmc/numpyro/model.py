@@ -228,6 +228,16 @@ def from_numpyro(
 
     Warns:
         UserWarning: For a `numpyro.param` site on which the density depends, and NumPyro's own remarks on missing plates.
+
+    Examples:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> from partime_mcmc import from_numpyro
+        >>> def model():
+        ...     numpyro.sample("scale", dist.HalfNormal(1))
+        >>> target = from_numpyro(model, key=jax.random.key(0))
+        >>> position = target.start(jax.random.key(1))
+        >>> bool(target.constrain(position)["scale"] > 0)
+        True
     """
     check_outside_transforms("from_numpyro", args=args, key=key, **kwargs)
     posterior = Posterior(model, args, kwargs, key, init_strategy)

@@ -393,6 +393,15 @@ def unroll(
             or `tolerance` is of the wrong kind.
         ValueError: If the shapes of `carry`, `inputs`, `mask` or `tolerance` do not fit, or `max_iterations` is given
             without a solver or is not a positive integer.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from partime_mcmc import unroll
+        >>> from partime_mcmc.rnn import gru, gru_params
+        >>> params = gru_params(jax.random.key(0), num_inputs=2, num_units=4)
+        >>> last, outputs = unroll(gru, params, jnp.zeros(4), jnp.ones((50, 2)))
+        >>> outputs.shape
+        (50, 4)
     """
     return unroll_with_status(
         cell,

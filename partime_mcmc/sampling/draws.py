@@ -43,6 +43,15 @@ class Draws:
         ask: Works out the advice; see `advice`.
         scores: From positions, leaves `(N, ...)`, to these as rows and the gradients of the log density there, `(N, D)` each:
             the verdict looks at some. None where the density is not at hand.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from partime_mcmc import Target, mala, sample
+        >>> target = Target(jax.scipy.stats.norm.logpdf, initial=jnp.zeros(()))
+        >>> kernel = mala(target.logdensity, 0.5)
+        >>> draws = sample(jax.random.key(0), target, kernel, num_samples=500)
+        >>> bool(draws.certificate.certified.all()), draws.posterior["x"].shape
+        (True, (4, 500))
     """
 
     positions: PyTree

@@ -70,6 +70,15 @@ class Convergence:
         num_gradients: What that cost, pilots included.
         same_start: Whether all chains started at one point. Then the bounds hold for chains that start there, and nothing is
             seen of modes elsewhere.
+
+    Examples:
+        >>> import jax
+        >>> from partime_mcmc import MultishiftCoupling, Target, convergence, mala
+        >>> target = Target(jax.scipy.stats.norm.logpdf, initial=jax.random.normal)
+        >>> kernel = mala(target.logdensity, 0.5, coupling=MultishiftCoupling())
+        >>> found = convergence(jax.random.key(0), target, kernel, num_pairs=16)
+        >>> bool(found.steps_until(0.1) <= found.steps.max())
+        True
     """
 
     lag: int
@@ -223,13 +232,13 @@ def convergence(
         TypeError: If an argument has the wrong type.
         ValueError: If a count is too small, the lag is no multiple of the kernel's cycle, or a cycle does not return.
 
-    >>> import jax
-    >>> import jax.numpy as jnp
-    >>> from partime_mcmc import MultishiftCoupling, Target, convergence, mala
-    >>> target = Target(lambda x: -0.5 * jnp.sum(x**2), lambda key: 3 * jax.random.normal(key, (2,)))
-    >>> kernel = mala(target.logdensity, 0.5, coupling=MultishiftCoupling())
-    >>> convergence(jax.random.key(0), target, kernel, num_pairs=16).num_unmet
-    0
+    Examples:
+        >>> import jax
+        >>> from partime_mcmc import MultishiftCoupling, Target, convergence, mala
+        >>> target = Target(jax.scipy.stats.norm.logpdf, initial=jax.random.normal)
+        >>> kernel = mala(target.logdensity, 0.5, coupling=MultishiftCoupling())
+        >>> convergence(jax.random.key(0), target, kernel, num_pairs=16).num_unmet
+        0
     """
     target, kernel = target_and_kernel(target, kernel)
     dimension = sum(leaf.size for leaf in jax.tree.leaves(target.example()))

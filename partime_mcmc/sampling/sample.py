@@ -210,6 +210,15 @@ def sample(
         StoreError: If the store cannot be written; what was safe before is safe.
         TypeError: If an argument has the wrong type.
         ValueError: If an argument has a value that cannot work, or a start has no finite density or gradient.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from partime_mcmc import Target, mala, sample
+        >>> target = Target(jax.scipy.stats.norm.logpdf, initial=jnp.zeros(()))
+        >>> kernel = mala(target.logdensity, 0.5)
+        >>> draws = sample(jax.random.key(0), target, kernel, num_samples=500).or_raise()
+        >>> draws.positions.shape
+        (4, 500)
     """
     start = target.initial if isinstance(target, Target) else None
     check_outside_transforms("sample", key=key, **{"target.initial": start})
@@ -326,6 +335,15 @@ def resume(
         StoreMismatch: If model, data, kernel, floating-point type, device or versions are not those that the run was begun
             with, naming what differs.
         StoreError: If the store cannot be written or is damaged beyond its chunks, or another process writes there.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from partime_mcmc import Target, mala, resume, sample
+        >>> target = Target(jax.scipy.stats.norm.logpdf, initial=jnp.zeros(()))
+        >>> kernel = mala(target.logdensity, 0.5)
+        >>> _ = sample(jax.random.key(0), target, kernel, num_samples=1000, store="runs/normal")
+        >>> resume("runs/normal", target, kernel).num_samples  # would go on, had it been interrupted
+        1000
     """
     check_strategies(target, kernel)
     asked = read_arguments(path, kernel)

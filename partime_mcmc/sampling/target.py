@@ -37,11 +37,12 @@ class Target:
     Raises:
         TypeError: If `logdensity` or `constrain` is no function, `names` no sequence of strings or `dims` no mapping.
 
-    >>> import jax
-    >>> import jax.numpy as jnp
-    >>> target = Target(lambda x: -0.5 * jnp.sum(x**2), initial=jnp.zeros(3))
-    >>> target.start(jax.random.key(0)).shape
-    (3,)
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from partime_mcmc import Target
+        >>> target = Target(lambda x: -0.5 * jnp.sum(x**2), initial=jnp.zeros(3))
+        >>> target.start(jax.random.key(0)).shape
+        (3,)
     """
 
     logdensity: Callable[[PyTree], Array]

@@ -74,6 +74,15 @@ class Store:
         chunk: Steps per chunk, cut to whole windows if there is more than one; None is as many as are worth their overhead
             and fit into memory.
         folds: Functions of your own, accumulated over all draws, by name; their carries are stored.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from partime_mcmc import Store, Target, mala, sample
+        >>> target = Target(jax.scipy.stats.norm.logpdf, initial=jnp.zeros(()))
+        >>> kernel = mala(target.logdensity, 0.5)
+        >>> store = Store("runs/in_chunks", chunk=500)
+        >>> sample(jax.random.key(0), target, kernel, num_samples=1000, store=store).finished
+        True
     """
 
     path: str | os.PathLike

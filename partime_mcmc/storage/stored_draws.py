@@ -55,6 +55,15 @@ class StoredDraws:
         positions: None: unconstrained draws are not stored.
         warmup: None: of a stored run's warm-up only numbers and sentences are kept, in `saved_plan`.
         advice: None: only a run in memory knows its kernel.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from partime_mcmc import Target, mala, sample
+        >>> target = Target(jax.scipy.stats.norm.logpdf, initial=jnp.zeros(()))
+        >>> kernel = mala(target.logdensity, 0.5)
+        >>> draws = sample(jax.random.key(0), target, kernel, num_samples=1000, store="runs/normal")
+        >>> draws.num_chains, draws.num_samples, draws.finished
+        (4, 1000, True)
     """
 
     folder: Folder
@@ -262,6 +271,15 @@ def open_draws(path: str | os.PathLike, *, folds: Mapping[str, Fold] | None = No
     Raises:
         FileNotFoundError: If there is no stored run.
         StoreError: If its description or its newest checkpoint is damaged, or of another version of the format.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from partime_mcmc import Target, mala, open_draws, sample
+        >>> target = Target(jax.scipy.stats.norm.logpdf, initial=jnp.zeros(()))
+        >>> kernel = mala(target.logdensity, 0.5)
+        >>> _ = sample(jax.random.key(0), target, kernel, num_samples=1000, store="runs/normal")
+        >>> open_draws("runs/normal").posterior["x"].shape
+        (4, 1000)
     """
     folder = Folder(path)
     run, plan = folder.read_run(), folder.read_plan()

@@ -365,6 +365,13 @@ class PooledAdaptation:
         guess: A first metric; None is the identity.
         run: How a window is run: `side_by_side` or `in_parallel_time`; None is what suits the device.
         first_step: The step size with which every chain begins its search.
+
+    Examples:
+        >>> from partime_mcmc import PooledAdaptation
+        >>> careful = PooledAdaptation(num_chains=16, target_acceptance=0.9)
+        >>> # draws = sample(key, target, hmc, num_samples=1000, adaptation=careful)
+        >>> careful.first_window
+        32
     """
 
     num_chains: int = 8

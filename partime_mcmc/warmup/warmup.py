@@ -282,6 +282,13 @@ class WindowAdaptation:
         num_chains: Chains at least.
         target_acceptance: None is what suits the kernel.
         path_length: None is a quarter period.
+
+    Examples:
+        >>> from partime_mcmc import WindowAdaptation
+        >>> as_blackjax = WindowAdaptation(num_chains=8)
+        >>> # draws = sample(key, target, hmc, num_samples=1000, adaptation=as_blackjax)
+        >>> as_blackjax.num_chains
+        8
     """
 
     num_chains: int = 1
