@@ -121,7 +121,11 @@ class ParallelReport:
             str(self.verdict),
             f"{self.level.name}: largest residual {residual:.1e} noise units, {self.certificate.evidence}; {self.run}",
             *self.run.fallbacks,
-            *([] if self.ask is None else ["Pilot chains tell why, and what to do: report.advice."]),
+            *(
+                []
+                if self.ask is None
+                else ["Pilot chains tell why, and what to do: report.advice."]
+            ),
             *([str(self.warmup)] if self.warmup else []),
         ]
         return "\n".join(lines)
