@@ -4,8 +4,8 @@
     dense        lower triangular `(D, D)`
     low rank     `LowRank`, O(D K) numbers:    R = diag(σ) (I + U (diag(s) − I) Uᵀ)
 
-A low-rank root stretches K orthonormal directions U, in units of σ, by s and leaves all others; it is what fits where a matrix
-of D² numbers cannot be learned from the draws there are (Seyboldt, Carlson & Carpenter 2025 learn such metrics).
+A low-rank root has the factors s for the widths along K orthonormal directions U, in units of σ, and 1 for all others; it is what fits
+where a matrix of D² numbers cannot be learned from the draws there are (Seyboldt, Carlson & Carpenter 2025 learn such metrics).
 
 Functions take NumPy's or JAX's arrays, whichever the root is of, and vectors with any axes in front.
 """
@@ -25,18 +25,18 @@ class LowRank:
 
     Attributes:
         sigma: σ, shape `(D,)`, positive.
-        directions: U, shape `(D, K)`: columns are orthonormal, or zero where fewer directions are stretched.
-        stretches: s, shape `(K,)`, positive; 1 where the column is zero.
+        directions: U, shape `(D, K)`: columns are orthonormal, or zero where fewer directions are used.
+        factors: s, shape `(K,)`, positive; 1 where the column is zero.
     """
 
     sigma: Any
     directions: Any
-    stretches: Any
+    factors: Any
 
     @property
-    def num_stretched(self) -> int:
-        """How many directions are stretched."""
-        return int(np.sum(np.asarray(self.stretches) != 1))
+    def num_used(self) -> int:
+        """How many directions have another width than σ says."""
+        return int(np.sum(np.asarray(self.factors) != 1))
 
 
 # Of whichever library the caller works with.
@@ -46,21 +46,21 @@ Root: TypeAlias = Any
 def times(root: Root, z: Any) -> Any:
     """R z, shape `(..., D)`."""
     if isinstance(root, LowRank):
-        return root.sigma * _stretched(root, z)
+        return root.sigma * _scaled(root, z)
     return root * z if root.ndim == 1 else z @ root.T
 
 
 def transposed_times(root: Root, x: Any) -> Any:
     """Rᵀ x, shape `(..., D)`."""
     if isinstance(root, LowRank):
-        return _stretched(root, root.sigma * x)
+        return _scaled(root, root.sigma * x)
     return root * x if root.ndim == 1 else x @ root
 
 
 def dual(root: Root) -> Any:
     """R⁻ᵀ, a root of the inverse metric: R⁻¹ x is `transposed_times(dual(root), x)`. Dense ones become upper triangular."""
     if isinstance(root, LowRank):
-        return LowRank(1 / root.sigma, root.directions, 1 / root.stretches)
+        return LowRank(1 / root.sigma, root.directions, 1 / root.factors)
     if root.ndim == 1:
         return 1 / root
     return root.__array_namespace__().linalg.inv(root).T
@@ -100,5 +100,5 @@ def _dimension(root: Root) -> int:
     return len(root.sigma if isinstance(root, LowRank) else root)
 
 
-def _stretched(root: LowRank, z: Any) -> Any:
-    return z + ((z @ root.directions) * (root.stretches - 1)) @ root.directions.T
+def _scaled(root: LowRank, z: Any) -> Any:
+    return z + ((z @ root.directions) * (root.factors - 1)) @ root.directions.T

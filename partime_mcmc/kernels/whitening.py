@@ -3,7 +3,7 @@
 In these coordinates MALA's Jacobian is nearly a multiple of the identity (its diagonal says almost everything), the
 dense metric of HMC is the identity, and chains forget their past at the same rate in every direction. A kernel that
 works on z is exactly the kernel with metric `scale scaleᵀ` on x; only where rounding falls differs. The scale is diagonal, a
-triangular matrix, or, beyond some hundred dimensions, diagonal with some stretched directions (`metric_root`). Where an affine
+triangular matrix, or, beyond some hundred dimensions, diagonal with some directions apart (`metric_root`). Where an affine
 map does not suffice, nonlinear maps follow it (`kernels.coordinates`), and the density of z gets their log Jacobians.
 """
 
@@ -103,13 +103,13 @@ class Whitening:
 
 def _checked_low_rank(root: LowRank, dimension: int, name: str) -> LowRank:
     """The root, if its shapes fit, its numbers are positive and its directions orthonormal or zero."""
-    rank = root.stretches.size
+    rank = root.factors.size
     for field, shape in (("sigma", (dimension,)), ("directions", (dimension, rank))):
         if getattr(root, field).shape != shape:
             raise ValueError(
                 f"{name}.{field}: shape {getattr(root, field).shape}, wanted {shape} for a position of {dimension} numbers"
             )
-    for field in ("sigma", "stretches"):
+    for field in ("sigma", "factors"):
         value = getattr(root, field)
         if not (np.isfinite(value) & (value > 0)).all():
             raise ValueError(
@@ -117,7 +117,7 @@ def _checked_low_rank(root: LowRank, dimension: int, name: str) -> LowRank:
             )
     is_used = np.abs(root.directions).max(axis=0, initial=0) > 0
     error = np.abs(root.directions.T @ root.directions - np.diag(is_used)).max(initial=0)
-    if not error < 1e-3 or (root.stretches[~is_used] != 1).any():
+    if not error < 1e-3 or (root.factors[~is_used] != 1).any():
         raise ValueError(f"{name}.directions: columns are orthonormal only to {error:.3g}")
     return root
 

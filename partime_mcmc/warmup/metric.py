@@ -131,7 +131,7 @@ class LowRankMetric:
         kept = [i for i in np.argsort(-size)[: self.rank] if size[i] > np.log(_WORTH_A_DIRECTION)]
         found = no_directions(unit, self.rank)
         found.directions[:, : len(kept)] = basis @ vectors[:, kept]
-        found.stretches[: len(kept)] = np.sqrt(values[kept])
+        found.factors[: len(kept)] = np.sqrt(values[kept])
         return found
 
     covariance = fisher
@@ -169,7 +169,7 @@ def no_directions(sigma: np.ndarray, rank: int) -> LowRank:
 def diagonal_like(metric: Metric, variances: np.ndarray) -> Metric:
     """A metric of variances alone, in the form of another one."""
     if isinstance(metric, LowRank):
-        return no_directions(np.sqrt(variances), len(metric.stretches))
+        return no_directions(np.sqrt(variances), len(metric.factors))
     return variances if metric.ndim == 1 else np.diag(variances)
 
 
@@ -236,7 +236,5 @@ def _as_matrix(metric: Metric) -> np.ndarray:
 
 def _as_variances(metric: Metric) -> np.ndarray:
     if isinstance(metric, LowRank):
-        return metric.sigma**2 * (
-            1 + metric.directions**2 @ (np.asarray(metric.stretches) ** 2 - 1)
-        )
+        return metric.sigma**2 * (1 + metric.directions**2 @ (np.asarray(metric.factors) ** 2 - 1))
     return metric if metric.ndim == 1 else np.diag(metric)

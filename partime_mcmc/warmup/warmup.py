@@ -125,7 +125,7 @@ class Warmup:
         chosen = ", ".join(f"{name} {value:.3g}" for name, value in self.settings.items())
         root = self.whitening.scale
         if isinstance(root, LowRank):
-            metric = f"a diagonal metric with {root.num_stretched} more directions"
+            metric = f"a diagonal metric with {root.num_used} more directions"
         else:
             metric = "a diagonal metric" if root.ndim == 1 else "a dense metric"
         rescued = f"{self.num_rescued} chains rescued" if self.num_rescued else "no chain rescued"

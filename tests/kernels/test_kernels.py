@@ -352,7 +352,7 @@ def test_low_rank_whitening_is_the_dense_one_of_its_covariance():
             {"directions": np.zeros((3, 2))},
             "covariance.directions: columns are orthonormal only to",
         ),
-        ({"stretches": np.array([9.0, -1.0])}, "covariance.stretches: smallest entry -1"),
+        ({"factors": np.array([9.0, -1.0])}, "covariance.factors: smallest entry -1"),
         ({"sigma": np.array([1.0, 0.0, 1.0])}, "covariance.sigma: smallest entry 0"),
     ],
 )

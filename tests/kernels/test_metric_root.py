@@ -30,7 +30,7 @@ def matrix_of(root):
     """The root as a matrix, by its definition."""
     if isinstance(root, LowRank):
         u = root.directions
-        return np.diag(root.sigma) @ (np.eye(D) + u @ np.diag(root.stretches - 1) @ u.T)
+        return np.diag(root.sigma) @ (np.eye(D) + u @ np.diag(root.factors - 1) @ u.T)
     return np.diag(root) if root.ndim == 1 else root
 
 

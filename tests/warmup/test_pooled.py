@@ -79,7 +79,7 @@ def test_metrics_by_shape():
         *2 * [np.sqrt(np.diag(wide)) / np.sqrt(60)]
     )  # one direction of 31 times the variance
     found = LowRankMetric().fisher(*draws(8, 1, wide), np.ones(60))
-    assert isinstance(found, LowRank) and 1 <= found.num_stretched <= 32
+    assert isinstance(found, LowRank) and 1 <= found.num_used <= 32
     low, high = width(metric_of(found), wide)
     assert (
         high / low
