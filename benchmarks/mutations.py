@@ -132,8 +132,53 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "_STATES, _IN_ANY_CASE = 4, 16",
         "16 -> 17",
     ): "how much memory hoisting may take is a choice, and any choice gives the same numbers",
+    (
+        "engine/dynamics.py",
+        "if jax.tree.structure(initial) == jax.tree.structure(0) and flat.shape == jnp.shape(initial):",
+        "0 -> 1",
+    ): "any number has the structure of a leaf",
+    (
+        "engine/adjoint.py",
+        "most = min(num_steps, max(1, _BLOCK_NUMBERS // max(previous.shape[1], 1)))",
+        "1 -> 2",
+    ): "how many steps are evaluated side by side is a choice of memory",
+    (
+        "solvers/kalman.py",
+        "shares = right / jnp.where(largest > 0, largest, 1)",
+        "1 -> 2",
+    ): "the other case divides zeros",
+    (
+        "solvers/narrowing.py",
+        "only_equal = ((relative == 0) & (True if absolute is None else absolute == 0)).any()",
+        "0 -> 1",
+    ): "it guards against devices that round differently in batches of other widths, which this one does not",
 }
 NOTICED: dict[tuple[str, str, str], str] = {
+    (
+        "engine/solve.py",
+        "jnp.asarray(RUNNING if num_steps else 0, jnp.int32),",
+        "0 -> 1",
+    ): f"{_VERDICTS}::test_a_path_of_no_steps_is_solved",
+    (
+        "engine/solution.py",
+        "return Bound(absolute, factor * self.relative)",
+        "factor * self.relative -> factor / self.relative",
+    ): "tests/engine/test_scales.py::test_a_part_of_a_tolerance_is_that_part_everywhere",
+    (
+        "engine/windows.py",
+        "return jnp.where(num_exact == window, num_exact, 0)",
+        "jnp.where(num_exact == window, num_exact, 0) -> jnp.where(num_exact == window, 0, num_exact)",
+    ): "tests/engine/test_oracle.py::test_windows_shorter_than_a_burst_of_rejections",
+    (
+        "solvers/shooting.py",
+        "return jnp.where(joined, following, lanes.path[-1])",
+        "jnp.where(joined, following, lanes.path[-1]) -> jnp.where(joined, lanes.path[-1], following)",
+    ): "tests/engine/test_iterates.py::test_shooting_is_watched_after_every_pass",
+    (
+        "kernels/multishift_hmc.py",
+        "return normal_of(uniforms[1:]), uniforms[0]",
+        "0 -> 1",
+    ): f"{_COUPLING}::test_the_decisions_of_a_cycle_do_not_depend_on_its_momenta",
     (
         "engine/windows.py",
         "return jnp.where(num_exact == window, num_exact, 0)",

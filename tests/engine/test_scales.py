@@ -16,7 +16,7 @@ from catalogue import SOLVERS, Problem, by_name, run, sequential_path
 from partime_mcmc import CertifyIndependently, Target, certify, from_blackjax, mala, sample
 from partime_mcmc.engine.dynamics import Dynamics
 from partime_mcmc.engine.recipes import deer, shooting
-from partime_mcmc.engine.solution import DEFAULT_ULPS, Status, Tolerance
+from partime_mcmc.engine.solution import DEFAULT_ULPS, Bound, Status, Tolerance
 from partime_mcmc.engine.solve import solve
 from partime_mcmc.rnn import unroll
 
@@ -169,3 +169,11 @@ def test_a_network_with_small_states_is_not_its_guess():
     wanted = jax.lax.scan(lambda h, x: cell(weights, h, x), jnp.zeros(4), inputs)[1]
     for path in found:
         np.testing.assert_allclose(path, wanted, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("absolute", [None, jnp.full(2, 3e-3)])
+def test_a_part_of_a_tolerance_is_that_part_everywhere(absolute):
+    whole, states, recent = Bound(absolute, jnp.array(1e-3)), jnp.array([2.0, -8.0]), jnp.ones(2)
+    np.testing.assert_allclose(
+        whole.scaled(0.25).at(states, recent), 0.25 * whole.at(states, recent), rtol=1e-6
+    )

@@ -340,3 +340,10 @@ def test_the_right_guess_costs_one_look():
     problem = by_name(DYNAMICS, "linear").build(17, jnp.float32)
     solution = run(JACOBI, problem, guess=sequential_path(problem))
     assert verdict(solution) is Status.CONVERGED and int(solution.iterations) == 0
+
+
+def test_a_path_of_no_steps_is_solved():
+    decay = Dynamics(lambda half, x, u: half * x + u, 0.5)
+    found = solve(decay, jnp.ones(2), jnp.zeros((0, 2)), solver=deer())
+    assert int(found.status) == Status.CONVERGED and int(found.iterations) == 0
+    assert found.states.shape == (0, 2)

@@ -329,3 +329,13 @@ def test_a_coupling_is_refused_where_there_is_no_choice():
         )
     with pytest.raises(TypeError, match="coupling: got 1, wanted"):
         sample(jax.random.key(0), target, mala, num_samples=4, coupling=1)
+
+
+def test_the_decisions_of_a_cycle_do_not_depend_on_its_momenta():
+    """Nor do momenta on each other: 10,000 transitions, gates of five standard errors."""
+    kernel, num_steps = coalescing_hmc(bowl, 0.5, unit(), 2), 10_000
+    tape = kernel.tape(jax.random.key(8), num_steps, kernel.init(jnp.zeros(DIMENSION)))
+    numbers = tape.randomness
+    scores = np.column_stack([stats.norm.ppf(numbers.uniform), numbers.momentum])
+    correlations = np.corrcoef(scores, rowvar=False) - np.eye(1 + DIMENSION)
+    assert np.abs(correlations).max() < 5 / np.sqrt(num_steps)
