@@ -43,6 +43,11 @@ class LowRank:
 Root: TypeAlias = Any
 
 
+def is_diagonal(root: Root) -> bool:
+    """Whether a root is standard deviations alone."""
+    return not isinstance(root, LowRank) and root.ndim == 1
+
+
 def times(root: Root, z: Any) -> Any:
     """R z, shape `(..., D)`."""
     if isinstance(root, LowRank):
@@ -64,6 +69,13 @@ def dual(root: Root) -> Any:
     if root.ndim == 1:
         return 1 / root
     return root.__array_namespace__().linalg.inv(root).T
+
+
+def solve(root: Root, x: Any) -> Any:
+    """R⁻¹ x for one vector `(D,)`; for many `dual` is worked out once."""
+    if isinstance(root, LowRank) or is_diagonal(root):
+        return transposed_times(dual(root), x)
+    return root.__array_namespace__().linalg.solve(root, x)
 
 
 def metric_of(root: Root) -> Any:

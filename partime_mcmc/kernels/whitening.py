@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
@@ -22,7 +21,7 @@ from partime_mcmc.kernels.coordinates import (
     enter_all,
     leave_all,
 )
-from partime_mcmc.kernels.metric_root import LowRank, Root, dual, times, transposed_times
+from partime_mcmc.kernels.metric_root import LowRank, Root, solve, times
 from partime_mcmc.types import AnyArray, Array, ArrayLike, PyTree, pytree
 
 
@@ -79,10 +78,7 @@ class Whitening:
 
     def enter(self, position: PyTree) -> Array:
         """`z` of a position, shape `(D,)`."""
-        offset = enter_all(self.maps, ravel_pytree(position)[0]) - self.center
-        if not isinstance(self.scale, LowRank) and self.scale.ndim == 2:
-            return jnp.linalg.solve(self.scale, offset)
-        return transposed_times(dual(self.scale), offset)
+        return solve(self.scale, enter_all(self.maps, ravel_pytree(position)[0]) - self.center)
 
     def leave(self, z: Array) -> PyTree:
         """The position of `z`."""

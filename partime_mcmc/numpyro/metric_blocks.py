@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.kernels.metric_root import LowRank, Root, metric_of
+from partime_mcmc.kernels.metric_root import LowRank, Root, is_diagonal, metric_of
 from partime_mcmc.types import AnyArray, Array, PyTree
 
 Names = tuple[str, ...]
@@ -169,13 +169,13 @@ def each_block(function: Callable[[Any], AnyArray], roots: Any, num_axes: int) -
 
 def mass_sqrt(root: Root) -> Array:
     """S."""
-    if not isinstance(root, LowRank) and root.ndim == 1:
+    if is_diagonal(root):
         return 1 / root
     return jnp.linalg.cholesky(jnp.linalg.inv(metric_of(root)))
 
 
 def mass_sqrt_inv(root: Root) -> AnyArray:
     """S⁻¹."""
-    if not isinstance(root, LowRank) and root.ndim == 1:
+    if is_diagonal(root):
         return root
     return jnp.linalg.inv(mass_sqrt(root))

@@ -220,7 +220,7 @@ class Pool:
 
     Attributes:
         positions: Shape `(C, D)`.
-        metric: What is believed of the covariance.
+        metric: What is believed of the covariance, `(D, D)`, `(D,)` or a `LowRank` root.
         center: Shape `(D,)`.
         draws: The last window.
         num_rescued: Chains that were lost and went on from another chain's state.
@@ -362,7 +362,7 @@ class PooledAdaptation:
         first_window: Steps of the first window; each further one is twice as long.
         coordinates: How coordinates are learned after each window; None keeps the model's own.
         metric: How the metric is estimated; None is dense up to 300 dimensions, low-rank beyond.
-        guess: A first metric; None is the identity.
+        guess: A first metric, `(D, D)`, `(D,)` or a `LowRank` root; None is the identity.
         run: How a window is run: `side_by_side` or `in_parallel_time`; None is what suits the device.
         first_step: The step size with which every chain begins its search.
 

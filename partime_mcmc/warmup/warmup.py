@@ -30,7 +30,7 @@ from partime_mcmc.kernels.kernel_program import (
     density_of,
     parametrised_kernel,
 )
-from partime_mcmc.kernels.metric_root import LowRank
+from partime_mcmc.kernels.metric_root import LowRank, is_diagonal
 from partime_mcmc.types import Array, Key, PyTree
 from partime_mcmc.warmup.hmc_batch import HMCBatch, SeedTree
 from partime_mcmc.warmup.pooled import Pool, PooledAdaptation
@@ -127,7 +127,7 @@ class Warmup:
         if isinstance(root, LowRank):
             metric = f"a diagonal metric with {root.num_used} more directions"
         else:
-            metric = "a diagonal metric" if root.ndim == 1 else "a dense metric"
+            metric = "a diagonal metric" if is_diagonal(root) else "a dense metric"
         rescued = f"{self.num_rescued} chains rescued" if self.num_rescued else "no chain rescued"
         return " ".join(
             [

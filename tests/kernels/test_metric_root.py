@@ -7,8 +7,10 @@ import pytest
 from partime_mcmc.kernels.metric_root import (
     LowRank,
     dual,
+    is_diagonal,
     largest_ratio,
     metric_of,
+    solve,
     times,
     transposed_times,
 )
@@ -46,6 +48,10 @@ def test_products_are_those_of_the_matrix(form):
     np.testing.assert_allclose(transposed_times(root, rows), rows @ matrix, rtol=1e-10, atol=1e-12)
     back = transposed_times(dual(root), times(root, rows))
     np.testing.assert_allclose(back, rows, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(
+        solve(root, rows[0, 0]), np.linalg.solve(matrix, rows[0, 0]), rtol=1e-8, atol=1e-10
+    )
+    assert is_diagonal(root) == (form == "diagonal")
     metric = np.diag(metric_of(root)) if form == "diagonal" else metric_of(root)
     np.testing.assert_allclose(metric, matrix @ matrix.T, rtol=1e-10, atol=1e-12)
     assert isinstance(times(root, rows), np.ndarray), "what is on the host stays there"
