@@ -1,8 +1,8 @@
 """NumPyro's own tests with `MCMC` replaced by `ParallelMCMC`: `python -m benchmarks.numpyro_suite CHECKOUT --out DIR`.
 
-CHECKOUT is a copy of NumPyro's repository, of the version that is installed. Test files in which `MCMC(` stands are run twice
-by pytest, each in a process of its own: with NumPyro's class, which also shows which tests make one over HMC, NUTS or a
-kernel that wraps them, and then these tests with ours. A test that fails with NumPyro's class too, or is skipped, does not
+CHECKOUT is a copy of NumPyro's repository, of the version that is installed. Tests that make an `MCMC`, themselves or by a function
+of their file, are run twice by pytest, each file in a process of its own: with NumPyro's class, which also shows over which
+kernel, and then those over HMC, NUTS or a kernel that wraps them with ours. A test that fails with NumPyro's class too, or is skipped, does not
 count. Nothing else of a test is changed, so a test of NumPyro's inner workings may fail for that alone: failures are
 listed with what they said.
 
@@ -12,6 +12,7 @@ Both runs are this file loaded as a plugin of pytest; rows are written as tests 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import signal
@@ -27,6 +28,8 @@ _CLASS, _ROWS, _LIMIT = "PARTIME_SUITE_CLASS", "PARTIME_SUITE_ROWS", "PARTIME_SU
 # Kernels whose steps are of no interest here.
 _NO_GRADIENTS = ("SA", "AIES", "ESS", "BarkerMH")
 _SEEN: set[str] = set()
+# The outcome in the row of a file whose tests have all been run.
+_ENDED = "ended"
 
 
 # --- the plugin
@@ -87,19 +90,44 @@ def pytest_runtest_logreport(report: Any) -> None:
 # --- the two runs
 
 
-def files_with_mcmc(checkout: Path) -> list[str]:
-    """Test files in which an MCMC is made, relative to the checkout.
+def tests_with_mcmc(checkout: Path) -> list[str]:
+    """Test functions by which an MCMC is made, `file::name`, files relative to the checkout.
 
     Raises:
         ValueError: If there are none.
     """
     found = sorted((checkout / "test").rglob("test_*.py"))
-    files = [str(one.relative_to(checkout)) for one in found if "MCMC(" in one.read_text()]
-    if not files:
+    tests = [
+        f"{file.relative_to(checkout)}::{name}"
+        for file in found
+        for name in _making_mcmc(file.read_text())
+    ]
+    if not tests:
         raise ValueError(
             f"CHECKOUT: got {checkout}, wanted a copy of NumPyro's repository, with its folder test/"
         )
-    return files
+    return tests
+
+
+def _making_mcmc(source: str) -> list[str]:
+    """Names of the tests in a file that name `MCMC`, or a function or class of the file that does, and so on."""
+    if "MCMC(" not in source:
+        return []
+    written = {
+        one.name: set(map(_name, ast.walk(one)))
+        for one in ast.parse(source).body
+        if isinstance(one, ast.FunctionDef | ast.ClassDef)
+    }
+    making, before = {"MCMC"}, set()
+    while making != before:
+        before = set(making)
+        making |= {name for name, names in written.items() if names & making}
+    return [name for name in written if name in making and name.lower().startswith("test")]
+
+
+def _name(node: ast.AST) -> str:
+    """What a node names: a variable, an attribute, or an argument, which may be a fixture."""
+    return next((getattr(node, kind) for kind in ("id", "attr", "arg") if hasattr(node, kind)), "")
 
 
 def rows_of(path: Path) -> dict[str, dict]:
@@ -135,9 +163,12 @@ def run_tests(checkout: Path, tests: list[str], whose: str, path: Path, limit: i
         files.setdefault(test.partition("::")[0], []).append(test)
     for file, inside in files.items():
         print(f"{whose}: {file}", flush=True)
-        subprocess.run(
+        ended = subprocess.run(
             [*command, *inside], cwd=checkout, env=environment, stdout=subprocess.DEVNULL
         )
+        if ended.returncode in (0, 1):
+            with open(path, "a") as rows:
+                rows.write(json.dumps({"test": file, "outcome": _ENDED, "kernels": []}) + "\n")
 
 
 def counted(theirs: dict[str, dict]) -> list[str]:
@@ -189,11 +220,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     paths = {whose: arguments.out / f"numpyro-suite-{whose}.jsonl" for whose in ("theirs", "ours")}
     checkout, limit = arguments.checkout, arguments.limit
-    files = [file for file in files_with_mcmc(checkout) if arguments.only in file]
-    ran = {test.partition("::")[0] for test in rows_of(paths["theirs"])}
-    run_tests(
-        checkout, [file for file in files if file not in ran], "theirs", paths["theirs"], limit
-    )
+    tests = [
+        test for test in tests_with_mcmc(checkout) if arguments.only in test.partition("::")[0]
+    ]
+    files = {test.partition("::")[0] for test in tests}
+    ran = {test for test, row in rows_of(paths["theirs"]).items() if row["outcome"] == _ENDED}
+    missing = [test for test in tests if test.partition("::")[0] not in ran]
+    run_tests(checkout, missing, "theirs", paths["theirs"], limit)
     theirs, ours = (rows_of(path) for path in paths.values())
     done = {test for test, row in ours.items() if not arguments.again or row["outcome"] == "passed"}
     wanted = [test for test in counted(theirs) if test.partition("::")[0] in files]

@@ -6,7 +6,8 @@ here from all unconstrained coordinates and the log density:
     NOT CONVERGED   a chain is not certified or never moves; R-hat above 1.1 in some coordinate; or the pooled chains of
                     warm-up disagreed (R-hat above 1.2) and too few chains were kept to show that this is over
     CONVERGED       R-hat at most 1.01, at least 400 effective draws in bulk and tails of every coordinate, warm-up had settled,
-                    E-BFMI at least 0.3, less than one divergence in a thousand draws, draws in accord with the density's gradient
+                    E-BFMI at least 0.3, less than one divergence in a thousand draws, proposals accepted in the tails of every
+                    coordinate at least half as often as elsewhere, draws in accord with the density's gradient
     UNDECIDED       everything between, and runs too short to say
 
 R-hat and effective sizes ask whether chains have settled, not on what: a kernel with a wrong acceptance ratio settles on another
@@ -46,6 +47,10 @@ _DISTANCE_GOOD = 0.01
 _STEIN_LEVEL, _STEIN_SHARE, _STEIN_DRAWS = 1e-5, 4, (400, 4000)
 EBFMI_GOOD = 0.3
 DIVERGENCES_GOOD = 1e-3
+# How often proposals from the tails of a coordinate must be accepted against all others; which share of the draws, and how many
+# at least, a tail is; and by how many standard errors a lower rate must show.
+TAIL_ACCEPTANCE_GOOD = 0.5
+_TAIL_SHARE, _TAIL_DRAWS, _TAIL_ERRORS = 0.01, 40, 5
 # Fewer draws per chain say nothing; of more, so many are looked at; of more coordinates, so many of the worst.
 _FEWEST_DRAWS, _MOST_DRAWS, _MOST_COORDINATES = 40, 10_000, 256
 # Of very many numbers in all fewer draws are looked at, but so many.
@@ -153,6 +158,7 @@ def judge(draws: Any, superchains: Any = None, coupling: Any = None) -> Verdict:
         (good if steps <= draws.num_samples else doubts).append(str(coupling).rstrip("."))
     _judge_energy(info, doubts)
     if num_draws >= _FEWEST_DRAWS and not bad:
+        _judge_acceptance(draws, doubts)
         _judge_gradients(draws, doubts, good)
     return _verdict(bad, doubts, good, rhat, ess)
 
@@ -369,6 +375,35 @@ def _judge_energy(info: Any, doubts: list[str]) -> None:
             lowest = float((moved / energy.var(axis=1)).min())
             if lowest < EBFMI_GOOD:
                 doubts.append(f"E-BFMI {lowest:.2f} (wanted {EBFMI_GOOD}): heavy tails or a funnel")
+
+
+def _judge_acceptance(draws: Any, doubts: list[str]) -> None:
+    """Whether proposals are accepted in the tails of each coordinate as they are elsewhere.
+
+    Where a posterior narrows, as a funnel does, steps that suit its wide part are refused; chains hardly enter, and what lies beyond
+    is missing from draws that agree with each other. Says nothing of runs on disk, and of kernels that report no acceptance.
+    """
+    rates = (getattr(draws, "info", None) or {}).get("acceptance_rate")
+    named = named_positions(draws)
+    if rates is None or not named or draws.positions is None:
+        return
+    labels, x = _as_coordinates(named)
+    rates = np.nan_to_num(np.asarray(rates, float))
+    # A proposal belongs to the state that it was made from, the draw before.
+    rates, before = rates[:, 1:].ravel(), x[:, :-1].reshape(-1, x.shape[2])
+    count = max(_TAIL_DRAWS, int(_TAIL_SHARE * len(rates)))
+    if len(rates) < 2 * count or x.size > _MOST_NUMBERS:
+        return
+    order = np.argpartition(before, [count - 1, len(before) - count], axis=0)
+    tails = np.stack([rates[order[:count]].mean(axis=0), rates[order[-count:]].mean(axis=0)])
+    side, worst = np.unravel_index(tails.argmin(), tails.shape)
+    lowest, mean = float(tails[side, worst]), float(rates.mean())
+    error = rates.std() / np.sqrt(count)
+    if lowest < TAIL_ACCEPTANCE_GOOD * mean and mean - lowest > _TAIL_ERRORS * error:
+        doubts.append(
+            f"proposals are accepted with probability {lowest:.2f} where {labels[worst]} is {('lowest', 'highest')[side]}, "
+            f"{mean:.2f} elsewhere: the posterior narrows there, and what lies beyond may be missing"
+        )
 
 
 def verdict_of(draws: Any) -> Verdict:

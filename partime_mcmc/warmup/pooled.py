@@ -51,7 +51,7 @@ from partime_mcmc.warmup.triangular_fit import (
     leave_map,
     split_maps,
 )
-from partime_mcmc.warmup.tuning import Path, TrajectoryRule
+from partime_mcmc.warmup.tuning import Path, TrajectoryRule, best_angle
 
 _PIECE, _SEGMENT = 128, 32
 # Adaptation asks for less than sampling: a millionth of the width of a posterior.
@@ -447,7 +447,8 @@ class PooledAdaptation:
             # The covariance of chains in different modes would be that of the modes.
             is_long = size >= _COVARIANCE_FROM and pool.settled
             learn(pool, rule.covariance if is_long else rule.fisher)
-            before, path = path, path_rule.choose(pool.trials(walker, one.child(2)), path.num_steps)
+            rule_now = dataclasses.replace(path_rule, angle=best_angle(pool.draws, path))
+            before, path = path, rule_now.choose(pool.trials(walker, one.child(2)), path.num_steps)
             same = abs(np.log(path.step_size / before.step_size)) < _SAME_STEP and not moved
             if is_long and same:
                 break

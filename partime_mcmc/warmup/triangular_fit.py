@@ -11,7 +11,7 @@ Which coordinates are scales is read off the slope S = dJ/dW at W = 0, for all o
 others S², and Σ_R S¹_Rk S²_Rk is, up to noise with mean 0, what coordinate k as a scale promises. Those that promise most
 become scales; what depends on a scale by then cannot become one. More are looked for at the map thus found.
 
-Half of the chains fit; a map is kept if J falls on the others as well.
+Half of the chains fit; a map is kept if J falls on the others as well, and so is V.
 """
 
 import dataclasses
@@ -252,7 +252,14 @@ def _fit(fitting: _Part, judging: _Part, place: np.ndarray) -> TriangularMap:
         if value > reached - _LEAST_GAIN:
             break
         found, reached = end, value
-    return _pruned(found)
+    if not len(found.scales):
+        return found
+    # Slopes that noise has made move the narrow part of a funnel by many of its widths: they must show on other draws.
+    straight = dataclasses.replace(found, slopes=np.zeros_like(found.slopes))
+    straight = _pruned(_fitted(straight, fitting, largest_slope=0.0)[0])
+    bent = _pruned(found)
+    gains = judging.divergence(straight) - judging.divergence(bent)
+    return bent if gains > _LEAST_GAIN else straight
 
 
 def _new_scales(found: TriangularMap, fitting: _Part, judging: _Part) -> list[int]:
@@ -277,8 +284,10 @@ def _new_scales(found: TriangularMap, fitting: _Part, judging: _Part) -> list[in
     return more
 
 
-def _fitted(start: TriangularMap, part: _Part) -> tuple[TriangularMap, float]:
-    """Weights for a map's scales, and J with the penalty."""
+def _fitted(
+    start: TriangularMap, part: _Part, largest_slope: float | None = None
+) -> tuple[TriangularMap, float]:
+    """Weights for a map's scales, those of V at most so large, and J with the penalty."""
     others = np.setdiff1d(np.arange(len(start.origin)), start.scales)
     shape = 2, 2, len(others), len(start.scales)
     count = np.prod(shape)
@@ -297,12 +306,14 @@ def _fitted(start: TriangularMap, part: _Part) -> tuple[TriangularMap, float]:
 
     pair = np.stack([start.slopes, start.log_slopes])[:, others]
     begin = np.maximum(np.stack([pair, -pair]), 0).ravel()
+    of_slopes, of_widths = ([(0, most)] * (count // 4) for most in (largest_slope, None))
+    bounds = [*(of_slopes + of_widths) * 2, *[(None, None)] * len(others)]
     end = minimize(
         objective,
         np.concatenate([begin, start.origin[others]]),
         jac=True,
         method="L-BFGS-B",
-        bounds=[(0, None)] * count + [(None, None)] * len(others),
+        bounds=bounds,
         options={"maxiter": _MAX_ITERATIONS},
     )
     return unpacked(end.x), end.fun

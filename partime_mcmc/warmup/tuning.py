@@ -9,6 +9,15 @@
     its own
 
 Settings fixed by the user (`functools.partial(hmc, num_integration_steps=4)`) stay and the others are chosen for them.
+
+Longer paths where a metric does not fit. A path of angle θ turns a coordinate that is s times as wide as the metric has it by θ/s.
+Accepted with probability a, draws, and the squares of draws, have the autocorrelations
+
+    1 − a + a cos(θ/s),     1 − a + a cos²(θ/s),
+
+and n draws of autocorrelation ρ are worth n (1 − ρ)/(1 + ρ). A quarter period, θ = π/2, is best where s = 1 throughout. The widest s is
+read from the autocorrelations of a window's draws, and θ is taken by which draws per gradient are worth most, in the worst of the
+widest coordinate, its square, and the square of one with s = 1.
 """
 
 import dataclasses
@@ -33,7 +42,7 @@ from partime_mcmc.kernels import (
 )
 from partime_mcmc.kernels.kernel_program import Builder, KernelParams, KernelProgram, unwrapped
 from partime_mcmc.types import Key
-from partime_mcmc.warmup.hmc_batch import STEPS
+from partime_mcmc.warmup.hmc_batch import STEPS, HMCBatchResult
 
 LEAPFROGS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48)
 # Where the search for a path begins; later ones begin at the path before.
@@ -49,6 +58,11 @@ _EVERY_CHAIN = 0.3
 # (Volatilities of a GARCH series: 85 rejections in a row at a mean of 0.8, 4 at 0.9.)
 _SHARE_OF_STATES, _LEAST_RATE = 0.02, 0.2
 
+# Beyond the longest of these angles the squares of coordinates that the metric fits would be worth less than half.
+_ANGLES = np.linspace(math.pi / 2, 2.0, 10)
+# An autocorrelation closer to 1 tells no more of how wide a coordinate is.
+_MOST_CORRELATED = 0.99
+
 # (step size, leapfrog steps) -> acceptance probabilities of the trials, shape (S, C), column c from states of chain c.
 Trial = Callable[[float, int], np.ndarray]
 
@@ -60,6 +74,36 @@ class Path(NamedTuple):
     num_steps: int
     acceptance: float
 
+    @property
+    def angle(self) -> float:
+        """By how much it turns a standard normal."""
+        return 2 * self.num_steps * math.asin(min(self.step_size / 2, 1.0))
+
+
+def best_angle(draws: HMCBatchResult, path: Path) -> float:
+    """The angle of paths by which draws per gradient are worth most in the worst direction.
+
+    Args:
+        draws: Of a window; a quarter period is answered where they are not finite.
+        path: The path by which they were made.
+    """
+    rate = float(draws.acceptance.mean())
+    if not (draws.is_finite() and rate > 0):
+        return math.pi / 2
+    apart = draws.positions - draws.positions.mean(axis=(0, 1))
+    products, squares = (apart[1:] * apart[:-1]).sum(axis=(0, 1)), (apart**2).sum(axis=(0, 1))
+    # A window has one pair of neighbours less than draws.
+    scale = squares * (1 - 1 / len(apart))
+    correlation = (products / np.where(scale > 0, scale, 1)).max(initial=0.0)
+    turned = (min(correlation, 1.0) - (1 - rate)) / rate
+    width = max(1.0, path.angle / math.acos(np.clip(turned, -1.0, _MOST_CORRELATED)))
+    cosines = np.stack(
+        [np.cos(_ANGLES / width), np.cos(_ANGLES / width) ** 2, np.cos(_ANGLES) ** 2]
+    )
+    correlations = 1 - rate + rate * cosines
+    worth = ((1 - correlations) / (1 + correlations)).min(axis=0) / _ANGLES
+    return float(_ANGLES[worth.argmax()])
+
 
 @dataclasses.dataclass(frozen=True)
 class TrajectoryRule:
@@ -69,13 +113,15 @@ class TrajectoryRule:
         target: Mean acceptance at least.
         step_size: Fixed h; None is chosen.
         num_steps: Fixed L; None is chosen.
-        length: Fixed path length in whitened units; None is a quarter period.
+        length: Fixed path length in whitened units; None is `angle`.
+        angle: By how much a path turns a standard normal.
     """
 
     target: float = 0.8
     step_size: float | None = None
     num_steps: int | None = None
     length: float | None = None
+    angle: float = math.pi / 2
 
     def candidates(self) -> Iterator[tuple[float, int]]:
         """`(h, L)`, the cheapest first."""
@@ -112,7 +158,9 @@ class TrajectoryRule:
         )
 
     def _step_for(self, steps: int) -> float:
-        return 2 * math.sin(math.pi / (4 * steps)) if self.length is None else self.length / steps
+        return (
+            2 * math.sin(self.angle / (2 * steps)) if self.length is None else self.length / steps
+        )
 
     def _excess(self, steps: int) -> float:
         """By how much a fixed path in so many steps turns a standard normal too far; infinite for steps that are not stable."""
@@ -122,7 +170,7 @@ class TrajectoryRule:
     def _steps_for(self, step: float) -> int:
         if self.length is not None:
             return max(1, round(self.length / step))
-        return max(1, round(math.pi / (4 * math.asin(min(step, math.sqrt(2)) / 2))))
+        return max(1, round(self.angle / (2 * math.asin(min(step, math.sqrt(2)) / 2))))
 
 
 def boldest_step(

@@ -126,6 +126,15 @@ def diverging(seed):
     return run_of(x, info={"diverging": np.arange(x.shape[1]) % 50 == np.zeros((4, 1))})
 
 
+def narrowing(seed, low=0.3, edge=-2.0):
+    """Proposals from where one coordinate is low are refused more often."""
+    x = exact(seed)
+    rates = np.full(x.shape[:2], 0.9)
+    # Of the step from one draw to the next.
+    rates[:, 1:] = np.where(x[:, :-1, 4] < edge, low, 0.9)
+    return run_of(x, info={"acceptance_rate": rates})
+
+
 def slow_energy(seed):
     return run_of(exact(seed), info={"energy": np.cumsum(exact(seed)[..., 0], axis=1)})
 
@@ -134,10 +143,20 @@ def short(seed):
     return run_of(exact(seed, num_samples=20))
 
 
-@pytest.mark.parametrize("make", [unsettled, sticky, diverging, slow_energy, short])
+@pytest.mark.parametrize("make", [unsettled, sticky, diverging, narrowing, slow_energy, short])
 def test_doubtful_runs_are_not_called_converged(make):
     found = {judge(make(seed)).outcome for seed in range(20)}
     assert Outcome.CONVERGED not in found and (make is sticky or found == {Outcome.UNDECIDED})
+
+
+def test_a_neck_is_named_and_a_slightly_lower_acceptance_is_none():
+    found = judge(narrowing(0)).grounds[0]
+    assert "0.30 where x[4] is lowest" in found and "0.8" in found
+    assert judge(narrowing(0, low=0.6)).outcome is Outcome.CONVERGED
+    # A random walk's rates are 0 or 1, nearly: tails of 40 draws have low ones by chance.
+    x = exact(1, dimension=50)
+    rates = (np.random.default_rng(1).random(x.shape[:2]) < 0.3).astype(float)
+    assert judge(run_of(x, info={"acceptance_rate": rates})).outcome is Outcome.CONVERGED
 
 
 def of_normal(positions):

@@ -26,7 +26,7 @@ from partime_mcmc.warmup.pooled import (
     rescue,
     side_by_side,
 )
-from partime_mcmc.warmup.tuning import Path, TrajectoryRule, boldest_step
+from partime_mcmc.warmup.tuning import Path, TrajectoryRule, best_angle, boldest_step
 from partime_mcmc.warmup.warmup import WindowAdaptation, warm_up
 
 D, C, SEED = 3, 8, SeedTree((0, 1))
@@ -107,6 +107,38 @@ def test_paths_are_the_cheapest_that_are_accepted():
     assert stuck.acceptance == pytest.approx(0.8875), (
         "one chain that is stuck is enough to go on trying"
     )
+
+
+def turning(width, rate, angle=np.pi / 2, num_steps=800, seed=0):
+    """Draws of HMC's exact flow on normals as wide as `width` says, in a unit metric; proposals are accepted at a rate."""
+    rng = np.random.default_rng(seed)
+    turn = angle / np.asarray(width, float)
+    x = [rng.normal(size=(C, len(turn)))]
+    for _ in range(num_steps):
+        proposal = np.cos(turn) * x[-1] + np.sin(turn) * rng.normal(size=x[-1].shape)
+        x.append(np.where(rng.random((C, 1)) < rate, proposal, x[-1]))
+    x = np.stack(x) * width + 5.0
+    rates = np.full(x.shape[:2], rate)
+    return HMCBatchResult(x, -x, rates, rates, np.ones(C))
+
+
+def test_paths_are_longer_where_the_metric_does_not_fit():
+    quarter, path = np.pi / 2, Path(2 * np.sin(np.pi / 16), 4, 0.8)
+    assert path.angle == pytest.approx(quarter)
+    # 6,400 draws tell a correlation to 0.0125, by which a width of 1 may be taken for one of 1.04.
+    for rate in (1.0, 0.8):
+        assert best_angle(turning([1.0, 1.0, 0.5], rate), path) < quarter + 0.1
+        assert best_angle(turning([1.0, 1.0, 3.0], rate), path) == pytest.approx(2.0)
+        between = best_angle(turning([1.0, 1.4], rate), path)
+        assert quarter + 0.15 < between < 2.0
+    # What was found with a longer path is found with it again: it is the width that is read, not the correlation.
+    longer = Path(2 * np.sin(between / 8), 4, 0.8)
+    again = best_angle(turning([1.0, 1.4], 0.8, between), longer)
+    assert again == pytest.approx(between, abs=0.1)
+    rule = dataclasses.replace(TrajectoryRule(0.8), angle=between)
+    assert rule.choose(lambda step, steps: np.ones((STEPS, C)), 4).angle == pytest.approx(between)
+    nothing = turning([1.0], 1.0)
+    assert best_angle(nothing._replace(gradients=nothing.gradients * np.nan), path) == quarter
 
 
 def test_a_path_is_accepted_from_nearly_everywhere_or_very_often():

@@ -120,6 +120,7 @@ def test_a_funnel_is_found_in_exact_draws(origin, slope):
     np.testing.assert_allclose(
         found.origin[OTHERS] - found.slopes[OTHERS] @ found.middle, origin, atol=0.5
     )
+    assert (found.slopes != 0).any() == (slope != 0), "slopes are kept where other draws show them"
     assert learn_triangular_map(found, draws) is found, "there is nothing left to learn"
     assert "1 scale" in found.describe() and f"{len(OTHERS)} other" in found.describe()
 
