@@ -156,8 +156,9 @@ def run_tests(checkout: Path, tests: list[str], whose: str, path: Path, limit: i
         "CI": "1",  # as in NumPyro's own runs: no progress bars
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.numpyro_suite"]
-    # What the copy's own settings make of warnings is NumPyro's affair; that runs have not converged is ours to say.
-    command += ["-p", "no:cacheprovider", "-W", "ignore:NOT CONVERGED"]
+    # What the copy's own settings make of warnings is NumPyro's affair; that runs have not converged, or that nothing was adapted,
+    # is ours to say.
+    command += ["-p", "no:cacheprovider", "-W", "ignore:NOT CONVERGED", "-W", "ignore:num_warmup"]
     files: dict[str, list[str]] = {}
     for test in tests:
         files.setdefault(test.partition("::")[0], []).append(test)

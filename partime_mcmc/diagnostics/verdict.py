@@ -157,6 +157,11 @@ def judge(draws: Any, superchains: Any = None, coupling: Any = None) -> Verdict:
         steps = coupling.steps_until(_DISTANCE_GOOD)
         (good if steps <= draws.num_samples else doubts).append(str(coupling).rstrip("."))
     _judge_energy(info, doubts)
+    memory = getattr(getattr(draws, "report", None), "memory", None)
+    if memory is not None:
+        good.append(
+            f"chains begun at later times from where a run began met it within {memory} steps"
+        )
     if num_draws >= _FEWEST_DRAWS and not bad:
         _judge_acceptance(draws, doubts)
         _judge_gradients(draws, doubts, good)

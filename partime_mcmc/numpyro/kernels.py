@@ -147,6 +147,9 @@ class ParallelKernel(MCMCKernel):
         self._forward_mode_differentiation = forward_mode_differentiation
         rule = DiagonalMetric() if dense_mass is False or dense_mass == [] else None
         given = None if inverse_mass_matrix is None else checked_metric(inverse_mass_matrix)
+        if dense_mass is True and not adapt_mass_matrix:
+            # NumPyro's states then hold matrices, whatever was given.
+            given = jax.tree.map(lambda one: np.diag(one) if np.ndim(one) == 1 else one, given)
         self._blocks, self._given_blocks = blocks_of(dense_mass, given), None
         if isinstance(given, dict):
             self._given_blocks, given = given, None

@@ -397,6 +397,34 @@ class ParallelMCMC(MCMC):
         }
 
     @property
+    def last_state(self) -> Any:
+        """As NumPyro's; `z_grad` is evaluated when this is looked at, and None in an unpickled sampler."""
+        return self._with_gradient(self._last_state)
+
+    @property
+    def post_warmup_state(self) -> Any:
+        """As NumPyro's, `z_grad` as in `last_state`; set it to go on from a state, of this sampler or one of the same sites."""
+        return self._with_gradient(self._warmup_state)
+
+    @post_warmup_state.setter
+    def post_warmup_state(self, state: Any) -> None:
+        self._warmup_state = state
+
+    def _with_gradient(self, state: Any) -> Any:
+        """A state with the gradients of the potential energy at its positions, where the target is at hand."""
+        if state is None or self._known is None or getattr(state, "z_grad", ()) is not None:
+            return state
+        axes = (slice(None), None) if self.num_chains > 1 else (None, None)
+        positions = jax.tree.map(lambda leaf: jnp.asarray(leaf)[axes], state.z)
+        slopes = potential_gradients(self._known[1], positions)
+        own = np.s_[:, 0] if self.num_chains > 1 else np.s_[0, 0]
+        full = state._replace(z_grad=jax.tree.map(lambda leaf: leaf[own], slopes))
+        for name in ("_last_state", "_warmup_state"):
+            if getattr(self, name) is state:
+                setattr(self, name, full)
+        return full
+
+    @property
     def chain_method(self) -> Callable:
         """How NumPyro's class sees it: a way of its own, by which all chains are run at once and come first in what is collected."""
         return _all_at_once
@@ -424,8 +452,10 @@ class ParallelMCMC(MCMC):
         target = self._target(args, kwargs, keys, init_params)
         num_steps = self._collection_params["upper"] - self._collection_params["lower"]
         if state is not None:
-            own = keys if self.num_chains > 1 else keys[0]
-            state = with_chains(state._replace(rng_key=own), self.num_chains)
+            own: dict[str, Any] = {"rng_key": keys if self.num_chains > 1 else keys[0]}
+            if hasattr(state, "z_grad"):
+                own["z_grad"] = None  # it would be that of the positions before
+            state = with_chains(state._replace(**own), self.num_chains)
         if self._store is not None:
             check_fields(collect_fields, self.postprocess_fn)
         arguments = self._arguments(target, keys, num_steps, init_params, state)
@@ -505,7 +535,7 @@ class ParallelMCMC(MCMC):
     def _planned(self) -> Plan:
         """The plan of the last run; unpickled, it is made again from the last state."""
         if self._plan is None:
-            state = with_chains(self.last_state, self.num_chains)
+            state = with_chains(self._last_state, self.num_chains)
             target = self._target(self._args, self._kwargs, state.rng_key, state.z)
             arguments = self._arguments(target, state.rng_key, self.draws.num_samples, None, state)
             self._plan = prepare(arguments, chosen_progress(False))[0]

@@ -538,6 +538,13 @@ def _check_latent_sites(sites: dict) -> None:
                     "one of finitely many values with enumerate='parallel', which is summed out. Sum it out yourself, or "
                     "observe it"
                 )
+            if "enumerate" not in site["infer"]:
+                warnings.warn(
+                    f"site {name!r}: summed out, since it is discrete; NumPyro means to ask that enumerated sites be marked "
+                    "with infer={'enumerate': 'parallel'}",
+                    FutureWarning,
+                    stacklevel=2,
+                )
         if isinstance(_base(site["fn"]), dist.Delta):
             raise ValueError(
                 f"site {name!r}: got a latent variable with a Delta distribution; wanted a density. Report the value "

@@ -43,6 +43,8 @@ class RunReport:
         versions: Of the libraries that decide about bits.
         evaluations_by_part: In a run over a mesh, evaluations per draw by the device along time that made them; else empty.
         interrupted: Whether the user ended it early, whatever the verdicts: a chain that was lost before stays lost.
+        memory: Steps after which all segments that were begun at a window's first state had met the chain, at most, over all
+            windows; None where a window had no such segments, or was finished sequentially.
     """
 
     status: tuple[Status, ...]
@@ -61,6 +63,7 @@ class RunReport:
     versions: dict[str, str]
     evaluations_by_part: tuple[float, ...] = ()
     interrupted: bool = False
+    memory: int | None = None
 
     def __str__(self) -> str:
         verdicts = ", ".join(sorted({status.name for status in self.status}))
@@ -193,6 +196,12 @@ def interrupted(status: Sequence[Status]) -> tuple[Status, ...]:
     return tuple(Status.INTERRUPTED if one == Status.CONVERGED else one for one in status)
 
 
+def longest_memory(memories: Sequence[int | None]) -> int | None:
+    """`RunReport.memory` of all from that of each part; None if it is not known of every one."""
+    known = [one for one in memories if one is not None]
+    return max(known) if known and len(known) == len(memories) else None
+
+
 def merge_reports(
     first: RunReport, then: RunReport, steps: tuple[int, int], certificate: Certificate
 ) -> RunReport:
@@ -234,6 +243,7 @@ def merge_reports(
             for a, b in zip(first.evaluations_by_part, then.evaluations_by_part)
         ),
         interrupted=then.interrupted,
+        memory=longest_memory([first.memory, then.memory]),
         evaluations_per_sample=_between(
             first.evaluations_per_sample, then.evaluations_per_sample, share
         ),

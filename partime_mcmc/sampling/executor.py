@@ -22,9 +22,17 @@ import numpy as np
 from partime_mcmc.certify.certificate import Certificate
 from partime_mcmc.compile_cache import Timings, as_committed_array, versions
 from partime_mcmc.engine import Solution, Status
-from partime_mcmc.sampling.chunk import ChainState, Chunk, RunReport, interrupted, with_frozen
+from partime_mcmc.sampling.chunk import (
+    ChainState,
+    Chunk,
+    RunReport,
+    interrupted,
+    longest_memory,
+    with_frozen,
+)
 from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.sampling.progress import Progress
+from partime_mcmc.solvers import Shooting
 from partime_mcmc.types import PyTree
 
 _MAX_FAILED_WINDOWS = 2
@@ -53,6 +61,8 @@ class RunRecorder:
         self.num_failed_windows = state.num_failed_windows
         self.max_residual = 0.0
         self.all_converged = True
+        self._solver = plan.solver
+        self._memories: list[int | None] = []
 
     @property
     def gives_up(self) -> bool:
@@ -94,6 +104,7 @@ class RunRecorder:
         self.depth += np.asarray(found.stats.depth)
         bad = np.array([verdict != Status.CONVERGED for verdict in verdicts])
         self.all_converged = not bad.any()
+        self._memories.append(None if rolled or bad.any() else self._memory(found, steps))
         states, num_finite = found.states, found.num_exact
         if rolled:
             self.num_sequential += steps
@@ -118,6 +129,14 @@ class RunRecorder:
         if lost.any():
             states = without_nonfinite(states, np.where(lost, np.asarray(num_finite), steps))
         return states
+
+    def _memory(self, found: Solution, steps: int) -> int | None:
+        """Steps that segments of a solved window took to meet the chain: they were rolled once, then until they met."""
+        num_parts = np.size(found.stats.evaluations_by_part) // len(self.status)
+        if not isinstance(self._solver, Shooting) or num_parts > 1:
+            return None
+        length = self._solver.segment_steps(steps)
+        return None if length >= steps else int(np.max(found.stats.depth)) - length
 
     def _fall_back(self, found, verdicts, bad, start, stop, finish):
         steps = stop - start
@@ -195,6 +214,7 @@ class RunRecorder:
             versions=versions(),
             evaluations_by_part=by_part,
             interrupted=self.interrupted,
+            memory=longest_memory(self._memories),
         )
 
 

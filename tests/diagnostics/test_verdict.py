@@ -17,10 +17,12 @@ from partime_mcmc import (
     Kernel,
     ParallelMCMC,
     Target,
+    Windows,
     coalescing_hmc,
     mala,
     sample,
     sequential,
+    shooting,
 )
 from partime_mcmc.cli import _code_of
 from partime_mcmc.diagnostics import describe
@@ -253,6 +255,28 @@ def test_modes_that_no_chain_leaves_are_reported_everywhere():
         draws, **{name: jax.tree.map(lambda leaf: leaf[:1], getattr(draws, name)) for name in ("positions", "constrained", "info", "certificate")}
     )  # fmt: skip
     assert one.verdict.outcome is Outcome.NOT_CONVERGED, "the pooled chains of warm-up still know"
+
+
+def test_segments_that_met_say_how_soon_a_chain_forgets():
+    """The same chain in two windows as in one; rolled one step after another there are no segments that could tell."""
+    target = Target(lambda x: -0.5 * jnp.sum(x**2), lambda key: jax.random.normal(key, (3,)))
+    metric = Whitening.of_covariance(jnp.zeros(3), np.zeros(3), np.eye(3))
+    kernel = coalescing_hmc(
+        target.logdensity, 0.7, metric, num_integration_steps=2, mala_step_size=0.5
+    )
+    options = {"num_samples": 1024, "num_chains": 2, "num_warmup": 0, "progress": False}
+    one, two, rolled = (
+        sample(jax.random.key(0), target, kernel, **options, **extra)
+        for extra in (
+            {"solver": shooting(steps=128)},
+            {"solver": shooting(steps=128), "schedule": Windows(512)},
+            {"solver": sequential()},
+        )
+    )
+    assert 0 < one.report.memory < 100 and 0 < two.report.memory < 100
+    assert one.report.depth == 128 + one.report.memory
+    assert f"met it within {one.report.memory} steps" in str(one.verdict)
+    assert rolled.report.memory is None and "met it" not in str(rolled.verdict)
 
 
 def test_a_good_run_says_so_and_warns_of_nothing(capsys):

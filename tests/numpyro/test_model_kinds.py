@@ -18,6 +18,7 @@ from numpyro.infer import Predictive, init_to_value
 from numpyro.infer.util import potential_energy
 
 from partime_mcmc.numpyro import HMC, ParallelMCMC, from_numpyro
+from partime_mcmc.numpyro.model import Posterior
 from partime_mcmc.validation import InvalidStart
 
 KEY = jax.random.key(0)
@@ -37,7 +38,7 @@ def mixture(y):
     weight = numpyro.sample("weight", dist.Beta(2, 2))
     means = numpyro.sample("means", dist.Normal(jnp.array([-3.0, 3.0]), 1).to_event(1))
     with numpyro.plate("row", len(y)):
-        which = numpyro.sample("which", dist.Bernoulli(weight))
+        which = numpyro.sample("which", dist.Bernoulli(weight), infer={"enumerate": "parallel"})
         numpyro.sample("y", dist.Normal(means[which], 1), obs=y)
 
 
@@ -46,7 +47,9 @@ def hidden_markov(y):
     means = numpyro.sample("means", dist.Normal(jnp.array([-3.0, 3.0]), 1).to_event(1))
 
     def step(state, value):
-        state = numpyro.sample("state", dist.Categorical(rows[state]))
+        state = numpyro.sample(
+            "state", dist.Categorical(rows[state]), infer={"enumerate": "parallel"}
+        )
         numpyro.sample("y", dist.Normal(means[state], 1), obs=value)
         return state, None
 
@@ -60,8 +63,9 @@ def capture_recapture(y):
     with numpyro.plate("animal", len(y)):
         alive = 1
         for year, observed in enumerate((jnp.ones(len(y)), (y > 0).astype(float))):
-            infer = {"enumerate": "parallel"}
-            alive = numpyro.sample(f"alive {year}", dist.Bernoulli(alive * survival), infer=infer)
+            alive = numpyro.sample(
+                f"alive {year}", dist.Bernoulli(alive * survival), infer={"enumerate": "parallel"}
+            )
             numpyro.sample(f"y {year}", dist.Bernoulli(alive * seen), obs=observed)
 
 
@@ -118,6 +122,19 @@ def test_discrete_values_are_drawn_afterwards():
     mcmc = run(HMC(mixture, step_size=0.1, num_steps=1), Y, init_params=start)
     drawn = Predictive(mixture, mcmc.get_samples(), infer_discrete=True)(KEY, Y)["which"]
     np.testing.assert_array_equal(drawn, np.tile(Y > 0, (6, 1)))
+
+
+def test_a_discrete_site_that_is_not_marked_is_summed_out_with_a_warning():
+    pytest.importorskip("funsor")
+
+    def unmarked():
+        level = numpyro.sample("level", dist.Normal())
+        numpyro.sample(
+            "y", dist.Normal(level, 1 + numpyro.sample("wide", dist.Bernoulli(0.5))), obs=1
+        )
+
+    with pytest.warns(FutureWarning, match="'wide': summed out.*enumerated sites"):
+        Posterior(unmarked, (), {}, KEY)
 
 
 def test_without_funsor_the_message_names_it(monkeypatch):

@@ -348,6 +348,13 @@ def test_a_step_size_is_where_adaptation_begins_and_blocks_of_the_metric_are_tho
     slope = b - (Y[0] - a.sum(axis=1) - b) / 0.25
     np.testing.assert_allclose(found["z_grad"]["b"], slope, rtol=1e-9)
     assert found["rng_key"].shape == (4,)
+    for _ in range(2):
+        z, z_grad = mcmc.last_state.z, mcmc.last_state.z_grad
+        slope = z["b"] - (Y[0] - z["a"].sum(axis=1) - z["b"]) / 0.25
+        np.testing.assert_allclose(z_grad["b"], slope, rtol=1e-9)
+        mcmc.post_warmup_state = mcmc.last_state
+        mcmc.run(KEY, Y[:1])
+        assert (mcmc.last_state.z["b"] != z["b"]).any()
     assert "acc. prob=" in mcmc.sampler.get_diagnostics_str(mcmc.last_state)
     # What was adapted is where another kernel begins.
     adapted = jax.tree.map(lambda leaf: leaf[0], mcmc.last_state.adapt_state)
