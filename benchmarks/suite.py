@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import posteriors
+from benchmarks import posteriors, verdict
 from benchmarks.record import OUT, put_between
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,6 +158,8 @@ LEFT_OUT = {
         "streaming",
         "meetings",
         "verdict",
+        "blackjax_kernels",
+        "numpyro_suite",
         "multishift_shooting in float64",
         "advised, all other rows",
         "posteriors, the other eight",
@@ -197,6 +199,7 @@ class Quote:
 
 QUOTED = (
     Quote("README.md", "posteriors-cpu", posteriors.short_table),
+    Quote("README.md", "verdict-cpu", verdict.short_table),
     *(
         Quote("docs/benchmarks.md", name)
         for name in (
@@ -212,6 +215,8 @@ QUOTED = (
             "gru-cpu",
             "faults-cpu",
             "mutations-cpu",
+            "numpyro-suite-cpu",
+            "blackjax-kernels-cpu",
         )
     ),
     Quote("docs/converged.md", "verdict-cpu"),

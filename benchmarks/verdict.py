@@ -526,8 +526,10 @@ def table(rows: list[dict]) -> str:
     for kind in sorted(kinds, key=lambda kind: kind != "right"):
         of = [one for one in rows if one["run"] == kind]
         total = {key: sum(one[key] for one in of) for key in ("runs", *_OUTCOMES)}
+        alone = len(of) == 1 and of[0]["posterior"] != kind
+        label = f"{of[0]['posterior']}: {kind}" if alone else kind
         lines.append(
-            f"| {'**right**' if kind == 'right' else kind} | {len(of)} | {total['runs']} | "
+            f"| {'**right**' if kind == 'right' else label} | {len(of)} | {total['runs']} | "
             + " | ".join(str(total[key]) for key in _OUTCOMES)
             + " |"
         )
@@ -539,6 +541,16 @@ def table(rows: list[dict]) -> str:
         "",
         f"Right runs called CONVERGED: {share} of {every}. Wrong runs called CONVERGED: {bad} of {wrongs}.",
     ]
+    return "\n".join(lines) + "\n"
+
+
+def short_table(record: dict) -> str:
+    """Right runs and wrong ones, all posteriors together, as Markdown."""
+    lines = ["| runs | number | CONVERGED | UNDECIDED | NOT CONVERGED |", "|---|---|---|---|---|"]
+    for words, kind in (("right", True), ("made wrong on purpose", False)):
+        of = [one for one in record["rows"] if one["right"] is kind]
+        counts = [sum(one[key] for one in of) for key in ("runs", *_OUTCOMES)]
+        lines.append(f"| {words} | {' | '.join(map(str, counts))} |")
     return "\n".join(lines) + "\n"
 
 

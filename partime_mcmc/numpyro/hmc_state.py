@@ -31,7 +31,7 @@ from partime_mcmc.kernels.kernel_program import (
     parametrised_kernel,
     program_and_params,
 )
-from partime_mcmc.kernels.metric_root import metric_of
+from partime_mcmc.kernels.metric_root import is_diagonal, metric_of
 from partime_mcmc.numpyro.metric_blocks import (
     each_block,
     mass_sqrt,
@@ -251,10 +251,15 @@ def hmc_state(plan: Plan, state: ChainState, sampler: ParallelKernel) -> HMCStat
     settings = {name: np.asarray(value) for name, value in params.settings.items()}
     fixed = jnp.nan if sampler._step_size is None else sampler._step_size
     step, root = settings.get("step_size", fixed), jax.tree.map(np.asarray, whitening.scale)
+    if sampler._asked_dense and is_diagonal(root):
+        root = np.diag(root)  # NumPyro's states have a matrix then
     adapted = AdaptState(
         each(step),
         each(whitening.center),
-        jax.tree.map(each, root_by_block(root, sampler._blocks, params.whitening.example)),
+        jax.tree.map(
+            each,
+            root_by_block(root, sampler._blocks, params.whitening.example),
+        ),
         jax.tree.map(
             lambda leaf: each(leaf, np.int32 if jnp.issubdtype(leaf.dtype, jnp.integer) else dtype),
             weights_of(whitening.maps),

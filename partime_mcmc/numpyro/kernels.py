@@ -151,6 +151,7 @@ class ParallelKernel(MCMCKernel):
             # NumPyro's states then hold matrices, whatever was given.
             given = jax.tree.map(lambda one: np.diag(one) if np.ndim(one) == 1 else one, given)
         self._blocks, self._given_blocks = blocks_of(dense_mass, given), None
+        self._asked_dense = dense_mass is True
         if isinstance(given, dict):
             self._given_blocks, given = given, None
         self.adaptation = adaptation or PooledAdaptation(

@@ -123,8 +123,8 @@ def root_by_block(
     found = {}
     for names, is_dense in {**blocks, **({rest: False} if rest else {})}.items():
         where = coordinates_of(names, position)
-        if root.ndim == 2 and is_dense:
-            found[names] = root[np.ix_(where, where)]
+        if is_dense:
+            found[names] = root[np.ix_(where, where)] if root.ndim == 2 else np.diag(root[where])
         else:
             found[names] = (root if root.ndim == 1 else root.diagonal())[where]
     return found

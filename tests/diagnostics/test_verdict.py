@@ -275,8 +275,8 @@ def test_segments_that_met_say_how_soon_a_chain_forgets():
     )
     assert 0 < one.report.memory < 100 and 0 < two.report.memory < 100
     assert one.report.depth == 128 + one.report.memory
-    assert f"met it within {one.report.memory} steps" in str(one.verdict)
-    assert rolled.report.memory is None and "met it" not in str(rolled.verdict)
+    assert f"back on its path within {one.report.memory} steps" in str(one.verdict)
+    assert rolled.report.memory is None and "back on" not in str(rolled.verdict)
 
 
 def test_a_good_run_says_so_and_warns_of_nothing(capsys):

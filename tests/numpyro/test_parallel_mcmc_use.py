@@ -311,6 +311,25 @@ def test_forward_mode_is_honoured():
         ParallelMCMC(HMC(loops), num_warmup=20, num_samples=4).run(KEY)
 
 
+@pytest.mark.filterwarnings("ignore:num_warmup")
+def test_matrices_of_the_state_have_the_form_that_was_asked_for():
+    def pair():
+        numpyro.sample("a", dist.Normal(jnp.zeros(2), 1.0).to_event(1))
+        numpyro.sample("b", dist.Normal())
+
+    def shapes(**options):
+        mcmc = ParallelMCMC(HMC(pair, num_steps=2, **options), num_warmup=0, num_samples=2)
+        mcmc.run(KEY)
+        return {k: v.shape for k, v in mcmc.last_state.adapt_state.inverse_mass_matrix.items()}
+
+    assert shapes(dense_mass=True) == {("a", "b"): (3, 3)}
+    assert shapes(dense_mass=False) == {("a", "b"): (3,)}
+    assert shapes(dense_mass=[("a",)]) == {("a",): (2, 2), ("b",): (1,)}
+    given = {"inverse_mass_matrix": np.ones(3), "adapt_mass_matrix": False}
+    assert shapes(dense_mass=True, **given) == {("a", "b"): (3, 3)}
+    assert shapes(**given) == {("a", "b"): (3,)}
+
+
 def test_a_step_size_is_where_adaptation_begins_and_blocks_of_the_metric_are_those_asked_for():
     """A step a hundred times too long, correlations within one block only; the state has NumPyro's matrices."""
 
