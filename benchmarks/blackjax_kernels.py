@@ -11,12 +11,14 @@ pure function makes a chain of T steps by BlackJAX's own loop and, with the same
                     and after how many in the median
     ms              of the loop and of shooting, medians of runs in turn, compilation not counted
 
-NAMES are those of BlackJAX. `LEFT_OUT` says why the others have no row.
+NAMES are those of BlackJAX. `LEFT_OUT` says why the others have no row. Rows of algorithms that were measured before and are not
+named are kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any, Callable
@@ -161,6 +163,7 @@ def measure(name: str, num_steps: int = STEPS, repeats: int = REPEATS) -> dict[s
         ),
         "residual": float(certificate.max_residual),
         "certified": bool(certificate.certified),
+        "steps": num_steps,
         "met": float(np.mean(met.met)),
         "median_steps": float(np.median(met.steps)),
         "loop_ms": 1e3 * runs["loop"]["seconds"],
@@ -184,6 +187,8 @@ def table(rows: list[dict]) -> str:
             f"{'yes' if row['certified'] else 'NO'}, {row['residual']:.0e} | {row['difference']:.0e} | "
             f"{row['loop_ms']:.1f} | {row['shooting_ms']:.1f} |"
         )
+    steps = sorted({row["steps"] for row in rows})
+    lines += ["", f"T = {', '.join(f'{one:,}' for one in steps)}."]
     lines += ["", "Without a row: " + "; ".join(f"{k} ({v})" for k, v in LEFT_OUT.items()) + "."]
     return "\n".join(lines) + "\n"
 
@@ -195,14 +200,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args(argv)
-    rows = []
+    stored = arguments.out / "blackjax-kernels-cpu.json"
+    before = json.loads(stored.read_text())["rows"] if stored.exists() else []
+    found = {row["name"]: row for row in before}
     with jax.enable_x64(True):
         for name in arguments.names or KERNELS:
-            rows.append(measure(name, arguments.steps))
-            print(rows[-1], flush=True)
-    text = table(rows)
-    print(text)
-    keep(arguments.out / "blackjax-kernels-cpu.json", {"rows": rows}, text)
+            found[name] = measure(name, arguments.steps)
+            print(found[name], flush=True)
+            rows = [found[one] for one in KERNELS if one in found]
+            keep(stored, {"rows": rows}, table(rows))
+    print(table(rows))
     return int(not all(row["certified"] for row in rows))
 
 

@@ -160,7 +160,7 @@ def judge(draws: Any, superchains: Any = None, coupling: Any = None) -> Verdict:
     memory = getattr(getattr(draws, "report", None), "memory", None)
     if memory is not None:
         good.append(
-            f"chains begun at later times from where a run began met it within {memory} steps"
+            f"restarted from its first state at later times, each chain was back on its path within {memory} steps"
         )
     if num_draws >= _FEWEST_DRAWS and not bad:
         _judge_acceptance(draws, doubts)

@@ -256,10 +256,7 @@ def hmc_state(plan: Plan, state: ChainState, sampler: ParallelKernel) -> HMCStat
     adapted = AdaptState(
         each(step),
         each(whitening.center),
-        jax.tree.map(
-            each,
-            root_by_block(root, sampler._blocks, params.whitening.example),
-        ),
+        jax.tree.map(each, root_by_block(root, sampler._blocks, params.whitening.example)),
         jax.tree.map(
             lambda leaf: each(leaf, np.int32 if jnp.issubdtype(leaf.dtype, jnp.integer) else dtype),
             weights_of(whitening.maps),
