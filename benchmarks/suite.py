@@ -199,7 +199,7 @@ class Quote:
 
 QUOTED = (
     Quote("README.md", "posteriors-cpu", posteriors.short_table),
-    Quote("README.md", "verdict-cpu", verdict.short_table),
+    Quote("README.md", "verdict-cpu", verdict.in_short),
     *(
         Quote("docs/benchmarks.md", name)
         for name in (

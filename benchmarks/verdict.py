@@ -544,16 +544,20 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def short_table(record: dict) -> str:
-    """Right runs and wrong ones, all posteriors together, as Markdown."""
-    lines = ["| runs | number | CONVERGED | UNDECIDED | NOT CONVERGED |", "|---|---|---|---|---|"]
-    for words, kind in (("right", True), ("made wrong on purpose", False)):
+def in_short(record: dict) -> str:
+    """Right runs and wrong ones, all posteriors together, in a sentence."""
+    counts = {}
+    for kind in (True, False):
         of = [one for one in record["rows"] if one["right"] is kind]
-        counts = [sum(one[key] for one in of) for key in ("runs", *_OUTCOMES)]
-        lines.append(f"| {words} | {' | '.join(map(str, counts))} |")
-    return "\n".join(lines) + "\n"
+        counts[kind] = [sum(one[key] for one in of) for key in ("runs", *_OUTCOMES)]
+    right, wrong = counts[True], counts[False]
+    return (
+        f"Of {right[0]} right runs {right[1]} were called CONVERGED and {right[3]} NOT CONVERGED; of {wrong[0]} runs "
+        f"[made wrong on purpose]({_PAGE}#how-often-it-is-right) {wrong[1]} were called CONVERGED.\n"
+    )
 
 
+_PAGE = "https://github.com/partime-mcmc/partime-mcmc/blob/main/docs/converged.md"
 _OUTCOMES = ("converged", "undecided", "not_converged")
 NAMES = (
     *POSTERIORS,
