@@ -125,6 +125,24 @@ def test_a_funnel_is_found_in_exact_draws(origin, slope):
     assert "1 scale" in found.describe() and f"{len(OTHERS)} other" in found.describe()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_few_draws_of_a_funnel_do_not_bend_it(seed):
+    """Of Neal's funnel, none from its neck: a slope that noise has made would shift the neck by many of its widths."""
+    rng = np.random.default_rng(seed)
+    scale = 3 * rng.normal(size=2560)
+    scale = scale[scale > -4][:128].reshape(16, 8)
+    x = np.exp(scale / 2)[..., None] * rng.normal(size=(16, 8, 9))
+
+    def logdensity(x):
+        return -(x[0] ** 2) / 18 - 0.5 * jnp.sum(x[1:] ** 2) * jnp.exp(-x[0]) - 4.5 * x[0]
+
+    draws = window(np.concatenate([scale[..., None], x], axis=2), logdensity)
+    found = learn_triangular_map(None, draws)
+    np.testing.assert_array_equal(found.slopes, np.zeros_like(found.slopes))
+    # 64 draws are fitted to, of a width that the scale changes by 0.5 per unit.
+    np.testing.assert_allclose(found.log_slopes[1:, 0], 0.5, atol=0.1)
+
+
 def test_draws_in_single_precision_lead_to_a_map_of_it():
     found = learn_triangular_map(None, funnel_draws(dtype=np.float32))
     assert all(leaf.dtype in (np.float32, np.int32) for leaf in jax.tree.leaves(found))
