@@ -121,7 +121,7 @@ def algorithms() -> list[str]:
 
 
 def measure(name: str, num_steps: int = STEPS, repeats: int = REPEATS) -> dict[str, Any]:
-    """The row of an algorithm; with `failed` where it cannot be run."""
+    """The row of an algorithm."""
     kernel = from_blackjax(KERNELS[name](), name=name)
     start_key, tape_key, pair_key = jax.random.split(jax.random.key(0), 3)
     state = kernel.init(jnp.array([1.0, -0.5, 0.3]), start_key)
@@ -194,7 +194,7 @@ def table(rows: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; 1 if a chain is not certified, or is not that of BlackJAX's loop."""
+    """The command line; 1 if a chain is not certified."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--steps", type=int, default=STEPS)

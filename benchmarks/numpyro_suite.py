@@ -1,10 +1,10 @@
 """NumPyro's own tests with `MCMC` replaced by `ParallelMCMC`: `python -m benchmarks.numpyro_suite CHECKOUT --out DIR`.
 
-CHECKOUT is a copy of NumPyro's repository, of the version that is installed. Tests that make an `MCMC`, themselves or by a function
-of their file, are run twice by pytest, each file in a process of its own: with NumPyro's class, which also shows over which
-kernel, and then those over HMC, NUTS or a kernel that wraps them with ours. A test that fails with NumPyro's class too, or is skipped, does not
-count. Nothing else of a test is changed, so a test of NumPyro's inner workings may fail for that alone: failures are
-listed with what they said.
+CHECKOUT is a copy of NumPyro's repository, of the version that is installed. Tests that make an `MCMC`, themselves or by a
+function of their file, are run twice by pytest, each file in a process of its own: with NumPyro's class, which also shows over
+which kernel, and then those over HMC, NUTS or a kernel that wraps them with ours. A test that fails with NumPyro's class too,
+or is skipped, does not count. Nothing else of a test is changed, so a test of NumPyro's inner workings may fail for that
+alone: failures are listed with what they said.
 
 Both runs are this file loaded as a plugin of pytest; rows are written as tests end, and a run that was stopped goes on.
 """

@@ -533,9 +533,7 @@ def table(rows: list[dict]) -> str:
             + " | ".join(str(total[key]) for key in _OUTCOMES)
             + " |"
         )
-    right, wrong = ([one for one in rows if one["right"] is kind] for kind in (True, False))
-    good, every = (sum(one[key] for one in right) for key in ("converged", "runs"))
-    bad, wrongs = (sum(one[key] for one in wrong) for key in ("converged", "runs"))
+    (every, good, *_), (wrongs, bad, *_) = (_totals(rows, is_right) for is_right in (True, False))
     share = f"{good / every:.1%}" if every else "none"
     lines += [
         "",
@@ -544,13 +542,15 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _totals(rows: list[dict], is_right: bool) -> list[int]:
+    """How many runs are right, or wrong, and how many of them were called what, in the order of `_OUTCOMES`."""
+    of = [one for one in rows if one["right"] is is_right]
+    return [sum(one[key] for one in of) for key in ("runs", *_OUTCOMES)]
+
+
 def in_short(record: dict) -> str:
     """Right runs and wrong ones, all posteriors together, in a sentence."""
-    counts = {}
-    for kind in (True, False):
-        of = [one for one in record["rows"] if one["right"] is kind]
-        counts[kind] = [sum(one[key] for one in of) for key in ("runs", *_OUTCOMES)]
-    right, wrong = counts[True], counts[False]
+    right, wrong = (_totals(record["rows"], is_right) for is_right in (True, False))
     return (
         f"Of {right[0]} right runs {right[1]} were called CONVERGED and {right[3]} NOT CONVERGED; of {wrong[0]} runs "
         f"[made wrong on purpose]({_PAGE}#how-often-it-is-right) {wrong[1]} were called CONVERGED.\n"

@@ -390,14 +390,14 @@ def _judge_acceptance(draws: Any, doubts: list[str]) -> None:
     """
     rates = (getattr(draws, "info", None) or {}).get("acceptance_rate")
     named = named_positions(draws)
-    if rates is None or not named or draws.positions is None:
+    if rates is None or not named or sum(one.size for one in named.values()) > _MOST_NUMBERS:
         return
     labels, x = _as_coordinates(named)
     rates = np.nan_to_num(np.asarray(rates, float))
     # A proposal belongs to the state that it was made from, the draw before.
     rates, before = rates[:, 1:].ravel(), x[:, :-1].reshape(-1, x.shape[2])
     count = max(_TAIL_DRAWS, int(_TAIL_SHARE * len(rates)))
-    if len(rates) < 2 * count or x.size > _MOST_NUMBERS:
+    if len(rates) < 2 * count:
         return
     order = np.argpartition(before, [count - 1, len(before) - count], axis=0)
     tails = np.stack([rates[order[:count]].mean(axis=0), rates[order[-count:]].mean(axis=0)])
