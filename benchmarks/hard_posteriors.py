@@ -1,17 +1,27 @@
 """Posteriors that are hard on purpose, ours beside NUTS: `python -m benchmarks.hard_posteriors [NAME...] --out DIR`.
 
 Hierarchies written the centred way, a sparse regression, a latent random walk, Neal's funnel as a bare log density; data are
-simulated with fixed seeds, but for the eight schools. Four chains, 1,000 steps of warm-up allowed and 1,000 draws each, float64,
-one run after another in one process: `CoalescingHMC` through `ParallelMCMC`, and NumPyro's NUTS with a diagonal and with a
-dense mass matrix.
+simulated with fixed seeds, but for the eight schools. `--models FILE` takes others: a file with `MODELS`, by name, and
+`load(name)`, which gives a NumPyro model and its keyword arguments; `references.json` beside it, if there, has
+`{name: {"moments": {"site[1]": {"mean", "sd", "mcse_mean", "mcse_sd"}}}}` of sites' own values.
 
-R-hat and effective draws are of the worst unconstrained coordinate, the smaller of means and of squared deviations, and are
-counted against the gradients of sampling; those of warm-up stand beside them. Seconds are the whole run's, compilation included.
+Four chains, 1,000 steps of warm-up allowed and 1,000 draws each, float64, every run in a process of its own:
+`CoalescingHMC` through `ParallelMCMC`, and NumPyro's NUTS with a diagonal and with a dense mass matrix. A run goes on where the last
+one into the same folder stopped.
+
+R-hat and effective draws are of the worst unconstrained coordinate, effective draws the smaller of means and of squared
+deviations; they are counted against the gradients of sampling, and those of warm-up stand beside them. NUTS is the one of both
+that has more effective draws per gradient. |z| is the worst deviation of a mean or standard deviation from the reference, in
+standard errors of both. Seconds of whole runs, compilation included, are in the JSON; how long chains take beside the loop over the
+same steps is for `benchmarks.posteriors`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
+import subprocess
 import sys
 import time
 import warnings
@@ -25,11 +35,13 @@ import numpyro.distributions as dist
 from numpyro.distributions import constraints
 from numpyro.infer import MCMC, NUTS
 
-from benchmarks.record import OUT, keep
+from benchmarks.record import OUT, keep, module_at
 from partime_mcmc import CoalescingHMC, ParallelMCMC
 from partime_mcmc.diagnostics import mixing
 
 CHAINS, STEPS = 4, 1000
+# What a run should reach in its worst coordinate.
+MOST_RHAT, LEAST_ESS = 1.01, 400
 
 
 def eight_schools():
@@ -120,8 +132,8 @@ MODELS = {
 }
 
 
-def ours(model, key) -> tuple[dict, int, int, str]:
-    """Positions `(C, T, ...)`, gradients of sampling and of warm-up, and the verdict."""
+def ours(model, data: dict, key) -> tuple[dict, dict, dict]:
+    """Positions and sites' values, leaves `(C, T, ...)`, and what else is known of the run."""
     mcmc = ParallelMCMC(
         CoalescingHMC(model),
         num_warmup=STEPS,
@@ -129,17 +141,28 @@ def ours(model, key) -> tuple[dict, int, int, str]:
         num_chains=CHAINS,
         progress_bar=False,
     )
-    mcmc.run(key)
+    mcmc.run(key, **data)
     report = mcmc.report
     residual = float(np.max(np.asarray(report.certificate.max_residual)))
-    said = f"{report.verdict.outcome.value}, residual {residual:.0e}"
-    return mcmc.draws.positions, report.num_gradients, report.warmup.num_gradients, said
+    return (
+        mcmc.draws.positions,
+        mcmc.get_samples(group_by_chain=True),
+        {
+            "gradients": report.num_gradients,
+            "warmup_gradients": report.warmup.num_gradients,
+            "evaluations_per_draw": report.run.evaluations_per_sample,
+            "forgets_within": report.run.memory,
+            "residual": residual,
+            "said": report.verdict.outcome.value,
+        },
+    )
 
 
-def nuts(model, key, dense_mass: bool) -> tuple[dict, int, int, str]:
+def nuts(model, data: dict, key, dense_mass: bool) -> tuple[dict, dict, dict]:
     """The same by NumPyro."""
+    kernel = NUTS(model, dense_mass=dense_mass)
     mcmc = MCMC(
-        NUTS(model, dense_mass=dense_mass),
+        kernel,
         num_warmup=STEPS,
         num_samples=STEPS,
         num_chains=CHAINS,
@@ -147,74 +170,255 @@ def nuts(model, key, dense_mass: bool) -> tuple[dict, int, int, str]:
         progress_bar=False,
         postprocess_fn=lambda position: position,
     )
-    mcmc.warmup(key, extra_fields=("num_steps",), collect_warmup=True)
+    mcmc.warmup(key, extra_fields=("num_steps",), collect_warmup=True, **data)
     before = int(mcmc.get_extra_fields()["num_steps"].sum())
-    mcmc.run(mcmc.post_warmup_state.rng_key, extra_fields=("num_steps", "diverging"))
+    mcmc.run(mcmc.post_warmup_state.rng_key, extra_fields=("num_steps", "diverging"), **data)
     fields = mcmc.get_extra_fields()
-    said = f"{int(fields['diverging'].sum())} divergences"
-    return mcmc.get_samples(group_by_chain=True), int(fields["num_steps"].sum()), before, said
+    positions = mcmc.get_samples(group_by_chain=True)
+    constrain = jax.jit(jax.vmap(jax.vmap(kernel.postprocess_fn((), data))))
+    return (
+        positions,
+        constrain(positions) if positions else {},
+        {
+            "gradients": int(fields["num_steps"].sum()),
+            "warmup_gradients": before,
+            "said": f"{int(fields['diverging'].sum())} divergences",
+        },
+    )
 
 
 METHODS = {
     "ours": ours,
-    "NUTS": lambda model, key: nuts(model, key, False),
-    "NUTS, dense": lambda model, key: nuts(model, key, True),
+    "NUTS": lambda *run: nuts(*run, dense_mass=False),
+    "NUTS, dense": lambda *run: nuts(*run, dense_mass=True),
 }
 
 
-def measure(name: str, method: str, seed: int) -> dict:
-    """One row."""
+def known(models: Path | None) -> dict:
+    """Posteriors by name, of a file or of this one."""
+    return MODELS if models is None else module_at(models, "models_of_the_benchmark").MODELS
+
+
+def model_and_data(name: str, models: Path | None) -> tuple:
+    """A model and its keyword arguments."""
+    if models is None:
+        return MODELS[name], {}
+    return module_at(models, "models_of_the_benchmark").load(name)
+
+
+def measure(name: str, method: str, seed: int, models: Path | None) -> dict:
+    """One row, in this process."""
+    jax.config.update("jax_enable_x64", True)
+    warnings.simplefilter("ignore")
+    model, data = model_and_data(name, models)
     begin = time.perf_counter()
-    positions, gradients, warmup, said = METHODS[method](MODELS[name], jax.random.key(seed))
-    seconds = time.perf_counter() - begin
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(positions)]
-    x = np.concatenate([leaf.reshape(*leaf.shape[:2], -1) for leaf in leaves], axis=2)
-    squares = (x - x.mean(axis=(0, 1))) ** 2
-    ess = float(min(mixing.ess_bulk(x).min(), mixing.ess_bulk(squares).min()))
+    positions, values, known_of_run = METHODS[method](model, data, jax.random.key(seed))
+    row = {"posterior": name, "method": method, "seconds": time.perf_counter() - begin}
+    x = np.concatenate([*columns(positions).values(), np.zeros((CHAINS, STEPS, 0))], axis=2)
+    row |= {"dimension": x.shape[2]} | known_of_run
+    if x.shape[2]:
+        squares = (x - x.mean(axis=(0, 1))) ** 2
+        # A chain that never moves tells nothing about itself.
+        row["rhat"] = float(np.nan_to_num(mixing.rank_rhat(x), nan=np.inf).max())
+        ess = np.minimum(mixing.ess_bulk(x), mixing.ess_bulk(squares))
+        row["ess"] = float(np.nan_to_num(ess).min())
+        row["ess_per_1000_gradients"] = 1000 * row["ess"] / row["gradients"]
+    references = None if models is None else models.with_name("references.json")
+    if references is not None and references.exists():
+        reference = json.loads(references.read_text()).get(name, {"moments": {}})
+        row |= deviation(columns(values), reference["moments"])
+    return row
+
+
+def columns(tree: dict) -> dict[str, np.ndarray]:
+    """Leaves `(C, T, ...)` of a dict as `(C, T, size)`."""
     return {
-        "posterior": name,
-        "method": method,
-        "dimension": x.shape[2],
-        "rhat": float(mixing.rank_rhat(x).max()),
-        "ess": ess,
-        "gradients": gradients,
-        "warmup_gradients": warmup,
-        "ess_per_1000_gradients": 1000 * ess / gradients,
-        "seconds": seconds,
-        "said": said,
+        name: np.asarray(leaf, float).reshape(*leaf.shape[:2], -1)
+        for name, leaf in ((name, np.asarray(leaf)) for name, leaf in sorted(tree.items()))
+        if leaf.size
     }
 
 
-def table(rows: list[dict]) -> str:
-    """The Markdown table."""
-    lines = [
-        "| posterior (D) | method | R-hat | worst ESS | gradients | in warm-up | ESS per 1,000 gradients | seconds | says |",
-        "|---|---|---|---|---|---|---|---|---|",
+def deviation(values: dict[str, np.ndarray], moments: dict[str, dict]) -> dict:
+    """Worst |z| of means and standard deviations against a reference, `{}` where there is none."""
+    worst = []
+    for name, wanted in moments.items():
+        site, _, indices = name.removesuffix("]").partition("[")
+        x = values[site]
+        flat = 0 if not indices else _position(indices, x.shape[2], moments, site)
+        one = x[:, :, [flat]]
+        squares = (one - one.mean()) ** 2
+        mean, sd = float(one.mean()), float(one.std())
+        errors = {
+            "mean": sd / np.sqrt(mixing.ess_mean(one)[0]),
+            "sd": squares.std() / np.sqrt(mixing.ess_mean(squares)[0]) / (2 * sd),
+        }
+        for moment, found in (("mean", mean), ("sd", sd)):
+            if wanted.get(moment) is not None:
+                error = np.hypot(errors[moment], wanted["mcse_" + moment])
+                worst.append(abs(found - wanted[moment]) / error)
+    return {"z": float(max(worst))} if worst else {}
+
+
+def _position(indices: str, size: int, moments: dict[str, dict], site: str) -> int:
+    """Where an element such as `2,3`, counted from 1, lies in a flattened site, rows first."""
+    place = [int(index) - 1 for index in indices.split(",")]
+    if len(place) == 1:
+        return place[0]
+    # The site's shape is what the greatest indices say.
+    known = [
+        [int(index) for index in name.removesuffix("]").partition("[")[2].split(",")]
+        for name in moments
+        if name.startswith(site + "[")
     ]
-    for row in rows:
-        lines.append(
-            f"| {row['posterior']} ({row['dimension']}) | {row['method']} | {row['rhat']:.3f} | {row['ess']:,.0f} | "
-            f"{row['gradients']:,} | {row['warmup_gradients']:,} | {row['ess_per_1000_gradients']:.2f} | "
-            f"{row['seconds']:.0f} | {row['said']} |"
+    shape = [max(index) for index in zip(*known)]
+    if np.prod(shape) != size:
+        raise ValueError(
+            f"{site}: the reference has shape {tuple(shape)}, the draws {size} elements"
         )
-    return "\n".join(lines) + "\n"
+    return int(np.ravel_multi_index(place, shape))
+
+
+def in_a_process(name: str, method: str, seed: int, models: Path | None, limit: float) -> dict:
+    """`measure` in a process of its own."""
+    of_run = json.dumps([name, method, seed, None if models is None else str(models)])
+    command = [sys.executable, "-m", "benchmarks.hard_posteriors", "--one", of_run]
+    row = {"posterior": name, "method": method}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return row | {"failed": f"stopped after {limit:.0f} s"}
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return row | {"failed": last[:200]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def best_nuts(rows: dict[str, dict]) -> dict:
+    """Of one posterior's rows by method, NUTS' with most effective draws per gradient; `{}` if it has none."""
+    found = [row for method, row in rows.items() if method != "ours" and "ess" in row]
+    return max(found, key=lambda row: row["ess_per_1000_gradients"], default={})
+
+
+def table(rows: list[dict]) -> str:
+    """The Markdown table and what it adds up to."""
+    posteriors: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        posteriors.setdefault(row["posterior"], {})[row["method"]] = row
+    lines = [
+        "| posterior (D) | R-hat, ours / NUTS | ESS, ours / NUTS | ESS per 1,000 gradients, ours / NUTS | times | "
+        "gradients of warm-up, ours / NUTS | \\|z\\|, ours / NUTS | evaluations a draw | forgets within | residual | says |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    both = []
+    for name, of_posterior in posteriors.items():
+        one, other = of_posterior.get("ours", {}), best_nuts(of_posterior)
+        if "ess" in one and "ess" in other:
+            both.append((one, other))
+        lines.append(_line(name, one, other))
+    ratios = [
+        ratio for one, other in both if (ratio := _ratio(one, other, "ess_per_1000_gradients"))
+    ]
+    warmups = [ratio for one, other in both if (ratio := _ratio(one, other, "warmup_gradients"))]
+    lines.append("")
+    for whose, of_method in (
+        ("Ours", [rows.get("ours", {}) for rows in posteriors.values()]),
+        ("NUTS", list(map(best_nuts, posteriors.values()))),
+    ):
+        ran = [row for row in of_method if "ess" in row]
+        good = [row for row in ran if row["rhat"] <= MOST_RHAT and row["ess"] >= LEAST_ESS]
+        lines.append(
+            f"{whose}: R-hat at most {MOST_RHAT} and ESS at least {LEAST_ESS} on {len(good)} of {len(ran)}."
+        )
+    if ratios:
+        lines.append(
+            f"Effective draws per gradient at least NUTS' on {sum(ratio >= 1 for ratio in ratios)} of {len(ratios)}, "
+            f"median {statistics.median(ratios):.1f} times; gradients of warm-up: median {statistics.median(warmups):.2f} times."
+        )
+    failed = [row for row in rows if "failed" in row]
+    lines += [
+        "",
+        *(f"{row['posterior']}, {row['method']}: {row['failed']}.\n" for row in failed),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _ratio(one: dict, other: dict, name: str) -> float | None:
+    """A figure of ours over NUTS', None where NUTS' is 0."""
+    return one[name] / other[name] if other[name] else None
+
+
+def _line(name: str, one: dict, other: dict) -> str:
+    """A posterior's line; a dash stands for what is not known."""
+
+    def pair(figure: str, form: str) -> str:
+        return " / ".join(
+            format(row[figure], form) if row.get(figure) is not None else "–"
+            for row in (one, other)
+        )
+
+    def single(figure: str, form: str) -> str:
+        return format(one[figure], form) if one.get(figure) is not None else "–"
+
+    figure = "ess_per_1000_gradients"
+    ratio = _ratio(one, other, figure) if figure in one and figure in other else None
+    return " | ".join(
+        (
+            f"| {name} ({one.get('dimension', other.get('dimension', '–'))})",
+            pair("rhat", ".3f"),
+            pair("ess", ",.0f"),
+            pair(figure, ".3g"),
+            "–" if ratio is None else f"{ratio:.1f}×",
+            pair("warmup_gradients", ",d"),
+            pair("z", ".1f"),
+            single("evaluations_per_draw", ".2f"),
+            single("forgets_within", "d"),
+            single("residual", ".0e"),
+            f"{one.get('said', 'failed' if 'failed' in one else '–')} |",
+        )
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", default=list(MODELS))
+    parser.add_argument("names", nargs="*", metavar="NAME", help="all of them by default")
+    parser.add_argument("--models", type=Path, help="a file with MODELS and load(name)")
+    parser.add_argument("--methods", default=";".join(METHODS), help="semicolons between them")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=float, default=900, help="seconds for a run")
+    parser.add_argument("--record", default="hard-posteriors-cpu", help="name of the record")
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    jax.config.update("jax_enable_x64", True)
-    warnings.simplefilter("ignore")
-    rows = []
-    for name in arguments.names:
-        for method in METHODS:
-            rows.append(measure(name, method, arguments.seed))
-            print(table(rows[-1:]).splitlines()[-1], flush=True)
-            keep(arguments.out / "hard-posteriors-cpu.json", {"rows": rows}, table(rows))
+    if arguments.one:
+        name, method, seed, models = json.loads(arguments.one)
+        print(json.dumps(measure(name, method, seed, None if models is None else Path(models))))
+        return 0
+    models = None if arguments.models is None else arguments.models.resolve()
+    names, methods = arguments.names or list(known(models)), arguments.methods.split(";")
+    if unknown := [name for name in names if name not in known(models)]:
+        parser.error(f"NAME: got {', '.join(unknown)}, wanted some of {', '.join(known(models))}")
+    if unknown := [method for method in methods if method not in METHODS]:
+        parser.error(f"--methods: got {'; '.join(unknown)}, wanted some of {'; '.join(METHODS)}")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    stored = arguments.out / f"{arguments.record}.jsonl"
+    rows = {
+        (row["posterior"], row["method"]): row
+        for row in map(json.loads, stored.read_text().splitlines() if stored.exists() else [])
+    }
+    for method in methods:
+        for name in names:
+            if (name, method) in rows:
+                continue
+            row = in_a_process(name, method, arguments.seed, models, arguments.limit)
+            rows[name, method] = row
+            print(json.dumps(row), flush=True)
+            with open(stored, "a") as file:
+                file.write(json.dumps(row) + "\n")
+    shown = [rows[name, method] for name in names for method in METHODS if (name, method) in rows]
+    keep(arguments.out / f"{arguments.record}.json", {"rows": shown}, table(shown))
+    print(table(shown))
     return 0
 
 
