@@ -24,6 +24,7 @@ from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
+import jaxlib.utils
 import numpy as np
 import platformdirs
 from jax.experimental.compilation_cache import compilation_cache
@@ -92,6 +93,8 @@ def _quick_options() -> dict[str, Any]:
     return older
 
 
+# Of absl's levels of messages the highest.
+_FATAL = 3
 # Bytes on disk; the programs that were not wanted for longest make room.
 _DISK_BYTES = 2**30
 
@@ -122,7 +125,23 @@ def keep_on_disk() -> pathlib.Path | None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # JAX decides at its first compilation whether there is a cache.
     compilation_cache.reset_cache()
+    _hush_the_loader()
     return folder
+
+
+def _hush_the_loader() -> None:
+    """Keep XLA before JAX 0.12 from printing 1,500 letters for every program that it takes from the cache on many Intel processors.
+
+    It counts preferences of the compiler (`prefer-no-gather`) among the instructions that the processor must have
+    (github.com/openxla/xla/issues/44565). Errors of XLA come as exceptions besides.
+    """
+    old = tuple(map(int, jax.__version__.split(".")[:2])) < (0, 12)
+    # JAX sets 1 where the user has set nothing.
+    unset = os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1"
+    if old and unset and jax.default_backend() == "cpu":
+        set_level = getattr(jaxlib.utils, "absl_set_min_log_level", None)
+        if set_level is not None:
+            set_level(_FATAL)
 
 
 def compiled(

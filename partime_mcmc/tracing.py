@@ -236,7 +236,7 @@ def _trace(function, abstract) -> tuple[_Explicit, list]:
     if _hides_arrays(closed.jaxpr):
         inlined = lambda *args: evaluate(closed.jaxpr, closed.consts, *jax.tree.leaves(args))
         closed = jax.make_jaxpr(inlined)(*abstract)
-    jaxpr, consts = _needed(closed.jaxpr, closed.consts)
+    jaxpr, consts = needed(closed.jaxpr, closed.consts)
     step = _Explicit(jaxpr, jax.tree.structure(result), _name_of(function))
     return step, [_as_array(one) for one in consts]
 
@@ -245,20 +245,24 @@ def _name_of(function: Callable) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def _needed(jaxpr, consts) -> tuple[Any, list]:
+def needed(jaxpr, consts) -> tuple[Any, list]:
     """A jaxpr without what its results do not depend on, such as a model's predictions in its density, and its constants.
+
+    Args:
+        jaxpr: The jaxpr.
+        consts: Its constants.
 
     The compiler would leave it out as well, but only after every derivative of it was traced.
     """
-    needed = {atom for atom in jaxpr.outvars if not isinstance(atom, jax.extend.core.Literal)}
+    wanted = {atom for atom in jaxpr.outvars if not isinstance(atom, jax.extend.core.Literal)}
     equations = []
     for equation in reversed(jaxpr.eqns):
-        if equation.effects or needed.intersection(equation.outvars):
+        if equation.effects or wanted.intersection(equation.outvars):
             equations.append(equation)
-            needed.update(
+            wanted.update(
                 atom for atom in equation.invars if not isinstance(atom, jax.extend.core.Literal)
             )
-    kept = [(name, const) for name, const in zip(jaxpr.constvars, consts) if name in needed]
+    kept = [(name, const) for name, const in zip(jaxpr.constvars, consts) if name in wanted]
     names = [name for name, _ in kept]
     return jaxpr.replace(eqns=equations[::-1], constvars=names), [const for _, const in kept]
 

@@ -45,6 +45,7 @@ from partime_mcmc.engine import (
     sequential,
 )
 from partime_mcmc.engine.solve import solve
+from partime_mcmc.host_keys import splits_by_counting
 from partime_mcmc.kernels import Carry
 from partime_mcmc.kernels.explicit_randomness import ExplicitRandomnessKernel
 from partime_mcmc.kernels.kernel_program import program_and_params
@@ -59,7 +60,7 @@ from partime_mcmc.sampling.executor import (
 )
 from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.sampling.progress import Progress
-from partime_mcmc.sampling.randomness import splits_by_counting, step_keys
+from partime_mcmc.sampling.randomness import step_keys
 from partime_mcmc.scan.affine import Diagonal
 from partime_mcmc.solvers import Shooting, Solver
 from partime_mcmc.solvers.sequential import finish_sequentially

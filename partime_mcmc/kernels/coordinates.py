@@ -19,7 +19,9 @@ Moore & Hoffman 2020, arXiv:1906.03028). How weights are learned is `warmup.repa
 import dataclasses
 from typing import Callable, Protocol, Self
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.kernels.triangular_map import TriangularMap
@@ -146,7 +148,11 @@ class Recentring:
     @classmethod
     def of(cls, centring: Centring, example: PyTree) -> Self:
         """The map that changes nothing: every site as the model has it."""
-        weights = {name: jnp.ones_like(example[name]) for name in centring.names}
+        # On the host: every small operation on arrays of a device is a program of its own.
+        weights = {
+            name: jax.device_put(np.ones(example[name].shape, example[name].dtype))
+            for name in centring.names
+        }
         leaving, leave_data = explicit(_Method(centring, "leave"), None, weights, example)
         entering, enter_data = explicit(_Method(centring, "enter"), None, weights, example)
         return cls(weights, example, leave_data, enter_data, leaving, entering)
@@ -166,7 +172,8 @@ class Recentring:
     def describe(self) -> str:
         said = []
         for name, weight in self.weights.items():
-            low, high = float(jnp.min(weight)), float(jnp.max(weight))
+            values = np.asarray(weight)  # on the host, where nothing is compiled
+            low, high = float(values.min()), float(values.max())
             if low < 1:
                 said.append(f"{name} ({low:.2f}" + (f" to {high:.2f})" if high > low else ")"))
         return (

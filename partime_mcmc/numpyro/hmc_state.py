@@ -22,6 +22,7 @@ from numpyro.infer.hmc import HMCState
 from partime_mcmc.compile_cache import Timings, compiler_options, run_program
 from partime_mcmc.diagnostics.arviz import STAT_NAMES
 from partime_mcmc.diagnostics.checks import check_precision, check_starts
+from partime_mcmc.host_keys import first_key, fold_in, split
 from partime_mcmc.kernels import Whitening
 from partime_mcmc.kernels.coordinates import learned_maps, weights_of
 from partime_mcmc.kernels.kernel_program import (
@@ -199,7 +200,7 @@ def sample_arguments(
         TypeError: For a state of NumPyro's own kernels.
     """
     resumable = {"init_params": init_params, "post_warmup_state": state}
-    starts = functools.partial(_checked_starts, sampler, target, keys[0], init_params)
+    starts = functools.partial(_checked_starts, sampler, target, first_key(keys), init_params)
     kernel, chain_state = sampler.tuned_builder(), None
     if state is not None:
         if not isinstance(state.adapt_state, AdaptState):
@@ -218,7 +219,7 @@ def sample_arguments(
         target=target,
         kernel=kernel,
         starts=starts,
-        warmup_key=jax.random.fold_in(keys[0], _WARMUP_STREAM),
+        warmup_key=fold_in(first_key(keys), _WARMUP_STREAM),
         chain_keys=keys,
         key_words=key_words(keys),
         key_impl=str(jax.random.key_impl(keys)),
@@ -336,7 +337,7 @@ def _checked_starts(
         InvalidStart: If no chain could move from one of them.
         ValueError: If `init_params` are those of another model, or the metric given has another dimension.
     """
-    starts = _starts(sampler, target, jax.random.fold_in(key, _START_STREAM), init_params, count)
+    starts = _starts(sampler, target, fold_in(key, _START_STREAM), init_params, count)
     try:
         values, good = map(np.asarray, log_densities(target, starts))
     except TypeError:
@@ -383,7 +384,7 @@ def _models_starts(sampler: ParallelKernel, target: Target, key: Key, count: int
     """
     posterior = sampler._posterior
     if posterior is None or posterior.radius is None:
-        return target.starts(jax.random.split(key, count))
+        return target.starts(split(key, count))
     generator, radius = SeedTree.of(key).generator, posterior.radius
 
     def drawn():

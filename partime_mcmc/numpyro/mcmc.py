@@ -27,7 +27,9 @@ from partime_mcmc.diagnostics.report import Level
 from partime_mcmc.diagnostics.verdict import Verdict
 from partime_mcmc.engine import Schedule
 from partime_mcmc.forgetting.advise import Advice
+from partime_mcmc.host_keys import first_key, split
 from partime_mcmc.kernels import Kernel
+from partime_mcmc.numpyro.data import Data
 from partime_mcmc.numpyro.hmc_state import (
     check_fields,
     check_keys,
@@ -44,7 +46,6 @@ from partime_mcmc.numpyro.hmc_state import (
 )
 from partime_mcmc.numpyro.kernels import from_numpyro_kernel, has_parallel_form
 from partime_mcmc.numpyro.loop import LoopMCMC
-from partime_mcmc.numpyro.model import Data
 from partime_mcmc.sampling.arguments import as_store, device_of, on_device
 from partime_mcmc.sampling.draws import Draws, RunReport, spread_positions
 from partime_mcmc.sampling.pilots import advise_plan
@@ -263,6 +264,10 @@ class ParallelMCMC(MCMC):
         keep_on_disk()
         rng_key = check_keys(rng_key, self.num_chains)
         check_generator(rng_key, "rng_key")
+        if self.num_chains > 1 and rng_key.ndim == 0:
+            rng_key = split(
+                rng_key, self.num_chains
+            )  # as NumPyro would, who compiles a program for it
         check_leading(init_params, self.num_chains)
         if isinstance(extra_fields, str):
             raise TypeError(
@@ -554,8 +559,8 @@ class ParallelMCMC(MCMC):
         """The target of these data; the same object for the same data, so that nothing is traced or compiled twice."""
         data = Data.of(args, kwargs)
         if self._known is None or self._known[0] != data:
-            first = None if init_params is None else jax.tree.map(lambda leaf: leaf[0], init_params)
-            target = self.sampler.target(args, kwargs, keys[0], first)
+            start = None if init_params is None else jax.tree.map(lambda leaf: leaf[0], init_params)
+            target = self.sampler.target(args, kwargs, first_key(keys), start)
             self._known = (data, target, self.sampler._posterior)
         _, target, self.sampler._posterior = self._known
         return target

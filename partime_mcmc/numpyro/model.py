@@ -15,167 +15,36 @@ Left out: subsampling plates (the density would be random, and NumPyro's fixes o
 `numpyro.param` (held at its initial value).
 """
 
-import dataclasses
 import functools
-import inspect
 import warnings
-from typing import Any, Callable, Self
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
-import numpyro.distributions as dist
 from jax.extend.core import Literal
 from jax.flatten_util import ravel_pytree
-from numpyro.distributions import biject_to, constraints
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.initialization import init_to_uniform
 from numpyro.infer.util import ParamInfo, constrain_fn, initialize_model, potential_energy
-from numpyro.primitives import Messenger
-from numpyro.util import _validate_model
 
 from partime_mcmc.compile_cache import compiler_options
 from partime_mcmc.numpyro.centring import find_centring
+from partime_mcmc.numpyro.data import JaxObservations, WithData
+from partime_mcmc.numpyro.sites import (
+    SiteNames,
+    Sites,
+    anywhere,
+    check_observed_sites,
+    checked_sites,
+    latent,
+    traced,
+    unsuspicious_sites,
+)
 from partime_mcmc.sampling.target import Target
-from partime_mcmc.types import AnyArray, Array, Key, PyTree, jax_config
+from partime_mcmc.types import AnyArray, Array, Key, PyTree
 from partime_mcmc.validation import InvalidStart, check_key, check_outside_transforms
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """The arguments of a model as they are at one time; equal to the same objects with the same contents.
-
-    Attributes:
-        structure: Of all arguments.
-        ids: Of the objects.
-        contents: Type, shape and bytes of arrays that can be changed in place, so that NaN equals itself; None for other
-            leaves.
-        in_float64: Whether they are seen in 64 bits.
-        kept: The objects and copies of their entries, so that nothing else gets their ids.
-    """
-
-    structure: Any
-    ids: tuple[int, ...]
-    contents: tuple[tuple | None, ...]
-    in_float64: bool
-    kept: tuple = dataclasses.field(compare=False, repr=False)
-
-    @classmethod
-    def of(cls, args: tuple, kwargs: dict) -> Self:
-        """The arguments as they are now."""
-        leaves, structure = jax.tree.flatten((args, kwargs))
-        arrays = [np.array(leaf, copy=True) if _can_change(leaf) else None for leaf in leaves]
-        return cls(
-            structure,
-            tuple(map(id, leaves)),
-            tuple(one if one is None else (one.dtype, one.shape, one.tobytes()) for one in arrays),
-            jax_config.jax_enable_x64,
-            (leaves, [one for one in arrays if one is not None and one.dtype == object]),
-        )
-
-
-def _can_change(leaf: Any) -> bool:
-    """NumPy arrays, and what hands one out (a data frame's column); JAX's arrays and scalars stay what they are."""
-    return hasattr(leaf, "__array__") and not isinstance(leaf, (jax.Array, np.generic))
-
-
-class WithData:
-    """A model bound to its data: a model without arguments.
-
-    NumPy arrays are handed over as NumPy arrays, so that a model may still branch and index on its data, but as a copy
-    for each precision: JAX remembers captured NumPy arrays by identity, and one array used with x64 on and off comes
-    back in the dtype of the other mode.
-    """
-
-    def __init__(self, model: Callable, args: tuple, kwargs: dict):
-        self.model, self.args, self.kwargs = model, args, kwargs
-        self._data: dict = {}
-
-    def __call__(self):
-        precision = jnp.result_type(float)
-        if precision not in self._data:  # one copy each, so that traces capture the same arrays
-            self._data[precision] = jax.tree.map(_in_jax_dtype, (self.args, self.kwargs))
-        args, kwargs = self._data[precision]
-        return _JaxObservations(self.model)(*args, **kwargs)
-
-    def nonfinite_arguments(self) -> list[str]:
-        """What is NaN or infinite among the data, by the model's own parameter names."""
-        try:
-            arguments = dict(
-                inspect.signature(self.model).bind(*self.args, **self.kwargs).arguments
-            )
-        except (TypeError, ValueError):  # no such signature: the model itself says so when it runs
-            arguments = {
-                **{f"args[{index}]": value for index, value in enumerate(self.args)},
-                **self.kwargs,
-            }
-        found = []
-        for path, leaf in jax.tree_util.tree_flatten_with_path(arguments)[0]:
-            if not (
-                isinstance(leaf, np.ndarray | jax.Array) and np.issubdtype(leaf.dtype, np.floating)
-            ):
-                continue
-            if count := int(np.sum(~np.isfinite(np.asarray(leaf)))):
-                where = f"{path[0].key!r}{jax.tree_util.keystr(path[1:])}"
-                found.append(f"argument {where} has {count} NaN or infinite of {leaf.size} entries")
-        return found
-
-
-def _in_jax_dtype(leaf: Any) -> Any:
-    if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "iufc":
-        return leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=True)
-    return leaf
-
-
-class _JaxObservations(Messenger):
-    """Makes observed NumPy values JAX arrays: NumPyro compares the former with traced bounds of a support by NumPy."""
-
-    def process_message(self, message):
-        if message["type"] == "sample" and isinstance(message["value"], np.ndarray):
-            message["value"] = jnp.asarray(message["value"])
-
-
-class _SiteNames(Messenger):
-    """Writes down the sites a model reaches, in order, also when it fails on the way."""
-
-    def __init__(self, fn: Callable):
-        super().__init__(fn)
-        self.names: list[str] = []
-
-    def process_message(self, message):
-        if message["type"] in ("sample", "deterministic"):
-            self.names.append(message["name"])
-
-
-def traced(run: WithData, key: Key, strategy: Callable) -> dict:
-    """All sites of one run, latent values from `strategy`; what the model raises gets a note with the last site."""
-
-    def start(site):
-        if site["type"] == "sample" and not site["is_observed"] and _support(site["fn"]) is None:
-            raise ValueError(
-                f"site {site['name']!r}: got a latent variable whose distribution ({type(_base(site['fn'])).__name__}) has no "
-                "support; wanted one, such as constraints.real"
-            )
-        return strategy(site)
-
-    recorder = _SiteNames(substitute(seed(run, key), substitute_fn=start))
-    try:
-        return trace(recorder).get_trace()
-    except Exception as error:
-        twice = sorted({name for name in recorder.names if recorder.names.count(name) > 1})
-        if isinstance(error, AssertionError) and twice:
-            raise ValueError(
-                f"site {twice[0]!r}: got two sites of this name; wanted unique names"
-            ) from error
-        last = f"after site {recorder.names[-1]!r}" if recorder.names else "before its first site"
-        if isinstance(error, ValueError) and (causes := run.nonfinite_arguments()):
-            # NumPyro checks the parameters of distributions, but names neither the site nor the data
-            raise ValueError(
-                f"{'; '.join(causes)}; wanted finite data. The model failed {last}: {error}"
-            ) from error
-        error.add_note(f"The NumPyro model failed {last}.")
-        raise
 
 
 def called(model: Callable, data: dict[str, Any], key: Key) -> tuple[Any, bool]:
@@ -191,7 +60,7 @@ def called(model: Callable, data: dict[str, Any], key: Key) -> tuple[Any, bool]:
     Raises:
         Exception: Whatever the function raises before it reaches a site.
     """
-    recorder = _SiteNames(seed(_JaxObservations(model), key))
+    recorder = SiteNames(seed(JaxObservations(model), key))
     try:
         returned = recorder(**data)
     except Exception:
@@ -286,38 +155,16 @@ class Posterior:
         self.key, self.forward_mode_differentiation = check_key(key), forward_mode_differentiation
         self.run = WithData(model, args, kwargs)
         self._refusal: ValueError | None = None
-        sites = self._first_trace()
-        _check_latent_sites(sites)
-        latent = {name: site for name, site in _latent(sites).items() if not _is_discrete(site)}
-        has_discrete = len(latent) < len(_latent(sites))
-        _validate_model(sites, plate_warning="error" if has_discrete else "loose")
-        fixed = {
-            name: site["value"]
-            for name, site in sites.items()
-            if site["type"] in ("param", "mutable")
-        }
-        if fixed:
-            self.run = WithData(substitute(model, data=fixed), args, kwargs)
-        if not has_discrete:
-            _check_observed_sites(self.run, self.key, sites)
+        looking = self.strategy if self.radius is None else anywhere
+        found, unsampled = unsuspicious_sites(self.run, self.key, looking), list
+        if found is None:
+            found, unsampled = self._looked_at_closely()
         # Keys that a model draws for itself are part of the density: one key, once and for all.
-        kinds = {site["type"] for site in sites.values()}
-        prepared = seed(self.run, self.key) if "prng_key" in kinds else self.run
+        prepared = seed(self.run, self.key) if "prng_key" in found.kinds else self.run
+        has_discrete = found.discrete is not None
         if has_discrete:
-            prepared = _enumerated(prepared, sites)
-        names = tuple(
-            name
-            for name, site in sites.items()
-            if name in latent or site["type"] == "deterministic"
-        )
-        # Computed without running anything. Starts are as wide as floats are, whatever the parameters of their laws.
-        self.shapes = {
-            name: jax.ShapeDtypeStruct(
-                jax.eval_shape(biject_to(site["fn"].support).inv, site["value"]).shape,
-                jnp.result_type(float),
-            )
-            for name, site in latent.items()
-        }
+            prepared = _enumerated(prepared, found)
+        self.shapes = dict(found.shapes)
         is_empty = not any(one.size for one in self.shapes.values())
         if is_empty:
             self.shapes[_OWN_COORDINATE] = jax.ShapeDtypeStruct((), jnp.result_type(float))
@@ -338,17 +185,34 @@ class Posterior:
             return constrain_fn(prepared, (), {}, position, return_deterministic=True)
 
         _check_traceable(lambda position: -logdensity(position), self.shapes)
-        if unsampled := _params_that_matter(model, args, kwargs, sites, self.key):
+        if params := unsampled():
             warnings.warn(
-                f"numpyro.param sites {unsampled} are not sampled: they stay at their initial values",
+                f"numpyro.param sites {params} are not sampled: they stay at their initial values",
                 stacklevel=3,
             )
         density = forward_only(logdensity) if forward_mode_differentiation else logdensity
         # Locations and scales that hang on a discrete value are several.
         centring = None if has_discrete or is_empty else find_centring(prepared, self.shapes)
-        self.target = Target(
-            density, initial, constrain, names, _plate_dims(sites, names), centring
-        )
+        self.target = Target(density, initial, constrain, found.reported, found.dims, centring)
+
+    def _looked_at_closely(self) -> tuple[Sites, Callable[[], list[str]]]:
+        """What is known of the sites, and a function that lists parameters which matter and are not sampled.
+
+        Raises:
+            ValueError, Exception: As `from_numpyro`.
+        """
+        sites, bare = self._first_trace(), self.run
+        found = checked_sites(sites)
+        fixed = {
+            name: site["value"]
+            for name, site in sites.items()
+            if site["type"] in ("param", "mutable")
+        }
+        if fixed:
+            self.run = WithData(substitute(bare.model, data=fixed), bare.args, bare.kwargs)
+        if found.discrete is None:
+            check_observed_sites(self.run, self.key, sites)
+        return found, functools.partial(_params_that_matter, bare, sites, self.key)
 
     def _first_trace(self) -> dict:
         """All sites at a start. Where NumPyro refuses a law's parameters, a later start may have better ones: then unchecked."""
@@ -440,25 +304,20 @@ def _cause(site: dict) -> str | None:
     return f"has log probability {bad[0]} at a random start" if bad.size else None
 
 
-def _enumerated(model: Callable, sites: dict) -> Callable:
+def _enumerated(model: Callable, sites: Sites) -> Callable:
     """The model with its discrete latent sites summed out, each in a dimension of its own to the left of all plates."""
     try:
         from numpyro.contrib.funsor import config_enumerate, enum
     except ImportError as error:
-        name = next(name for name, site in _latent(sites).items() if _is_discrete(site))
         raise ModuleNotFoundError(
-            f"site {name!r}: got a discrete latent variable, which is summed out by funsor; install "
+            f"site {sites.discrete!r}: got a discrete latent variable, which is summed out by funsor; install "
             "partime_mcmc[funsor], or sum it out yourself, e.g. with MixtureSameFamily",
             name="funsor",
         ) from error
-    plates = [frame for site in sites.values() for frame in site.get("cond_indep_stack", ())]
-    nesting = max((-frame.dim for frame in plates), default=0)
-    return enum(config_enumerate(model), -nesting - 1)
+    return enum(config_enumerate(model), -sites.nesting - 1)
 
 
-def _params_that_matter(
-    model: Callable, args: tuple, kwargs: dict, sites: dict, key: Key
-) -> list[str]:
+def _params_that_matter(bare: WithData, sites: dict, key: Key) -> list[str]:
     """The `numpyro.param` sites, and their leaves, on which the density depends.
 
     Those of modules whose parameters all have priors (`random_flax_module`) are there, and looked at by nobody.
@@ -466,13 +325,13 @@ def _params_that_matter(
     params = {name: site["value"] for name, site in sites.items() if site["type"] == "param"}
     if not params:
         return []
-    others = {name: site["value"] for name, site in _latent(sites).items()}
+    others = {name: site["value"] for name, site in latent(sites).items()}
     others |= {name: one["value"] for name, one in sites.items() if one["type"] == "mutable"}
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
 
     def log_densities(*values):
         data = jax.tree.unflatten(structure, values) | others
-        run = seed(WithData(substitute(model, data=data), args, kwargs), key)
+        run = seed(WithData(substitute(bare.model, data=data), bare.args, bare.kwargs), key)
         found = trace(run).get_trace().values()
         return [one["fn"].log_prob(one["value"]) for one in found if one["type"] == "sample"]
 
@@ -506,123 +365,6 @@ def forward_only(logdensity: Callable[[PyTree], Array]) -> Callable[[PyTree], Ar
     return density
 
 
-# --- what a model may hold -------------------------------------------------------------------------------------------
-
-
-def _latent(sites: dict) -> dict:
-    return {
-        name: site
-        for name, site in sites.items()
-        if site["type"] == "sample" and not site["is_observed"]
-    }
-
-
-def _is_discrete(site: dict) -> bool:
-    return site["fn"].support.is_discrete
-
-
-def _check_latent_sites(sites: dict) -> None:
-    for name, site in sites.items():
-        if site["type"] == "plate" and site["args"][0] != len(site["value"]):
-            raise ValueError(
-                f"plate {name!r}: got a subsample of {len(site['value'])} out of {site['args'][0]}; wanted all of the data: "
-                "leave subsample_size out"
-            )
-    for name, site in _latent(sites).items():
-        law = type(_base(site["fn"])).__name__
-        if _is_discrete(site):
-            how = site["infer"].get("enumerate", "parallel")
-            if not site["fn"].has_enumerate_support or how != "parallel":
-                raise ValueError(
-                    f"site {name!r}: got a discrete latent variable ({law}, enumerate={how!r}); wanted a continuous one, or "
-                    "one of finitely many values with enumerate='parallel', which is summed out. Sum it out yourself, or "
-                    "observe it"
-                )
-            if "enumerate" not in site["infer"]:
-                warnings.warn(
-                    f"site {name!r}: summed out, since it is discrete; NumPyro means to ask that enumerated sites be marked "
-                    "with infer={'enumerate': 'parallel'}",
-                    FutureWarning,
-                    stacklevel=2,
-                )
-        if isinstance(_base(site["fn"]), dist.Delta):
-            raise ValueError(
-                f"site {name!r}: got a latent variable with a Delta distribution; wanted a density. Report the value "
-                "with numpyro.deterministic instead"
-            )
-
-
-def _support(distribution: dist.Distribution) -> Any:
-    """The support; None if the distribution does not say, as laws that users write for observations need not."""
-    try:
-        support = distribution.support
-        return None if constraints.is_dependent(support) else support
-    except NotImplementedError:
-        return None
-
-
-def _check_observed_sites(run: WithData, key: Key, sites: dict) -> None:
-    """NaN observations, and observations outside a support that does not hang on latent values."""
-    for name in _fixed_supports(run, key):
-        site = sites[name]
-        distribution = site["fn"]
-        leaves = jax.tree.leaves(site["value"])
-        if isinstance(distribution, dist.Unit) or len(leaves) != 1:
-            continue
-        value = np.asarray(leaves[0])
-        if value.dtype == object:
-            continue
-        # Only a float differs from itself.
-        missing = np.asarray(value != value)
-        if _is_masked(distribution):
-            # What is masked is nobody's business; the rest has a density.
-            with warnings.catch_warnings(action="ignore"):
-                finite = np.isfinite(np.asarray(distribution.log_prob(site["value"])))
-            missing &= not finite.all()
-        if missing.any():
-            raise ValueError(
-                f"site {name!r}: got {missing.sum()} NaN among its {value.size} observed values (the first at index "
-                f"{_first(missing)}); wanted numbers. Leave missing values out, or mask them"
-            )
-        support = _support(distribution)
-        if support is None or _is_masked(distribution):
-            continue
-        outside = ~np.asarray(support(site["value"]))
-        if outside.any():
-            seen = value.reshape(outside.shape + (-1,))[_first(outside)]
-            raise ValueError(
-                f"site {name!r}: got {outside.sum()} observed value(s) outside the support of "
-                f"{type(_base(distribution)).__name__}, the first {seen.squeeze()} at index {_first(outside)}; wanted "
-                f"values in {support}"
-            )
-
-
-def _is_masked(distribution: dist.Distribution) -> bool:
-    """Whether some values of a distribution may be left out, under whatever wraps it."""
-    while isinstance(distribution, dist.Independent | dist.ExpandedDistribution):
-        distribution = distribution.base_dist
-    return isinstance(distribution, dist.MaskedDistribution)
-
-
-def _fixed_supports(run: WithData, key: Key) -> list[str]:
-    """Observed sites whose values and support are the same whatever the latent values: looked at twice."""
-    try:
-        first, second = (traced(run, one, init_to_uniform) for one in jax.random.split(key))
-    except Exception:  # a model that fails at random latent values: what is wrong shows elsewhere
-        return []
-    names = []
-    for name, site in first.items():
-        if site["type"] == "sample" and site["is_observed"] and name in second:
-            one, other = (
-                jax.tree.leaves((it["value"], _support(it["fn"]))) for it in (site, second[name])
-            )
-            if len(one) == len(other) and all(
-                np.array_equal(a, b, equal_nan=True) for a, b in zip(one, other)
-            ):
-                names.append(name)
-    return names
-
-
 def _check_traceable(potential: Callable, position: dict) -> None:
     try:
         jax.eval_shape(potential, position)
@@ -641,28 +383,3 @@ def _check_traceable(potential: Callable, position: dict) -> None:
             f"site {', '.join(map(repr, culprits or position))}: got Python control flow, or a NumPy function, on a latent "
             "value; wanted operations that JAX can trace (jnp.where, jax.lax.cond, jax.numpy)"
         ) from cause
-
-
-def _base(distribution: dist.Distribution) -> dist.Distribution:
-    while isinstance(
-        distribution, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution
-    ):
-        distribution = distribution.base_dist
-    return distribution
-
-
-def _first(flags: np.ndarray) -> tuple[int, ...]:
-    return tuple(int(index) for index in np.argwhere(flags)[0])
-
-
-# --- what a trace says of its sites -------------------------------------------------------------------------------------
-
-
-def _plate_dims(sites: dict, names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """Axis names, by site, for those of `names` whose axes are exactly their plates."""
-    dims = {}
-    for name in names:
-        frames = sorted(sites[name].get("cond_indep_stack", ()), key=lambda frame: frame.dim)
-        if frames and len(frames) == np.ndim(sites[name]["value"]):
-            dims[name] = tuple(frame.name for frame in frames)
-    return dims

@@ -31,6 +31,7 @@ from partime_mcmc.warmup.metric import metric_for, unit_metric
 from partime_mcmc.warmup.pooled import PooledAdaptation
 from partime_mcmc.warmup.triangular_fit import first_maps
 from partime_mcmc.warmup.tuning import any_settings
+from partime_mcmc.warmup.warmup import blas_libraries
 
 
 @contextlib.contextmanager
@@ -61,6 +62,7 @@ def compiling_first_chunk(asked: SampleArguments, builder: Builder, chunk: int) 
             state = begin(kernel, positions, asked.chain_keys, Timings())
             compile_first_chunk(plan_for(asked, chunk, kernel, None, state), state)
 
+    blas_libraries()  # now, while no thread is in the way
     in_thread(compile_chunk)
     yield
 

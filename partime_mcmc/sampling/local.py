@@ -44,7 +44,7 @@ from partime_mcmc.sampling.executor import (
 )
 from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.sampling.progress import Progress
-from partime_mcmc.sampling.randomness import draw_tapes
+from partime_mcmc.sampling.randomness import draw_tapes, shapes_of_tapes
 from partime_mcmc.solvers import Sequential, Solver
 from partime_mcmc.solvers.sequential import finish_sequentially
 from partime_mcmc.tracing import HashableFunction, explicit
@@ -180,7 +180,7 @@ def _window_solver(plan: Plan, size: int, timings: Timings) -> tuple[Callable, i
 
 
 def compile_first_chunk(plan: Plan, state: ChainState) -> None:
-    """Compile the large programs of a plan's first chunk, which solve and certify a window.
+    """Compile the large programs of a plan's first chunk, which draw, solve and certify a window.
 
     Args:
         plan: The plan; its kernel may have other numbers than the kernel that will be used.
@@ -188,7 +188,8 @@ def compile_first_chunk(plan: Plan, state: ChainState) -> None:
     """
     timings, num_steps = Timings(), min(plan.chunk, plan.num_samples)
     initial, tape, _ = map(
-        list, zip(*draw_tapes(plan.kernel, plan.keys, state, num_steps, timings, plan.num_groups))
+        list,
+        zip(*shapes_of_tapes(plan.kernel, plan.keys, state, num_steps, plan.num_groups)),
     )
     solve_window, size = _window_solver(plan, num_steps, timings)
     found = solve_window(plan.recurrence, initial, _resized(tape, min(size, num_steps)))
@@ -201,6 +202,16 @@ def compile_first_chunk(plan: Plan, state: ChainState) -> None:
         program, params = program_and_params(plan.kernel)
         certify, params = explicit(_Certify(program), params, *paths[0])
         compile_in_thread(certify, params, *paths[0], options=plan.compiler_options)
+    # Last: the solve takes longest, and waits for nothing.
+    draw_tapes(
+        plan.kernel,
+        plan.keys,
+        state,
+        num_steps,
+        timings,
+        plan.num_groups,
+        plan.compiler_options,
+    )
 
 
 def _resized(tree: PyTree, num_steps: int) -> PyTree:

@@ -148,7 +148,8 @@ def plan_for(
         state: Where the chains stand, or shapes and types of that.
     """
     keys, dtype = asked.chain_keys, jax.tree.leaves(state.carries)[0].dtype
-    dynamics = recurrence(kernel, keys, state, Timings(), asked.certificate)
+    num_drawn = min(chunk, asked.num_samples) or 1
+    dynamics = recurrence(kernel, keys, state, Timings(), asked.certificate, num_drawn)
     rows, parts = mesh_shape(asked.mesh)
     # On a mesh chains are spread over devices instead of cores: one group.
     groups, steps = 1, asked.num_samples

@@ -10,7 +10,7 @@ from where the steps before left them. The random numbers of a path and these le
 """
 
 import functools
-from typing import Any
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,13 @@ import numpy as np
 from partime_mcmc.certify.recorded import Certification, CertifyIndependently
 from partime_mcmc.compile_cache import Timings, compiler_options, run_explicit
 from partime_mcmc.engine import Dynamics, without_captures
+from partime_mcmc.host_keys import splits_by_counting
 from partime_mcmc.kernels import Kernel, Tape
 from partime_mcmc.kernels.kernel_program import program_and_params
-from partime_mcmc.sampling.chain_groups import run_explicit_groups, split_chains
+from partime_mcmc.sampling.chain_groups import run_groups, split_chains
 from partime_mcmc.sampling.chunk import ChainState
 from partime_mcmc.tracing import HashableFunction, explicit
-from partime_mcmc.types import Array, Key, PyTree, jax_config
+from partime_mcmc.types import Array, Key, PyTree
 
 # Steps fold the numbers from 0 on into a chain's key.
 _INIT_STREAM = 2**31 - 3
@@ -71,11 +72,22 @@ def draw_tapes(
         Of each group the carries `(G, ...)` it starts from, its tape `(G, n, ...)`, and the discrete leaves after the
         last step `(G, ...)`.
     """
-    program, params = program_and_params(kernel)
+    draw, params = _tape_of_a_chain(kernel, keys, state, num_steps, timings)
     chains = split_chains((state.carries, state.discrete, keys), num_groups)
     groups = [(*group, np.uint32(state.num_steps)) for group in chains]
-    draw = _DrawTapes(program, num_steps, None if splits_by_counting(keys) else state.num_steps)
-    return run_explicit_groups(draw, params, groups, timings=timings, options=options)
+    return run_groups(_DrawTapes(draw), (params,), groups, timings=timings, options=options)
+
+
+def shapes_of_tapes(
+    kernel: Kernel, keys: Key, state: ChainState, num_steps: int, num_groups: int
+) -> list[tuple[PyTree, Tape, dict]]:
+    """Shapes and types of what `draw_tapes` returns; nothing is compiled."""
+    draw, _ = _tape_of_a_chain(kernel, keys, state, num_steps, Timings())
+    size = keys.shape[0] // num_groups
+    group = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), draw.result
+    )
+    return [group] * num_groups
 
 
 def recurrence(
@@ -84,6 +96,7 @@ def recurrence(
     state: ChainState,
     timings: Timings,
     certificate: Certification = CertifyIndependently(),
+    num_steps: int = 1,
 ) -> Dynamics:
     """The recurrence of a kernel, without captured arrays; nothing is computed.
 
@@ -93,13 +106,12 @@ def recurrence(
         state: Where the chains stand.
         timings: Where seconds are counted.
         certificate: What certificates will rest on: steps note what it needs.
+        num_steps: Of the tapes that will be drawn, so that what draws them is traced once.
     """
-    program, params = program_and_params(kernel)
-    chains = (state.carries, state.discrete, keys, np.uint32(0))
+    draw, _ = _tape_of_a_chain(kernel, keys, state, num_steps, timings)
+    initial, tape, _ = draw.result
     with timings.measure("compile"):
-        initial, tape, _ = explicit(_DrawTapes(program, 1, 0), params, *chains)[0].result
-        one = _shapes_without_axes(initial, 1), _shapes_without_axes(tape, 2)
-        return without_captures(certificate.dynamics(kernel), *one)
+        return without_captures(certificate.dynamics(kernel), initial, _without_axes(tape, 1))
 
 
 def coupled_chains(
@@ -121,21 +133,6 @@ def coupled_chains(
     return recurrence(kernel, keys, state, Timings()), carries, tape
 
 
-def splits_by_counting(keys: Key) -> bool:
-    """Whether the keys that `split` gives are those that `fold_in` gives."""
-    return _splits_by_counting(
-        str(jax.random.key_impl(keys)), bool(jax_config.jax_threefry_partitionable)
-    )
-
-
-@functools.cache
-def _splits_by_counting(impl: str, partitionable: bool) -> bool:
-    # Two keys are split and one at a time is folded, by programs that a run has compiled before.
-    key = jax.random.key(0, impl=impl)
-    folded = [np.asarray(jax.random.key_data(jax.random.fold_in(key, place))) for place in range(2)]
-    return partitionable and np.array_equal(folded, jax.random.key_data(jax.random.split(key, 2)))
-
-
 def step_keys(key: Key, places: Array, total: int | None) -> Key:
     """The keys of some steps of a chain.
 
@@ -150,20 +147,35 @@ def step_keys(key: Key, places: Array, total: int | None) -> Key:
     return jax.random.split(key, total)[places]
 
 
-class _DrawTapes(HashableFunction):
-    """Carries, tapes and last discrete leaves of all chains; parts: the kernel's program, n, and the first step where that
-    is part of what is compiled."""
+def _tape_of_a_chain(
+    kernel: Kernel, keys: Key, state: ChainState, num_steps: int, timings: Timings
+) -> tuple[Callable, PyTree]:
+    """What draws the tape of one chain, `(params, carry, discrete, key, first step) -> (carry, tape, last discrete)`, and params."""
+    program, params = program_and_params(kernel)
+    known = None if splits_by_counting(keys) else state.num_steps
+    chain = _without_axes((state.carries, state.discrete, keys), 1)
+    with timings.measure("compile"):
+        return explicit(_DrawTape(program, num_steps, known), params, *chain, np.uint32(0))
 
-    def __call__(self, params, carries, discrete, keys, first):
+
+class _DrawTape(HashableFunction):
+    """Carry, tape and last discrete leaves of a chain; parts: the kernel's program, n, and the first step where that is part of
+    what is compiled."""
+
+    def __call__(self, params, carry, discrete, key, first):
         program, num_steps, known = self.parts
         kernel = program.kernel(params)
+        places = first + jnp.arange(num_steps, dtype=jnp.uint32)
+        split = step_keys(key, places, None if known is None else known + num_steps)
+        return carry, *kernel.tape_and_discrete(split, kernel.state(carry, discrete))
 
-        def one(carry, discrete, key):
-            places = first + jnp.arange(num_steps, dtype=jnp.uint32)
-            split = step_keys(key, places, None if known is None else known + num_steps)
-            return carry, *kernel.tape_and_discrete(split, kernel.state(carry, discrete))
 
-        return jax.vmap(one)(carries, discrete, keys)
+class _DrawTapes(HashableFunction):
+    """What `_tape_of_a_chain` gives, of all chains; the part is that."""
+
+    def __call__(self, params, carries, discrete, keys, first):
+        (draw,) = self.parts
+        return jax.vmap(draw, (None, 0, 0, 0, None))(params, carries, discrete, keys, first)
 
 
 class _Begin(HashableFunction):
@@ -179,6 +191,6 @@ class _Begin(HashableFunction):
         return jax.vmap(one)(positions, keys)
 
 
-def _shapes_without_axes(tree: PyTree, count: int) -> PyTree:
+def _without_axes(tree: PyTree, count: int) -> PyTree:
     """Shapes and types of leaves without their first axes."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[count:], leaf.dtype), tree)

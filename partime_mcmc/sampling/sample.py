@@ -33,6 +33,7 @@ from partime_mcmc.distributed.collectives import check_mesh, check_same_argument
 from partime_mcmc.distributed.executor import MeshExecutor
 from partime_mcmc.distributed.multihost import FirstHostSink, OtherHostSink
 from partime_mcmc.engine import Schedule, Tolerance, Windows
+from partime_mcmc.host_keys import fold_in, split, split_into
 from partime_mcmc.kernels import Kernel
 from partime_mcmc.kernels.coupling import Coupling
 from partime_mcmc.kernels.kernel_program import Builder, fixed_coupling
@@ -375,12 +376,12 @@ def _arguments(
     **others: Any,
 ) -> SampleArguments:
     """The arguments of `sample` with all that follows from its key."""
-    start_key, warmup_key, chains_key = jax.random.split(key, 3)
+    start_key, warmup_key, chains_key = split_into(key, 3)
     choose, tuned = None, isinstance(kernel, (Kernel, Warmup))
     if coupling is not None:
         kernel = fixed_coupling(kernel, coupling)
     elif others["solver"] is None and others["num_samples"] >= SHORT_RUN and not tuned:
-        pilots_key = jax.random.fold_in(warmup_key, 1)
+        pilots_key = fold_in(warmup_key, 1)
         choose = functools.partial(choose_coupling_by_pilots, key=pilots_key)
     if others["mesh"] is not None:
         check_mesh(others["mesh"], num_chains)
@@ -390,7 +391,7 @@ def _arguments(
         kernel=kernel,
         starts=functools.partial(_checked_starts, target, start_key),
         warmup_key=warmup_key,
-        chain_keys=jax.random.split(chains_key, num_chains),
+        chain_keys=split(chains_key, num_chains),
         key_words=key_words(key),
         key_impl=str(jax.random.key_impl(key)),
         coupling=coupling,
@@ -401,7 +402,7 @@ def _arguments(
 
 def _checked_starts(target: Target, key: Key, count: int) -> PyTree:
     """Starts of a target, refused if no chain could move from one of them."""
-    positions = target.starts(jax.random.split(key, count))
+    positions = target.starts(split(key, count))
     first = jax.tree.map(lambda leaf: leaf[0], positions)
     check_starts(target.logdensity, positions)
     check_deterministic(target.logdensity, first)

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 from scipy.optimize import minimize
 
 from partime_mcmc.compile_cache import compiler_options
@@ -89,10 +88,18 @@ def learn_map(
         for part in (0, 1)
     )
     nothing = np.zeros_like(fitted[0])
-    flat, unravel_typed = ravel_pytree(found.weights)
+    # On the host: every small operation on arrays of a device is a program of its own.
+    leaves, structure = jax.tree.flatten(jax.tree.map(np.asarray, found.weights))
+    cuts = np.cumsum([leaf.size for leaf in leaves])[:-1]
+
+    def ravelled(weights: list) -> np.ndarray:
+        return np.concatenate([np.ravel(leaf) for leaf in weights]).astype(float)
 
     def unravel(weights: np.ndarray) -> PyTree:
-        return unravel_typed(jnp.asarray(weights, flat.dtype))
+        parts = zip(np.split(weights, cuts), leaves)
+        return jax.tree.unflatten(
+            structure, [part.reshape(leaf.shape).astype(leaf.dtype) for part, leaf in parts]
+        )
 
     def divergence(weights: np.ndarray, data: list[np.ndarray]) -> tuple[float, list[np.ndarray]]:
         y, g = _moved(found, unravel(weights), data[0], data[1], nothing, nothing)[:2]
@@ -109,7 +116,7 @@ def learn_map(
         if not np.isfinite(value):
             return _FAR, np.zeros_like(weights)
         slope = _moved(found, unravel(weights), fitted[0], fitted[1], slopes[0], slopes[1])[-1]
-        return value, np.asarray(ravel_pytree(slope)[0], float)
+        return value, ravelled(jax.tree.leaves(slope))
 
     def descend(begin: np.ndarray) -> Any:
         return minimize(
@@ -121,7 +128,7 @@ def learn_map(
             options={"maxiter": _MAX_ITERATIONS},
         )
 
-    start = np.asarray(flat, float)
+    start = ravelled(leaves)
     if minima:
         best = descend(min((start, *minima), key=lambda one: divergence(one, fitted)[0])).x
         # The other one is that of another valley.
@@ -131,7 +138,7 @@ def learn_map(
         best, other = (end.x for end in sorted(ends, key=lambda end: end.fun))
     before, after = (divergence(one, held_out)[0] for one in (start, best))
     better = after < before - _LEAST_GAIN
-    learned = found.reweighted(unravel(best)) if better else found
+    learned = found.reweighted(jax.device_put(unravel(best))) if better else found
     return Learned(learned, before, after, (best, other))
 
 

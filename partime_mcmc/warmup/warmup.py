@@ -21,6 +21,7 @@ from jax.flatten_util import ravel_pytree
 from threadpoolctl import ThreadpoolController
 
 from partime_mcmc.compile_cache import compiler_options
+from partime_mcmc.host_keys import fold_in, split_into
 from partime_mcmc.kernels import Kernel, Whitening
 from partime_mcmc.kernels.blackjax_without_backend import blackjax
 from partime_mcmc.kernels.coordinates import Centring
@@ -140,8 +141,9 @@ class Warmup:
 
 
 @functools.cache
-def _libraries() -> ThreadpoolController:
-    # Finding the loaded libraries takes some milliseconds.
+def blas_libraries() -> ThreadpoolController:
+    """Those that are loaded. Python's lock is taken once for each of hundreds of files: 20 ms, or most of a second while a
+    thread is tracing."""
     return ThreadpoolController()
 
 
@@ -154,7 +156,7 @@ def _with_one_blas_thread(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def on_one_thread(*args, **kwargs):
-        with _libraries().limit(limits=1, user_api="blas"):
+        with blas_libraries().limit(limits=1, user_api="blas"):
             return function(*args, **kwargs)
 
     return on_one_thread
@@ -198,7 +200,7 @@ def warm_up(
     target = (
         target_of(builder) if adaptation.target_acceptance is None else adaptation.target_acceptance
     )
-    adapt_key, tune_key = jax.random.split(key)
+    adapt_key, tune_key = split_into(key, 2)
     path_rule = path_rule_of(builder, target, adaptation.path_length)
     try:
         pool, path = adaptation(walker, adapt_key, flat, num_warmup, path_rule, advance)
@@ -306,14 +308,14 @@ class WindowAdaptation:
     ) -> tuple[Pool, Path]:
         """From starts `(C, D)` to a pool and the HMC path of its last window."""
         first = max(20, num_steps // 2)
-        last, metric, num_gradients = _adapt(walker, starts, jax.random.fold_in(key, 0), first)
+        last, metric, num_gradients = _adapt(walker, starts, fold_in(key, 0), first)
         walker.num_gradients += num_gradients
         walker.depth += num_gradients // len(starts)
         walker.num_steps += first
         advance(first)
         pooled = PooledAdaptation(self.num_chains, self.target_acceptance, self.path_length)
         return pooled.from_typical(
-            walker, jax.random.fold_in(key, 1), last, metric, num_steps - first, path_rule, advance
+            walker, fold_in(key, 1), last, metric, num_steps - first, path_rule, advance
         )
 
 

@@ -207,3 +207,42 @@ def test_programs_are_kept_on_disk(tmp_path):
     assert process(PARTIME_CACHE="0") == ["None", "0", "None"]
     assert process(JAX_COMPILATION_CACHE_DIR=str(users)) == ["None", "0", str(users)]
     assert process(PARTIME_CACHE="/proc/none")[0] == "None"
+
+
+FIRST = """
+import jax, jax.monitoring, numpy as np, numpyro, numpyro.distributions as dist
+compiled = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda name, seconds, **_: compiled.append(name) if name.endswith("backend_compile_duration") else None
+)
+from partime_mcmc import CoalescingHMC, ParallelMCMC
+
+def model(sigma, y):
+    mean, spread = numpyro.sample("mean", dist.Normal(0, 5)), numpyro.sample("spread", dist.HalfNormal(5))
+    with numpyro.plate("groups", 5):
+        effect = numpyro.sample("effect", dist.Normal(mean, spread))
+        numpyro.sample("y", dist.Normal(effect, sigma), obs=y)
+
+mcmc = ParallelMCMC(CoalescingHMC(model), num_warmup=200, num_samples=100, num_chains=4, progress_bar=False)
+for seed in (0, 1):
+    compiled.clear()
+    mcmc.run(jax.random.key(seed), np.ones(5), np.arange(5.0))
+    print(len(compiled), end=" ")
+"""
+
+
+def test_a_first_answer_takes_few_programs_and_a_second_none():
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FIRST],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": ":".join(sys.path),
+            "JAX_PLATFORMS": "cpu",
+            "PARTIME_CACHE": "0",
+        },
+    )
+    first, second = map(int, found.stdout.split())
+    assert first <= 18 and second == 0, found.stdout
