@@ -21,7 +21,7 @@ FILES = sorted(path for path in ROOT.rglob("*.py"))
 # the package.
 RANKS = [
     {"types", "captured_data"},
-    {"validation", "tracing", "executions"},
+    {"validation", "tracing", "executions", "host_keys"},
     {"engine", "scan", "linearize", "solvers"},
     {"compile_cache", "extras"},
     {"rnn", "kernels", "certify"},

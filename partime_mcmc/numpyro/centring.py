@@ -48,6 +48,7 @@ class SiteCentring:
 
     def __init__(self, model: Callable[[], Any], names: tuple[str, ...]):
         self.model, self.names = model, names
+        self.origin = "centring", getattr(model, "model", model), names
 
     def leave(self, weights: PyTree, y: PyTree) -> tuple[PyTree, Array]:
         """The position of partly centred values `y`, and the log Jacobian determinant, shape ()."""

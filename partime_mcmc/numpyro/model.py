@@ -184,6 +184,9 @@ class Posterior:
             position, _ = _without_own_coordinate(position)
             return constrain_fn(prepared, (), {}, position, return_deterministic=True)
 
+        # With other data these are the same functions of other arrays.
+        origin = self.run.model, has_discrete, is_empty
+        logdensity.origin, constrain.origin = ("density", *origin), ("constrain", *origin)
         _check_traceable(lambda position: -logdensity(position), self.shapes)
         if params := unsampled():
             warnings.warn(

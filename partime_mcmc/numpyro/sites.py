@@ -24,9 +24,8 @@ from numpyro.infer.initialization import init_to_uniform
 from numpyro.primitives import Messenger
 from numpyro.util import _validate_model
 
-from partime_mcmc.compile_cache import compiler_options
+from partime_mcmc.compile_cache import Timings, compiler_options, run_explicit
 from partime_mcmc.numpyro.data import WithData
-from partime_mcmc.tracing import needed
 from partime_mcmc.types import Array, Key
 
 
@@ -88,10 +87,12 @@ def unsuspicious_sites(run: WithData, key: Key, strategy: Callable) -> Sites | N
     """
     known: list[Sites] = []
 
-    def looks_wrong(key):
+    def looks_wrong(nothing, key):
         sites = traced(run, key, strategy)
         known.append(checked_sites(sites))
         return jnp.stack([jnp.asarray(False), *_suspicions(sites)]).any()
+
+    looks_wrong.origin = "sites", run.model, strategy
 
     try:
         with (
@@ -100,14 +101,9 @@ def unsuspicious_sites(run: WithData, key: Key, strategy: Callable) -> Sites | N
             numpyro.validation_enabled(False),
         ):
             warnings.simplefilter("always")
-            closed = jax.make_jaxpr(looks_wrong)(key)
-            # Data are arguments: the compiler folds constants for long.
-            jaxpr, data = needed(closed.jaxpr, closed.consts)
-            program = jax.jit(
-                lambda data, key: jax.core.eval_jaxpr(jaxpr, data, key)[0],
-                compiler_options=compiler_options(0),
+            wrong = run_explicit(
+                looks_wrong, None, key, timings=Timings(), options=compiler_options(0)
             )
-            wrong = program(data, key)
     except Exception:  # the same fails with values, where it can be said why
         return None
     # Values of parameters and of mutable state belong to the density.
@@ -215,6 +211,7 @@ def traced(run: WithData, key: Key, strategy: Callable) -> dict:
 
 
 def latent(sites: dict) -> dict:
+    """Of a trace the sites that are sampled or summed out."""
     return {
         name: site
         for name, site in sites.items()
@@ -223,6 +220,7 @@ def latent(sites: dict) -> dict:
 
 
 def is_discrete(site: dict) -> bool:
+    """Whether the values of a site can be counted."""
     return site["fn"].support.is_discrete
 
 

@@ -80,7 +80,7 @@ def bad_component(y):
 
 def outside(y):
     scale = numpyro.sample("scale", dist.HalfNormal(1))
-    numpyro.sample("y", dist.Gamma(2.0, scale), obs=-y**2 - 1)
+    numpyro.sample("y", dist.Gamma(2.0, scale), obs=-(y**2) - 1)
 
 
 def missing_plate(y):

@@ -226,12 +226,12 @@ def model(sigma, y):
 mcmc = ParallelMCMC(CoalescingHMC(model), num_warmup=200, num_samples=100, num_chains=4, progress_bar=False)
 for seed in (0, 1):
     compiled.clear()
-    mcmc.run(jax.random.key(seed), np.ones(5), np.arange(5.0))
-    print(len(compiled), end=" ")
+    mcmc.run(jax.random.key(seed), np.ones(5), np.arange(5.0) + 10 * seed)
+    print(len(compiled), float(mcmc.get_samples()["effect"].mean()), end=" ")
 """
 
 
-def test_a_first_answer_takes_few_programs_and_a_second_none():
+def test_a_first_answer_takes_few_programs_and_other_data_none():
     found = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", FIRST],
         capture_output=True,
@@ -244,5 +244,6 @@ def test_a_first_answer_takes_few_programs_and_a_second_none():
             "PARTIME_CACHE": "0",
         },
     )
-    first, second = map(int, found.stdout.split())
+    first, mean, second, other = map(float, found.stdout.split())
     assert first <= 18 and second == 0, found.stdout
+    assert abs(mean - 2) < 1 and abs(other - 12) < 2, "each run has its own data"
