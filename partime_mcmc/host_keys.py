@@ -66,7 +66,8 @@ def _words(key: Key) -> np.ndarray | None:
 
 
 def _key(words: np.ndarray) -> Key:
-    return jax.random.wrap_key_data(words, impl="threefry2x32")
+    # JAX puts them on the default device.
+    return jax.random.wrap_key_data(words, impl="threefry2x32")  # pyright: ignore[reportArgumentType]
 
 
 def _children(words: np.ndarray, numbers: Sequence[int]) -> np.ndarray:

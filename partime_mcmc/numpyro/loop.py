@@ -1,26 +1,30 @@
-"""NumPyro's kernels that have no form in parallel time: its own loop over them, judged as every run here.
+"""NumPyro's other kernels: its own loop over them, or their chains solved in parallel time, judged as every run here.
 
 A chain can be solved for as a whole where each step is a function of the state and of random numbers fixed beforehand, and
-where chains forget their past under shared random numbers. Gibbs moves on discrete sites, ensembles, and kernels that go on
-adapting while they sample split their keys from state to state and do not meet; solving for their chains would take more
-work than stepping through them. They are stepped through, by NumPyro itself, draw for draw as its `MCMC` has them; what is
-added is the verdict on the posterior, from R-hat, effective sample sizes, divergences and energies.
+where chains forget their past under shared random numbers. `DiscreteHMCGibbs`, `HMCGibbs` and `MixedHMC` do (`benchmarks.numpyro_kernels`);
+`SA`, `BarkerMH` and ensembles do not. Without a `solver` all are stepped through by NumPyro itself, draw for draw as its `MCMC` has
+them: on a processor with few cores nothing else is as fast. With a solver, warm-up is NumPyro's, and the chain after it is solved for
+(`transition`); where it cannot be, NumPyro's loop runs it after all and the report says why. What is added is the verdict on
+the posterior, from R-hat, effective sample sizes, divergences and energies.
 """
 
 import dataclasses
 from typing import Any, Callable, Self
 
+import jax
 import numpy as np
 from numpyro.infer import MCMC
-from numpyro.infer.mcmc import MCMCKernel
+from numpyro.infer.mcmc import MCMCKernel, _collect_and_postprocess
 
 from partime_mcmc.diagnostics.values import flat
 from partime_mcmc.diagnostics.verdict import Verdict, judge_values
+from partime_mcmc.numpyro.transition import NoParallelForm, Solved, Transition
+from partime_mcmc.solvers import Solver
 from partime_mcmc.types import PyTree
 from partime_mcmc.validation import check_count, check_outside_transforms
 
-# What is asked of a solve, and what a solve leaves behind.
-_OF_A_SOLVE = ("solver", "schedule", "certificate")
+# What is asked of kernels of this package alone.
+_OF_OWN_KERNELS = ("schedule", "certificate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,22 +35,38 @@ class LoopReport:
         kernel: The name of the kernel's class.
         verdict: Whether the draws can be taken for the posterior's, and why.
         num_gradients: Leapfrog steps of all kept draws, if `num_steps` was collected; None otherwise.
+        solved: Of each chain that was solved in parallel time, what that took.
+        notes: Why chains were not, where a solver was given.
     """
 
     kernel: str
     verdict: Verdict
     num_gradients: int | None
+    solved: tuple[Solved, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def parallel(self) -> bool:
-        """Whether the chains were solved in parallel time: they were not."""
-        return False
+        """Whether all chains were solved in parallel time."""
+        return bool(self.solved) and not self.notes
 
     def __str__(self) -> str:
-        return (
-            f"{self.verdict}\nNumPyro's own loop over {self.kernel}, one step after another: this kernel has no form in "
-            "parallel time here, so there was nothing to solve and there is no certificate."
-        )
+        lines = [str(self.verdict)]
+        if self.solved:
+            passes = max(one.passes for one in self.solved)
+            work = np.mean([one.evaluations_per_draw for one in self.solved])
+            residual = max(one.residual for one in self.solved)
+            lines.append(
+                f"{len(self.solved)} chains of {self.kernel} solved in parallel time: {passes} passes at most, {work:.1f} evaluations "
+                f"per draw, largest residual {residual:.1e}."
+            )
+        lines += self.notes
+        if not self.solved and not self.notes:
+            lines.append(
+                f"NumPyro's own loop over {self.kernel}, one step after another; there was nothing to solve, and there is no "
+                "certificate. solver=shooting() asks for parallel time."
+            )
+        return "\n".join(lines)
 
 
 class LoopMCMC(MCMC):
@@ -57,7 +77,9 @@ class LoopMCMC(MCMC):
         num_warmup: As in NumPyro.
         num_samples: As in NumPyro.
         num_chains: As in NumPyro.
-        chain_method: As in NumPyro; None is "vectorized" for ensembles of chains and "sequential" for others.
+        chain_method: As in NumPyro; None is "vectorized" for ensembles of chains and "sequential" for others. Chains that are solved
+            are so one after another.
+        solver: How chains are solved in parallel time after NumPyro's warm-up, `shooting()` for one; None steps through them.
         **options: NumPyro's further arguments.
 
     Raises:
@@ -73,15 +95,20 @@ class LoopMCMC(MCMC):
         num_samples: int,
         num_chains: int = 1,
         chain_method: str | Callable | None = None,
+        solver: Solver | None = None,
         **options: Any,
     ):
-        for name in _OF_A_SOLVE:
+        for name in _OF_OWN_KERNELS:
             if options.pop(name, None) is not None:
                 raise ValueError(
                     f"{name}: got one with {type(sampler).__name__}, wanted none: NumPyro's own loop runs this kernel, and "
                     "nothing is solved in parallel time"
                 )
-        if chain_method is None:
+        if solver is not None and sampler.is_ensemble_kernel:
+            raise ValueError(
+                f"solver: got one with {type(sampler).__name__}, wanted none: its chains move together, as one ensemble"
+            )
+        if chain_method is None or solver is not None:
             chain_method = "vectorized" if sampler.is_ensemble_kernel else "sequential"
         super().__init__(
             sampler,
@@ -92,6 +119,44 @@ class LoopMCMC(MCMC):
             **options,
         )
         self._report: LoopReport | None = None
+        self._solver, self._solved, self._notes = solver, [], []
+
+    def _single_chain_mcmc(self, init, args, kwargs, collect_fields, remove_sites):
+        """As NumPyro's, which runs one chain; after its warm-up the chain is solved for if a solver was given."""
+        if self._solver is None or self._collection_params["phase"] == "warmup":
+            return super()._single_chain_mcmc(init, args, kwargs, collect_fields, remove_sites)
+        warm = self._after_warmup(init, args, kwargs)
+        num_steps = self._collection_params["upper"] - self._collection_params["lower"]
+        try:
+            transition = Transition(
+                lambda state: self.sampler.sample(state, args, kwargs), warm, self._sample_field
+            )
+            path, solved = transition.solved(warm, num_steps, self._solver)
+        except NoParallelForm as error:
+            self._notes.append(
+                f"NumPyro's own loop ran a chain of {type(self.sampler).__name__}: {error}."
+            )
+            return super()._single_chain_mcmc(init, args, kwargs, collect_fields, remove_sites)
+        self._solved.append(solved)
+        first = num_steps % self.thinning + self.thinning - 1
+        kept = jax.tree.map(lambda leaf: leaf[first :: self.thinning], path)
+        postprocess = self._get_cached_fns()[1]
+        fields = jax.vmap(_collect_and_postprocess(postprocess, collect_fields, remove_sites))(
+            (kept,)
+        )
+        fields = fields if len(collect_fields) > 1 else (fields,)
+        return dict(zip(collect_fields, fields)), jax.tree.map(lambda leaf: leaf[-1], path)
+
+    def _after_warmup(self, init, args, kwargs) -> PyTree:
+        """The state of one chain after warm-up: the one that was given, or where NumPyro's warm-up ends."""
+        if init[1] is not None:
+            return init[1]
+        asked = dict(self._collection_params)
+        self._set_collection_params(self.num_warmup, self.num_warmup, self.num_samples, "warmup")
+        try:
+            return super()._single_chain_mcmc(init, args, kwargs, (self._sample_field,), ())[1]
+        finally:
+            self._collection_params.update(asked)
 
     def run(
         self,
@@ -118,6 +183,7 @@ class LoopMCMC(MCMC):
                 f"store: got one with {type(self.sampler).__name__}, wanted None: NumPyro's own loop runs this kernel and "
                 "keeps its draws in memory"
             )
+        self._solved, self._notes = [], []
         super().run(rng_key, *args, extra_fields=extra_fields, init_params=init_params, **kwargs)
         self._report = None
         if self._collection_params["phase"] != "warmup":
@@ -144,6 +210,8 @@ class LoopMCMC(MCMC):
                 type(self.sampler).__name__,
                 judge_values(values, info),
                 None if steps is None else int(steps.sum()),
+                tuple(self._solved),
+                tuple(dict.fromkeys(self._notes)),
             )
         return self._report
 

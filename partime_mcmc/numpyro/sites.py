@@ -168,6 +168,10 @@ def _laws_in(law: dist.Distribution) -> Iterator[dist.Distribution]:
             yield from _laws_in(one)
 
 
+class SameName(ValueError, AssertionError):
+    """Two sites of one name; an AssertionError, too, since NumPyro raises one."""
+
+
 class SiteNames(Messenger):
     """Writes down the sites a model reaches, in order, also when it fails on the way."""
 
@@ -197,8 +201,8 @@ def traced(run: WithData, key: Key, strategy: Callable) -> dict:
     except Exception as error:
         twice = sorted({name for name in recorder.names if recorder.names.count(name) > 1})
         if isinstance(error, AssertionError) and twice:
-            raise ValueError(
-                f"site {twice[0]!r}: got two sites of this name; wanted unique names"
+            raise SameName(
+                f"site {twice[0]!r}: got two sites of this name; wanted unique names. NumPyro says: {error}"
             ) from error
         last = f"after site {recorder.names[-1]!r}" if recorder.names else "before its first site"
         if isinstance(error, ValueError) and (causes := run.nonfinite_arguments()):

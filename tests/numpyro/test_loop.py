@@ -11,7 +11,6 @@ import pytest
 from numpyro.infer import AIES, HMC, MCMC, NUTS, BarkerMH, DiscreteHMCGibbs, HMCGibbs
 
 from partime_mcmc.diagnostics.verdict import NotConverged, NotConvergedWarning
-from partime_mcmc.engine.recipes import sequential
 from partime_mcmc.numpyro import CoalescingHMC, ParallelMCMC
 from partime_mcmc.numpyro.loop import LoopMCMC
 
@@ -115,7 +114,6 @@ def test_warm_up_by_itself_goes_before():
 
 
 BAD = {
-    "solver": (lambda: made(solver=sequential()), ValueError, "solver: got one with BarkerMH"),
     "store": (lambda: made().run(KEY, store="runs"), ValueError, "store: got one with BarkerMH"),
     "draws": (lambda: made().draws, RuntimeError, "draws: NumPyro's own loop ran BarkerMH"),
     "report": (lambda: made().report, RuntimeError, "run must be called first"),
