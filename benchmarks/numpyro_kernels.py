@@ -81,7 +81,7 @@ def _mean_given_spread(rng_key, gibbs_sites, hmc_sites):
 
 
 # The parts of a state that say where a chain stands.
-_OWN = re.compile(r"\.(z|z_grad|potential_energy|energy)\b")
+_OWN = re.compile(r"\.(z|zs|pes|z_grad|potential_energy|energy)\b")
 
 KERNELS: dict[str, Callable] = {
     "DiscreteHMCGibbs(NUTS)": lambda: DiscreteHMCGibbs(NUTS(switches), modified=True),

@@ -227,7 +227,8 @@ def main(argv: list[str] | None = None) -> int:
     found = [rows[name, method] for name in names for method in METHODS if (name, method) in rows]
     text = table(found)
     print(text)
-    keep(arguments.out / f"{arguments.record}.json", {"rows": found}, text)
+    short = [{key: row[key] for key in row if key not in ("mean", "error")} for row in found]
+    keep(arguments.out / f"{arguments.record}.json", {"rows": short}, text)
     return int(any("failed" in row for row in found))
 
 

@@ -205,6 +205,10 @@ QUOTED = (
         for name in (
             "posteriors-cpu",
             "hard-posteriors-cpu",
+            "beside-nuts-cpu",
+            "scripts-cpu",
+            "scripts-newer-cpu",
+            "numpyro-kernels-cpu",
             "cold-start-cpu",
             "shooting-cpu",
             "dice-meetings",
