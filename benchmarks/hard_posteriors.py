@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 import warnings
@@ -35,7 +34,7 @@ import numpyro.distributions as dist
 from numpyro.distributions import constraints
 from numpyro.infer import MCMC, NUTS
 
-from benchmarks.record import OUT, keep, module_at
+from benchmarks.record import OUT, in_a_process, keep, module_at, rows_so_far
 from partime_mcmc import CoalescingHMC, ParallelMCMC
 from partime_mcmc.diagnostics import mixing
 
@@ -279,21 +278,6 @@ def _position(indices: str, size: int, moments: dict[str, dict], site: str) -> i
     return int(np.ravel_multi_index(place, shape))
 
 
-def in_a_process(name: str, method: str, seed: int, models: Path | None, limit: float) -> dict:
-    """`measure` in a process of its own."""
-    of_run = json.dumps([name, method, seed, None if models is None else str(models)])
-    command = [sys.executable, "-m", "benchmarks.hard_posteriors", "--one", of_run]
-    row = {"posterior": name, "method": method}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return row | {"failed": f"stopped after {limit:.0f} s"}
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return row | {"failed": last[:200]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
 def best_nuts(rows: dict[str, dict]) -> dict:
     """Of one posterior's rows by method, NUTS' with most effective draws per gradient; `{}` if it has none."""
     found = [row for method, row in rows.items() if method != "ours" and "ess" in row]
@@ -403,16 +387,14 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--methods: got {'; '.join(unknown)}, wanted some of {'; '.join(METHODS)}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     stored = arguments.out / f"{arguments.record}.jsonl"
-    rows = {
-        (row["posterior"], row["method"]): row
-        for row in map(json.loads, stored.read_text().splitlines() if stored.exists() else [])
-    }
+    rows = rows_so_far(stored, "posterior", "method")
     for method in methods:
         for name in names:
             if (name, method) in rows:
                 continue
-            row = in_a_process(name, method, arguments.seed, models, arguments.limit)
-            rows[name, method] = row
+            of_run = [name, method, arguments.seed, None if models is None else str(models)]
+            found = in_a_process("benchmarks.hard_posteriors", of_run, arguments.limit)
+            row = rows[name, method] = {"posterior": name, "method": method} | found
             print(json.dumps(row), flush=True)
             with open(stored, "a") as file:
                 file.write(json.dumps(row) + "\n")

@@ -147,6 +147,31 @@ def settled(repeats: int, seconds: float) -> int:
     return max(repeats, min(_MOST_REPEATS, int(_SECONDS / max(seconds, 1e-9))))
 
 
+def in_a_process(module: str, arguments: list[Any], limit: float) -> dict[str, Any]:
+    """What `python -m MODULE --one ARGUMENTS` prints in its last line, JSON, or `{"failed": why}`.
+
+    Args:
+        module: A benchmark.
+        arguments: As JSON.
+        limit: Seconds after which the process is stopped.
+    """
+    command = [sys.executable, "-m", module, "--one", json.dumps(arguments)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"stopped after {limit:.0f} s"}
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return {"failed": last[:300]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def rows_so_far(path: Path, *names: str) -> dict[tuple, dict[str, Any]]:
+    """Rows of a file, one a line, by what they have under some names; none if there is no file."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {tuple(row[name] for name in names): row for row in map(json.loads, lines)}
+
+
 def put_between(file: Path, begin: str, end: str, text: str) -> None:
     """Replace what stands between two marks of a file.
 

@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import io
 import json
-import subprocess
 import sys
 import time
 import warnings
@@ -27,7 +26,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from benchmarks.record import OUT, keep
+from benchmarks.record import OUT, in_a_process, keep, rows_so_far
 
 METHODS = ("NUTS", "class", "ours")
 # A right script exceeds its bound on |z| this often.
@@ -116,25 +115,6 @@ def _afterwards(script, mcmc, data: dict) -> None:
         raise RuntimeError(f"ArviZ lacks {sorted(set(samples) - set(exported['posterior']))}")
 
 
-def in_a_process(name: str, method: str, seed: int, limit: float) -> dict:
-    """`measure` in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.scripts", "--one"]
-    row = {"name": name, "method": method}
-    try:
-        done = subprocess.run(
-            [*command, json.dumps([name, method, seed])],
-            capture_output=True,
-            text=True,
-            timeout=limit,
-        )
-    except subprocess.TimeoutExpired:
-        return row | {"failed": f"stopped after {limit:.0f} s"}
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return row | {"failed": last[:300]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
 def worst_z(one: dict, other: dict) -> float:
     """The largest difference of moments, in standard errors of both."""
     gap = np.subtract(one["mean"], other["mean"])
@@ -211,15 +191,15 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"NAME: got {', '.join(unknown)}, wanted some of {', '.join(SCRIPTS)}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     stored = arguments.out / f"{arguments.record}.jsonl"
-    rows = {
-        (row["name"], row["method"]): row
-        for row in map(json.loads, stored.read_text().splitlines() if stored.exists() else [])
-    }
+    rows = rows_so_far(stored, "name", "method")
     for name in names:
         for method in arguments.methods.split(","):
             if (name, method) in rows:
                 continue
-            row = rows[name, method] = in_a_process(name, method, arguments.seed, arguments.limit)
+            found = in_a_process(
+                "benchmarks.scripts", [name, method, arguments.seed], arguments.limit
+            )
+            row = rows[name, method] = {"name": name, "method": method} | found
             shown = {key: row[key] for key in row if key not in ("mean", "error")}
             print(json.dumps(shown), flush=True)
             with open(stored, "a") as file:

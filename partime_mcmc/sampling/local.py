@@ -123,20 +123,7 @@ def solve_windows(
         timings: Where seconds are counted.
         advance: Called with the steps done, and what to show, after each window.
     """
-    initial, tape, discrete = map(
-        list,
-        zip(
-            *draw_tapes(
-                plan.kernel,
-                plan.keys,
-                state,
-                num_steps,
-                timings,
-                plan.num_groups,
-                plan.compiler_options,
-            )
-        ),
-    )
+    initial, tape, discrete = map(list, zip(*_draw(plan, state, num_steps, timings)))
     solve_window, size = _window_solver(plan, state.max_window or max(num_steps, 1), timings)
     roll_window = _solve_groups(sequential(), AllAtOnce(), plan.tolerance, None, timings)
     current, windows, discrete = initial, [], concat_chains(discrete)
@@ -164,6 +151,19 @@ def solve_windows(
         recorder.interrupt(done)
     paths = _concat_windows(initial, [states for states, _ in windows])
     return SolvedChains(initial, paths, tape, discrete, *_all_notes([kept for _, kept in windows]))
+
+
+def _draw(plan: Plan, state: ChainState, num_steps: int, timings: Timings) -> list[tuple]:
+    """`draw_tapes` of a plan; for shapes, compiled in a thread."""
+    return draw_tapes(
+        plan.kernel,
+        plan.keys,
+        state,
+        num_steps,
+        timings,
+        plan.num_groups,
+        plan.compiler_options,
+    )
 
 
 def _window_solver(plan: Plan, size: int, timings: Timings) -> tuple[Callable, int]:
@@ -203,15 +203,7 @@ def compile_first_chunk(plan: Plan, state: ChainState) -> None:
         certify, params = explicit(_Certify(program), params, *paths[0])
         compile_in_thread(certify, params, *paths[0], options=plan.compiler_options)
     # Last: the solve takes longest, and waits for nothing.
-    draw_tapes(
-        plan.kernel,
-        plan.keys,
-        state,
-        num_steps,
-        timings,
-        plan.num_groups,
-        plan.compiler_options,
-    )
+    _draw(plan, state, num_steps, timings)
 
 
 def _resized(tree: PyTree, num_steps: int) -> PyTree:
