@@ -119,16 +119,16 @@ class Transition:
         clock = {
             k for k in free if np.array_equal(first[k], (elsewhere if k in keys else otherwise)[k])
         }
-        moved = set(every) - constant - clock
-
-        # With other values before every step, one leaf at a time: the draws of those that are only reported are the same.
-        doubtful = sorted(moved - draws - keys)
+        # With other values before every step, one leaf at a time: the draws of those that are only reported are the same. Constants are
+        # tried, too: a flag that is seldom up is none.
+        doubtful = sorted(set(every) - clock - draws - keys)
         reported = {
             k for k, same in zip(doubtful, self._unmoved(draws, [{k} for k in doubtful])) if same
         }
         if not all(self._unmoved(draws, [reported])):
             reported = set()
-        parts = constant, clock, moved - reported, reported
+        carried = set(every) - constant - clock - reported
+        parts = constant - reported, clock, carried, reported
         return _Roles(*(tuple(sorted(part)) for part in parts))
 
     def _trial(self, leaves: list) -> list[np.ndarray]:
@@ -235,9 +235,7 @@ class Transition:
             default=0.0,
         )
         evaluations = float(found.stats.evaluations) + 2
-        return self._with_running_mean(path, state), Solved(
-            int(found.iterations), evaluations, residual
-        )
+        return self._with_running_mean(path), Solved(int(found.iterations), evaluations, residual)
 
     def _ticks(self, constants: list, clocks: list, num_steps: int) -> list[Array]:
         """The clocks before every step, leaves `(T, ...)`."""
@@ -268,11 +266,12 @@ class Transition:
             return self._sample(jax.tree.unflatten(self._structure, leaves))
 
         again = jax.jit(jax.vmap(step))(before)
-        roles, steps, same = self.roles, jax.tree.leaves(path), jax.tree.leaves(again)
+        roles, begin = self.roles, jax.tree.leaves(state)
+        steps, same = jax.tree.leaves(path), jax.tree.leaves(again)
         constants = all(
             np.array_equal(
                 _numbers(steps[k]),
-                np.broadcast_to(_numbers(self._leaf(state, k)), _numbers(steps[k]).shape),
+                np.broadcast_to(_numbers(begin[k]), _numbers(steps[k]).shape),
             )
             for k in roles.constant
         )
@@ -286,11 +285,7 @@ class Transition:
                 "what seemed to change by itself, or not to matter, hangs on the chain"
             )
 
-    @staticmethod
-    def _leaf(state: PyTree, k: int) -> Array:
-        return jax.tree.leaves(state)[k]
-
-    def _with_running_mean(self, path: PyTree, state: PyTree) -> PyTree:
+    def _with_running_mean(self, path: PyTree) -> PyTree:
         leaves = jax.tree.leaves(path)
         for k, name in enumerate(self._names):
             of = name.removesuffix(_RUNNING_MEAN) + _OF

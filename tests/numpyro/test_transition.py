@@ -26,6 +26,7 @@ class State(NamedTuple):
     scale: Any
     accept_prob: Any
     mean_accept_prob: Any
+    late: Any
     rng_key: Any
 
 
@@ -45,6 +46,7 @@ class Halving(MCMCKernel):
             jnp.array(1.0),
             jnp.array(0.0),
             jnp.array(0.0),
+            jnp.array(False),
             rng_key,
         )
 
@@ -63,7 +65,8 @@ class Halving(MCMCKernel):
             key = jax.random.fold_in(key, (1000 * x[0]).astype(jnp.int32))
         rate = jax.nn.sigmoid(x[0])
         mean = state.mean_accept_prob + (rate - state.mean_accept_prob) / (state.i + 1)
-        return State(state.i + 1, {"x": x, "on": on}, hidden, scale, rate, mean, key)
+        late = state.i == 250
+        return State(state.i + 1, {"x": x, "on": on}, hidden, scale, rate, mean, late, key)
 
 
 def runs(kernel, extra=(), **options):
@@ -78,7 +81,7 @@ def runs(kernel, extra=(), **options):
 
 @pytest.mark.parametrize("options", [{}, {"num_chains": 2}, {"thinning": 3}])
 def test_draws_are_those_of_the_loop(options):
-    theirs, ours = runs(Halving(), ("accept_prob", "mean_accept_prob", "i"), **options)
+    theirs, ours = runs(Halving(), ("accept_prob", "mean_accept_prob", "i", "late"), **options)
     expected, found = (one.get_samples(group_by_chain=True) for one in (theirs, ours))
     np.testing.assert_allclose(found["x"], expected["x"], atol=1e-5)
     np.testing.assert_array_equal(found["on"], expected["on"])
@@ -104,7 +107,7 @@ def test_leaves_have_their_parts():
         {".scale"},
         {".i", ".rng_key"},
         {".z['x']", ".z['on']"},
-        {".hidden", ".accept_prob", ".mean_accept_prob"},
+        {".hidden", ".accept_prob", ".mean_accept_prob", ".late"},
     ]
 
 
