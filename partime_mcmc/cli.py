@@ -162,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    """Sample a built-in model both ways, and prove that the chains are the same."""
+    """Sample a built-in model both ways, prove that the chains are the same, and say what NUTS gives in its time."""
     key = jax.random.key(arguments.seed)
     target = _load_target(arguments, key)
     folder = arguments.out
