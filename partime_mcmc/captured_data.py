@@ -137,12 +137,12 @@ def _variables(function: types.FunctionType) -> dict[str, Any]:
             found[f"closure {name}"] = None
     defaults = {"defaults": function.__defaults__, "keywords": function.__kwdefaults__}
     found |= {name: value for name, value in defaults.items() if value}
-    if not _is_library(code.co_filename):
+    if not is_library(code.co_filename):
         for name in sorted(_names(code)):
             if name in function.__globals__:
                 value = function.__globals__[name]
                 found[f"global {name}"] = value
-                if isinstance(value, types.ModuleType) and not _is_library(
+                if isinstance(value, types.ModuleType) and not is_library(
                     getattr(value, "__file__", None)
                 ):
                     attributes = {
@@ -159,7 +159,8 @@ def _names(code: types.CodeType) -> set[str]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _is_library(file: str | None) -> bool:
+def is_library(file: str | None) -> bool:
+    """Whether a file is not the user's own: of a library, of Python, or of this package; None is."""
     if file is None:
         return True
     return (

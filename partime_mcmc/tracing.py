@@ -22,7 +22,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.captured_data import data_read_by
+from partime_mcmc.captured_data import data_read_by, is_library
 from partime_mcmc.types import PyTree, Tracer, jax_config
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -75,6 +75,7 @@ class _Explicit:
             and not inner_arrays(other.jaxpr)
             and _ADDRESS.sub("", str(self.jaxpr)) == _ADDRESS.sub("", str(other.jaxpr))
             and not primitives_of(self.jaxpr) & _CALLBACKS
+            and not _has_own_rules(self.jaxpr)
         )
 
     @property
@@ -260,6 +261,31 @@ def _trace(function, abstract) -> tuple[_Explicit, list]:
     jaxpr, consts = _needed(closed.jaxpr, closed.consts)
     step = _Explicit(jaxpr, jax.tree.structure(result), _name_of(function))
     return step, [_as_array(one) for one in consts]
+
+
+def _has_own_rules(jaxpr: Any) -> bool:
+    """Whether something has a derivative of the user's own, which may capture arrays that no text shows."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name.startswith("custom_"):
+            inner = equation.params.get("call_jaxpr", equation.params.get("fun_jaxpr"))
+            written = getattr(getattr(inner, "jaxpr", inner), "debug_info", None)
+            _, _, place = getattr(written, "func_src_info", "").rpartition(" at ")
+            if not place or not is_library(place.rpartition(":")[0]):
+                return True
+        if any(map(_has_own_rules, _inner_jaxprs(equation))):
+            return True
+    return False
+
+
+def _inner_jaxprs(equation: Any) -> list:
+    kinds = jax.extend.core.ClosedJaxpr, jax.extend.core.Jaxpr
+    found = [
+        inner
+        for value in equation.params.values()
+        for inner in (value if isinstance(value, (tuple, list)) else (value,))
+        if isinstance(inner, kinds)
+    ]
+    return [getattr(inner, "jaxpr", inner) for inner in found]
 
 
 def _has_hash(origin: Any) -> bool:

@@ -11,6 +11,7 @@ import pytest
 from numpyro.infer.initialization import init_to_uniform, init_to_value
 
 from partime_mcmc import from_numpyro
+from partime_mcmc.kernels.kernel_program import density_of
 from partime_mcmc.numpyro.data import WithData
 from partime_mcmc.numpyro.model import Posterior
 from partime_mcmc.numpyro.sites import anywhere, checked_sites, traced, unsuspicious_sites
@@ -153,3 +154,28 @@ def test_another_strategy_is_the_one_that_is_tried():
 
     posterior = Posterior(model, (), {}, KEY, start)
     assert float(posterior.target.start(KEY)["x"]) == 4.0 and seen
+
+
+def test_other_data_are_another_density_also_where_a_rule_of_the_users_own_captures_them():
+    def with_rule(slope, y):
+        @jax.custom_jvp
+        def bent(x):
+            return x * 1.0
+
+        bent.defjvp(lambda primals, tangents: (bent(primals[0]), slope[0] * tangents[0]))
+        x = numpyro.sample("x", dist.Normal(0, 1))
+        numpyro.factor("bent", bent(x) * y[0])
+
+    def plain(slope, y):
+        x = numpyro.sample("x", dist.Normal(0, 1))
+        numpyro.factor("line", slope[0] * x * y[0])
+
+    for model in (with_rule, plain):
+        slopes = []
+        for slope in (2.0, 5.0):
+            data = jnp.array([slope]), jnp.array([3.0])
+            target = from_numpyro(model, *data, key=KEY)
+            density, captured = density_of(target.logdensity, {"x": jnp.zeros(())})
+            gradient = jax.grad(density, argnums=1)(captured, {"x": jnp.zeros(())})["x"]
+            slopes.append(float(gradient))
+        assert slopes == [6.0, 15.0], model.__name__

@@ -124,3 +124,25 @@ def test_draws_are_of_the_data_of_today():
     after, _ = mean()
     assert abs(before) < 1 and again == before and abs(after - 100) < 1
     assert same == programs
+
+
+def test_a_derivative_of_the_users_own_reads_the_data_of_today():
+    settings = {"slope": np.ones(SIZE, np.float32)}
+
+    def density(x):
+        slope = settings["slope"]
+
+        @jax.custom_jvp
+        def line(x):
+            return jnp.sum(x)
+
+        line.defjvp(lambda primals, tangents: (line(primals[0]), jnp.sum(slope * tangents[0])))
+        return line(x)
+
+    def gradient():
+        function, data = explicit(WithoutParams(density), None, jnp.zeros(SIZE))
+        return np.asarray(jax.grad(function, argnums=1)(data, jnp.zeros(SIZE)))
+
+    before = gradient()
+    settings["slope"] = np.full(SIZE, 4.0, np.float32)
+    np.testing.assert_array_equal(gradient(), 4 * before)
