@@ -29,6 +29,7 @@ class Script:
         num_warmup, num_samples, num_chains: As usual for it.
         compared: Sites whose posteriors can be compared; all of them by default.
         predicted: A site that `Predictive` draws afterwards, with the arguments that `unseen` changes.
+        summed_out: Of a model with discrete sites, which are summed out, those that NumPyro's `infer_discrete` can draw afterwards.
         unseen: Arguments that are other than in the run when predicting.
     """
 
@@ -39,6 +40,7 @@ class Script:
     num_chains: int = 1
     compared: tuple[str, ...] | None = None
     predicted: str | None = None
+    summed_out: tuple[str, ...] | None = None
     unseen: tuple[tuple[str, Any], ...] = ()
 
 
@@ -558,7 +560,9 @@ SCRIPTS = {
     "predators and prey": Script(hares_and_lynxes, _hares_data, 200, 1000),
     "Gaussian process": Script(gaussian_process, _process_data, 500, 1000, num_chains=2),
     "smooth counts": Script(smooth_counts, _smooth_data, 500, 1000),
-    "mixture, enumerated": Script(mixture, _mixture_data, 500, 1000),
-    "annotators, enumerated": Script(annotators, _annotators_data, 500, 1000),
-    "recaptures, enumerated": Script(recaptures, _recaptures_data, 500, 1000),
+    "mixture, enumerated": Script(mixture, _mixture_data, 500, 1000, summed_out=("which",)),
+    "annotators, enumerated": Script(
+        annotators, _annotators_data, 500, 1000, summed_out=("truth",)
+    ),
+    "recaptures, enumerated": Script(recaptures, _recaptures_data, 500, 1000, summed_out=()),
 }

@@ -7,7 +7,7 @@ default:
     class        mcmc = ParallelMCMC(NUTS(model), ...), the class replaced and nothing else
     ours         mcmc = ParallelMCMC(CoalescingHMC(model), ...)
 
-and goes on as scripts do: summary, groups for ArviZ, pointwise log likelihood, predictions. Posteriors are compared by the means and mean
+and goes on as scripts do: summary, groups for ArviZ, pointwise log likelihood, or discrete sites drawn afterwards, predictions. Posteriors are compared by the means and mean
 squares of every element of every site: |z| is the largest difference to NUTS' in standard errors of both, of `moments` many. R-hat and
 effective draws are the worst of these; effective draws per 1,000 gradients of sampling stand beside them.
 """
@@ -97,20 +97,27 @@ def _afterwards(script, mcmc, data: dict) -> None:
     if "n_eff" not in printed.getvalue():
         raise RuntimeError(f"the summary has no column n_eff: {printed.getvalue()[:200]}")
     samples = mcmc.get_samples()
-    pointwise = log_likelihood(script.model, samples, **data)
-    if not all(np.isfinite(np.asarray(value)).all() for value in pointwise.values()):
-        raise RuntimeError("the pointwise log likelihood is not finite everywhere")
+    size = len(next(iter(samples.values())))
+    has_discrete = script.summed_out is not None
+    if script.summed_out:
+        drawn = Predictive(script.model, samples, infer_discrete=True)(jax.random.key(2), **data)
+        if any(len(drawn[site]) != size for site in script.summed_out):
+            raise RuntimeError(f"{script.summed_out}: not drawn once for each of {size} draws")
+    if not has_discrete:
+        pointwise = log_likelihood(script.model, samples, **data)
+        if not all(np.isfinite(np.asarray(value)).all() for value in pointwise.values()):
+            raise RuntimeError("the pointwise log likelihood is not finite everywhere")
     if script.predicted:
         arguments = data | dict(script.unseen)
         drawn = Predictive(script.model, samples)(jax.random.key(1), **arguments)
-        size = len(next(iter(samples.values())))
         if len(drawn[script.predicted]) != size:
             raise RuntimeError(
                 f"{len(drawn[script.predicted])} predictions, wanted one for each of {size} draws"
             )
     import arviz as az
 
-    exported = az.from_numpyro(mcmc)
+    # ArviZ would compute pointwise log likelihoods, for which discrete sites need values.
+    exported = az.from_numpyro(mcmc, **({"log_likelihood": False} if has_discrete else {}))
     if set(samples) - set(exported["posterior"]):
         raise RuntimeError(f"ArviZ lacks {sorted(set(samples) - set(exported['posterior']))}")
 
