@@ -204,10 +204,7 @@ QUOTED = (
         Quote("docs/benchmarks.md", name)
         for name in (
             "posteriors-cpu",
-            "hard-posteriors-cpu",
             "beside-nuts-cpu",
-            "scripts-cpu",
-            "scripts-newer-cpu",
             "numpyro-kernels-cpu",
             "cold-start-cpu",
             "shooting-cpu",
