@@ -463,9 +463,13 @@ def _smooth_data():
 
 
 def mixture(y):
-    """Two normal laws, of which one is drawn for every datum."""
+    """Two normal laws, of which one is drawn for every datum; the first is the lower one, or a single chain may find them the other way."""
     weight = numpyro.sample("weight", dist.Beta(2, 2))
-    centres = numpyro.sample("centres", dist.Normal(jnp.array([-2.0, 2.0]), 1).to_event(1))
+    low, gap = (
+        numpyro.sample("low", dist.Normal(-2, 1)),
+        numpyro.sample("gap", dist.LogNormal(1, 1)),
+    )
+    centres = jnp.stack([low, low + gap])
     scale = numpyro.sample("scale", dist.HalfNormal(1))
     with numpyro.plate("data", len(y)):
         which = numpyro.sample("which", dist.Bernoulli(weight), infer={"enumerate": "parallel"})

@@ -9,7 +9,7 @@ A solver that rolls computes every step of the path that it returns from the ver
 and the kernel's decision, energy and margins of each step are those of the transition that is in the path. Nothing needs to
 be evaluated again: the certificate costs the memory of a few numbers per step. An independent pass costs one more evaluation
 of every step and shares nothing with the solver but the kernel. It serves users who doubt the recording, solvers that do
-not go step by step, and chains that were finished sequentially.
+not go step by step, and chains that are no longer finite.
 
 A recording agrees with itself even where f is no function. Steps that call Python or a library, whose answers might be random,
 are sampled and evaluated twice (`repeated`).

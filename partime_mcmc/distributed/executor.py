@@ -131,7 +131,7 @@ def _finish_chains(program, axis, steps, params, carries, tape, states, num_exac
     exact = jnp.clip(num_exact - axis.index(steps)[0], 0, steps)
 
     def roll(first):
-        return _swapped(finish_sequentially(dynamics, first, states, tape, exact))
+        return _swapped(finish_sequentially(dynamics, first, states, tape, exact)[0])
 
     states = _swapped(axis.in_turn(roll, carries))
     return states, jax.vmap(axis.length_of_true)(finite_steps(states))

@@ -18,6 +18,7 @@ from numpyro.infer.mcmc import MCMCKernel, _collect_and_postprocess
 
 from partime_mcmc.diagnostics.values import flat
 from partime_mcmc.diagnostics.verdict import Verdict, judge_values
+from partime_mcmc.numpyro.hmc_state import is_typed
 from partime_mcmc.numpyro.transition import NoParallelForm, Solved, Transition
 from partime_mcmc.solvers import Solver
 from partime_mcmc.types import PyTree
@@ -184,6 +185,9 @@ class LoopMCMC(MCMC):
                 "keeps its draws in memory"
             )
         self._solved, self._notes = [], []
+        if self._solver is not None and not is_typed(rng_key):
+            # By their type keys are told from counters; the random numbers are the same.
+            rng_key = jax.random.wrap_key_data(jax.numpy.asarray(rng_key))
         super().run(rng_key, *args, extra_fields=extra_fields, init_params=init_params, **kwargs)
         self._report = None
         if self._collection_params["phase"] != "warmup":

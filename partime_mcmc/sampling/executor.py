@@ -60,7 +60,6 @@ class RunRecorder:
         self.interrupted = False
         self.num_failed_windows = state.num_failed_windows
         self.max_residual = 0.0
-        self.all_converged = True
         self._solver = plan.solver
         self._memories: list[int | None] = []
 
@@ -103,7 +102,6 @@ class RunRecorder:
         self.jvps += np.asarray(found.stats.jvps, float) * steps
         self.depth += np.asarray(found.stats.depth)
         bad = np.array([verdict != Status.CONVERGED for verdict in verdicts])
-        self.all_converged = not bad.any()
         self._memories.append(None if rolled or bad.any() else self._memory(found, steps))
         states, num_finite = found.states, found.num_exact
         if rolled:

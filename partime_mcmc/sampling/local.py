@@ -133,11 +133,10 @@ def solve_windows(
             part = tape if size >= num_steps else _steps(tape, start, stop)
             chosen = roll_window if recorder.gives_up else solve_window
             found = chosen(plan.recurrence, current, part)
-            finish = functools.partial(_finished, plan.recurrence, current, part, timings)
+            finish = _Finish(plan.recurrence, current, part, found, timings)
             states = _recorded(recorder, found, start, stop, chosen is roll_window, finish)
             # At once, so that an interrupt finds a window with its notes or not at all.
-            notes = [(one.notes, one.defects) for one in found] if recorder.all_converged else None
-            windows.append((states, notes))
+            windows.append((states, None if Status.NONFINITE in recorder.status else finish.notes))
             if stop < num_steps:
                 current = jax.tree.map(lambda leaf: leaf[:, -1], states)
             advance(stop - start, **recorder.progress())
@@ -237,24 +236,51 @@ def _recorded(
     return split_chains(recorder.record(whole, start, stop, rolled, finish), len(found))
 
 
-def _finished(
-    dynamics: Dynamics,
-    current: list[PyTree],
-    part: list[Tape],
-    timings: Timings,
-    states: PyTree,
-    num_exact: jax.Array,
-) -> tuple[PyTree, jax.Array]:
-    """`_finish` of all chains, group by group."""
-    count = len(part)
-    groups = list(zip(current, part, split_chains(states, count), split_chains(num_exact, count)))
-    return concat_chains(run_groups(_finish, (dynamics,), groups, timings=timings))
+class _Finish:
+    """Finishes chains of a window sequentially, group by group.
+
+    Args:
+        dynamics: The recurrence.
+        current: Where the window begins, by group.
+        part: Its tape.
+        found: As it was solved.
+        timings: Where seconds are counted.
+
+    Attributes:
+        notes: Notes and defects of every step, by group: those of the solved window, or of the finished one.
+    """
+
+    def __init__(
+        self,
+        dynamics: Dynamics,
+        current: list[PyTree],
+        part: list[Tape],
+        found: list[Solution],
+        timings: Timings,
+    ):
+        self._dynamics, self._current, self._part, self._timings = dynamics, current, part, timings
+        self.notes = [(one.notes, one.defects) for one in found]
+
+    def __call__(self, states: PyTree, num_exact: jax.Array) -> tuple[PyTree, jax.Array]:
+        """The paths of all chains, and how many of their steps are finite, `(C,)`."""
+        count = len(self._part)
+        split = split_chains(states, count), split_chains(num_exact, count)
+        groups = [
+            (*group, *notes) for *group, notes in zip(self._current, self._part, *split, self.notes)
+        ]
+        finished = run_groups(_finish, (self._dynamics,), groups, timings=self._timings)
+        self.notes = [(notes, defects) for _, _, notes, defects in finished]
+        return concat_chains([(states, finite) for states, finite, _, _ in finished])
 
 
-def _finish(dynamics, initial, tape, states, num_exact):
-    """Chains finished sequentially after their exact steps; how many steps are then finite, shape `(C,)`."""
-    states = finish_sequentially(dynamics, initial, states, tape, num_exact)
-    return states, jnp.cumprod(finite_steps(states), axis=1).sum(axis=1)
+def _finish(dynamics, initial, tape, states, num_exact, notes, defects):
+    """Chains finished sequentially after their exact steps; how many steps are then finite, shape `(C,)`; notes and defects."""
+    states, notes = finish_sequentially(dynamics, initial, states, tape, num_exact, notes)
+    if defects is not None:
+        exact = jnp.arange(defects.shape[1]) < num_exact[:, None]
+        defects = jnp.where(exact[:, :, None], defects, 0)
+    finite = jnp.cumprod(finite_steps(states), axis=1).sum(axis=1)
+    return states, finite, notes, defects
 
 
 def _all_notes(kept: list[list[tuple] | None]) -> tuple[list | None, list | None]:

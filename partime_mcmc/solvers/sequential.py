@@ -64,8 +64,13 @@ class Sequential(Solver):
 
 
 def finish_sequentially(
-    dynamics: Dynamics, initial: PyTree, states: PyTree, drives: PyTree, num_exact: Array
-) -> PyTree:
+    dynamics: Dynamics,
+    initial: PyTree,
+    states: PyTree,
+    drives: PyTree,
+    num_exact: Array,
+    notes: Array | None = None,
+) -> tuple[PyTree, Array | None]:
     """Finish paths one step after another from where they stop being exact.
 
     Args:
@@ -74,9 +79,10 @@ def finish_sequentially(
         states: Paths, leaves `(B, T, ...)`; only their exact steps are used. T is at least 1.
         drives: Leaves `(B, T, ...)`.
         num_exact: How many leading steps of each path are right, shape `(B,)`; T leaves a path as it is, to the last bit.
+        notes: `CachedStep.aux` of every step of the paths, `(B, T, R)`, where the dynamics have one and it is wanted.
 
     Returns:
-        The paths, leaves `(B, T, ...)`. The loop begins at the smallest `num_exact`.
+        The paths, leaves `(B, T, ...)`, and their notes. The loop begins at the smallest `num_exact`.
     """
     cached = cached_step_of(dynamics)
     num_paths, num_steps = jax.tree.leaves(states)[0].shape[:2]
@@ -103,19 +109,20 @@ def finish_sequentially(
         )
         memory = select(step >= num_exact, new, memory)
         state = jax.vmap(cached.state, in_axes=(None, 0))(cached.params[2], memory)
-        state = select(step >= num_exact, state, jax.tree.map(at_step, states))
+        noted = None if notes is None or cached.aux is None else jax.vmap(cached.aux)(memory)
+        row = select(step >= num_exact, (state, noted), jax.tree.map(at_step, known))
         return memory, jax.tree.map(
-            lambda leaf, row: lax.dynamic_update_index_in_dim(leaf, row, step, 1), rolled, state
+            lambda leaf, one: lax.dynamic_update_index_in_dim(leaf, one, step, 1), rolled, row
         )
 
-    begin = num_exact.min()
+    begin, known = num_exact.min(), (states, notes)
     _, rolled = lax.fori_loop(
-        begin, num_steps, one_step, (memory, jax.tree.map(jnp.zeros_like, states))
+        begin, num_steps, one_step, (memory, jax.tree.map(jnp.zeros_like, known))
     )
     seen = jnp.arange(num_steps) < begin
     return jax.tree.map(
         lambda old, new: jnp.where(seen.reshape(-1, *(1,) * (old.ndim - 2)), old, new),
-        states,
+        known,
         rolled,
     )
 

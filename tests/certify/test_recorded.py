@@ -203,12 +203,26 @@ def test_the_draws_do_not_depend_on_the_certification(window):
     assert "recorded" in mine.certificate.evidence and "independent" in theirs.certificate.evidence
 
 
-@pytest.mark.parametrize("solver", [jacobi(), Shooting(steps=16, max_evaluations=1.0)])
-def test_elsewhere_an_independent_pass_is_made(solver):
-    """Solvers that do not roll, and chains that fell back, have been evaluated once more."""
-    builder = mala if solver == jacobi() else random_walk
-    draws = draws_of(kernel_of(builder, step_size=0.4 if builder is mala else 0.8), solver=solver)
+def test_elsewhere_an_independent_pass_is_made():
+    """Solvers that do not roll have been evaluated once more."""
+    draws = draws_of(kernel_of(mala, step_size=0.4), solver=jacobi())
     assert draws.certificate.independent.all() and draws.certificate.certified.all()
+
+
+@pytest.mark.parametrize("window", [256, 64])
+def test_chains_that_fell_back_are_certified_by_what_was_recorded(window):
+    kernel = kernel_of(random_walk, step_size=0.8)
+    given_up = Shooting(steps=16, max_evaluations=1.0)
+    draws = draws_of(kernel, solver=given_up, schedule=Windows(window))
+    loop = draws_of(kernel, solver=sequential())
+    assert len(draws.report.fallbacks) >= 2 and (draws.report.num_sequential < 256).all()
+    found, known = draws.certificate, loop.certificate
+    assert found.certified.all() and not found.independent.any()
+    np.testing.assert_allclose(draws.positions, loop.positions, rtol=0, atol=1e-10)
+    for name in ("accepted", "acceptance_rate"):
+        np.testing.assert_allclose(draws.info[name], loop.info[name], rtol=0, atol=1e-9)
+    np.testing.assert_array_equal(found.num_rejected, known.num_rejected)
+    assert (np.asarray(found.num_rejected) > 20).all()
 
 
 def test_something_else_is_refused():

@@ -69,17 +69,21 @@ class Halving(MCMCKernel):
         return State(state.i + 1, {"x": x, "on": on}, hidden, scale, rate, mean, late, key)
 
 
-def runs(kernel, extra=(), **options):
+def runs(kernel, extra=(), key=KEY, **options):
     """NumPyro's run and ours with a solver."""
     given = {"num_warmup": 0, "num_samples": 400, "progress_bar": False} | options
     theirs = MCMC(kernel, chain_method="sequential", **given)
-    theirs.run(KEY, extra_fields=extra)
+    theirs.run(key, extra_fields=extra)
     ours = ParallelMCMC(kernel, solver=shooting(), **given)
-    ours.run(KEY, extra_fields=extra)
+    ours.run(key, extra_fields=extra)
     return theirs, ours
 
 
-@pytest.mark.parametrize("options", [{}, {"num_chains": 2}, {"thinning": 3}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_chains": 2}, {"thinning": 3}, {"key": jax.random.PRNGKey(3), "num_chains": 2}],
+    ids=["one", "two", "thinned", "untyped keys"],
+)
 def test_draws_are_those_of_the_loop(options):
     theirs, ours = runs(Halving(), ("accept_prob", "mean_accept_prob", "i", "late"), **options)
     expected, found = (one.get_samples(group_by_chain=True) for one in (theirs, ours))

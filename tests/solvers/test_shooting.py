@@ -226,7 +226,7 @@ def test_paths_are_finished_from_where_they_stop_being_exact():
     wanted = jax.vmap(functools.partial(rollout, dynamics))(starts, drives)
     exact = jnp.array([0, 17, 40])
     spoiled = jnp.where((jnp.arange(40) < exact[:, None])[..., None], wanted, jnp.nan)
-    got = finish_sequentially(dynamics, starts, spoiled, drives, exact)
+    got, _ = finish_sequentially(dynamics, starts, spoiled, drives, exact)
     np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-15)
     np.testing.assert_array_equal(got[1, :17], wanted[1, :17])
     np.testing.assert_array_equal(got[2], wanted[2])
