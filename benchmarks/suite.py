@@ -205,6 +205,8 @@ QUOTED = (
         for name in (
             "posteriors-cpu",
             "beside-nuts-cpu",
+            "scripts-cpu",
+            "scripts-newer-cpu",
             "numpyro-kernels-cpu",
             "cold-start-cpu",
             "shooting-cpu",
