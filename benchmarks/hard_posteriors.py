@@ -34,7 +34,7 @@ import numpyro.distributions as dist
 from numpyro.distributions import constraints
 from numpyro.infer import MCMC, NUTS
 
-from benchmarks.record import OUT, in_a_process, keep, module_at, rows_so_far
+from benchmarks.record import OUT, figures, in_a_process, keep, module_at, rows_so_far
 from partime_mcmc import CoalescingHMC, ParallelMCMC
 from partime_mcmc.diagnostics import mixing
 
@@ -213,29 +213,19 @@ def measure(name: str, method: str, seed: int, models: Path | None) -> dict:
     begin = time.perf_counter()
     positions, values, known_of_run = METHODS[method](model, data, jax.random.key(seed))
     row = {"posterior": name, "method": method, "seconds": time.perf_counter() - begin}
-    x = np.concatenate([*columns(positions).values(), np.zeros((CHAINS, STEPS, 0))], axis=2)
+    leaves = [np.asarray(leaf, float).reshape(CHAINS, STEPS, -1) for leaf in positions.values()]
+    x = np.concatenate([*leaves, np.zeros((CHAINS, STEPS, 0))], axis=2)
     row |= {"dimension": x.shape[2]} | known_of_run
     if x.shape[2]:
-        squares = (x - x.mean(axis=(0, 1))) ** 2
         # A chain that never moves tells nothing about itself.
         row["rhat"] = float(np.nan_to_num(mixing.rank_rhat(x), nan=np.inf).max())
-        ess = np.minimum(mixing.ess_bulk(x), mixing.ess_bulk(squares))
-        row["ess"] = float(np.nan_to_num(ess).min())
+        row["ess"] = float(np.nan_to_num(mixing.ess_mean_and_square(x)).min())
         row["ess_per_1000_gradients"] = 1000 * row["ess"] / row["gradients"]
     references = None if models is None else models.with_name("references.json")
     if references is not None and references.exists():
         reference = json.loads(references.read_text()).get(name, {"moments": {}})
-        row |= deviation(columns(values), reference["moments"])
+        row |= deviation(values, reference["moments"])
     return row
-
-
-def columns(tree: dict) -> dict[str, np.ndarray]:
-    """Leaves `(C, T, ...)` of a dict as `(C, T, size)`."""
-    return {
-        name: np.asarray(leaf, float).reshape(*leaf.shape[:2], -1)
-        for name, leaf in ((name, np.asarray(leaf)) for name, leaf in sorted(tree.items()))
-        if leaf.size
-    }
 
 
 def deviation(values: dict[str, np.ndarray], moments: dict[str, dict]) -> dict:
@@ -243,9 +233,9 @@ def deviation(values: dict[str, np.ndarray], moments: dict[str, dict]) -> dict:
     worst = []
     for name, wanted in moments.items():
         site, _, indices = name.removesuffix("]").partition("[")
-        x = values[site]
-        flat = 0 if not indices else _position(indices, x.shape[2], moments, site)
-        one = x[:, :, [flat]]
+        x = np.asarray(values[site], float)
+        place = [int(index) - 1 for index in indices.split(",")] if indices else []
+        one = x[:, :, *place].reshape(*x.shape[:2], 1)
         squares = (one - one.mean()) ** 2
         mean, sd = float(one.mean()), float(one.std())
         errors = {
@@ -257,25 +247,6 @@ def deviation(values: dict[str, np.ndarray], moments: dict[str, dict]) -> dict:
                 error = np.hypot(errors[moment], wanted["mcse_" + moment])
                 worst.append(abs(found - wanted[moment]) / error)
     return {"z": float(max(worst))} if worst else {}
-
-
-def _position(indices: str, size: int, moments: dict[str, dict], site: str) -> int:
-    """Where an element such as `2,3`, counted from 1, lies in a flattened site, rows first."""
-    place = [int(index) - 1 for index in indices.split(",")]
-    if len(place) == 1:
-        return place[0]
-    # The site's shape is what the greatest indices say.
-    known = [
-        [int(index) for index in name.removesuffix("]").partition("[")[2].split(",")]
-        for name in moments
-        if name.startswith(site + "[")
-    ]
-    shape = [max(index) for index in zip(*known)]
-    if np.prod(shape) != size:
-        raise ValueError(
-            f"{site}: the reference has shape {tuple(shape)}, the draws {size} elements"
-        )
-    return int(np.ravel_multi_index(place, shape))
 
 
 def best_nuts(rows: dict[str, dict]) -> dict:
@@ -335,29 +306,20 @@ def _ratio(one: dict, other: dict, name: str) -> float | None:
 def _line(name: str, one: dict, other: dict) -> str:
     """A posterior's line; a dash stands for what is not known."""
 
-    def pair(figure: str, form: str) -> str:
-        return " / ".join(
-            format(row[figure], form) if row.get(figure) is not None else "–"
-            for row in (one, other)
-        )
-
-    def single(figure: str, form: str) -> str:
-        return format(one[figure], form) if one.get(figure) is not None else "–"
-
     figure = "ess_per_1000_gradients"
     ratio = _ratio(one, other, figure) if figure in one and figure in other else None
     return " | ".join(
         (
             f"| {name} ({one.get('dimension', other.get('dimension', '–'))})",
-            pair("rhat", ".3f"),
-            pair("ess", ",.0f"),
-            pair(figure, ".3g"),
+            figures([one, other], "rhat", ".3f"),
+            figures([one, other], "ess", ",.0f"),
+            figures([one, other], figure, ".3g"),
             "–" if ratio is None else f"{ratio:.1f}×",
-            pair("warmup_gradients", ",d"),
-            pair("z", ".1f"),
-            single("evaluations_per_draw", ".2f"),
-            single("forgets_within", "d"),
-            single("residual", ".0e"),
+            figures([one, other], "warmup_gradients", ",d"),
+            figures([one, other], "z", ".1f"),
+            figures([one], "evaluations_per_draw", ".2f"),
+            figures([one], "forgets_within", "d"),
+            figures([one], "residual", ".0e"),
             f"{one.get('said', 'failed' if 'failed' in one else '–')} |",
         )
     )

@@ -172,6 +172,11 @@ def rows_so_far(path: Path, *names: str) -> dict[tuple, dict[str, Any]]:
     return {tuple(row[name] for name in names): row for row in map(json.loads, lines)}
 
 
+def figures(rows: list[dict[str, Any]], name: str, form: str) -> str:
+    """A figure of each row with slashes between them; a dash stands for what is not known."""
+    return " / ".join("–" if row.get(name) is None else format(row[name], form) for row in rows)
+
+
 def put_between(file: Path, begin: str, end: str, text: str) -> None:
     """Replace what stands between two marks of a file.
 

@@ -26,7 +26,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from benchmarks.record import OUT, in_a_process, keep, rows_so_far
+from benchmarks.record import OUT, figures, in_a_process, keep, rows_so_far
 
 METHODS = ("NUTS", "class", "ours")
 # A right script exceeds its bound on |z| this often.
@@ -69,7 +69,7 @@ def measure(name: str, method: str, seed: int) -> dict:
     # Entries that a law fixes, such as the zeros of a triangular root, are no moments.
     x = x[:, :, np.ptp(x, axis=(0, 1)) > 1e-6]
     both = np.concatenate([x, x**2], axis=2)
-    ess = np.minimum(mixing.ess_bulk(x), mixing.ess_bulk((x - x.mean(axis=(0, 1))) ** 2)).min()
+    ess = mixing.ess_mean_and_square(x).min()
     row |= {
         "moments": both.shape[2],
         "mean": both.mean(axis=(0, 1)).tolist(),
@@ -158,9 +158,9 @@ def table(rows: list[dict]) -> str:
                 changed[1]["rhat"] - 1 <= 1.2 * (theirs["rhat"] - 1) + 0.01
             )
         lines.append(
-            f"| {name} | {_each(everything, 'rhat', '.3f')} | {_each(everything, 'ess', ',.0f')} | "
-            f"{_each(everything, 'ess_per_1000_gradients', '.3g')} | "
-            f"{' / '.join(f'{one:.1f}' for one in z)} ({bound:.1f}) | {_each(changed, 'residual', '.0e')} | "
+            f"| {name} | {figures(everything, 'rhat', '.3f')} | {figures(everything, 'ess', ',.0f')} | "
+            f"{figures(everything, 'ess_per_1000_gradients', '.3g')} | "
+            f"{' / '.join(f'{one:.1f}' for one in z)} ({bound:.1f}) | {figures(changed, 'residual', '.0e')} | "
             f"{' / '.join(row.get('said', 'failed') for row in changed)} |"
         )
     lines += [
@@ -171,10 +171,6 @@ def table(rows: list[dict]) -> str:
         *(f"{row['name']}, {row['method']}: {row['failed']}.\n" for row in rows if "failed" in row),
     ]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _each(rows: list[dict], figure: str, form: str) -> str:
-    return " / ".join(format(row[figure], form) if figure in row else "–" for row in rows)
 
 
 def main(argv: list[str] | None = None) -> int:

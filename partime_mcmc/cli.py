@@ -359,8 +359,7 @@ def _least_ess(positions: Any) -> float:
     """Effective draws of the worst coordinate, means and squares, of positions `(C, T, ...)`."""
     leaves = [np.asarray(leaf, float) for leaf in jax.tree.leaves(positions)]
     x = np.concatenate([leaf.reshape(*leaf.shape[:2], -1) for leaf in leaves], axis=2)
-    squares = (x - x.mean(axis=(0, 1))) ** 2
-    return float(min(mixing.ess_bulk(x).min(), mixing.ess_bulk(squares).min()))
+    return float(mixing.ess_mean_and_square(x).min())
 
 
 def _finish(arguments: argparse.Namespace, key: Key, draws: Any) -> int:

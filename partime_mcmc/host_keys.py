@@ -30,19 +30,14 @@ def fold_in(key: Key, number: int) -> Key:
 
 def split(key: Key, count: int) -> Key:
     """`jax.random.split(key, count)` of a key of shape (), shape `(count,)`."""
-    words = _words(key)
-    # Under the older setting children hang on how many there are.
-    if words is None or not jax_config.jax_threefry_partitionable:
-        return jax.random.split(key, count)
-    return _key(_children(words, range(count)))
+    words = _words_of_split(key, count)
+    return jax.random.split(key, count) if words is None else _key(words)
 
 
 def split_into(key: Key, count: int) -> list[Key]:
     """`list(jax.random.split(key, count))` of a key of shape ()."""
-    words = _words(key)
-    if words is None or not jax_config.jax_threefry_partitionable:
-        return list(jax.random.split(key, count))
-    return [_key(child) for child in _children(words, range(count))]
+    words = _words_of_split(key, count)
+    return list(jax.random.split(key, count)) if words is None else list(map(_key, words))
 
 
 def first_key(keys: Key) -> Key:
@@ -63,6 +58,15 @@ def _words(key: Key) -> np.ndarray | None:
         return None
     data = jax.random.key_data(key)
     return None if data.committed else np.asarray(data)
+
+
+def _words_of_split(key: Key, count: int) -> np.ndarray | None:
+    """Words of the keys that a key is split into; None where JAX is to split it."""
+    words = _words(key)
+    # Under the older setting children hang on how many there are.
+    if words is None or not jax_config.jax_threefry_partitionable:
+        return None
+    return _children(words, range(count))
 
 
 def _key(words: np.ndarray) -> Key:

@@ -277,17 +277,6 @@ def _has_own_rules(jaxpr: Any) -> bool:
     return False
 
 
-def _inner_jaxprs(equation: Any) -> list:
-    kinds = jax.extend.core.ClosedJaxpr, jax.extend.core.Jaxpr
-    found = [
-        inner
-        for value in equation.params.values()
-        for inner in (value if isinstance(value, (tuple, list)) else (value,))
-        if isinstance(inner, kinds)
-    ]
-    return [getattr(inner, "jaxpr", inner) for inner in found]
-
-
 def _has_hash(origin: Any) -> bool:
     try:
         hash(origin)
@@ -302,10 +291,6 @@ def _name_of(function: Callable) -> str:
 
 def _needed(jaxpr, consts) -> tuple[Any, list]:
     """A jaxpr without what its results do not depend on, such as a model's predictions in its density, and its constants.
-
-    Args:
-        jaxpr: The jaxpr.
-        consts: Its constants.
 
     The compiler would leave it out as well, but only after every derivative of it was traced.
     """
@@ -346,9 +331,7 @@ def primitives_of(jaxpr: Any) -> set[str]:
     """Names of the operations in a jaxpr, those inside loops, branches and nested functions included."""
     names = {equation.primitive.name for equation in jaxpr.eqns}
     for equation in jaxpr.eqns:
-        for value in jax.tree.leaves(tuple(equation.params.values()), is_leaf=is_jaxpr):
-            if is_jaxpr(value):
-                names |= primitives_of(getattr(value, "jaxpr", value))
+        names = names.union(*map(primitives_of, _inner_jaxprs(equation)))
     return names
 
 
@@ -360,8 +343,7 @@ def num_computed(jaxpr: Any) -> float:
     """
     total = 0.0
     for equation in jaxpr.eqns:
-        leaves = jax.tree.leaves(tuple(equation.params.values()), is_leaf=is_jaxpr)
-        inner = [num_computed(getattr(one, "jaxpr", one)) for one in leaves if is_jaxpr(one)]
+        inner = [num_computed(one) for one in _inner_jaxprs(equation)]
         if equation.primitive.name == "while":
             return math.inf
         if inner:
@@ -369,6 +351,12 @@ def num_computed(jaxpr: Any) -> float:
         else:
             total += sum(one.aval.size for one in equation.outvars)
     return total
+
+
+def _inner_jaxprs(equation: Any) -> list:
+    """The jaxprs that an operation holds: bodies of loops, branches, nested functions."""
+    leaves = jax.tree.leaves(tuple(equation.params.values()), is_leaf=is_jaxpr)
+    return [getattr(one, "jaxpr", one) for one in leaves if is_jaxpr(one)]
 
 
 def is_jaxpr(value: Any) -> bool:

@@ -77,6 +77,12 @@ def ess_bulk(draws: np.ndarray) -> np.ndarray:
     return _ess(_normal_scores(_halves(draws)))
 
 
+def ess_mean_and_square(draws: np.ndarray) -> np.ndarray:
+    """The smaller of `ess_bulk` of values and of their squared deviations from the mean, where slow scales show."""
+    squares = (draws - draws.mean(axis=(0, 1))) ** 2
+    return np.minimum(ess_bulk(draws), ess_bulk(squares))
+
+
 def ess_tail(draws: np.ndarray) -> np.ndarray:
     """The smaller effective sample size of the 5% and 95% quantiles; infinite where draws of a few values have no tails."""
     halves = _halves(draws)

@@ -121,6 +121,7 @@ class LoopMCMC(MCMC):
         )
         self._report: LoopReport | None = None
         self._solver, self._solved, self._notes = solver, [], []
+        self._transition: Transition | None = None
 
     def _single_chain_mcmc(self, init, args, kwargs, collect_fields, remove_sites):
         """As NumPyro's, which runs one chain; after its warm-up the chain is solved for if a solver was given."""
@@ -129,10 +130,11 @@ class LoopMCMC(MCMC):
         warm = self._after_warmup(init, args, kwargs)
         num_steps = self._collection_params["upper"] - self._collection_params["lower"]
         try:
-            transition = Transition(
-                lambda state: self.sampler.sample(state, args, kwargs), warm, self._sample_field
-            )
-            path, solved = transition.solved(warm, num_steps, self._solver)
+            if self._transition is None:
+                self._transition = Transition(
+                    lambda state: self.sampler.sample(state, args, kwargs), warm, self._sample_field
+                )
+            path, solved = self._transition.solved(warm, num_steps, self._solver)
         except NoParallelForm as error:
             self._notes.append(
                 f"NumPyro's own loop ran a chain of {type(self.sampler).__name__}: {error}."
@@ -184,7 +186,7 @@ class LoopMCMC(MCMC):
                 f"store: got one with {type(self.sampler).__name__}, wanted None: NumPyro's own loop runs this kernel and "
                 "keeps its draws in memory"
             )
-        self._solved, self._notes = [], []
+        self._solved, self._notes, self._transition = [], [], None
         if self._solver is not None and not is_typed(rng_key):
             # By their type keys are told from counters; the random numbers are the same.
             rng_key = jax.random.wrap_key_data(jax.numpy.asarray(rng_key))

@@ -30,6 +30,7 @@ import numpy as np
 
 from partime_mcmc.engine import Dynamics, Status
 from partime_mcmc.engine.solve import solve
+from partime_mcmc.numpyro.hmc_state import is_typed
 from partime_mcmc.solvers import Solver
 from partime_mcmc.types import Array, PyTree
 
@@ -76,7 +77,7 @@ class Transition:
 
     Args:
         sample: `state -> state`.
-        state: Of one chain, after warm-up.
+        state: Of one chain, after warm-up. Which leaf is what is found there, and checked for every chain that is solved.
         field: The name of the state's field that holds the draws.
 
     Raises:
@@ -89,10 +90,14 @@ class Transition:
         self._example = [leaf for _, leaf in with_paths]
         self._sample = sample
 
+        # Once, for all chains of a run.
         self._try = jax.jit(jax.vmap(self._steps, (None, 0)))
+        self._tick = jax.jit(self._ticks, static_argnums=2)
+        self._evaluate = jax.jit(jax.vmap(self._again, (None, 0, 0)))
+        self._evaluate_whole = jax.jit(jax.vmap(self._whole_step))
         self.roles = self._roles(state, field)
         carried = [self._example[k] for k in self.roles.carried]
-        if any(_is_key(leaf) for leaf in carried):
+        if any(is_typed(leaf) for leaf in carried):
             raise NoParallelForm("its keys depend on where the chain stands")
         floats = [leaf.dtype for leaf in carried if jnp.issubdtype(leaf.dtype, jnp.floating)]
         self._dtype = jnp.result_type(*floats) if floats else jnp.result_type(float)
@@ -101,7 +106,7 @@ class Transition:
         if jax.tree.structure(jax.eval_shape(self._sample, state)) != self._structure:
             raise NoParallelForm("a step changes the structure of its state")
         example, every = self._example, range(len(self._example))
-        keys = {k for k in every if _is_key(example[k])}
+        keys = {k for k in every if is_typed(example[k])}
         floats = {k for k in every if jnp.issubdtype(example[k].dtype, jnp.floating)}
         draws = {k for k in every if re.match(rf"\.{field}(\W|$)", self._names[k])}
 
@@ -161,7 +166,7 @@ class Transition:
         def step(state, _):
             leaves = [
                 leaf
-                if _is_key(leaf)
+                if is_typed(leaf)
                 else jnp.select(
                     [ways[k] == n for n in range(1, len(_OTHER_VALUES) + 1)],
                     [_other(leaf, n) for n in range(len(_OTHER_VALUES))],
@@ -215,7 +220,7 @@ class Transition:
             NoParallelForm: If the solver did not find the path, or what was taken for constant changed.
         """
         constants, carried = self._constants(state), self._carried(state)
-        ticks = jax.jit(self._ticks, static_argnums=2)(constants, self._clocks(state), num_steps)
+        ticks = self._tick(constants, self._clocks(state), num_steps)
         found = solve(Dynamics(self.step, constants), carried, ticks, solver=solver)
         if found.verdict != Status.CONVERGED:
             raise NoParallelForm(
@@ -225,7 +230,7 @@ class Transition:
         before = [
             jnp.concatenate([first[None], rest[:-1]]) for first, rest in zip(carried, found.states)
         ]
-        path = jax.jit(jax.vmap(self._again, (None, 0, 0)))(constants, before, ticks)
+        path = self._evaluate(constants, before, ticks)
         self._check(state, path, ticks)
         residual = max(
             (
@@ -250,6 +255,11 @@ class Transition:
         """The whole state after a step."""
         return self._sample(self._whole(constants, clocks, carried))
 
+    def _whole_step(self, leaves: list) -> PyTree:
+        """The state after one whose leaves are given."""
+        leaves = [_as_kind_of(one, leaf) for one, leaf in zip(self._example, leaves)]
+        return self._sample(jax.tree.unflatten(self._structure, leaves))
+
     def _check(self, state: PyTree, path: PyTree, ticks: list[Array]) -> None:
         """That leaves are what trials took them for: every step once more, from whole states.
 
@@ -261,11 +271,7 @@ class Transition:
             for first, rest in zip(jax.tree.leaves(state), jax.tree.leaves(path))
         ]
 
-        def step(leaves):
-            leaves = [_as_kind_of(one, leaf) for one, leaf in zip(self._example, leaves)]
-            return self._sample(jax.tree.unflatten(self._structure, leaves))
-
-        again = jax.jit(jax.vmap(step))(before)
+        again = self._evaluate_whole(before)
         roles, begin = self.roles, jax.tree.leaves(state)
         steps, same = jax.tree.leaves(path), jax.tree.leaves(again)
         constants = all(
@@ -295,10 +301,6 @@ class Transition:
         return jax.tree.unflatten(self._structure, leaves)
 
 
-def _is_key(leaf: Array) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def _close(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether two programs found the same of every step, in units of how far the values of a path spread: rounding apart."""
     if not np.issubdtype(one.dtype, np.floating):
@@ -309,7 +311,7 @@ def _close(one: np.ndarray, other: np.ndarray) -> bool:
 
 def _data(leaf: Array) -> Array:
     """Numbers that stand for a leaf: keys are words."""
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+    return jax.random.key_data(leaf) if is_typed(leaf) else leaf
 
 
 def _other(leaf: Array, way: int) -> Array:
@@ -328,7 +330,7 @@ def _numbers(leaf: Array) -> np.ndarray:
 
 def _as_kind_of(example: Array, value: Array) -> Array:
     """A value as a leaf of the example's type."""
-    if _is_key(example):
+    if is_typed(example):
         return jax.random.wrap_key_data(value, impl=jax.random.key_impl(example))
     if jnp.issubdtype(example.dtype, jnp.floating):
         return value.astype(example.dtype)

@@ -166,11 +166,20 @@ def test_other_data_are_another_density_also_where_a_rule_of_the_users_own_captu
         x = numpyro.sample("x", dist.Normal(0, 1))
         numpyro.factor("bent", bent(x) * y[0])
 
+    def with_pullback(slope, y):
+        @jax.custom_vjp
+        def bent(x):
+            return x * 1.0
+
+        bent.defvjp(lambda x: (bent(x), None), lambda _, given: (slope[0] * given,))
+        x = numpyro.sample("x", dist.Normal(0, 1))
+        numpyro.factor("bent", bent(x) * y[0])
+
     def plain(slope, y):
         x = numpyro.sample("x", dist.Normal(0, 1))
         numpyro.factor("line", slope[0] * x * y[0])
 
-    for model in (with_rule, plain):
+    for model in (with_rule, with_pullback, plain):
         slopes = []
         for slope in (2.0, 5.0):
             data = jnp.array([slope]), jnp.array([3.0])
