@@ -114,12 +114,12 @@ def _coalescing_mala(logdensity, dimension, dtype):
 
 def _steered_hmc(logdensity, dimension, dtype):
     del dimension, dtype
-    return steered_hmc(logdensity, 0.8, 2)
+    return steered_hmc(logdensity, 0.8, 2, num_stages=2)
 
 
 def _hmc_cycle(logdensity, dimension, dtype):
     del dimension, dtype
-    return hmc_cycle(logdensity, 0.7, 9, 0.6, 3)
+    return hmc_cycle(logdensity, 0.7, 9, 0.6, 3, num_stages=3)
 
 
 def _coalescing_walk(logdensity, dimension, dtype):

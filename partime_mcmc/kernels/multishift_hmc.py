@@ -1,7 +1,7 @@
 """Hamiltonian Monte Carlo with multishift noise: in its momentum, or in a Langevin step of every k-th transition.
 
-**Momentum.** In whitened coordinates the leapfrog end point of a standard normal is c x + s p, with (c, s) from
-cos(Lθ) and sin(Lθ), 2 sin(θ/2) = h. Choose p so that this end point is multishift noise around c x:
+**Momentum.** In whitened coordinates the end point of a trajectory of a standard normal is c x + s p, as
+`kernels.splitting` has it. Choose p so that this end point is multishift noise around c x:
 
     p(x) = (y(c x) − c x) / s,   y ~ N(c x, s²)                     still N(0, I) for every x,
 
@@ -11,9 +11,10 @@ and the end points of two nearby chains nearly coincide (exactly on a standard n
 a MALA step around the exact gradient with multishift noise, which lands both chains on the same floats. Each transition is a
 composition of kernels that keep p invariant, and which one it is follows from a counter, i.e. from time alone. `coalescing_hmc`.
 
-Trajectories and energies are BlackJAX's; momenta and uniforms are drawn beforehand.
+Trajectories and energies are BlackJAX's, with the weights of one, two or three stages; momenta and uniforms are drawn beforehand.
 """
 
+import math
 from typing import Any, Callable, NamedTuple
 
 import jax
@@ -37,6 +38,7 @@ from partime_mcmc.kernels.explicit_randomness import (
     when_anyone,
 )
 from partime_mcmc.kernels.multishift_mala import langevin_step
+from partime_mcmc.kernels.splitting import row_of_trajectory, stage_weights, turned_angle
 from partime_mcmc.types import Array, ArrayLike, PyTree, Tracer
 
 # Up to so many leapfrog steps are written out one after another: a loop costs more than a small gradient.
@@ -51,7 +53,7 @@ class HamiltonianInfo(NamedTuple):
         is_accepted: Whether the trajectory's end was accepted, or the Langevin step if there was one.
         is_divergent: Whether the energy rose by more than 1,000.
         energy: At the trajectory's end.
-        num_integration_steps: Leapfrog steps.
+        num_integration_steps: Gradients of the trajectory.
         decision_margin: The smallest |acceptance probability − uniform| of the decisions.
         lattice_margin: As for `ProposalInfo`; infinite where no lattice was used.
         langevin_acceptance_rate: Of the Langevin step; NaN where there was none.
@@ -92,37 +94,29 @@ class CycleRandomness(NamedTuple):
     langevin: MultishiftRandomness
 
 
-def leapfrog_row(step_size: Array | float, num_steps: int) -> tuple[Array, Array]:
-    """(c, s): L leapfrog steps of a standard normal end at c x + s p.
-
-    One step is x' = (1 − h²/2) x + h p; with sin(θ/2) = h/2 its powers rotate by Lθ, with momenta scaled by √(1 − h²/4).
-
-    Raises:
-        ValueError: If a concrete step size is 2 or more, where the leapfrog of a standard normal is unstable.
-    """
-    if not isinstance(step_size, Tracer) and not 0 < step_size < 2:
-        raise ValueError(
-            f"step_size: got {float(step_size)!r}, wanted one below 2, the leapfrog's limit of stability"
-        )
-    angle = 2 * num_steps * jnp.arcsin(jnp.asarray(step_size) / 2)
-    return jnp.cos(angle), jnp.sin(angle) / jnp.sqrt(1 - jnp.asarray(step_size) ** 2 / 4)
-
-
 def steered_hmc(
-    logdensity: Callable[[PyTree], Array], step_size: float, num_steps: int
+    logdensity: Callable[[PyTree], Array], step_size: float, num_steps: int, num_stages: int = 1
 ) -> ExplicitRandomnessKernel:
     """HMC whose momentum is multishift noise at the trajectory's end, in whitened coordinates.
 
     Args:
         logdensity: `position -> scalar`, roughly standard normal.
-        step_size: Leapfrog step, below 2.
+        step_size: h, one with which the integrator is stable on a standard normal: a leapfrog's is below 2.
         num_steps: L.
+        num_stages: Of an integration step.
 
     Raises:
-        ValueError: If the step size is not below 2.
+        ValueError: If the step size is not stable.
     """
-    c, s = leapfrog_row(step_size, num_steps)
-    init, propose = initial_state(logdensity), _trajectory(logdensity, step_size, num_steps)
+    known = not any(isinstance(one, Tracer) for one in (step_size, num_steps, num_stages))
+    if known and turned_angle(float(step_size), num_steps, num_stages) == math.inf:
+        raise ValueError(
+            f"step_size: got {float(step_size)!r}, wanted one with which an integrator of {num_stages} stages is stable "
+            "on a standard normal: below 2 for leapfrogs"
+        )
+    c, s = row_of_trajectory(step_size, num_steps, num_stages)
+    init = initial_state(logdensity)
+    propose = _trajectory(logdensity, step_size, num_steps, num_stages)
 
     def draw(key, state):
         flat = ravel_pytree(state.position)[0]
@@ -144,17 +138,20 @@ def hmc_cycle(
     num_steps: int,
     langevin_step_size: ArrayLike,
     every: int,
+    num_stages: int = 1,
 ) -> ExplicitRandomnessKernel:
     """HMC with plain momenta, and a coalescing Langevin step after every `every`-th trajectory.
 
     Args:
         logdensity: `position -> scalar`.
-        step_size: Leapfrog step, positive.
+        step_size: h, positive.
         num_steps: L.
         langevin_step_size: BlackJAX's ε of the Langevin step, positive.
         every: k, at least 1.
+        num_stages: Of an integration step.
     """
-    evaluate, propose = initial_state(logdensity), _trajectory(logdensity, step_size, num_steps)
+    evaluate = initial_state(logdensity)
+    propose = _trajectory(logdensity, step_size, num_steps, num_stages)
 
     def init(position, rng_key=None):
         return CycleState(*evaluate(position, rng_key), jnp.zeros((), jnp.int32))
@@ -211,27 +208,33 @@ def hmc_cycle(
     return ExplicitRandomnessKernel(init, draw, apply, draw_many, count)
 
 
-def leapfrogs(num_steps: int) -> Callable:
-    """BlackJAX's velocity Verlet, `num_steps` times, as one of BlackJAX's integrators.
+def leapfrogs(num_steps: int, num_stages: int = 1) -> Callable:
+    """BlackJAX's velocity Verlet, `num_steps` times, as one of BlackJAX's integrators; with the weights of the stages.
 
     A proposal is judged by the density at the trajectory's end. On the way only gradients are used, and the density's
     value is not handed from step to step, so that the compiler leaves it out: the softplus of a logistic regression costs
     more than its gradient.
 
     Args:
-        num_steps: L, at least 1.
+        num_steps: L, at least 1, a multiple of the stages.
+        num_stages: Of an integration step.
     """
 
     def integrator(logdensity, kinetic_energy):
-        one = integrators.velocity_verlet(logdensity, kinetic_energy)
+        def one(index, state, step_size):
+            coefficients = stage_weights(num_stages, state.logdensity.dtype)(index)
+            stage = integrators.generate_euclidean_integrator(coefficients)
+            return stage(logdensity, kinetic_energy)(state, step_size)
 
         def steps(state, step_size):
             unknown: Any = jnp.zeros_like(state.logdensity)
 
-            def advance(_, path):
+            def advance(index, path):
                 position, momentum, gradient = path
                 new = one(
-                    integrators.IntegratorState(position, momentum, unknown, gradient), step_size
+                    index,
+                    integrators.IntegratorState(position, momentum, unknown, gradient),
+                    step_size,
                 )
                 return new.position, new.momentum, new.logdensity_grad
 
@@ -243,7 +246,9 @@ def leapfrogs(num_steps: int) -> Callable:
                 path = lax.fori_loop(0, num_steps - 1, advance, path)
             position, momentum, gradient = path
             return one(
-                integrators.IntegratorState(position, momentum, unknown, gradient), step_size
+                num_steps - 1,
+                integrators.IntegratorState(position, momentum, unknown, gradient),
+                step_size,
             )
 
         return steps
@@ -251,7 +256,7 @@ def leapfrogs(num_steps: int) -> Callable:
     return integrator
 
 
-def _trajectory(logdensity, step_size, num_steps):
+def _trajectory(logdensity, step_size, num_steps, num_stages):
     """`(state, momentum (D,), uniform) -> (state, info)`: BlackJAX's trajectory with given random numbers."""
     kinetic = metrics.gaussian_euclidean
 
@@ -259,7 +264,11 @@ def _trajectory(logdensity, step_size, num_steps):
         flat, unravel = ravel_pytree(state.position)
         energy = kinetic(jnp.ones_like(flat)).kinetic_energy
         generate = hmc.hmc_proposal(
-            leapfrogs(num_steps)(logdensity, energy), energy, step_size, 1, sample_proposal=_decided
+            leapfrogs(num_steps, num_stages)(logdensity, energy),
+            energy,
+            step_size,
+            1,
+            sample_proposal=_decided,
         )
         start = integrators.IntegratorState(
             state.position, unravel(momentum), state.logdensity, state.logdensity_grad

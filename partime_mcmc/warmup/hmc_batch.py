@@ -4,7 +4,7 @@ Chains move on flat positions x with a centre and a root R of the metric, Σ = R
 
     p ← p + (h/2) Rᵀ∇log p(x),   x ← x + h R p,   p ← p + (h/2) Rᵀ∇log p(x),        L times,
 
-accepted with probability min(1, exp(−ΔH)), H = −log p(x) + |p|²/2: leapfrog in whitened coordinates without ever
+or with the weights of an integrator of more stages (`kernels.splitting`), accepted with probability min(1, exp(−ΔH)), H = −log p(x) + |p|²/2: leapfrog in whitened coordinates without ever
 leaving x, so that a new metric changes numbers only. Step sizes, lengths, the metric and the model's data are
 arguments. A trial is the same program with a fresh start in every step, so that warm-up compiles nothing else. After
 each step log h grows by `gain · (acceptance − target)`; a gain of 0 keeps it, as exact chains need.
@@ -24,6 +24,7 @@ from partime_mcmc.executions import run_jitted
 from partime_mcmc.kernels.coordinates import CoordinateMap, density_through
 from partime_mcmc.kernels.coupling import normal_of
 from partime_mcmc.kernels.metric_root import Root, times, transposed_times
+from partime_mcmc.kernels.splitting import stage_weights
 from partime_mcmc.kernels.traced_gradient import unoptimised_seconds
 from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import Array, ArrayLike, Key, PyTree
@@ -121,6 +122,7 @@ def _walk(
     fresh: Array,
     step_sizes: Array,
     lengths: Array,
+    num_stages: Array,
     gain: Array,
     target: Array,
     words: Array,
@@ -129,6 +131,7 @@ def _walk(
     unravel = ravel_pytree(example)[1]
     evaluate = jax.vmap(jax.value_and_grad(lambda x: density(params, unravel(x))))
     num_chains, dimension = starts.shape[1:]
+    weights = stage_weights(num_stages, starts.dtype)
 
     def energy(value, momentum):
         return 0.5 * jnp.sum(momentum**2, axis=1) - value
@@ -142,14 +145,15 @@ def _walk(
 
         def leap(index, moving):
             x, value, gradient, p = moving
-            half = p + 0.5 * step * transposed_times(root, gradient)
-            new = x + step * times(root, half)
+            before, drift, after = weights(index)
+            half = p + before * step * transposed_times(root, gradient)
+            new = x + drift * step * times(root, half)
             new_value, new_gradient = evaluate(new)
             ended = (
                 new,
                 new_value,
                 new_gradient,
-                half + 0.5 * step * transposed_times(root, new_gradient),
+                half + after * step * transposed_times(root, new_gradient),
             )
             going = index < length
             return tuple(
@@ -251,6 +255,7 @@ class HMCBatch:
         root: Root,
         step_sizes: ArrayLike,
         lengths: ArrayLike,
+        num_stages: int = 1,
         *,
         size: int = STEPS,
         gain: float = 0.0,
@@ -264,7 +269,8 @@ class HMCBatch:
                 trial from its own start.
             root: Of the metric.
             step_sizes: h, `(C,)` or scalar.
-            lengths: Leapfrog steps, `(16, C)`, the same in every 16 steps, or scalar.
+            lengths: Gradients per trajectory, `(16, C)`, the same in every 16 steps, or scalar.
+            num_stages: Of an integration step; lengths are multiples of it.
             size: S, a multiple of 16, at most `max_batch_steps(C D)`.
             gain: How fast log step sizes follow the acceptance.
             target: The acceptance that they follow.
@@ -288,6 +294,7 @@ class HMCBatch:
             fresh,
             sizes,
             leapfrogs,
+            np.int32(num_stages),
             np.asarray(gain, self.dtype),
             np.asarray(target, self.dtype),
             seed.words,

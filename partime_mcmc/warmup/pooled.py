@@ -32,6 +32,7 @@ from partime_mcmc.engine import CachedStep, Dynamics, Status, Tolerance, shootin
 from partime_mcmc.engine.solve import solve
 from partime_mcmc.kernels.coupling import normal_of
 from partime_mcmc.kernels.metric_root import Root, largest_ratio, times, transposed_times
+from partime_mcmc.kernels.splitting import stage_weights
 from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import Key
 from partime_mcmc.warmup.hmc_batch import STEPS, HMCBatch, HMCBatchResult, SeedTree
@@ -51,7 +52,7 @@ from partime_mcmc.warmup.triangular_fit import (
     leave_map,
     split_maps,
 )
-from partime_mcmc.warmup.tuning import Path, TrajectoryRule, best_angle
+from partime_mcmc.warmup.tuning import Path, TrajectoryRule, Trial, best_angle
 
 _PIECE, _SEGMENT = 128, 32
 # Adaptation asks for less than sampling: a millionth of the width of a posterior.
@@ -80,6 +81,7 @@ def side_by_side(
                 root,
                 path.step_size,
                 path.num_steps,
+                path.num_stages,
                 size=min(longest, size - start),
             )
         )
@@ -106,6 +108,7 @@ def in_parallel_time(
         jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), root),
         jnp.asarray(path.step_size, dtype),
         jnp.asarray(path.num_steps, jnp.int32),
+        jnp.asarray(path.num_stages, jnp.int32),
     )
     for number in range(size // _PIECE):
         one = seed.child(number)
@@ -185,14 +188,16 @@ def _evaluate(density, numbers, x):
 
 def _move(density, numbers, state, uniforms):
     """The next state and the acceptance probability."""
-    _, _, root, step, num_steps = numbers
+    _, _, root, step, num_steps, num_stages = numbers
+    weights = stage_weights(num_stages, step.dtype)
     momentum = normal_of(uniforms[1:])
 
-    def leap(_, moving):
+    def leap(index, moving):
         x, _, gradient, p = moving
-        half = p + 0.5 * step * transposed_times(root, gradient)
-        ended = _evaluate(density, numbers, x + step * times(root, half))
-        return *ended, half + 0.5 * step * transposed_times(root, ended[2])
+        before, drift, after = weights(index)
+        half = p + before * step * transposed_times(root, gradient)
+        ended = _evaluate(density, numbers, x + drift * step * times(root, half))
+        return *ended, half + after * step * transposed_times(root, ended[2])
 
     *end, last = lax.fori_loop(0, num_steps, leap, (*state, momentum))
     fall = 0.5 * jnp.sum(momentum**2) - state[1] - 0.5 * jnp.sum(last**2) + end[1]
@@ -259,11 +264,11 @@ class Pool:
         )
         self.metric = diagonal_like(self.metric, spread)
 
-    def trials(self, walker: HMCBatch, seed: SeedTree) -> Callable[[float, int], np.ndarray]:
+    def trials(self, walker: HMCBatch, seed: SeedTree) -> Trial:
         """Acceptance of one trajectory from each of 16 states of every chain, the same for all candidates."""
         draws, root = self.draws.positions, root_of(self.metric)
         states = draws[np.linspace(0, len(draws) - 1, STEPS).astype(int)]
-        return lambda step, steps: walker.walk(seed, states, root, step, steps).acceptance
+        return lambda path: walker.walk(seed, states, root, *path[:3]).acceptance
 
 
 def window_sizes(num_steps: int, first: int) -> list[int]:

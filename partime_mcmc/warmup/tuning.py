@@ -41,10 +41,11 @@ from partime_mcmc.kernels import (
     random_walk,
 )
 from partime_mcmc.kernels.kernel_program import Builder, KernelParams, KernelProgram, unwrapped
+from partime_mcmc.kernels.splitting import stages_to_try, step_for_angle, turned_angle
 from partime_mcmc.types import Key
 from partime_mcmc.warmup.hmc_batch import STEPS, HMCBatchResult
 
-LEAPFROGS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48)
+LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48)
 # Where the search for a path begins; later ones begin at the path before.
 _FIRST_TRIED = 3
 _SHRINK_PATH, _MAX_SHRINKS = 1.5, 24
@@ -63,21 +64,30 @@ _ANGLES = np.linspace(math.pi / 2, 2.0, 10)
 # An autocorrelation closer to 1 tells no more of how wide a coordinate is.
 _MOST_CORRELATED = 0.99
 
-# (step size, leapfrog steps) -> acceptance probabilities of the trials, shape (S, C), column c from states of chain c.
-Trial = Callable[[float, int], np.ndarray]
-
 
 class Path(NamedTuple):
-    """A step size, a number of leapfrog steps, and the mean acceptance seen in the trials."""
+    """A trajectory.
+
+    Attributes:
+        step_size: h.
+        num_steps: L: gradients, which are leapfrog steps or their like, each of length h.
+        num_stages: Of an integration step (`kernels.splitting`); L is a multiple of it.
+        acceptance: The mean acceptance seen in the trials.
+    """
 
     step_size: float
     num_steps: int
-    acceptance: float
+    num_stages: int = 1
+    acceptance: float = math.nan
 
     @property
     def angle(self) -> float:
         """By how much it turns a standard normal."""
-        return 2 * self.num_steps * math.asin(min(self.step_size / 2, 1.0))
+        return turned_angle(*self[:3])
+
+
+# A path -> acceptance probabilities of its trials, shape (S, C), column c from states of chain c.
+Trial = Callable[[Path], np.ndarray]
 
 
 def best_angle(draws: HMCBatchResult, path: Path) -> float:
@@ -113,6 +123,7 @@ class TrajectoryRule:
         target: Mean acceptance at least.
         step_size: Fixed h; None is chosen.
         num_steps: Fixed L; None is chosen.
+        num_stages: Fixed stages of an integration step; None are chosen.
         length: Fixed path length in whitened units; None is `angle`.
         angle: By how much a path turns a standard normal.
     """
@@ -120,21 +131,26 @@ class TrajectoryRule:
     target: float = 0.8
     step_size: float | None = None
     num_steps: int | None = None
+    num_stages: int | None = None
     length: float | None = None
     angle: float = math.pi / 2
 
-    def candidates(self) -> Iterator[tuple[float, int]]:
-        """`(h, L)`, the cheapest first."""
+    def candidates(self) -> Iterator[list[Path]]:
+        """Paths, those of one cost together, the cheapest first."""
         if self.step_size is not None:
-            yield self.step_size, self.num_steps or self._steps_for(self.step_size)
+            stages = self.num_stages or 1
+            steps = self.num_steps or self._steps_for(self.step_size, stages)
+            yield [Path(self.step_size, steps, stages)]
             return
-        choices = LEAPFROGS if self.num_steps is None else (self.num_steps,)
+        lengths = [steps for steps in LENGTHS if steps % (self.num_stages or 1) == 0]
+        paths = list(map(self._paths, lengths if self.num_steps is None else [self.num_steps]))
         if self.length is not None:
-            choices = [one for one in choices if self._excess(one) <= _TOO_FAR] or choices[-1:]
-        for steps in choices:
-            yield self._step_for(steps), steps
+            near = [[one for one in some if one.angle - self.length <= _TOO_FAR] for some in paths]
+            paths = list(filter(None, near)) or paths[-1:]
+        yield from paths
         for power in range(1, _MAX_SHRINKS):
-            yield self._step_for(choices[-1]) / _SHRINK_PATH**power, choices[-1]
+            shrunk = _SHRINK_PATH**power
+            yield [path._replace(step_size=path.step_size / shrunk) for path in paths[-1]]
 
     def choose(self, trial: Trial, near: int = _FIRST_TRIED) -> Path:
         """The cheapest path that is accepted often enough, or the one accepted most often.
@@ -145,7 +161,7 @@ class TrajectoryRule:
                 shorter ones until one is not.
         """
         candidates = list(self.candidates())
-        first = next((index for index, (_, steps) in enumerate(candidates) if steps >= near), 0)
+        first = next((i for i, (path, *_) in enumerate(candidates) if path.num_steps >= near), 0)
         return _first_accepted(
             trial, candidates, math.nan, self.target, self._leaves, min(first, len(candidates) - 1)
         )
@@ -157,20 +173,19 @@ class TrajectoryRule:
             or rates.mean() >= (1 + self.target) / 2
         )
 
-    def _step_for(self, steps: int) -> float:
-        return (
-            2 * math.sin(self.angle / (2 * steps)) if self.length is None else self.length / steps
-        )
-
-    def _excess(self, steps: int) -> float:
-        """By how much a fixed path in so many steps turns a standard normal too far; infinite for steps that are not stable."""
-        step = self._step_for(steps)
-        return steps * (2 * math.asin(step / 2) - step) if step < 2 else math.inf
-
-    def _steps_for(self, step: float) -> int:
+    def _paths(self, steps: int) -> list[Path]:
+        """Of so many gradients and the fixed length, or such that turn a standard normal by the angle."""
+        stages = stages_to_try(steps) if self.num_stages is None else (self.num_stages,)
         if self.length is not None:
-            return max(1, round(self.length / step))
-        return max(1, round(self.angle / (2 * math.asin(min(step, math.sqrt(2)) / 2))))
+            return [Path(self.length / steps, steps, one) for one in stages]
+        return [Path(step_for_angle(self.angle, steps, one), steps, one) for one in stages]
+
+    def _steps_for(self, step: float, stages: int = 1) -> int:
+        once = step * stages
+        if self.length is None:
+            once = turned_angle(min(step, math.sqrt(2)), stages, stages)
+        wanted = self.angle if self.length is None else self.length
+        return stages * max(1, round(wanted / once))
 
 
 def boldest_step(
@@ -185,12 +200,12 @@ def boldest_step(
         steps_for: Leapfrog steps that go with a step size; a Langevin step is one.
     """
     steps = [bold * _SHRINK_STEP**power for power in range(_MAX_STEPS)]
-    return _first_accepted(trial, [(step, steps_for(step)) for step in steps], bold, target)
+    return _first_accepted(trial, [[Path(step, steps_for(step))] for step in steps], bold, target)
 
 
 def _first_accepted(
     trial: Trial,
-    candidates: Sequence[tuple[float, int]],
+    candidates: Sequence[Sequence[Path]],
     unknown: float,
     target: float,
     also: Callable[[np.ndarray], bool] = lambda rates: True,
@@ -200,23 +215,27 @@ def _first_accepted(
 
     Args:
         trial: As for `TrajectoryRule.choose`.
-        candidates: Step sizes and leapfrog steps; those that come later are accepted oftener.
+        candidates: Paths, those of one cost together, what suits most posteriors first; those that come later are accepted
+            oftener.
         unknown: The step size to report if all rates are NaN.
         target: Mean acceptance at least.
         also: What else the rates must show.
         begin: Which candidate to try first.
     """
-    best = Path(unknown, 1, -1.0)
+    best = Path(unknown, 1, acceptance=-1.0)
 
     def accepted(index: int) -> Path | None:
         nonlocal best
-        rates = trial(*candidates[index])
-        path = Path(*candidates[index], float(rates.mean()))
-        if path.acceptance > best.acceptance:
-            best = path
-        enough = path.acceptance >= target
-        enough = enough and rates.mean(axis=0).min() >= min(_EVERY_CHAIN, target)
-        return path if enough and also(rates) else None
+        for path in candidates[index]:
+            rates = trial(path)
+            path = path._replace(acceptance=float(rates.mean()))
+            if path.acceptance > best.acceptance:
+                best = path
+            enough = path.acceptance >= target
+            enough = enough and rates.mean(axis=0).min() >= min(_EVERY_CHAIN, target)
+            if enough and also(rates):
+                return path
+        return None
 
     path = accepted(begin)
     if path is None:
@@ -251,7 +270,11 @@ def path_rule_of(builder: Builder, target: float, length: float | None) -> Traje
     if base not in (hmc, coalescing_hmc):
         return TrajectoryRule()
     return TrajectoryRule(
-        target, fixed.get("step_size"), fixed.get("num_integration_steps"), length
+        target,
+        fixed.get("step_size"),
+        fixed.get("num_integration_steps"),
+        fixed.get("num_stages"),
+        length,
     )
 
 
@@ -273,7 +296,11 @@ def choose(
     base, fixed = unwrapped(builder)
     if base in (hmc, coalescing_hmc):
         settings, rate = (
-            {"step_size": path.step_size, "num_integration_steps": path.num_steps},
+            {
+                "step_size": path.step_size,
+                "num_integration_steps": path.num_steps,
+                "num_stages": path.num_stages,
+            },
             path.acceptance,
         )
         if base is coalescing_hmc and "mala_step_size" not in fixed:
@@ -289,7 +316,9 @@ def choose(
         settings, rate = {"step_size": found.step_size}, found.acceptance
     else:
         found = boldest_step(
-            lambda step, _: own({"step_size": step}), 1.6 if base is random_walk else 1.0, target
+            lambda path: own({"step_size": path.step_size}),
+            1.6 if base is random_walk else 1.0,
+            target,
         )
         settings, rate = {"step_size": found.step_size}, found.acceptance
     return {name: value for name, value in settings.items() if name not in fixed}, rate
@@ -300,7 +329,7 @@ def any_settings(builder: Builder) -> dict[str, Any]:
     base, fixed = unwrapped(builder)
     settings: dict[str, Any] = {"step_size": 0.1}
     if base in (hmc, coalescing_hmc):
-        settings["num_integration_steps"] = 1
+        settings |= {"num_integration_steps": 1, "num_stages": 1}
     if base is coalescing_hmc:
         settings["mala_step_size"] = 0.1
     return {name: value for name, value in settings.items() if name not in fixed}

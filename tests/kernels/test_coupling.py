@@ -30,7 +30,6 @@ from partime_mcmc.kernels import (
     random_walk,
 )
 from partime_mcmc.kernels.coupling import MultishiftNoise, draw_multishift_noise, multishift
-from partime_mcmc.kernels.multishift_hmc import leapfrog_row
 from partime_mcmc.sampling.sample import sample
 from partime_mcmc.sampling.target import Target
 
@@ -152,20 +151,6 @@ def test_the_map_is_a_staircase_with_the_margin_it_states():
         )
         np.testing.assert_array_equal(slope, 0)
         assert (np.abs(value - center) <= 0.5 * layers.radius * (1 + 1e-12)).all()
-
-
-@pytest.mark.parametrize("num_steps", [1, 3, 8])
-def test_the_leapfrog_row_is_blackjaxs_leapfrog(num_steps):
-    c, s = leapfrog_row(0.8, num_steps)
-    for start, momentum in ((1.3, 0.0), (0.0, -0.7), (0.4, 1.9)):
-        x, p = start, momentum
-        for _ in range(num_steps):
-            p -= 0.4 * x
-            x += 0.8 * p
-            p -= 0.4 * x
-        assert x == pytest.approx(float(c * start + s * momentum), abs=1e-6)
-    with pytest.raises(ValueError, match="step_size: got 2.0, wanted one below 2"):
-        leapfrog_row(2.0, num_steps)
 
 
 # --- meeting

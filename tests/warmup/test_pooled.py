@@ -89,20 +89,27 @@ def test_metrics_by_shape():
 
 
 def test_paths_are_the_cheapest_that_are_accepted():
-    def trial(step, steps):
-        return np.full((STEPS, C), 1.0 - 0.4 * step)
+    def trial(path):
+        return np.full((STEPS, C), 1.0 - 0.4 * path.step_size)
 
     path = TrajectoryRule(0.8).choose(trial)
-    assert path.num_steps == 4 and path.step_size == pytest.approx(2 * np.sin(np.pi / 16))
-    assert TrajectoryRule(0.8, length=3.0).choose(trial) == Path(0.5, 6, pytest.approx(0.8))
+    assert path.num_steps == 4 and path.num_stages == 2
+    assert path.angle == pytest.approx(np.pi / 2) and path.step_size < np.pi / 8
+    leapfrogs = TrajectoryRule(0.8, num_stages=1).choose(trial)
+    assert leapfrogs[:3] == (pytest.approx(2 * np.sin(np.pi / 16)), 4, 1)
+    thirds = TrajectoryRule(0.8, num_stages=3).choose(trial)
+    assert thirds.num_steps == 6 and thirds.angle == pytest.approx(np.pi / 2)
+    assert TrajectoryRule(0.8, length=3.0).choose(trial) == Path(0.5, 6, 3, pytest.approx(0.8))
     assert TrajectoryRule(0.8, step_size=0.3).choose(trial)[:2] == (0.3, 5)
     # Six steps would be accepted as well, and turn a normal by 8.7 instead of 8.
-    step, steps, _ = TrajectoryRule(0.8, length=8.0).choose(lambda step, steps: np.ones((STEPS, C)))
-    assert step * steps == pytest.approx(8.0)
-    assert steps * 2 * np.arcsin(step / 2) == pytest.approx(8.0, abs=0.2)
+    for stages in (None, 1):
+        rule = TrajectoryRule(0.8, num_stages=stages, length=8.0)
+        path = rule.choose(lambda path: np.ones((STEPS, C)))
+        assert path.step_size * path.num_steps == pytest.approx(8.0)
+        assert path.angle == pytest.approx(8.0, abs=0.2)
     assert boldest_step(trial, 1.0, 0.8).step_size == pytest.approx(0.85**5)
     stuck = TrajectoryRule(0.8).choose(
-        lambda step, steps: np.where(np.arange(C) == 0, 0.1, 1.0) * np.ones((STEPS, 1))
+        lambda path: np.where(np.arange(C) == 0, 0.1, 1.0) * np.ones((STEPS, 1))
     )
     assert stuck.acceptance == pytest.approx(0.8875), (
         "one chain that is stuck is enough to go on trying"
@@ -123,7 +130,7 @@ def turning(width, rate, angle=np.pi / 2, num_steps=800, seed=0):
 
 
 def test_paths_are_longer_where_the_metric_does_not_fit():
-    quarter, path = np.pi / 2, Path(2 * np.sin(np.pi / 16), 4, 0.8)
+    quarter, path = np.pi / 2, Path(2 * np.sin(np.pi / 16), 4)
     assert path.angle == pytest.approx(quarter)
     # 6,400 draws tell a correlation to 0.0125, by which a width of 1 may be taken for one of 1.04.
     for rate in (1.0, 0.8):
@@ -132,11 +139,11 @@ def test_paths_are_longer_where_the_metric_does_not_fit():
         between = best_angle(turning([1.0, 1.4], rate), path)
         assert quarter + 0.15 < between < 2.0
     # What was found with a longer path is found with it again: it is the width that is read, not the correlation.
-    longer = Path(2 * np.sin(between / 8), 4, 0.8)
+    longer = Path(2 * np.sin(between / 8), 4)
     again = best_angle(turning([1.0, 1.4], 0.8, between), longer)
     assert again == pytest.approx(between, abs=0.1)
     rule = dataclasses.replace(TrajectoryRule(0.8), angle=between)
-    assert rule.choose(lambda step, steps: np.ones((STEPS, C)), 4).angle == pytest.approx(between)
+    assert rule.choose(lambda path: np.ones((STEPS, C)), 4).angle == pytest.approx(between)
     nothing = turning([1.0], 1.0)
     assert best_angle(nothing._replace(gradients=nothing.gradients * np.nan), path) == quarter
 
@@ -144,19 +151,17 @@ def test_paths_are_longer_where_the_metric_does_not_fit():
 def test_a_path_is_accepted_from_nearly_everywhere_or_very_often():
     """Fine in the mean, but from every twentieth state nothing is accepted: chains would stand still there."""
 
-    def trial(step, steps, share=20):
-        return np.where(np.arange(STEPS * C) % share == 0, 0.0, 1.0 - 0.01 * step).reshape(STEPS, C)
+    def trial(path, share=20):
+        rates = np.where(np.arange(STEPS * C) % share == 0, 0.0, 1.0 - 0.01 * path.step_size)
+        return rates.reshape(STEPS, C)
 
     # 0.95 of the states: 0.93 in the mean, more than half way from 0.8 to 1, so there is no more to ask for.
     assert TrajectoryRule(0.8).choose(trial).num_steps == 1
 
     # Of every eighth state, with small steps of all: the cheapest path from which chains leave.
-    def neck(step, steps):
-        return (
-            np.where(np.arange(STEPS * C) % 8 == 3, 0.0 if steps < 6 else 0.3, 0.97)
-            .reshape(C, STEPS)
-            .T
-        )
+    def neck(path):
+        rate = 0.0 if path.num_steps < 6 else 0.3
+        return np.where(np.arange(STEPS * C) % 8 == 3, rate, 0.97).reshape(C, STEPS).T
 
     found = TrajectoryRule(0.8).choose(neck)
     assert found.num_steps == 6 and found.acceptance == pytest.approx(0.875 * 0.97 + 0.125 * 0.3)
@@ -181,7 +186,7 @@ def batch():
 def test_windows_in_parallel_time_are_chains_of_the_same_law():
     """Solved, not fallen back; less deep than side by side; and with exact starts still the target's draws."""
     starts, root = draws(1)[0][0], root_of(COVARIANCE * 1.2)
-    path = Path(0.7, 2, 0.9)
+    path = Path(0.7, 2, 2)
     parallel, one_by_one = batch(), batch()
     found = in_parallel_time(parallel, SEED, starts, root, path, 512)
     other = side_by_side(one_by_one, SEED, starts, root, path, 512)
@@ -222,7 +227,7 @@ def test_a_window_is_one_chain_however_many_calls_it_takes(numbers, monkeypatch)
     calls = max(1, 128 // trajectories.max_batch_steps(C * D))
     # Far from the mode and slow: who began anew would leap.
     starts, h, chains = 100.0 + np.arange(C * D, dtype=float).reshape(C, D), 0.01, batch()
-    window = side_by_side(chains, SEED, starts, np.eye(D) * 1e-3, Path(h, 3, 1.0), 128)
+    window = side_by_side(chains, SEED, starts, np.eye(D) * 1e-3, Path(h, 3), 128)
     path = np.concatenate([starts[None], window.positions])
     leaps = np.abs(np.diff(path, axis=0)).max(axis=(1, 2))
     assert window.positions.shape == (128, C, D) and chains.num_steps == 128
