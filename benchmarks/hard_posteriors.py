@@ -12,7 +12,8 @@ one into the same folder stopped.
 R-hat and effective draws are of the worst unconstrained coordinate, effective draws the smaller of means and of squared
 deviations; they are counted against the gradients of sampling, and those of warm-up stand beside them. NUTS is the one of both
 that has more effective draws per gradient. |z| is the worst deviation of a mean or standard deviation from the reference, in
-standard errors of both. Seconds of whole runs, compilation included, are in the JSON; how long chains take beside the loop over the
+standard errors of both. `--methods "paths of 3;our NUTS"` runs other kernels after our warm-up, to see whether its choice of a path is
+the right one. Seconds of whole runs, compilation included, are in the JSON; how long chains take beside the loop over the
 same steps is for `benchmarks.posteriors`.
 """
 
@@ -24,6 +25,7 @@ import statistics
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -34,6 +36,7 @@ import numpyro.distributions as dist
 from numpyro.distributions import constraints
 from numpyro.infer import MCMC, NUTS
 
+import partime_mcmc.numpyro
 from benchmarks.record import OUT, figures, in_a_process, keep, module_at, rows_so_far
 from partime_mcmc import CoalescingHMC, ParallelMCMC
 from partime_mcmc.diagnostics import mixing
@@ -131,10 +134,10 @@ MODELS = {
 }
 
 
-def ours(model, data: dict, key) -> tuple[dict, dict, dict]:
+def ours(model, data: dict, key, kernel=CoalescingHMC) -> tuple[dict, dict, dict]:
     """Positions and sites' values, leaves `(C, T, ...)`, and what else is known of the run."""
     mcmc = ParallelMCMC(
-        CoalescingHMC(model),
+        kernel(model),
         num_warmup=STEPS,
         num_samples=STEPS,
         num_chains=CHAINS,
@@ -191,6 +194,12 @@ METHODS = {
     "NUTS": lambda *run: nuts(*run, dense_mass=False),
     "NUTS, dense": lambda *run: nuts(*run, dense_mass=True),
 }
+# Other kernels after our warm-up: is the default's path the right one?
+OTHERS = {
+    "paths of 3": lambda *run: ours(*run, partial(CoalescingHMC, trajectory_length=3.0)),
+    "paths of 6": lambda *run: ours(*run, partial(CoalescingHMC, trajectory_length=6.0)),
+    "our NUTS": lambda *run: ours(*run, partime_mcmc.numpyro.NUTS),
+}
 
 
 def known(models: Path | None) -> dict:
@@ -211,7 +220,7 @@ def measure(name: str, method: str, seed: int, models: Path | None) -> dict:
     warnings.simplefilter("ignore")
     model, data = model_and_data(name, models)
     begin = time.perf_counter()
-    positions, values, known_of_run = METHODS[method](model, data, jax.random.key(seed))
+    positions, values, known_of_run = (METHODS | OTHERS)[method](model, data, jax.random.key(seed))
     row = {"posterior": name, "method": method, "seconds": time.perf_counter() - begin}
     leaves = [np.asarray(leaf, float).reshape(CHAINS, STEPS, -1) for leaf in positions.values()]
     x = np.concatenate([*leaves, np.zeros((CHAINS, STEPS, 0))], axis=2)
@@ -251,7 +260,7 @@ def deviation(values: dict[str, np.ndarray], moments: dict[str, dict]) -> dict:
 
 def best_nuts(rows: dict[str, dict]) -> dict:
     """Of one posterior's rows by method, NUTS' with most effective draws per gradient; `{}` if it has none."""
-    found = [row for method, row in rows.items() if method != "ours" and "ess" in row]
+    found = [row for method, row in rows.items() if method.startswith("NUTS") and "ess" in row]
     return max(found, key=lambda row: row["ess_per_1000_gradients"], default={})
 
 
@@ -290,12 +299,37 @@ def table(rows: list[dict]) -> str:
             f"Effective draws per gradient at least NUTS' on {sum(ratio >= 1 for ratio in ratios)} of {len(ratios)}, "
             f"median {statistics.median(ratios):.1f} times; gradients of warm-up: median {statistics.median(warmups):.2f} times."
         )
+    lines += others(posteriors)
     failed = [row for row in rows if "failed" in row]
     lines += [
         "",
         *(f"{row['posterior']}, {row['method']}: {row['failed']}.\n" for row in failed),
     ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def others(posteriors: dict[str, dict[str, dict]]) -> list[str]:
+    """Lines on what other kernels gave after the same warm-up, none where none was run."""
+    with_others = {name: rows for name, rows in posteriors.items() if OTHERS.keys() & rows.keys()}
+    if not with_others:
+        return []
+    kernels = ["ours", *OTHERS]
+    lines = [
+        "",
+        "The same warm-up with other kernels, effective draws per 1,000 gradients (of all draws; evaluations a draw):",
+        "",
+        f"| posterior | {' | '.join(kernels)} |",
+        "|---" * (1 + len(kernels)) + "|",
+    ]
+    for name, rows in with_others.items():
+        cells = (
+            f"{row['ess_per_1000_gradients']:.3g} ({row['ess']:,.0f}; {row['evaluations_per_draw']:.1f})"
+            if "ess" in (row := rows.get(kernel, {}))
+            else "–"
+            for kernel in kernels
+        )
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
 
 
 def _ratio(one: dict, other: dict, name: str) -> float | None:
@@ -345,8 +379,9 @@ def main(argv: list[str] | None = None) -> int:
     names, methods = arguments.names or list(known(models)), arguments.methods.split(";")
     if unknown := [name for name in names if name not in known(models)]:
         parser.error(f"NAME: got {', '.join(unknown)}, wanted some of {', '.join(known(models))}")
-    if unknown := [method for method in methods if method not in METHODS]:
-        parser.error(f"--methods: got {'; '.join(unknown)}, wanted some of {'; '.join(METHODS)}")
+    every = METHODS | OTHERS
+    if unknown := [method for method in methods if method not in every]:
+        parser.error(f"--methods: got {'; '.join(unknown)}, wanted some of {'; '.join(every)}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     stored = arguments.out / f"{arguments.record}.jsonl"
     rows = rows_so_far(stored, "posterior", "method")
@@ -360,7 +395,7 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps(row), flush=True)
             with open(stored, "a") as file:
                 file.write(json.dumps(row) + "\n")
-    shown = [rows[name, method] for name in names for method in METHODS if (name, method) in rows]
+    shown = [rows[name, method] for name in names for method in every if (name, method) in rows]
     keep(arguments.out / f"{arguments.record}.json", {"rows": shown}, table(shown))
     print(table(shown))
     return 0

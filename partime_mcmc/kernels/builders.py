@@ -309,16 +309,17 @@ def _steps_of_path(step_size, num_steps: Any, num_stages: Any) -> Any:
         ValueError: If they are no multiple of the stages, or either is no count.
     """
     _check_positive_integer(num_stages, "num_stages")
-    if not isinstance(num_stages, Tracer) and num_stages > MOST_STAGES:
-        raise ValueError(f"num_stages: got {num_stages}, wanted 1, 2 or 3")
+    # As numbers of the host: arithmetic on the device would be a program of its own.
+    stages = None if isinstance(num_stages, Tracer) else int(num_stages)
+    if stages is not None and stages > MOST_STAGES:
+        raise ValueError(f"num_stages: got {stages}, wanted 1, 2 or 3")
     if num_steps is None:
         # To the nearest multiple.
         return num_stages * max(1, round(quarter_period_steps(step_size) / num_stages))
     _check_positive_integer(num_steps, "num_integration_steps")
-    known = not isinstance(num_steps, Tracer) and not isinstance(num_stages, Tracer)
-    if known and num_steps % num_stages:
+    if stages is not None and not isinstance(num_steps, Tracer) and int(num_steps) % stages:
         raise ValueError(
-            f"num_integration_steps: got {num_steps}, wanted a multiple of num_stages={num_stages}"
+            f"num_integration_steps: got {num_steps}, wanted a multiple of num_stages={stages}"
         )
     return num_steps
 
