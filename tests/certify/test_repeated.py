@@ -19,6 +19,8 @@ from partime_mcmc import (
     sequential,
     shooting,
 )
+from partime_mcmc.certify import repeated
+from partime_mcmc.certify.certificate import describe_certification
 from partime_mcmc.engine.solution import SolveError
 
 
@@ -87,3 +89,35 @@ def test_honest_code_is_certified(tmp_path):
     certificate = draws.or_raise().certificate
     assert np.asarray(certificate.certified).all() and int(certificate.num_rejected.min()) > 20
     assert np.isfinite(certificate.max_residual).all()
+
+
+@pytest.mark.parametrize("still", [False, True])
+def test_the_steps_evaluated_twice_are_those_far_out_in_any_coordinate(still):
+    """Far in units of each coordinate's own range, so that a coordinate of large numbers does not decide alone."""
+    rng = np.random.default_rng(0)
+    path = rng.uniform(-1, 1, (2000, 3)) * [1e-6, 1.0, 1e6]
+    path[0] = 0
+    path[700, 0], path[1400, 2] = 3e-6, 3e6
+    if still:
+        path[:, 1] = 5.0
+    chosen = set(np.asarray(repeated._farthest(jnp.asarray(path, jnp.float32))).tolist())
+    assert {700, 1400} <= chosen and len(chosen) == repeated._FARTHEST
+    # The others come from the coordinate that has no such step, if it moves.
+    assert still or np.mean([np.abs(path[one, 1]) > 0.9 for one in chosen]) > 0.9
+
+
+def test_steps_are_chosen_all_along_the_path():
+    flags = np.zeros(1000, bool)
+    flags[[3, 500, 501, 999]] = True
+    chosen = np.asarray(repeated._evenly(jnp.asarray(flags)))
+    assert set(chosen) == {3, 500, 501, 999} and len(chosen) == 64
+    every = np.asarray(repeated._evenly(jnp.ones(6400, bool)))
+    np.testing.assert_array_equal(np.diff(every), 100)
+    np.testing.assert_array_equal(repeated._evenly(jnp.zeros(10, bool)), 9)
+
+
+def test_words_for_how_certificates_were_made():
+    assert describe_certification([True, False]) == "partly by an independent pass"
+    assert describe_certification([True, True]) == "by an independent pass"
+    for nobody in (False, [False, False]):
+        assert describe_certification(nobody) == "recorded while the chains were rolled"

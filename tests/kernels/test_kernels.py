@@ -352,6 +352,10 @@ def test_low_rank_whitening_is_the_dense_one_of_its_covariance():
             {"directions": np.zeros((3, 2))},
             "covariance.directions: columns are orthonormal only to",
         ),
+        (
+            {"directions": np.diag([1.0, 0.0, 0.0])[:, :2]},
+            "covariance.directions: columns are orthonormal only to 0",
+        ),
         ({"factors": np.array([9.0, -1.0])}, "covariance.factors: smallest entry -1"),
         ({"sigma": np.array([1.0, 0.0, 1.0])}, "covariance.sigma: smallest entry 0"),
     ],
@@ -543,6 +547,16 @@ def test_bad_step_size(builder, step_size):
     arguments = (jnp.ones(3),) if builder in (hmc, nuts) else ()
     with pytest.raises(ValueError, match=r"step_size: got .*, wanted one positive finite number"):
         builder(logdensity_of(jnp.float32), step_size, *arguments)
+
+
+@pytest.mark.parametrize(
+    "step_size", [1, np.int64(1), jnp.bfloat16(1.0), np.float32(1.0)], ids=repr
+)
+def test_step_sizes_of_every_kind_of_number(step_size):
+    kernel, other = (mala(logdensity_of(jnp.float32), one) for one in (step_size, 1.0))
+    start = start_of(jnp.float32)
+    ends = [one.step(jax.random.key(1), one.init(start))[0] for one in (kernel, other)]
+    jax.tree.map(np.testing.assert_array_equal, *(end.position for end in ends))
 
 
 BAD_METRICS = {

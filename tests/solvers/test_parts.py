@@ -1,0 +1,155 @@
+"""Parts of the solvers by themselves: what each promises, against a formula written out here."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from partime_mcmc import residual
+from partime_mcmc.engine import Dynamics
+from partime_mcmc.engine.recipes import deer, elk, quasi_deer, quasi_elk, shooting
+from partime_mcmc.engine.solution import Bound, Status
+from partime_mcmc.engine.solve import solve
+from partime_mcmc.engine.time_axis import REMEMBERED, LocalTime, recent_sizes
+from partime_mcmc.linearize import DenseJacobian, DiagonalJacobian
+from partime_mcmc.scan import Dense, Diagonal
+from partime_mcmc.solvers import ConstantDamping, RelaxingDamping
+from partime_mcmc.solvers.base import replace_nonfinite_jacobians, replace_nonfinite_updates
+from partime_mcmc.solvers.sequential import finish_sequentially
+
+pytestmark = pytest.mark.fast
+
+T, D = 30, 3
+
+
+def linear(diagonal: bool):
+    """x' = A x + u, and the path by a loop."""
+    rng = np.random.default_rng(0)
+    matrix = np.diag([0.9, -0.7, 0.4]) if diagonal else 0.5 * rng.normal(size=(D, D))
+    drives, path = rng.normal(size=(T, D)), [rng.normal(size=D)]
+    for u in drives:
+        path.append(matrix @ path[-1] + u)
+    dynamics = Dynamics(lambda a, x, u: a @ x + u, jnp.asarray(matrix))
+    return dynamics, jnp.asarray(path[0]), jnp.asarray(drives), np.stack(path[1:])
+
+
+@pytest.mark.parametrize(
+    "solver, diagonal, close",
+    [
+        (deer(), False, 1e-12),
+        (quasi_deer(), True, 1e-12),
+        (elk(policy=ConstantDamping(0.0)), False, 1e-12),
+        (quasi_elk(policy=ConstantDamping(0.0)), True, 1e-12),
+        # The first damping is 1e-4.
+        (elk(), False, 1e-2),
+        (quasi_elk(), True, 1e-2),
+        (shooting(steps=5, correction=DenseJacobian()), False, 1e-12),
+        (shooting(steps=5, correction=DiagonalJacobian()), True, 1e-12),
+    ],
+    ids=lambda one: type(one).__name__,
+)
+def test_newtons_method_solves_a_linear_system_in_one_step(solver, diagonal, close, double):
+    dynamics, initial, drives, path = linear(diagonal)
+    guess = jnp.asarray(10 * np.random.default_rng(1).normal(size=(T, D)))
+    found = solve(dynamics, initial, drives, solver=solver, guess=guess, max_iterations=1)
+    np.testing.assert_allclose(found.states, path, rtol=0, atol=close)
+
+
+def test_a_damped_step_leaves_what_is_solved_alone(double):
+    """A coordinate whose residual is 0 everywhere has no say in the damping of the others."""
+    drives = jnp.asarray(np.random.default_rng(2).normal(size=(T, 2)))
+    found = []
+    for still in (1, 0):
+        size = 2 + still
+        dynamics = Dynamics(functools.partial(step_of, still))
+        guess = jnp.zeros((T, size))
+        found.append(
+            solve(dynamics, jnp.zeros(size), drives, solver=elk(), guess=guess, max_iterations=3)
+        )
+    np.testing.assert_allclose(found[0].states[:, :2], found[1].states, rtol=1e-9)
+    assert np.abs(found[1].states).max() > 0.1
+
+
+def step_of(still, params, x, u):
+    """Two coordinates that move, and one that does not if `still`."""
+    moved = jnp.cos(2 * x[:2]) + u
+    return jnp.concatenate([moved, x[2:]]) if still else moved
+
+
+def test_relaxing_damping_is_bounded():
+    policy = RelaxingDamping(initial=1e-4, cooling=1.0)
+
+    def last(merits):
+        memory = policy.init(jnp.zeros(()))
+        for merit in merits:
+            damping, memory = policy(jnp.asarray(merit), memory)
+        return float(damping)
+
+    # g halves 60 times, but not below 1e-4; λ = 1e-4 g (residual / first residual).
+    falling = 0.99 ** np.arange(60)
+    assert last(falling) == pytest.approx(1e-4 * 1e-4 * falling[-1], rel=1e-5)
+    # g grows fourfold, but not beyond 1e4, and λ not beyond its ceiling.
+    assert last(np.ones(30)) == pytest.approx(1e-4 * 1e4, rel=1e-5)
+    assert last([1.0, 0.5]) == pytest.approx(1e-4 * 0.5 * 0.5)
+    assert last([1.0, 2.0]) == pytest.approx(1e-4 * 4 * 2)
+
+
+@pytest.mark.parametrize("kind", [Dense, Diagonal])
+def test_a_step_without_a_derivative_forgets_and_the_others_stay(kind):
+    shape = (5, D, D) if kind is Dense else (5, D)
+    linear_part = jnp.ones(shape).at[2, 1].set(jnp.nan).at[4, 0].set(jnp.inf)
+    maps, count = replace_nonfinite_jacobians(kind(linear_part, jnp.ones((5, D))))
+    assert count == 2
+    kept = jax.tree.leaves(maps.with_shift(None))[0]
+    np.testing.assert_array_equal(kept.reshape(5, -1)[:, 0], [1, 1, 0, 1, 0])
+    assert set(np.unique(kept)) == {0, 1}
+    np.testing.assert_array_equal(maps.shift, 1)
+
+
+def test_updates_that_overflow_are_replaced():
+    updated = jnp.array([[1.0, 2.0], [jnp.inf, 2.0], [jnp.nan, 1.0]])
+    values = jnp.array([[5.0, 5.0], [6.0, 6.0], [jnp.nan, 7.0]])
+    states, count = replace_nonfinite_updates(updated, values, -jnp.ones((3, 2)))
+    np.testing.assert_array_equal(states, [[1, 2], [6, 6], [-1, -1]])
+    assert count == 2
+
+
+@pytest.mark.parametrize("num_steps", [1, 5, 16, 40])
+def test_recent_sizes_are_means_of_sixteen(num_steps, double):
+    states = np.random.default_rng(3).normal(size=(num_steps, 2))
+    before = np.concatenate([np.zeros((REMEMBERED - 1, 2)), np.abs(states)])
+    wanted = [before[t : t + REMEMBERED].mean(axis=0) for t in range(num_steps)]
+    found = recent_sizes(LocalTime(), jnp.asarray(states))
+    np.testing.assert_allclose(found, wanted, rtol=1e-12)
+
+
+def test_residuals_by_hand():
+    """T = 2 steps of D = 3 coordinates in two leaves: the largest gap of each step."""
+    half = Dynamics(lambda params, x, u: jax.tree.map(lambda leaf: 0.5 * leaf, x))
+    initial = {"a": jnp.array([2.0, 4.0]), "b": jnp.array(8.0)}
+    states = {"a": jnp.array([[1.0, 2.25], [0.5, 1.125]]), "b": jnp.array([4.0, 5.0])}
+    np.testing.assert_allclose(residual(half, initial, states, jnp.zeros((2, 1))), [0.25, 3.0])
+
+
+def test_a_part_of_a_bound():
+    part = Bound(jnp.array(4.0), jnp.array(2.0)).scaled(0.25)
+    assert (part.absolute, part.relative) == (1.0, 0.5)
+    part = Bound(None, jnp.array(2.0)).scaled(0.25)
+    assert part.absolute is None and part.relative == 0.5
+
+
+def test_every_status_is_one_of_its_own():
+    assert [one.name for one in Status] == list(Status.__members__)
+    assert len(Status.__members__) == 6
+
+
+@pytest.mark.parametrize("exact", [0, 1, 2, 19, 20])
+def test_a_path_is_finished_from_any_step(exact, double):
+    dynamics, initial, drives, path = linear(False)
+    spoiled = jnp.where((jnp.arange(T) < exact)[:, None], path, jnp.nan)
+    found, _ = finish_sequentially(
+        dynamics, initial[None], spoiled[None], drives[None], jnp.array([exact])
+    )
+    np.testing.assert_allclose(found[0], path, rtol=1e-12)
