@@ -2,17 +2,20 @@
 
 A `Progress` is told of stages, steps and notes from the host, between compiled calls, so that switching it on changes
 no draw and costs nothing inside a solve. `quiet` says nothing; `progress_line` keeps one line per stage on standard
-error.
+error, on which it says that programs are being compiled until the stage's first steps are done.
 """
 
 import contextlib
 import sys
+import threading
 import warnings
 from typing import Callable, ContextManager, Iterator, Protocol
 
 from tqdm import tqdm
 
 from partime_mcmc.validation import check_has
+
+_TICK_SECONDS = 0.5
 
 
 class Progress(Protocol):
@@ -59,16 +62,38 @@ class _Line(_Quiet):
             leave=True,
             bar_format="{desc} {percentage:3.0f}%|{bar:16}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         ) as bar:
+            compiled = threading.Event()
 
             def advance(steps: int, **shown) -> None:
-                if shown:
+                if steps > 0:
+                    compiled.set()
+                if compiled.is_set():
                     bar.set_postfix(shown, refresh=False)
                 bar.update(steps)
 
-            yield advance
+            with _ticking(bar, compiled):
+                yield advance
 
     def note(self, sentence: str) -> None:
         tqdm.write(sentence, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _ticking(bar: tqdm, done: threading.Event) -> Iterator[None]:
+    """Until the first steps are done show that programs are being compiled, and the seconds as they pass."""
+
+    def tick():
+        while not done.wait(_TICK_SECONDS):
+            bar.refresh()
+
+    bar.set_postfix_str("compiling")
+    thread = threading.Thread(target=tick, name="partime_mcmc ticks", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 quiet: Progress = _Quiet()

@@ -2,6 +2,8 @@
 
 import functools
 import sys
+import threading
+import time
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -19,7 +21,7 @@ from partime_mcmc.engine.solution import SolveError, Status
 from partime_mcmc.engine.windows import AllAtOnce, SlidingWindow, Windows
 from partime_mcmc.kernels import Kernel, from_blackjax, hmc, mala
 from partime_mcmc.models.eight_schools import make_target as eight_schools
-from partime_mcmc.sampling import plan
+from partime_mcmc.sampling import plan, progress
 from partime_mcmc.sampling.local import LocalExecutor
 from partime_mcmc.sampling.pilots import advise_plan
 from partime_mcmc.sampling.progress import progress_line, quiet
@@ -168,6 +170,21 @@ def test_same_seed_and_plan_same_bits_with_progress_and_a_legacy_key(base, capsy
     printed = capsys.readouterr()
     assert printed.out == "" and "sampling" in printed.err and f"{T}/{T}" in printed.err
     assert "all chains certified" in printed.err
+
+
+def test_a_stage_says_that_it_compiles_until_its_first_steps_are_done(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "_TICK_SECONDS", 0.02)
+    with progress_line.stage("sampling", 10) as advance:
+        advance(0, residual=1)
+        time.sleep(0.5)
+        waiting = capsys.readouterr().err
+        advance(4, residual=2)
+        time.sleep(0.2)
+        advance(6, residual=2)
+    assert waiting.count("compiling") > 5 and "residual" not in waiting
+    begun = capsys.readouterr().err
+    assert "compiling" not in begun and "10/10" in begun and "residual=2" in begun
+    assert all("ticks" not in one.name for one in threading.enumerate())
 
 
 @pytest.mark.parametrize(
