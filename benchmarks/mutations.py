@@ -373,7 +373,7 @@ def row_of(module: str, mutant: Mutant) -> dict[str, Any]:
 def copied() -> Iterator[Path]:
     """A copy of the checkout, in which mistakes can be made."""
     with tempfile.TemporaryDirectory() as folder:
-        leave = shutil.ignore_patterns(".git", "results", "__pycache__", "figures", "*.egg-info")
+        leave = shutil.ignore_patterns(".git", "__pycache__", "figures", "*.egg-info")
         yield Path(shutil.copytree(ROOT, Path(folder) / "checkout", ignore=leave))
 
 
