@@ -26,7 +26,7 @@ from partime_mcmc.kernels.kernel import Kernel
 from partime_mcmc.kernels.multishift_hmc import hmc_cycle, leapfrogs, steered_hmc
 from partime_mcmc.kernels.multishift_mala import coalescing_mala
 from partime_mcmc.kernels.multishift_random_walk import coalescing_random_walk
-from partime_mcmc.kernels.splitting import MOST_STAGES
+from partime_mcmc.kernels.splitting import check_stages
 from partime_mcmc.kernels.whitening import Whitening, checked_root
 from partime_mcmc.types import Array, ArrayLike, PyTree, Tracer
 from partime_mcmc.validation import check_count, describe
@@ -303,25 +303,11 @@ def quarter_period_steps(step_size: float) -> int:
 
 
 def _steps_of_path(step_size, num_steps: Any, num_stages: Any) -> Any:
-    """The gradients of a path; a quarter period where none are given.
-
-    Raises:
-        ValueError: If they are no multiple of the stages, or either is no count.
-    """
-    _check_positive_integer(num_stages, "num_stages")
-    # As numbers of the host: arithmetic on the device would be a program of its own.
-    stages = None if isinstance(num_stages, Tracer) else int(num_stages)
-    if stages is not None and stages > MOST_STAGES:
-        raise ValueError(f"num_stages: got {stages}, wanted 1, 2 or 3")
-    if num_steps is None:
-        # To the nearest multiple.
-        return num_stages * max(1, round(quarter_period_steps(step_size) / num_stages))
-    _check_positive_integer(num_steps, "num_integration_steps")
-    if stages is not None and not isinstance(num_steps, Tracer) and int(num_steps) % stages:
-        raise ValueError(
-            f"num_integration_steps: got {num_steps}, wanted a multiple of num_stages={stages}"
-        )
-    return num_steps
+    """The gradients of a path; where none are given those of a quarter period, to the nearest multiple of the stages."""
+    check_stages(num_steps, num_stages)
+    if num_steps is not None:
+        return num_steps
+    return num_stages * max(1, round(quarter_period_steps(step_size) / num_stages))
 
 
 def check_step_size(step_size: ArrayLike) -> None:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from partime_mcmc.types import Array, Tracer
+from partime_mcmc.validation import check_count
 
 MOST_STAGES = 3
 # Below these step sizes the trajectories of a standard normal stay bounded.
@@ -44,11 +45,35 @@ _WEIGHTS = (
 _TABLE = np.array([(row + row[-1:] * 2)[:MOST_STAGES] for row in _WEIGHTS])
 
 
+def check_stages(num_steps: Any, num_stages: Any) -> None:
+    """Refuse stages that there are not, or gradients that are no multiple of them; traced ones pass.
+
+    Args:
+        num_steps: Gradients of a path; None if they are to be chosen.
+        num_stages: Of an integration step.
+
+    Raises:
+        TypeError, ValueError: If either is no count, or they do not fit.
+    """
+    # As numbers of the host: arithmetic on the device would be a program of its own.
+    counts = [
+        None if one is None or isinstance(one, Tracer) else check_count(one, name, 1)
+        for one, name in ((num_steps, "num_integration_steps"), (num_stages, "num_stages"))
+    ]
+    steps, stages = counts
+    if stages is not None and stages > MOST_STAGES:
+        raise ValueError(f"num_stages: got {stages}, wanted 1, 2 or 3")
+    if steps is not None and stages is not None and steps % stages:
+        raise ValueError(
+            f"num_integration_steps: got {steps}, wanted a multiple of num_stages={stages}"
+        )
+
+
 def stages_to_try(num_steps: int) -> tuple[int, ...]:
     """The stages of which a path of so many gradients may consist, those that suit most posteriors first.
 
-    On 13 posteriors of 2 to 203 dimensions two or three stages were accepted oftener than leapfrogs up to eight gradients for a
-    quarter period. Posteriors that need more are stiff in places: leapfrogs are as good there, and stable for longer.
+    By `benchmarks.integrators`. Posteriors on which a quarter period takes more than eight gradients are stiff in places; leapfrogs are as
+    good there, and stable for longer.
     """
     if num_steps > _LONGEST_OF_MORE:
         return (1,)

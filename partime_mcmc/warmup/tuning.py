@@ -41,7 +41,7 @@ from partime_mcmc.kernels import (
     random_walk,
 )
 from partime_mcmc.kernels.kernel_program import Builder, KernelParams, KernelProgram, unwrapped
-from partime_mcmc.kernels.splitting import stages_to_try, step_for_angle, turned_angle
+from partime_mcmc.kernels.splitting import check_stages, stages_to_try, step_for_angle, turned_angle
 from partime_mcmc.types import Key
 from partime_mcmc.warmup.hmc_batch import STEPS, HMCBatchResult
 
@@ -269,13 +269,9 @@ def path_rule_of(builder: Builder, target: float, length: float | None) -> Traje
     base, fixed = unwrapped(builder)
     if base not in (hmc, coalescing_hmc):
         return TrajectoryRule()
-    return TrajectoryRule(
-        target,
-        fixed.get("step_size"),
-        fixed.get("num_integration_steps"),
-        fixed.get("num_stages"),
-        length,
-    )
+    num_steps, num_stages = fixed.get("num_integration_steps"), fixed.get("num_stages")
+    check_stages(num_steps, num_stages)
+    return TrajectoryRule(target, fixed.get("step_size"), num_steps, num_stages, length)
 
 
 def choose(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from partime_mcmc import MultishiftCoupling, coalescing_hmc, hmc
+from partime_mcmc import MultishiftCoupling, Target, coalescing_hmc, hmc, sample
 from partime_mcmc.kernels import Whitening
 from partime_mcmc.kernels.multishift_hmc import leapfrogs
 from partime_mcmc.kernels.splitting import (
@@ -144,6 +144,14 @@ def test_stages_that_cannot_be():
             builder(quartic, 0.3, metric, 4, num_stages=4)
         with pytest.raises((ValueError, TypeError), match="num_stages: got 0"):
             builder(quartic, 0.3, metric, 4, num_stages=0)
+    # Before warm-up, too.
+    target = Target(quartic, jnp.zeros(3))
+    for fixed, words in (
+        ({"num_stages": 5}, "num_stages: got 5"),
+        ({"num_stages": 2, "num_integration_steps": 5}, "num_integration_steps: got 5"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            sample(jax.random.key(0), target, functools.partial(hmc, **fixed), num_samples=10)
     coupling = MultishiftCoupling()
     with pytest.raises(ValueError, match="step_size: got 2.0, wanted one with which"):
         hmc(quartic, 2.0, metric, 3, coupling=coupling)
