@@ -109,11 +109,11 @@ def hmc(
     """
     check_step_size(step_size)
     check_coupling(coupling)
-    num_integration_steps = _steps_of_path(step_size, num_integration_steps, num_stages)
+    num_steps = _steps_of_path(step_size, num_integration_steps, num_stages)
     if isinstance(coupling, MultishiftCoupling):
         _check_whitening(metric, "a Whitening for hmc with MultishiftCoupling()")
         return _whitened(
-            lambda density: steered_hmc(density, step_size, num_integration_steps, num_stages),
+            lambda density: steered_hmc(density, step_size, num_steps, num_stages),
             logdensity,
             metric,
             None,
@@ -121,7 +121,7 @@ def hmc(
         )
     return _with_metric(
         lambda density, inverse_mass: _plain_hmc(
-            density, step_size, inverse_mass, num_integration_steps, num_stages
+            density, step_size, inverse_mass, num_steps, num_stages
         ),
         logdensity,
         metric,
@@ -179,7 +179,7 @@ def coalescing_hmc(
         [2. 0.]
     """
     check_step_size(step_size)
-    num_integration_steps = _steps_of_path(step_size, num_integration_steps, num_stages)
+    num_steps = _steps_of_path(step_size, num_integration_steps, num_stages)
     langevin = mala_step_size
     if langevin is None:
         langevin = jnp.minimum(math.sqrt(2), 2.2 * jnp.asarray(step_size)) ** 2 / 2
@@ -187,9 +187,7 @@ def coalescing_hmc(
     _check_positive_integer(every, "every")
     _check_whitening(metric, "a Whitening for coalescing_hmc")
     return _whitened(
-        lambda density: hmc_cycle(
-            density, step_size, num_integration_steps, langevin, every, num_stages
-        ),
+        lambda density: hmc_cycle(density, step_size, num_steps, langevin, every, num_stages),
         logdensity,
         metric,
         None,
