@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 from benchmarks.record import OUT, keep
 
 ROOT = Path(__file__).resolve().parent.parent
-SEED, ROUNDS = 1, 3
+SEED, ROUNDS = 2, 2
 # Beyond three times what the tests take without the mistake, for what is compiled anew.
 _MARGIN_SECONDS = 20
 # What the tests of a folder may take.
