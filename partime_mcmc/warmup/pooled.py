@@ -69,7 +69,7 @@ def side_by_side(
         seed: Of the random numbers.
         positions: Where the chains are, `(C, D)`.
         root: Of the metric.
-        path: Step size and leapfrog steps.
+        path: Step size, gradients and stages.
         size: Steps; what is more than a multiple of 16 is left out.
     """
     pieces, longest, size = [], walker.longest, max(1, size // STEPS) * STEPS

@@ -1,6 +1,7 @@
 """What a builder wants tuned, and the rules: step sizes and paths of kernels from trials on the pooled chains.
 
-    hmc              step size and leapfrog steps of a quarter period (`path`), accepted ≥ 0.8
+    hmc              the fewest gradients, and stages of the integrator (`kernels.splitting`), with which a quarter period
+                     (`path`) is accepted ≥ 0.8
     coalescing_hmc   the same, and the largest Langevin step h_m ≤ min(√2, 2.2 h) accepted ≥ 0.6; its ε is h_m²/2
     mala             the largest Langevin step accepted ≥ 0.8: where one of two chains rejects, their coupling is lost,
                      and passes and meeting times grow with the rate of rejections; 0.65 with coalescing noise
@@ -157,7 +158,7 @@ class TrajectoryRule:
 
         Args:
             trial: Acceptance of a candidate from each of the pooled states.
-            near: Leapfrog steps of the candidate to begin with: longer paths are tried until one is accepted, or
+            near: Gradients of the candidate to begin with: longer paths are tried until one is accepted, or
                 shorter ones until one is not.
         """
         candidates = list(self.candidates())
@@ -197,7 +198,7 @@ def boldest_step(
         trial: As for `TrajectoryRule.choose`.
         bold: The first candidate.
         target: Mean acceptance at least.
-        steps_for: Leapfrog steps that go with a step size; a Langevin step is one.
+        steps_for: Gradients that go with a step size; a Langevin step is one.
     """
     steps = [bold * _SHRINK_STEP**power for power in range(_MAX_STEPS)]
     return _first_accepted(trial, [[Path(step, steps_for(step))] for step in steps], bold, target)
