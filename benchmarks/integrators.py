@@ -22,7 +22,7 @@ from benchmarks.hard_posteriors import known, model_and_data
 from benchmarks.record import OUT, keep, rows_so_far
 from partime_mcmc import coalescing_hmc, hmc, sample
 from partime_mcmc.kernels.kernel_program import KernelParams, KernelProgram
-from partime_mcmc.kernels.splitting import step_for_angle, turned_angle
+from partime_mcmc.kernels.splitting import Splitting, exact_leapfrog, step_for_angle, turned_angle
 from partime_mcmc.numpyro import from_numpyro
 
 CHAINS, STATES = 4, 64
@@ -45,9 +45,8 @@ def measure(name: str, seed: int, models: Path | None) -> dict:
         key, target, coalescing_hmc, num_samples=8 * STATES, num_chains=CHAINS, progress=False
     )
     kernel, settings = draws.warmup.kernel, draws.warmup.settings
-    angle = turned_angle(
-        settings["step_size"], settings["num_integration_steps"], settings["num_stages"]
-    )
+    splitting = Splitting(settings["num_stages"], settings["drift_fraction"])
+    angle = turned_angle(settings["step_size"], settings["num_integration_steps"], splitting)
     family = KernelProgram(kernel.family.density, hmc)
     states = jax.tree.map(
         lambda leaf: leaf[:, ::8].reshape(CHAINS * STATES, *leaf.shape[2:]), draws.positions
@@ -60,11 +59,13 @@ def measure(name: str, seed: int, models: Path | None) -> dict:
 
     keys, row = jax.random.split(jax.random.key(seed + 1), CHAINS * STATES), {}
     for num_steps in GRADIENTS:
-        for stages in (1, stages_of(num_steps)):
+        for stages in (0, 1, stages_of(num_steps)):
+            splitting = Splitting(stages) if stages else exact_leapfrog(angle, num_steps)
             sizes = {
-                "step_size": jnp.asarray(step_for_angle(angle, num_steps, stages)),
+                "step_size": jnp.asarray(step_for_angle(angle, num_steps, splitting)),
                 "num_integration_steps": jnp.int32(num_steps),
-                "num_stages": jnp.int32(stages),
+                "num_stages": jnp.int32(splitting.num_stages),
+                "drift_fraction": jnp.asarray(splitting.drift_fraction),
             }
             numbers = KernelParams(kernel.numbers.data, kernel.numbers.whitening, sizes)
             found = np.nan_to_num(np.asarray(rates(numbers, states, keys)))

@@ -26,7 +26,7 @@ from partime_mcmc.kernels.kernel import Kernel
 from partime_mcmc.kernels.multishift_hmc import hmc_cycle, leapfrogs, steered_hmc
 from partime_mcmc.kernels.multishift_mala import coalescing_mala
 from partime_mcmc.kernels.multishift_random_walk import coalescing_random_walk
-from partime_mcmc.kernels.splitting import check_stages
+from partime_mcmc.kernels.splitting import Splitting, check_splitting
 from partime_mcmc.kernels.whitening import Whitening, checked_root
 from partime_mcmc.types import Array, ArrayLike, PyTree, Tracer
 from partime_mcmc.validation import check_count, describe
@@ -78,6 +78,7 @@ def hmc(
     num_integration_steps: int | None = None,
     *,
     num_stages: int = 1,
+    drift_fraction: float = 1.0,
     coupling: Coupling = CommonRandomNumbers(),
 ) -> Kernel:
     """Hamiltonian Monte Carlo (Duane et al. 1987; Neal 2011).
@@ -90,6 +91,8 @@ def hmc(
         num_stages: Of an integration step: 1 is the leapfrog, 2 and 3 the integrators of Blanes, Casas & Sanz-Serna 2014,
             which are accepted oftener at the same cost on posteriors that are roughly normal. `step_size` is that of a
             stage, and `num_integration_steps` a multiple of this number.
+        drift_fraction: Drifts are shorter than kicks by this factor in (0, 1]: with kicks of 2 tan(θ/2) and the fraction
+            cos²(θ/2) leapfrogs turn a standard normal by θ exactly.
         coupling: How momenta are drawn. `MultishiftCoupling()` wants a `Whitening`, because it aims momenta at the end that
             the trajectory would have on a standard normal, and a step size below 2.
 
@@ -109,11 +112,12 @@ def hmc(
     """
     check_step_size(step_size)
     check_coupling(coupling)
-    num_steps = _steps_of_path(step_size, num_integration_steps, num_stages)
+    splitting = Splitting(num_stages, drift_fraction)
+    num_steps = _steps_of_path(step_size, num_integration_steps, splitting)
     if isinstance(coupling, MultishiftCoupling):
         _check_whitening(metric, "a Whitening for hmc with MultishiftCoupling()")
         return _whitened(
-            lambda density: steered_hmc(density, step_size, num_steps, num_stages),
+            lambda density: steered_hmc(density, step_size, num_steps, splitting),
             logdensity,
             metric,
             None,
@@ -121,7 +125,7 @@ def hmc(
         )
     return _with_metric(
         lambda density, inverse_mass: _plain_hmc(
-            density, step_size, inverse_mass, num_steps, num_stages
+            density, step_size, inverse_mass, num_steps, splitting
         ),
         logdensity,
         metric,
@@ -129,9 +133,9 @@ def hmc(
     )
 
 
-def _plain_hmc(density, step_size, inverse_mass, num_steps, num_stages):
+def _plain_hmc(density, step_size, inverse_mass, num_steps, splitting):
     """BlackJAX's HMC, which takes a whole trajectory as one step of its integrator."""
-    path = leapfrogs(num_steps, num_stages)
+    path = leapfrogs(num_steps, splitting)
     algorithm = blackjax.hmc(density, step_size, inverse_mass, 1, integrator=path)
 
     def step(rng_key, state):
@@ -148,6 +152,7 @@ def coalescing_hmc(
     num_integration_steps: int | None = None,
     *,
     num_stages: int = 1,
+    drift_fraction: float = 1.0,
     mala_step_size: float | None = None,
     every: int = 4,
 ) -> Kernel:
@@ -162,6 +167,7 @@ def coalescing_hmc(
         metric: Whitened coordinates.
         num_integration_steps: Gradients per trajectory; None takes a path of a quarter period.
         num_stages: Of an integration step, as for `hmc`.
+        drift_fraction: As for `hmc`.
         mala_step_size: BlackJAX's ε of the MALA step; None takes h²/2 with h = min(√2, 2.2 step_size).
         every: k, at least 1.
 
@@ -179,7 +185,8 @@ def coalescing_hmc(
         [2. 0.]
     """
     check_step_size(step_size)
-    num_steps = _steps_of_path(step_size, num_integration_steps, num_stages)
+    splitting = Splitting(num_stages, drift_fraction)
+    num_steps = _steps_of_path(step_size, num_integration_steps, splitting)
     langevin = mala_step_size
     if langevin is None:
         langevin = jnp.minimum(math.sqrt(2), 2.2 * jnp.asarray(step_size)) ** 2 / 2
@@ -187,7 +194,7 @@ def coalescing_hmc(
     _check_positive_integer(every, "every")
     _check_whitening(metric, "a Whitening for coalescing_hmc")
     return _whitened(
-        lambda density: hmc_cycle(density, step_size, num_steps, langevin, every, num_stages),
+        lambda density: hmc_cycle(density, step_size, num_steps, langevin, every, splitting),
         logdensity,
         metric,
         None,
@@ -300,12 +307,13 @@ def quarter_period_steps(step_size: float) -> int:
     return max(1, round(QUARTER_PERIOD / (2 * math.asin(min(float(step_size), math.sqrt(2)) / 2))))
 
 
-def _steps_of_path(step_size, num_steps: Any, num_stages: Any) -> Any:
+def _steps_of_path(step_size, num_steps: Any, splitting: Splitting) -> Any:
     """The gradients of a path; where none are given those of a quarter period, to the nearest multiple of the stages."""
-    check_stages(num_steps, num_stages)
+    check_splitting(num_steps, splitting)
     if num_steps is not None:
         return num_steps
-    return num_stages * max(1, round(quarter_period_steps(step_size) / num_stages))
+    stages = splitting.num_stages
+    return stages * max(1, round(quarter_period_steps(step_size) / stages))
 
 
 def check_step_size(step_size: ArrayLike) -> None:

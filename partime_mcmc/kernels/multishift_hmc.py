@@ -38,7 +38,7 @@ from partime_mcmc.kernels.explicit_randomness import (
     when_anyone,
 )
 from partime_mcmc.kernels.multishift_mala import langevin_step
-from partime_mcmc.kernels.splitting import row_of_trajectory, stage_weights, turned_angle
+from partime_mcmc.kernels.splitting import LEAPFROG, Splitting, row_of_trajectory, turned_angle
 from partime_mcmc.types import Array, ArrayLike, PyTree, Tracer
 
 # Up to so many leapfrog steps are written out one after another: a loop costs more than a small gradient.
@@ -95,7 +95,10 @@ class CycleRandomness(NamedTuple):
 
 
 def steered_hmc(
-    logdensity: Callable[[PyTree], Array], step_size: float, num_steps: int, num_stages: int = 1
+    logdensity: Callable[[PyTree], Array],
+    step_size: float,
+    num_steps: int,
+    splitting: Splitting = LEAPFROG,
 ) -> ExplicitRandomnessKernel:
     """HMC whose momentum is multishift noise at the trajectory's end, in whitened coordinates.
 
@@ -103,20 +106,20 @@ def steered_hmc(
         logdensity: `position -> scalar`, roughly standard normal.
         step_size: h, one with which the integrator is stable on a standard normal: a leapfrog's is below 2.
         num_steps: L.
-        num_stages: Of an integration step.
+        splitting: The integrator.
 
     Raises:
         ValueError: If the step size is not stable.
     """
-    known = not any(isinstance(one, Tracer) for one in (step_size, num_steps, num_stages))
-    if known and turned_angle(float(step_size), num_steps, num_stages) == math.inf:
+    known = splitting.is_known and not isinstance(step_size, Tracer)
+    if known and turned_angle(float(step_size), 1, splitting) == math.inf:
         raise ValueError(
-            f"step_size: got {float(step_size)!r}, wanted one with which an integrator of {num_stages} stages is stable "
-            "on a standard normal: below 2 for leapfrogs"
+            f"step_size: got {float(step_size)!r}, wanted one with which an integrator of {splitting.num_stages} stages is "
+            "stable on a standard normal: below 2 for leapfrogs"
         )
-    c, s = row_of_trajectory(step_size, num_steps, num_stages)
+    c, s = row_of_trajectory(step_size, num_steps, splitting)
     init = initial_state(logdensity)
-    propose = _trajectory(logdensity, step_size, num_steps, num_stages)
+    propose = _trajectory(logdensity, step_size, num_steps, splitting)
 
     def draw(key, state):
         flat = ravel_pytree(state.position)[0]
@@ -138,7 +141,7 @@ def hmc_cycle(
     num_steps: int,
     langevin_step_size: ArrayLike,
     every: int,
-    num_stages: int = 1,
+    splitting: Splitting = LEAPFROG,
 ) -> ExplicitRandomnessKernel:
     """HMC with plain momenta, and a coalescing Langevin step after every `every`-th trajectory.
 
@@ -148,10 +151,10 @@ def hmc_cycle(
         num_steps: L.
         langevin_step_size: BlackJAX's ε of the Langevin step, positive.
         every: k, at least 1.
-        num_stages: Of an integration step.
+        splitting: The integrator.
     """
     evaluate = initial_state(logdensity)
-    propose = _trajectory(logdensity, step_size, num_steps, num_stages)
+    propose = _trajectory(logdensity, step_size, num_steps, splitting)
 
     def init(position, rng_key=None):
         return CycleState(*evaluate(position, rng_key), jnp.zeros((), jnp.int32))
@@ -208,8 +211,8 @@ def hmc_cycle(
     return ExplicitRandomnessKernel(init, draw, apply, draw_many, count)
 
 
-def leapfrogs(num_steps: int, num_stages: int = 1) -> Callable:
-    """BlackJAX's velocity Verlet, `num_steps` times, as one of BlackJAX's integrators; with the weights of the stages.
+def leapfrogs(num_steps: int, splitting: Splitting = LEAPFROG) -> Callable:
+    """BlackJAX's velocity Verlet, `num_steps` times, as one of BlackJAX's integrators; with the weights of a splitting.
 
     A proposal is judged by the density at the trajectory's end. On the way only gradients are used, and the density's
     value is not handed from step to step, so that the compiler leaves it out: the softplus of a logistic regression costs
@@ -217,12 +220,12 @@ def leapfrogs(num_steps: int, num_stages: int = 1) -> Callable:
 
     Args:
         num_steps: L, at least 1, a multiple of the stages.
-        num_stages: Of an integration step.
+        splitting: The integrator.
     """
 
     def integrator(logdensity, kinetic_energy):
         def one(index, state, step_size):
-            coefficients = stage_weights(num_stages, state.logdensity.dtype)(index)
+            coefficients = splitting.weights(state.logdensity.dtype)(index)
             stage = integrators.generate_euclidean_integrator(coefficients)
             return stage(logdensity, kinetic_energy)(state, step_size)
 
@@ -256,7 +259,7 @@ def leapfrogs(num_steps: int, num_stages: int = 1) -> Callable:
     return integrator
 
 
-def _trajectory(logdensity, step_size, num_steps, num_stages):
+def _trajectory(logdensity, step_size, num_steps, splitting):
     """`(state, momentum (D,), uniform) -> (state, info)`: BlackJAX's trajectory with given random numbers."""
     kinetic = metrics.gaussian_euclidean
 
@@ -264,7 +267,7 @@ def _trajectory(logdensity, step_size, num_steps, num_stages):
         flat, unravel = ravel_pytree(state.position)
         energy = kinetic(jnp.ones_like(flat)).kinetic_energy
         generate = hmc.hmc_proposal(
-            leapfrogs(num_steps, num_stages)(logdensity, energy),
+            leapfrogs(num_steps, splitting)(logdensity, energy),
             energy,
             step_size,
             1,

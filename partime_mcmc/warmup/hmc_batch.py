@@ -24,7 +24,7 @@ from partime_mcmc.executions import run_jitted
 from partime_mcmc.kernels.coordinates import CoordinateMap, density_through
 from partime_mcmc.kernels.coupling import normal_of
 from partime_mcmc.kernels.metric_root import Root, times, transposed_times
-from partime_mcmc.kernels.splitting import stage_weights
+from partime_mcmc.kernels.splitting import LEAPFROG, Splitting
 from partime_mcmc.kernels.traced_gradient import unoptimised_seconds
 from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import Array, ArrayLike, Key, PyTree
@@ -122,7 +122,7 @@ def _walk(
     fresh: Array,
     step_sizes: Array,
     lengths: Array,
-    num_stages: Array,
+    splitting: Splitting,
     gain: Array,
     target: Array,
     words: Array,
@@ -131,7 +131,7 @@ def _walk(
     unravel = ravel_pytree(example)[1]
     evaluate = jax.vmap(jax.value_and_grad(lambda x: density(params, unravel(x))))
     num_chains, dimension = starts.shape[1:]
-    weights = stage_weights(num_stages, starts.dtype)
+    weights = splitting.weights(starts.dtype)
 
     def energy(value, momentum):
         return 0.5 * jnp.sum(momentum**2, axis=1) - value
@@ -255,7 +255,7 @@ class HMCBatch:
         root: Root,
         step_sizes: ArrayLike,
         lengths: ArrayLike,
-        num_stages: int = 1,
+        splitting: Splitting = LEAPFROG,
         *,
         size: int = STEPS,
         gain: float = 0.0,
@@ -270,7 +270,7 @@ class HMCBatch:
             root: Of the metric.
             step_sizes: h, `(C,)` or scalar.
             lengths: Gradients per trajectory, `(16, C)`, the same in every 16 steps, or scalar.
-            num_stages: Of an integration step; lengths are multiples of it.
+            splitting: The integrator; lengths are multiples of its stages.
             size: S, a multiple of 16, at most `max_batch_steps(C D)`.
             gain: How fast log step sizes follow the acceptance.
             target: The acceptance that they follow.
@@ -294,7 +294,10 @@ class HMCBatch:
             fresh,
             sizes,
             leapfrogs,
-            np.int32(num_stages),
+            Splitting(
+                np.asarray(splitting.num_stages, np.int32),
+                np.asarray(splitting.drift_fraction, self.dtype),
+            ),
             np.asarray(gain, self.dtype),
             np.asarray(target, self.dtype),
             seed.words,

@@ -32,7 +32,7 @@ from partime_mcmc.engine import CachedStep, Dynamics, Status, Tolerance, shootin
 from partime_mcmc.engine.solve import solve
 from partime_mcmc.kernels.coupling import normal_of
 from partime_mcmc.kernels.metric_root import Root, largest_ratio, times, transposed_times
-from partime_mcmc.kernels.splitting import stage_weights
+from partime_mcmc.kernels.splitting import Splitting
 from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import Key
 from partime_mcmc.warmup.hmc_batch import STEPS, HMCBatch, HMCBatchResult, SeedTree
@@ -81,7 +81,7 @@ def side_by_side(
                 root,
                 path.step_size,
                 path.num_steps,
-                path.num_stages,
+                path.splitting,
                 size=min(longest, size - start),
             )
         )
@@ -108,7 +108,10 @@ def in_parallel_time(
         jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), root),
         jnp.asarray(path.step_size, dtype),
         jnp.asarray(path.num_steps, jnp.int32),
-        jnp.asarray(path.num_stages, jnp.int32),
+        Splitting(
+            jnp.asarray(path.splitting.num_stages, jnp.int32),
+            jnp.asarray(path.splitting.drift_fraction, dtype),
+        ),
     )
     for number in range(size // _PIECE):
         one = seed.child(number)
@@ -188,8 +191,8 @@ def _evaluate(density, numbers, x):
 
 def _move(density, numbers, state, uniforms):
     """The next state and the acceptance probability."""
-    _, _, root, step, num_steps, num_stages = numbers
-    weights = stage_weights(num_stages, step.dtype)
+    _, _, root, step, num_steps, splitting = numbers
+    weights = splitting.weights(step.dtype)
     momentum = normal_of(uniforms[1:])
 
     def leap(index, moving):

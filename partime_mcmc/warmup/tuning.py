@@ -42,7 +42,15 @@ from partime_mcmc.kernels import (
     random_walk,
 )
 from partime_mcmc.kernels.kernel_program import Builder, KernelParams, KernelProgram, unwrapped
-from partime_mcmc.kernels.splitting import check_stages, stages_to_try, step_for_angle, turned_angle
+from partime_mcmc.kernels.splitting import (
+    LEAPFROG,
+    Splitting,
+    check_splitting,
+    exact_leapfrog,
+    stages_to_try,
+    step_for_angle,
+    turned_angle,
+)
 from partime_mcmc.types import Key
 from partime_mcmc.warmup.hmc_batch import STEPS, HMCBatchResult
 
@@ -72,13 +80,13 @@ class Path(NamedTuple):
     Attributes:
         step_size: h.
         num_steps: L: gradients, which are leapfrog steps or their like, each of length h.
-        num_stages: Of an integration step (`kernels.splitting`); L is a multiple of it.
+        splitting: The integrator (`kernels.splitting`); L is a multiple of its stages.
         acceptance: The mean acceptance seen in the trials.
     """
 
     step_size: float
     num_steps: int
-    num_stages: int = 1
+    splitting: Splitting = LEAPFROG
     acceptance: float = math.nan
 
     @property
@@ -124,7 +132,7 @@ class TrajectoryRule:
         target: Mean acceptance at least.
         step_size: Fixed h; None is chosen.
         num_steps: Fixed L; None is chosen.
-        num_stages: Fixed stages of an integration step; None are chosen.
+        splitting: Fixed integrator; None is chosen.
         length: Fixed path length in whitened units; None is `angle`.
         angle: By how much a path turns a standard normal.
     """
@@ -132,18 +140,19 @@ class TrajectoryRule:
     target: float = 0.8
     step_size: float | None = None
     num_steps: int | None = None
-    num_stages: int | None = None
+    splitting: Splitting | None = None
     length: float | None = None
     angle: float = math.pi / 2
 
     def candidates(self) -> Iterator[list[Path]]:
         """Paths, those of one cost together, the cheapest first."""
         if self.step_size is not None:
-            stages = self.num_stages or 1
-            steps = self.num_steps or self._steps_for(self.step_size, stages)
-            yield [Path(self.step_size, steps, stages)]
+            splitting = self.splitting or LEAPFROG
+            steps = self.num_steps or self._steps_for(self.step_size, splitting)
+            yield [Path(self.step_size, steps, splitting)]
             return
-        lengths = [steps for steps in LENGTHS if steps % (self.num_stages or 1) == 0]
+        stages = 1 if self.splitting is None else self.splitting.num_stages
+        lengths = [steps for steps in LENGTHS if steps % stages == 0]
         paths = list(map(self._paths, lengths if self.num_steps is None else [self.num_steps]))
         if self.length is not None:
             near = [[one for one in some if one.angle - self.length <= _TOO_FAR] for some in paths]
@@ -176,15 +185,28 @@ class TrajectoryRule:
 
     def _paths(self, steps: int) -> list[Path]:
         """Of so many gradients and the fixed length, or such that turn a standard normal by the angle."""
-        stages = stages_to_try(steps) if self.num_stages is None else (self.num_stages,)
-        if self.length is not None:
-            return [Path(self.length / steps, steps, one) for one in stages]
-        return [Path(step_for_angle(self.angle, steps, one), steps, one) for one in stages]
+        if self.splitting is not None:
+            splittings = [self.splitting]
+        else:
+            splittings = [Splitting(stages) for stages in stages_to_try(steps)]
+            if self.length is None:
+                splittings[-1] = exact_leapfrog(self.angle, steps)
+        return [
+            Path(
+                step_for_angle(self.angle, steps, one)
+                if self.length is None
+                else self.length / steps,
+                steps,
+                one,
+            )
+            for one in splittings
+        ]
 
-    def _steps_for(self, step: float, stages: int = 1) -> int:
+    def _steps_for(self, step: float, splitting: Splitting = LEAPFROG) -> int:
+        stages = int(splitting.num_stages)
         once = step * stages
         if self.length is None:
-            once = turned_angle(min(step, math.sqrt(2)), stages, stages)
+            once = turned_angle(min(step, math.sqrt(2)), stages, splitting)
         wanted = self.angle if self.length is None else self.length
         return stages * max(1, round(wanted / once))
 
@@ -270,9 +292,13 @@ def path_rule_of(builder: Builder, target: float, length: float | None) -> Traje
     base, fixed = unwrapped(builder)
     if base not in (hmc, coalescing_hmc):
         return TrajectoryRule()
-    num_steps, num_stages = fixed.get("num_integration_steps"), fixed.get("num_stages")
-    check_stages(num_steps, num_stages)
-    return TrajectoryRule(target, fixed.get("step_size"), num_steps, num_stages, length)
+    num_steps = fixed.get("num_integration_steps")
+    splitting = Splitting(**{name: fixed[name] for name in Splitting._fields if name in fixed})
+    check_splitting(num_steps, splitting)
+    fixes = bool(fixed.keys() & set(Splitting._fields))
+    return TrajectoryRule(
+        target, fixed.get("step_size"), num_steps, splitting if fixes else None, length
+    )
 
 
 def choose(
@@ -296,8 +322,8 @@ def choose(
             {
                 "step_size": path.step_size,
                 "num_integration_steps": path.num_steps,
-                "num_stages": path.num_stages,
-            },
+            }
+            | path.splitting._asdict(),
             path.acceptance,
         )
         if base is coalescing_hmc and "mala_step_size" not in fixed:
@@ -326,7 +352,7 @@ def any_settings(builder: Builder) -> dict[str, Any]:
     base, fixed = unwrapped(builder)
     settings: dict[str, Any] = {"step_size": 0.1}
     if base in (hmc, coalescing_hmc):
-        settings |= {"num_integration_steps": 1, "num_stages": 1}
+        settings |= {"num_integration_steps": 1} | LEAPFROG._asdict()
     if base is coalescing_hmc:
         settings["mala_step_size"] = 0.1
     return {name: value for name, value in settings.items() if name not in fixed}

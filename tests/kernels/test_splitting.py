@@ -12,6 +12,8 @@ from partime_mcmc import MultishiftCoupling, Target, coalescing_hmc, hmc, sample
 from partime_mcmc.kernels import Whitening
 from partime_mcmc.kernels.multishift_hmc import leapfrogs
 from partime_mcmc.kernels.splitting import (
+    Splitting,
+    exact_leapfrog,
     rotation,
     row_of_trajectory,
     stages_to_try,
@@ -35,85 +37,101 @@ def quartic(x):
     return -0.5 * jnp.sum(x**2) - 0.1 * jnp.sum(x**4) + 0.3 * x[0] * x[1]
 
 
-def written_out(gradient, x, p, step_size, num_steps, num_stages):
+def written_out(gradient, x, p, step_size, num_steps, num_stages, drift_fraction=1.0):
     """A trajectory, kick by kick and drift by drift."""
     kicks, drifts = PALINDROMES[num_stages]
     for _ in range(num_steps // num_stages):
         for kick, drift in zip(kicks, drifts):
             p = p + kick * num_stages * step_size * gradient(x)
-            x = x + drift * num_stages * step_size * p
+            x = x + drift_fraction * drift * num_stages * step_size * p
         p = p + kicks[-1] * num_stages * step_size * gradient(x)
     return x, p
 
 
-def blackjaxs(x, p, step_size, num_steps, num_stages):
+def blackjaxs(x, p, step_size, num_steps, num_stages, drift_fraction):
     """The trajectory that kernels make."""
     from blackjax.mcmc import integrators, metrics
 
     energy = metrics.gaussian_euclidean(jnp.ones_like(x)).kinetic_energy
     start = integrators.IntegratorState(x, p, quartic(x), jax.grad(quartic)(x))
-    end = leapfrogs(num_steps, num_stages)(quartic, energy)(start, step_size)
+    splitting = Splitting(num_stages, drift_fraction)
+    end = leapfrogs(num_steps, splitting)(quartic, energy)(start, step_size)
     return end.position, end.momentum, end.logdensity, end.logdensity_grad
 
 
-PATHS = [(1, 1), (5, 1), (2, 2), (12, 2), (3, 3), (12, 3)]
+PATHS = [(1, 1, 1.0), (5, 1, 0.7), (2, 2, 1.0), (12, 2, 0.9), (3, 3, 1.0), (12, 3, 1.0)]
 
 
-@pytest.mark.parametrize("num_steps, num_stages", PATHS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("traced", [False, True])
-def test_trajectories_are_the_published_ones(num_steps, num_stages, traced):
+def test_trajectories_are_the_published_ones(path, traced):
     with jax.enable_x64(True):
         x, p = jnp.array([0.4, -1.1, 0.7]), jnp.array([1.2, 0.3, -0.8])
         run = blackjaxs
         if traced:  # counts are numbers of the program there
-            run = lambda *args: jax.jit(blackjaxs)(
-                *args[:3], jnp.int32(args[3]), jnp.int32(args[4])
-            )
+            run = jax.jit(blackjaxs)
         gradient = jax.grad(quartic)
-        end, momentum = written_out(gradient, x, p, 0.3, num_steps, num_stages)
+        end, momentum = written_out(gradient, x, p, 0.3, *path)
         wanted = end, momentum, quartic(end), gradient(end)
-        found = run(x, p, 0.3, num_steps, num_stages)
+        found = run(x, p, 0.3, *path)
         for one, other in zip(found, wanted, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-11)
 
 
-@pytest.mark.parametrize("num_steps, num_stages", PATHS)
-def test_trajectories_are_reversible_and_preserve_volume(num_steps, num_stages):
+@pytest.mark.parametrize("path", PATHS)
+def test_trajectories_are_reversible_and_preserve_volume(path):
     with jax.enable_x64(True):
         x, p = jnp.array([0.4, -1.1, 0.7]), jnp.array([1.2, 0.3, -0.8])
-        go = functools.partial(blackjaxs, step_size=0.3, num_steps=num_steps, num_stages=num_stages)
+        go = functools.partial(
+            blackjaxs,
+            step_size=0.3,
+            num_steps=path[0],
+            num_stages=path[1],
+            drift_fraction=path[2],
+        )
         end, momentum, *_ = go(x, p)
         back, reversed_momentum, *_ = go(end, -momentum)
         np.testing.assert_allclose(back, x, rtol=1e-10)
         np.testing.assert_allclose(reversed_momentum, -p, rtol=1e-10)
         gradient = jax.grad(quartic)
-        flow = lambda both: jnp.concatenate(
-            written_out(gradient, both[:3], both[3:], 0.3, num_steps, num_stages)
-        )
+        flow = lambda both: jnp.concatenate(written_out(gradient, both[:3], both[3:], 0.3, *path))
         volume = jnp.linalg.det(jax.jacobian(flow)(jnp.concatenate([x, p])))
         assert volume == pytest.approx(1.0, abs=1e-10)
 
 
-@pytest.mark.parametrize("num_steps, num_stages", PATHS)
-def test_a_standard_normal_is_turned(num_steps, num_stages):
+@pytest.mark.parametrize("path", PATHS)
+def test_a_standard_normal_is_turned(path):
+    num_steps, splitting = path[0], Splitting(*path[1:])
     with jax.enable_x64(True):
-        c, s = row_of_trajectory(0.4, num_steps, num_stages)
+        c, s = row_of_trajectory(0.4, num_steps, splitting)
         for x, p in ((1.3, 0.0), (0.0, -0.7), (0.4, 1.9)):
-            end, _ = written_out(lambda x: -x, x, p, 0.4, num_steps, num_stages)
+            end, _ = written_out(lambda x: -x, x, p, 0.4, *path)
             assert end == pytest.approx(float(c * x + s * p), abs=1e-12)
-        assert turned_angle(0.4, num_steps, num_stages) % (2 * math.pi) == pytest.approx(
+        assert turned_angle(0.4, num_steps, splitting) % (2 * math.pi) == pytest.approx(
             math.acos(c) if s > 0 else 2 * math.pi - math.acos(c)
         )
-    limit = {1: 2.0, 2: 1.317, 3: 1.554}[num_stages]
-    assert turned_angle(0.999 * limit, num_steps, num_stages) < math.inf
-    assert turned_angle(1.001 * limit, num_steps, num_stages) == math.inf
-    assert abs(rotation(1.01 * limit, num_stages)[0]) > 1
+    limit = {1: 2.0, 2: 1.317, 3: 1.554}[path[1]] / math.sqrt(path[2])
+    assert turned_angle(0.999 * limit, num_steps, splitting) < math.inf
+    assert turned_angle(1.001 * limit, num_steps, splitting) == math.inf
+    assert abs(rotation(1.01 * limit, *splitting)[0]) > 1
     steps = np.linspace(0.01, 0.99 * limit, 50)
-    turned = [turned_angle(step, num_steps, num_stages) for step in steps]
+    turned = [turned_angle(step, num_steps, splitting) for step in steps]
     assert (np.diff(turned) > 0).all(), "it turns on and on"
     for angle in (1.0, math.pi / 2, 2.0):
-        step = step_for_angle(angle, num_steps, num_stages)
-        assert turned_angle(step, num_steps, num_stages) == pytest.approx(angle)
+        step = step_for_angle(angle, num_steps, splitting)
+        assert turned_angle(step, num_steps, splitting) == pytest.approx(angle)
+
+
+@pytest.mark.parametrize("angle", [1.0, math.pi / 2, 2.0])
+@pytest.mark.parametrize("num_steps", [1, 2, 7])
+def test_an_exact_leapfrog_turns_a_normal_and_keeps_its_energy(angle, num_steps):
+    splitting = exact_leapfrog(angle, num_steps)
+    step = step_for_angle(angle, num_steps, splitting)
+    assert step == pytest.approx(2 * math.tan(angle / num_steps / 2))
+    for x, p in ((1.3, 0.0), (0.0, -0.7), (0.4, 1.9)):
+        end, last = written_out(lambda x: -x, x, p, step, num_steps, *splitting)
+        assert end == pytest.approx(math.cos(angle) * x + math.sin(angle) * p)
+        assert last == pytest.approx(math.cos(angle) * p - math.sin(angle) * x)
 
 
 def test_more_stages_are_worth_their_gradients():
@@ -122,7 +140,7 @@ def test_more_stages_are_worth_their_gradients():
     def acceptance(num_steps, num_stages):
         rng = np.random.default_rng(0)
         x, p = rng.normal(size=(2, 40_000, 100))
-        step = step_for_angle(math.pi / 2, num_steps, num_stages)
+        step = step_for_angle(math.pi / 2, num_steps, Splitting(num_stages))
         end, last = written_out(lambda x: -x, x, p, step, num_steps, num_stages)
         fall = 0.5 * (x**2 + p**2 - end**2 - last**2).sum(axis=1)
         return np.exp(np.minimum(fall, 0)).mean()
@@ -144,11 +162,15 @@ def test_stages_that_cannot_be():
             builder(quartic, 0.3, metric, 4, num_stages=4)
         with pytest.raises((ValueError, TypeError), match="num_stages: got 0"):
             builder(quartic, 0.3, metric, 4, num_stages=0)
+        for fraction in (0.0, 1.5, math.nan, "half"):
+            with pytest.raises(ValueError, match="drift_fraction: got .*, wanted a number in"):
+                builder(quartic, 0.3, metric, 4, drift_fraction=fraction)
     # Before warm-up, too.
     target = Target(quartic, jnp.zeros(3))
     for fixed, words in (
         ({"num_stages": 5}, "num_stages: got 5"),
         ({"num_stages": 2, "num_integration_steps": 5}, "num_integration_steps: got 5"),
+        ({"drift_fraction": 2.0}, "drift_fraction: got 2.0"),
     ):
         with pytest.raises(ValueError, match=words):
             sample(jax.random.key(0), target, functools.partial(hmc, **fixed), num_samples=10)
