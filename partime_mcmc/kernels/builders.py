@@ -312,7 +312,8 @@ def _steps_of_path(step_size, num_steps: Any, splitting: Splitting) -> Any:
     check_splitting(num_steps, splitting)
     if num_steps is not None:
         return num_steps
-    stages = splitting.num_stages
+    # Steps that are traced leave nothing to choose: with them the number of gradients is given.
+    stages = int(splitting.num_stages)
     return stages * max(1, round(quarter_period_steps(step_size) / stages))
 
 
