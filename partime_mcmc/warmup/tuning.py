@@ -176,12 +176,15 @@ class TrajectoryRule:
             trial, candidates, math.nan, self.target, self._leaves, min(first, len(candidates) - 1)
         )
 
-    def _leaves(self, rates: np.ndarray) -> bool:
-        """Whether chains leave nearly all states soon; in a funnel's neck none does: half the rejections must then do."""
-        return (
-            np.quantile(rates, _SHARE_OF_STATES) >= min(_LEAST_RATE, self.target)
-            or rates.mean() >= (1 + self.target) / 2
-        )
+    def _leaves(self, path: Path, rates: np.ndarray) -> bool:
+        """Whether chains leave nearly all states soon; in a funnel's neck none does: half the rejections must then do.
+
+        So must they for a path of one gradient: two gradients give more draws that are worth something, for a time that hardly
+        anybody notices.
+        """
+        seldom_refused = bool(rates.mean() >= (1 + self.target) / 2)
+        leaves = np.quantile(rates, _SHARE_OF_STATES) >= min(_LEAST_RATE, self.target)
+        return seldom_refused or bool(leaves and path.num_steps > 1)
 
     def _paths(self, steps: int) -> list[Path]:
         """Of so many gradients and the fixed length, or such that turn a standard normal by the angle."""
@@ -231,7 +234,7 @@ def _first_accepted(
     candidates: Sequence[Sequence[Path]],
     unknown: float,
     target: float,
-    also: Callable[[np.ndarray], bool] = lambda rates: True,
+    also: Callable[[Path, np.ndarray], bool] = lambda path, rates: True,
     begin: int = 0,
 ) -> Path:
     """The first candidate accepted often enough, or the one accepted most often.
@@ -242,7 +245,7 @@ def _first_accepted(
             oftener.
         unknown: The step size to report if all rates are NaN.
         target: Mean acceptance at least.
-        also: What else the rates must show.
+        also: What else a path's rates must show.
         begin: Which candidate to try first.
     """
     best = Path(unknown, 1, acceptance=-1.0)
@@ -256,7 +259,7 @@ def _first_accepted(
                 best = path
             enough = path.acceptance >= target
             enough = enough and rates.mean(axis=0).min() >= min(_EVERY_CHAIN, target)
-            if enough and also(rates):
+            if enough and also(path, rates):
                 return path
         return None
 

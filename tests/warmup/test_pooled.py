@@ -165,6 +165,9 @@ def test_a_path_is_accepted_from_nearly_everywhere_or_very_often():
 
     # 0.95 of the states: 0.93 in the mean, more than half way from 0.8 to 1, so there is no more to ask for.
     assert TrajectoryRule(0.8).choose(trial).num_steps == 1
+    # A path of one gradient must be accepted so often in any case.
+    often = lambda path: np.full((STEPS, C), 0.88)
+    assert TrajectoryRule(0.8).choose(often).num_steps == 2
 
     # Of every eighth state, with small steps of all: the cheapest path from which chains leave.
     def neck(path):
