@@ -4,10 +4,11 @@ Chains move on flat positions x with a centre and a root R of the metric, Σ = R
 
     p ← p + (h/2) Rᵀ∇log p(x),   x ← x + h R p,   p ← p + (h/2) Rᵀ∇log p(x),        L times,
 
-or with the weights of an integrator of more stages (`kernels.splitting`), accepted with probability min(1, exp(−ΔH)), H = −log p(x) + |p|²/2: leapfrog in whitened coordinates without ever
-leaving x, so that a new metric changes numbers only. Step sizes, lengths, the metric and the model's data are
-arguments. A trial is the same program with a fresh start in every step, so that warm-up compiles nothing else. After
-each step log h grows by `gain · (acceptance − target)`; a gain of 0 keeps it, as exact chains need.
+or with the weights of another integrator (`kernels.splitting`), accepted with probability min(1, exp(−ΔH)),
+H = −log p(x) + |p|²/2: leapfrog in whitened coordinates without ever leaving x, so that a new metric changes numbers only.
+Step sizes, lengths, the metric and the model's data are arguments. A trial is the same program with a fresh start in every
+step, so that warm-up compiles nothing else. After each step log h grows by `gain · (acceptance − target)`; a gain of 0 keeps
+it, as exact chains need.
 """
 
 import functools
