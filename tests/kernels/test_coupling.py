@@ -151,6 +151,9 @@ def test_the_map_is_a_staircase_with_the_margin_it_states():
         )
         np.testing.assert_array_equal(slope, 0)
         assert (np.abs(value - center) <= 0.5 * layers.radius * (1 + 1e-12)).all()
+        # Of several coordinates it is the nearest edge that counts.
+        columns = center[:3, 0], jax.tree.map(lambda leaf: leaf[:3, 0], layers)
+        assert multishift(columns[0], 0.5, columns[1]).margin == margin[:3].min() < margin[:3].max()
 
 
 # --- meeting
@@ -324,3 +327,9 @@ def test_the_decisions_of_a_cycle_do_not_depend_on_its_momenta():
     scores = np.column_stack([stats.norm.ppf(numbers.uniform), numbers.momentum])
     correlations = np.corrcoef(scores, rowvar=False) - np.eye(1 + DIMENSION)
     assert np.abs(correlations).max() < 5 / np.sqrt(num_steps)
+    # Nor does the Langevin step of every fourth transition.
+    landing = numbers.langevin
+    others = np.column_stack([landing.uniform, landing.layers.offset, landing.layers.radius])
+    both = np.corrcoef(scores[3::4], others[3::4], rowvar=False)[1 + DIMENSION :, : 1 + DIMENSION]
+    assert both.shape == (1 + 2 * DIMENSION, 1 + DIMENSION)
+    assert np.abs(both).max() < 5 / np.sqrt(num_steps / 4)

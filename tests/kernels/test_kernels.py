@@ -25,8 +25,10 @@ from partime_mcmc.engine.windows import Windows
 from partime_mcmc.kernels import (
     Carry,
     Kernel,
+    MultishiftCoupling,
     Whitening,
     blackjax_loop,
+    coalescing_hmc,
     from_blackjax,
     hmc,
     mala,
@@ -602,6 +604,17 @@ def test_metric_of_another_dimension_than_the_position(size):
 def test_bad_number_of_leapfrogs(num_integration_steps):
     with pytest.raises((ValueError, TypeError), match="num_integration_steps"):
         hmc(logdensity_of(jnp.float32), 0.1, jnp.ones(3), num_integration_steps)
+
+
+def test_bad_counts_of_other_builders():
+    logdensity = logdensity_of(jnp.float32)
+    whitening = Whitening.of_covariance(start_of(jnp.float32), jnp.zeros(3), jnp.eye(3))
+    with pytest.raises(ValueError, match="max_num_doublings: got 0"):
+        nuts(logdensity, 0.1, jnp.ones(3), max_num_doublings=0)
+    with pytest.raises(ValueError, match="every: got 0"):
+        coalescing_hmc(logdensity, 0.1, whitening, every=0)
+    with pytest.raises(ValueError, match="block: got 0"):
+        random_walk(logdensity, 0.1, coupling=MultishiftCoupling(), block=0)
 
 
 @pytest.mark.parametrize("builder", [mala, random_walk], ids=lambda builder: builder.__name__)
