@@ -187,6 +187,16 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "50 -> 51",
     ): "a default",
     (
+        "engine/iterates.py",
+        "jax.random.key(0) if key is None else key,",
+        "0 -> 1",
+    ): "a default",
+    (
+        "certify/step_record.py",
+        "jax.random.split(randomness)[1], jnp.shape(rate), jnp.result_type(rate)",
+        "1 -> 2",
+    ): "JAX takes the last of two keys for the third",
+    (
         "kernels/coupling.py",
         "half = (size + 1) // 2",
         "1 -> 2",

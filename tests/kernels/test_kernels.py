@@ -575,6 +575,15 @@ BAD_METRICS = {
 }
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_matrices_are_symmetric_in_units_of_their_own(scale):
+    start = start_of(jnp.float32)
+    matrix = scale * (np.eye(3) + 1e-5 * np.eye(3, k=1))
+    Whitening.of_covariance(start, jnp.zeros(3), matrix)
+    with pytest.raises(ValueError, match="not symmetric"):
+        Whitening.of_covariance(start, jnp.zeros(3), scale * (np.eye(3) + 1e-2 * np.eye(3, k=1)))
+
+
 @pytest.mark.parametrize("case", BAD_METRICS)
 def test_bad_metric(case, precision):
     value, message = BAD_METRICS[case]

@@ -78,6 +78,11 @@ def step_of(still, params, x, u):
     return jnp.concatenate([moved, x[2:]]) if still else moved
 
 
+def test_quasi_deer_clips_at_one_unless_told_otherwise():
+    assert quasi_deer() == quasi_deer(clip=1.0) != quasi_deer(clip=None)
+    assert deer() == deer(clip=None)
+
+
 def test_relaxing_damping_is_bounded():
     policy = RelaxingDamping(initial=1e-4, cooling=1.0)
 
@@ -87,6 +92,7 @@ def test_relaxing_damping_is_bounded():
             damping, memory = policy(jnp.asarray(merit), memory)
         return float(damping)
 
+    assert last([5.0]) == pytest.approx(1e-4), "the first pass, whatever the residual"
     # g halves 60 times, but not below 1e-4; λ = 1e-4 g (residual / first residual).
     falling = 0.99 ** np.arange(60)
     assert last(falling) == pytest.approx(1e-4 * 1e-4 * falling[-1], rel=1e-5)
