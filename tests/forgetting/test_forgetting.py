@@ -16,6 +16,7 @@ from partime_mcmc.engine.windows import AllAtOnce, Windows
 from partime_mcmc.forgetting import advise, distances, lyapunov, meeting_times
 from partime_mcmc.forgetting.coalescence import expected_max_meeting_time, survival_time
 from partime_mcmc.kernels import from_blackjax
+from partime_mcmc.kernels.multishift_hmc import hmc_cycle
 from partime_mcmc.solvers import Sequential, Shooting
 
 
@@ -293,6 +294,17 @@ def test_mala_on_a_gaussian_meets_and_a_random_walk_does_not():
     dynamics, _, tape = _system(walk, 5, 1000)
     found = meeting_times(dynamics, starts, others, tape)
     assert not found.met.any() and (found.distance > 0.05).all()
+
+
+def test_pairs_begin_with_the_first_random_numbers():
+    """A kernel that counts: its Langevin step comes after every third transition, in which chains meet, and in no other."""
+    dynamics, _, tape = _system(hmc_cycle(_gaussian, 0.5, 3, 0.5, 3), 2, 60)
+    starts, others = 2 * _normal(22, (6, 2)), 2 * _normal(23, (6, 2))
+    found = meeting_times(dynamics, starts, others, tape, tolerance=Tolerance(0.0, 0.0))
+    a, b = (jax.vmap(lambda x: rollout(dynamics, x, tape))(x) for x in (starts, others))
+    same = np.asarray((a == b).all(axis=2))
+    assert same[:, -1].all() and (found.steps % 3 == 0).all()
+    np.testing.assert_array_equal(found.steps, same.argmax(axis=1) + 1)
 
 
 # Advice
