@@ -130,7 +130,7 @@ MODULES: dict[str, Tests] = {
     ),
     "kernels/whitening.py": Tests((_KERNELS,), "whiten or metric or inverse or roots"),
     "forgetting/coalescence.py": Tests(
-        ("tests/forgetting/test_forgetting.py",), "meet or survival or trees or drives_and"
+        ("tests/forgetting/test_forgetting.py",), "meet or survival or trees or drives_and or begin"
     ),
 }
 
