@@ -1,9 +1,9 @@
 """Leapfrogs or integration steps of two and three stages: `python -m benchmarks.integrators [NAME...] --out DIR`.
 
 After the library's own warm-up, paths of the angle that it found (the coordinates and the metric are its own too) are tried from 256
-states of its chains: with 1 to 16 gradients, as leapfrogs, as leapfrogs that are exact on a standard normal, and as steps of two or three stages, with the same
-momenta. The table has the mean acceptance of each, and the number of gradients that warm-up chose. It is the ground on which `kernels.splitting.stages_to_try` says
-which are tried first. Posteriors are those of `benchmarks.hard_posteriors`, or of a file, `--models FILE`.
+states of its chains: with 1 to 16 gradients, as leapfrogs, as leapfrogs that are exact on a standard normal, and as steps of two or
+three stages, with the same momenta. The table has the mean acceptance of each, and the number of gradients that warm-up chose
+(`kernels.splitting`). Posteriors are those of `benchmarks.hard_posteriors`, or of a file, `--models FILE`.
 """
 
 from __future__ import annotations
@@ -99,6 +99,8 @@ def table(rows: list[dict]) -> str:
         telling = [
             found for row in rows if max(found := rates(row, one)) > 0.3 and min(found) < 0.98
         ]
+        if not telling:
+            continue
         plain, exact, more = np.median(np.reshape(telling, (-1, 3)), axis=0)
         best = np.mean([found[2] > found[1] for found in telling])
         lines.append(

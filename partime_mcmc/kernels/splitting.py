@@ -123,10 +123,10 @@ def exact_leapfrog(angle: float, num_steps: int) -> Splitting:
 
 
 def stages_to_try(num_steps: int) -> tuple[int, ...]:
-    """The stages of which a path of so many gradients may consist, those that suit most posteriors first.
+    """The stages of which a path of so many gradients may consist, in the order in which they are tried.
 
-    By `benchmarks.integrators`. Posteriors on which a quarter period takes more than eight gradients are stiff in places; leapfrogs are as
-    good there, and stable for longer.
+    Posteriors on which a quarter period takes more than eight gradients are stiff in places; leapfrogs are as good there, and stable for
+    longer. Below, more stages are accepted oftener than plain leapfrogs, and exact leapfrogs mostly oftener still (`benchmarks.integrators`).
     """
     if num_steps > _LONGEST_OF_MORE:
         return (1,)
