@@ -427,7 +427,7 @@ def _untuned(sampler: ParallelKernel, target: Target, starts: PyTree) -> Paramet
     rule = path_rule_of(builder, target_of(builder), adaptation.path_length)
     if "num_integration_steps" in any_settings(builder):
         path, *_ = next(dataclasses.replace(rule, step_size=settings["step_size"]).candidates())
-        settings |= {"num_integration_steps": path.num_steps} | path.splitting._asdict()
+        settings = path.settings
     return parametrised_kernel(
         KernelProgram(density, builder),
         data,

@@ -94,6 +94,15 @@ class Path(NamedTuple):
         """By how much it turns a standard normal."""
         return turned_angle(*self[:3])
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """By the argument names of `hmc` and `coalescing_hmc`."""
+        return {
+            "step_size": self.step_size,
+            "num_integration_steps": self.num_steps,
+            **self.splitting._asdict(),
+        }
+
 
 # A path -> acceptance probabilities of its trials, shape (S, C), column c from states of chain c.
 Trial = Callable[[Path], np.ndarray]
@@ -321,14 +330,7 @@ def choose(
     """
     base, fixed = unwrapped(builder)
     if base in (hmc, coalescing_hmc):
-        settings, rate = (
-            {
-                "step_size": path.step_size,
-                "num_integration_steps": path.num_steps,
-            }
-            | path.splitting._asdict(),
-            path.acceptance,
-        )
+        settings, rate = path.settings, path.acceptance
         if base is coalescing_hmc and "mala_step_size" not in fixed:
             bold = min(_LANDING_LIMIT, _LANDING_RATIO * path.step_size)
             settings["mala_step_size"] = boldest_step(trial, bold, _LANDING).step_size ** 2 / 2
@@ -355,7 +357,7 @@ def any_settings(builder: Builder) -> dict[str, Any]:
     base, fixed = unwrapped(builder)
     settings: dict[str, Any] = {"step_size": 0.1}
     if base in (hmc, coalescing_hmc):
-        settings |= {"num_integration_steps": 1} | LEAPFROG._asdict()
+        settings = Path(0.1, 1).settings
     if base is coalescing_hmc:
         settings["mala_step_size"] = 0.1
     return {name: value for name, value in settings.items() if name not in fixed}
