@@ -1,9 +1,8 @@
-"""Leapfrogs or integration steps of two and three stages: `python -m benchmarks.integrators [NAME...] --out DIR`.
+"""Plain leapfrogs, or those that are exact on a standard normal: `python -m benchmarks.integrators [NAME...] --out DIR`.
 
 After the library's own warm-up, paths of the angle that it found (the coordinates and the metric are its own too) are tried from 256
-states of its chains: with 1 to 16 gradients, as leapfrogs, as leapfrogs that are exact on a standard normal, and as steps of two or
-three stages, with the same momenta. The table has the mean acceptance of each, and the number of gradients that warm-up chose
-(`kernels.splitting`). Posteriors are those of `benchmarks.hard_posteriors`, or of a file, `--models FILE`.
+states of its chains, with 1 to 16 gradients and the same momenta (`kernels.leapfrog`). The table has the mean acceptance of both
+kinds, and the number of gradients that warm-up chose. Posteriors are those of `benchmarks.hard_posteriors`, or of a file, `--models FILE`.
 """
 
 from __future__ import annotations
@@ -21,16 +20,12 @@ from benchmarks.hard_posteriors import known, model_and_data
 from benchmarks.record import OUT, keep, rows_so_far
 from partime_mcmc import coalescing_hmc, hmc, sample
 from partime_mcmc.kernels.kernel_program import KernelParams, KernelProgram
-from partime_mcmc.kernels.splitting import Splitting, exact_leapfrog, step_for_angle, turned_angle
+from partime_mcmc.kernels.leapfrog import exact_drift, exact_step, step_for_angle, turned_angle
 from partime_mcmc.numpyro import from_numpyro
 
 CHAINS, STATES = 4, 64
+NAMES = ("step_size", "num_integration_steps", "drift_fraction")
 GRADIENTS = (1, 2, 3, 4, 6, 8, 10, 12, 16)
-
-
-def stages_of(num_steps: int) -> int:
-    """The larger number of stages that so many gradients can be made of."""
-    return 3 if num_steps % 3 == 0 else 2 if num_steps % 2 == 0 else 1
 
 
 def measure(name: str, seed: int, models: Path | None) -> dict:
@@ -44,8 +39,7 @@ def measure(name: str, seed: int, models: Path | None) -> dict:
         key, target, coalescing_hmc, num_samples=8 * STATES, num_chains=CHAINS, progress=False
     )
     kernel, settings = draws.warmup.kernel, draws.warmup.settings
-    splitting = Splitting(settings["num_stages"], settings["drift_fraction"])
-    angle = turned_angle(settings["step_size"], settings["num_integration_steps"], splitting)
+    angle = turned_angle(*(settings[name] for name in NAMES))
     family = KernelProgram(kernel.family.density, hmc)
     states = jax.tree.map(
         lambda leaf: leaf[:, ::8].reshape(CHAINS * STATES, *leaf.shape[2:]), draws.positions
@@ -58,17 +52,16 @@ def measure(name: str, seed: int, models: Path | None) -> dict:
 
     keys, row = jax.random.split(jax.random.key(seed + 1), CHAINS * STATES), {}
     for num_steps in GRADIENTS:
-        for stages in (0, 1, stages_of(num_steps)):
-            splitting = Splitting(stages) if stages else exact_leapfrog(angle, num_steps)
-            sizes = {
-                "step_size": jnp.asarray(step_for_angle(angle, num_steps, splitting)),
-                "num_integration_steps": jnp.int32(num_steps),
-                "num_stages": jnp.int32(splitting.num_stages),
-                "drift_fraction": jnp.asarray(splitting.drift_fraction),
-            }
+        exact = exact_step(angle / num_steps)
+        kinds = {
+            "plain": (step_for_angle(angle, num_steps), 1.0),
+            "exact": (exact, exact_drift(exact)),
+        }
+        for kind, (step, drift) in kinds.items():
+            sizes = dict(zip(NAMES, (jnp.asarray(step), jnp.int32(num_steps), jnp.asarray(drift))))
             numbers = KernelParams(kernel.numbers.data, kernel.numbers.whitening, sizes)
             found = np.nan_to_num(np.asarray(rates(numbers, states, keys)))
-            row[f"{num_steps}, {stages}"] = float(found.mean())
+            row[f"{num_steps}, {kind}"] = float(found.mean())
     return {
         "posterior": name,
         "dimension": int(kernel.numbers.whitening.center.size),
@@ -86,14 +79,14 @@ def table(rows: list[dict]) -> str:
     ]
 
     def rates(row, one):
-        return [row["rates"][f"{one}, {stages}"] for stages in (1, 0, stages_of(one))]
+        return [row["rates"][f"{one}, {kind}"] for kind in ("plain", "exact")]
 
     for row in rows:
         cells = (" / ".join(f"{rate:.2f}" for rate in rates(row, one)) for one in GRADIENTS)
         lines.append(
             f"| {row['posterior']} ({row['dimension']}) | {row['angle']:.2f} | {row['chosen']} | {' | '.join(cells)} |"
         )
-    lines += ["", "Acceptance by gradients: leapfrogs / exact leapfrogs / two or three stages.", ""]
+    lines += ["", "Acceptance by gradients: plain / exact leapfrogs.", ""]
     for one in GRADIENTS:
         # Paths that are hardly accepted, or always, tell nothing.
         telling = [
@@ -101,11 +94,10 @@ def table(rows: list[dict]) -> str:
         ]
         if not telling:
             continue
-        plain, exact, more = np.median(np.reshape(telling, (-1, 3)), axis=0)
-        best = np.mean([found[2] > found[1] for found in telling])
+        plain, exact = np.median(np.reshape(telling, (-1, 2)), axis=0)
+        best = np.mean([found[1] > found[0] for found in telling])
         lines.append(
-            f"{one} gradients, {len(telling)} posteriors: medians {plain:.2f} / {exact:.2f} / {more:.2f}; more stages better than "
-            f"exact leapfrogs on {best:.0%}.\n"
+            f"{one} gradients, {len(telling)} posteriors: medians {plain:.2f} / {exact:.2f}; exact ones better on {best:.0%}.\n"
         )
     return "\n".join(lines).rstrip() + "\n"
 

@@ -66,7 +66,7 @@ _SHOOTING = "tests/solvers/test_shooting.py"
 _CERTIFY = "tests/certify/test_certify.py"
 _KERNELS = "tests/kernels/test_kernels.py"
 _COUPLING = "tests/kernels/test_coupling.py"
-_SPLITTING = "tests/kernels/test_splitting.py"
+_LEAPFROG = "tests/kernels/test_leapfrog.py"
 _PARTS = "tests/solvers/test_parts.py"
 # Of the long files the tests that take seconds each, or those of several that look at the same.
 _NO_LONG = (
@@ -118,12 +118,12 @@ MODULES: dict[str, Tests] = {
     "certify/repeated.py": Tests(("tests/certify/test_repeated.py",)),
     "certify/step_record.py": Tests((_CERTIFY,)),
     "kernels/builders.py": Tests(
-        (_KERNELS, _SPLITTING),
-        "builders or bad_ or noise_scale or quarter or whitened or kind_of or splitting",
+        (_KERNELS, _LEAPFROG),
+        "builders or bad_ or noise_scale or quarter or whitened or kind_of or drifts",
     ),
     "kernels/coupling.py": Tests((_COUPLING,)),
-    "kernels/multishift_hmc.py": Tests((_COUPLING, _SPLITTING)),
-    "kernels/splitting.py": Tests((_SPLITTING,)),
+    "kernels/multishift_hmc.py": Tests((_COUPLING, _LEAPFROG)),
+    "kernels/leapfrog.py": Tests((_LEAPFROG,)),
     "kernels/kernel.py": Tests(
         (_CHAINS, _KERNELS),
         "mala or keys or begins or legacy or own_ or frozen or algorithm or empty",

@@ -25,7 +25,6 @@ from partime_mcmc.kernels.explicit_randomness import ExplicitRandomnessKernel, G
 from partime_mcmc.kernels.multishift_hmc import hmc_cycle, steered_hmc
 from partime_mcmc.kernels.multishift_mala import coalescing_mala
 from partime_mcmc.kernels.multishift_random_walk import coalescing_random_walk
-from partime_mcmc.kernels.splitting import Splitting
 from partime_mcmc.solvers import Solver
 
 
@@ -115,12 +114,12 @@ def _coalescing_mala(logdensity, dimension, dtype):
 
 def _steered_hmc(logdensity, dimension, dtype):
     del dimension, dtype
-    return steered_hmc(logdensity, 0.8, 2, Splitting(2))
+    return steered_hmc(logdensity, 0.8, 2, 0.85)
 
 
 def _hmc_cycle(logdensity, dimension, dtype):
     del dimension, dtype
-    return hmc_cycle(logdensity, 0.7, 9, 0.6, 3, Splitting(3, 0.9))
+    return hmc_cycle(logdensity, 0.85, 9, 0.6, 3, 0.9)
 
 
 def _coalescing_walk(logdensity, dimension, dtype):

@@ -23,10 +23,10 @@ from partime_mcmc.kernels.coupling import (
     check_coupling,
 )
 from partime_mcmc.kernels.kernel import Kernel
-from partime_mcmc.kernels.multishift_hmc import hmc_cycle, leapfrogs, steered_hmc
+from partime_mcmc.kernels.leapfrog import check_drift_fraction, leapfrogs
+from partime_mcmc.kernels.multishift_hmc import hmc_cycle, steered_hmc
 from partime_mcmc.kernels.multishift_mala import coalescing_mala
 from partime_mcmc.kernels.multishift_random_walk import coalescing_random_walk
-from partime_mcmc.kernels.splitting import Splitting, check_splitting
 from partime_mcmc.kernels.whitening import Whitening, checked_root
 from partime_mcmc.types import Array, ArrayLike, PyTree, Tracer
 from partime_mcmc.validation import check_count, describe
@@ -77,7 +77,6 @@ def hmc(
     metric: Whitening | Array,
     num_integration_steps: int | None = None,
     *,
-    num_stages: int = 1,
     drift_fraction: float = 1.0,
     coupling: Coupling = CommonRandomNumbers(),
 ) -> Kernel:
@@ -88,11 +87,8 @@ def hmc(
         step_size: The leapfrog's step, positive.
         metric: Whitened coordinates, or an inverse mass matrix of shape `(D,)` or `(D, D)` in BlackJAX's sense.
         num_integration_steps: Gradients per transition; None takes a path of a quarter period.
-        num_stages: Of an integration step: 1 is the leapfrog, 2 and 3 the integrators of Blanes, Casas & Sanz-Serna 2014,
-            which are accepted oftener at the same cost on posteriors that are roughly normal. `step_size` is that of a
-            stage, and `num_integration_steps` a multiple of this number.
-        drift_fraction: Drifts are shorter than kicks by this factor in (0, 1]: with kicks of 2 tan(θ/2) and the fraction
-            cos²(θ/2) leapfrogs turn a standard normal by θ exactly.
+        drift_fraction: Drifts are shorter than kicks by this factor f in (0, 1]: steps of size h are exact on a standard
+            normal with f = 1/(1 + h²/4), and turn it by 2 arctan(h/2) each.
         coupling: How momenta are drawn. `MultishiftCoupling()` wants a `Whitening`, because it aims momenta at the end that
             the trajectory would have on a standard normal, and a step size below 2.
 
@@ -112,12 +108,12 @@ def hmc(
     """
     check_step_size(step_size)
     check_coupling(coupling)
-    splitting = Splitting(num_stages, drift_fraction)
-    num_steps = _steps_of_path(step_size, num_integration_steps, splitting)
+    check_drift_fraction(drift_fraction)
+    num_steps = _steps_of_path(step_size, num_integration_steps)
     if isinstance(coupling, MultishiftCoupling):
         _check_whitening(metric, "a Whitening for hmc with MultishiftCoupling()")
         return _whitened(
-            lambda density: steered_hmc(density, step_size, num_steps, splitting),
+            lambda density: steered_hmc(density, step_size, num_steps, drift_fraction),
             logdensity,
             metric,
             None,
@@ -125,7 +121,7 @@ def hmc(
         )
     return _with_metric(
         lambda density, inverse_mass: _plain_hmc(
-            density, step_size, inverse_mass, num_steps, splitting
+            density, step_size, inverse_mass, num_steps, drift_fraction
         ),
         logdensity,
         metric,
@@ -133,9 +129,9 @@ def hmc(
     )
 
 
-def _plain_hmc(density, step_size, inverse_mass, num_steps, splitting):
+def _plain_hmc(density, step_size, inverse_mass, num_steps, drift_fraction):
     """BlackJAX's HMC, which takes a whole trajectory as one step of its integrator."""
-    path = leapfrogs(num_steps, splitting)
+    path = leapfrogs(num_steps, drift_fraction)
     algorithm = blackjax.hmc(density, step_size, inverse_mass, 1, integrator=path)
 
     def step(rng_key, state):
@@ -151,7 +147,6 @@ def coalescing_hmc(
     metric: Whitening,
     num_integration_steps: int | None = None,
     *,
-    num_stages: int = 1,
     drift_fraction: float = 1.0,
     mala_step_size: float | None = None,
     every: int = 4,
@@ -166,7 +161,6 @@ def coalescing_hmc(
         step_size: The leapfrog's step, positive.
         metric: Whitened coordinates.
         num_integration_steps: Gradients per trajectory; None takes a path of a quarter period.
-        num_stages: Of an integration step, as for `hmc`.
         drift_fraction: As for `hmc`.
         mala_step_size: BlackJAX's ε of the MALA step; None takes h²/2 with h = min(√2, 2.2 step_size).
         every: k, at least 1.
@@ -185,8 +179,8 @@ def coalescing_hmc(
         [2. 0.]
     """
     check_step_size(step_size)
-    splitting = Splitting(num_stages, drift_fraction)
-    num_steps = _steps_of_path(step_size, num_integration_steps, splitting)
+    check_drift_fraction(drift_fraction)
+    num_steps = _steps_of_path(step_size, num_integration_steps)
     langevin = mala_step_size
     if langevin is None:
         langevin = jnp.minimum(math.sqrt(2), 2.2 * jnp.asarray(step_size)) ** 2 / 2
@@ -194,7 +188,7 @@ def coalescing_hmc(
     _check_positive_integer(every, "every")
     _check_whitening(metric, "a Whitening for coalescing_hmc")
     return _whitened(
-        lambda density: hmc_cycle(density, step_size, num_steps, langevin, every, splitting),
+        lambda density: hmc_cycle(density, step_size, num_steps, langevin, every, drift_fraction),
         logdensity,
         metric,
         None,
@@ -307,14 +301,13 @@ def quarter_period_steps(step_size: float) -> int:
     return max(1, round(QUARTER_PERIOD / (2 * math.asin(min(float(step_size), math.sqrt(2)) / 2))))
 
 
-def _steps_of_path(step_size, num_steps: Any, splitting: Splitting) -> Any:
-    """The gradients of a path; where none are given those of a quarter period, to the nearest multiple of the stages."""
-    check_splitting(num_steps, splitting)
-    if num_steps is not None:
-        return num_steps
-    # Steps that are traced leave nothing to choose: with them the number of gradients is given.
-    stages = int(splitting.num_stages)
-    return stages * max(1, round(quarter_period_steps(step_size) / stages))
+def _steps_of_path(step_size, num_steps: Any) -> Any:
+    """The gradients of a path; where none are given those of a quarter period."""
+    if num_steps is None:
+        # Steps that are traced leave nothing to choose: with them the number of gradients is given.
+        return quarter_period_steps(step_size)
+    _check_positive_integer(num_steps, "num_integration_steps")
+    return num_steps
 
 
 def check_step_size(step_size: ArrayLike) -> None:

@@ -1,7 +1,7 @@
 """Hamiltonian Monte Carlo with multishift noise: in its momentum, or in a Langevin step of every k-th transition.
 
 **Momentum.** In whitened coordinates the end point of a trajectory of a standard normal is c x + s p, as
-`kernels.splitting` has it. Choose p so that this end point is multishift noise around c x:
+`kernels.leapfrog` has it. Choose p so that this end point is multishift noise around c x:
 
     p(x) = (y(c x) − c x) / s,   y ~ N(c x, s²)                     still N(0, I) for every x,
 
@@ -11,11 +11,11 @@ and the end points of two nearby chains nearly coincide (exactly on a standard n
 a MALA step around the exact gradient with multishift noise, which lands both chains on the same floats. Each transition is a
 composition of kernels that keep p invariant, and which one it is follows from a counter, i.e. from time alone. `coalescing_hmc`.
 
-Trajectories and energies are BlackJAX's, with the weights of one, two or three stages; momenta and uniforms are drawn beforehand.
+Trajectories and energies are BlackJAX's; momenta and uniforms are drawn beforehand.
 """
 
 import math
-from typing import Any, Callable, NamedTuple
+from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,12 +37,9 @@ from partime_mcmc.kernels.explicit_randomness import (
     select,
     when_anyone,
 )
+from partime_mcmc.kernels.leapfrog import leapfrogs, row_of_trajectory, turned_angle
 from partime_mcmc.kernels.multishift_mala import langevin_step
-from partime_mcmc.kernels.splitting import LEAPFROG, Splitting, row_of_trajectory, turned_angle
 from partime_mcmc.types import Array, ArrayLike, PyTree, Tracer
-
-# Up to so many leapfrog steps are written out one after another: a loop costs more than a small gradient.
-_UNROLLED = 8
 
 
 class HamiltonianInfo(NamedTuple):
@@ -98,28 +95,28 @@ def steered_hmc(
     logdensity: Callable[[PyTree], Array],
     step_size: float,
     num_steps: int,
-    splitting: Splitting = LEAPFROG,
+    drift_fraction: float | Array = 1.0,
 ) -> ExplicitRandomnessKernel:
     """HMC whose momentum is multishift noise at the trajectory's end, in whitened coordinates.
 
     Args:
         logdensity: `position -> scalar`, roughly standard normal.
-        step_size: h, one with which the integrator is stable on a standard normal: a leapfrog's is below 2.
+        step_size: h, one with which leapfrogs are stable on a standard normal: below 2/√f.
         num_steps: L.
-        splitting: The integrator.
+        drift_fraction: f.
 
     Raises:
         ValueError: If the step size is not stable.
     """
-    known = splitting.is_known and not isinstance(step_size, Tracer)
-    if known and turned_angle(float(step_size), 1, splitting) == math.inf:
+    known = not (isinstance(step_size, Tracer) or isinstance(drift_fraction, Tracer))
+    if known and turned_angle(float(step_size), 1, float(drift_fraction)) == math.inf:
         raise ValueError(
-            f"step_size: got {float(step_size)!r}, wanted one with which an integrator of {splitting.num_stages} stages is "
-            "stable on a standard normal: below 2 for leapfrogs"
+            f"step_size: got {float(step_size)!r}, wanted one with which leapfrogs are stable on a standard normal: "
+            f"below {2 / math.sqrt(drift_fraction):.3g}"
         )
-    c, s = row_of_trajectory(step_size, num_steps, splitting)
+    c, s = row_of_trajectory(step_size, num_steps, drift_fraction)
     init = initial_state(logdensity)
-    propose = _trajectory(logdensity, step_size, num_steps, splitting)
+    propose = _trajectory(logdensity, step_size, num_steps, drift_fraction)
 
     def draw(key, state):
         flat = ravel_pytree(state.position)[0]
@@ -141,7 +138,7 @@ def hmc_cycle(
     num_steps: int,
     langevin_step_size: ArrayLike,
     every: int,
-    splitting: Splitting = LEAPFROG,
+    drift_fraction: float | Array = 1.0,
 ) -> ExplicitRandomnessKernel:
     """HMC with plain momenta, and a coalescing Langevin step after every `every`-th trajectory.
 
@@ -151,10 +148,10 @@ def hmc_cycle(
         num_steps: L.
         langevin_step_size: BlackJAX's ε of the Langevin step, positive.
         every: k, at least 1.
-        splitting: The integrator.
+        drift_fraction: f.
     """
     evaluate = initial_state(logdensity)
-    propose = _trajectory(logdensity, step_size, num_steps, splitting)
+    propose = _trajectory(logdensity, step_size, num_steps, drift_fraction)
 
     def init(position, rng_key=None):
         return CycleState(*evaluate(position, rng_key), jnp.zeros((), jnp.int32))
@@ -211,55 +208,7 @@ def hmc_cycle(
     return ExplicitRandomnessKernel(init, draw, apply, draw_many, count)
 
 
-def leapfrogs(num_steps: int, splitting: Splitting = LEAPFROG) -> Callable:
-    """BlackJAX's velocity Verlet, `num_steps` times, as one of BlackJAX's integrators; with the weights of a splitting.
-
-    A proposal is judged by the density at the trajectory's end. On the way only gradients are used, and the density's
-    value is not handed from step to step, so that the compiler leaves it out: the softplus of a logistic regression costs
-    more than its gradient.
-
-    Args:
-        num_steps: L, at least 1, a multiple of the stages.
-        splitting: The integrator.
-    """
-
-    def integrator(logdensity, kinetic_energy):
-        def one(index, state, step_size):
-            coefficients = splitting.weights(state.logdensity.dtype)(index)
-            stage = integrators.generate_euclidean_integrator(coefficients)
-            return stage(logdensity, kinetic_energy)(state, step_size)
-
-        def steps(state, step_size):
-            unknown: Any = jnp.zeros_like(state.logdensity)
-
-            def advance(index, path):
-                position, momentum, gradient = path
-                new = one(
-                    index,
-                    integrators.IntegratorState(position, momentum, unknown, gradient),
-                    step_size,
-                )
-                return new.position, new.momentum, new.logdensity_grad
-
-            path = state.position, state.momentum, state.logdensity_grad
-            if not isinstance(num_steps, Tracer) and num_steps <= _UNROLLED:
-                for step in range(num_steps - 1):
-                    path = advance(step, path)
-            else:
-                path = lax.fori_loop(0, num_steps - 1, advance, path)
-            position, momentum, gradient = path
-            return one(
-                num_steps - 1,
-                integrators.IntegratorState(position, momentum, unknown, gradient),
-                step_size,
-            )
-
-        return steps
-
-    return integrator
-
-
-def _trajectory(logdensity, step_size, num_steps, splitting):
+def _trajectory(logdensity, step_size, num_steps, drift_fraction):
     """`(state, momentum (D,), uniform) -> (state, info)`: BlackJAX's trajectory with given random numbers."""
     kinetic = metrics.gaussian_euclidean
 
@@ -267,7 +216,7 @@ def _trajectory(logdensity, step_size, num_steps, splitting):
         flat, unravel = ravel_pytree(state.position)
         energy = kinetic(jnp.ones_like(flat)).kinetic_energy
         generate = hmc.hmc_proposal(
-            leapfrogs(num_steps, splitting)(logdensity, energy),
+            leapfrogs(num_steps, drift_fraction)(logdensity, energy),
             energy,
             step_size,
             1,

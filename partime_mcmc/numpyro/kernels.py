@@ -356,8 +356,7 @@ class HMC(ParallelKernel):
 
     Args:
         model, potential_fn, step_size, ...: As for every kernel here.
-        num_steps: Fixed number of gradients per trajectory, of leapfrogs or the stages of longer integration steps; None lets
-            warm-up choose.
+        num_steps: Fixed number of leapfrog steps per trajectory; None lets warm-up choose.
         trajectory_length: Path length in whitened units; None is a quarter period of a standard normal.
     """
 

@@ -2,9 +2,9 @@
 
 Chains move on flat positions x with a centre and a root R of the metric, Σ = R Rᵀ, and momenta p ~ N(0, I):
 
-    p ← p + (h/2) Rᵀ∇log p(x),   x ← x + h R p,   p ← p + (h/2) Rᵀ∇log p(x),        L times,
+    p ← p + (h/2) Rᵀ∇log p(x),   x ← x + f h R p,   p ← p + (h/2) Rᵀ∇log p(x),        L times,
 
-or with the weights of another integrator (`kernels.splitting`), accepted with probability min(1, exp(−ΔH)),
+(`kernels.leapfrog`), accepted with probability min(1, exp(−ΔH)),
 H = −log p(x) + |p|²/2: leapfrog in whitened coordinates without ever leaving x, so that a new metric changes numbers only.
 Step sizes, lengths, the metric and the model's data are arguments. A trial is the same program with a fresh start in every
 step, so that warm-up compiles nothing else. After each step log h grows by `gain · (acceptance − target)`; a gain of 0 keeps
@@ -25,7 +25,6 @@ from partime_mcmc.executions import run_jitted
 from partime_mcmc.kernels.coordinates import CoordinateMap, density_through
 from partime_mcmc.kernels.coupling import normal_of
 from partime_mcmc.kernels.metric_root import Root, times, transposed_times
-from partime_mcmc.kernels.splitting import LEAPFROG, Splitting
 from partime_mcmc.kernels.traced_gradient import unoptimised_seconds
 from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import Array, ArrayLike, Key, PyTree
@@ -123,7 +122,7 @@ def _walk(
     fresh: Array,
     step_sizes: Array,
     lengths: Array,
-    splitting: Splitting,
+    drift_fraction: Array,
     gain: Array,
     target: Array,
     words: Array,
@@ -132,7 +131,6 @@ def _walk(
     unravel = ravel_pytree(example)[1]
     evaluate = jax.vmap(jax.value_and_grad(lambda x: density(params, unravel(x))))
     num_chains, dimension = starts.shape[1:]
-    weights = splitting.weights(starts.dtype)
 
     def energy(value, momentum):
         return 0.5 * jnp.sum(momentum**2, axis=1) - value
@@ -146,15 +144,14 @@ def _walk(
 
         def leap(index, moving):
             x, value, gradient, p = moving
-            before, drift, after = weights(index)
-            half = p + before * step * transposed_times(root, gradient)
-            new = x + drift * step * times(root, half)
+            half = p + 0.5 * step * transposed_times(root, gradient)
+            new = x + drift_fraction * step * times(root, half)
             new_value, new_gradient = evaluate(new)
             ended = (
                 new,
                 new_value,
                 new_gradient,
-                half + after * step * transposed_times(root, new_gradient),
+                half + 0.5 * step * transposed_times(root, new_gradient),
             )
             going = index < length
             return tuple(
@@ -256,7 +253,7 @@ class HMCBatch:
         root: Root,
         step_sizes: ArrayLike,
         lengths: ArrayLike,
-        splitting: Splitting = LEAPFROG,
+        drift_fraction: float = 1.0,
         *,
         size: int = STEPS,
         gain: float = 0.0,
@@ -271,7 +268,7 @@ class HMCBatch:
             root: Of the metric.
             step_sizes: h, `(C,)` or scalar.
             lengths: Gradients per trajectory, `(16, C)`, the same in every 16 steps, or scalar.
-            splitting: The integrator; lengths are multiples of its stages.
+            drift_fraction: f.
             size: S, a multiple of 16, at most `max_batch_steps(C D)`.
             gain: How fast log step sizes follow the acceptance.
             target: The acceptance that they follow.
@@ -295,10 +292,7 @@ class HMCBatch:
             fresh,
             sizes,
             leapfrogs,
-            Splitting(
-                np.asarray(splitting.num_stages, np.int32),
-                np.asarray(splitting.drift_fraction, self.dtype),
-            ),
+            np.asarray(drift_fraction, self.dtype),
             np.asarray(gain, self.dtype),
             np.asarray(target, self.dtype),
             seed.words,

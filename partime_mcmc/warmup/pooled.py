@@ -32,7 +32,6 @@ from partime_mcmc.engine import CachedStep, Dynamics, Status, Tolerance, shootin
 from partime_mcmc.engine.solve import solve
 from partime_mcmc.kernels.coupling import normal_of
 from partime_mcmc.kernels.metric_root import Root, largest_ratio, times, transposed_times
-from partime_mcmc.kernels.splitting import Splitting
 from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import Key
 from partime_mcmc.warmup.hmc_batch import STEPS, HMCBatch, HMCBatchResult, SeedTree
@@ -69,7 +68,7 @@ def side_by_side(
         seed: Of the random numbers.
         positions: Where the chains are, `(C, D)`.
         root: Of the metric.
-        path: Step size, gradients and stages.
+        path: Of every transition.
         size: Steps; what is more than a multiple of 16 is left out.
     """
     pieces, longest, size = [], walker.longest, max(1, size // STEPS) * STEPS
@@ -81,7 +80,7 @@ def side_by_side(
                 root,
                 path.step_size,
                 path.num_steps,
-                path.splitting,
+                path.drift_fraction,
                 size=min(longest, size - start),
             )
         )
@@ -108,10 +107,7 @@ def in_parallel_time(
         jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), root),
         jnp.asarray(path.step_size, dtype),
         jnp.asarray(path.num_steps, jnp.int32),
-        Splitting(
-            jnp.asarray(path.splitting.num_stages, jnp.int32),
-            jnp.asarray(path.splitting.drift_fraction, dtype),
-        ),
+        jnp.asarray(path.drift_fraction, dtype),
     )
     for number in range(size // _PIECE):
         one = seed.child(number)
@@ -191,16 +187,14 @@ def _evaluate(density, numbers, x):
 
 def _move(density, numbers, state, uniforms):
     """The next state and the acceptance probability."""
-    _, _, root, step, num_steps, splitting = numbers
-    weights = splitting.weights(step.dtype)
+    _, _, root, step, num_steps, drift_fraction = numbers
     momentum = normal_of(uniforms[1:])
 
     def leap(index, moving):
         x, _, gradient, p = moving
-        before, drift, after = weights(index)
-        half = p + before * step * transposed_times(root, gradient)
-        ended = _evaluate(density, numbers, x + drift * step * times(root, half))
-        return *ended, half + after * step * transposed_times(root, ended[2])
+        half = p + 0.5 * step * transposed_times(root, gradient)
+        ended = _evaluate(density, numbers, x + drift_fraction * step * times(root, half))
+        return *ended, half + 0.5 * step * transposed_times(root, ended[2])
 
     *end, last = lax.fori_loop(0, num_steps, leap, (*state, momentum))
     fall = 0.5 * jnp.sum(momentum**2) - state[1] - 0.5 * jnp.sum(last**2) + end[1]

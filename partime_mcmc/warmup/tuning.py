@@ -1,7 +1,7 @@
 """What a builder wants tuned, and the rules: step sizes and paths of kernels from trials on the pooled chains.
 
-    hmc              the fewest gradients, and stages of the integrator (`kernels.splitting`), with which a quarter period
-                     (`path`) is accepted ≥ 0.8
+    hmc              the fewest gradients with which a quarter period (`path`) of leapfrogs that are exact on a standard
+                     normal (`kernels.leapfrog`) is accepted ≥ 0.8
     coalescing_hmc   the same, and the largest Langevin step h_m ≤ min(√2, 2.2 h) accepted ≥ 0.6; its ε is h_m²/2
     mala             the largest Langevin step accepted ≥ 0.8: where one of two chains rejects, their coupling is lost,
                      and passes and meeting times grow with the rate of rejections; 0.65 with coalescing noise
@@ -42,16 +42,15 @@ from partime_mcmc.kernels import (
     random_walk,
 )
 from partime_mcmc.kernels.kernel_program import Builder, KernelParams, KernelProgram, unwrapped
-from partime_mcmc.kernels.splitting import (
-    LEAPFROG,
-    Splitting,
-    check_splitting,
-    exact_leapfrog,
-    stages_to_try,
+from partime_mcmc.kernels.leapfrog import (
+    check_drift_fraction,
+    exact_drift,
+    exact_step,
     step_for_angle,
     turned_angle,
 )
 from partime_mcmc.types import Key
+from partime_mcmc.validation import check_count
 from partime_mcmc.warmup.hmc_batch import STEPS, HMCBatchResult
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48)
@@ -79,14 +78,14 @@ class Path(NamedTuple):
 
     Attributes:
         step_size: h.
-        num_steps: L: gradients, which are leapfrog steps or their like, each of length h.
-        splitting: The integrator (`kernels.splitting`); L is a multiple of its stages.
+        num_steps: L: leapfrog steps, a gradient each.
+        drift_fraction: f, by which drifts are shorter than kicks (`kernels.leapfrog`).
         acceptance: The mean acceptance seen in the trials.
     """
 
     step_size: float
     num_steps: int
-    splitting: Splitting = LEAPFROG
+    drift_fraction: float = 1.0
     acceptance: float = math.nan
 
     @property
@@ -100,7 +99,7 @@ class Path(NamedTuple):
         return {
             "step_size": self.step_size,
             "num_integration_steps": self.num_steps,
-            **self.splitting._asdict(),
+            "drift_fraction": self.drift_fraction,
         }
 
 
@@ -141,7 +140,7 @@ class TrajectoryRule:
         target: Mean acceptance at least.
         step_size: Fixed h; None is chosen.
         num_steps: Fixed L; None is chosen.
-        splitting: Fixed integrator; None is chosen.
+        drift_fraction: Fixed f; None is chosen.
         length: Fixed path length in whitened units; None is `angle`.
         angle: By how much a path turns a standard normal.
     """
@@ -149,27 +148,24 @@ class TrajectoryRule:
     target: float = 0.8
     step_size: float | None = None
     num_steps: int | None = None
-    splitting: Splitting | None = None
+    drift_fraction: float | None = None
     length: float | None = None
     angle: float = math.pi / 2
 
-    def candidates(self) -> Iterator[list[Path]]:
-        """Paths, those of one cost together, the cheapest first."""
+    def candidates(self) -> Iterator[Path]:
+        """Paths, the cheapest first."""
         if self.step_size is not None:
-            splitting = self.splitting or LEAPFROG
-            steps = self.num_steps or self._steps_for(self.step_size, splitting)
-            yield [Path(self.step_size, steps, splitting)]
+            fraction = self.drift_fraction or 1.0
+            steps = self.num_steps or self._steps_for(self.step_size, fraction)
+            yield Path(self.step_size, steps, fraction)
             return
-        stages = 1 if self.splitting is None else self.splitting.num_stages
-        lengths = [steps for steps in LENGTHS if steps % stages == 0]
-        paths = list(map(self._paths, lengths if self.num_steps is None else [self.num_steps]))
+        paths = list(map(self._path, LENGTHS if self.num_steps is None else [self.num_steps]))
         if self.length is not None:
-            near = [[one for one in some if one.angle - self.length <= _TOO_FAR] for some in paths]
-            paths = list(filter(None, near)) or paths[-1:]
+            near = [path for path in paths if path.angle - self.length <= _TOO_FAR]
+            paths = near or paths[-1:]
         yield from paths
         for power in range(1, _MAX_SHRINKS):
-            shrunk = _SHRINK_PATH**power
-            yield [path._replace(step_size=path.step_size / shrunk) for path in paths[-1]]
+            yield paths[-1]._replace(step_size=paths[-1].step_size / _SHRINK_PATH**power)
 
     def choose(self, trial: Trial, near: int = _FIRST_TRIED) -> Path:
         """The cheapest path that is accepted often enough, or the one accepted most often.
@@ -180,7 +176,7 @@ class TrajectoryRule:
                 shorter ones until one is not.
         """
         candidates = list(self.candidates())
-        first = next((i for i, (path, *_) in enumerate(candidates) if path.num_steps >= near), 0)
+        first = next((i for i, path in enumerate(candidates) if path.num_steps >= near), 0)
         return _first_accepted(
             trial, candidates, math.nan, self.target, self._leaves, min(first, len(candidates) - 1)
         )
@@ -195,32 +191,20 @@ class TrajectoryRule:
         leaves = np.quantile(rates, _SHARE_OF_STATES) >= min(_LEAST_RATE, self.target)
         return seldom_refused or bool(leaves and path.num_steps > 1)
 
-    def _paths(self, steps: int) -> list[Path]:
-        """Of so many gradients and the fixed length, or such that turn a standard normal by the angle."""
-        if self.splitting is not None:
-            splittings = [self.splitting]
-        else:
-            splittings = [Splitting(stages) for stages in stages_to_try(steps)]
-            if self.length is None:
-                splittings[-1] = exact_leapfrog(self.angle, steps)
-        return [
-            Path(
-                step_for_angle(self.angle, steps, one)
-                if self.length is None
-                else self.length / steps,
-                steps,
-                one,
-            )
-            for one in splittings
-        ]
+    def _path(self, steps: int) -> Path:
+        """Of so many gradients and the fixed length, or such that turns a standard normal by the angle."""
+        if self.length is not None:
+            return Path(self.length / steps, steps, self.drift_fraction or 1.0)
+        if self.drift_fraction is not None:
+            step = step_for_angle(self.angle, steps, self.drift_fraction)
+            return Path(step, steps, self.drift_fraction)
+        step = exact_step(self.angle / steps)
+        return Path(step, steps, exact_drift(step))
 
-    def _steps_for(self, step: float, splitting: Splitting = LEAPFROG) -> int:
-        stages = int(splitting.num_stages)
-        once = step * stages
-        if self.length is None:
-            once = turned_angle(min(step, math.sqrt(2)), stages, splitting)
-        wanted = self.angle if self.length is None else self.length
-        return stages * max(1, round(wanted / once))
+    def _steps_for(self, step: float, drift_fraction: float = 1.0) -> int:
+        if self.length is not None:
+            return max(1, round(self.length / step))
+        return max(1, round(self.angle / turned_angle(min(step, math.sqrt(2)), 1, drift_fraction)))
 
 
 def boldest_step(
@@ -235,12 +219,12 @@ def boldest_step(
         steps_for: Gradients that go with a step size; a Langevin step is one.
     """
     steps = [bold * _SHRINK_STEP**power for power in range(_MAX_STEPS)]
-    return _first_accepted(trial, [[Path(step, steps_for(step))] for step in steps], bold, target)
+    return _first_accepted(trial, [Path(step, steps_for(step)) for step in steps], bold, target)
 
 
 def _first_accepted(
     trial: Trial,
-    candidates: Sequence[Sequence[Path]],
+    candidates: Sequence[Path],
     unknown: float,
     target: float,
     also: Callable[[Path, np.ndarray], bool] = lambda path, rates: True,
@@ -250,8 +234,7 @@ def _first_accepted(
 
     Args:
         trial: As for `TrajectoryRule.choose`.
-        candidates: Paths, those of one cost together, what suits most posteriors first; those that come later are accepted
-            oftener.
+        candidates: Paths, later ones accepted oftener.
         unknown: The step size to report if all rates are NaN.
         target: Mean acceptance at least.
         also: What else a path's rates must show.
@@ -261,16 +244,13 @@ def _first_accepted(
 
     def accepted(index: int) -> Path | None:
         nonlocal best
-        for path in candidates[index]:
-            rates = trial(path)
-            path = path._replace(acceptance=float(rates.mean()))
-            if path.acceptance > best.acceptance:
-                best = path
-            enough = path.acceptance >= target
-            enough = enough and rates.mean(axis=0).min() >= min(_EVERY_CHAIN, target)
-            if enough and also(path, rates):
-                return path
-        return None
+        rates = trial(candidates[index])
+        path = candidates[index]._replace(acceptance=float(rates.mean()))
+        if path.acceptance > best.acceptance:
+            best = path
+        enough = path.acceptance >= target
+        enough = enough and rates.mean(axis=0).min() >= min(_EVERY_CHAIN, target)
+        return path if enough and also(path, rates) else None
 
     path = accepted(begin)
     if path is None:
@@ -305,12 +285,12 @@ def path_rule_of(builder: Builder, target: float, length: float | None) -> Traje
     if base not in (hmc, coalescing_hmc):
         return TrajectoryRule()
     num_steps = fixed.get("num_integration_steps")
-    splitting = Splitting(**{name: fixed[name] for name in Splitting._fields if name in fixed})
-    check_splitting(num_steps, splitting)
-    fixes = bool(fixed.keys() & set(Splitting._fields))
-    return TrajectoryRule(
-        target, fixed.get("step_size"), num_steps, splitting if fixes else None, length
-    )
+    if num_steps is not None:
+        check_count(num_steps, "num_integration_steps", 1)
+    fraction = fixed.get("drift_fraction")
+    if fraction is not None:
+        check_drift_fraction(fraction)
+    return TrajectoryRule(target, fixed.get("step_size"), num_steps, fraction, length)
 
 
 def choose(

@@ -91,7 +91,7 @@ class Warmup:
         positions: One position per chain to go on from, leaves `(C, ...)`.
         logdensity: There, shape `(C,)`.
         pool: Some of the draws of all chains, leaves `(K, ...)`: far-apart starts for pilot chains.
-        settings: What was chosen for the builder: `step_size` and, for HMC, `num_integration_steps`, `num_stages` and `drift_fraction`.
+        settings: What was chosen for the builder: `step_size` and, for HMC, `num_integration_steps` and `drift_fraction`.
         whitening: The coordinates.
         acceptance: Mean acceptance probability in the trials of the chosen step size.
         target_acceptance: What was aimed at.

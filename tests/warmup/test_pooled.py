@@ -9,8 +9,8 @@ import pytest
 
 from partime_mcmc.kernels import hmc
 from partime_mcmc.kernels.kernel_program import density_of
+from partime_mcmc.kernels.leapfrog import exact_drift
 from partime_mcmc.kernels.metric_root import LowRank, metric_of
-from partime_mcmc.kernels.splitting import LEAPFROG, Splitting
 from partime_mcmc.warmup import hmc_batch as trajectories
 from partime_mcmc.warmup.hmc_batch import STEPS, HMCBatch, HMCBatchResult, SeedTree
 from partime_mcmc.warmup.metric import (
@@ -94,24 +94,16 @@ def test_paths_are_the_cheapest_that_are_accepted():
         return np.full((STEPS, C), 1.0 - 0.4 * path.step_size)
 
     path = TrajectoryRule(0.8).choose(trial)
-    assert path.num_steps == 4 and path.splitting == Splitting(2)
-    assert path.angle == pytest.approx(np.pi / 2) and path.step_size < np.pi / 8
-    leapfrogs = TrajectoryRule(0.8, splitting=LEAPFROG).choose(trial)
-    assert leapfrogs[:3] == (pytest.approx(2 * np.sin(np.pi / 16)), 4, LEAPFROG)
-    # Where steps of two stages are refused the leapfrogs of the same cost are tried, those that are exact on a normal.
-    refused = lambda path: trial(path) - 1.0 * (path.splitting.num_stages > 1)
-    exact = TrajectoryRule(0.8).choose(refused)
-    assert exact.num_steps == 4 and 0.8 < exact.splitting.drift_fraction < 1
-    assert exact.step_size == pytest.approx(2 * np.tan(np.pi / 16))
-    thirds = TrajectoryRule(0.8, splitting=Splitting(3)).choose(trial)
-    assert thirds.num_steps == 6 and thirds.angle == pytest.approx(np.pi / 2)
-    assert TrajectoryRule(0.8, length=3.0).choose(trial) == Path(
-        0.5, 6, Splitting(3), pytest.approx(0.8)
-    )
+    assert path.num_steps == 4 and path.angle == pytest.approx(np.pi / 2)
+    assert path.step_size == pytest.approx(2 * np.tan(np.pi / 16))
+    assert path.drift_fraction == exact_drift(path.step_size) < 1
+    plain = TrajectoryRule(0.8, drift_fraction=1.0).choose(trial)
+    assert plain[:3] == (pytest.approx(2 * np.sin(np.pi / 16)), 4, 1.0)
+    assert TrajectoryRule(0.8, length=3.0).choose(trial) == Path(0.5, 6, 1.0, pytest.approx(0.8))
     assert TrajectoryRule(0.8, step_size=0.3).choose(trial)[:2] == (0.3, 5)
     # Six steps would be accepted as well, and turn a normal by 8.7 instead of 8.
-    for splitting in (None, LEAPFROG):
-        rule = TrajectoryRule(0.8, splitting=splitting, length=8.0)
+    for fraction in (None, 1.0):
+        rule = TrajectoryRule(0.8, drift_fraction=fraction, length=8.0)
         path = rule.choose(lambda path: np.ones((STEPS, C)))
         assert path.step_size * path.num_steps == pytest.approx(8.0)
         assert path.angle == pytest.approx(8.0, abs=0.2)
@@ -197,7 +189,7 @@ def batch():
 def test_windows_in_parallel_time_are_chains_of_the_same_law():
     """Solved, not fallen back; less deep than side by side; and with exact starts still the target's draws."""
     starts, root = draws(1)[0][0], root_of(COVARIANCE * 1.2)
-    path = Path(0.7, 2, Splitting(2))
+    path = Path(0.7, 2, 0.9)
     parallel, one_by_one = batch(), batch()
     found = in_parallel_time(parallel, SEED, starts, root, path, 512)
     other = side_by_side(one_by_one, SEED, starts, root, path, 512)
