@@ -3,7 +3,7 @@
 A mutant is the package with one small mistake: a comparison flipped, an operator swapped, a number changed by one, a decision
 negated, `min` for `max`, `any` for `all`, the branches of a condition exchanged. From every module whose mistakes would make a path
 or its certificate wrong mutants are drawn at random, with a fixed seed, one per module and round, and the tests that belong to the
-module are run until one fails:
+module, and then all fast tests (`pytest -m fast`) of the folders it belongs to, are run until one fails:
 
     killed      a test fails, or the package can no longer be imported
     timed out   the tests take more than three times as long as without the mistake: loops that do not end
@@ -12,7 +12,7 @@ module are run until one fails:
 Docstrings, annotations, messages of errors, decorators and the right sides of type aliases are left as they are. The tests run in a
 copy of the checkout. Compiled programs are kept in a folder of that run, which hides nothing: a program is found there by what it
 computes. Every run begins where the last one ended, so it can be cut into pieces (`--limit`). The tests chosen here are the ones
-that take seconds. What they do not notice is tried once more with all tests of the folder but the slow ones (`noticed by`), unless
+that take seconds. What they do not notice is tried once more with all tests of the folders but the slow ones (`noticed by`), unless
 `EQUIVALENT` says why nothing that is promised changes.
 """
 
@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 from benchmarks.record import OUT, keep
 
 ROOT = Path(__file__).resolve().parent.parent
-SEED, ROUNDS = 2, 2
+SEED, ROUNDS = 3, 2
 # Beyond three times what the tests take without the mistake, for what is compiled anew.
 _MARGIN_SECONDS = 20
 # What the tests of a folder may take.
@@ -47,15 +47,16 @@ _LONGEST_SECONDS = 1200
 
 
 class Tests(NamedTuple):
-    """Tests that belong to a module: files or single tests, and which of them (pytest's `-k`)."""
+    """Tests that belong to a module: files, folders or single tests, and which of them (pytest's `-k` and `-m`)."""
 
     paths: tuple[str, ...]
     keyword: str = ""
+    marker: str = "not slow"
 
     @property
     def name(self) -> str:
         """What they are known by."""
-        return " ".join((*self.paths, "-k", self.keyword))
+        return " ".join((*self.paths, "-k", self.keyword, "-m", self.marker))
 
 
 _VERDICTS = "tests/engine/test_verdicts.py"
@@ -353,7 +354,7 @@ def drawn(module: str, rounds: int) -> list[Mutant]:
 def run_tests(checkout: Path, tests: Tests, limit: float, cache: Path) -> tuple[str, str]:
     """Run tests until one fails: `(killed, survived or timed out, the test that failed)`."""
     command = [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider"]
-    command += ["-o", "addopts=-q --strict-markers", "-m", "not slow", *tests.paths]
+    command += ["-o", "addopts=-q --strict-markers", "-m", tests.marker, *tests.paths]
     environment = os.environ | {
         "PYTHONPATH": str(checkout),
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -429,16 +430,21 @@ def tried(
                 continue
             if time.monotonic() > until:
                 return
-            if tests.name not in seconds:
-                begin = time.monotonic()
-                outcome, failed = run_tests(checkout, tests, 600, cache)
-                if outcome != "survived":
-                    raise RuntimeError(f"{module}: {failed or outcome} without any mistake")
-                seconds[tests.name] = time.monotonic() - begin
-            begin, limit = time.monotonic(), 3 * seconds[tests.name] + _MARGIN_SECONDS
-            with mistaken(checkout, module, chosen[number]):
-                row["outcome"], row["by"] = run_tests(checkout, tests, limit, cache)
-            yield row | {"seconds": time.monotonic() - begin}
+            row["seconds"] = 0.0
+            for some in (tests, Tests(FOLDERS[module.split("/")[0]], marker="fast")):
+                if some.name not in seconds:
+                    begin = time.monotonic()
+                    outcome, failed = run_tests(checkout, some, _LONGEST_SECONDS, cache)
+                    if outcome != "survived":
+                        raise RuntimeError(f"{module}: {failed or outcome} without any mistake")
+                    seconds[some.name] = time.monotonic() - begin
+                begin, limit = time.monotonic(), 3 * seconds[some.name] + _MARGIN_SECONDS
+                with mistaken(checkout, module, chosen[number]):
+                    row["outcome"], row["by"] = run_tests(checkout, some, limit, cache)
+                row["seconds"] += time.monotonic() - begin
+                if row["outcome"] != "survived":
+                    break
+            yield row
 
 
 def looked_at_again(rows: list[dict], until: float, cache: Path) -> Iterator[dict]:
