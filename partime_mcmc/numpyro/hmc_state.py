@@ -426,7 +426,7 @@ def _untuned(sampler: ParallelKernel, target: Target, starts: PyTree) -> Paramet
     settings: dict[str, Any] = {"step_size": _UNTUNED_STEP_SIZE if step is None else step}
     rule = path_rule_of(builder, target_of(builder), adaptation.path_length)
     if "num_integration_steps" in any_settings(builder):
-        path = next(dataclasses.replace(rule, step_size=settings["step_size"]).candidates())
+        path = dataclasses.replace(rule, step_size=settings["step_size"]).candidates()[0]
         settings = path.settings
     return parametrised_kernel(
         KernelProgram(density, builder),

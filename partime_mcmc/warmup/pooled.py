@@ -51,7 +51,7 @@ from partime_mcmc.warmup.triangular_fit import (
     leave_map,
     split_maps,
 )
-from partime_mcmc.warmup.tuning import Path, TrajectoryRule, Trial, best_angle
+from partime_mcmc.warmup.tuning import Path, TrajectoryRule, Trials, best_angle
 
 _PIECE, _SEGMENT = 128, 32
 # Adaptation asks for less than sampling: a millionth of the width of a posterior.
@@ -261,11 +261,15 @@ class Pool:
         )
         self.metric = diagonal_like(self.metric, spread)
 
-    def trials(self, walker: HMCBatch, seed: SeedTree) -> Trial:
-        """Acceptance of one trajectory from each of 16 states of every chain, the same for all candidates."""
+    def trials(self, walker: HMCBatch, seed: SeedTree) -> Trials:
+        """One trajectory from each of 16 states of every chain, the same for all candidates."""
         draws, root = self.draws.positions, root_of(self.metric)
         states = draws[np.linspace(0, len(draws) - 1, STEPS).astype(int)]
-        return lambda path: walker.walk(seed, states, root, *path[:3]).acceptance
+        apart = (states - draws.mean(axis=(0, 1))) ** 2
+        return Trials(
+            lambda path: walker.walk(seed, states, root, *path[:3]).acceptance,
+            apart[..., apart.sum(axis=(0, 1)) > 0],
+        )
 
 
 def window_sizes(num_steps: int, first: int) -> list[int]:

@@ -1,7 +1,7 @@
 """What a builder wants tuned, and the rules: step sizes and paths of kernels from trials on the pooled chains.
 
     hmc              the fewest gradients with which a quarter period (`path`) of leapfrogs that are exact on a standard
-                     normal (`kernels.leapfrog`) is accepted ≥ 0.8
+                     normal (`kernels.leapfrog`) is accepted ≥ 0.8, and ≥ 0.7 in the tails of every coordinate
     coalescing_hmc   the same, and the largest Langevin step h_m ≤ min(√2, 2.2 h) accepted ≥ 0.6; its ε is h_m²/2
     mala             the largest Langevin step accepted ≥ 0.8: where one of two chains rejects, their coupling is lost,
                      and passes and meeting times grow with the rate of rejections; 0.65 with coalescing noise
@@ -24,7 +24,7 @@ widest coordinate, its square, and the square of one with s = 1.
 import dataclasses
 import functools
 import math
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +66,8 @@ _EVERY_CHAIN = 0.3
 # Nor may a chain stand still for long where the mean is fine: in all but one state of fifty it must wait five steps at most.
 # (Volatilities of a GARCH series: 85 rejections in a row at a mean of 0.8, 4 at 0.9.)
 _SHARE_OF_STATES, _LEAST_RATE = 0.02, 0.2
+# Nor may it be refused much oftener where a coordinate's variance comes from: by this factor.
+_MORE_IN_TAILS = 1.5
 
 # Beyond the longest of these angles the squares of coordinates that the metric fits would be worth less than half.
 _ANGLES = np.linspace(math.pi / 2, 2.0, 10)
@@ -103,8 +105,22 @@ class Path(NamedTuple):
         }
 
 
-# A path -> acceptance probabilities of its trials, shape (S, C), column c from states of chain c.
-Trial = Callable[[Path], np.ndarray]
+class Trials(NamedTuple):
+    """Trajectories of candidates from the same states and with the same random numbers.
+
+    Attributes:
+        accept: A path -> acceptance probabilities, shape `(S, C)`, column c from states of chain c.
+        apart: (x_j − mean of x_j)² of these states x, shape `(S, C, J)`, of coordinates j that vary.
+    """
+
+    accept: Callable[[Path], np.ndarray]
+    apart: np.ndarray
+
+    def in_tails(self, rates: np.ndarray) -> float:
+        """Mean acceptance of the coordinate where it is least, states counting by what they add to its variance."""
+        mean = rates.mean()
+        more = np.tensordot(rates - mean, self.apart, 2) / self.apart.sum(axis=(0, 1))
+        return float(mean + more.min(initial=0.0))
 
 
 def best_angle(draws: HMCBatchResult, path: Path) -> float:
@@ -152,44 +168,55 @@ class TrajectoryRule:
     length: float | None = None
     angle: float = math.pi / 2
 
-    def candidates(self) -> Iterator[Path]:
-        """Paths, the cheapest first."""
+    def candidates(self) -> list[Path]:
+        """Paths of the whole length or angle, the cheapest first."""
         if self.step_size is not None:
             fraction = self.drift_fraction or 1.0
             steps = self.num_steps or self._steps_for(self.step_size, fraction)
-            yield Path(self.step_size, steps, fraction)
-            return
+            return [Path(self.step_size, steps, fraction)]
         paths = list(map(self._path, LENGTHS if self.num_steps is None else [self.num_steps]))
-        if self.length is not None:
-            near = [path for path in paths if path.angle - self.length <= _TOO_FAR]
-            paths = near or paths[-1:]
-        yield from paths
-        for power in range(1, _MAX_SHRINKS):
-            yield paths[-1]._replace(step_size=paths[-1].step_size / _SHRINK_PATH**power)
+        if self.length is None:
+            return paths
+        return [path for path in paths if path.angle - self.length <= _TOO_FAR] or paths[-1:]
 
-    def choose(self, trial: Trial, near: int = _FIRST_TRIED) -> Path:
+    def choose(self, trials: Trials, near: int = _FIRST_TRIED) -> Path:
         """The cheapest path that is accepted often enough, or the one accepted most often.
 
+        Shorter paths are tried only if none is accepted often enough in the mean.
+
         Args:
-            trial: Acceptance of a candidate from each of the pooled states.
+            trials: From the pooled states.
             near: Gradients of the candidate to begin with: longer paths are tried until one is accepted, or
                 shorter ones until one is not.
         """
-        candidates = list(self.candidates())
-        first = next((i for i, path in enumerate(candidates) if path.num_steps >= near), 0)
-        return _first_accepted(
-            trial, candidates, math.nan, self.target, self._leaves, min(first, len(candidates) - 1)
-        )
+        paths = self.candidates()
+        first = next((i for i, path in enumerate(paths) if path.num_steps >= near), len(paths) - 1)
+        also = functools.partial(self._leaves, trials)
+        path, tried = _first_accepted(trials.accept, paths, self.target, also, first)
+        often = (1 + self.target) / 2
+        if path is None:
+            path = next((one for one, rates in tried if _is_enough(rates, often)), None)
+        if path is None and self.step_size is None:
+            last = paths[-1]
+            sizes = [last.step_size / _SHRINK_PATH**power for power in range(_MAX_SHRINKS)]
+            shorter = [last._replace(step_size=size) for size in sizes]
+            path, more = _first_accepted(trials.accept, shorter, self.target)
+            tried += more
+        return _most_accepted(tried) if path is None else path
 
-    def _leaves(self, path: Path, rates: np.ndarray) -> bool:
-        """Whether chains leave nearly all states soon; in a funnel's neck none does: half the rejections must then do.
+    def _leaves(self, trials: Trials, path: Path, rates: np.ndarray) -> bool:
+        """Whether chains leave nearly all states soon, tails among them.
 
-        So must they for a path of one gradient: two gradients give more draws that are worth something, for a time that hardly
-        anybody notices.
+        From a funnel's neck no path leads: a quarter of the rejections must then do. A path of one gradient must do with half
+        of them: two gradients give more draws that are worth something, for a time that hardly anybody notices.
         """
-        seldom_refused = bool(rates.mean() >= (1 + self.target) / 2)
+        mean = float(rates.mean())
+        if mean >= (3 + self.target) / 4:
+            return True
+        if path.num_steps == 1 and mean < (1 + self.target) / 2:
+            return False
         leaves = np.quantile(rates, _SHARE_OF_STATES) >= min(_LEAST_RATE, self.target)
-        return seldom_refused or bool(leaves and path.num_steps > 1)
+        return bool(leaves) and 1 - trials.in_tails(rates) <= _MORE_IN_TAILS * (1 - self.target)
 
     def _path(self, steps: int) -> Path:
         """Of so many gradients and the fixed length, or such that turns a standard normal by the angle."""
@@ -208,60 +235,68 @@ class TrajectoryRule:
 
 
 def boldest_step(
-    trial: Trial, bold: float, target: float, steps_for: Callable[[float], int] = lambda step: 1
+    accept: Callable[[Path], np.ndarray],
+    bold: float,
+    target: float,
+    steps_for: Callable[[float], int] = lambda step: 1,
 ) -> Path:
     """The largest step size from `bold` downwards whose trials are accepted often enough.
 
     Args:
-        trial: As for `TrajectoryRule.choose`.
+        accept: As for `Trials`.
         bold: The first candidate.
         target: Mean acceptance at least.
         steps_for: Gradients that go with a step size; a Langevin step is one.
     """
     steps = [bold * _SHRINK_STEP**power for power in range(_MAX_STEPS)]
-    return _first_accepted(trial, [Path(step, steps_for(step)) for step in steps], bold, target)
+    paths = [Path(step, steps_for(step)) for step in steps]
+    path, tried = _first_accepted(accept, paths, target)
+    return _most_accepted(tried) if path is None else path
 
 
 def _first_accepted(
-    trial: Trial,
+    accept: Callable[[Path], np.ndarray],
     candidates: Sequence[Path],
-    unknown: float,
     target: float,
     also: Callable[[Path, np.ndarray], bool] = lambda path, rates: True,
     begin: int = 0,
-) -> Path:
-    """The first candidate accepted often enough, or the one accepted most often.
+) -> tuple[Path | None, list[tuple[Path, np.ndarray]]]:
+    """The first candidate accepted often enough, None if there is none; and all that were tried, with their rates.
 
     Args:
-        trial: As for `TrajectoryRule.choose`.
-        candidates: Paths, later ones accepted oftener.
-        unknown: The step size to report if all rates are NaN.
+        accept: As for `Trials`.
+        candidates: Later ones are accepted oftener.
         target: Mean acceptance at least.
         also: What else a path's rates must show.
         begin: Which candidate to try first.
     """
-    best = Path(unknown, 1, acceptance=-1.0)
+    tried: list[tuple[Path, np.ndarray]] = []
 
     def accepted(index: int) -> Path | None:
-        nonlocal best
-        rates = trial(candidates[index])
+        rates = accept(candidates[index])
         path = candidates[index]._replace(acceptance=float(rates.mean()))
-        if path.acceptance > best.acceptance:
-            best = path
-        enough = path.acceptance >= target
-        enough = enough and rates.mean(axis=0).min() >= min(_EVERY_CHAIN, target)
-        return path if enough and also(path, rates) else None
+        tried.append((path, rates))
+        return path if _is_enough(rates, target) and also(path, rates) else None
 
     path = accepted(begin)
     if path is None:
         later = map(accepted, range(begin + 1, len(candidates)))
-        return next((path for path in later if path is not None), best)
+        return next((path for path in later if path is not None), None), tried
     for index in reversed(range(begin)):
         cheaper = accepted(index)
         if cheaper is None:
             break
         path = cheaper
-    return path
+    return path, tried
+
+
+def _is_enough(rates: np.ndarray, target: float) -> bool:
+    """Whether the mean is, and no chain is stuck."""
+    return bool(rates.mean() >= target and rates.mean(axis=0).min() >= min(_EVERY_CHAIN, target))
+
+
+def _most_accepted(tried: Sequence[tuple[Path, np.ndarray]]) -> Path:
+    return max((path for path, _ in tried), key=lambda path: path.acceptance)
 
 
 _TARGETS = {hmc: 0.8, coalescing_hmc: 0.8, nuts: 0.8, mala: 0.8, random_walk: 0.3}
@@ -294,14 +329,14 @@ def path_rule_of(builder: Builder, target: float, length: float | None) -> Traje
 
 
 def choose(
-    builder: Builder, path: Path, trial: Trial, own: Callable[[dict], np.ndarray], target: float
+    builder: Builder, path: Path, trials: Trials, own: Callable[[dict], np.ndarray], target: float
 ) -> tuple[dict[str, Any], float]:
     """Settings for a builder.
 
     Args:
         builder: Possibly with fixed settings.
         path: Of the last window.
-        trial: HMC trials from pooled states.
+        trials: Of HMC, from pooled states.
         own: Trials of the builder's own kernel, settings to acceptance probabilities `(S, C)`.
         target: Mean acceptance wanted.
 
@@ -313,14 +348,16 @@ def choose(
         settings, rate = path.settings, path.acceptance
         if base is coalescing_hmc and "mala_step_size" not in fixed:
             bold = min(_LANDING_LIMIT, _LANDING_RATIO * path.step_size)
-            settings["mala_step_size"] = boldest_step(trial, bold, _LANDING).step_size ** 2 / 2
+            settings["mala_step_size"] = (
+                boldest_step(trials.accept, bold, _LANDING).step_size ** 2 / 2
+            )
     elif "step_size" in fixed:
         settings, rate = {}, float(own({}).mean())
     elif base is mala:
-        found = boldest_step(trial, _LANDING_LIMIT, target)
+        found = boldest_step(trials.accept, _LANDING_LIMIT, target)
         settings, rate = {"step_size": found.step_size**2 / 2}, found.acceptance
     elif base is nuts:
-        found = boldest_step(trial, _LANDING_LIMIT, target, TrajectoryRule()._steps_for)
+        found = boldest_step(trials.accept, _LANDING_LIMIT, target, TrajectoryRule()._steps_for)
         settings, rate = {"step_size": found.step_size}, found.acceptance
     else:
         found = boldest_step(

@@ -27,7 +27,14 @@ from partime_mcmc.warmup.pooled import (
     rescue,
     side_by_side,
 )
-from partime_mcmc.warmup.tuning import Path, TrajectoryRule, best_angle, boldest_step
+from partime_mcmc.warmup.tuning import (
+    LENGTHS,
+    Path,
+    TrajectoryRule,
+    Trials,
+    best_angle,
+    boldest_step,
+)
 from partime_mcmc.warmup.warmup import WindowAdaptation, warm_up
 
 D, C, SEED = 3, 8, SeedTree((0, 1))
@@ -89,10 +96,13 @@ def test_metrics_by_shape():
     )
 
 
-def test_paths_are_the_cheapest_that_are_accepted():
-    def trial(path):
-        return np.full((STEPS, C), 1.0 - 0.4 * path.step_size)
+def trials(accept):
+    """Trials from states of which one in each row lies far out."""
+    return Trials(accept, np.where(np.arange(C) == 0, 9.0, 1.0) * np.ones((STEPS, 1)))
 
+
+def test_paths_are_the_cheapest_that_are_accepted():
+    trial = trials(lambda path: np.full((STEPS, C), 1.0 - 0.4 * path.step_size))
     path = TrajectoryRule(0.8).choose(trial)
     assert path.num_steps == 4 and path.angle == pytest.approx(np.pi / 2)
     assert path.step_size == pytest.approx(2 * np.tan(np.pi / 16))
@@ -104,12 +114,12 @@ def test_paths_are_the_cheapest_that_are_accepted():
     # Six steps would be accepted as well, and turn a normal by 8.7 instead of 8.
     for fraction in (None, 1.0):
         rule = TrajectoryRule(0.8, drift_fraction=fraction, length=8.0)
-        path = rule.choose(lambda path: np.ones((STEPS, C)))
+        path = rule.choose(trials(lambda path: np.ones((STEPS, C))))
         assert path.step_size * path.num_steps == pytest.approx(8.0)
         assert path.angle == pytest.approx(8.0, abs=0.2)
-    assert boldest_step(trial, 1.0, 0.8).step_size == pytest.approx(0.85**5)
+    assert boldest_step(trial.accept, 1.0, 0.8).step_size == pytest.approx(0.85**5)
     stuck = TrajectoryRule(0.8).choose(
-        lambda path: np.where(np.arange(C) == 0, 0.1, 1.0) * np.ones((STEPS, 1))
+        trials(lambda path: np.where(np.arange(C) == 0, 0.1, 1.0) * np.ones((STEPS, 1)))
     )
     assert stuck.acceptance == pytest.approx(0.8875), (
         "one chain that is stuck is enough to go on trying"
@@ -143,22 +153,30 @@ def test_paths_are_longer_where_the_metric_does_not_fit():
     again = best_angle(turning([1.0, 1.4], 0.8, between), longer)
     assert again == pytest.approx(between, abs=0.1)
     rule = dataclasses.replace(TrajectoryRule(0.8), angle=between)
-    assert rule.choose(lambda path: np.ones((STEPS, C)), 4).angle == pytest.approx(between)
+    assert rule.choose(trials(lambda path: np.ones((STEPS, C))), 4).angle == pytest.approx(between)
     nothing = turning([1.0], 1.0)
     assert best_angle(nothing._replace(gradients=nothing.gradients * np.nan), path) == quarter
 
 
 def test_a_path_is_accepted_from_nearly_everywhere_or_very_often():
-    """Fine in the mean, but from every twentieth state nothing is accepted: chains would stand still there."""
+    """Fine in the mean, but from some states nothing is accepted: chains would stand still there."""
 
-    def trial(path, share=20):
-        rates = np.where(np.arange(STEPS * C) % share == 0, 0.0, 1.0 - 0.01 * path.step_size)
-        return rates.reshape(STEPS, C)
+    def from_others(share, far=1.0):
+        rates = np.where(np.arange(STEPS * C) % share == 0, 0.0, far).reshape(STEPS, C)
+        return trials(lambda path: rates - 0.001 * path.step_size)
 
-    # 0.95 of the states: 0.93 in the mean, more than half way from 0.8 to 1, so there is no more to ask for.
-    assert TrajectoryRule(0.8).choose(trial).num_steps == 1
-    # A path of one gradient must be accepted so often in any case.
-    often = lambda path: np.full((STEPS, C), 0.88)
+    # 0.967 of the states: more than three quarters of the way from 0.8 to 1, so there is no more to ask for.
+    assert TrajectoryRule(0.8).choose(from_others(30)).num_steps == 1
+    # 0.95 of them are not enough, but no path is better, nor would a shorter one be: the cheapest of those that were tried.
+    anyway = TrajectoryRule(0.8).choose(from_others(20))
+    assert anyway.num_steps == 3 and anyway.angle == pytest.approx(np.pi / 2)
+    # Less than half way to 1: the one accepted most often, still of the whole angle.
+    anyway = TrajectoryRule(0.8).choose(from_others(6))
+    assert anyway.num_steps == LENGTHS[-1] and anyway.angle == pytest.approx(np.pi / 2)
+    # Below 0.8 paths get shorter.
+    assert TrajectoryRule(0.8).choose(from_others(4)).angle < 0.1
+    # A path of one gradient must be accepted half way to 1 in any case.
+    often = trials(lambda path: np.full((STEPS, C), 0.88))
     assert TrajectoryRule(0.8).choose(often).num_steps == 2
 
     # Of every eighth state, with small steps of all: the cheapest path from which chains leave.
@@ -166,8 +184,30 @@ def test_a_path_is_accepted_from_nearly_everywhere_or_very_often():
         rate = 0.0 if path.num_steps < 6 else 0.3
         return np.where(np.arange(STEPS * C) % 8 == 3, rate, 0.97).reshape(C, STEPS).T
 
-    found = TrajectoryRule(0.8).choose(neck)
+    found = TrajectoryRule(0.8).choose(Trials(neck, np.ones((STEPS, C, 1))))
     assert found.num_steps == 6 and found.acceptance == pytest.approx(0.875 * 0.97 + 0.125 * 0.3)
+
+
+def test_a_path_is_accepted_in_tails_too():
+    """From one chain's states, which lie three times as far out, paths are accepted less often the coarser they are."""
+
+    def tail(path):
+        rates = np.full((STEPS, C), 0.97)
+        rates[:, 0] = 1 - 0.8 * path.step_size
+        return rates
+
+    far = np.where(np.arange(C) == 0, 9.0, 1.0) * np.ones((STEPS, 1))
+    apart = np.stack([far, np.ones_like(far)], axis=-1)
+    one, other = Trials(tail, apart), Trials(tail, np.ones_like(apart))
+    share = 9 / (9 + C - 1)
+    for path in TrajectoryRule(0.8).candidates():
+        rates = tail(path)
+        worst = min(share * rates[0, 0] + (1 - share) * 0.97, rates.mean())
+        assert one.in_tails(rates) == pytest.approx(worst)
+        assert other.in_tails(rates) == pytest.approx(rates.mean())
+    careful, careless = TrajectoryRule(0.8).choose(one), TrajectoryRule(0.8).choose(other)
+    assert careful.num_steps > careless.num_steps
+    assert one.in_tails(tail(careful)) >= 0.7 > one.in_tails(tail(careless))
 
 
 def test_a_lost_chain_goes_on_from_a_good_one():
