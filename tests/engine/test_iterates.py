@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from catalogue import DYNAMICS, QUICK, SOLVERS, by_name, flat, measured_residual, run
 
-from partime_mcmc import iterates, jacobi, shooting
+from partime_mcmc import iterates, jacobi, quasi_deer, shooting, solve
 from partime_mcmc.engine.solution import Status
 
 NUM_STEPS, NUM_ITERATIONS = 40, 40
@@ -101,3 +101,16 @@ def test_what_is_not_looked_at_is_not_kept(double):
     all_states = 101 * 1000 * 4 * 8
     assert bytes_of(lambda found: found.merit) < all_states / 4
     assert bytes_of(lambda found: found.states) > all_states
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_estimates_are_those_of_the_solve_with_the_same_key(seed, double):
+    key = None if seed is None else jax.random.key(seed)
+    problem = by_name(DYNAMICS, "accept or reject").build(NUM_STEPS, double)
+    problem = problem.dynamics, problem.initial, problem.drives
+    solver = quasi_deer(num_probes=1)
+    found = iterates(*problem, solver=solver, num_iterations=3, key=key)
+    solved = solve(*problem, solver=solver, max_iterations=3, key=key)
+    np.testing.assert_allclose(found.states[-1], solved.states, rtol=1e-11, atol=1e-11)
+    other = iterates(*problem, solver=solver, num_iterations=3, key=jax.random.key(4))
+    assert (np.asarray(found.states[-1]) != other.states[-1]).any(), "another key, other estimates"

@@ -9,14 +9,17 @@ import pytest
 
 from partime_mcmc import residual
 from partime_mcmc.engine import Dynamics
+from partime_mcmc.engine.dynamics import CachedStep, rollout_with_aux
 from partime_mcmc.engine.recipes import deer, elk, quasi_deer, quasi_elk, shooting
-from partime_mcmc.engine.solution import Bound, Status
+from partime_mcmc.engine.solution import Bound, Status, Tolerance
 from partime_mcmc.engine.solve import solve
 from partime_mcmc.engine.time_axis import REMEMBERED, LocalTime, recent_sizes
 from partime_mcmc.linearize import DenseJacobian, DiagonalJacobian
 from partime_mcmc.scan import Dense, Diagonal
 from partime_mcmc.solvers import ConstantDamping, RelaxingDamping
 from partime_mcmc.solvers.base import replace_nonfinite_jacobians, replace_nonfinite_updates
+from partime_mcmc.solvers.narrowing import widths
+from partime_mcmc.solvers.segmented_scan import SegmentedScanConfig, segmented_scan
 from partime_mcmc.solvers.sequential import finish_sequentially
 
 pytestmark = pytest.mark.fast
@@ -159,3 +162,65 @@ def test_a_path_is_finished_from_any_step(exact, double):
         dynamics, initial[None], spoiled[None], drives[None], jnp.array([exact])
     )
     np.testing.assert_allclose(found[0], path, rtol=1e-12)
+
+
+def test_lanes_are_narrowed_by_four_until_few_are_left():
+    """The loops of all levels are compiled, so there are no more than four of them."""
+    assert widths(10_000, 1) == (10_000, 2_500, 625, 157)
+    assert widths(130, 1) == (130, 33, 9) and widths(31, 1) == (31,)
+    assert widths(10_000, 2) == (10_000,), (
+        "where chains share the lanes one would decide about another's last bits"
+    )
+
+
+def test_memory_and_further_results_of_every_step(double):
+    """Parameters of the three parts are each its own: x' = a x + u, kept as 2x, reported as 3 a x."""
+    cached = CachedStep(
+        lambda two, x, u: two * x,
+        lambda both, kept, u: both[0] * (both[1] * kept / both[0]) + both[0] * u,
+        lambda half, kept: half * kept,
+        (2.0, (2.0, 0.7), 0.5),
+        lambda kept: 3 * kept,
+    )
+    drives = jnp.asarray(np.random.default_rng(0).normal(size=(T, 1)))
+    dynamics = Dynamics(lambda a, x, u: a * x + u, 0.7, cached)
+    states, notes = rollout_with_aux(dynamics, jnp.ones(1), drives)
+    x, wanted = 1.0, []
+    for u in np.asarray(drives)[:, 0]:
+        x = 0.7 * x + u
+        wanted.append(x)
+    np.testing.assert_allclose(states[:, 0], wanted, rtol=1e-12)
+    np.testing.assert_allclose(notes[:, 0], 6 * np.array(wanted), rtol=1e-12)
+
+
+def test_a_step_that_is_not_finite_adds_nothing_to_the_next(double):
+    """From the guess 0 all values but the third, which is infinite, are 1. Corrections δ_t = δ_{t-1} / 2 + 1, there δ_{t-1} / 2."""
+    drives = jnp.zeros((6, 1)).at[2].set(jnp.inf)
+    dynamics = Dynamics(lambda a, x, u: a * x + 1 + u, 0.5)
+    one = functools.partial(
+        deer().step, dynamics, jnp.zeros(1), jnp.zeros((6, 1)), drives, None, axis=LocalTime()
+    )
+    proposal, _ = one(key=jax.random.key(0), tolerance=Tolerance(1e-8))
+    np.testing.assert_allclose(proposal.states[:2, 0], [1.0, 1.5])
+    np.testing.assert_allclose(proposal.states[3:, 0], [1.375, 1.6875, 1.84375])
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+def test_a_scan_in_one_segment_is_the_loop(direction, double):
+    _, initial, drives, _ = linear(False)
+    path, report = segmented_scan(
+        lambda a, x, u: jnp.tanh(a * x + u),
+        0.5,
+        initial,
+        drives,
+        Bound(None, 1e-12),
+        SegmentedScanConfig(1),
+        direction=direction,
+    )
+    x, wanted = np.asarray(initial), []
+    for u in np.asarray(drives)[::direction]:
+        x = np.tanh(0.5 * x + u)
+        wanted.append(x)
+    np.testing.assert_allclose(path, wanted[::direction], rtol=1e-12)
+    assert float(report.evaluations) == 1 and float(report.gap) == 0
+    assert not report.parallel and int(report.corrected) == int(report.probe_steps) == 0
