@@ -156,3 +156,18 @@ def test_drifts_and_counts_that_cannot_be():
     kernel = hmc(quartic, 0.5, metric)
     info = kernel.step(jax.random.key(0), kernel.init(jnp.ones(3)))[1]
     assert info.num_integration_steps == 3
+
+
+@pytest.mark.parametrize("step_size, wanted", [(0.3, 0.66**2 / 2), (1.1, 1.0)])
+def test_the_langevin_step_of_a_cycle_where_none_is_given(step_size, wanted):
+    """ε = h²/2 for h = 2.2 times the leapfrog's step, at most √2."""
+    metric = Whitening.of_covariance(jnp.zeros(3), jnp.zeros(3), jnp.eye(3))
+    build = functools.partial(coalescing_hmc, quartic, step_size, metric, 2, every=1)
+    paths = []
+    for kernel in (build(), build(mala_step_size=wanted), build(mala_step_size=2 * wanted)):
+        state = kernel.init(jnp.ones(3))
+        for seed in range(3):
+            state = kernel.step(jax.random.key(seed), state)[0]
+        paths.append(np.asarray(state.position))
+    np.testing.assert_allclose(paths[0], paths[1], rtol=1e-5)
+    assert np.abs(paths[0] - paths[2]).max() > 1e-2
