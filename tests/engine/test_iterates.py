@@ -114,3 +114,15 @@ def test_estimates_are_those_of_the_solve_with_the_same_key(seed, double):
     np.testing.assert_allclose(found.states[-1], solved.states, rtol=1e-11, atol=1e-11)
     other = iterates(*problem, solver=solver, num_iterations=3, key=jax.random.key(4))
     assert (np.asarray(found.states[-1]) != other.states[-1]).any(), "another key, other estimates"
+
+
+def test_one_iteration_has_two_rows(double):
+    problem = by_name(DYNAMICS, "linear").build(NUM_STEPS, double)
+    found = iterates(
+        problem.dynamics, problem.initial, problem.drives, solver=jacobi(), num_iterations=1
+    )
+    assert found.states.shape[0] == found.residuals.shape[0] == 2 and int(found.iterations) == 1
+    with pytest.raises(ValueError, match="num_iterations: got 0"):
+        iterates(
+            problem.dynamics, problem.initial, problem.drives, solver=jacobi(), num_iterations=0
+        )
