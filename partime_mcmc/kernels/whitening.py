@@ -9,6 +9,7 @@ map does not suffice, nonlinear maps follow it (`kernels.coordinates`), and the 
 
 from __future__ import annotations
 
+import functools
 from typing import Callable
 
 import jax
@@ -22,6 +23,8 @@ from partime_mcmc.kernels.coordinates import (
     leave_all,
 )
 from partime_mcmc.kernels.metric_root import LowRank, Root, solve, times
+from partime_mcmc.kernels.traced_gradient import WithTracedGradient
+from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import AnyArray, Array, ArrayLike, PyTree, pytree
 
 
@@ -86,7 +89,16 @@ class Whitening:
 
     def density(self, logdensity: Callable[[PyTree], Array]) -> Callable[[Array], Array]:
         """The log density of z, up to a constant, of one of positions."""
-        return lambda z: density_through(
+        traced = getattr(logdensity, "func", None)
+        if not isinstance(traced, WithTracedGradient):
+            return functools.partial(self._density, logdensity)
+        # The gradient by z, too, is traced once and called wherever it is wanted.
+        return functools.partial(
+            WithTracedGradient(_InCoordinates(traced)), (self, *logdensity.args)
+        )
+
+    def _density(self, logdensity: Callable[[PyTree], Array], z: Array) -> Array:
+        return density_through(
             self.maps, lambda flat: logdensity(self._unravel(flat)), self._affine(z)
         )
 
@@ -95,6 +107,14 @@ class Whitening:
 
     def _unravel(self, flat: Array) -> PyTree:
         return ravel_pytree(self.example)[1](flat)
+
+
+class _InCoordinates(HashableFunction):
+    """`((whitening, data), z) -> log density`; the part is `(data, position) -> log density`."""
+
+    def __call__(self, params, z):
+        whitening, data = params
+        return whitening._density(functools.partial(self.parts[0], data), z)
 
 
 def _checked_low_rank(root: LowRank, dimension: int, name: str) -> LowRank:

@@ -360,6 +360,11 @@ def test_low_rank_whitening_is_the_dense_one_of_its_covariance():
         ),
         ({"factors": np.array([9.0, -1.0])}, "covariance.factors: smallest entry -1"),
         ({"sigma": np.array([1.0, 0.0, 1.0])}, "covariance.sigma: smallest entry 0"),
+        # A direction that is not used has the factor 1.
+        (
+            {"directions": np.zeros((3, 2)), "factors": np.array([1.0, 2.0])},
+            "covariance.directions: columns",
+        ),
     ],
 )
 def test_low_rank_roots_that_are_none_are_refused(changes, message):

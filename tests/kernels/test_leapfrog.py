@@ -18,6 +18,7 @@ from partime_mcmc.kernels.leapfrog import (
     step_for_angle,
     turned_angle,
 )
+from partime_mcmc.kernels.multishift_hmc import steered_hmc
 
 pytestmark = pytest.mark.fast
 
@@ -171,3 +172,34 @@ def test_the_langevin_step_of_a_cycle_where_none_is_given(step_size, wanted):
         paths.append(np.asarray(state.position))
     np.testing.assert_allclose(paths[0], paths[1], rtol=1e-5)
     assert np.abs(paths[0] - paths[2]).max() > 1e-2
+
+
+def test_steered_paths_are_plain_leapfrogs_unless_told_otherwise():
+    density = lambda x: -0.5 * jnp.sum(x**2)
+    ends = []
+    for more in ((), (1.0,), (0.9,)):
+        kernel = steered_hmc(density, 0.8, 2, *more)
+        state = kernel.init(jnp.ones(3))
+        randomness = kernel.draw(jax.random.key(0), state)
+        ends.append(np.asarray(kernel.step_with(randomness, state)[1].proposal.position))
+    np.testing.assert_array_equal(ends[0], ends[1])
+    assert np.abs(ends[0] - ends[2]).max() > 1e-3
+
+
+def test_one_of_two_numbers_of_a_path_may_be_traced():
+    metric = Whitening.of_covariance(jnp.zeros(3), jnp.zeros(3), jnp.eye(3))
+
+    def end(step_size, drift_fraction):
+        kernel = hmc(
+            quartic,
+            step_size,
+            metric,
+            3,
+            drift_fraction=drift_fraction,
+            coupling=MultishiftCoupling(),
+        )
+        return kernel.step(jax.random.key(0), kernel.init(jnp.ones(3)))[0].position
+
+    wanted = end(0.4, 0.9)
+    np.testing.assert_allclose(jax.jit(lambda f: end(0.4, f))(0.9), wanted, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(lambda h: end(h, 0.9))(0.4), wanted, rtol=1e-5)

@@ -1,10 +1,14 @@
 """A density with a gradient that is traced once: every derivative is that of the plain function."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from partime_mcmc import coalescing_hmc
+from partime_mcmc.kernels import Whitening
 from partime_mcmc.kernels.traced_gradient import WithTracedGradient
 
 pytestmark = pytest.mark.fast
@@ -57,3 +61,20 @@ def test_more_gradients_are_no_more_traces():
     jaxpr = jax.make_jaxpr(lambda: steps(5))()
     assert len(CALLS) == before
     assert str(jaxpr).count("name=_value_and_gradient") == 5
+
+
+def test_a_kernel_in_whitened_coordinates_traces_its_gradient_once():
+    """With the coordinates: the change of variables is no operation of the steps either."""
+    whitening = Whitening.of_covariance(AT, jnp.zeros(4), 2 * jnp.eye(4))
+    whitened = whitening.density(functools.partial(TRACED, DATA))
+    plain = whitening.density(functools.partial(density, DATA))
+    z = jnp.array([0.1, -0.3, 0.2, 0.4])
+    for derivative in (lambda f: f, jax.grad, jax.hessian):
+        np.testing.assert_allclose(derivative(whitened)(z), derivative(plain)(z), rtol=1e-5)
+    kernel = coalescing_hmc(functools.partial(TRACED, DATA), 0.3, whitening, 2)
+    state = kernel.init(AT)
+    before = len(CALLS)
+    jaxpr = jax.make_jaxpr(kernel.step)(jax.random.key(0), state)
+    assert len(CALLS) == before
+    # Two leapfrogs, a Langevin step, and once, inside of all three, the gradient by the position.
+    assert str(jaxpr).count("name=_value_and_gradient") == 3 + 1
