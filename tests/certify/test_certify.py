@@ -12,7 +12,7 @@ import pytest
 from blackjax.mcmc.random_walk import normal
 from catalogue import QUICK
 
-from partime_mcmc.certify.certificate import _spread
+from partime_mcmc.certify.certificate import _spread, describe_certification
 from partime_mcmc.certify.independent import certify, certify_held, certify_with_records, hold
 from partime_mcmc.engine.dynamics import rollout
 from partime_mcmc.engine.recipes import jacobi, quasi_deer
@@ -566,3 +566,14 @@ def test_short_chains(num_steps, precision):
     )
     if num_steps:
         assert not bool(certify(kernel, initial, path.at[0, 0].add(1.0), tape).certified)
+
+
+def test_how_certificates_were_made_is_said_in_words():
+    words = {
+        (True,): "by an independent pass",
+        (False,): "recorded while the chains were rolled",
+        (True, True): "by an independent pass",
+        (True, False): "partly by an independent pass",
+        (False, False): "recorded while the chains were rolled",
+    }
+    assert {made: describe_certification(np.array(made)) for made in words} == words

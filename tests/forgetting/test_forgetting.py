@@ -438,3 +438,22 @@ def test_survival_time_is_the_quantile_of_the_tail():
     for fraction in (0.5, 0.1, 0.01):
         found = survival_time(times, np.full(2000, True), fraction)
         assert found == pytest.approx(np.quantile(times, 1 - fraction), rel=0.1)
+
+
+def test_pairs_that_begin_with_drives_of_their_own():
+    """A drive of one step is a vector, of which the step takes the first two numbers apart from the third."""
+    step = lambda a, x, u: a * x + u[:2] * u[2]
+    drives = _normal(0, (3, 60, 3))
+    starts, others = _normal(1, (3, 2)), _normal(2, (3, 2))
+    dynamics = Dynamics(step, 0.5)
+    found = meeting_times(dynamics, starts, others, drives, tolerance=Tolerance(1e-3, 0.0))
+    for k in range(3):
+        alone = meeting_times(
+            dynamics,
+            starts[k : k + 1],
+            others[k : k + 1],
+            drives[k],
+            tolerance=Tolerance(1e-3, 0.0),
+        )
+        assert int(found.steps[k]) == int(alone.steps[0]) > 5
+    assert np.asarray(found.met).all()
