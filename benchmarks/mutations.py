@@ -522,6 +522,15 @@ def table(rows: list[dict]) -> str:
         f"{len(rows)} of {possible:,} possible mistakes were drawn.",
         "",
     ]
+    telling = [row for row in rows if key(row) not in EQUIVALENT]
+    seen = [row for row in telling if row["outcome"] != "survived"]
+    now = [row for row in telling if row["outcome"] != "survived" or row.get("noticed")]
+    if telling:
+        lines += [
+            f"Of the {len(telling)} that change something promised the fast tests noticed {len(seen)} as drawn "
+            f"({len(seen) / len(telling):.0%}); with the tests of the folders, and those written since, {len(now)}.",
+            "",
+        ]
     survivors = [row for row in rows if row["outcome"] == "survived"]
     if survivors:
         lines += ["| survivor | mistake | on inspection |", "|---|---|---|"]
