@@ -218,11 +218,6 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "asymmetry > 1e-3 * float(np.abs(covariance).max()) -> asymmetry >= 0.001 * float(np.abs(covariance).max())",
     ): "matrices that are asymmetric by just a thousandth",
     (
-        "kernels/builders.py",
-        "return max(1, round(QUARTER_PERIOD / (2 * math.asin(min(float(step_size), math.sqrt(2)) / 2))))",
-        "2 -> 3",
-    ): "beyond a step of √2 one leapfrog is nearest to a quarter period in any case",
-    (
         "certify/independent.py",
         'return 32 if jax.default_backend() == "cpu" else 1024',
         "32 -> 33",

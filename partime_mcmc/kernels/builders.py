@@ -23,7 +23,7 @@ from partime_mcmc.kernels.coupling import (
     check_coupling,
 )
 from partime_mcmc.kernels.kernel import Kernel
-from partime_mcmc.kernels.leapfrog import check_drift_fraction, leapfrogs
+from partime_mcmc.kernels.leapfrog import check_drift_fraction, leapfrogs, steps_for_angle
 from partime_mcmc.kernels.multishift_hmc import hmc_cycle, steered_hmc
 from partime_mcmc.kernels.multishift_mala import coalescing_mala
 from partime_mcmc.kernels.multishift_random_walk import coalescing_random_walk
@@ -108,8 +108,7 @@ def hmc(
     """
     check_step_size(step_size)
     check_coupling(coupling)
-    check_drift_fraction(drift_fraction)
-    num_steps = _steps_of_path(step_size, num_integration_steps)
+    num_steps = _steps_of_path(step_size, num_integration_steps, drift_fraction)
     if isinstance(coupling, MultishiftCoupling):
         _check_whitening(metric, "a Whitening for hmc with MultishiftCoupling()")
         return _whitened(
@@ -179,8 +178,7 @@ def coalescing_hmc(
         [2. 0.]
     """
     check_step_size(step_size)
-    check_drift_fraction(drift_fraction)
-    num_steps = _steps_of_path(step_size, num_integration_steps)
+    num_steps = _steps_of_path(step_size, num_integration_steps, drift_fraction)
     langevin = mala_step_size
     if langevin is None:
         langevin = jnp.minimum(math.sqrt(2), 2.2 * jnp.asarray(step_size)) ** 2 / 2
@@ -296,16 +294,12 @@ def random_walk(
     )
 
 
-def quarter_period_steps(step_size: float) -> int:
-    """The number of leapfrog steps nearest to a quarter period: `h = 2 sin(π / 4L)` solved for L."""
-    return max(1, round(QUARTER_PERIOD / (2 * math.asin(min(float(step_size), math.sqrt(2)) / 2))))
-
-
-def _steps_of_path(step_size, num_steps: Any) -> Any:
+def _steps_of_path(step_size, num_steps: Any, drift_fraction) -> Any:
     """The gradients of a path; where none are given those of a quarter period."""
+    check_drift_fraction(drift_fraction)
     if num_steps is None:
         # Steps that are traced leave nothing to choose: with them the number of gradients is given.
-        return quarter_period_steps(step_size)
+        return steps_for_angle(QUARTER_PERIOD, float(step_size), float(drift_fraction))
     _check_positive_integer(num_steps, "num_integration_steps")
     return num_steps
 

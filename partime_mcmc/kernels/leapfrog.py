@@ -52,6 +52,12 @@ def step_for_angle(angle: float, num_steps: int, drift_fraction: float = 1.0) ->
     return 2 * math.sin(angle / num_steps / 2) / math.sqrt(drift_fraction)
 
 
+def steps_for_angle(angle: float, step_size: float, drift_fraction: float = 1.0) -> int:
+    """How many steps, at least one, turn a standard normal by nearly an angle."""
+    half = min(math.sqrt(drift_fraction) * step_size / 2, 1.0)
+    return max(1, round(angle / (2 * math.asin(half))))
+
+
 def row_of_trajectory(
     step_size: Any, num_steps: int | Array, drift_fraction: Any = 1.0
 ) -> tuple[Array, Array]:

@@ -47,6 +47,7 @@ from partime_mcmc.kernels.leapfrog import (
     exact_drift,
     exact_step,
     step_for_angle,
+    steps_for_angle,
     turned_angle,
 )
 from partime_mcmc.types import Key
@@ -231,7 +232,7 @@ class TrajectoryRule:
     def _steps_for(self, step: float, drift_fraction: float = 1.0) -> int:
         if self.length is not None:
             return max(1, round(self.length / step))
-        return max(1, round(self.angle / turned_angle(min(step, math.sqrt(2)), 1, drift_fraction)))
+        return steps_for_angle(self.angle, step, drift_fraction)
 
 
 def boldest_step(

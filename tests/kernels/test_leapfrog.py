@@ -153,10 +153,16 @@ def test_drifts_and_counts_that_cannot_be():
         hmc(quartic, 2.0, metric, 3, coupling=coupling)
     with pytest.raises(ValueError, match="step_size: got 2.5, wanted .*: below 2.31"):
         hmc(quartic, 2.5, metric, 2, drift_fraction=0.75, coupling=coupling)
-    # Where nothing is said a path is a quarter period of plain leapfrogs.
-    kernel = hmc(quartic, 0.5, metric)
-    info = kernel.step(jax.random.key(0), kernel.init(jnp.ones(3)))[1]
-    assert info.num_integration_steps == 3
+    # Where nothing is said a path is nearly a quarter period.
+    for step_size, fraction, wanted in (
+        (0.5, 1.0, 3),
+        (0.5, 0.25, 6),
+        (1.5, 1.0, 1),
+        (9.0, 1.0, 1),
+    ):
+        kernel = hmc(quartic, step_size, metric, drift_fraction=fraction)
+        info = kernel.step(jax.random.key(0), kernel.init(jnp.ones(3)))[1]
+        assert info.num_integration_steps == wanted
 
 
 @pytest.mark.parametrize("step_size, wanted", [(0.3, 0.66**2 / 2), (1.1, 1.0)])
