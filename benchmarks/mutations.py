@@ -228,6 +228,16 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "equation.primitive.name in _COSTLY -> equation.primitive.name not in _COSTLY",
     ): "what is computed ahead is a choice of speed, and any choice gives the same numbers",
     (
+        "engine/solution.py",
+        "DEFAULT_ULPS = 128",
+        "128 -> 129",
+    ): "by how many ulps a path may miss its recurrence, unless a tolerance is given, is a choice",
+    (
+        "engine/adjoint.py",
+        "most = min(num_steps, max(1, _BLOCK_NUMBERS // max(previous.shape[1], 1)))",
+        "min -> max",
+    ): "how many steps are evaluated side by side is a choice of memory",
+    (
         "solvers/hoist.py",
         "allowed = max(_STATES * _bytes(inputs[1]), 4 * _IN_ANY_CASE)",
         "4 -> 5",
