@@ -14,6 +14,7 @@ from catalogue import QUICK
 
 from partime_mcmc.certify.certificate import _spread, describe_certification
 from partime_mcmc.certify.independent import certify, certify_held, certify_with_records, hold
+from partime_mcmc.certify.step_record import record
 from partime_mcmc.engine.dynamics import rollout
 from partime_mcmc.engine.recipes import jacobi, quasi_deer
 from partime_mcmc.engine.solution import Status
@@ -577,3 +578,12 @@ def test_how_certificates_were_made_is_said_in_words():
         (False, False): "recorded while the chains were rolled",
     }
     assert {made: describe_certification(np.array(made)) for made in words} == words
+
+
+def test_a_refused_proposal_of_a_known_energy_is_finite():
+    """Without an energy a rate of exactly 0, and a proposal that is not shown, may stand for one that was not finite."""
+    state = SimpleNamespace(position=jnp.zeros(2), logdensity=jnp.zeros(()))
+    refused = {"acceptance_rate": jnp.zeros(()), "is_accepted": jnp.zeros((), bool)}
+    assert not record(state, SimpleNamespace(**refused, energy=jnp.ones(()))).nonfinite
+    assert record(state, SimpleNamespace(**refused)).nonfinite
+    assert record(state, SimpleNamespace(**refused, energy=jnp.array(jnp.nan))).nonfinite
