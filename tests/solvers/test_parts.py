@@ -224,3 +224,21 @@ def test_a_scan_in_one_segment_is_the_loop(direction, double):
     np.testing.assert_allclose(path, wanted[::direction], rtol=1e-12)
     assert float(report.evaluations) == 1 and float(report.gap) == 0
     assert not report.parallel and int(report.corrected) == int(report.probe_steps) == 0
+
+
+@pytest.mark.parametrize("allowed, rolls", [(1.2e-3, 2), (1.15e-3, 3)])
+def test_segments_are_closed_in_units_of_their_last_states(allowed, rolls, double):
+    """x' = 0.9 x + 0.1 from 1 stays there; from the guess 0 a segment of 64 steps ends 0.9⁶⁴ = 0.00118 below, and then at 1.
+
+    Half of what is allowed is in units of the last state, half in units of the last sixteen.
+    """
+    dynamics = Dynamics(lambda params, x, u: 0.9 * x + 0.1 + u)
+    found = solve(
+        dynamics,
+        jnp.ones(1),
+        jnp.zeros((256, 1)),
+        solver=shooting(steps=64),
+        guess=jnp.zeros((256, 1)),
+        tolerance=Tolerance(relative=allowed / 2),
+    )
+    assert rolls - 1 < float(found.stats.evaluations) <= rolls
