@@ -457,3 +457,12 @@ def test_pairs_that_begin_with_drives_of_their_own():
         )
         assert int(found.steps[k]) == int(alone.steps[0]) > 5
     assert np.asarray(found.met).all()
+
+
+@pytest.mark.parametrize(
+    "starts", [jnp.zeros(()), jnp.zeros((0, 2)), (jnp.zeros(2), jnp.zeros(3)), ()], ids=str
+)
+def test_pairs_that_begin_nowhere_are_refused(starts):
+    dynamics = Dynamics(lambda params, x, u: x)
+    with pytest.raises(ValueError, match="starts: leading axes .*, wanted one common number"):
+        meeting_times(dynamics, starts, starts, jnp.zeros((5, 1)))
