@@ -208,14 +208,15 @@ class TrajectoryRule:
     def _leaves(self, trials: Trials, path: Path, rates: np.ndarray) -> bool:
         """Whether chains leave nearly all states soon, tails among them.
 
-        From a funnel's neck no path leads: a quarter of the rejections must then do. A path of one gradient must do with half
-        of them: two gradients give more draws that are worth something, for a time that hardly anybody notices.
+        From a funnel's neck no path leads: a quarter of the rejections must then do. A path of one gradient must leave the tails
+        all the same, and do with half of the rejections: two gradients give more draws that are worth something, for a time
+        that hardly anybody notices.
         """
         mean = float(rates.mean())
-        if mean >= (3 + self.target) / 4:
-            return True
         if path.num_steps == 1 and mean < (1 + self.target) / 2:
             return False
+        if path.num_steps > 1 and mean >= (3 + self.target) / 4:
+            return True
         leaves = np.quantile(rates, _SHARE_OF_STATES) >= min(_LEAST_RATE, self.target)
         return bool(leaves) and 1 - trials.in_tails(rates) <= _MORE_IN_TAILS * (1 - self.target)
 
