@@ -90,7 +90,7 @@ def hmc(
         drift_fraction: Drifts are shorter than kicks by this factor f in (0, 1]: steps of size h are exact on a standard
             normal with f = 1/(1 + h²/4), and turn it by 2 arctan(h/2) each.
         coupling: How momenta are drawn. `MultishiftCoupling()` wants a `Whitening`, because it aims momenta at the end that
-            the trajectory would have on a standard normal, and a step size below 2.
+            the trajectory would have on a standard normal, and a step size below 2/√f.
 
     Raises:
         ValueError: If the step size, a count or the metric is unusable.
