@@ -11,10 +11,13 @@ Which coordinates are scales is read off the slope S = dJ/dW at W = 0, for all o
 others S², and Σ_R S¹_Rk S²_Rk is, up to noise with mean 0, what coordinate k as a scale promises. Those that promise most
 become scales; what depends on a scale by then cannot become one. More are looked for at the map thus found.
 
-Half of the chains fit; a map is kept if J falls on the others as well, and so is V.
+Half of the chains fit; a map is kept if J falls on the others as well, and so is V; and c unless effects about 0 do as well there.
+What is kept is then fitted to the draws of all chains. Fitted again to every window, which are longer each time, c becomes as exact
+as the narrowest place that was reached is narrow, which the next draws need to get further.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -103,14 +106,17 @@ def learn_triangular_map(old: TriangularMap | None, draws: HMCBatchResult) -> Tr
         root = root_of(DenseMetric().fisher(x, g, np.eye(dimension)))
     except np.linalg.LinAlgError:
         return old
-    fitting, judging = (_Part(x, g, root, chains) for chains in (0, 1))
+    fitting, judging = (_Part(x, g, root, slice(first, None, 2)) for first in (0, 1))
     none = _without_effect(dimension)
     kept = none if old is None else _in_units(old, wide, middle)
     # From the beginning: scales that were found among few draws need not be the right ones.
-    new = _fit(fitting, judging, middle / wide)
+    new, again = _fit(fitting, judging, middle / wide)
     before, now, after = (judging.divergence(one) for one in (none, kept, new))
-    if after < min(before, now) - _LEAST_GAIN:
-        return _in_model(new, wide, middle, draws.positions.dtype, old)
+    # With the same scales the newer weights come from more draws, which were further.
+    gain = 0 if set(new.scales) == set(kept.scales) else _LEAST_GAIN
+    if after < min(before - _LEAST_GAIN, now - gain):
+        both = again(_Part(x, g, root, slice(None)))
+        return _in_model(both, wide, middle, draws.positions.dtype, old)
     if old is None or not len(kept.scales) or now < before - _LEAST_GAIN:
         return old
     return without_effect(dimension, draws.positions.dtype, len(old.scales))
@@ -176,14 +182,14 @@ class _Part:
         x: Draws of all chains, `(S, C, D)`.
         g: Their gradients.
         root: Of a metric.
-        first: The first of the chains, 0 or 1.
+        which: Of the chains.
     """
 
-    def __init__(self, x: np.ndarray, g: np.ndarray, root: np.ndarray, first: int):
+    def __init__(self, x: np.ndarray, g: np.ndarray, root: np.ndarray, which: slice):
         chains = min(x.shape[1], _MOST_CHAINS)
         count = min(len(x), 2 * _NUM_DRAWS // chains)
         steps = np.linspace(0, len(x) - 1, count).astype(int)
-        x, g = (leaf[steps][:, first:chains:2] for leaf in (x, g))
+        x, g = (leaf[steps, :chains][:, which] for leaf in (x, g))
         self.root, self.inverse = root, np.linalg.inv(root)
         self.shape = x.shape
         self.x, self.g = (leaf.reshape(-1, leaf.shape[2]) for leaf in (x, g))
@@ -228,13 +234,18 @@ class _Part:
         return _FAR, y, g
 
 
-def _fit(fitting: _Part, judging: _Part, place: np.ndarray) -> TriangularMap:
+def _fit(
+    fitting: _Part, judging: _Part, place: np.ndarray
+) -> tuple[TriangularMap, Callable[[_Part], TriangularMap]]:
     """Scales, round after round, and weights for them; without effect where there are no scales.
 
     Args:
         fitting: Draws that weights are fitted to.
-        judging: Draws that have a say in what is a scale.
+        judging: Draws that have a say in what is a scale, and in what stays at 0.
         place: Where the draws' middle is, seen from 0, `(D,)`.
+
+    Returns:
+        The map, and how to fit its weights to other draws.
     """
     found, reached = _without_effect(len(place)), np.inf
     for _ in range(_MAX_ROUNDS):
@@ -245,21 +256,25 @@ def _fit(fitting: _Part, judging: _Part, place: np.ndarray) -> TriangularMap:
         ends = [_fitted(begin, fitting)]
         if not len(found.scales):
             # Parameters lie about their means, effects about 0.
-            origin = np.where(np.isin(np.arange(len(place)), more), 0, -place)
-            about_zero = dataclasses.replace(begin, origin=origin)
+            about_zero = dataclasses.replace(begin, origin=_about_zero(more, place))
             ends.append(_fitted(about_zero, fitting))
         end, value = min(ends, key=lambda one: one[1])
         if value > reached - _LEAST_GAIN:
             break
         found, reached = end, value
     if not len(found.scales):
-        return found
-    # Slopes that noise has made move the narrow part of a funnel by many of its widths: they must show on other draws.
+        return found, lambda part: found
+    # Slopes and origins that noise has made move the narrow part of a funnel by many of its widths: they must show on others.
     straight = dataclasses.replace(found, slopes=np.zeros_like(found.slopes))
-    straight = _pruned(_fitted(straight, fitting, largest_slope=0.0)[0])
-    bent = _pruned(found)
-    gains = judging.divergence(straight) - judging.divergence(bent)
-    return bent if gains > _LEAST_GAIN else straight
+    about_zero = dataclasses.replace(straight, origin=_about_zero(found.scales, place))
+    fits = [
+        lambda part: _pruned(_fitted(found, part)[0]),
+        lambda part: _pruned(_fitted(straight, part, largest_slope=0.0)[0]),
+        lambda part: _pruned(_fitted(about_zero, part, largest_slope=0.0, origin_range=0.0)[0]),
+    ]
+    ends = [_pruned(found), *(fit(fitting) for fit in fits[1:])]
+    values = np.array([judging.divergence(end) for end in ends]) + [_LEAST_GAIN, 0, 0]
+    return ends[values.argmin()], fits[values.argmin()]
 
 
 def _new_scales(found: TriangularMap, fitting: _Part, judging: _Part) -> list[int]:
@@ -284,10 +299,18 @@ def _new_scales(found: TriangularMap, fitting: _Part, judging: _Part) -> list[in
     return more
 
 
+def _about_zero(scales, place: np.ndarray) -> np.ndarray:
+    """The origin c of a map by which all but the scales lie about 0, with draws' middle at `place`."""
+    return np.where(np.isin(np.arange(len(place)), scales), 0, -place)
+
+
 def _fitted(
-    start: TriangularMap, part: _Part, largest_slope: float | None = None
+    start: TriangularMap,
+    part: _Part,
+    largest_slope: float = np.inf,
+    origin_range: float = np.inf,
 ) -> tuple[TriangularMap, float]:
-    """Weights for a map's scales, those of V at most so large, and J with the penalty."""
+    """Weights for a map's scales, those of V at most so large and c so near to where it was, and J with the penalty."""
     others = np.setdiff1d(np.arange(len(start.origin)), start.scales)
     shape = 2, 2, len(others), len(start.scales)
     count = np.prod(shape)
@@ -306,8 +329,9 @@ def _fitted(
 
     pair = np.stack([start.slopes, start.log_slopes])[:, others]
     begin = np.maximum(np.stack([pair, -pair]), 0).ravel()
-    of_slopes, of_widths = ([(0, most)] * (count // 4) for most in (largest_slope, None))
-    bounds = [*(of_slopes + of_widths) * 2, *[(None, None)] * len(others)]
+    of_slopes, of_widths = ([(0, most)] * (count // 4) for most in (largest_slope, np.inf))
+    of_origin = [(one - origin_range, one + origin_range) for one in start.origin[others]]
+    bounds = [*(of_slopes + of_widths) * 2, *of_origin]
     end = minimize(
         objective,
         np.concatenate([begin, start.origin[others]]),

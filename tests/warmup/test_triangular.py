@@ -125,22 +125,39 @@ def test_a_funnel_is_found_in_exact_draws(origin, slope):
     assert "1 scale" in found.describe() and f"{len(OTHERS)} other" in found.describe()
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_few_draws_of_a_funnel_do_not_bend_it(seed):
-    """Of Neal's funnel, none from its neck: a slope that noise has made would shift the neck by many of its widths."""
+def neal(seed, num_steps, lowest, origin):
+    """Draws of Neal's funnel whose scale is above `lowest`, its nine effects about `origin`."""
     rng = np.random.default_rng(seed)
-    scale = 3 * rng.normal(size=2560)
-    scale = scale[scale > -4][:128].reshape(16, 8)
-    x = np.exp(scale / 2)[..., None] * rng.normal(size=(16, 8, 9))
+    scale = 3 * rng.normal(size=20 * 8 * num_steps)
+    scale = scale[scale > lowest][: 8 * num_steps].reshape(num_steps, 8)
+    x = origin + np.exp(scale / 2)[..., None] * rng.normal(size=(num_steps, 8, 9))
 
     def logdensity(x):
-        return -(x[0] ** 2) / 18 - 0.5 * jnp.sum(x[1:] ** 2) * jnp.exp(-x[0]) - 4.5 * x[0]
+        apart = jnp.sum((x[1:] - origin) ** 2)
+        return -(x[0] ** 2) / 18 - 0.5 * apart * jnp.exp(-x[0]) - 4.5 * x[0]
 
-    draws = window(np.concatenate([scale[..., None], x], axis=2), logdensity)
-    found = learn_triangular_map(None, draws)
+    return window(np.concatenate([scale[..., None], x], axis=2), logdensity)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_few_draws_of_a_funnel_do_not_bend_or_shift_it(seed):
+    """None from its neck: slopes or origins that noise has made would shift the neck by many of its widths."""
+    found = learn_triangular_map(None, neal(seed, 16, lowest=-4, origin=0))
     np.testing.assert_array_equal(found.slopes, np.zeros_like(found.slopes))
-    # 64 draws are fitted to, of a width that the scale changes by 0.5 per unit.
+    np.testing.assert_allclose(found.origin, 0, atol=1e-12)
+    # 128 draws are fitted to, of a width that the scale changes by 0.5 per unit.
     np.testing.assert_allclose(found.log_slopes[1:, 0], 0.5, atol=0.1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_where_a_neck_leads_becomes_as_exact_as_the_neck_is_narrow(seed):
+    """Effects lie about 3, which has to be learned, and learned again when draws come from further down."""
+    first = learn_triangular_map(None, neal(seed, 16, lowest=-2, origin=3))
+    again = learn_triangular_map(first, neal(seed, 128, lowest=-np.inf, origin=3))
+    rough, exact = (np.abs(found.origin[1:] - 3).max() for found in (first, again))
+    # Widths where the scale is as low as in one draw of a hundred.
+    width = np.exp(-7 / 2)
+    assert exact < width < rough
 
 
 def test_draws_in_single_precision_lead_to_a_map_of_it():
