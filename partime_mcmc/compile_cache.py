@@ -6,7 +6,8 @@ so that a second run with other seeds, step sizes or data of the same shapes com
 hang on captured arrays are made explicit first. Compilation and execution can be timed apart, because programs are
 compiled ahead.
 
-Between processes JAX's own cache on disk keeps what was compiled (`keep_on_disk`).
+Between processes a folder keeps what was compiled (`keep_on_disk`): programs that have a name in every process
+(`kept_programs`) are not even traced again, others are found by JAX's own cache once they are lowered.
 
 No argument is donated: the certificate and the sequential finish of a chain that did not converge read starts and random
 numbers of a solve again, and parameters serve every window.
@@ -29,7 +30,8 @@ import numpy as np
 import platformdirs
 from jax.experimental.compilation_cache import compilation_cache
 
-from partime_mcmc.executions import executing
+from partime_mcmc import kept_programs
+from partime_mcmc.executions import executing, overlaps
 from partime_mcmc.tracing import OnceCache, explicit
 from partime_mcmc.types import PyTree, jax_config, nan_is_a_value
 
@@ -156,18 +158,21 @@ def compiled(
         options: From `compiler_options`; None is the usual ones.
     """
     options = compiler_options() if options is None else options
+    entry = _entry(function, args, options)
 
     def make(_):
         with timings.measure("compile"):
-            return jax.jit(function).lower(*args).compile(options)
+            kept = _KeptProgram(entry, args)
+            found = kept.load()
+            return kept.made(jax.jit(function).lower(*args), options) if found is None else found
 
-    return _PROGRAMS.get(_entry(function, args, options), make)
+    return _PROGRAMS.get(entry, make)
 
 
 def compile_in_thread(
     function: Callable, *args: PyTree, options: dict[str, Any] | None = None
 ) -> PyTree:
-    """Trace a program here and compile it in a thread of its own; whoever wants it waits for that.
+    """Trace a program here, unless it is on disk, and compile it in a thread of its own; whoever wants it waits for that.
 
     Args:
         function: As for `compiled`.
@@ -178,15 +183,56 @@ def compile_in_thread(
         Shapes and types of the result.
     """
     options = compiler_options() if options is None else options
-    lowered = jax.jit(function).lower(*args)
+    entry = _entry(function, args, options)
+    kept = _KeptProgram(entry, args)
+    found = kept.load()
+    if found is not None:
+        traced = _PROGRAMS.get(entry, lambda _: found)
+    else:
+        traced = lowered = jax.jit(function).lower(*args)
 
-    def compile_it():
-        # What fails here fails again where it is wanted.
-        with contextlib.suppress(Exception):
-            _PROGRAMS.get(_entry(function, args, options), lambda _: lowered.compile(options))
+        def compile_it():
+            # What fails here fails again where it is wanted.
+            with contextlib.suppress(Exception):
+                _PROGRAMS.get(entry, lambda _: kept.made(lowered, options))
 
-    in_thread(compile_it)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), lowered.out_info)
+        in_thread(compile_it)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), traced.out_info)
+
+
+class _KeptProgram:
+    """The place of a program on disk, if it has one.
+
+    Args:
+        entry: From `_entry`.
+        args: Of the program.
+    """
+
+    def __init__(self, entry: tuple, args: tuple):
+        *parts, elsewhere = entry
+        self._folder, self._args = keep_on_disk(), args
+        known = self._folder is not None and not elsewhere
+        self._name = (
+            kept_programs.name_of(*parts, versions(), os.environ.get("XLA_FLAGS"))
+            if known
+            else None
+        )
+
+    def load(self) -> jax.stages.Compiled | None:
+        """The program; None if it has to be compiled."""
+        return (
+            None if self._name is None else kept_programs.load(self._folder, self._name, self._args)
+        )
+
+    def made(self, lowered: jax.stages.Lowered, options: Any) -> jax.stages.Compiled:
+        """The program compiled, which is written in a thread of its own."""
+        if self._name is None:
+            return lowered.compile(options)
+        program, anew = kept_programs.compiled_anew(lowered, options)
+        # jaxlib registers what it calls of a library when a program is lowered: loaded in a process without that it would crash.
+        if anew and overlaps(program):
+            in_thread(lambda: kept_programs.save(self._folder, self._name, program))
+        return program
 
 
 def in_thread(step: Callable[[], None]) -> None:
@@ -212,8 +258,8 @@ def _entry(function: Callable, args: tuple, options: dict[str, Any] | None) -> t
     shapes = tuple(
         (
             np.shape(leaf),
-            jnp.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype,
-            getattr(leaf, "weak_type", True),
+            str(leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)),
+            getattr(leaf, "weak_type", not hasattr(leaf, "dtype")),
         )
         for leaf in leaves
     )
@@ -224,7 +270,7 @@ def _entry(function: Callable, args: tuple, options: dict[str, Any] | None) -> t
         jax_config.jax_enable_x64,
         jax_config.jax_default_matmul_precision,
         frozenset((options or {}).items()),
-        *_elsewhere(leaves),
+        frozenset(_elsewhere(leaves)),
     )
 
 

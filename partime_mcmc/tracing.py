@@ -11,6 +11,7 @@ Results are cached by function and shapes, so the same function gives the same o
 """
 
 import collections
+import functools
 import math
 import re
 import threading
@@ -52,7 +53,7 @@ class WithoutParams(HashableFunction):
         return self.parts[0](*args)
 
 
-class _Explicit:
+class Explicit:
     """A traced function with its captured arrays as the first part of its first argument."""
 
     def __init__(self, jaxpr, structure, name):
@@ -65,18 +66,26 @@ class _Explicit:
             self.structure, jax.core.eval_jaxpr(self.jaxpr, captured, *leaves)
         )
 
-    def is_like(self, other: "_Explicit") -> bool:
+    def is_like(self, other: "Explicit") -> bool:
         """Whether another one computes the same of other captured arrays."""
         return (
             self.structure == other.structure
             and [one.aval for one in self.jaxpr.constvars]
             == [one.aval for one in other.jaxpr.constvars]
-            and not inner_arrays(self.jaxpr)
-            and not inner_arrays(other.jaxpr)
-            and _ADDRESS.sub("", str(self.jaxpr)) == _ADDRESS.sub("", str(other.jaxpr))
-            and not primitives_of(self.jaxpr) & _CALLBACKS
-            and not _has_own_rules(self.jaxpr)
+            and self.text is not None
+            and self.text == other.text
         )
+
+    @functools.cached_property
+    def text(self) -> str | None:
+        """All that it computes, but for the types of captured arrays; None where a text does not say that."""
+        if (
+            inner_arrays(self.jaxpr)
+            or primitives_of(self.jaxpr) & _CALLBACKS
+            or _has_own_rules(self.jaxpr)
+        ):
+            return None
+        return _ADDRESS.sub("", str(self.jaxpr))
 
     @property
     def result(self) -> PyTree:
@@ -98,7 +107,7 @@ class _Traced(NamedTuple):
         volatile: Variables that tracing itself changes, such as a list in which calls are counted.
     """
 
-    function: _Explicit
+    function: Explicit
     captured: list
     read: dict[tuple, Any]
     volatile: frozenset
@@ -190,7 +199,7 @@ def origin_of(function: Callable) -> Any:
     return type(function), *(part if origin is None else origin for origin, part in parts)
 
 
-def explicit(function: Callable, params: PyTree, *rest: PyTree) -> tuple[_Explicit, tuple]:
+def explicit(function: Callable, params: PyTree, *rest: PyTree) -> tuple[Explicit, tuple]:
     """A function without captured arrays, and the arrays it captured.
 
     Args:
@@ -202,7 +211,7 @@ def explicit(function: Callable, params: PyTree, *rest: PyTree) -> tuple[_Explic
         `(explicit_function, first_argument)`: `explicit_function(first_argument, *rest)` is `function(params, *rest)`,
         and `first_argument` holds the captured arrays and `params`.
     """
-    if isinstance(function, _Explicit):
+    if isinstance(function, Explicit):
         return function, params
     leaves, tree = jax.tree.flatten((params, *rest))
     shapes = tuple(
@@ -251,7 +260,7 @@ def explicit(function: Callable, params: PyTree, *rest: PyTree) -> tuple[_Explic
     return found.function, (found.captured, params)
 
 
-def _trace(function, abstract) -> tuple[_Explicit, list]:
+def _trace(function, abstract) -> tuple[Explicit, list]:
     """A function without captured arrays, and these."""
     # JAX keeps traces by function, too: a new one for each trace finds none.
     closed, result = jax.make_jaxpr(lambda *args: function(*args), return_shape=True)(*abstract)
@@ -259,15 +268,18 @@ def _trace(function, abstract) -> tuple[_Explicit, list]:
         inlined = lambda *args: evaluate(closed.jaxpr, closed.consts, *jax.tree.leaves(args))
         closed = jax.make_jaxpr(inlined)(*abstract)
     jaxpr, consts = _needed(closed.jaxpr, closed.consts)
-    step = _Explicit(jaxpr, jax.tree.structure(result), _name_of(function))
+    step = Explicit(jaxpr, jax.tree.structure(result), _name_of(function))
     return step, [_as_array(one) for one in consts]
 
 
 def _has_own_rules(jaxpr: Any) -> bool:
     """Whether something has a derivative of the user's own, which may capture arrays that no text shows."""
     for equation in jaxpr.eqns:
-        if equation.primitive.name.startswith("custom_"):
-            inner = equation.params.get("call_jaxpr", equation.params.get("fun_jaxpr"))
+        name = equation.primitive.name
+        # The parts of a `custom_linear_solve` are in the text.
+        if name.startswith("custom_") and name != "custom_linear_solve":
+            parts = ("call_jaxpr", "fun_jaxpr", "call")
+            inner = next(filter(None, map(equation.params.get, parts)), None)
             written = getattr(getattr(inner, "jaxpr", inner), "debug_info", None)
             _, _, place = getattr(written, "func_src_info", "").rpartition(" at ")
             if not place or not is_library(place.rpartition(":")[0]):

@@ -23,7 +23,7 @@ RANKS = [
     {"types", "captured_data"},
     {"validation", "tracing", "executions", "host_keys"},
     {"engine", "scan", "linearize", "solvers"},
-    {"compile_cache", "extras"},
+    {"compile_cache", "kept_programs", "extras"},
     {"rnn", "kernels", "certify"},
     {"forgetting"},
     {"diagnostics"},

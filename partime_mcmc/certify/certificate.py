@@ -208,7 +208,7 @@ def judged(
 
 
 # Quartiles are taken from so many steps.
-_SORTED = 1024
+_SOME = 1024
 
 
 def _spread(path: Array, expected: Array | None = None) -> Array:
@@ -220,19 +220,41 @@ def _spread(path: Array, expected: Array | None = None) -> Array:
     """
     if not path.shape[0]:
         return jnp.ones(path.shape[1:], path.dtype)
-    # Quartiles of steps all along the path, to the nearest rank: a unit needs no more, and sorting all would take as long as
-    # sampling does.
+    # Quartiles of steps all along the path, to the nearest rank: a unit needs no more, and all would take as long as sampling
+    # does.
     # In units of the largest number, because squares of others need not be numbers of this type.
     size = jnp.abs(path if expected is None else jnp.maximum(jnp.abs(path), jnp.abs(expected)))
     size = size.max(axis=0)
     size = jnp.where(jnp.isfinite(size) & (size > 0), size, 1)
     path = path / size
-    ordered = jnp.sort(path[:: -(-path.shape[0] // _SORTED)], axis=0)
-    last = ordered.shape[0] - 1
-    low, high = ordered[round(0.25 * last)], ordered[round(0.75 * last)]
+    some = path[:: -(-path.shape[0] // _SOME)]
+    last = some.shape[0] - 1
+    low, high = (_of_rank(some, round(share * last)) for share in (0.25, 0.75))
     spread, middle = jnp.std(path, axis=0), (high - low) / 1.349
     spread = jnp.where((middle > 0) & ~(middle > spread), middle, spread)
     return size * jnp.where(jnp.isfinite(spread) & (spread > 0), spread, 1)
+
+
+def _of_rank(path: Array, rank: int) -> Array:
+    """The number of a rank, from 0, in every coordinate of a path `(T, D)`; NaN comes last.
+
+    Bit by bit: the largest number below which no more than `rank` of the others lie. Programs that sort cannot be kept on disk.
+    """
+    size = 8 * path.dtype.itemsize
+    unsigned = jnp.dtype(f"uint{size}")
+    top = unsigned.type(1 << (size - 1))
+
+    # Numbers whose order is that of the floats: those of negative ones run backwards.
+    bits = jax.lax.bitcast_convert_type(jnp.where(jnp.isnan(path), jnp.nan, path), unsigned)
+    places = jnp.where(bits & top, ~bits, bits | top)
+
+    def with_next_bit(index, found):
+        more = found | jax.lax.shift_right_logical(top, index.astype(unsigned))
+        return jnp.where((places < more).sum(axis=0) <= rank, more, found)
+
+    found = jax.lax.fori_loop(0, size, with_next_bit, jnp.zeros(path.shape[1:], unsigned))
+    bits = jnp.where(found & top, found ^ top, ~found)
+    return jax.lax.bitcast_convert_type(bits, path.dtype)
 
 
 def _margins(uniform, records, dtype):

@@ -20,8 +20,7 @@ import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.compile_cache import compiler_options
-from partime_mcmc.executions import run_jitted
+from partime_mcmc.compile_cache import Timings, compiler_options, run_program
 from partime_mcmc.kernels.coordinates import CoordinateMap, density_through
 from partime_mcmc.kernels.coupling import normal_of
 from partime_mcmc.kernels.metric_root import Root, times, transposed_times
@@ -106,10 +105,11 @@ class HMCBatchResult(NamedTuple):
         return bool(np.isfinite(self.positions).all() and np.isfinite(self.gradients).all())
 
 
-@functools.cache
-def _walking(options: frozenset | None):
-    given = None if options is None else dict(options)
-    return jax.jit(_walk, static_argnums=(0, 1), compiler_options=given)
+class _Walk(HashableFunction):
+    """Transitions of all chains; parts are the density and the longest batch."""
+
+    def __call__(self, *numbers):
+        return _walk(*self.parts, *numbers)
 
 
 def _walk(
@@ -233,8 +233,7 @@ class HMCBatch:
         self.dimension, self.dtype = flat.size, flat.dtype
         self.longest = max_batch_steps(num_chains * self.dimension)
         self.num_gradients = self.depth = self.num_steps = 0
-        options = compiler_options(usual_seconds(density))
-        self._options = None if options is None else frozenset(options.items())
+        self._options = compiler_options(usual_seconds(density))
 
     @property
     def density(self) -> Callable:
@@ -281,15 +280,13 @@ class HMCBatch:
         sizes = np.broadcast_to(np.asarray(step_sizes, self.dtype), (self.num_chains,))
         if size > self.longest:
             raise ValueError(f"size: got {size}, wanted at most {self.longest} transitions a call")
-        found = run_jitted(
-            _walking(self._options),
-            self.density,
-            self.longest,
+        found = run_program(
+            _Walk(self.density, self.longest),
             self.params,
             self.example,
             jax.tree.map(lambda leaf: np.asarray(leaf, self.dtype), root),
             starts,
-            fresh,
+            np.asarray(fresh),
             sizes,
             leapfrogs,
             np.asarray(drift_fraction, self.dtype),
@@ -297,6 +294,8 @@ class HMCBatch:
             np.asarray(target, self.dtype),
             seed.words,
             np.int32(size // STEPS),
+            timings=Timings(),
+            options=self._options,
         )
         self.num_gradients += size // STEPS * int(leapfrogs.sum()) + self.num_chains * (
             STEPS + 1 if fresh else 1

@@ -19,7 +19,6 @@ J has several minima where effects trade off. The first fit descends from two st
 minima that the fit before has found, as the new draws see them.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -27,9 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import minimize
 
-from partime_mcmc.compile_cache import compiler_options
+from partime_mcmc.compile_cache import Timings, run_program
 from partime_mcmc.kernels.coordinates import CoordinateMap
 from partime_mcmc.kernels.metric_root import Root, dual, times, transposed_times
+from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import PyTree
 from partime_mcmc.warmup.hmc_batch import HMCBatchResult
 
@@ -206,12 +206,15 @@ _FAR = 1e10
 
 def _moved(found, weights, y, g, slope_y, slope_g) -> tuple:
     """y, g and log densities' changes with other weights, and the derivative of ⟨slopes, (y, g)⟩ by the weights."""
-    return jax.tree.map(np.asarray, _moving()(found, weights, y, g, slope_y, slope_g))
+    moved = run_program(_Move(), found, weights, y, g, slope_y, slope_g, timings=Timings())
+    return jax.tree.map(np.asarray, moved)
 
 
-@functools.cache
-def _moving():
-    return jax.jit(_move, compiler_options=compiler_options())
+class _Move(HashableFunction):
+    """`_moved` on the device."""
+
+    def __call__(self, *arrays):
+        return _move(*arrays)
 
 
 def _move(found, weights: PyTree, y, g, slope_y, slope_g):

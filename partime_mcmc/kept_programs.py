@@ -1,0 +1,231 @@
+"""Programs that outlive their process: found again before they are traced.
+
+JAX's own cache on disk knows a program by its lowered text, so that every process traces and lowers it once more, which takes
+longer than to load it. Here a program is known by what it is made from:
+
+    the function      its class and parts: numbers, functions and classes of libraries by name, and traced functions
+                      (`tracing.Explicit`), densities among them, by their text
+    its arguments     structure, shapes and types
+    everything else   this package's source, versions of libraries, JAX's settings, the compiler's options, the processor
+
+What has a part that none of this describes is not kept: a function of the user's that was not traced, or one whose text does not
+say all that it computes (`tracing.Explicit.text`).
+"""
+
+import contextlib
+import dataclasses
+import enum
+import functools
+import hashlib
+import os
+import pathlib
+import pickle
+import platform
+import tempfile
+import threading
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import serialize_executable
+
+from partime_mcmc.tracing import Explicit, HashableFunction
+from partime_mcmc.types import PyTree, jax_config
+
+# Of programs on disk; those that were not wanted for longest make room.
+_MOST_BYTES = 2**29
+_SUFFIX = ".program"
+_DIGEST = 20
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, np.dtype, np.generic)
+_LIBRARIES = ("partime_mcmc", "jax", "jaxlib", "numpyro", "blackjax", "numpy")
+
+
+class _Unknown(Exception):
+    """Something has no description that another process would understand."""
+
+
+def name_of(*parts: Any) -> str | None:
+    """What a program is known by in every process; None where there is no such name.
+
+    Args:
+        *parts: What it belongs to: its function, the structure of its arguments, their shapes and types, options.
+    """
+    digest = hashlib.blake2b(digest_size=_DIGEST)
+    try:
+        for word in _described((*parts, _process(), _of_jax())):
+            digest.update(word.encode())
+    except _Unknown:
+        return None
+    return digest.hexdigest()
+
+
+def load(folder: pathlib.Path, name: str, args: PyTree) -> jax.stages.Compiled | None:
+    """A program from disk; None if it is not there, or not in a state to be used.
+
+    Args:
+        folder: Where programs are kept.
+        name: From `name_of`.
+        args: Of the program.
+    """
+    path = folder / f"{name}{_SUFFIX}"
+    try:
+        kept = path.read_bytes()
+        digest, data = kept[:_DIGEST], kept[_DIGEST:]
+        if digest != _digest(data):
+            raise ValueError(f"{path} is damaged")
+        program, result = pickle.loads(data)
+        os.utime(path)
+        return serialize_executable.deserialize_and_load(
+            program,
+            jax.tree.structure((args, {})),
+            jax.tree.structure(result),
+            execution_devices=jax.local_devices()[:1],
+        )
+    except FileNotFoundError:
+        return None
+    except Exception:  # whatever is wrong with the file: it is made again
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        return None
+
+
+# In this thread, how many programs JAX took from its own cache.
+_TAKEN = threading.local()
+
+
+def _count_taken(event: str, **_: Any) -> None:
+    if event == "/jax/compilation_cache/cache_hits":
+        _TAKEN.count = getattr(_TAKEN, "count", 0) + 1
+
+
+@functools.cache
+def _listen() -> None:
+    jax.monitoring.register_event_listener(_count_taken)
+
+
+def compiled_anew(lowered: jax.stages.Lowered, options: Any) -> tuple[jax.stages.Compiled, bool]:
+    """A compiled program, and whether the compiler made it: XLA for CPUs cannot write one that it has read (JAX 0.10 to 0.12,
+    what is written lacks the machine code of fusions)."""
+    _listen()
+    before = getattr(_TAKEN, "count", 0)
+    return lowered.compile(options), getattr(_TAKEN, "count", 0) == before
+
+
+def save(folder: pathlib.Path, name: str, program: jax.stages.Compiled) -> None:
+    """Keep a program on disk, if it can be; a full disk or a structure that cannot be written is no error.
+
+    Args:
+        folder: Where programs are kept.
+        name: From `name_of`.
+        program: Compiled for one device.
+    """
+    with contextlib.suppress(Exception):
+        written, _, structure = serialize_executable.serialize(program)
+        data = pickle.dumps((written, jax.tree.unflatten(structure, range(structure.num_leaves))))
+        if jax.tree.structure(pickle.loads(data)[1]) == structure:
+            # Several processes may write it at a time.
+            with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+                file.write(_digest(data) + data)
+            os.replace(file.name, folder / f"{name}{_SUFFIX}")
+            _make_room(folder)
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=_DIGEST).digest()
+
+
+def _make_room(folder: pathlib.Path) -> None:
+    files = [
+        (path.stat().st_mtime, path.stat().st_size, path) for path in folder.glob(f"*{_SUFFIX}")
+    ]
+    total = sum(size for _, size, _ in files)
+    for _, size, path in sorted(files):
+        if total <= _MOST_BYTES:
+            break
+        path.unlink(missing_ok=True)
+        total -= size
+
+
+def _described(value: Any) -> Iterator[str]:
+    """Words that say what a value is, the same in every process and other ones for every other value.
+
+    Raises:
+        _Unknown: If that cannot be said.
+    """
+    if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
+        yield f"({_place(value)})"
+        return
+    yield f"({_place(type(value))} "
+    if isinstance(value, enum.Enum):
+        yield value.name
+    elif isinstance(value, _PLAIN):
+        yield repr(value)
+    else:
+        for part in _parts(value):
+            yield from _described(part)
+    yield ")"
+
+
+def _parts(value: Any) -> tuple:
+    """What describes a value that is made from others."""
+    if isinstance(value, jax.tree_util.PyTreeDef):
+        return jax.tree_util.treedef_is_leaf(value), value.node_data(), *value.children()
+    if isinstance(value, Explicit):
+        if value.text is None:
+            raise _Unknown
+        return value.text, value.structure, *map(str, (one.aval for one in value.jaxpr.constvars))
+    if isinstance(value, HashableFunction):
+        return value.parts
+    if isinstance(value, functools.partial):
+        return value.func, value.args, value.keywords
+    if isinstance(value, (tuple, list)):
+        return tuple(value)
+    if isinstance(value, dict):
+        return tuple(value.items())
+    if isinstance(value, (frozenset, set)):
+        return tuple(sorted("".join(_described(one)) for one in value))
+    if dataclasses.is_dataclass(value):
+        return tuple(getattr(value, field.name) for field in dataclasses.fields(value))
+    raise _Unknown
+
+
+def _place(value: Any) -> str:
+    """Where a class or function is found: those of other libraries than these have no version here, and local ones no name."""
+    module, name = getattr(value, "__module__", None) or "", value.__qualname__
+    if module.split(".")[0] not in (*_LIBRARIES, "builtins", "collections", "functools"):
+        raise _Unknown
+    if "<" in name:
+        raise _Unknown
+    return f"{module}.{name}"
+
+
+def _of_jax() -> tuple:
+    """JAX's settings, as they are here and now."""
+    here = ("jax_enable_x64", "jax_default_matmul_precision", "jax_threefry_partitionable")
+    settings = {
+        name: repr(value) for name, value in jax_config.values.items() if "cache" not in name
+    }
+    return tuple(sorted(settings.items())), tuple(repr(getattr(jax_config, name)) for name in here)
+
+
+@functools.cache
+def _process() -> tuple:
+    """What decides about programs in this process as a whole."""
+    source = hashlib.blake2b(digest_size=_DIGEST)
+    for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
+        source.update(path.read_bytes())
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        processor = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
+    except OSError:
+        processor = [platform.processor()]
+    devices = [f"{one.platform} {one.device_kind}" for one in jax.devices()]
+    return (
+        source.hexdigest(),
+        platform.python_version(),
+        platform.machine(),
+        tuple(processor),
+        tuple(devices),
+    )
