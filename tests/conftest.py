@@ -63,13 +63,15 @@ SMOKE = {
 
 # Folders of the tests that are run while one works on the solvers and the kernels, in under five minutes on two cores; without
 # those that take longest among them, by file and by name.
-FAST = {"engine", "scan", "solvers", "kernels"}
+FAST = {"engine", "scan", "solvers", "kernels", "linearize", "certify"}
 NOT_FAST = {
     "test_any_length_and_any_cut_give_the_path",
     "test_a_longer_path_takes_what_is_stated",
     "test_chains_of_every_kind",
     "test_corrections_make_slow_systems_converge",
     "test_coupling",
+    "test_a_density_that_is_random_away_from_the_start_is_not_certified",
+    "test_chains_that_fell_back_are_certified_by_what_was_recorded",
     "test_equals_the_sequential_path",
     "test_every_scan_is_the_loop",
     "test_first_derivatives_in_everything",
@@ -79,6 +81,9 @@ NOT_FAST = {
     "test_one_step_with_the_jacobian_is_deer",
     "test_overflow_of_the_system_itself",
     "test_paths_are_blackjaxs_own_loop",
+    "test_honest_code_is_certified",
+    "test_rejected_steps_stand_still_to_the_last_bit",
+    "test_the_draws_do_not_depend_on_the_certification",
     "test_sampling_falls_back_where_chains_do_not_forget_and_the_advice_is_why",
     "test_the_trust_region_step_is_damped_least_squares",
     "test_two_byte_floats_are_added_up_in_four",

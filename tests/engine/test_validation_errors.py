@@ -12,7 +12,8 @@ from partime_mcmc.engine.dynamics import Dynamics
 from partime_mcmc.engine.recipes import deer, elk, jacobi, quasi_deer, quasi_elk
 from partime_mcmc.engine.solution import Tolerance
 from partime_mcmc.engine.solve import solve
-from partime_mcmc.engine.windows import SlidingWindow, Windows
+from partime_mcmc.engine.time_axis import LocalTime
+from partime_mcmc.engine.windows import AllAtOnce, SlidingWindow, Windows
 from partime_mcmc.linearize import DenseJacobian, HutchinsonDiagonal
 from partime_mcmc.scan import ChunkedScan
 from partime_mcmc.solvers import Kalman
@@ -150,6 +151,21 @@ def test_guesses_of_the_wrong_structure():
 def test_schedules(schedule, size):
     with refused(count_error(size), "size", "at least 1", str(size)):
         schedule(size)
+
+
+class TwoDevices(LocalTime):
+    """As many steps on another device."""
+
+    def length(self, num_steps):
+        return 2 * num_steps
+
+
+def test_windows_that_move_are_on_one_device():
+    with refused(ValueError, "schedule", "Windows", "AllAtOnce"):
+        solve(Dynamics(step), START, DRIVES, schedule=Windows(2), axis=TwoDevices())
+    for schedule, axis in ((Windows(2), LocalTime()), (AllAtOnce(), TwoDevices())):
+        with pytest.raises(AssertionError, match="the loop was reached"):
+            solve(Dynamics(step), START, DRIVES, schedule=schedule, axis=axis)
 
 
 @pytest.mark.parametrize("recipe", [deer, quasi_deer])

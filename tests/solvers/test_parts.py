@@ -1,6 +1,7 @@
 """Parts of the solvers by themselves: what each promises, against a formula written out here."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from partime_mcmc import residual
 from partime_mcmc.engine import Dynamics
+from partime_mcmc.engine.adjoint import _in_blocks
 from partime_mcmc.engine.dynamics import CachedStep, rollout_with_aux
 from partime_mcmc.engine.recipes import deer, elk, quasi_deer, quasi_elk, shooting
 from partime_mcmc.engine.solution import Bound, Status, Tolerance
@@ -117,6 +119,25 @@ def test_a_step_without_a_derivative_forgets_and_the_others_stay(kind):
     np.testing.assert_array_equal(maps.shift, 1)
 
 
+class TwoParts(NamedTuple):
+    """A linear part that is kept in two arrays."""
+
+    one: jax.Array
+    two: jax.Array
+    shift: jax.Array | None
+
+    def with_shift(self, shift):
+        return self._replace(shift=shift)
+
+
+def test_a_derivative_that_is_finite_in_part_is_none():
+    one, two = jnp.ones((4, D)).at[1, 0].set(jnp.nan), jnp.ones((4, 2)).at[3, 1].set(-jnp.inf)
+    maps, count = replace_nonfinite_jacobians(TwoParts(one, two, jnp.ones((4, D))))
+    assert count == 2
+    for part in (maps.one, maps.two):
+        np.testing.assert_array_equal(part, np.ones(part.shape) * [[1], [0], [1], [0]])
+
+
 def test_updates_that_overflow_are_replaced():
     updated = jnp.array([[1.0, 2.0], [jnp.inf, 2.0], [jnp.nan, 1.0]])
     values = jnp.array([[5.0, 5.0], [6.0, 6.0], [jnp.nan, 7.0]])
@@ -191,6 +212,21 @@ def test_memory_and_further_results_of_every_step(double):
         wanted.append(x)
     np.testing.assert_allclose(states[:, 0], wanted, rtol=1e-12)
     np.testing.assert_allclose(notes[:, 0], 6 * np.array(wanted), rtol=1e-12)
+    for num_steps in (0, 1):
+        some, of_some = rollout_with_aux(dynamics, jnp.ones(1), drives[:num_steps])
+        np.testing.assert_array_equal(some, states[:num_steps])
+        # Without steps there is nothing to report.
+        assert of_some is None if num_steps == 0 else of_some == notes[0]
+
+
+def test_what_a_derivative_keeps_is_cut_into_blocks_of_time():
+    """131,072 numbers of state are evaluated at once: of 64 units 2,048 steps."""
+    previous, drives = jnp.zeros((16_384, 64)), jnp.zeros((16_384, 1))
+    traced = jax.make_jaxpr(
+        functools.partial(_in_blocks, lambda a, x, u: jnp.tanh(a * x) + u, 0.5)
+    )(previous, drives)
+    (loop,) = [one for one in traced.jaxpr.eqns if one.primitive.name == "scan"]
+    assert loop.params["length"] == 8
 
 
 def test_a_step_that_is_not_finite_adds_nothing_to_the_next(double):

@@ -220,6 +220,21 @@ def test_random_numbers_drawn_ahead_are_the_same():
     assert kept(arguments[0], arguments[2]) is arguments[2]
 
 
+@pytest.mark.parametrize("width, most", [(8, 4 * 8 + 1), (1, 16 + 1)])
+def test_what_is_kept_of_a_step_is_at_most_four_states(width, most):
+    """Or sixteen numbers, and as much as the drive, which is kept as it is."""
+
+    def is_cut(number):
+        def step(params, x, u):
+            return (jnp.exp(u * jnp.arange(number))[:, None] * x).sum(axis=0)
+
+        arguments = None, jnp.ones(width, jnp.float32), jnp.float32(0.1)
+        ahead, _ = hoist_drive_only(step, *arguments)
+        return ahead(None, arguments[-1]) is not arguments[-1]
+
+    assert is_cut(most) and not is_cut(most + 1)
+
+
 def test_paths_are_finished_from_where_they_stop_being_exact():
     dynamics, drives = tanh_network(), jax.random.normal(jax.random.key(1), (3, 40, 3))
     starts = jnp.ones((3, 3))
