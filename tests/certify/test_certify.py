@@ -12,7 +12,7 @@ import pytest
 from blackjax.mcmc.random_walk import normal
 from catalogue import QUICK
 
-from partime_mcmc.certify.certificate import _spread, describe_certification
+from partime_mcmc.certify.certificate import _of_rank, _spread, describe_certification
 from partime_mcmc.certify.independent import certify, certify_held, certify_with_records, hold
 from partime_mcmc.certify.step_record import record
 from partime_mcmc.engine.dynamics import rollout
@@ -569,6 +569,18 @@ def test_short_chains(num_steps, precision):
         assert not bool(certify(kernel, initial, path.at[0, 0].add(1.0), tape).certified)
 
 
+def test_ranks_are_those_of_sorted_numbers(precision):
+    rng = np.random.default_rng(7)
+    path = rng.normal(size=(30, 6)) * 10.0 ** rng.integers(-30, 30, size=6)
+    path[:, 1], path[::2, 2], path[3, 3] = 0, -1, np.inf
+    path[[4, 5], 4], path[6, 5] = [np.nan, -np.nan], -np.inf
+    path = path.astype(precision)
+    for rank in (0, 1, 7, 22, 28, 29):
+        np.testing.assert_array_equal(
+            _of_rank(jnp.asarray(path), rank), np.sort(path, axis=0)[rank]
+        )
+
+
 def test_how_certificates_were_made_is_said_in_words():
     words = {
         (True,): "by an independent pass",
@@ -587,3 +599,15 @@ def test_a_refused_proposal_of_a_known_energy_is_finite():
     assert not record(state, SimpleNamespace(**refused, energy=jnp.ones(()))).nonfinite
     assert record(state, SimpleNamespace(**refused)).nonfinite
     assert record(state, SimpleNamespace(**refused, energy=jnp.array(jnp.nan))).nonfinite
+
+
+@pytest.mark.parametrize("shown, hidden", [([1.0, 2.0], True), ([1.0, 3.0], False)])
+def test_a_proposal_that_differs_in_one_coordinate_is_shown(shown, hidden):
+    """One that is the state returned is none: it was not finite if its probability is exactly 0."""
+    state = SimpleNamespace(position=jnp.array([1.0, 2.0]))
+    proposal = SimpleNamespace(position=jnp.array(shown))
+    found = record(
+        state,
+        SimpleNamespace(acceptance_rate=jnp.zeros(()), is_accepted=False, proposal=proposal),
+    )
+    assert bool(found.nonfinite) == hidden
