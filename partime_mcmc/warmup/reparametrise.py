@@ -38,6 +38,8 @@ _NUM_DRAWS, _MOST_CHAINS = 512, 32
 # Where the second of the first fit's descents begins.
 _OTHER_START = 0.5
 _MAX_ITERATIONS = 15
+# A descent ends where a step changes J by so little of it: draws say less of it than that.
+RELATIVE_CHANGE = 1e-5
 # What J must fall by on draws that did not take part.
 _LEAST_GAIN = 0.1
 _TINY = 1e-30
@@ -125,7 +127,7 @@ def learn_map(
             jac=True,
             method="L-BFGS-B",
             bounds=[(0, 1)] * len(begin),
-            options={"maxiter": _MAX_ITERATIONS},
+            options={"maxiter": _MAX_ITERATIONS, "ftol": RELATIVE_CHANGE},
         )
 
     start = ravelled(leaves)

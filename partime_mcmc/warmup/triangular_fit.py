@@ -31,7 +31,7 @@ from partime_mcmc.kernels.triangular_map import TriangularMap
 from partime_mcmc.types import PyTree
 from partime_mcmc.warmup.hmc_batch import HMCBatchResult, usual_seconds
 from partime_mcmc.warmup.metric import DenseMetric, root_of
-from partime_mcmc.warmup.reparametrise import half_log_det
+from partime_mcmc.warmup.reparametrise import RELATIVE_CHANGE, half_log_det
 
 # Beyond, a map is not looked for: J needs a dense covariance, and more draws than a window has.
 _MOST_DIMENSIONS = 300
@@ -338,7 +338,7 @@ def _fitted(
         jac=True,
         method="L-BFGS-B",
         bounds=bounds,
-        options={"maxiter": _MAX_ITERATIONS},
+        options={"maxiter": _MAX_ITERATIONS, "ftol": RELATIVE_CHANGE},
     )
     return unpacked(end.x), end.fun
 

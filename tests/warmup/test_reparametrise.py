@@ -117,7 +117,8 @@ def test_a_later_fit_goes_on_from_the_minima_of_the_one_before(monkeypatch):
     first = learn_map(found, draws, np.ones(NUM_GROUPS + 1))
     num_first = len(calls)
     again = learn_map(found, draws, np.ones(NUM_GROUPS + 1), first.minima)
-    assert len(first.minima) == 2 and len(calls) - num_first < num_first / 2
+    # One descent instead of two.
+    assert len(first.minima) == 2 and len(calls) - num_first <= num_first / 2
     # The same draws: the minimum is where it was, to the accuracy at which descents end.
     assert again.after == pytest.approx(first.after, abs=0.01)
     np.testing.assert_allclose(again.minima[0], first.minima[0], atol=0.05)
