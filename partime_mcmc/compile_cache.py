@@ -106,7 +106,8 @@ def keep_on_disk() -> pathlib.Path | None:
     """Have JAX keep compiled programs in the user's cache folder, so that the next process does not compile them again.
 
     What the user has chosen stays: JAX's own setting `jax_compilation_cache_dir`, or the environment variable
-    `PARTIME_CACHE`, which is another folder, or 0 for none.
+    `PARTIME_CACHE`, which is another folder, or 0 for none. Programs in the folder are executed: only those whose code one would
+    run should be able to write there.
 
     Returns:
         The folder; None where programs are not kept, or not by this package.
