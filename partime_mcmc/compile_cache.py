@@ -107,8 +107,8 @@ def keep_on_disk() -> pathlib.Path | None:
     """Have JAX keep compiled programs in the user's cache folder, so that the next process does not compile them again.
 
     What the user has chosen stays: JAX's own setting `jax_compilation_cache_dir`, or the environment variable
-    `PARTIME_CACHE`, which is another folder, or 0 for none. Programs in the folder are executed: only those whose code one would
-    run should be able to write there.
+    `PARTIME_CACHE`, which is another folder, 0 for none, or 1 for the usual one. Programs in the folder are executed: only
+    those whose code one would run should be able to write there.
 
     Returns:
         The folder; None where programs are not kept, or not by this package.
@@ -116,7 +116,8 @@ def keep_on_disk() -> pathlib.Path | None:
     wanted = os.environ.get("PARTIME_CACHE", "")
     if wanted == "0" or jax_config.jax_compilation_cache_dir:
         return None
-    folder = pathlib.Path(wanted) if wanted else platformdirs.user_cache_path("partime_mcmc")
+    usual = platformdirs.user_cache_path("partime_mcmc")
+    folder = usual if wanted in ("", "1") else pathlib.Path(wanted)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

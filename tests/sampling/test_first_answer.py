@@ -205,6 +205,7 @@ def test_programs_are_kept_on_disk(tmp_path):
     assert folder == used == str(ours) and hits == "0"
     assert int(process(PARTIME_CACHE=str(ours))[1]) >= 1
     assert process(PARTIME_CACHE="0") == ["None", "0", "None"]
+    assert process(PARTIME_CACHE="1")[0] == process()[0] != "None", "on is no folder's name"
     assert process(JAX_COMPILATION_CACHE_DIR=str(users)) == ["None", "0", str(users)]
     assert process(PARTIME_CACHE="/proc/none")[0] == "None"
 
