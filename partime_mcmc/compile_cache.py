@@ -213,28 +213,27 @@ class _KeptProgram:
 
     def __init__(self, entry: tuple, args: tuple):
         *parts, elsewhere = entry
-        self._folder, self._args = keep_on_disk(), args
-        known = self._folder is not None and not elsewhere
-        self._name = (
-            kept_programs.name_of(*parts, versions(), os.environ.get("XLA_FLAGS"))
-            if known
-            else None
+        folder, self._args = keep_on_disk(), args
+        settings = versions(), os.environ.get("XLA_FLAGS")
+        self._path = (
+            None
+            if folder is None or elsewhere
+            else kept_programs.path_of(folder, *parts, *settings)
         )
 
     def load(self) -> jax.stages.Compiled | None:
         """The program; None if it has to be compiled."""
-        return (
-            None if self._name is None else kept_programs.load(self._folder, self._name, self._args)
-        )
+        return None if self._path is None else kept_programs.load(self._path, self._args)
 
     def made(self, lowered: jax.stages.Lowered, options: Any) -> jax.stages.Compiled:
         """The program compiled, which is written in a thread of its own."""
-        if self._name is None:
+        path = self._path
+        if path is None:
             return lowered.compile(options)
         program, anew = kept_programs.compiled_anew(lowered, options)
         # jaxlib registers what it calls of a library when a program is lowered: loaded in a process without that it would crash.
         if anew and overlaps(program):
-            in_thread(lambda: kept_programs.save(self._folder, self._name, program))
+            in_thread(lambda: kept_programs.save(path, program))
         return program
 
 

@@ -61,15 +61,19 @@ def name_of(*parts: Any) -> str | None:
     return digest.hexdigest()
 
 
-def load(folder: pathlib.Path, name: str, args: PyTree) -> jax.stages.Compiled | None:
+def path_of(folder: pathlib.Path, *parts: Any) -> pathlib.Path | None:
+    """Where a program lies in a folder; None where it has no name (`name_of`)."""
+    name = name_of(*parts)
+    return None if name is None else folder / f"{name}{_SUFFIX}"
+
+
+def load(path: pathlib.Path, args: PyTree) -> jax.stages.Compiled | None:
     """A program from disk; None if it is not there, or not in a state to be used.
 
     Args:
-        folder: Where programs are kept.
-        name: From `name_of`.
+        path: From `path_of`.
         args: Of the program.
     """
-    path = folder / f"{name}{_SUFFIX}"
     try:
         kept = path.read_bytes()
         digest, data = kept[:_DIGEST], kept[_DIGEST:]
@@ -113,12 +117,11 @@ def compiled_anew(lowered: jax.stages.Lowered, options: Any) -> tuple[jax.stages
     return lowered.compile(options), getattr(_TAKEN, "count", 0) == before
 
 
-def save(folder: pathlib.Path, name: str, program: jax.stages.Compiled) -> None:
+def save(path: pathlib.Path, program: jax.stages.Compiled) -> None:
     """Keep a program on disk, if it can be; a full disk or a structure that cannot be written is no error.
 
     Args:
-        folder: Where programs are kept.
-        name: From `name_of`.
+        path: From `path_of`.
         program: Compiled for one device.
     """
     with contextlib.suppress(Exception):
@@ -126,10 +129,10 @@ def save(folder: pathlib.Path, name: str, program: jax.stages.Compiled) -> None:
         data = pickle.dumps((written, jax.tree.unflatten(structure, range(structure.num_leaves))))
         if jax.tree.structure(pickle.loads(data)[1]) == structure:
             # Several processes may write it at a time.
-            with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
                 file.write(_digest(data) + data)
-            os.replace(file.name, folder / f"{name}{_SUFFIX}")
-            _make_room(folder)
+            os.replace(file.name, path)
+            _make_room(path.parent)
 
 
 def _digest(data: bytes) -> bytes:

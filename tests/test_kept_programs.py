@@ -129,22 +129,22 @@ def program(function=lambda x: {"a": (jnp.sin(x), x + 1)}):
 
 def test_a_program_comes_back(tmp_path):
     made = program()
-    save(tmp_path, "name", made)
-    again = load(tmp_path, "name", NUMBERS)
+    save(tmp_path / "name.program", made)
+    again = load(tmp_path / "name.program", NUMBERS)
     for one, two in zip(jax.tree.leaves(again(*NUMBERS)), jax.tree.leaves(made(*NUMBERS))):
         np.testing.assert_array_equal(one, two)
     assert jax.tree.structure(again(*NUMBERS)) == jax.tree.structure(made(*NUMBERS))
-    assert load(tmp_path, "other", NUMBERS) is None
+    assert load(tmp_path / "other.program", NUMBERS) is None
     assert [path.name for path in tmp_path.iterdir()] == ["name.program"]
 
 
 def test_a_damaged_file_goes(tmp_path):
-    save(tmp_path, "name", program())
+    save(tmp_path / "name.program", program())
     path = tmp_path / "name.program"
     whole = path.read_bytes()
     for damaged in (b"", whole[:-1], whole[:100] + b"\\0" + whole[101:]):
         path.write_bytes(damaged)
-        assert load(tmp_path, "name", NUMBERS) is None and not path.exists()
+        assert load(tmp_path / "name.program", NUMBERS) is None and not path.exists()
 
 
 def test_what_cannot_be_written_is_no_error(tmp_path):
@@ -157,22 +157,22 @@ def test_what_cannot_be_written_is_no_error(tmp_path):
     jax.tree_util.register_pytree_node(
         Result, lambda one: ((one.x,), None), lambda _, x: Result(*x)
     )
-    save(tmp_path, "result", program(Result))
+    save(tmp_path / "result.program", program(Result))
     file = tmp_path / "file"
     file.write_text("")
-    save(file, "folder", program())
+    save(file / "name.program", program())
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_those_that_were_not_wanted_for_longest_make_room(tmp_path, monkeypatch):
     made = program()
     for index in range(3):
-        save(tmp_path, str(index), made)
+        save(tmp_path / f"{index}.program", made)
         os.utime(tmp_path / f"{index}.program", (index, index))
     size = (tmp_path / "0.program").stat().st_size
-    assert load(tmp_path, "0", NUMBERS) is not None, "wanted now"
+    assert load(tmp_path / "0.program", NUMBERS) is not None, "wanted now"
     monkeypatch.setattr(kept_programs, "_MOST_BYTES", 3 * size)
-    save(tmp_path, "3", made)
+    save(tmp_path / "3.program", made)
     assert {path.stem for path in tmp_path.iterdir()} == {"0", "2", "3"}
 
 
