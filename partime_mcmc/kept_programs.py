@@ -178,7 +178,7 @@ def _parts(value: Any) -> tuple:
     if isinstance(value, Explicit):
         if value.text is None:
             raise _Unknown
-        return value.text, value.structure, *map(str, (one.aval for one in value.jaxpr.constvars))
+        return value.text, value.structure
     if isinstance(value, HashableFunction):
         return value.parts
     if isinstance(value, functools.partial):

@@ -249,3 +249,6 @@ print(json.dumps([anew(), anew(), kept(lambda data, x: jnp.linalg.cholesky(x)), 
 
 def test_what_would_not_work_is_not_written(tmp_path):
     assert process(TWICE, cache=tmp_path) == [True, False, 0, 1]
+    for path in tmp_path.glob("*.program"):
+        path.unlink()
+    assert process(TWICE, cache=tmp_path) == [False, False, 0, 0], "JAX has them"
