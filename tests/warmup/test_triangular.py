@@ -160,6 +160,17 @@ def test_where_a_neck_leads_becomes_as_exact_as_the_neck_is_narrow(seed):
     assert exact < width < rough
 
 
+def test_longer_windows_make_the_same_scales_more_exact():
+    """By less than the divergence must fall for other scales."""
+    errors = []
+    for seed in range(6):
+        first = learn_triangular_map(None, neal(seed, 32, lowest=-5, origin=3))
+        again = learn_triangular_map(first, neal(seed + 100, 128, lowest=-np.inf, origin=3))
+        errors.append([np.abs(found.origin[1:] - 3).max() for found in (first, again)])
+    before, after = np.median(errors, axis=0)
+    assert after < before / 3
+
+
 def test_draws_in_single_precision_lead_to_a_map_of_it():
     found = learn_triangular_map(None, funnel_draws(dtype=np.float32))
     assert all(leaf.dtype in (np.float32, np.int32) for leaf in jax.tree.leaves(found))
