@@ -170,6 +170,16 @@ def is_library(file: str | None) -> bool:
     )
 
 
+# Packages by whose versions programs on disk are known.
+VERSIONED = ("partime_mcmc", "jax", "jaxlib", "numpyro", "blackjax", "numpy")
+
+
+def has_version(file: str) -> bool:
+    """Whether a file is this package's, or that of an installed package in `VERSIONED`."""
+    folder, _, package = file.rpartition("-packages/")
+    return file.startswith(_OWN_FOLDER) or bool(folder) and package.split("/")[0] in VERSIONED
+
+
 def data_read_by(function: Callable) -> tuple[dict[tuple, Any], list[Any]]:
     """What a function reads besides its arguments.
 

@@ -31,6 +31,7 @@ import platformdirs
 from jax.experimental.compilation_cache import compilation_cache
 
 from partime_mcmc import kept_programs
+from partime_mcmc.captured_data import VERSIONED
 from partime_mcmc.executions import executing, overlaps
 from partime_mcmc.tracing import OnceCache, explicit
 from partime_mcmc.types import PyTree, jax_config, nan_is_a_value
@@ -347,10 +348,7 @@ def device() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what decides about bits, by package."""
-    return {
-        name: _version(name)
-        for name in ("partime_mcmc", "jax", "jaxlib", "blackjax", "numpyro", "numpy")
-    }
+    return {name: _version(name) for name in VERSIONED}
 
 
 @functools.cache

@@ -31,6 +31,7 @@ import jax
 import numpy as np
 from jax.experimental import serialize_executable
 
+from partime_mcmc.captured_data import VERSIONED
 from partime_mcmc.tracing import Explicit, HashableFunction
 from partime_mcmc.types import PyTree, jax_config
 
@@ -39,7 +40,6 @@ _MOST_BYTES = 2**29
 _SUFFIX = ".program"
 _DIGEST = 20
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, np.dtype, np.generic)
-_LIBRARIES = ("partime_mcmc", "jax", "jaxlib", "numpyro", "blackjax", "numpy")
 
 
 class _Unknown(Exception):
@@ -197,7 +197,7 @@ def _parts(value: Any) -> tuple:
 def _place(value: Any) -> str:
     """Where a class or function is found: those of other libraries than these have no version here, and local ones no name."""
     module, name = getattr(value, "__module__", None) or "", value.__qualname__
-    if module.split(".")[0] not in (*_LIBRARIES, "builtins", "collections", "functools"):
+    if module.split(".")[0] not in (*VERSIONED, "builtins", "collections", "functools"):
         raise _Unknown
     if "<" in name:
         raise _Unknown

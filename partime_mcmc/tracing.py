@@ -23,7 +23,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.captured_data import data_read_by, is_library
+from partime_mcmc.captured_data import data_read_by, has_version
 from partime_mcmc.types import PyTree, Tracer, jax_config
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -273,7 +273,7 @@ def _trace(function, abstract) -> tuple[Explicit, list]:
 
 
 def _has_own_rules(jaxpr: Any) -> bool:
-    """Whether something has a derivative of the user's own, which may capture arrays that no text shows."""
+    """Whether something has a derivative of its own, which may capture arrays that no text shows, and which no version tells."""
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         # The parts of a `custom_linear_solve` are in the text.
@@ -282,7 +282,7 @@ def _has_own_rules(jaxpr: Any) -> bool:
             inner = next(filter(None, map(equation.params.get, parts)), None)
             written = getattr(getattr(inner, "jaxpr", inner), "debug_info", None)
             _, _, place = getattr(written, "func_src_info", "").rpartition(" at ")
-            if not place or not is_library(place.rpartition(":")[0]):
+            if not place or not has_version(place.rpartition(":")[0]):
                 return True
         if any(map(_has_own_rules, _inner_jaxprs(equation))):
             return True

@@ -123,6 +123,21 @@ def test_what_has_no_description_is_not_kept():
     assert name_of(_Walk(hmc, 16)) is not None
 
 
+@pytest.mark.parametrize("package, is_known", [("jax", True), ("numpyro", True), ("theirs", False)])
+def test_derivatives_are_known_by_the_version_of_their_package(package, is_known, tmp_path):
+    """A newer version may have another derivative of the same function."""
+    file = tmp_path / "site-packages" / package / "rules.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(
+        "import jax\n@jax.custom_jvp\ndef same(x):\n    return x * 1\n"
+        "same.defjvp(lambda values, slopes: (values[0], 2 * slopes[0]))\n"
+    )
+    rules = {}
+    exec(compile(file.read_text(), str(file), "exec"), rules)
+    found = traced(lambda data, x: rules["same"](x))
+    assert (name_of(_Walk(found, 16)) is not None) == is_known
+
+
 def program(function=lambda x: {"a": (jnp.sin(x), x + 1)}):
     return jax.jit(function).lower(*NUMBERS).compile()
 
