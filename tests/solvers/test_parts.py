@@ -105,6 +105,7 @@ def test_relaxing_damping_is_bounded():
     assert last(np.ones(30)) == pytest.approx(1e-4 * 1e4, rel=1e-5)
     assert last([1.0, 0.5]) == pytest.approx(1e-4 * 0.5 * 0.5)
     assert last([1.0, 2.0]) == pytest.approx(1e-4 * 4 * 2)
+    assert last([1.0, *[3.0] * 30]) == pytest.approx(1e4 * 1e-4)
 
 
 @pytest.mark.parametrize("kind", [Dense, Diagonal])
@@ -260,6 +261,22 @@ def test_a_scan_in_one_segment_is_the_loop(direction, double):
     np.testing.assert_allclose(path, wanted[::direction], rtol=1e-12)
     assert float(report.evaluations) == 1 and float(report.gap) == 0
     assert not report.parallel and int(report.corrected) == int(report.probe_steps) == 0
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+def test_the_gap_where_segments_meet_is_the_largest_residual(direction, double):
+    _, initial, _, _ = linear(False)
+    drives = jnp.asarray(np.random.default_rng(1).normal(size=(8192, D)))
+    step = lambda a, x, u: jnp.tanh(a * x + u)
+    path, report = segmented_scan(
+        step, 0.5, initial, drives, (1e-3, 0.0), SegmentedScanConfig(8), direction=direction
+    )
+    assert report.parallel
+    path, drives = path[::direction], drives[::direction]
+    previous = jnp.concatenate([initial[None], path[:-1]])
+    residual = np.abs(step(0.5, previous, drives) - path).max()
+    assert 0 < residual <= 1e-3
+    np.testing.assert_allclose(report.gap, residual, rtol=1e-9)
 
 
 @pytest.mark.parametrize("allowed, rolls", [(1.2e-3, 2), (1.15e-3, 3)])
