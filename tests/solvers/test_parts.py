@@ -12,7 +12,16 @@ from partime_mcmc import residual
 from partime_mcmc.engine import Dynamics
 from partime_mcmc.engine.adjoint import _in_blocks
 from partime_mcmc.engine.dynamics import CachedStep, rollout_with_aux
-from partime_mcmc.engine.recipes import deer, elk, quasi_deer, quasi_elk, shooting
+from partime_mcmc.engine.recipes import (
+    deer,
+    elk,
+    jacobi,
+    picard,
+    quasi_deer,
+    quasi_elk,
+    sequential,
+    shooting,
+)
 from partime_mcmc.engine.solution import Bound, Status, Tolerance
 from partime_mcmc.engine.solve import solve
 from partime_mcmc.engine.time_axis import REMEMBERED, LocalTime, recent_sizes
@@ -86,6 +95,12 @@ def step_of(still, params, x, u):
 def test_quasi_deer_clips_at_one_unless_told_otherwise():
     assert quasi_deer() == quasi_deer(clip=1.0) != quasi_deer(clip=None)
     assert deer() == deer(clip=None)
+
+
+def test_numbers_that_linear_maps_take():
+    """Per step of five numbers; Kalman's smoother has three maps, and diagonals of a filter count as much as its states."""
+    solvers = sequential(), shooting(), picard(), jacobi(), deer(), quasi_deer(), elk(), quasi_elk()
+    assert [solver.map_size(5) for solver in solvers] == [0, 0, 0, 0, 25, 5, 75, 15]
 
 
 def test_relaxing_damping_is_bounded():
