@@ -38,8 +38,9 @@ _NUM_DRAWS, _MOST_CHAINS = 512, 32
 # Where the second of the first fit's descents begins.
 _OTHER_START = 0.5
 _MAX_ITERATIONS = 15
-# A descent ends where a step changes J by so little of it: draws say less of it than that.
-RELATIVE_CHANGE = 1e-5
+# A descent ends where a step changes J by so little of it. (With 1e-5 an item response model of 144 coordinates lost a third of its
+# effective draws: its valleys are flat.)
+_RELATIVE_CHANGE = 1e-7
 # What J must fall by on draws that did not take part.
 _LEAST_GAIN = 0.1
 _TINY = 1e-30
@@ -127,7 +128,7 @@ def learn_map(
             jac=True,
             method="L-BFGS-B",
             bounds=[(0, 1)] * len(begin),
-            options={"maxiter": _MAX_ITERATIONS, "ftol": RELATIVE_CHANGE},
+            options={"maxiter": _MAX_ITERATIONS, "ftol": _RELATIVE_CHANGE},
         )
 
     start = ravelled(leaves)

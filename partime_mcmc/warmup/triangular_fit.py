@@ -31,7 +31,7 @@ from partime_mcmc.kernels.triangular_map import TriangularMap
 from partime_mcmc.types import PyTree
 from partime_mcmc.warmup.hmc_batch import HMCBatchResult, usual_seconds
 from partime_mcmc.warmup.metric import DenseMetric, root_of
-from partime_mcmc.warmup.reparametrise import RELATIVE_CHANGE, half_log_det
+from partime_mcmc.warmup.reparametrise import half_log_det
 
 # Beyond, a map is not looked for: J needs a dense covariance, and more draws than a window has.
 _MOST_DIMENSIONS = 300
@@ -44,6 +44,8 @@ _DEPENDENT = 0.25
 # Scales of one round: what widens coordinates so similarly, by the cosine, is not chosen together.
 _ALIKE = 0.5
 _MOST_SCALES, _MAX_ROUNDS, _MAX_ITERATIONS = 32, 6, 30
+# A descent ends where a step changes J by so little of it: draws say less of it than that.
+_RELATIVE_CHANGE = 1e-5
 _PENALTY, _SMALL = 0.02, 0.02
 # Columns that a map has at least.
 _LEAST_ROOM = 4
@@ -338,7 +340,7 @@ def _fitted(
         jac=True,
         method="L-BFGS-B",
         bounds=bounds,
-        options={"maxiter": _MAX_ITERATIONS, "ftol": RELATIVE_CHANGE},
+        options={"maxiter": _MAX_ITERATIONS, "ftol": _RELATIVE_CHANGE},
     )
     return unpacked(end.x), end.fun
 
