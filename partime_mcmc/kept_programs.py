@@ -8,8 +8,8 @@ longer than to load it. Here a program is known by what it is made from:
     its arguments     structure, shapes and types
     everything else   this package's source, versions of libraries, JAX's settings, the compiler's options, the processor
 
-What has a part that none of this describes is not kept: a function of the user's that was not traced, or one whose text does not
-say all that it computes (`tracing.Explicit.text`).
+What has a part that none of this describes is not kept: a function of the user's that was not traced, or one whose text and
+versions do not say all that it computes (`tracing.Explicit`).
 """
 
 import contextlib
@@ -176,7 +176,7 @@ def _parts(value: Any) -> tuple:
     if isinstance(value, jax.tree_util.PyTreeDef):
         return jax.tree_util.treedef_is_leaf(value), value.node_data(), *value.children()
     if isinstance(value, Explicit):
-        if value.text is None:
+        if value.text is None or not value.has_known_rules:
             raise _Unknown
         return value.text, value.structure
     if isinstance(value, HashableFunction):

@@ -15,6 +15,7 @@ import functools
 import math
 import re
 import threading
+from collections.abc import Iterator
 from typing import Any, Callable, NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.captured_data import data_read_by, has_version
+from partime_mcmc.captured_data import data_read_by, has_version, is_library
 from partime_mcmc.types import PyTree, Tracer, jax_config
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -82,10 +83,15 @@ class Explicit:
         if (
             inner_arrays(self.jaxpr)
             or primitives_of(self.jaxpr) & _CALLBACKS
-            or _has_own_rules(self.jaxpr)
+            or not all(map(is_library, _places_of_rules(self.jaxpr)))
         ):
             return None
         return _ADDRESS.sub("", str(self.jaxpr))
+
+    @property
+    def has_known_rules(self) -> bool:
+        """Whether derivatives of their own come from packages whose versions tell them."""
+        return all(map(has_version, _places_of_rules(self.jaxpr)))
 
     @property
     def result(self) -> PyTree:
@@ -272,8 +278,8 @@ def _trace(function, abstract) -> tuple[Explicit, list]:
     return step, [_as_array(one) for one in consts]
 
 
-def _has_own_rules(jaxpr: Any) -> bool:
-    """Whether something has a derivative of its own, which may capture arrays that no text shows, and which no version tells."""
+def _places_of_rules(jaxpr: Any) -> Iterator[str]:
+    """Files of what has a derivative of its own, which may capture arrays that no text shows; empty where that is not known."""
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         # The parts of a `custom_linear_solve` are in the text.
@@ -282,11 +288,9 @@ def _has_own_rules(jaxpr: Any) -> bool:
             inner = next(filter(None, map(equation.params.get, parts)), None)
             written = getattr(getattr(inner, "jaxpr", inner), "debug_info", None)
             _, _, place = getattr(written, "func_src_info", "").rpartition(" at ")
-            if not place or not has_version(place.rpartition(":")[0]):
-                return True
-        if any(map(_has_own_rules, _inner_jaxprs(equation))):
-            return True
-    return False
+            yield place.rpartition(":")[0]
+        for inner in _inner_jaxprs(equation):
+            yield from _places_of_rules(inner)
 
 
 def _has_hash(origin: Any) -> bool:
