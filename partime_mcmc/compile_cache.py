@@ -232,9 +232,14 @@ class _KeptProgram:
         if path is None:
             return lowered.compile(options)
         program, anew = kept_programs.compiled_anew(lowered, options)
-        # jaxlib registers what it calls of a library when a program is lowered: loaded in a process without that it would crash.
-        if anew and overlaps(program):
-            in_thread(lambda: kept_programs.save(path, program))
+
+        def save():
+            # jaxlib registers what it calls of a library when a program is lowered: loaded in a process without that it would crash.
+            if overlaps(program):
+                kept_programs.save(path, program)
+
+        if anew:
+            in_thread(save)
         return program
 
 

@@ -129,9 +129,10 @@ def save(path: pathlib.Path, program: jax.stages.Compiled) -> None:
         data = pickle.dumps((written, jax.tree.unflatten(structure, range(structure.num_leaves))))
         if jax.tree.structure(pickle.loads(data)[1]) == structure:
             # Several processes may write it at a time.
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-                file.write(_digest(data) + data)
-            os.replace(file.name, path)
+            with tempfile.TemporaryDirectory(dir=path.parent) as own:
+                whole = pathlib.Path(own, path.name)
+                whole.write_bytes(_digest(data) + data)
+                whole.replace(path)
             _make_room(path.parent)
 
 

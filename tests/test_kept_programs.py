@@ -157,7 +157,7 @@ def test_a_damaged_file_goes(tmp_path):
     save(tmp_path / "name.program", program())
     path = tmp_path / "name.program"
     whole = path.read_bytes()
-    for damaged in (b"", whole[:-1], whole[:100] + b"\\0" + whole[101:]):
+    for damaged in (b"", whole[:-1], whole[:100] + bytes([whole[100] ^ 1]) + whole[101:]):
         path.write_bytes(damaged)
         assert load(tmp_path / "name.program", NUMBERS) is None and not path.exists()
 

@@ -29,7 +29,6 @@ from scipy.optimize import minimize
 from partime_mcmc.compile_cache import Timings, run_program
 from partime_mcmc.kernels.coordinates import CoordinateMap
 from partime_mcmc.kernels.metric_root import Root, dual, times, transposed_times
-from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import PyTree
 from partime_mcmc.warmup.hmc_batch import HMCBatchResult
 
@@ -209,15 +208,8 @@ _FAR = 1e10
 
 def _moved(found, weights, y, g, slope_y, slope_g) -> tuple:
     """y, g and log densities' changes with other weights, and the derivative of ⟨slopes, (y, g)⟩ by the weights."""
-    moved = run_program(_Move(), found, weights, y, g, slope_y, slope_g, timings=Timings())
+    moved = run_program(_move, found, weights, y, g, slope_y, slope_g, timings=Timings())
     return jax.tree.map(np.asarray, moved)
-
-
-class _Move(HashableFunction):
-    """`_moved` on the device."""
-
-    def __call__(self, *arrays):
-        return _move(*arrays)
 
 
 def _move(found, weights: PyTree, y, g, slope_y, slope_g):
