@@ -35,8 +35,8 @@ from partime_mcmc.captured_data import VERSIONED
 from partime_mcmc.tracing import Explicit, HashableFunction
 from partime_mcmc.types import PyTree, jax_config
 
-# Of programs on disk; those that were not wanted for longest make room.
-_MOST_BYTES = 2**29
+# Of programs on disk, JAX's own among them; those that were not wanted for longest make room.
+_MOST_BYTES = 2**30
 _SUFFIX = ".program"
 _DIGEST = 20
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, np.dtype, np.generic)
@@ -52,13 +52,11 @@ def name_of(*parts: Any) -> str | None:
     Args:
         *parts: What it belongs to: its function, the structure of its arguments, their shapes and types, options.
     """
-    digest = hashlib.blake2b(digest_size=_DIGEST)
     try:
-        for word in _described((*parts, _process(), _of_jax())):
-            digest.update(word.encode())
+        words = _described((*parts, _process(), _of_jax()))
+        return _digest("".join(words).encode()).hex()
     except _Unknown:
         return None
-    return digest.hexdigest()
 
 
 def path_of(folder: pathlib.Path, *parts: Any) -> pathlib.Path | None:
@@ -133,23 +131,33 @@ def save(path: pathlib.Path, program: jax.stages.Compiled) -> None:
                 whole = pathlib.Path(own, path.name)
                 whole.write_bytes(_digest(data) + data)
                 whole.replace(path)
-            _make_room(path.parent)
 
 
 def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=_DIGEST).digest()
 
 
-def _make_room(folder: pathlib.Path) -> None:
-    files = [
-        (path.stat().st_mtime, path.stat().st_size, path) for path in folder.glob(f"*{_SUFFIX}")
-    ]
-    total = sum(size for _, size, _ in files)
-    for _, size, path in sorted(files):
-        if total <= _MOST_BYTES:
-            break
-        path.unlink(missing_ok=True)
-        total -= size
+# JAX's own programs, and what it wrote beside them while it counted their bytes itself.
+_OF_JAX = ("-cache", "-atime")
+
+
+def make_room(folder: pathlib.Path) -> None:
+    """Delete the programs that were not wanted for longest, this package's and JAX's, until the others fit in 1 GiB.
+
+    Meant for the end of a process: to look at all files of a folder takes a tenth of a second where there are many.
+    """
+    with contextlib.suppress(OSError):
+        files = [
+            (max(about.st_atime, about.st_mtime), about.st_size, one.path)
+            for one in os.scandir(folder)
+            if one.name.endswith((_SUFFIX, *_OF_JAX)) and (about := one.stat())
+        ]
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if total <= _MOST_BYTES:
+                break
+            pathlib.Path(path).unlink(missing_ok=True)
+            total -= size
 
 
 def _described(value: Any) -> Iterator[str]:
@@ -217,9 +225,9 @@ def _of_jax() -> tuple:
 @functools.cache
 def _process() -> tuple:
     """What decides about programs in this process as a whole."""
-    source = hashlib.blake2b(digest_size=_DIGEST)
-    for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
-        source.update(path.read_bytes())
+    # In one piece: while it digests, Python gives up its lock, and other threads that compile are slow to give it back.
+    files = sorted(pathlib.Path(__file__).parent.rglob("*.py"))
+    source = _digest(b"".join(path.read_bytes() for path in files))
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
         processor = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
@@ -227,7 +235,7 @@ def _process() -> tuple:
         processor = [platform.processor()]
     devices = [f"{one.platform} {one.device_kind}" for one in jax.devices()]
     return (
-        source.hexdigest(),
+        source.hex(),
         platform.python_version(),
         platform.machine(),
         tuple(processor),

@@ -381,8 +381,9 @@ def is_jaxpr(value: Any) -> bool:
 
 
 def _as_array(const):
-    # A copy: an array that shares memory with one of NumPy's would change with it, in the middle of a run.
-    return const if isinstance(const, (jax.Array, Tracer)) else jnp.array(np.asarray(const))
+    # A copy: an array that shares memory with one of NumPy's would change with it, in the middle of a run. Made by NumPy, since
+    # JAX would compile a program for every shape.
+    return const if isinstance(const, (jax.Array, Tracer)) else jax.device_put(np.array(const))
 
 
 def _inner_jit(equation):

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from partime_mcmc.compile_cache import compiler_options
 from partime_mcmc.tracing import explicit, is_jaxpr
 from partime_mcmc.types import Array, PyTree
 from partime_mcmc.validation import InvalidStart
@@ -245,7 +246,7 @@ def _compiled_derivative(logdensity: LogDensity, position: PyTree, name: str) ->
 def _compiled(function: Callable, example: PyTree) -> Callable:
     """`jax.jit` with captured arrays as arguments: as constants XLA would spend its time folding them."""
     step, (captured, _) = explicit(function, example)
-    run = jax.jit(step)
+    run = jax.jit(step, compiler_options=compiler_options(0))
     return lambda position: run((captured, position))
 
 

@@ -370,6 +370,12 @@ class ParallelMCMC(MCMC):
             return super().get_extra_fields(group_by_chain)
         return {name: value for name, value in fields.items() if name != "z"}
 
+    def _get_states_flat(self) -> Any:
+        """As NumPyro's, which compiles a program for every shape."""
+        if self._states_flat is None and self._states is not None:
+            self._states_flat = jax.tree.map(_flat, self._states)
+        return self._states_flat
+
     def print_summary(self, prob: float = 0.9, exclude_deterministic: bool = True) -> None:
         """The verdict, then as NumPyro's; of draws in a store, which are in memory meanwhile, too."""
         in_memory = self._states
@@ -564,6 +570,15 @@ class ParallelMCMC(MCMC):
             self._known = (data, target, self.sampler._posterior)
         _, target, self.sampler._posterior = self._known
         return target
+
+
+def _flat(leaf: Any) -> Any:
+    """`(C, T, ...)` as `(C T, ...)`, where the host has the numbers without a program."""
+    shape = (leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
+    in_place = jax.default_backend() == "cpu" and not getattr(leaf, "committed", False)
+    if in_place and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.device_put(np.asarray(leaf).reshape(shape))
+    return jnp.reshape(leaf, shape)
 
 
 def _has_numbers(tree: PyTree) -> bool:

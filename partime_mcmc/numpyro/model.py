@@ -180,10 +180,18 @@ class Posterior:
         def initial(key: Key) -> PyTree:
             return inside(key)[0]
 
+        def shapes() -> PyTree:
+            wide = jnp.result_type(float)
+            return {
+                name: jax.ShapeDtypeStruct(one.shape, wide) for name, one in self.shapes.items()
+            }
+
         def constrain(position: PyTree) -> dict[str, Array]:
             position, _ = _without_own_coordinate(position)
             return constrain_fn(prepared, (), {}, position, return_deterministic=True)
 
+        # To trace NumPyro's search takes a tenth of a second.
+        initial.shapes = shapes
         # With other data these are the same functions of other arrays.
         origin = self.run.model, has_discrete, is_empty
         logdensity.origin, constrain.origin = ("density", *origin), ("constrain", *origin)

@@ -44,7 +44,7 @@ from partime_mcmc.sampling.executor import (
 )
 from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.sampling.progress import Progress
-from partime_mcmc.sampling.randomness import draw_tapes, shapes_of_tapes
+from partime_mcmc.sampling.randomness import compile_begin, draw_tapes, shapes_of_tapes
 from partime_mcmc.solvers import Sequential, Solver
 from partime_mcmc.solvers.sequential import finish_sequentially
 from partime_mcmc.tracing import HashableFunction, explicit
@@ -178,12 +178,13 @@ def _window_solver(plan: Plan, size: int, timings: Timings) -> tuple[Callable, i
     return solve, size
 
 
-def compile_first_chunk(plan: Plan, state: ChainState) -> None:
-    """Compile the large programs of a plan's first chunk, which draw, solve and certify a window.
+def compile_first_chunk(plan: Plan, positions: PyTree, state: ChainState) -> None:
+    """Compile the large programs of a plan's first chunk, which begin, draw, solve and certify a window.
 
     Args:
         plan: The plan; its kernel may have other numbers than the kernel that will be used.
-        state: Shapes and types of where chains stand (`jax.ShapeDtypeStruct`), so that nothing runs.
+        positions: Shapes and types of one start per chain (`jax.ShapeDtypeStruct`), so that nothing runs.
+        state: Likewise of where chains stand.
     """
     timings, num_steps = Timings(), min(plan.chunk, plan.num_samples)
     initial, tape, _ = map(
@@ -191,7 +192,10 @@ def compile_first_chunk(plan: Plan, state: ChainState) -> None:
         zip(*shapes_of_tapes(plan.kernel, plan.keys, state, num_steps, plan.num_groups)),
     )
     solve_window, size = _window_solver(plan, num_steps, timings)
+    # First, since it takes longest; then what is wanted before it.
     found = solve_window(plan.recurrence, initial, _resized(tape, min(size, num_steps)))
+    compile_begin(plan.kernel, positions, plan.keys)
+    _draw(plan, state, num_steps, timings)
     kept = [(one.states, one.notes, one.defects) for one in found if one.notes is not None]
     if kept:
         paths = [
@@ -201,8 +205,6 @@ def compile_first_chunk(plan: Plan, state: ChainState) -> None:
         program, params = program_and_params(plan.kernel)
         certify, params = explicit(_Certify(program), params, *paths[0])
         compile_in_thread(certify, params, *paths[0], options=plan.compiler_options)
-    # Last: the solve takes longest, and waits for nothing.
-    _draw(plan, state, num_steps, timings)
 
 
 def _resized(tree: PyTree, num_steps: int) -> PyTree:
@@ -372,7 +374,7 @@ def _certified(
         options=plan.compiler_options,
     )
     certificate, records, last, positions = concat_chains(groups)
-    constrained = plan.target.constrained_values(positions, timings)
+    constrained = plan.target.constrained_values(positions, timings, plan.compiler_options)
     info = info_dict(records, certificate.residual.shape) | {"residual": certificate.residual}
     path = jax.tree.leaves(chains.states)[0]
     after = ChainState(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from partime_mcmc.certify.recorded import Certification, CertifyIndependently
-from partime_mcmc.compile_cache import Timings, compiler_options, run_explicit
+from partime_mcmc.compile_cache import Timings, compile_in_thread, compiler_options, run_explicit
 from partime_mcmc.engine import Dynamics, without_captures
 from partime_mcmc.host_keys import splits_by_counting
 from partime_mcmc.kernels import Kernel, Tape
@@ -46,6 +46,19 @@ def begin(kernel: Kernel, positions: PyTree, keys: Key, timings: Timings) -> Cha
         _Begin(program), params, positions, keys, timings=timings, options=compiler_options(0)
     )
     return ChainState(*found)
+
+
+def compile_begin(kernel: Kernel, positions: PyTree, keys: Key) -> None:
+    """Compile what `begin` runs, in a thread.
+
+    Args:
+        kernel: As for `begin`, as of the others only structure, shapes and types matter.
+        positions: Shapes and types suffice.
+        keys: One key per chain, shape `(C,)`.
+    """
+    program, params = program_and_params(kernel)
+    function, params = explicit(_Begin(program), params, positions, keys)
+    compile_in_thread(function, params, positions, keys, options=compiler_options(0))
 
 
 def draw_tapes(

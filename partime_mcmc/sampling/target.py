@@ -10,7 +10,7 @@ import functools
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Callable, Sequence
+from typing import Any, Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -119,23 +119,31 @@ class Target:
         # What there is to warn of is warned of where starts are made.
         with warnings.catch_warnings(action="ignore"):
             if callable(self.initial):
+                if known := getattr(self.initial, "shapes", None):
+                    return known()
                 try:
                     return _shapes_of(self.initial, jax_config.jax_enable_x64)
                 except Exception:  # a function that JAX cannot trace
                     pass
             return self.start(jax.random.key(0))
 
-    def constrained_values(self, positions: PyTree, timings: Timings) -> dict[str, Array]:
+    def constrained_values(
+        self, positions: PyTree, timings: Timings, options: dict[str, Any] | None = None
+    ) -> dict[str, Array]:
         """Named values in the model's space of positions `(C, T, ...)`.
 
         Args:
             positions: Unconstrained, leaves `(C, T, ...)`.
             timings: Where seconds are counted.
+            options: As for `compile_cache.compiled`.
         """
         if self.constrain is not None:
             return dict(
                 run_explicit(
-                    _Mapped(self.constrain, 2), None, positions, timings=timings, what="certify"
+                    *(_Mapped(self.constrain, 2), None, positions),
+                    timings=timings,
+                    what="certify",
+                    options=options,
                 )
             )
         if isinstance(positions, dict):
