@@ -186,9 +186,17 @@ def test_those_that_were_not_wanted_for_longest_make_room(tmp_path, monkeypatch)
         os.utime(tmp_path / f"{index}.program", (index, index))
     size = (tmp_path / "0.program").stat().st_size
     assert load(tmp_path / "0.program", NUMBERS) is not None, "wanted now"
-    monkeypatch.setattr(kept_programs, "_MOST_BYTES", 3 * size)
     save(tmp_path / "3.program", made)
-    assert {path.stem for path in tmp_path.iterdir()} == {"0", "2", "3"}
+    (tmp_path / "notes.txt").write_text("of the user's")
+    for name, when in (("jit_f-1-cache", 0), ("jit_f-1-atime", 0), ("jit_g-1-cache", 5)):
+        (tmp_path / name).write_bytes(bytes(size // 4))
+        os.utime(tmp_path / name, (when, when))
+    os.utime(tmp_path / "notes.txt", (0, 0))
+    monkeypatch.setattr(kept_programs, "_MOST_BYTES", 4 * size)
+    kept_programs.make_room(tmp_path)
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert kept == {"0.program", "2.program", "3.program", "jit_g-1-cache", "notes.txt"}
+    kept_programs.make_room(tmp_path / "none")
 
 
 RUNS = """
