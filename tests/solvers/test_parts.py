@@ -171,6 +171,22 @@ def test_recent_sizes_are_means_of_sixteen(num_steps, double):
     np.testing.assert_allclose(found, wanted, rtol=1e-12)
 
 
+@pytest.mark.parametrize("num_steps", [1, 5, 20])
+def test_recent_sizes_look_at_the_steps_of_the_device_before(num_steps, double):
+    sent = []
+
+    class Device(LocalTime):
+        def previous(self, initial, states):
+            sent.append(states)
+            return sent[-2] if len(sent) > 1 else initial[None]
+
+    states = np.random.default_rng(4).normal(size=(2, num_steps, 2))
+    _, found = (recent_sizes(Device(), jnp.asarray(part)) for part in states)
+    before = np.concatenate([np.zeros((REMEMBERED - 1, 2)), *np.abs(states)])
+    wanted = [before[t : t + REMEMBERED].mean(axis=0) for t in range(num_steps, 2 * num_steps)]
+    np.testing.assert_allclose(found, wanted, rtol=1e-12)
+
+
 def test_residuals_by_hand():
     """T = 2 steps of D = 3 coordinates in two leaves: the largest gap of each step."""
     half = Dynamics(lambda params, x, u: jax.tree.map(lambda leaf: 0.5 * leaf, x))
