@@ -30,7 +30,11 @@ from partime_mcmc.scan import Dense, Diagonal
 from partime_mcmc.solvers import ConstantDamping, RelaxingDamping
 from partime_mcmc.solvers.base import replace_nonfinite_jacobians, replace_nonfinite_updates
 from partime_mcmc.solvers.narrowing import widths
-from partime_mcmc.solvers.segmented_scan import SegmentedScanConfig, segmented_scan
+from partime_mcmc.solvers.segmented_scan import (
+    SegmentedScanConfig,
+    one_after_another,
+    segmented_scan,
+)
 from partime_mcmc.solvers.sequential import finish_sequentially
 
 pytestmark = pytest.mark.fast
@@ -292,6 +296,19 @@ def test_a_scan_in_one_segment_is_the_loop(direction, double):
     np.testing.assert_allclose(path, wanted[::direction], rtol=1e-12)
     assert float(report.evaluations) == 1 and float(report.gap) == 0
     assert not report.parallel and int(report.corrected) == int(report.probe_steps) == 0
+
+
+def test_a_path_that_is_not_right_is_rolled_from_its_first_step(double):
+    _, initial, drives, _ = linear(False)
+    step, zeros = lambda a, x, u: jnp.tanh(a * x + u), jnp.zeros((len(drives), D))
+    path, right = one_after_another(step, 0.5, initial, drives, zeros, jnp.array(False))
+    x, wanted = np.asarray(initial), []
+    for u in np.asarray(drives):
+        x = np.tanh(0.5 * x + u)
+        wanted.append(x)
+    np.testing.assert_allclose(path, wanted, rtol=1e-12)
+    kept, still = one_after_another(step, 0.5, initial, drives, zeros, jnp.array(True))
+    assert not right and still and not kept.any()
 
 
 @pytest.mark.parametrize("direction", [1, -1])
