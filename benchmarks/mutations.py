@@ -516,21 +516,23 @@ def looked_at_again(rows: list[dict], until: float, cache: Path) -> Iterator[dic
             if time.monotonic() > until:
                 return
             source = (ROOT / "partime_mcmc" / row["module"]).read_text(encoding="utf-8")
-            mutant = next(
-                one for one in mutants(source) if key(row_of(row["module"], one)) == key(row)
-            )
-            # Tests may have been written since.
-            of_module, of_folder = MODULES[row["module"]], FOLDERS[row["module"].split("/")[0]]
-            with mistaken(checkout, row["module"], mutant):
-                outcome, failed = run_tests(checkout, of_module, _LONGEST_SECONDS, cache)
-                if outcome == "survived":
-                    outcome, failed = run_tests(checkout, Tests(of_folder), _LONGEST_SECONDS, cache)
-            if (
-                failed
-                and run_tests(checkout, Tests((failed,)), _LONGEST_SECONDS, cache)[0] != "survived"
-            ):
-                raise RuntimeError(f"{failed} fails without any mistake")
-            yield row | {"noticed": "" if outcome == "survived" else failed or outcome}
+            # Two mistakes of one line may read the same: both have to be noticed.
+            alike = [one for one in mutants(source) if key(row_of(row["module"], one)) == key(row)]
+            found = [noticed_by(checkout, row["module"], mutant, cache) for mutant in alike]
+            yield row | {"noticed": found[-1] if all(found) else ""}
+
+
+def noticed_by(checkout: Path, module: str, mutant: Mutant, cache: Path) -> str:
+    """The test that notices a mistake, of those of its module, then of whole folders; empty if none does."""
+    of_module, of_folder = MODULES[module], FOLDERS[module.split("/")[0]]
+    with mistaken(checkout, module, mutant):
+        # Tests may have been written since.
+        outcome, failed = run_tests(checkout, of_module, _LONGEST_SECONDS, cache)
+        if outcome == "survived":
+            outcome, failed = run_tests(checkout, Tests(of_folder), _LONGEST_SECONDS, cache)
+    if failed and run_tests(checkout, Tests((failed,)), _LONGEST_SECONDS, cache)[0] != "survived":
+        raise RuntimeError(f"{failed} fails without any mistake")
+    return "" if outcome == "survived" else failed or outcome
 
 
 def table(rows: list[dict]) -> str:
