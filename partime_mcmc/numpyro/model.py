@@ -191,7 +191,7 @@ class Posterior:
             return constrain_fn(prepared, (), {}, position, return_deterministic=True)
 
         # To trace NumPyro's search takes a tenth of a second.
-        initial.shapes = shapes
+        initial.shapes_of_starts = shapes
         # With other data these are the same functions of other arrays.
         origin = self.run.model, has_discrete, is_empty
         logdensity.origin, constrain.origin = ("density", *origin), ("constrain", *origin)

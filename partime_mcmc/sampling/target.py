@@ -119,7 +119,7 @@ class Target:
         # What there is to warn of is warned of where starts are made.
         with warnings.catch_warnings(action="ignore"):
             if callable(self.initial):
-                if known := getattr(self.initial, "shapes", None):
+                if known := getattr(self.initial, "shapes_of_starts", None):
                     return known()
                 try:
                     return _shapes_of(self.initial, jax_config.jax_enable_x64)
