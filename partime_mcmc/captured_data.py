@@ -13,6 +13,8 @@ Left out: what a function reads from files, from modules of libraries, or from a
 """
 
 import functools
+import os
+import pickle
 import sys
 import types
 import zlib
@@ -24,8 +26,8 @@ import jax
 import numpy as np
 
 _LIBRARY_FOLDERS = ("site-packages", "dist-packages")
-_OWN_FOLDER = str(Path(__file__).parent)
-_STANDARD_FOLDER = str(Path(types.__file__).parent)
+_OWN_FOLDER = str(Path(__file__).parent) + os.sep
+_STANDARD_FOLDER = str(Path(types.__file__).parent) + os.sep
 # Deeper than data are nested, and short of what would take long to look through.
 _MOST_LEVELS, _MOST_ITEMS = 8, 10_000
 
@@ -46,49 +48,50 @@ class _Same:
 class _Reader:
     """Walks through functions and objects; fills `tokens` and `jitted`.
 
-    Owners of variables are numbered in the order in which they are met: wrappers are made anew for each run, and what they
-    wrap is the same.
+    Owners of variables are known by the way to them: wrappers are made anew for each run, and what they wrap is the same.
     """
 
     def __init__(self):
         self.tokens: dict[tuple, Any] = {}
         self.jitted: list[Any] = []
-        self._seen: dict[int, tuple[int, Any]] = {}
+        self._seen: dict[int, tuple[tuple, Any]] = {}
 
-    def token(self, value: Any, level: int = 0) -> Any:
+    def token(self, value: Any, way: tuple = ()) -> Any:
         """What stands for a value; functions inside are walked through."""
         if value is None or isinstance(value, (bool, int, float, complex, str, bytes, np.generic)):
             # NaN is not itself, and 1, 1.0 and True are equal.
             return type(value).__name__, repr(value)
         if isinstance(value, np.ndarray):
-            return _of_array(value)
-        if isinstance(value, (jax.Array, type, types.ModuleType)) or level > _MOST_LEVELS:
+            return _of_array(value, value)
+        if isinstance(value, (jax.Array, types.ModuleType)) or len(way) > _MOST_LEVELS:
             return _Same(value)
         if isinstance(value, (list, tuple, set, frozenset)):
             if len(value) > _MOST_ITEMS:
                 return _Same(value), len(value)
-            return type(value).__name__, *(self.token(one, level + 1) for one in value)
+            items = enumerate(value)
+            return type(value).__name__, *(self.token(one, (*way, place)) for place, one in items)
         if isinstance(value, Mapping):
             if len(value) > _MOST_ITEMS:
                 return _Same(value), len(value)
-            return "mapping", *(
-                (repr(key), self.token(one, level + 1)) for key, one in value.items()
-            )
+            items = ((repr(key), one) for key, one in value.items())
+            return "mapping", *((key, self.token(one, (*way, key))) for key, one in items)
         if isinstance(value, types.BuiltinFunctionType):
             return _Same(value)
-        if hasattr(value, "__array__"):
+        if isinstance(value, type):
+            if is_library(getattr(sys.modules.get(value.__module__), "__file__", None)):
+                return _Same(value)
+        elif hasattr(value, "__array__"):
             try:
-                return _of_array(np.asarray(value))
+                return _of_array(np.asarray(value), value)
             except TypeError:  # keys are no numbers
                 return _Same(value)
-        if _is_jaxs_own(value):
+        elif _is_jaxs_own(value):
             return _Same(value)
         parts = self._parts(value)
         if id(value) not in self._seen:
-            number = len(self._seen)
-            self._seen[id(value)] = number, value
+            self._seen[id(value)] = way, value
             for name, part in parts.items():
-                self.tokens[number, name] = self.token(part, level + 1)
+                self.tokens[way, name] = self.token(part, (*way, name))
         return self._seen[id(value)][0], _Same(getattr(value, "__code__", type(value)))
 
     def _parts(self, value: Any) -> dict[str, Any]:
@@ -97,6 +100,8 @@ class _Reader:
             return {"func": value.func, "args": value.args, "keywords": value.keywords}
         if isinstance(value, types.MethodType):
             return {"self": value.__self__, "function": value.__func__}
+        if isinstance(value, type):
+            return _of_class(value)
         wrapped = getattr(value, "__wrapped__", None)
         parts = {} if wrapped is None else {"wrapped": wrapped}
         if isinstance(value, types.FunctionType):
@@ -111,18 +116,37 @@ class _Reader:
         call = next(
             (vars(one)["__call__"] for one in type(value).__mro__ if "__call__" in vars(one)), None
         )
+        parts["class"] = type(value)
         return parts | ({"call": call} if isinstance(call, types.FunctionType) else {})
 
 
+def _of_class(value: type) -> dict[str, Any]:
+    """What a class of the user's holds: attributes, what its methods read, and classes that it is made from."""
+    parts: dict[str, Any] = {"bases": value.__bases__}
+    for name, part in vars(value).items():
+        part = part.fget if isinstance(part, property) else part
+        part = part.func if isinstance(part, functools.cached_property) else part
+        part = part.__func__ if isinstance(part, (staticmethod, classmethod)) else part
+        is_function = isinstance(part, types.FunctionType)
+        if is_function or not (name.startswith(("__", "_abc_")) or hasattr(part, "__get__")):
+            parts[name] = part
+    return parts
+
+
 def _is_jaxs_own(value: Any) -> bool:
-    """Whether it is an object that JAX made, such as a trace: these do not change, and are large. Not a `jit`ted function."""
+    """Whether it is an object that JAX made, such as a trace: these do not change, and are large. Not what wraps a function of the
+    user's, with `jit` or a derivative of its own."""
     made_by = type(value).__module__.partition(".")[0]
-    return made_by in ("jax", "jaxlib") and not hasattr(value, "clear_cache")
+    is_wrapper = hasattr(value, "__wrapped__") or isinstance(value, functools.partial)
+    return made_by in ("jax", "jaxlib") and not is_wrapper and not hasattr(value, "clear_cache")
 
 
-def _of_array(value: np.ndarray) -> Any:
+def _of_array(value: np.ndarray, owner: Any) -> Any:
     if value.dtype.hasobject:
-        return _Same(value)
+        try:
+            return "objects", zlib.crc32(pickle.dumps(owner))
+        except Exception:  # whatever an object raises that cannot be pickled
+            return _Same(owner)
     data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
     return "array", value.dtype.str, value.shape, zlib.crc32(data.data)
 
@@ -142,14 +166,24 @@ def _variables(function: types.FunctionType) -> dict[str, Any]:
             if name in function.__globals__:
                 value = function.__globals__[name]
                 found[f"global {name}"] = value
-                if isinstance(value, types.ModuleType) and not is_library(
-                    getattr(value, "__file__", None)
-                ):
-                    attributes = {
-                        one: vars(value)[one] for one in _names(code) if one in vars(value)
-                    }
-                    found[f"module {name}"] = attributes
+                if _is_users_module(value):
+                    found[f"module {name}"] = _attributes(value, _names(code))
     return found
+
+
+def _is_users_module(value: Any) -> bool:
+    return isinstance(value, types.ModuleType) and not is_library(getattr(value, "__file__", None))
+
+
+def _attributes(module: types.ModuleType, names: set[str], level: int = 0) -> dict[str, Any]:
+    """Attributes of a module, and of modules in it, that have one of these names."""
+    found = {name: vars(module)[name] for name in names if name in vars(module)}
+    return {
+        name: _attributes(one, names, level + 1)
+        if _is_users_module(one) and level < _MOST_LEVELS
+        else one
+        for name, one in found.items()
+    }
 
 
 def _names(code: types.CodeType) -> set[str]:
@@ -165,7 +199,7 @@ def is_library(file: str | None) -> bool:
         return True
     return (
         any(folder in file for folder in _LIBRARY_FOLDERS)
-        or file.startswith((_OWN_FOLDER, _STANDARD_FOLDER, sys.prefix + "/lib"))
+        or file.startswith((_OWN_FOLDER, _STANDARD_FOLDER, f"{sys.prefix}/lib/python"))
         or file.startswith("<frozen")
     )
 

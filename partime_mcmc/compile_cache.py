@@ -35,7 +35,7 @@ from partime_mcmc import kept_programs
 from partime_mcmc.captured_data import VERSIONED
 from partime_mcmc.executions import executing, overlaps
 from partime_mcmc.tracing import OnceCache, explicit
-from partime_mcmc.types import PyTree, jax_config, nan_is_a_value
+from partime_mcmc.types import PyTree, jax_config, nan_is_a_value, settings
 
 _PROGRAMS = OnceCache(128)
 
@@ -120,7 +120,8 @@ def keep_on_disk() -> pathlib.Path | None:
     if wanted == "0" or jax_config.jax_compilation_cache_dir:
         return None
     usual = platformdirs.user_cache_path("partime_mcmc")
-    folder = usual if wanted in ("", "1") else pathlib.Path(wanted)
+    # Also where the process changes its working folder.
+    folder = (usual if wanted in ("", "1") else pathlib.Path(wanted)).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -219,11 +220,10 @@ class _KeptProgram:
     def __init__(self, entry: tuple, args: tuple):
         *parts, elsewhere = entry
         folder, self._args = keep_on_disk(), args
-        settings = versions(), os.environ.get("XLA_FLAGS")
         self._path = (
             None
             if folder is None or elsewhere
-            else kept_programs.path_of(folder, *parts, *settings)
+            else kept_programs.path_of(folder, *parts, versions(), os.environ.get("XLA_FLAGS"))
         )
 
     def load(self) -> jax.stages.Compiled | None:
@@ -249,15 +249,18 @@ class _KeptProgram:
 
 def in_thread(step: Callable[[], None]) -> None:
     """Run a step that compiles in a thread of its own, with the settings that JAX has here: threads begin with the process's."""
-    settings = (
+    here = (
         jax.enable_x64(jax_config.jax_enable_x64),
         jax.default_matmul_precision(jax_config.jax_default_matmul_precision),
         jax.default_device(jax_config.jax_default_device),
+        jax.threefry_partitionable(jax_config.jax_threefry_partitionable),
+        jax.default_prng_impl(jax_config.jax_default_prng_impl),
+        jax.numpy_dtype_promotion(jax_config.jax_numpy_dtype_promotion),
     )
 
     def run():
         with contextlib.ExitStack() as stack:
-            for setting in settings:
+            for setting in here:
                 stack.enter_context(setting)
             step()
 
@@ -279,19 +282,22 @@ def _entry(function: Callable, args: tuple, options: dict[str, Any] | None) -> t
         function,
         structure,
         shapes,
-        jax_config.jax_enable_x64,
-        jax_config.jax_default_matmul_precision,
+        settings(),
         frozenset((options or {}).items()),
-        frozenset(_elsewhere(leaves)),
+        _elsewhere(leaves),
     )
 
 
-def _elsewhere(leaves: list) -> set[Any]:
-    """The devices other than the usual one for which a program of these arguments is compiled."""
+def _elsewhere(leaves: list) -> tuple:
+    """Where arguments lie that are not on the usual device, and another default device: a program is compiled for that."""
     default = jax_config.jax_default_device
-    arrays = (leaf for leaf in leaves if isinstance(leaf, jax.Array) and leaf.committed)
-    placed = {device for leaf in arrays for device in leaf.devices()}
-    return placed - {default or jax.local_devices()[0]} | ({default} if default else set())
+    usual = {default or jax.local_devices()[0]}
+    placed = tuple(
+        (place, leaf.sharding)
+        for place, leaf in enumerate(leaves)
+        if isinstance(leaf, jax.Array) and leaf.committed and leaf.devices() != usual
+    )
+    return placed + ((default,) if default else ())
 
 
 def run_program(

@@ -21,8 +21,10 @@ import os
 import pathlib
 import pickle
 import platform
+import re
 import tempfile
 import threading
+import time
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -39,6 +41,7 @@ from partime_mcmc.types import PyTree, jax_config
 _MOST_BYTES = 2**30
 _SUFFIX = ".program"
 _DIGEST = 20
+_IMPORTED = time.time()
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, np.dtype, np.generic)
 
 
@@ -74,22 +77,24 @@ def load(path: pathlib.Path, args: PyTree) -> jax.stages.Compiled | None:
     """
     try:
         kept = path.read_bytes()
-        digest, data = kept[:_DIGEST], kept[_DIGEST:]
-        if digest != _digest(data):
-            raise ValueError(f"{path} is damaged")
-        program, result = pickle.loads(data)
+    except OSError:
+        return None
+    with contextlib.suppress(OSError):  # it may be somebody else's
         os.utime(path)
+    digest, data = kept[:_DIGEST], kept[_DIGEST:]
+    if digest != _digest(data):
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        return None
+    try:
+        program, result = pickle.loads(data)
         return serialize_executable.deserialize_and_load(
             program,
             jax.tree.structure((args, {})),
             jax.tree.structure(result),
             execution_devices=jax.local_devices()[:1],
         )
-    except FileNotFoundError:
-        return None
-    except Exception:  # whatever is wrong with the file: it is made again
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
+    except Exception:  # whatever keeps it from being loaded here: it is made again
         return None
 
 
@@ -137,8 +142,10 @@ def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=_DIGEST).digest()
 
 
-# JAX's own programs, and what it wrote beside them while it counted their bytes itself.
-_OF_JAX = ("-cache", "-atime")
+# This package's programs, and JAX's with what it wrote beside them while it counted their bytes itself; nothing else is touched.
+_PROGRAM = re.compile(
+    rf"[0-9a-f]{{{2 * _DIGEST}}}{re.escape(_SUFFIX)}|.+-[0-9a-f]{{64}}-(cache|atime)"
+)
 
 
 def make_room(folder: pathlib.Path) -> None:
@@ -146,18 +153,21 @@ def make_room(folder: pathlib.Path) -> None:
 
     Meant for the end of a process: to look at all files of a folder takes a tenth of a second where there are many.
     """
+    files = []
+    # Other processes may delete files meanwhile.
     with contextlib.suppress(OSError):
-        files = [
-            (max(about.st_atime, about.st_mtime), about.st_size, one.path)
-            for one in os.scandir(folder)
-            if one.name.endswith((_SUFFIX, *_OF_JAX)) and (about := one.stat())
-        ]
-        total = sum(size for _, size, _ in files)
-        for _, size, path in sorted(files):
-            if total <= _MOST_BYTES:
-                break
-            pathlib.Path(path).unlink(missing_ok=True)
-            total -= size
+        for one in os.scandir(folder):
+            with contextlib.suppress(OSError):
+                if _PROGRAM.fullmatch(one.name) and one.is_file(follow_symlinks=False):
+                    about = one.stat()
+                    files.append((max(about.st_atime, about.st_mtime), about.st_size, one.path))
+    total = sum(size for _, size, _ in files)
+    for _, size, path in sorted(files):
+        if total <= _MOST_BYTES:
+            break
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        total -= size
 
 
 def _described(value: Any) -> Iterator[str]:
@@ -227,13 +237,18 @@ def _process() -> tuple:
     """What decides about programs in this process as a whole."""
     # In one piece: while it digests, Python gives up its lock, and other threads that compile are slow to give it back.
     files = sorted(pathlib.Path(__file__).parent.rglob("*.py"))
+    if max(path.stat().st_mtime for path in files) > _IMPORTED:
+        # What runs here need not be what is written there now.
+        raise _Unknown
     source = _digest(b"".join(path.read_bytes() for path in files))
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
         processor = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
     except OSError:
         processor = [platform.processor()]
-    devices = [f"{one.platform} {one.device_kind}" for one in jax.devices()]
+    devices = [
+        f"{one.platform} {one.device_kind} {one.client.platform_version}" for one in jax.devices()
+    ]
     return (
         source.hex(),
         platform.python_version(),

@@ -15,6 +15,7 @@ import functools
 import math
 import re
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any, Callable, NamedTuple
 
@@ -25,11 +26,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from partime_mcmc.captured_data import data_read_by, has_version, is_library
-from partime_mcmc.types import PyTree, Tracer, jax_config
+from partime_mcmc.types import PyTree, Tracer, settings
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 # Their texts do not say what they call.
-_CALLBACKS = {"pure_callback", "io_callback", "debug_callback", "ordered_effect"}
+_CALLBACKS = {
+    "pure_callback",
+    "io_callback",
+    "debug_callback",
+    "ordered_effect",
+    "call_hi_primitive",
+}
+# Where JAX wraps functions of the user's (`custom_gradient`, `custom_root`), whose own files are then not known.
+_WRAPPERS = ("custom_derivatives.py", "solves.py")
 
 
 class HashableFunction:
@@ -103,27 +112,43 @@ class Explicit:
         return jax.tree.unflatten(self.structure, types)
 
 
+class Reading(NamedTuple):
+    """What a function read when it was traced.
+
+    Attributes:
+        read: By variable, as `data_read_by` has it.
+        volatile: Variables that tracing itself changes, such as a list in which calls are counted.
+    """
+
+    read: dict[tuple, Any]
+    volatile: frozenset
+
+    @classmethod
+    def around(cls, before: dict[tuple, Any], after: dict[tuple, Any]) -> "Reading":
+        """From what the function read before and after it was traced."""
+        names = after.keys() | before.keys()
+        return cls(after, frozenset(name for name in names if after.get(name) != before.get(name)))
+
+    def holds(self, read: dict[tuple, Any]) -> bool:
+        """Whether the function still reads the same."""
+        kept = read.keys() | self.read.keys()
+        return all(
+            self.read.get(name) == read.get(name) for name in kept if name not in self.volatile
+        )
+
+
 class _Traced(NamedTuple):
     """A cached trace.
 
     Attributes:
         function: Without captured arrays.
         captured: The captured arrays.
-        read: What the original function read, by variable, when it was traced.
-        volatile: Variables that tracing itself changes, such as a list in which calls are counted.
+        reading: What the original function read.
     """
 
     function: Explicit
     captured: list
-    read: dict[tuple, Any]
-    volatile: frozenset
-
-    def is_of(self, read: dict[tuple, Any]) -> bool:
-        """Whether the function still reads the same."""
-        kept = read.keys() | self.read.keys()
-        return all(
-            self.read.get(name) == read.get(name) for name in kept if name not in self.volatile
-        )
+    reading: Reading
 
 
 class OnceCache:
@@ -229,41 +254,49 @@ def explicit(function: Callable, params: PyTree, *rest: PyTree) -> tuple[Explici
         function,
         tree,
         shapes,
-        jax_config.jax_enable_x64,
-        jax_config.jax_default_matmul_precision,
+        settings(),
         jax.sharding.get_abstract_mesh(),
     )
     read, jitted = data_read_by(function)
 
     def trace(old: _Traced | None) -> _Traced:
-        if old is not None:
-            # What the function calls may keep traces of its own.
-            for one in jitted:
-                one.clear_cache()
+        for one in jitted:
+            _forget_old_data(one)
         abstract = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
         step, captured = _trace(function, abstract)
         after, _ = data_read_by(function)
-        volatile = {
-            name for name in after.keys() | read.keys() if after.get(name) != read.get(name)
-        }
+        reading = Reading.around(read, after)
         if old is not None:
-            volatile |= old.volatile
+            reading = reading._replace(volatile=reading.volatile | old.reading.volatile)
             if old.function.is_like(step):
                 step = old.function
         origin = origin_of(function)
         if _has_hash(origin):
             first = _SHARED.get((origin, *entry[1:]), lambda _: step)
             step = first if first.is_like(step) else step
-        return _Traced(step, captured, after, frozenset(volatile))
+        return _Traced(step, captured, reading)
 
     found = _TRACES.get(
         entry,
         trace,
         # Traced inside another trace it may hold that one's values.
         keep=lambda new: not any(isinstance(one, Tracer) for one in new.captured),
-        holds=lambda old: old.is_of(read),
+        holds=lambda old: old.reading.holds(read),
     )
     return found.function, (found.captured, params)
+
+
+# What functions of the user's that are compiled by `jax.jit` read when they were last traced inside another function.
+_READ_BY_JITTED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _forget_old_data(jitted: Any) -> None:
+    """Have a function that is compiled by `jax.jit` traced again, unless it reads what it read when this was last asked: JAX keeps its
+    traces whatever happens to the data that it reads."""
+    read, _ = data_read_by(jitted)
+    if _READ_BY_JITTED.get(jitted) != read:
+        jitted.clear_cache()
+        _READ_BY_JITTED[jitted] = read
 
 
 def _trace(function, abstract) -> tuple[Explicit, list]:
@@ -279,18 +312,30 @@ def _trace(function, abstract) -> tuple[Explicit, list]:
 
 
 def _places_of_rules(jaxpr: Any) -> Iterator[str]:
-    """Files of what has a derivative of its own, which may capture arrays that no text shows; empty where that is not known."""
+    """Files of what has a derivative of its own and of the rules for it, which may capture arrays that no text shows; empty where
+    that is not known."""
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         # The parts of a `custom_linear_solve` are in the text.
         if name.startswith("custom_") and name != "custom_linear_solve":
-            parts = ("call_jaxpr", "fun_jaxpr", "call")
-            inner = next(filter(None, map(equation.params.get, parts)), None)
-            written = getattr(getattr(inner, "jaxpr", inner), "debug_info", None)
-            _, _, place = getattr(written, "func_src_info", "").rpartition(" at ")
-            yield place.rpartition(":")[0]
+            functions = map(equation.params.get, ("call_jaxpr", "fun_jaxpr", "call"))
+            primal = _place_of(next(filter(None, functions), None))
+            yield primal
+            for part in ("jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd"):
+                if part in equation.params:
+                    rule = _place_of(equation.params[part])
+                    # What `defjvps` makes of one rule per argument, which are written where the function is.
+                    yield rule or (primal if part == "jvp_jaxpr_fun" else "")
         for inner in _inner_jaxprs(equation):
             yield from _places_of_rules(inner)
+
+
+def _place_of(function: Any) -> str:
+    """The file in which a function of an operation was written; empty where that is not known."""
+    written = getattr(getattr(function, "jaxpr", function), "debug_info", None)
+    _, _, place = getattr(written, "func_src_info", "").rpartition(" at ")
+    file = place.rpartition(":")[0]
+    return "" if file.endswith(_WRAPPERS) else file
 
 
 def _has_hash(origin: Any) -> bool:

@@ -25,6 +25,21 @@ Tracer: TypeAlias = jax.core.Tracer
 jax_config: Any = jax.config
 
 _Class = TypeVar("_Class", bound=type)
+# JAX's settings that decide about results.
+_SETTINGS = (
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_threefry_partitionable",
+    "jax_default_prng_impl",
+    "jax_random_seed_offset",
+    "jax_numpy_dtype_promotion",
+    "jax_high_dynamic_range_gumbel",
+)
+
+
+def settings() -> tuple:
+    """JAX's settings that decide about results, as they are here and now."""
+    return tuple(getattr(jax_config, name, None) for name in _SETTINGS)
 
 
 @contextlib.contextmanager

@@ -107,6 +107,19 @@ def test_what_has_no_description_is_not_kept():
     def called(x):
         return jax.pure_callback(np.sin, x, x)
 
+    @jax.custom_gradient
+    def with_gradient(x):
+        return x * 1, lambda slope: 2 * slope
+
+    absolute, per_argument = jax.custom_jvp(jnp.abs), jax.custom_jvp(lambda x: x * 1)
+    absolute.defjvp(lambda values, slopes: (jnp.abs(values[0]), 2 * slopes[0]))
+    per_argument.defjvps(lambda slope, value, x: 2 * slope)
+
+    def root(x):
+        return jax.lax.custom_root(
+            lambda y: y - x, x, lambda f, y: y - f(y), lambda g, y: y / g(jnp.ones_like(y))
+        )
+
     unknown = [
         lambda x: x,
         density,
@@ -116,11 +129,16 @@ def test_what_has_no_description_is_not_kept():
         jnp.sin,
         traced(lambda data, x: called(x)),
         traced(lambda data, x: own_rule(x)),
+        traced(lambda data, x: with_gradient(x)),
+        traced(lambda data, x: absolute(x)),
+        traced(lambda data, x: per_argument(x)),
+        traced(lambda data, x: root(x)),
         HashableFunction(lambda x: x),
         functools.partial(hmc, coupling=density),
     ]
     assert [name_of(_Walk(one, 16)) for one in unknown] == [None] * len(unknown)
     assert name_of(_Walk(hmc, 16)) is not None
+    assert name_of(_Walk(traced(lambda data, x: jax.nn.relu(jax.nn.softplus(x))), 16)) is not None
 
 
 @pytest.mark.parametrize("package, is_known", [("jax", True), ("numpyro", True), ("theirs", False)])
@@ -180,23 +198,53 @@ def test_what_cannot_be_written_is_no_error(tmp_path):
 
 
 def test_those_that_were_not_wanted_for_longest_make_room(tmp_path, monkeypatch):
-    made = program()
+    made, ours = program(), [tmp_path / f"{index:040x}.program" for index in range(4)]
     for index in range(3):
-        save(tmp_path / f"{index}.program", made)
-        os.utime(tmp_path / f"{index}.program", (index, index))
-    size = (tmp_path / "0.program").stat().st_size
-    assert load(tmp_path / "0.program", NUMBERS) is not None, "wanted now"
-    save(tmp_path / "3.program", made)
-    (tmp_path / "notes.txt").write_text("of the user's")
-    for name, when in (("jit_f-1-cache", 0), ("jit_f-1-atime", 0), ("jit_g-1-cache", 5)):
-        (tmp_path / name).write_bytes(bytes(size // 4))
+        save(ours[index], made)
+        os.utime(ours[index], (index, index))
+    size = ours[0].stat().st_size
+    assert load(ours[0], NUMBERS) is not None, "wanted now"
+    save(ours[3], made)
+    first, beside, second = (
+        f"jit_f-{name * 64}-{kind}"
+        for name, kind in (("a", "cache"), ("a", "atime"), ("b", "cache"))
+    )
+    # Files of the user's with names of their own are older and larger than any program.
+    users = ["notes.txt", "images-cache", "old.program"]
+    for name, when in ((first, 0), (beside, 0), (second, 5), *((name, 0) for name in users)):
+        (tmp_path / name).write_bytes(bytes(size // 4 if name not in users else 9 * size))
         os.utime(tmp_path / name, (when, when))
-    os.utime(tmp_path / "notes.txt", (0, 0))
+    (tmp_path / f"g-{'c' * 64}-cache").mkdir()
     monkeypatch.setattr(kept_programs, "_MOST_BYTES", 4 * size)
     kept_programs.make_room(tmp_path)
-    kept = {path.name for path in tmp_path.iterdir()}
-    assert kept == {"0.program", "2.program", "3.program", "jit_g-1-cache", "notes.txt"}
+    kept = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert kept == {ours[0].name, ours[2].name, ours[3].name, second, *users}
     kept_programs.make_room(tmp_path / "none")
+
+
+def test_a_program_that_cannot_be_loaded_here_stays(tmp_path, monkeypatch):
+    """It may be somebody else's, for another device."""
+    path = tmp_path / "name.program"
+    save(path, program())
+
+    def refuse(*args, **options):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert load(path, NUMBERS) is not None
+    monkeypatch.setattr(
+        kept_programs.serialize_executable, "deserialize_and_load", lambda *args, **options: 1 / 0
+    )
+    assert load(path, NUMBERS) is None and path.exists()
+
+
+def test_nothing_is_kept_where_the_source_was_changed_after_it_was_imported(monkeypatch):
+    monkeypatch.setattr(kept_programs, "_IMPORTED", 0.0)
+    kept_programs._process.cache_clear()
+    try:
+        assert name_of(1) is None
+    finally:
+        kept_programs._process.cache_clear()
 
 
 RUNS = """

@@ -20,6 +20,7 @@ import numpy as np
 from numpyro.infer import MCMC
 from numpyro.infer.mcmc import MCMCKernel
 
+from partime_mcmc.captured_data import data_read_by
 from partime_mcmc.certify.certificate import Certificate
 from partime_mcmc.certify.recorded import Certification, CertifyWhileRolling
 from partime_mcmc.compile_cache import keep_on_disk
@@ -57,6 +58,7 @@ from partime_mcmc.solvers import Solver
 from partime_mcmc.storage.saved_run import chain_state_of
 from partime_mcmc.storage.store import Store
 from partime_mcmc.storage.stored_draws import StoredDraws
+from partime_mcmc.tracing import Reading
 from partime_mcmc.types import Key, PyTree
 from partime_mcmc.validation import (
     check_count,
@@ -221,7 +223,7 @@ class ParallelMCMC(MCMC):
         )
         self.chain_method = chain_method or "vectorized"
         self.solver, self.schedule, self.certificate = solver, schedule, certificate
-        self._known: tuple[Data, Target, Any] | None = None
+        self._known: tuple[Data, Reading, Target, Any] | None = None
         self._store: Store | None = None
         self._asked: tuple[str, ...] = ()
         self._draws: Draws | StoredDraws | None = None
@@ -427,7 +429,7 @@ class ParallelMCMC(MCMC):
             return state
         axes = (slice(None), None) if self.num_chains > 1 else (None, None)
         positions = jax.tree.map(lambda leaf: jnp.asarray(leaf)[axes], state.z)
-        slopes = potential_gradients(self._known[1], positions)
+        slopes = potential_gradients(self._known[2], positions)
         own = np.s_[:, 0] if self.num_chains > 1 else np.s_[0, 0]
         full = state._replace(z_grad=jax.tree.map(lambda leaf: leaf[own], slopes))
         for name in ("_last_state", "_warmup_state"):
@@ -563,12 +565,13 @@ class ParallelMCMC(MCMC):
 
     def _target(self, args: tuple, kwargs: dict, keys: Key, init_params: PyTree) -> Target:
         """The target of these data; the same object for the same data, so that nothing is traced or compiled twice."""
-        data = Data.of(args, kwargs)
-        if self._known is None or self._known[0] != data:
+        data, read = Data.of(args, kwargs), data_read_by(self.sampler.model)[0]
+        if self._known is None or self._known[0] != data or not self._known[1].holds(read):
             start = None if init_params is None else jax.tree.map(lambda leaf: leaf[0], init_params)
             target = self.sampler.target(args, kwargs, first_key(keys), start)
-            self._known = (data, target, self.sampler._posterior)
-        _, target, self.sampler._posterior = self._known
+            reading = Reading.around(read, data_read_by(self.sampler.model)[0])
+            self._known = (data, reading, target, self.sampler._posterior)
+        *_, target, self.sampler._posterior = self._known
         return target
 
 

@@ -43,6 +43,7 @@ from partime_mcmc.numpyro.sites import (
     unsuspicious_sites,
 )
 from partime_mcmc.sampling.target import Target
+from partime_mcmc.tracing import Explicit, explicit, origin_of
 from partime_mcmc.types import AnyArray, Array, Key, PyTree
 from partime_mcmc.validation import InvalidStart, check_key, check_outside_transforms
 
@@ -365,15 +366,28 @@ def forward_only(logdensity: Callable[[PyTree], Array]) -> Callable[[PyTree], Ar
     Args:
         logdensity: `position -> scalar`.
     """
-    density = jax.custom_jvp(lambda position: logdensity(position))
 
-    @density.defjvp
-    def _(primals, tangents):
-        flat, unravel = ravel_pytree(primals[0])
-        slope = jax.jacfwd(lambda x: logdensity(unravel(x)))(flat)
-        return logdensity(primals[0]), jnp.vdot(slope, ravel_pytree(tangents[0])[0])
+    def density(position):
+        # Captured data become arguments: what a derivative of its own captures is in no text of a program, and would be kept with it.
+        traced, (captured, _) = explicit(logdensity, position)
+        return _forward_only(traced, captured, position)
 
+    if (origin := origin_of(logdensity)) is not None:
+        density.origin = "in forward mode", origin
     return density
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _forward_only(traced: Explicit, captured: list, position: PyTree) -> Array:
+    return traced((captured, position))
+
+
+@_forward_only.defjvp
+def _(traced, primals, tangents):
+    (captured, position), (_, tangent) = primals, tangents
+    flat, unravel = ravel_pytree(position)
+    slope = jax.jacfwd(lambda x: traced((captured, unravel(x))))(flat)
+    return traced((captured, position)), jnp.vdot(slope, ravel_pytree(tangent)[0])
 
 
 def _check_traceable(potential: Callable, position: dict) -> None:

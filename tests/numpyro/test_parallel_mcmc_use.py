@@ -25,6 +25,7 @@ from partime_mcmc.engine.recipes import jacobi, sequential
 from partime_mcmc.numpyro import HMC, MALA, NUTS, CoalescingHMC, ParallelMCMC
 from partime_mcmc.numpyro.kernels import _CARRIED, _OWN, from_numpyro_kernel
 from partime_mcmc.sampling.pilots import advise_plan
+from partime_mcmc.tracing import WithoutParams, explicit
 from partime_mcmc.warmup.warmup import WindowAdaptation
 
 KEY = jax.random.key(0)
@@ -284,6 +285,39 @@ def test_draws_of_a_warm_up_are_of_the_tuned_kernel_and_the_run_goes_on_from_the
     assert mcmc.get_samples(group_by_chain=True)["mu"].shape == (2, SAMPLES)
     jax.tree.map(np.testing.assert_array_equal, mcmc.last_state.adapt_state.settings, settings)
     assert mcmc.draws.warmup is None and first.warmup is not None
+
+
+def test_forward_mode_sees_each_data_set():
+    """Also where programs are kept: a derivative of its own must not capture data."""
+
+    def normal(y):
+        mu = numpyro.sample("mu", dist.Normal(0, 10))
+        numpyro.sample("y", dist.Normal(mu, 1), obs=y)
+
+    density = HMC(normal, forward_mode_differentiation=True)
+    values = []
+    for centre in (0.0, 5.0):
+        y = np.full(20, centre, np.float32)
+        target = density.target((y,), {}, KEY, None)
+        step, (data, _) = explicit(WithoutParams(target.logdensity), None, target.example())
+        slope = jax.grad(step, argnums=1)((data, None), {"mu": jnp.array(5.0)})["mu"]
+        values.append((float(slope), step))
+    assert abs(values[0][0] + 100) < 0.1 and abs(values[1][0]) < 0.1
+    assert values[0][1] is values[1][1], "one program for all data of these shapes"
+
+
+def test_a_global_that_shapes_a_model_is_seen():
+    groups = 1
+
+    def model():
+        with numpyro.plate("groups", groups):
+            total = numpyro.sample("effect", dist.Normal(0, 1)).sum()
+        numpyro.sample("y", dist.Normal(total, 1), obs=1.0)
+
+    mcmc = ParallelMCMC(CoalescingHMC(model), num_warmup=100, num_samples=50, num_chains=2)
+    for groups in (1, 3):
+        mcmc.run(KEY)
+        assert mcmc.get_samples()["effect"].shape == (100, groups)
 
 
 @pytest.mark.slow

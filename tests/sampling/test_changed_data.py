@@ -65,6 +65,66 @@ def rebind(name):
     return change
 
 
+class Setting:
+    """Attributes of classes are data too."""
+
+    centre: float | np.ndarray = 0.0
+
+
+class Inherits(Setting):
+    def logdensity(self, x):
+        return around(x, self.centre)
+
+
+class ReadsGlobal:
+    def logdensity(self, x):
+        return around(x, ARRAY)
+
+    @functools.cached_property
+    def late(self):
+        return types.SimpleNamespace(factor=1.0)
+
+
+LAZY = ReadsGlobal()
+
+
+@jax.custom_jvp
+def _with_rule(x):
+    return around(x, ARRAY)
+
+
+_with_rule.defjvp(lambda values, slopes: (_with_rule(values[0]), jnp.sum(slopes[0])))
+
+
+def around_array(x):
+    return around(x, ARRAY)
+
+
+class Table:
+    """As data frames of several types: arrays of objects, made anew."""
+
+    def __init__(self):
+        self.columns = {"group": ["a", "b", "c"], "centre": [0.0, 0.0, 0.0]}
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(list(self.columns.values()), object)
+
+
+TABLE = Table()
+
+
+def rebind_table(value):
+    TABLE.columns["centre"] = [value] * SIZE
+
+
+def module_inside():
+    inner, outer = types.ModuleType("outer.inner"), types.ModuleType("outer")
+    inner.__file__ = outer.__file__ = "outer/__init__.py"
+    outer.inner, inner.centre = inner, 0.0
+    globals()["OUTER"] = outer
+    return lambda value: setattr(inner, "centre", np.full(SIZE, value, np.float32))
+
+
 OBJECT, CAPTURED = Density(), np.zeros(SIZE, np.float32)
 CASES = {
     "closure rebound": closure(),
@@ -77,7 +137,29 @@ CASES = {
     "method": (OBJECT.method, lambda v: in_place(OBJECT.centre)(v)),
     "partial": (functools.partial(around, centre=CAPTURED), in_place(CAPTURED)),
     "compiled by the user": (lambda x: _compiled_by_user(x), rebind("ARRAY")),
+    "class": (
+        lambda x: around(x, Setting.centre),
+        lambda v: setattr(Setting, "centre", np.full(SIZE, v, np.float32)),
+    ),
+    "class inherited": (
+        lambda x: Inherits().logdensity(x),
+        lambda v: setattr(Setting, "centre", np.full(SIZE, v, np.float32)),
+    ),
+    "method reads a global": (lambda x: LAZY.logdensity(x), rebind("ARRAY")),
+    "after something was made late": (
+        lambda x: LAZY.late.factor * around_array(x),
+        rebind("ARRAY"),
+    ),
+    "derivative of its own": (lambda x: _with_rule(x), rebind("ARRAY")),
+    "in JAX's partial": (lambda x: jax.tree_util.Partial(around_array)(x), rebind("ARRAY")),
+    "array of objects": (
+        lambda x: around(x, jnp.asarray(TABLE.columns["centre"], jnp.float32)),
+        rebind_table,
+    ),
+    "module in a module": (lambda x: around(x, OUTER.inner.centre), module_inside()),  # noqa: F821
 }
+# Numbers are part of programs, and what a rule of the user's captures is not known.
+OTHER_PROGRAMS = ("scalar rebound", "in a dict", "derivative of its own")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -97,7 +179,7 @@ def test_what_is_read_now_is_what_is_traced(name):
     second, value = trace()
     assert value == -2.0 * SIZE
     # Other arrays of the same shape go into the same program; a number is part of it.
-    assert (second is first) == (name not in ("scalar rebound", "in a dict"))
+    assert (second is first) == (name not in OTHER_PROGRAMS)
     assert trace()[0] is second
 
 
@@ -124,6 +206,55 @@ def test_draws_are_of_the_data_of_today():
     after, _ = mean()
     assert abs(before) < 1 and again == before and abs(after - 100) < 1
     assert same == programs
+
+
+def test_a_compiled_function_of_the_users_is_traced_again_inside_of_another_density():
+    """JAX keeps its own trace, whoever calls it."""
+
+    def value():
+        function, data = explicit(
+            WithoutParams(lambda x: _compiled_by_user(x)), None, jnp.zeros(SIZE)
+        )
+        return float(function(data, jnp.zeros(SIZE)))
+
+    change = rebind("ARRAY")
+    change(1.0)
+    assert value() == -0.5 * SIZE
+    change(2.0)
+    assert value() == -2.0 * SIZE
+
+
+def test_a_gradient_of_the_users_own_is_that_of_each_model():
+    """`custom_gradient` captures data that no text of a program shows."""
+
+    def density(centre):
+        @jax.custom_gradient
+        def line(x):
+            return jnp.sum(x), lambda slope: (slope * centre,)
+
+        line.origin = "one model"
+
+        def called(x):
+            return line(x)
+
+        called.origin = "one model"
+        return called
+
+    slopes = []
+    for centre in (1.0, 4.0):
+        function, data = explicit(
+            WithoutParams(density(np.full(SIZE, centre, np.float32))), None, jnp.zeros(SIZE)
+        )
+        slopes.append(jax.grad(function, argnums=1)(data, jnp.zeros(SIZE)))
+    np.testing.assert_array_equal(slopes[1], 4 * slopes[0])
+
+
+def test_settings_that_decide_about_results_are_part_of_a_trace():
+    target = Target(lambda x: -jnp.sum(x**2), initial=lambda key: jax.random.normal(key, (SIZE,)))
+    keys = jax.random.split(jax.random.key(0), 2)
+    for counts in (True, False):
+        with jax.threefry_partitionable(counts):
+            np.testing.assert_array_equal(target.starts(keys), jax.vmap(target.initial)(keys))
 
 
 def test_a_derivative_of_the_users_own_reads_the_data_of_today():
