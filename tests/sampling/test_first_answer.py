@@ -97,7 +97,7 @@ def test_a_short_run_of_a_small_model_is_compiled_quickly_and_a_store_as_ever(
 
     def options_of_solves():
         entries = compile_cache._PROGRAMS.kept()
-        return [dict(entry[5]) for entry in entries if entry[0].__name__ == "Solve"]
+        return [dict(entry[4]) for entry in entries if entry[0].__name__ == "Solve"]
 
     short = run()
     (quick,) = options_of_solves()
@@ -231,7 +231,7 @@ for seed in (0, 1):
     compiled.clear()
     mcmc.run(jax.random.key(seed), np.ones(5), np.arange(5.0) + 3 * seed)
     print(len(compiled), float(mcmc.get_samples()["effect"].mean()), end=" ")
-print(*{dict(entry[5])["xla_backend_optimization_level"] for entry in compile_cache._PROGRAMS.kept()})
+print(*{dict(entry[4])["xla_backend_optimization_level"] for entry in compile_cache._PROGRAMS.kept()})
 """
 
 
