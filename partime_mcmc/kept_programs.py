@@ -237,7 +237,7 @@ def _process() -> tuple:
     """What decides about programs in this process as a whole."""
     # In one piece: while it digests, Python gives up its lock, and other threads that compile are slow to give it back.
     files = sorted(pathlib.Path(__file__).parent.rglob("*.py"))
-    if max(path.stat().st_mtime for path in files) > _IMPORTED:
+    if max((path.stat().st_mtime for path in files), default=0) > _IMPORTED:
         # What runs here need not be what is written there now.
         raise _Unknown
     source = _digest(b"".join(path.read_bytes() for path in files))
