@@ -46,7 +46,7 @@ class _Same:
 
 
 class _Reader:
-    """Walks through functions and objects; fills `tokens` and `jitted`.
+    """Walks through functions and objects; fills `tokens`, `jitted` and `arrays`, those of JAX.
 
     Owners of variables are known by the way to them: wrappers are made anew for each run, and what they wrap is the same.
     """
@@ -54,6 +54,7 @@ class _Reader:
     def __init__(self):
         self.tokens: dict[tuple, Any] = {}
         self.jitted: list[Any] = []
+        self.arrays: list[jax.Array] = []
         self._seen: dict[int, tuple[tuple, Any]] = {}
 
     def token(self, value: Any, way: tuple = ()) -> Any:
@@ -63,7 +64,10 @@ class _Reader:
             return type(value).__name__, repr(value)
         if isinstance(value, np.ndarray):
             return _of_array(value, value)
-        if isinstance(value, (jax.Array, types.ModuleType)) or len(way) > _MOST_LEVELS:
+        if isinstance(value, jax.Array):
+            self.arrays.append(value)
+            return _Same(value)
+        if isinstance(value, types.ModuleType) or len(way) > _MOST_LEVELS:
             return _Same(value)
         if isinstance(value, (list, tuple, set, frozenset)):
             if len(value) > _MOST_ITEMS:
@@ -226,3 +230,10 @@ def data_read_by(function: Callable) -> tuple[dict[tuple, Any], list[Any]]:
     reader = _Reader()
     reader.tokens[None, "function"] = reader.token(function)
     return reader.tokens, reader.jitted
+
+
+def arrays_read_by(function: Callable) -> list[jax.Array]:
+    """The JAX arrays among what a function reads besides its arguments, as `data_read_by` finds it."""
+    reader = _Reader()
+    reader.token(function)
+    return reader.arrays

@@ -20,7 +20,7 @@ import numpy as np
 from numpyro.infer import MCMC
 from numpyro.infer.mcmc import MCMCKernel
 
-from partime_mcmc.captured_data import data_read_by
+from partime_mcmc.captured_data import arrays_read_by, data_read_by
 from partime_mcmc.certify.certificate import Certificate
 from partime_mcmc.certify.recorded import Certification, CertifyWhileRolling
 from partime_mcmc.compile_cache import keep_on_disk
@@ -277,7 +277,8 @@ class ParallelMCMC(MCMC):
             )
         self._asked = tuple(name for name in extra_fields if not name.startswith("~"))
         self._store = as_store(store)
-        device = device_of(args, kwargs, init_params, rng_key)
+        captured = arrays_read_by(self.sampler.model)
+        device = device_of(args, kwargs, init_params, rng_key, captured)
         if device is not None:
             rng_key, init_params = jax.device_put((rng_key, init_params), device)
         try:

@@ -1,6 +1,8 @@
 """A `Target` refuses what is no target, and its starts are JAX arrays of one dtype."""
 
 import dataclasses
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -80,3 +82,43 @@ def test_a_target_is_frozen_and_hashable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         target.initial = np.ones(2)
     assert {target: 1}[target] == 1
+
+
+ON_TWO_DEVICES = """
+import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+from partime_mcmc import CoalescingHMC, ParallelMCMC, Target, mala, sample
+
+first, second = jax.devices()
+data = jax.device_put(jnp.ones(2), second)
+
+def places(target, key):
+    draws = sample(key, target, mala, num_samples=8, num_chains=2, num_warmup=20, progress=False)
+    return jax.tree.leaves(draws.positions)[0].devices()
+
+def model():
+    numpyro.sample("y", dist.Normal(numpyro.sample("x", dist.Normal(0, 1)), 1), obs=data[0])
+
+normal = lambda x: -0.5 * jnp.sum(x**2)
+key = jax.random.key(0)
+assert places(Target(normal, jnp.zeros(2)), key) == {first}
+assert places(Target(lambda x: normal(x - data), jnp.zeros(2)), key) == {second}
+assert places(Target(normal, jax.device_put(jnp.zeros(2), second)), key) == {second}
+assert places(Target(normal, jnp.zeros(2)), jax.device_put(key, second)) == {second}
+mcmc = ParallelMCMC(CoalescingHMC(model), num_warmup=20, num_samples=8, num_chains=2, progress_bar=False)
+mcmc.run(key)
+assert mcmc.draws.positions["x"].devices() == {second}
+"""
+
+
+def test_runs_where_data_starts_or_key_are():
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ON_TWO_DEVICES],
+        check=True,
+        env={
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": ":".join(sys.path),
+            "JAX_PLATFORMS": "cpu",
+            "PARTIME_CACHE": "0",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
+        },
+    )
