@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from partime_mcmc import Target, compile_cache, mala, sample, sequential
+from partime_mcmc import Target, captured_data, compile_cache, mala, sample, sequential
 from partime_mcmc.tracing import WithoutParams, explicit
 
 SIZE = 3
@@ -277,3 +277,10 @@ def test_a_derivative_of_the_users_own_reads_the_data_of_today():
     before = gradient()
     settings["slope"] = np.full(SIZE, 4.0, np.float32)
     np.testing.assert_array_equal(gradient(), 4 * before)
+
+
+@pytest.mark.parametrize("folder", [captured_data._OWN_FOLDER, captured_data._STANDARD_FOLDER])
+def test_a_folder_beside_a_library_is_the_users(folder):
+    assert captured_data.is_library(f"{folder}module.py")
+    assert not captured_data.is_library(f"{folder.rstrip('/')}_runs/module.py")
+    assert not captured_data.has_version(f"{folder.rstrip('/')}_runs/module.py")
