@@ -20,7 +20,7 @@ import types
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 import jax
 import numpy as np
@@ -63,7 +63,7 @@ class _Reader:
             # NaN is not itself, and 1, 1.0 and True are equal.
             return type(value).__name__, repr(value)
         if isinstance(value, np.ndarray):
-            return _of_array(value, value)
+            return _of_array(value)
         if isinstance(value, jax.Array):
             self.arrays.append(value)
             return _Same(value)
@@ -86,7 +86,7 @@ class _Reader:
                 return _Same(value)
         elif hasattr(value, "__array__"):
             try:
-                return _of_array(np.asarray(value), value)
+                return _of_array(value)
             except TypeError:  # keys are no numbers
                 return _Same(value)
         elif _is_jaxs_own(value):
@@ -145,14 +145,15 @@ def _is_jaxs_own(value: Any) -> bool:
     return made_by in ("jax", "jaxlib") and not is_wrapper and not hasattr(value, "clear_cache")
 
 
-def _of_array(value: np.ndarray, owner: Any) -> Any:
-    if value.dtype.hasobject:
+def _of_array(value: Any) -> Any:
+    array = np.asarray(value)
+    if array.dtype.hasobject:
         try:
-            return "objects", zlib.crc32(pickle.dumps(owner))
+            return "objects", zlib.crc32(pickle.dumps(value))
         except Exception:  # whatever an object raises that cannot be pickled
-            return _Same(owner)
-    data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
-    return "array", value.dtype.str, value.shape, zlib.crc32(data.data)
+            return _Same(value)
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return "array", array.dtype.str, array.shape, zlib.crc32(data.data)
 
 
 def _variables(function: types.FunctionType) -> dict[str, Any]:
@@ -218,22 +219,22 @@ def has_version(file: str) -> bool:
     return file.startswith(_OWN_FOLDER) or bool(folder) and package.split("/")[0] in VERSIONED
 
 
-def data_read_by(function: Callable) -> tuple[dict[tuple, Any], list[Any]]:
+class Read(NamedTuple):
     """What a function reads besides its arguments.
 
-    Args:
-        function: Any callable.
-
-    Returns:
-        Tokens by owner and name of each variable, and the functions compiled by `jax.jit` among what was walked through.
+    Attributes:
+        tokens: By owner and name of each variable.
+        jitted: The functions compiled by `jax.jit` among what was walked through.
+        arrays: The arrays of JAX among it.
     """
+
+    tokens: dict[tuple, Any]
+    jitted: list[Any]
+    arrays: list[jax.Array]
+
+
+def data_read_by(function: Callable) -> Read:
+    """What a function, any callable, reads besides its arguments."""
     reader = _Reader()
     reader.tokens[None, "function"] = reader.token(function)
-    return reader.tokens, reader.jitted
-
-
-def arrays_read_by(function: Callable) -> list[jax.Array]:
-    """The JAX arrays among what a function reads besides its arguments, as `data_read_by` finds it."""
-    reader = _Reader()
-    reader.token(function)
-    return reader.arrays
+    return Read(reader.tokens, reader.jitted, reader.arrays)

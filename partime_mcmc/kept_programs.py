@@ -35,7 +35,7 @@ from jax.experimental import serialize_executable
 
 from partime_mcmc.captured_data import VERSIONED
 from partime_mcmc.tracing import Explicit, HashableFunction
-from partime_mcmc.types import PyTree, jax_config
+from partime_mcmc.types import PyTree, jax_config, settings
 
 # Of programs on disk, JAX's own among them; those that were not wanted for longest make room.
 _MOST_BYTES = 2**30
@@ -225,11 +225,10 @@ def _place(value: Any) -> str:
 
 def _of_jax() -> tuple:
     """JAX's settings, as they are here and now."""
-    here = ("jax_enable_x64", "jax_default_matmul_precision", "jax_threefry_partitionable")
-    settings = {
+    of_process = {
         name: repr(value) for name, value in jax_config.values.items() if "cache" not in name
     }
-    return tuple(sorted(settings.items())), tuple(repr(getattr(jax_config, name)) for name in here)
+    return tuple(sorted(of_process.items())), tuple(map(repr, settings()))
 
 
 @functools.cache

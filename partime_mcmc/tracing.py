@@ -92,7 +92,7 @@ class Explicit:
         if (
             inner_arrays(self.jaxpr)
             or primitives_of(self.jaxpr) & _CALLBACKS
-            or not all(map(is_library, _places_of_rules(self.jaxpr)))
+            or not all(map(is_library, self._places_of_rules))
         ):
             return None
         return _ADDRESS.sub("", str(self.jaxpr))
@@ -100,7 +100,11 @@ class Explicit:
     @property
     def has_known_rules(self) -> bool:
         """Whether derivatives of their own come from packages whose versions tell them."""
-        return all(map(has_version, _places_of_rules(self.jaxpr)))
+        return all(map(has_version, self._places_of_rules))
+
+    @functools.cached_property
+    def _places_of_rules(self) -> frozenset[str]:
+        return frozenset(_places_of_rules(self.jaxpr))
 
     @property
     def result(self) -> PyTree:
@@ -257,15 +261,14 @@ def explicit(function: Callable, params: PyTree, *rest: PyTree) -> tuple[Explici
         settings(),
         jax.sharding.get_abstract_mesh(),
     )
-    read, jitted = data_read_by(function)
+    read, jitted, _ = data_read_by(function)
 
     def trace(old: _Traced | None) -> _Traced:
         for one in jitted:
             _forget_old_data(one)
         abstract = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
         step, captured = _trace(function, abstract)
-        after, _ = data_read_by(function)
-        reading = Reading.around(read, after)
+        reading = Reading.around(read, data_read_by(function).tokens)
         if old is not None:
             reading = reading._replace(volatile=reading.volatile | old.reading.volatile)
             if old.function.is_like(step):
@@ -293,7 +296,7 @@ _READ_BY_JITTED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 def _forget_old_data(jitted: Any) -> None:
     """Have a function that is compiled by `jax.jit` traced again, unless it reads what it read when this was last asked: JAX keeps its
     traces whatever happens to the data that it reads."""
-    read, _ = data_read_by(jitted)
+    read = data_read_by(jitted).tokens
     if _READ_BY_JITTED.get(jitted) != read:
         jitted.clear_cache()
         _READ_BY_JITTED[jitted] = read

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import os
 from types import SimpleNamespace
-from typing import Any, Callable, Self
+from typing import Any, Callable, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ import numpy as np
 from numpyro.infer import MCMC
 from numpyro.infer.mcmc import MCMCKernel
 
-from partime_mcmc.captured_data import arrays_read_by, data_read_by
+from partime_mcmc.captured_data import data_read_by
 from partime_mcmc.certify.certificate import Certificate
 from partime_mcmc.certify.recorded import Certification, CertifyWhileRolling
 from partime_mcmc.compile_cache import keep_on_disk
@@ -223,7 +223,7 @@ class ParallelMCMC(MCMC):
         )
         self.chain_method = chain_method or "vectorized"
         self.solver, self.schedule, self.certificate = solver, schedule, certificate
-        self._known: tuple[Data, Reading, Target, Any] | None = None
+        self._known: _Known | None = None
         self._store: Store | None = None
         self._asked: tuple[str, ...] = ()
         self._draws: Draws | StoredDraws | None = None
@@ -277,7 +277,7 @@ class ParallelMCMC(MCMC):
             )
         self._asked = tuple(name for name in extra_fields if not name.startswith("~"))
         self._store = as_store(store)
-        captured = arrays_read_by(self.sampler.model)
+        captured = data_read_by(self.sampler.model).arrays
         device = device_of(args, kwargs, init_params, rng_key, captured)
         if device is not None:
             rng_key, init_params = jax.device_put((rng_key, init_params), device)
@@ -430,7 +430,7 @@ class ParallelMCMC(MCMC):
             return state
         axes = (slice(None), None) if self.num_chains > 1 else (None, None)
         positions = jax.tree.map(lambda leaf: jnp.asarray(leaf)[axes], state.z)
-        slopes = potential_gradients(self._known[2], positions)
+        slopes = potential_gradients(self._known.target, positions)
         own = np.s_[:, 0] if self.num_chains > 1 else np.s_[0, 0]
         full = state._replace(z_grad=jax.tree.map(lambda leaf: leaf[own], slopes))
         for name in ("_last_state", "_warmup_state"):
@@ -566,14 +566,23 @@ class ParallelMCMC(MCMC):
 
     def _target(self, args: tuple, kwargs: dict, keys: Key, init_params: PyTree) -> Target:
         """The target of these data; the same object for the same data, so that nothing is traced or compiled twice."""
-        data, read = Data.of(args, kwargs), data_read_by(self.sampler.model)[0]
-        if self._known is None or self._known[0] != data or not self._known[1].holds(read):
+        data, read = Data.of(args, kwargs), data_read_by(self.sampler.model).tokens
+        if self._known is None or self._known.data != data or not self._known.reading.holds(read):
             start = None if init_params is None else jax.tree.map(lambda leaf: leaf[0], init_params)
             target = self.sampler.target(args, kwargs, first_key(keys), start)
-            reading = Reading.around(read, data_read_by(self.sampler.model)[0])
-            self._known = (data, reading, target, self.sampler._posterior)
-        *_, target, self.sampler._posterior = self._known
-        return target
+            reading = Reading.around(read, data_read_by(self.sampler.model).tokens)
+            self._known = _Known(data, reading, target, self.sampler._posterior)
+        self.sampler._posterior = self._known.posterior
+        return self._known.target
+
+
+class _Known(NamedTuple):
+    """The target of the last run, and what it was made from."""
+
+    data: Data
+    reading: Reading
+    target: Target
+    posterior: Any
 
 
 def _flat(leaf: Any) -> Any:

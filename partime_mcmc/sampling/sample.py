@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from partime_mcmc.captured_data import arrays_read_by
+from partime_mcmc.captured_data import data_read_by
 from partime_mcmc.certify.recorded import Certification, CertifyWhileRolling
 from partime_mcmc.compile_cache import keep_on_disk
 from partime_mcmc.diagnostics.checks import check_deterministic, check_precision, check_starts
@@ -231,7 +231,7 @@ def sample(
         target, kernel, solver, schedule, tolerance, max_iterations, certificate, adaptation
     )
     given = None if callable(start) else start, key
-    device = device_of(given, arrays_read_by(target.logdensity)) if mesh is None else None
+    device = device_of(given, data_read_by(target.logdensity).arrays) if mesh is None else None
     if device is not None:
         key = jax.device_put(key, device)
         if not callable(start):

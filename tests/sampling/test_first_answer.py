@@ -1,7 +1,5 @@
 """What makes the first answer fast: programs that serve any number, compiled beside warm-up, once, and kept on disk."""
 
-import subprocess
-import sys
 import threading
 import time
 
@@ -9,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import python
 
 from partime_mcmc import compile_cache
 from partime_mcmc.kernels import Whitening, coalescing_hmc
@@ -185,19 +184,7 @@ print(sum(name.endswith("cache_hits") for name in hits), jax.config.jax_compilat
 
 def test_programs_are_kept_on_disk(tmp_path):
     def process(**environment):
-        found = subprocess.run(
-            [sys.executable, "-c", SCRIPT],
-            capture_output=True,
-            text=True,
-            check=True,
-            env={
-                "PATH": "/usr/bin:/bin",
-                "HOME": str(tmp_path),
-                "PYTHONPATH": ":".join(sys.path),
-                "JAX_PLATFORMS": "cpu",
-                **environment,
-            },
-        )
+        found = python(SCRIPT, HOME=str(tmp_path), **environment)
         assert not found.stderr, found.stderr
         return found.stdout.split()
 
@@ -236,18 +223,7 @@ print(*{dict(entry[4])["xla_backend_optimization_level"] for entry in compile_ca
 
 
 def test_a_first_answer_takes_few_programs_and_other_data_none():
-    found = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FIRST],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={
-            "PATH": "/usr/bin:/bin",
-            "PYTHONPATH": ":".join(sys.path),
-            "JAX_PLATFORMS": "cpu",
-            "PARTIME_CACHE": "0",
-        },
-    )
+    found = python(FIRST, "-W", "ignore", PARTIME_CACHE="0")
     first, mean, second, other, *levels = map(float, found.stdout.split())
     assert first <= 12 and second == 0, found.stdout
     assert abs(mean - 2) < 1 and abs(other - 5) < 1, "each run has its own data"
