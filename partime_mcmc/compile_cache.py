@@ -38,6 +38,8 @@ from partime_mcmc.tracing import OnceCache, explicit
 from partime_mcmc.types import PyTree, jax_config, nan_is_a_value, settings
 
 _PROGRAMS = OnceCache(128)
+# What is traced in a thread while another one comes to want it is not traced there again; few are on their way at a time.
+_LOWERED = OnceCache(8)
 
 
 class Timings:
@@ -173,7 +175,7 @@ def compiled(
         with timings.measure("compile"):
             kept = _KeptProgram(entry, args)
             found = kept.load()
-            return kept.made(jax.jit(function).lower(*args), options) if found is None else found
+            return kept.made(_lowered(entry, args), options) if found is None else found
 
     return _PROGRAMS.get(entry, make)
 
@@ -198,7 +200,7 @@ def compile_in_thread(
     if found is not None:
         traced = _PROGRAMS.get(entry, lambda _: found)
     else:
-        traced = lowered = jax.jit(function).lower(*args)
+        traced = lowered = _lowered(entry, args)
 
         def compile_it():
             # What fails here fails again where it is wanted.
@@ -207,6 +209,10 @@ def compile_in_thread(
 
         in_thread(compile_it)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), traced.out_info)
+
+
+def _lowered(entry: tuple, args: tuple) -> jax.stages.Lowered:
+    return _LOWERED.get(entry, lambda _: jax.jit(entry[0]).lower(*args))
 
 
 class _KeptProgram:
