@@ -1,7 +1,9 @@
 """The first answer: seconds from a fresh process to draws, `python -m benchmarks.cold_start [NAME...] --out DIR`.
 
-The models of `benchmarks.hard_posteriors`, 4 chains, 1,000 steps of warm-up allowed and 1,000 draws each. Every run is a process
-of its own, from the start of Python to the draws, imports and compilation included; methods take turns, and medians are shown:
+The models of `benchmarks.hard_posteriors`, or of a file as there (`--models FILE`), or reference posteriors of `benchmarks.posteriors`
+by their names; 4 chains, 1,000 steps of warm-up allowed and 1,000 draws each, on all cores or so many (`--cores 1`). Every run is a
+process of its own, from the start of Python to the draws, imports and compilation included; methods take turns, and medians are
+shown:
 
     ours            `CoalescingHMC` through `ParallelMCMC`, nothing compiled before; programs are written to an empty folder
     our loop        the same with every chain computed one step after another (`sequential()`)
@@ -18,8 +20,10 @@ compiled, and for ours the largest residual, in noise units, and the verdict. Ho
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,7 +35,17 @@ from benchmarks.record import OUT, keep
 METHODS = ("ours", "our loop", "ours, again", "ours, optimised", "NUTS", "NUTS, parallel")
 
 
-def one(name: str, method: str) -> dict:
+def model_and_data(name: str, models: Path | None) -> tuple:
+    """A model and its keyword arguments."""
+    from benchmarks import hard_posteriors, posteriors
+
+    folder = os.environ.get(posteriors.VARIABLE)
+    if folder and (Path(folder) / f"{name}.json").exists():
+        return posteriors.load(name)[:2]
+    return hard_posteriors.model_and_data(name, None if name in hard_posteriors.MODELS else models)
+
+
+def one(name: str, method: str, models: Path | None) -> dict:
     """One run in this process."""
     import jax
     import numpy as np
@@ -40,7 +54,7 @@ def one(name: str, method: str) -> dict:
 
     if method == "NUTS, parallel":
         numpyro.set_host_device_count(4)
-    from benchmarks.hard_posteriors import CHAINS, MODELS, STEPS
+    from benchmarks.hard_posteriors import CHAINS, STEPS
     from partime_mcmc import CoalescingHMC, ParallelMCMC, compile_cache, sequential
 
     if method == "ours, optimised":
@@ -57,16 +71,17 @@ def one(name: str, method: str) -> dict:
         "num_chains": CHAINS,
         "progress_bar": False,
     }
+    model, data = model_and_data(name, models)
     if method.startswith("our"):
         solver = sequential() if method == "our loop" else None
-        mcmc = ParallelMCMC(CoalescingHMC(MODELS[name]), solver=solver, **settings)
+        mcmc = ParallelMCMC(CoalescingHMC(model), solver=solver, **settings)
     else:
         chain_method = "parallel" if method == "NUTS, parallel" else "vectorized"
-        mcmc = MCMC(NUTS(MODELS[name]), chain_method=chain_method, **settings)
+        mcmc = MCMC(NUTS(model), chain_method=chain_method, **settings)
     seconds, programs = [], []
     for seed in (0, 1):
         begin, before = time.perf_counter(), len(compiled)
-        mcmc.run(jax.random.key(seed))
+        mcmc.run(jax.random.key(seed), **data)
         jax.block_until_ready(mcmc.get_samples())
         seconds.append(time.perf_counter() - begin)
         programs.append(len(compiled) - before)
@@ -77,13 +92,23 @@ def one(name: str, method: str) -> dict:
     return {"run": seconds[0], "second_run": seconds[1], "programs": programs, "said": said}
 
 
-def in_a_process(name: str, method: str, cache: str) -> dict:
-    """`one` in a process of its own, and the seconds from its start to its first draws."""
+def in_a_process(name: str, method: str, models: Path | None, cores: int, cache: str) -> dict:
+    """`one` in a process of its own on so many cores, and the seconds from its start to its first draws."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.cold_start",
+        "--one",
+        name,
+        method,
+        "--cores",
+        str(cores),
+    ]
     with tempfile.TemporaryDirectory() as empty:
         environment = {**os.environ, "PARTIME_CACHE": cache if method == "ours, again" else empty}
         begin = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.cold_start", "--one", name, method],
+            command if models is None else [*command, "--models", str(models)],
             capture_output=True,
             text=True,
             check=True,
@@ -106,7 +131,24 @@ def table(rows: list[dict]) -> str:
             f"| {row['posterior']} | {row['method']} | {row['seconds']:.1f} | {row['run']:.1f} | {row['programs'][0]} | "
             f"{row['second_run']:.2f} | {row['programs'][1]} | {row['said']} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + summary(rows)
+
+
+def summary(rows: list[dict]) -> str:
+    """On how many posteriors ours comes first, in words; empty where NUTS did not run on all."""
+    seconds: dict[str, dict[str, float]] = {}
+    for row in rows:
+        seconds.setdefault(row["posterior"], {})[row["method"]] = row["seconds"]
+    if any("ours" not in found or "NUTS, parallel" not in found for found in seconds.values()):
+        return ""
+    ratios = [
+        found["ours"] / min(took for method, took in found.items() if method.startswith("NUTS"))
+        for found in seconds.values()
+    ]
+    return (
+        f"\nOurs at most as long as NUTS' fastest: {sum(ratio <= 1 for ratio in ratios)} of {len(ratios)}; ratios "
+        f"{min(ratios):.2f} to {max(ratios):.2f}, median {statistics.median(ratios):.2f}.\n"
+    )
 
 
 def median_of(runs: list[dict]) -> dict:
@@ -119,26 +161,37 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", default=["eight_schools", "crossed"])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--methods", default=";".join(METHODS), help="with semicolons between")
+    parser.add_argument("--models", type=Path, help="a file as of `benchmarks.hard_posteriors`")
+    parser.add_argument("--cores", type=int, default=os.cpu_count())
+    parser.add_argument("--record", default="cold-start-cpu", help="name of the table")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--one", nargs=2, metavar=("NAME", "METHOD"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.one:
-        print(json.dumps(one(*arguments.one)))
+        if hasattr(os, "sched_setaffinity"):  # not on a Mac
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cores])
+        print(json.dumps(one(*arguments.one, arguments.models)))
         return 0
-    rows = []
+    rows, methods = [], arguments.methods.split(";")
     for name in arguments.names:
         with tempfile.TemporaryDirectory() as cache:
-            in_a_process(name, "ours, again", cache)
-            runs: dict[str, list[dict]] = {method: [] for method in METHODS}
+            process = functools.partial(
+                in_a_process, name, models=arguments.models, cores=arguments.cores, cache=cache
+            )
+            if "ours, again" in methods:
+                process("ours, again")
+            runs: dict[str, list[dict]] = {method: [] for method in methods}
             for _ in range(arguments.repeats):
-                for method in METHODS:
-                    runs[method].append(in_a_process(name, method, cache))
+                for method in methods:
+                    runs[method].append(process(method))
         rows += [
             {"posterior": name, "method": method, **median_of(found)}
             for method, found in runs.items()
         ]
-        print(table(rows[-len(METHODS) :]), flush=True)
-        keep(arguments.out / "cold-start-cpu.json", {"rows": rows}, table(rows))
+        print(table(rows[-len(methods) :]), flush=True)
+        record = {"cores": arguments.cores, "rows": rows}
+        keep(arguments.out / f"{arguments.record}.json", record, table(rows))
     return 0
 
 

@@ -64,11 +64,9 @@ CPU_OPTIONS: dict[str, int] = {"xla_backend_optimization_level": 2}
 
 
 # To optimise the programs of a run of `CoalescingHMC` takes some 12 seconds of a core instead of 2 (JAX 0.10.1). Where a run that is
-# not optimised takes an estimated 0.2 to 0.6 s the first answer comes 2 to 5 s sooner without, and later runs take 0.3 s longer
-# at most; at 1.1 s there is no difference, at 4.5 s the first answer comes later.
-_WORTH_OPTIMISING = 1.0
-# What one number costs, out of one operation on an array, in a program that was not optimised.
-SECONDS_PER_NUMBER = 2e-9
+# not optimised takes an estimated second at most the first answer comes 2 s sooner without, and later runs take 0.3 to 1 s longer;
+# at 2.5 s there is no difference.
+_WORTH_OPTIMISING = 1.5
 
 
 def compiler_options(seconds: float = math.inf) -> dict[str, Any] | None:

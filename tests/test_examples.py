@@ -216,7 +216,7 @@ def test_one_line_of_a_numpyro_script_changes(capsys):
     assert abs(mu - our_mu) < 5 * 3.3 * np.sqrt(2 / 400) and abs(
         log_tau - our_log_tau
     ) < 5 * 1.2 * np.sqrt(2 / 400)
-    assert mcmc.report.parallel
+    assert not mcmc.report.run.fallbacks
 
 
 @pytest.mark.slow

@@ -27,6 +27,8 @@ Builder = Callable[..., Kernel]
 
 # What a transition costs besides gradients where the compiler was not asked to optimise, and how many gradients are usual.
 _SECONDS_PER_STEP, _SECONDS_PER_COORDINATE, _GRADIENTS_PER_STEP = 3e-6, 1.5e-7, 5
+# How many times faster gradients of some size are where it was; a loop over fewer chains takes as long as one over these.
+_OPTIMISED, _CHAINS_OF_A_LOOP = 10, 4
 
 
 @pytree()
@@ -77,9 +79,23 @@ class ParametrisedKernel(Kernel):
 
     def unoptimised_seconds(self, num_steps: float) -> float:
         """How long so many transitions take, random numbers and certificate included, in programs that were not optimised."""
-        dimension = self.numbers.whitening.center.size
-        own = num_steps * (_SECONDS_PER_STEP + dimension * _SECONDS_PER_COORDINATE)
-        return own + unoptimised_seconds(self.family.density, num_steps * _GRADIENTS_PER_STEP)
+        return self._own_seconds(num_steps) + self._gradient_seconds(num_steps)
+
+    def loop_seconds(self, num_steps: int, num_chains: int) -> float:
+        """How long a loop over the steps of chains takes at most, optimised or too short for that; by shapes and counts alone."""
+        transitions = num_steps * max(num_chains, _CHAINS_OF_A_LOOP)
+        return self._own_seconds(transitions) + self._gradient_seconds(transitions) / _OPTIMISED
+
+    def _own_seconds(self, transitions: float) -> float:
+        return transitions * (_SECONDS_PER_STEP + self._dimension * _SECONDS_PER_COORDINATE)
+
+    def _gradient_seconds(self, transitions: float) -> float:
+        num_gradients = transitions * _GRADIENTS_PER_STEP
+        return unoptimised_seconds(self.family.density, self._dimension, num_gradients)
+
+    @property
+    def _dimension(self) -> int:
+        return self.numbers.whitening.center.size
 
 
 def parametrised_kernel(

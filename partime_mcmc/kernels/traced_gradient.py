@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from partime_mcmc.compile_cache import SECONDS_PER_NUMBER
 from partime_mcmc.tracing import HashableFunction, num_computed
 from partime_mcmc.types import Array, PyTree
 
@@ -30,17 +29,25 @@ class WithTracedGradient(HashableFunction):
         return _value(self.parts[0], params, position)
 
 
-def unoptimised_seconds(density: Callable, num_gradients: float) -> float:
-    """How long so many gradients take in a program that was not optimised.
+# What one number costs, out of one operation on an array, in a program that was not optimised, and in a product of matrices.
+_PER_NUMBER, _PER_PRODUCT = 4e-10, 1.2e-9
+# A metric's columns at most.
+_MOST_COLUMNS = 300
+
+
+def unoptimised_seconds(density: Callable, dimension: int, num_gradients: float) -> float:
+    """How long so many gradients, and their products with a metric, take in a program that was not optimised.
 
     Args:
         density: From `kernel_program.density_of`; of another function it is not known, which counts as infinite.
+        dimension: D.
         num_gradients: How many.
     """
     if not isinstance(density, WithTracedGradient):
         return math.inf
     # Reverse mode computes about three times what the function does.
-    return 3 * num_computed(density.parts[0].jaxpr) * SECONDS_PER_NUMBER * num_gradients
+    gradient = 3 * num_computed(density.parts[0].jaxpr) * _PER_NUMBER
+    return num_gradients * (gradient + dimension * min(dimension, _MOST_COLUMNS) * _PER_PRODUCT)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

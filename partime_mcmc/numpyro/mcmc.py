@@ -123,6 +123,13 @@ class ParallelReport:
         lines = [
             str(self.verdict),
             f"{self.level.name}: largest residual {residual:.1e} noise units, {self.certificate.evidence}; {self.run}",
+            *(
+                [
+                    "The chains were computed one step after another; solver=shooting() computes the same ones in parallel."
+                ]
+                if "Sequential" in self.plan["solver"]
+                else []
+            ),
             *self.run.fallbacks,
             *(
                 []
@@ -161,7 +168,8 @@ class ParallelMCMC(MCMC):
         progress_bar: One line per stage on a terminal.
         progress_rate: Accepted and ignored.
         jit_model_args: Accepted and ignored: data are always arguments of what is compiled.
-        solver: A recipe; None is shooting with as many segments as fill the device.
+        solver: A recipe; None is shooting with as many segments as fill the device, and on a processor the loop over all steps where
+            that ends before a parallel solver would be compiled.
         schedule: How time is cut; None is windows of 16,384 steps.
         certificate: What it rests on, as for `sample`: `CertifyWhileRolling()` or `CertifyIndependently()`.
 

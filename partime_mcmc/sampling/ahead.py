@@ -25,7 +25,7 @@ from partime_mcmc.kernels.kernel_program import (
 from partime_mcmc.sampling.arguments import SampleArguments
 from partime_mcmc.sampling.chain_groups import num_cores
 from partime_mcmc.sampling.local import compile_first_chunk
-from partime_mcmc.sampling.plan import plan_for
+from partime_mcmc.sampling.plan import chooses_coupling, plan_for
 from partime_mcmc.sampling.randomness import begin
 from partime_mcmc.warmup.metric import metric_for, unit_metric
 from partime_mcmc.warmup.pooled import PooledAdaptation
@@ -48,7 +48,7 @@ def compiling_first_chunk(asked: SampleArguments, builder: Builder, chunk: int) 
         chunk: Steps per chunk.
     """
     kernel = _untuned_kernel(asked, builder) if num_cores() > 1 and _is_known(asked) else None
-    if kernel is None or not asked.num_samples:
+    if kernel is None or not asked.num_samples or chooses_coupling(asked, kernel):
         yield
         return
 
@@ -71,7 +71,6 @@ def _is_known(asked: SampleArguments) -> bool:
     adaptation = asked.adaptation or PooledAdaptation()
     return (
         asked.mesh is None
-        and asked.choose_coupling is None
         and isinstance(adaptation, PooledAdaptation)
         and adaptation.metric is None
     )

@@ -8,6 +8,7 @@ from what it reads back. `SampleArguments` are what a front (`sample`, `Parallel
 
 import contextlib
 import dataclasses
+import math
 from typing import Any, Callable, ContextManager
 
 import jax
@@ -22,7 +23,12 @@ from partime_mcmc.kernels.kernel_program import Builder, ParametrisedKernel, cou
 from partime_mcmc.sampling.arguments import SampleArguments
 from partime_mcmc.sampling.chain_groups import num_groups
 from partime_mcmc.sampling.chunk import ChainState
-from partime_mcmc.sampling.defaults import DEFAULT_WINDOW, default_solver, default_tolerance
+from partime_mcmc.sampling.defaults import (
+    DEFAULT_WINDOW,
+    default_solver,
+    default_tolerance,
+    is_short,
+)
 from partime_mcmc.sampling.memory import chunk_steps, mesh_shape
 from partime_mcmc.sampling.progress import Progress
 from partime_mcmc.sampling.randomness import begin, recurrence
@@ -163,7 +169,12 @@ def plan_for(
         first_step=state.num_steps,
         num_samples=asked.num_samples,
         solver=asked.solver
-        or default_solver(asked.num_chains // (rows * groups), -(-steps // parts), groups),
+        or default_solver(
+            asked.num_chains // (rows * groups),
+            -(-steps // parts),
+            groups,
+            _loop_seconds(asked, kernel),
+        ),
         schedule=asked.schedule or Windows(DEFAULT_WINDOW * parts),
         tolerance=asked.tolerance or default_tolerance(kernel, dtype),
         max_iterations=asked.max_iterations,
@@ -177,6 +188,18 @@ def plan_for(
         warmup=warmup,
         warmup_notes=str(warmup or ""),
     )
+
+
+def chooses_coupling(asked: SampleArguments, kernel: Kernel) -> bool:
+    """Whether pilots choose the coupling: where the user does not, for chains that a solver has to see forgetting."""
+    return bool(asked.choose_coupling) and not is_short(_loop_seconds(asked, kernel))
+
+
+def _loop_seconds(asked: SampleArguments, kernel: Kernel) -> float:
+    """What the loop over all steps takes; of runs that a mesh shares or a store keeps, which are long ones, it is not asked."""
+    if asked.mesh or asked.store or not isinstance(kernel, ParametrisedKernel):
+        return math.inf
+    return kernel.loop_seconds(asked.num_samples, asked.num_chains)
 
 
 def _compiler_options(asked: SampleArguments, kernel: Kernel) -> dict[str, Any] | None:
@@ -241,7 +264,7 @@ def _warmed_up(
     warmup = dataclasses.replace(
         warmup, positions=jax.device_put(first), logdensity=warmup.logdensity[: asked.num_chains]
     )
-    if asked.choose_coupling is not None:
+    if asked.choose_coupling and chooses_coupling(asked, warmup.kernel):
         warmup = asked.choose_coupling(warmup)
     progress.note(str(warmup))
     return warmup

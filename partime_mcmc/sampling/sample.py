@@ -179,11 +179,13 @@ def sample(
         num_warmup: Warm-up steps per chain at most, at least 20, for a builder; ignored where the kernel comes tuned.
         adaptation: How a builder's chains find the typical set and a metric; None is `PooledAdaptation()`.
         coupling: For a builder, how its noise is drawn: `CommonRandomNumbers()` gives BlackJAX's own draws bit for bit,
-            `MultishiftCoupling()` the same law with a shorter memory. None: in runs of 1,024 draws or more with the default
-            solver the coupling with which pilot pairs meet sooner, and the warm-up's notes say so; plain otherwise.
+            `MultishiftCoupling()` the same law with a shorter memory. None: in runs of 1,024 draws or more that the default
+            solver computes in parallel the coupling with which pilot pairs meet sooner, and the warm-up's notes say so;
+            plain otherwise.
         solver: A recipe; None is shooting with as many segments as fill the device. A chain that does not converge in a
             window is finished sequentially; after two windows in which none did, the rest of the run is sequential, and
-            `draws.advice` says why.
+            `draws.advice` says why. On a processor None is the loop over all steps, for a builder, where that ends before a parallel
+            solver would be compiled (in a second, by an estimate).
         schedule: How time is cut; None is windows of 16,384 steps.
         tolerance: How small residuals must be; None is a small part of what the certificate allows.
         max_iterations: Iterations per window before a chain is finished sequentially; None is the solver's default.

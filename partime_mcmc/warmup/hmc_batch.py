@@ -202,9 +202,9 @@ class _Mapped(HashableFunction):
         return density_through(maps, lambda x: self.parts[0](data, unravel(x)), flat)
 
 
-def usual_seconds(density: Callable) -> float:
+def usual_seconds(density: Callable, dimension: int) -> float:
     """How long the gradients of a usual warm-up take in programs that were not optimised; infinite where that is not known."""
-    return unoptimised_seconds(density, _USUAL_GRADIENTS)
+    return unoptimised_seconds(density, dimension, _USUAL_GRADIENTS)
 
 
 class HMCBatch:
@@ -233,7 +233,7 @@ class HMCBatch:
         self.dimension, self.dtype = flat.size, flat.dtype
         self.longest = max_batch_steps(num_chains * self.dimension)
         self.num_gradients = self.depth = self.num_steps = 0
-        self._options = compiler_options(usual_seconds(density))
+        self._options = compiler_options(usual_seconds(density, self.dimension))
 
     @property
     def density(self) -> Callable:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.linalg import get_lapack_funcs
 from scipy.optimize import minimize
 
 from partime_mcmc.compile_cache import Timings, compiler_options, run_program
@@ -43,6 +44,7 @@ _RELATIVE_CHANGE = 1e-6
 # What J must fall by on draws that did not take part.
 _LEAST_GAIN = 0.1
 _TINY = 1e-30
+_cholesky, _inverse = get_lapack_funcs(("potrf", "potri"), dtype=np.float64)
 # With so many draws per dimension a covariance needs no shrinking.
 _PLENTY = 4
 
@@ -163,43 +165,83 @@ def carry_over(old: CoordinateMap, new: CoordinateMap, draws: HMCBatchResult) ->
     )
 
 
-def half_log_det(draws: np.ndarray) -> tuple[float, np.ndarray]:
+def half_log_det(draws: np.ndarray, root: np.ndarray | None = None) -> tuple[float, np.ndarray]:
     """Half the log determinant of the covariance of draws within chains, and its derivative.
 
-    With few draws n for D coordinates correlations are shrunk by D / (D + n) towards none: u is in units of standard
-    deviations, a = n / (D + n) / n, and R = (1 - n a) I + a uᵀu.
+    With few draws n for D coordinates correlations are shrunk by s = D / (D + n) towards none: with C the covariance of deviations d
+    and σ the standard deviations,
+
+        R = s I + (1 − s) C / σσᵀ,     d(½ log det) / d(draws) = d M / n,
+        M = (1 − s) R⁻¹ / σσᵀ + diag((1 − (1 − s) Σ_i (R⁻¹)_ij C_ij / σ_i σ_j) / σ_j²).
 
     Args:
-        draws: Shape `(S, C, D)`.
+        draws: Shape `(S, C, D)`; computed in their type, matrices of D × D in float64.
+        root: A, `(D, D)`: draws times Aᵀ are judged, but the derivative is by the draws; None is the identity.
 
     Returns:
-        The value, and the derivative with respect to the draws, `(S, C, D)`.
+        The value, infinite where the covariance is singular, and the derivative with respect to the draws, `(S, C, D)`.
     """
     dimension = draws.shape[-1]
-    draws = np.asarray(draws, float)
     deviations = (draws - draws.mean(axis=0)).reshape(-1, dimension)
+    if root is not None:
+        deviations = deviations @ root.T
     num_draws = len(deviations)
+    shrink = 1e-10 if num_draws >= _PLENTY * dimension else dimension / (dimension + num_draws)
+    solved = (_solved_tall if num_draws >= dimension else _solved_wide)(deviations, shrink)
+    if solved is None:
+        return np.inf, np.zeros_like(draws)
+    value, slopes = solved
+    return value, slopes(np.eye(dimension, dtype=draws.dtype) if root is None else root).reshape(
+        draws.shape
+    )
+
+
+def _solved_tall(deviations: np.ndarray, shrink: float):
+    """The value, and from A the derivative times A; None where the covariance is singular."""
+    count = len(deviations)
+    covariance = (deviations.T @ deviations).astype(float) / count
+    variances = np.diag(covariance) + _TINY
+    scale = np.sqrt(variances)
+    correlation = covariance / np.outer(scale, scale)
+    found = _inverse_and_log_det(shrink * np.eye(len(scale)) + (1 - shrink) * correlation)
+    if found is None:
+        return None
+    inverse, log_det = found
+    matrix = (1 - shrink) * inverse / np.outer(scale, scale)
+    own = (1 - (1 - shrink) * (inverse * correlation).sum(axis=0)) / variances
+    matrix[np.diag_indices(len(own))] += own
+    value = 0.5 * (np.log(variances).sum() + log_det)
+    matrix = (matrix / count).astype(deviations.dtype)
+    return value, lambda root: deviations @ (matrix @ root)
+
+
+def _solved_wide(deviations: np.ndarray, shrink: float):
+    """As `_solved_tall` of fewer draws than coordinates: u R⁻¹ = (s I + a u uᵀ)⁻¹ u, whose matrix is the smaller one."""
+    count, dimension = deviations.shape
     variances = np.mean(deviations**2, axis=0) + _TINY
     u = deviations / np.sqrt(variances)
-    shrink = 1e-10 if num_draws >= _PLENTY * dimension else dimension / (dimension + num_draws)
-    a = (1 - shrink) / num_draws
-    # u R⁻¹ = (shrink I + a u uᵀ)⁻¹ u: whichever matrix is smaller.
-    is_tall = num_draws >= dimension
-    gram = u.T @ u if is_tall else u @ u.T
-    matrix = shrink * np.eye(len(gram)) + a * gram
-    try:
-        # Not by solving with the factor: LAPACK spreads that over threads which wait for each other, 60 times as long.
-        factor, inverse = np.linalg.cholesky(matrix), np.linalg.inv(matrix)
-    except np.linalg.LinAlgError:
-        return np.inf, np.zeros_like(draws)
-    value = 0.5 * np.log(variances).sum() + np.log(np.diag(factor)).sum()
-    value += 0 if is_tall else 0.5 * (dimension - num_draws) * np.log(shrink)
-    slope = a * (u @ inverse if is_tall else inverse @ u)
-    slope = slope / np.sqrt(variances) + deviations / (num_draws * variances) * (
+    a = (1 - shrink) / count
+    found = _inverse_and_log_det(shrink * np.eye(count) + a * (u @ u.T).astype(float))
+    if found is None:
+        return None
+    inverse, log_det = found
+    slope = a * (inverse.astype(u.dtype) @ u)
+    slope = slope / np.sqrt(variances) + deviations / (count * variances) * (
         1 - (slope * u).sum(axis=0)
     )
-    slope = slope.reshape(draws.shape)
-    return float(value), slope - slope.mean(axis=0)
+    value = 0.5 * (np.log(variances).sum() + log_det + (dimension - count) * np.log(shrink))
+    return value, lambda root: slope @ root.astype(slope.dtype)
+
+
+def _inverse_and_log_det(matrix: np.ndarray) -> tuple[np.ndarray, float] | None:
+    """None where the matrix is not positive definite."""
+    factor, failed = _cholesky(matrix, lower=1)
+    if failed:
+        return None
+    # From the factor in a fourth of the time of `numpy.linalg.inv`; the upper triangle is that of the factor's array.
+    inverse = np.tril(_inverse(factor, lower=1)[0])
+    inverse += np.tril(inverse, -1).T
+    return inverse, 2 * np.log(np.diag(factor)).sum()
 
 
 # What stands for J where it is not finite.

@@ -16,7 +16,9 @@ What is kept is then fitted to the draws of all chains. Fitted again to every wi
 as the narrowest place that was reached is narrow, which the next draws need to get further.
 """
 
+import concurrent.futures
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -24,7 +26,6 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from scipy.optimize import minimize
 
-from partime_mcmc.compile_cache import worth_optimising
 from partime_mcmc.kernels.coordinates import Centring, CoordinateMap, maps_of
 from partime_mcmc.kernels.traced_gradient import WithTracedGradient
 from partime_mcmc.kernels.triangular_map import TriangularMap
@@ -43,14 +44,18 @@ _LEAST_PROMISE, _SHARE, _CORRELATION = 1.0, 0.25, 0.4
 _DEPENDENT = 0.25
 # Scales of one round: what widens coordinates so similarly, by the cosine, is not chosen together.
 _ALIKE = 0.5
-_MOST_SCALES, _MAX_ROUNDS, _MAX_ITERATIONS = 32, 6, 30
-# A descent ends where a step changes J by so little of it: draws say less of it than that.
-_RELATIVE_CHANGE = 1e-5
+_MOST_SCALES, _MAX_ROUNDS = 32, 6
+# Where a descent ends: after so many steps, or with one that changes J by so little of it. The map that is chosen is fitted more
+# exactly than those to choose from, for the sake of its origins.
+_TO_CHOOSE, _TO_KEEP = (30, 1e-4), (30, 1e-5)
 _PENALTY, _SMALL = 0.02, 0.02
 # Columns that a map has at least.
 _LEAST_ROOM = 4
 # What J must fall by: where scales are added, and on draws that did not take part.
 _LEAST_GAIN = 0.5
+_FLOAT = np.float32
+# Seconds that gradients of a usual warm-up take, beside which those of a map are few.
+_SLOW = 0.3
 # What stands for J where it is not finite.
 _FAR, _TINY = 1e10, 1e-30
 
@@ -60,8 +65,8 @@ def first_maps(
 ) -> tuple[CoordinateMap, ...]:
     """The maps that warm-up may learn, as yet without effect.
 
-    Where programs take long to compile a triangular map is among them from the beginning, since one that comes later is another
-    program.
+    Where gradients take long a triangular map is among them from the beginning, since one that comes later is another program;
+    elsewhere it would make every gradient of the models that need none take notably longer.
 
     Args:
         density: `(data, position) -> log density`.
@@ -70,9 +75,11 @@ def first_maps(
     """
     flat = jax.eval_shape(lambda tree: ravel_pytree(tree)[0], example)
     maps = maps_of(centring, example)
-    if not 2 <= flat.size <= _MOST_DIMENSIONS or not worth_optimising(usual_seconds(density)):
+    if not 2 <= flat.size <= _MOST_DIMENSIONS or usual_seconds(density, flat.size) < _SLOW:
         return maps
-    return without_effect(flat.size, flat.dtype), *maps
+    # As many columns as cost half of what a dense metric does: with more scales than columns the map would be another program.
+    room = 1 << max(flat.size // 4, 1).bit_length() - 1
+    return without_effect(flat.size, flat.dtype, min(max(room, _LEAST_ROOM), _MOST_SCALES)), *maps
 
 
 def split_maps(
@@ -111,13 +118,15 @@ def learn_triangular_map(old: TriangularMap | None, draws: HMCBatchResult) -> Tr
     fitting, judging = (_Part(x, g, root, slice(first, None, 2)) for first in (0, 1))
     none = _without_effect(dimension)
     kept = none if old is None else _in_units(old, wide, middle)
+    if len(fitting.x) < dimension:
+        return old
     # From the beginning: scales that were found among few draws need not be the right ones.
     new, again = _fit(fitting, judging, middle / wide)
     before, now, after = (judging.divergence(one) for one in (none, kept, new))
     # With the same scales the newer weights come from more draws, which were further.
     gain = 0 if set(new.scales) == set(kept.scales) else _LEAST_GAIN
     if after < min(before - _LEAST_GAIN, now - gain):
-        both = again(_Part(x, g, root, slice(None)))
+        both = again(_Part(x, g, root, slice(None)), _TO_KEEP)
         return _in_model(both, wide, middle, draws.positions.dtype, old)
     if old is None or not len(kept.scales) or now < before - _LEAST_GAIN:
         return old
@@ -178,7 +187,7 @@ def _like(draws: HMCBatchResult, x, g, log_jacobian) -> HMCBatchResult:
 
 
 class _Part:
-    """J of every second chain's draws, in the units of a fit.
+    """J of some chains' draws, in the units of a fit; computed in float32, which is exact enough for weights.
 
     Args:
         x: Draws of all chains, `(S, C, D)`.
@@ -192,18 +201,20 @@ class _Part:
         count = min(len(x), 2 * _NUM_DRAWS // chains)
         steps = np.linspace(0, len(x) - 1, count).astype(int)
         x, g = (leaf[steps, :chains][:, which] for leaf in (x, g))
-        self.root, self.inverse = root, np.linalg.inv(root)
         self.shape = x.shape
-        self.x, self.g = (leaf.reshape(-1, leaf.shape[2]) for leaf in (x, g))
+        self.x, self.g = (leaf.reshape(-1, leaf.shape[2]).astype(_FLOAT) for leaf in (x, g))
+        self.of_draws, self.of_gradients = np.linalg.inv(root).astype(_FLOAT), root.T.astype(_FLOAT)
 
     def divergence(self, found: TriangularMap) -> float:
         """J of the draws through a map."""
+        found = _in_single(found)
         with np.errstate(all="ignore"):
             y, g, _ = _through(found, self.x, self.g)
         return self._judged(y, g)[0]
 
     def slopes(self, found: TriangularMap) -> tuple[float, list[np.ndarray]]:
         """J of the draws through a map, and its derivatives by c, V and W."""
+        found = _in_single(found)
         with np.errstate(all="ignore"):
             y, g, _ = _through(found, self.x, self.g)
             value, dy, dg = self._judged(y, g)
@@ -218,7 +229,7 @@ class _Part:
 
     def slopes_of_all(self, found: TriangularMap) -> np.ndarray:
         """dJ/dW at W = 0, `(D, D)`, of another map before this one, with every coordinate as a scale of every other."""
-        y, g, _ = _through(found, self.x, self.g)
+        y, g, _ = _through(_in_single(found), self.x, self.g)
         y = y - y.mean(axis=0)
         _, dy, dg = self._judged(y, g)
         slopes = (dg * g - dy * y).T @ y + (g * y).T @ dg
@@ -228,17 +239,24 @@ class _Part:
     def _judged(self, y: np.ndarray, g: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
         """J, and its derivatives by draws and gradients."""
         if np.isfinite(y).all() and np.isfinite(g).all():
-            one, dy = half_log_det((y @ self.inverse.T).reshape(self.shape))
-            two, dg = half_log_det((g @ self.root).reshape(self.shape))
+            one, dy = half_log_det(y.reshape(self.shape), self.of_draws)
+            two, dg = half_log_det(g.reshape(self.shape), self.of_gradients)
             if np.isfinite(one + two):
-                dy, dg = (leaf.reshape(y.shape) for leaf in (dy, dg))
-                return one + two, dy @ self.inverse, dg @ self.root.T
+                return one + two, dy.reshape(y.shape), dg.reshape(g.shape)
         return _FAR, y, g
+
+
+def _in_single(found: TriangularMap) -> TriangularMap:
+    """A map with its numbers in the type that fits compute in."""
+    names = ("middle", "origin", "slopes", "log_slopes")
+    return dataclasses.replace(
+        found, **{name: np.asarray(getattr(found, name), _FLOAT) for name in names}
+    )
 
 
 def _fit(
     fitting: _Part, judging: _Part, place: np.ndarray
-) -> tuple[TriangularMap, Callable[[_Part], TriangularMap]]:
+) -> tuple[TriangularMap, Callable[[_Part, tuple[int, float]], TriangularMap]]:
     """Scales, round after round, and weights for them; without effect where there are no scales.
 
     Args:
@@ -247,7 +265,7 @@ def _fit(
         place: Where the draws' middle is, seen from 0, `(D,)`.
 
     Returns:
-        The map, and how to fit its weights to other draws.
+        The map, and how to fit its weights to other draws and where to end.
     """
     found, reached = _without_effect(len(place)), np.inf
     for _ in range(_MAX_ROUNDS):
@@ -255,28 +273,37 @@ def _fit(
         if not more:
             break
         begin = _with_scales(found, more)
-        ends = [_fitted(begin, fitting)]
+        begins = [begin]
         if not len(found.scales):
             # Parameters lie about their means, effects about 0.
-            about_zero = dataclasses.replace(begin, origin=_about_zero(more, place))
-            ends.append(_fitted(about_zero, fitting))
+            begins.append(dataclasses.replace(begin, origin=_about_zero(more, place)))
+        ends = _side_by_side(functools.partial(_fitted, part=fitting), begins)
         end, value = min(ends, key=lambda one: one[1])
         if value > reached - _LEAST_GAIN:
             break
         found, reached = end, value
     if not len(found.scales):
-        return found, lambda part: found
+        return found, lambda part, end: found
     # Slopes and origins that noise has made move the narrow part of a funnel by many of its widths: they must show on others.
     straight = dataclasses.replace(found, slopes=np.zeros_like(found.slopes))
     about_zero = dataclasses.replace(straight, origin=_about_zero(found.scales, place))
-    fits = [
-        lambda part: _pruned(_fitted(found, part)[0]),
-        lambda part: _pruned(_fitted(straight, part, largest_slope=0.0)[0]),
-        lambda part: _pruned(_fitted(about_zero, part, largest_slope=0.0, origin_range=0.0)[0]),
-    ]
-    ends = [_pruned(found), *(fit(fitting) for fit in fits[1:])]
+    kinds = [(found, np.inf, np.inf), (straight, 0.0, np.inf), (about_zero, 0.0, 0.0)]
+
+    def fitted(part: _Part, end: tuple[int, float], kind: tuple) -> TriangularMap:
+        begin, largest_slope, origin_range = kind
+        return _pruned(_fitted(begin, part, largest_slope, origin_range, end)[0])
+
+    ends = _side_by_side(functools.partial(fitted, fitting, _TO_CHOOSE), kinds[1:])
+    ends = [_pruned(found), *ends]
     values = np.array([judging.divergence(end) for end in ends]) + [_LEAST_GAIN, 0, 0]
-    return ends[values.argmin()], fits[values.argmin()]
+    best = int(values.argmin())
+    return ends[best], functools.partial(fitted, kind=kinds[best])
+
+
+def _side_by_side(fit: Callable, begins: list) -> list:
+    """Fits that do not wait for each other: most of their time NumPy holds no lock."""
+    with concurrent.futures.ThreadPoolExecutor(len(begins)) as threads:
+        return list(threads.map(fit, begins))
 
 
 def _new_scales(found: TriangularMap, fitting: _Part, judging: _Part) -> list[int]:
@@ -311,8 +338,12 @@ def _fitted(
     part: _Part,
     largest_slope: float = np.inf,
     origin_range: float = np.inf,
+    end: tuple[int, float] = _TO_CHOOSE,
 ) -> tuple[TriangularMap, float]:
-    """Weights for a map's scales, those of V at most so large and c so near to where it was, and J with the penalty."""
+    """Weights for a map's scales, those of V at most so large and c so near to where it was, and J with the penalty.
+
+    The descent ends after so many steps, or where one changes J by so little of it.
+    """
     others = np.setdiff1d(np.arange(len(start.origin)), start.scales)
     shape = 2, 2, len(others), len(start.scales)
     count = np.prod(shape)
@@ -334,15 +365,15 @@ def _fitted(
     of_slopes, of_widths = ([(0, most)] * (count // 4) for most in (largest_slope, np.inf))
     of_origin = [(one - origin_range, one + origin_range) for one in start.origin[others]]
     bounds = [*(of_slopes + of_widths) * 2, *of_origin]
-    end = minimize(
+    found = minimize(
         objective,
         np.concatenate([begin, start.origin[others]]),
         jac=True,
         method="L-BFGS-B",
         bounds=bounds,
-        options={"maxiter": _MAX_ITERATIONS, "ftol": _RELATIVE_CHANGE},
+        options={"maxiter": end[0], "ftol": end[1]},
     )
-    return unpacked(end.x), end.fun
+    return unpacked(found.x), found.fun
 
 
 def _without_effect(dimension: int) -> TriangularMap:

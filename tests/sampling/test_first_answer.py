@@ -10,10 +10,11 @@ import pytest
 from processes import python
 
 from partime_mcmc import compile_cache
-from partime_mcmc.kernels import Whitening, coalescing_hmc
+from partime_mcmc.engine import sequential, shooting
+from partime_mcmc.kernels import MultishiftCoupling, Whitening, coalescing_hmc, mala
 from partime_mcmc.kernels.kernel_program import KernelProgram, density_of, parametrised_kernel
 from partime_mcmc.kernels.traced_gradient import unoptimised_seconds
-from partime_mcmc.sampling import ahead
+from partime_mcmc.sampling import ahead, defaults
 from partime_mcmc.sampling.local import _Certify, _Solve
 from partime_mcmc.sampling.progress import quiet
 from partime_mcmc.sampling.randomness import _Begin, _DrawTapes
@@ -108,6 +109,34 @@ def test_a_short_run_of_a_small_model_is_compiled_quickly_and_a_store_as_ever(
     assert short.certificate.certified.all()
 
 
+def test_a_short_run_is_a_loop_and_a_long_one_is_solved_in_parallel():
+    short, parallel = run(), run(solver=shooting(steps=8))
+    assert short.plan["solver"] == repr(sequential()) and short.report.depth == 48
+    assert parallel.report.depth < 48
+    np.testing.assert_allclose(short.positions, parallel.positions, rtol=0, atol=1e-3)
+    assert not short.info["accepted"].all(), "rejections happened"
+    long = sample(
+        jax.random.key(1),
+        TARGET,
+        coalescing_hmc,
+        num_samples=100_000,
+        num_chains=2,
+        num_warmup=100,
+        coupling=MultishiftCoupling(),
+        progress=False,
+    )
+    assert "Shooting" in long.plan["solver"] and long.report.depth < 50_000
+
+
+def test_pilots_choose_a_coupling_only_for_a_parallel_solve(monkeypatch):
+    options = {"num_samples": 1024, "num_chains": 2, "num_warmup": 64, "progress": False}
+    loop = sample(jax.random.key(1), TARGET, mala, **options)
+    assert "Sequential" in loop.plan["solver"] and "pilot" not in str(loop.warmup)
+    monkeypatch.setattr(defaults, "_SHORT_LOOP", 0.0)
+    solved = sample(jax.random.key(1), TARGET, mala, **options)
+    assert "Shooting" in solved.plan["solver"] and "pilot pairs met" in str(solved.warmup)
+
+
 def test_what_costs_much_is_optimised(monkeypatch):
     monkeypatch.setitem(compile_cache.CPU_OPTIONS, "xla_backend_optimization_level", 1)
     assert compile_cache.compiler_options() == compile_cache.CPU_OPTIONS
@@ -117,7 +146,7 @@ def test_what_costs_much_is_optimised(monkeypatch):
         lambda x: -jax.lax.while_loop(lambda y: y < 1, lambda y: 2 * y, x), jnp.ones(())
     )
     small, _ = density_of(lambda x: -(x**2), jnp.zeros(()))
-    seconds = [unoptimised_seconds(one, 1000) for one in (small, large, loop)]
+    seconds = [unoptimised_seconds(one, 1, 1000) for one in (small, large, loop)]
     assert seconds[0] < 1e-4 < seconds[1] < seconds[2] == np.inf
 
 
