@@ -37,7 +37,7 @@ from numpyro.infer import (
 )
 
 from benchmarks.record import OUT, keep
-from partime_mcmc import CoalescingHMC, ParallelMCMC
+from partime_mcmc import CoalescingHMC, ParallelMCMC, Windows
 
 STEPS, WARMUP = 2_000, 500
 Y = np.random.default_rng(0).normal(1.0, 2.0, 60)
@@ -142,7 +142,12 @@ def measure(name: str, seed: int) -> dict:
 def ours(seed: int) -> dict:
     """`CoalescingHMC` by pairs of chains, which say after how many steps all have met."""
     mcmc = ParallelMCMC(
-        CoalescingHMC(line), num_warmup=WARMUP, num_samples=STEPS, num_chains=2, progress_bar=False
+        CoalescingHMC(line),
+        num_warmup=WARMUP,
+        num_samples=STEPS,
+        num_chains=2,
+        progress_bar=False,
+        schedule=Windows(STEPS),
     )
     mcmc.run(jax.random.key(seed))
     return {

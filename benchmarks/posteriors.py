@@ -1,7 +1,7 @@
 """Reference posteriors, `ParallelMCMC` against NumPyro's NUTS: `python -m benchmarks.posteriors --out DIR`.
 
 For every posterior of the folder that PARTIME_REFERENCE_POSTERIORS names, both samplers draw four chains of 7,168 in
-float64, each in a process of its own: `CoalescingHMC` with default settings, and NUTS with a dense mass matrix and
+float64, each in a process of its own: `CoalescingHMC` solved in parallel with default settings, and NUTS with a dense mass matrix and
 1,000 warm-up steps at each of NumPyro's chain methods ("parallel" with four host devices), of which the fastest counts.
 
 Seconds are those of a third warm-up and run with the same key, for which everything is compiled, less the time in
@@ -89,9 +89,10 @@ def measure(name: str, method: str) -> dict:
     import numpyro
 
     jax.config.update("jax_enable_x64", True)
-    from partime_mcmc import sequential
+    from partime_mcmc import Windows, sequential
     from partime_mcmc.diagnostics.arviz import ess_bulk
     from partime_mcmc.numpyro import CoalescingHMC, ParallelMCMC
+    from partime_mcmc.sampling.defaults import DEFAULT_WINDOW
 
     model, data, names, flat = load(name)
     compilation, key = Compilation(), jax.random.key(1)
@@ -104,6 +105,7 @@ def measure(name: str, method: str) -> dict:
                 num_samples=num_samples,
                 num_chains=CHAINS,
                 progress_bar=False,
+                schedule=Windows(DEFAULT_WINDOW),
             )
         return numpyro.infer.MCMC(
             numpyro.infer.NUTS(model, dense_mass=True),

@@ -23,7 +23,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 
-from partime_mcmc import compare, from_numpyro, hmc, sample, sequential
+from partime_mcmc import compare, from_numpyro, hmc, sample, sequential, shooting
 from partime_mcmc.diagnostics.arviz import summary_table
 from partime_mcmc.sampling.progress import progress_line
 
@@ -57,7 +57,7 @@ def main(argv=None):
     shape = dict(
         num_samples=args.num_samples, num_chains=args.num_chains, num_warmup=args.num_warmup
     )
-    parallel = sample(key, target, hmc, **shape, progress=progress_line)
+    parallel = sample(key, target, hmc, **shape, solver=shooting(), progress=progress_line)
     # A warm-up is a tuned kernel and one state per chain. With the same key the second run draws the same random numbers.
     stepwise = sample(
         key, target, parallel.warmup, **shape, solver=sequential(), progress=progress_line

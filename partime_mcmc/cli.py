@@ -155,7 +155,12 @@ def _parser() -> argparse.ArgumentParser:
             added.add_argument(name, **_OPTIONS[name])
         added.set_defaults(command=command)
     commands.choices["demo"].set_defaults(
-        kernel="coalescing_hmc", data=None, store=None, out=Path("partime_demo"), independent=True
+        kernel="coalescing_hmc",
+        data=None,
+        store=None,
+        out=Path("partime_demo"),
+        independent=True,
+        solver="shooting",
     )
     commands.choices["resume"].set_defaults(out=None, solver="shooting")
     return parser
@@ -190,6 +195,9 @@ def _sample(arguments: argparse.Namespace) -> int:
         raise ValueError("--compare: got --store with it; `compare` takes two runs on disk")
     if arguments.store is not None and (arguments.store / "run.json").exists():
         raise ValueError(f"--store: {arguments.store} holds a run; `resume` goes on with it")
+    if arguments.compare:
+        # The library's own choice may be the loop, which there is no need to compare with itself.
+        arguments.solver = arguments.solver or "shooting"
     with machines(arguments) as mesh:
         key = jax.random.key(arguments.seed)
         target = _load_target(arguments, key)

@@ -17,6 +17,8 @@ import pytest
 from benchmarks.record import module_at
 from partime_mcmc import cli
 
+pytestmark = pytest.mark.short_runs
+
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 ADDRESS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"][

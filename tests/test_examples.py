@@ -13,6 +13,8 @@ import pytest
 
 from partime_mcmc.diagnostics.report import Level
 
+pytestmark = pytest.mark.short_runs
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 

@@ -185,7 +185,7 @@ def sample(
         solver: A recipe; None is shooting with as many segments as fill the device. A chain that does not converge in a
             window is finished sequentially; after two windows in which none did, the rest of the run is sequential, and
             `draws.advice` says why. On a processor None is the loop over all steps, for a builder, where that ends before a parallel
-            solver would be compiled (in a second, by an estimate).
+            solver would be compiled (in a second, by an estimate), and neither schedule, tolerance nor max_iterations is given.
         schedule: How time is cut; None is windows of 16,384 steps.
         tolerance: How small residuals must be; None is a small part of what the certificate allows.
         max_iterations: Iterations per window before a chain is finished sequentially; None is the solver's default.

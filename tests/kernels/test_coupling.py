@@ -30,7 +30,6 @@ from partime_mcmc.kernels import (
     random_walk,
 )
 from partime_mcmc.kernels.coupling import MultishiftNoise, draw_multishift_noise, multishift
-from partime_mcmc.sampling import defaults
 from partime_mcmc.sampling.sample import sample
 from partime_mcmc.sampling.target import Target
 
@@ -275,9 +274,7 @@ def test_bad_couplings_and_blocks():
 # --- sampling
 
 
-def test_sample_takes_the_coupling_with_which_chains_meet_sooner_and_notes_it(monkeypatch):
-    # However short the run, it is solved in parallel.
-    monkeypatch.setattr(defaults, "_SHORT_LOOP", 0.0)
+def test_sample_takes_the_coupling_with_which_chains_meet_sooner_and_notes_it():
     with jax.enable_x64(True):
         target = Target(bowl, lambda key: jax.random.normal(key, (DIMENSION,)))
         draws = sample(

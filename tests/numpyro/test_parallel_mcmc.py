@@ -120,7 +120,7 @@ def test_draws_fields_and_report():
     report = mcmc.report
     assert (
         report.level == Level.CERTIFIED_PATH
-        and not report.run.fallbacks
+        and report.parallel
         and report.warmup.num_steps <= WARMUP
     )
     assert "CERTIFIED_PATH" in str(report) and "gradients in all" in str(report)

@@ -24,7 +24,6 @@ import partime_mcmc.numpyro.mcmc
 from partime_mcmc.engine.recipes import jacobi, sequential
 from partime_mcmc.numpyro import HMC, MALA, NUTS, CoalescingHMC, ParallelMCMC
 from partime_mcmc.numpyro.kernels import _CARRIED, _OWN, from_numpyro_kernel
-from partime_mcmc.sampling import defaults
 from partime_mcmc.sampling.pilots import advise_plan
 from partime_mcmc.tracing import WithoutParams, explicit
 from partime_mcmc.warmup.warmup import WindowAdaptation
@@ -587,8 +586,6 @@ def test_chains_that_do_not_forget_are_reported(monkeypatch):
         return advise_plan(plan, pool)
 
     monkeypatch.setattr(partime_mcmc.numpyro.mcmc, "advise_plan", counted)
-    # However short the run, it is solved in parallel.
-    monkeypatch.setattr(defaults, "_SHORT_LOOP", 0.0)
     mcmc = unforgetting()
     report = mcmc.report
     assert report.run.fallbacks and not plans

@@ -10,7 +10,7 @@ import pytest
 from processes import python
 
 from partime_mcmc import compile_cache
-from partime_mcmc.engine import sequential, shooting
+from partime_mcmc.engine import Windows, sequential, shooting
 from partime_mcmc.kernels import Whitening, coalescing_hmc, mala
 from partime_mcmc.kernels.kernel_program import KernelProgram, density_of, parametrised_kernel
 from partime_mcmc.kernels.traced_gradient import unoptimised_seconds
@@ -21,6 +21,8 @@ from partime_mcmc.sampling.randomness import _Begin, _DrawTapes
 from partime_mcmc.sampling.sample import sample
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.tracing import OnceCache
+
+pytestmark = pytest.mark.short_runs
 
 DATA = jnp.array([1.0, -2.0, 0.5])
 TARGET = Target(lambda x: -0.5 * jnp.sum((x - DATA) ** 2), jnp.zeros(3))
@@ -114,6 +116,9 @@ def test_a_short_run_is_a_loop_and_a_long_one_is_solved_in_parallel():
     assert short.plan["solver"] == repr(sequential()) and short.report.depth == 48
     assert parallel.report.depth < 48
     np.testing.assert_allclose(short.positions, parallel.positions, rtol=0, atol=1e-3)
+    assert "Shooting" in run(schedule=Windows(16)).plan["solver"], (
+        "who cuts time wants it solved in parallel"
+    )
     long = sample(
         jax.random.key(1),
         Target(lambda x: TARGET.logdensity(x) - 0.1 * jnp.sum(x**4), TARGET.initial),
@@ -131,7 +136,7 @@ def test_pilots_choose_a_coupling_only_for_a_parallel_solve(monkeypatch):
     options = {"num_samples": 1024, "num_chains": 2, "num_warmup": 64, "progress": False}
     loop = sample(jax.random.key(1), TARGET, mala, **options)
     assert "Sequential" in loop.plan["solver"] and "pilot" not in str(loop.warmup)
-    monkeypatch.setattr(defaults, "_SHORT_LOOP", 0.0)
+    monkeypatch.setattr(defaults, "_SHORT_LOOP", 0.0)  # as in longer runs
     solved = sample(jax.random.key(1), TARGET, mala, **options)
     assert "Shooting" in solved.plan["solver"] and "pilot pairs met" in str(solved.warmup)
 

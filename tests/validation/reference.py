@@ -23,7 +23,6 @@ from scipy import special
 
 from partime_mcmc.diagnostics import arviz
 from partime_mcmc.numpyro import HMC, MALA, NUTS, CoalescingHMC, ParallelMCMC
-from partime_mcmc.sampling.defaults import default_solver
 
 VARIABLE = "PARTIME_REFERENCE_POSTERIORS"
 NAMES = (
@@ -107,14 +106,10 @@ class Verdict:
 
 
 def sampled(kernel, name):
-    """Four chains of a kernel on a posterior, solved in parallel however short: the finished run, and its verdict."""
+    """Four chains of a kernel with default settings on a posterior: the finished run, and its verdict."""
     posterior = load(name)
     mcmc = ParallelMCMC(
-        KERNELS[kernel](posterior.model),
-        num_warmup=1000,
-        num_samples=SAMPLES[kernel],
-        num_chains=4,
-        solver=default_solver(4, SAMPLES[kernel]),
+        KERNELS[kernel](posterior.model), num_warmup=1000, num_samples=SAMPLES[kernel], num_chains=4
     )
     mcmc.run(jax.random.key(2), **posterior.data)
     draws = posterior.flat(mcmc.get_samples(group_by_chain=True), posterior.reference)
