@@ -21,6 +21,7 @@ from numpyro.distributions import biject_to
 from numpyro.handlers import substitute
 from numpyro.primitives import Messenger
 
+from partime_mcmc.numpyro.sites import parameters_unchecked
 from partime_mcmc.types import Array, PyTree
 
 _LAWS = (
@@ -115,7 +116,8 @@ class _Recentred(Messenger):
                 return None
             return biject_to(site["fn"].support)(self._values[name])
 
-        substitute(self, substitute_fn=inside)()
+        with parameters_unchecked():
+            substitute(self, substitute_fn=inside)()
 
     def process_message(self, message):
         # A value that is there already comes from inside of a loop, which shows its sites once more when it is done.

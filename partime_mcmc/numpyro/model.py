@@ -15,6 +15,7 @@ Left out: subsampling plates (the density would be random, and NumPyro's fixes o
 `numpyro.param` (held at its initial value).
 """
 
+import contextlib
 import functools
 import warnings
 from typing import Any, Callable
@@ -39,6 +40,7 @@ from partime_mcmc.numpyro.sites import (
     check_observed_sites,
     checked_sites,
     latent,
+    parameters_unchecked,
     traced,
     unsuspicious_sites,
 )
@@ -158,8 +160,10 @@ class Posterior:
         self._refusal: ValueError | None = None
         looking = self.strategy if self.radius is None else anywhere
         found, unsampled = unsuspicious_sites(self.run, self.key, looking), list
+        checks = parameters_unchecked
         if found is None:
             found, unsampled = self._looked_at_closely()
+            checks = contextlib.nullcontext
         # Keys that a model draws for itself are part of the density: one key, once and for all.
         prepared = seed(self.run, self.key) if "prng_key" in found.kinds else self.run
         has_discrete = found.discrete is not None
@@ -175,7 +179,8 @@ class Posterior:
 
         def logdensity(position: PyTree) -> Array:
             position, own = _without_own_coordinate(position)
-            energy = potential_energy(prepared, (), {}, position, enum=has_discrete)
+            with checks():
+                energy = potential_energy(prepared, (), {}, position, enum=has_discrete)
             return -jnp.asarray(energy) - own**2 / 2 if is_empty else -jnp.asarray(energy)
 
         def initial(key: Key) -> PyTree:
@@ -189,7 +194,8 @@ class Posterior:
 
         def constrain(position: PyTree) -> dict[str, Array]:
             position, _ = _without_own_coordinate(position)
-            return constrain_fn(prepared, (), {}, position, return_deterministic=True)
+            with checks():
+                return constrain_fn(prepared, (), {}, position, return_deterministic=True)
 
         # To trace NumPyro's search takes a tenth of a second.
         initial.shapes_of_starts = shapes

@@ -9,6 +9,7 @@ one program, which says whether anything looks wrong. If something does, or the 
 and what is wrong is said by name.
 """
 
+import contextlib
 import dataclasses
 import warnings
 from typing import Any, Callable, Iterator, Self
@@ -110,6 +111,23 @@ def unsuspicious_sites(run: WithData, key: Key, strategy: Callable) -> Sites | N
     if remarks or bool(wrong) or known[0].kinds & {"param", "mutable"}:
         return None
     return known[0]
+
+
+_CHECK_OF_PARAMETERS = dist.Distribution.validate_args
+
+
+@contextlib.contextmanager
+def parameters_unchecked() -> Iterator[None]:
+    """Without NumPyro's check of laws' parameters, for which it compiles small programs whenever a model is traced.
+
+    For models whose parameters were looked at before. A value outside of a support has density 0 as ever.
+    """
+    dist.Distribution.validate_args = lambda self, strict=True: None
+    try:
+        yield
+    finally:
+        # Not what was there before: in another thread that may have been this.
+        dist.Distribution.validate_args = _CHECK_OF_PARAMETERS
 
 
 def anywhere(site: dict) -> Array | None:

@@ -46,27 +46,48 @@ def test_one_look_finds_what_a_close_one_does():
     assert quick.dims == {"effect": ("groups",)} and quick.discrete is None and quick.nesting == 1
 
 
-def test_a_good_model_takes_few_programs():
-    compiled = []
+@pytest.fixture
+def compiled():
+    """Names of what is compiled meanwhile."""
+    names = []
 
     def hear(name, seconds, **more):
         if name.endswith("backend_compile_duration"):
-            compiled.append(more.get("fun_name"))
+            names.append(more.get("fun_name"))
 
     jax.monitoring.register_event_duration_secs_listener(hear)
-    try:
-        # Shapes that no other test has.
-        data = {"sigma": np.ones(37), "y": np.arange(37.0)}
+    yield names
+    jax.monitoring.unregister_event_duration_listener(hear)
 
-        def model(sigma, y):
-            mean = numpyro.sample("mean", dist.Normal(np.zeros(37), 5).to_event(1))
-            numpyro.sample("y", dist.Normal(mean, sigma).to_event(1), obs=y)
 
-        Posterior(model, (), data, KEY)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(hear)
+def test_a_good_model_takes_few_programs(compiled):
+    # Shapes that no other test has. NumPyro would look at counts with programs of its own.
+    data = {"sigma": jnp.ones(37), "y": np.arange(37.0), "tries": jnp.arange(37)}
+
+    def model(sigma, y, tries):
+        mean = numpyro.sample("mean", dist.Normal(np.zeros(37), 5).to_event(1))
+        numpyro.sample("y", dist.Normal(mean, sigma).to_event(1), obs=y)
+        numpyro.sample("hits", dist.Binomial(tries, logits=mean).to_event(1), obs=tries // 2)
+
+    compiled.clear()
+    target = Posterior(model, (), data, KEY).target
+    jax.make_jaxpr(target.logdensity)({"mean": jnp.zeros(37)})
     # The look, an attempt by which the compiler's options are found out, and copies of data.
     assert len([name for name in compiled if name not in ("jit(stage)", "stage")]) <= 2, compiled
+
+
+def test_values_outside_of_a_support_have_density_0_and_parameters_are_checked_elsewhere_as_ever():
+    def bounded(y):
+        top = numpyro.sample("top", dist.HalfNormal(10))
+        numpyro.sample("y", dist.Uniform(0, top), obs=y)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logdensity = Posterior(bounded, (), {"y": jnp.array([0.5, 0.9])}, KEY).target.logdensity
+        at = [float(logdensity({"top": jnp.log(top)})) for top in (0.8, 1.2)]
+    assert at[0] == -np.inf < at[1]
+    with pytest.raises(ValueError, match="scale"):
+        dist.Normal(0.0, -1.0, validate_args=True)
 
 
 def negative_scale(y):
