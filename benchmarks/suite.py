@@ -209,6 +209,7 @@ QUOTED = (
             "scripts-newer-cpu",
             "numpyro-kernels-cpu",
             "cold-start-cpu",
+            "cold-start-one-core-cpu",
             "shooting-cpu",
             "dice-meetings",
             "dice-shooting",
