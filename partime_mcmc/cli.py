@@ -36,6 +36,7 @@ from partime_mcmc.diagnostics.verdict import Outcome
 from partime_mcmc.models import MODELS
 from partime_mcmc.numpyro.model import called
 from partime_mcmc.numpyro.plain_nuts import nuts_positions
+from partime_mcmc.sampling.defaults import DEFAULT_WINDOW
 from partime_mcmc.sampling.interrupts import termination_interrupts
 from partime_mcmc.sampling.memory import default_max_bytes
 from partime_mcmc.sampling.pilots import coupled_distances, solve_by_pass
@@ -160,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
         store=None,
         out=Path("partime_demo"),
         independent=True,
-        solver="shooting",
+        compare=True,
     )
     commands.choices["resume"].set_defaults(out=None, solver="shooting")
     return parser
@@ -195,9 +196,6 @@ def _sample(arguments: argparse.Namespace) -> int:
         raise ValueError("--compare: got --store with it; `compare` takes two runs on disk")
     if arguments.store is not None and (arguments.store / "run.json").exists():
         raise ValueError(f"--store: {arguments.store} holds a run; `resume` goes on with it")
-    if arguments.compare:
-        # The library's own choice may be the loop, which there is no need to compare with itself.
-        arguments.solver = arguments.solver or "shooting"
     with machines(arguments) as mesh:
         key = jax.random.key(arguments.seed)
         target = _load_target(arguments, key)
@@ -316,6 +314,8 @@ def _draw(arguments: Any, key: Key, target: Target, mesh: Any = None, **options:
         "store": arguments.store,
         "kernel": getattr(partime_mcmc, arguments.kernel),
         "solver": arguments.solver and getattr(partime_mcmc, arguments.solver)(),
+        # The usual one; said where ways are compared, so that the library does not choose the loop.
+        "schedule": partime_mcmc.Windows(DEFAULT_WINDOW) if arguments.compare else None,
         "mesh": mesh,
         "progress": not arguments.quiet,
         "certificate": partime_mcmc.CertifyIndependently()
