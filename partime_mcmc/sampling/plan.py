@@ -198,10 +198,8 @@ def chooses_coupling(asked: SampleArguments, kernel: Kernel) -> bool:
 def _loop_seconds(asked: SampleArguments, kernel: Kernel) -> float:
     """What the loop over all steps takes; infinite where that is not known, where a mesh shares the run or a store keeps it, which is a
     long one then, and where the user says how a parallel solver should go about it."""
-    said = asked.schedule, asked.tolerance, asked.max_iterations
-    if asked.mesh or asked.store or not isinstance(kernel, ParametrisedKernel):
-        return math.inf
-    if any(one is not None for one in said):
+    said = asked.mesh, asked.store, asked.schedule, asked.tolerance, asked.max_iterations
+    if any(one is not None for one in said) or not isinstance(kernel, ParametrisedKernel):
         return math.inf
     return kernel.loop_seconds(asked.num_samples, asked.num_chains)
 

@@ -19,6 +19,7 @@ J has several minima where effects trade off. The first fit descends from two st
 minima that the fit before has found, as the new draws see them.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -190,14 +191,16 @@ def half_log_det(draws: np.ndarray, root: np.ndarray | None = None) -> tuple[flo
     solved = (_solved_tall if num_draws >= dimension else _solved_wide)(deviations, shrink)
     if solved is None:
         return np.inf, np.zeros_like(draws)
-    value, slopes = solved
-    return value, slopes(np.eye(dimension, dtype=draws.dtype) if root is None else root).reshape(
-        draws.shape
-    )
+    value, *factors = solved
+    if root is not None:
+        factors.append(root.astype(draws.dtype))
+    # From the right: products of D × D matrices come first.
+    slopes = functools.reduce(lambda right, left: left @ right, reversed(factors))
+    return value, slopes.reshape(draws.shape)
 
 
 def _solved_tall(deviations: np.ndarray, shrink: float):
-    """The value, and from A the derivative times A; None where the covariance is singular."""
+    """The value, and two matrices whose product is the derivative; None where the covariance is singular."""
     count = len(deviations)
     covariance = (deviations.T @ deviations).astype(float) / count
     variances = np.diag(covariance) + _TINY
@@ -211,12 +214,11 @@ def _solved_tall(deviations: np.ndarray, shrink: float):
     own = (1 - (1 - shrink) * (inverse * correlation).sum(axis=0)) / variances
     matrix[np.diag_indices(len(own))] += own
     value = 0.5 * (np.log(variances).sum() + log_det)
-    matrix = (matrix / count).astype(deviations.dtype)
-    return value, lambda root: deviations @ (matrix @ root)
+    return value, deviations, (matrix / count).astype(deviations.dtype)
 
 
 def _solved_wide(deviations: np.ndarray, shrink: float):
-    """As `_solved_tall` of fewer draws than coordinates: u R⁻¹ = (s I + a u uᵀ)⁻¹ u, whose matrix is the smaller one."""
+    """The value and the derivative, of fewer draws than coordinates: u R⁻¹ = (s I + a u uᵀ)⁻¹ u, whose matrix is the smaller one."""
     count, dimension = deviations.shape
     variances = np.mean(deviations**2, axis=0) + _TINY
     u = deviations / np.sqrt(variances)
@@ -230,7 +232,7 @@ def _solved_wide(deviations: np.ndarray, shrink: float):
         1 - (slope * u).sum(axis=0)
     )
     value = 0.5 * (np.log(variances).sum() + log_det + (dimension - count) * np.log(shrink))
-    return value, lambda root: slope @ root.astype(slope.dtype)
+    return value, slope
 
 
 def _inverse_and_log_det(matrix: np.ndarray) -> tuple[np.ndarray, float] | None:

@@ -116,10 +116,11 @@ def learn_triangular_map(old: TriangularMap | None, draws: HMCBatchResult) -> Tr
     except np.linalg.LinAlgError:
         return old
     fitting, judging = (_Part(x, g, root, slice(first, None, 2)) for first in (0, 1))
-    none = _without_effect(dimension)
-    kept = none if old is None else _in_units(old, wide, middle)
+    # Weights for fewer draws than coordinates would be those of noise.
     if len(fitting.x) < dimension:
         return old
+    none = _without_effect(dimension)
+    kept = none if old is None else _in_units(old, wide, middle)
     # From the beginning: scales that were found among few draws need not be the right ones.
     new, again = _fit(fitting, judging, middle / wide)
     before, now, after = (judging.divergence(one) for one in (none, kept, new))
