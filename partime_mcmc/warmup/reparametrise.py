@@ -80,6 +80,8 @@ def learn_map(
         root: Of a metric for these draws: in its units correlations are small, and so is what shrinking them does.
         minima: Of the fit before; none at first.
     """
+    # In the draws' type, as the rest.
+    root = jax.tree.map(lambda leaf: leaf.astype(draws.positions.dtype), root)
     inverse = dual(root)
     num_steps, num_chains, dimension = draws.positions.shape
     chains = min(num_chains, _MOST_CHAINS)

@@ -12,8 +12,8 @@ others S², and Σ_R S¹_Rk S²_Rk is, up to noise with mean 0, what coordinate 
 become scales; what depends on a scale by then cannot become one. More are looked for at the map thus found.
 
 Half of the chains fit; a map is kept if J falls on the others as well, and so is V; and c unless effects about 0 do as well there.
-What is kept is then fitted to the draws of all chains. Fitted again to every window, which are longer each time, c becomes as exact
-as the narrowest place that was reached is narrow, which the next draws need to get further.
+What is kept is then fitted to the draws of all chains. Fitted again to every window, which are longer each time, from the weights
+there are, c becomes as exact as the narrowest place that was reached is narrow, which the next draws need to get further.
 """
 
 import concurrent.futures
@@ -45,9 +45,10 @@ _DEPENDENT = 0.25
 # Scales of one round: what widens coordinates so similarly, by the cosine, is not chosen together.
 _ALIKE = 0.5
 _MOST_SCALES, _MAX_ROUNDS = 32, 6
-# Where a descent ends: after so many steps, or with one that changes J by so little of it. The map that is chosen is fitted more
-# exactly than those to choose from, for the sake of its origins.
-_TO_CHOOSE, _TO_KEEP = (30, 1e-4), (30, 1e-5)
+# Where a descent ends: with a step that lowers J by so little for each coordinate, and after so many steps. The map that is chosen
+# is fitted more exactly than those to choose from, for the sake of its origins.
+_TO_CHOOSE, _TO_KEEP = 1e-4, 1e-6
+_MAX_ITERATIONS = 30
 _PENALTY, _SMALL = 0.02, 0.02
 # Columns that a map has at least.
 _LEAST_ROOM = 4
@@ -116,18 +117,18 @@ def learn_triangular_map(old: TriangularMap | None, draws: HMCBatchResult) -> Tr
     except np.linalg.LinAlgError:
         return old
     fitting, judging = (_Part(x, g, root, slice(first, None, 2)) for first in (0, 1))
-    # Weights for fewer draws than coordinates would be those of noise.
-    if len(fitting.x) < dimension:
+    # Weights for hardly more draws than coordinates would be those of noise.
+    if len(fitting.x) < min(2 * dimension, _NUM_DRAWS):
         return old
     none = _without_effect(dimension)
     kept = none if old is None else _in_units(old, wide, middle)
     # From the beginning: scales that were found among few draws need not be the right ones.
-    new, again = _fit(fitting, judging, middle / wide)
+    new, again = _fit(fitting, judging, middle / wide, kept)
     before, now, after = (judging.divergence(one) for one in (none, kept, new))
     # With the same scales the newer weights come from more draws, which were further.
     gain = 0 if set(new.scales) == set(kept.scales) else _LEAST_GAIN
     if after < min(before - _LEAST_GAIN, now - gain):
-        both = again(_Part(x, g, root, slice(None)), _TO_KEEP)
+        both = again(_Part(x, g, root, slice(None)))
         return _in_model(both, wide, middle, draws.positions.dtype, old)
     if old is None or not len(kept.scales) or now < before - _LEAST_GAIN:
         return old
@@ -256,17 +257,18 @@ def _in_single(found: TriangularMap) -> TriangularMap:
 
 
 def _fit(
-    fitting: _Part, judging: _Part, place: np.ndarray
-) -> tuple[TriangularMap, Callable[[_Part, tuple[int, float]], TriangularMap]]:
+    fitting: _Part, judging: _Part, place: np.ndarray, old: TriangularMap
+) -> tuple[TriangularMap, Callable[[_Part], TriangularMap]]:
     """Scales, round after round, and weights for them; without effect where there are no scales.
 
     Args:
         fitting: Draws that weights are fitted to.
         judging: Draws that have a say in what is a scale, and in what stays at 0.
         place: Where the draws' middle is, seen from 0, `(D,)`.
+        old: The map there is, from whose weights those of the same scales are looked for.
 
     Returns:
-        The map, and how to fit its weights to other draws and where to end.
+        The map, and how to fit its weights to other draws.
     """
     found, reached = _without_effect(len(place)), np.inf
     for _ in range(_MAX_ROUNDS):
@@ -276,35 +278,36 @@ def _fit(
         begin = _with_scales(found, more)
         begins = [begin]
         if not len(found.scales):
-            # Parameters lie about their means, effects about 0.
-            begins.append(dataclasses.replace(begin, origin=_about_zero(more, place)))
+            if np.isin(more, old.scales).any():
+                begins = [_with_weights(begin, old)]
+            else:
+                # Parameters lie about their means, effects about 0.
+                begins.append(dataclasses.replace(begin, origin=_about_zero(more, place)))
         ends = _side_by_side(functools.partial(_fitted, part=fitting), begins)
         end, value = min(ends, key=lambda one: one[1])
         if value > reached - _LEAST_GAIN:
             break
         found, reached = end, value
     if not len(found.scales):
-        return found, lambda part, end: found
+        return found, lambda part: found
     # Slopes and origins that noise has made move the narrow part of a funnel by many of its widths: they must show on others.
     straight = dataclasses.replace(found, slopes=np.zeros_like(found.slopes))
     about_zero = dataclasses.replace(straight, origin=_about_zero(found.scales, place))
-    kinds = [(found, np.inf, np.inf), (straight, 0.0, np.inf), (about_zero, 0.0, 0.0)]
-
-    def fitted(part: _Part, end: tuple[int, float], kind: tuple) -> TriangularMap:
-        begin, largest_slope, origin_range = kind
-        return _pruned(_fitted(begin, part, largest_slope, origin_range, end)[0])
-
-    ends = _side_by_side(functools.partial(fitted, fitting, _TO_CHOOSE), kinds[1:])
-    ends = [_pruned(found), *ends]
+    # How large slopes may be and how far origins may move.
+    kinds = [(np.inf, np.inf), (0.0, np.inf), (0.0, 0.0)]
+    others = _side_by_side(
+        lambda begin, kind: _fitted(begin, fitting, *kind)[0], [straight, about_zero], kinds[1:]
+    )
+    ends = [_pruned(end) for end in (found, *others)]
     values = np.array([judging.divergence(end) for end in ends]) + [_LEAST_GAIN, 0, 0]
     best = int(values.argmin())
-    return ends[best], functools.partial(fitted, kind=kinds[best])
+    return ends[best], lambda part: _pruned(_fitted(ends[best], part, *kinds[best], _TO_KEEP)[0])
 
 
-def _side_by_side(fit: Callable, begins: list) -> list:
+def _side_by_side(fit: Callable, *begins: list) -> list:
     """Fits that do not wait for each other: most of their time NumPy holds no lock."""
-    with concurrent.futures.ThreadPoolExecutor(len(begins)) as threads:
-        return list(threads.map(fit, begins))
+    with concurrent.futures.ThreadPoolExecutor(len(begins[0])) as threads:
+        return list(threads.map(fit, *begins))
 
 
 def _new_scales(found: TriangularMap, fitting: _Part, judging: _Part) -> list[int]:
@@ -339,11 +342,11 @@ def _fitted(
     part: _Part,
     largest_slope: float = np.inf,
     origin_range: float = np.inf,
-    end: tuple[int, float] = _TO_CHOOSE,
+    least_fall: float = _TO_CHOOSE,
 ) -> tuple[TriangularMap, float]:
     """Weights for a map's scales, those of V at most so large and c so near to where it was, and J with the penalty.
 
-    The descent ends after so many steps, or where one changes J by so little of it.
+    The descent ends where a step lowers J by no more than `least_fall` for each coordinate.
     """
     others = np.setdiff1d(np.arange(len(start.origin)), start.scales)
     shape = 2, 2, len(others), len(start.scales)
@@ -363,16 +366,20 @@ def _fitted(
 
     pair = np.stack([start.slopes, start.log_slopes])[:, others]
     begin = np.maximum(np.stack([pair, -pair]), 0).ravel()
+    begin = np.concatenate([begin, start.origin[others]])
     of_slopes, of_widths = ([(0, most)] * (count // 4) for most in (largest_slope, np.inf))
     of_origin = [(one - origin_range, one + origin_range) for one in start.origin[others]]
     bounds = [*(of_slopes + of_widths) * 2, *of_origin]
     found = minimize(
         objective,
-        np.concatenate([begin, start.origin[others]]),
+        begin,
         jac=True,
         method="L-BFGS-B",
         bounds=bounds,
-        options={"maxiter": end[0], "ftol": end[1]},
+        options={
+            "maxiter": _MAX_ITERATIONS,
+            "ftol": least_fall * len(start.origin) / max(1.0, abs(objective(begin)[0])),
+        },
     )
     return unpacked(found.x), found.fun
 
@@ -397,6 +404,16 @@ def _with_scales(found: TriangularMap, more: list[int]) -> TriangularMap:
         np.pad(slopes, room),
         np.pad(log_slopes, room),
     )
+
+
+def _with_weights(found: TriangularMap, old: TriangularMap) -> TriangularMap:
+    """The map with the weights that its scales have in another one."""
+    _, of_found, of_old = np.intersect1d(found.scales, old.scales, return_indices=True)
+    slopes, log_slopes = found.slopes.copy(), found.log_slopes.copy()
+    slopes[:, of_found], log_slopes[:, of_found] = old.slopes[:, of_old], old.log_slopes[:, of_old]
+    # The other map's scales are counted from another middle.
+    origin = old.origin - old.slopes @ old.middle
+    return dataclasses.replace(found, origin=origin, slopes=slopes, log_slopes=log_slopes)
 
 
 def _pruned(found: TriangularMap) -> TriangularMap:

@@ -10,6 +10,7 @@ import numpyro.distributions as dist
 import pytest
 from numpyro.distributions import constraints
 from numpyro.infer import MCMC
+from scipy.optimize import minimize
 
 from partime_mcmc import CoalescingHMC, ParallelMCMC, Store, Target, coalescing_hmc, resume, sample
 from partime_mcmc.kernels.coordinates import (
@@ -22,6 +23,7 @@ from partime_mcmc.kernels.coordinates import (
 from partime_mcmc.kernels.kernel_program import density_of
 from partime_mcmc.kernels.triangular_map import TriangularMap
 from partime_mcmc.numpyro.model import Posterior
+from partime_mcmc.warmup import triangular_fit
 from partime_mcmc.warmup.hmc_batch import HMCBatchResult
 from partime_mcmc.warmup.triangular_fit import (
     enter_map,
@@ -169,6 +171,30 @@ def test_longer_windows_make_the_same_scales_more_exact():
         errors.append([np.abs(found.origin[1:] - 3).max() for found in (first, again)])
     before, after = np.median(errors, axis=0)
     assert after < before / 3
+
+
+def test_a_fit_goes_on_from_the_map_there_is(monkeypatch):
+    counts = []
+
+    def counted(*args, **options):
+        found = minimize(*args, **options)
+        counts.append(found.nfev)
+        return found
+
+    first = learn_triangular_map(None, neal(0, 64, lowest=-5, origin=3))
+    draws = neal(100, 128, lowest=-np.inf, origin=3)
+    monkeypatch.setattr(triangular_fit, "minimize", counted)
+    found = [learn_triangular_map(old, draws) for old in (None, first)]
+    of_each = len(counts) // 2
+    assert sum(counts[of_each:]) < 0.75 * sum(counts[:of_each]), counts
+    for one in found:
+        np.testing.assert_allclose(one.log_slopes[1:, 0], 0.5, atol=0.05)
+
+
+def test_a_map_waits_for_two_draws_of_each_coordinate():
+    few, enough = (neal(0, count, lowest=-2, origin=0) for count in (4, 5))
+    assert learn_triangular_map(None, few) is None
+    assert learn_triangular_map(None, enough) is not None
 
 
 def test_draws_in_single_precision_lead_to_a_map_of_it():
