@@ -37,9 +37,18 @@ from partime_mcmc.executions import executing, overlaps
 from partime_mcmc.tracing import OnceCache, explicit
 from partime_mcmc.types import PyTree, jax_config, nan_is_a_value, settings
 
+
+def num_cores() -> int:
+    """Cores that this process may run on; a quota of their time, as containers may have, is not looked at."""
+    # macOS and Windows do not say.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 _PROGRAMS = OnceCache(128)
 # What is traced in a thread while another one comes to want it is not traced there again; few are on their way at a time.
 _LOWERED = OnceCache(8)
+# Programs that nobody waits for leave a core to the one that somebody does.
+_SPARE_CORES = threading.Semaphore(max(1, num_cores() - 1))
 
 
 class Timings:
@@ -202,7 +211,7 @@ def compile_in_thread(
 
         def compile_it():
             # What fails here fails again where it is wanted.
-            with contextlib.suppress(Exception):
+            with _SPARE_CORES, contextlib.suppress(Exception):
                 _PROGRAMS.get(entry, lambda _: kept.made(lowered, options))
 
         in_thread(compile_it)

@@ -79,14 +79,15 @@ class ParametrisedKernel(Kernel):
 
     def unoptimised_seconds(self, num_steps: float) -> float:
         """How long so many transitions take, random numbers and certificate included, in programs that were not optimised."""
-        return self._own_seconds(num_steps) + self._gradient_seconds(num_steps)
+        return self.own_seconds(num_steps) + self._gradient_seconds(num_steps)
 
     def loop_seconds(self, num_steps: int, num_chains: int) -> float:
         """How long a loop over the steps of chains takes at most, optimised or too short for that; by shapes and counts alone."""
         transitions = num_steps * max(num_chains, _CHAINS_OF_A_LOOP)
-        return self._own_seconds(transitions) + self._gradient_seconds(transitions) / _OPTIMISED
+        return self.own_seconds(transitions) + self._gradient_seconds(transitions) / _OPTIMISED
 
-    def _own_seconds(self, transitions: float) -> float:
+    def own_seconds(self, transitions: float) -> float:
+        """How long all but the gradients takes."""
         return transitions * (_SECONDS_PER_STEP + self._dimension * _SECONDS_PER_COORDINATE)
 
     def _gradient_seconds(self, transitions: float) -> float:

@@ -13,7 +13,7 @@ from typing import Iterator
 import jax
 import numpy as np
 
-from partime_mcmc.compile_cache import Timings, in_thread
+from partime_mcmc.compile_cache import Timings, in_thread, num_cores
 from partime_mcmc.kernels import Whitening
 from partime_mcmc.kernels.kernel_program import (
     Builder,
@@ -23,7 +23,6 @@ from partime_mcmc.kernels.kernel_program import (
     parametrised_kernel,
 )
 from partime_mcmc.sampling.arguments import SampleArguments
-from partime_mcmc.sampling.chain_groups import num_cores
 from partime_mcmc.sampling.local import compile_first_chunk
 from partime_mcmc.sampling.plan import chooses_coupling, plan_for
 from partime_mcmc.sampling.randomness import begin

@@ -16,26 +16,19 @@ are cut or left together; what may run side by side is read from the compiled pr
 import concurrent.futures
 import functools
 import math
-import os
 from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.compile_cache import Timings, compile_in_thread, compiled, is_abstract
+from partime_mcmc.compile_cache import Timings, compile_in_thread, compiled, is_abstract, num_cores
 from partime_mcmc.engine import Dynamics
 from partime_mcmc.executions import calls_library, executing, overlaps
 from partime_mcmc.tracing import explicit
 from partime_mcmc.types import PyTree, nan_is_a_value
 
 _MOST_PER_CORE = 8
-
-
-def num_cores() -> int:
-    """Cores that this process may run on; a quota of their time, as containers may have, is not looked at."""
-    # macOS and Windows do not say.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def num_groups(num_chains: int, dynamics: Dynamics) -> int:

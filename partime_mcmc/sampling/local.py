@@ -161,7 +161,7 @@ def _draw(plan: Plan, state: ChainState, num_steps: int, timings: Timings) -> li
         num_steps,
         timings,
         plan.num_groups,
-        plan.compiler_options,
+        plan.pass_options,
     )
 
 
@@ -204,7 +204,7 @@ def compile_first_chunk(plan: Plan, positions: PyTree, state: ChainState) -> Non
         ]
         program, params = program_and_params(plan.kernel)
         certify, params = explicit(_Certify(program), params, *paths[0])
-        compile_in_thread(certify, params, *paths[0], options=plan.compiler_options)
+        compile_in_thread(certify, params, *paths[0], options=plan.pass_options)
 
 
 def _resized(tree: PyTree, num_steps: int) -> PyTree:
@@ -371,7 +371,7 @@ def _certified(
         paths,
         timings=timings,
         what="certify",
-        options=plan.compiler_options,
+        options=plan.pass_options if recorded else plan.compiler_options,
     )
     certificate, records, last, positions = concat_chains(groups)
     constrained = plan.target.constrained_values(positions, timings, plan.compiler_options)

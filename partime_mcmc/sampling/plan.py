@@ -66,6 +66,7 @@ class Plan:
         warmup: The warm-up; None if the kernel came tuned, or the plan was read from a store.
         warmup_notes: What the warm-up says of itself; empty if there was none.
         compiler_options: How hard the compiler tries; None is the usual.
+        pass_options: Likewise for what passes over all draws once.
     """
 
     target: Target
@@ -87,6 +88,7 @@ class Plan:
     warmup: Warmup | None = None
     warmup_notes: str = ""
     compiler_options: dict[str, Any] | None = None
+    pass_options: dict[str, Any] | None = None
 
     @property
     def num_chains(self) -> int:
@@ -181,7 +183,8 @@ def plan_for(
         certificate=asked.certificate,
         chunk=chunk,
         num_groups=groups,
-        compiler_options=_compiler_options(asked, kernel),
+        compiler_options=_compiler_options(asked, kernel, ParametrisedKernel.unoptimised_seconds),
+        pass_options=_compiler_options(asked, kernel, ParametrisedKernel.own_seconds),
         thinning=asked.thinning,
         key_words=asked.key_words,
         num_warmup=warmup.num_steps if warmup else 0,
@@ -204,11 +207,14 @@ def _loop_seconds(asked: SampleArguments, kernel: Kernel) -> float:
     return kernel.loop_seconds(asked.num_samples, asked.num_chains)
 
 
-def _compiler_options(asked: SampleArguments, kernel: Kernel) -> dict[str, Any] | None:
-    """The usual ones in a store, where all parts of a long run need the same bits; otherwise what pays for the draws asked for."""
+def _compiler_options(
+    asked: SampleArguments, kernel: Kernel, seconds: Callable[[ParametrisedKernel, float], float]
+) -> dict[str, Any] | None:
+    """The usual ones in a store, where all parts of a long run need the same bits; otherwise what pays for programs that take so many
+    seconds for the draws asked for."""
     if asked.store is not None or not isinstance(kernel, ParametrisedKernel):
         return compiler_options()
-    return compiler_options(kernel.unoptimised_seconds(asked.num_samples * asked.num_chains))
+    return compiler_options(seconds(kernel, asked.num_samples * asked.num_chains))
 
 
 def _tuned(

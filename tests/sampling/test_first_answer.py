@@ -111,6 +111,26 @@ def test_a_short_run_of_a_small_model_is_compiled_quickly_and_a_store_as_ever(
     assert short.certificate.certified.all()
 
 
+def test_only_gradients_are_optimised_where_they_take_long_and_random_numbers_do_not(
+    makers, monkeypatch
+):
+    monkeypatch.setitem(compile_cache.CPU_OPTIONS, "xla_backend_optimization_level", 1)
+    monkeypatch.setattr(compile_cache, "_WORTH_OPTIMISING", 1e-3)
+    large = Target(
+        lambda x: TARGET.logdensity(x) - 1e-4 * jnp.sum(jnp.cosh(x[0] + jnp.zeros(10_000))),
+        TARGET.initial,
+    )
+    options = {"num_samples": 48, "num_chains": 2, "num_warmup": 100, "progress": False}
+    draws = sample(jax.random.key(1), large, coalescing_hmc, **options)
+    assert draws.certificate.certified.all()
+    levels = {
+        entry[0].__name__: dict(entry[4])["xla_backend_optimization_level"]
+        for entry in compile_cache._PROGRAMS.kept()
+    }
+    wanted = {"Solve": 1, "DrawTapes": 0, "Certify": 0}
+    assert {name: levels[name] for name in wanted} == wanted
+
+
 def test_a_short_run_is_a_loop_and_a_long_one_is_solved_in_parallel():
     short, parallel = run(), run(solver=shooting(steps=8))
     assert short.plan["solver"] == repr(sequential()) and short.report.depth == 48
