@@ -34,8 +34,8 @@ from partime_mcmc.diagnostics.arviz import read_draws, save_netcdf
 from partime_mcmc.diagnostics.report import Level, Report
 from partime_mcmc.diagnostics.verdict import Outcome
 from partime_mcmc.models import MODELS
+from partime_mcmc.numpyro.loop import nuts_positions
 from partime_mcmc.numpyro.model import called
-from partime_mcmc.numpyro.plain_nuts import nuts_positions
 from partime_mcmc.sampling.defaults import DEFAULT_WINDOW
 from partime_mcmc.sampling.interrupts import termination_interrupts
 from partime_mcmc.sampling.memory import default_max_bytes

@@ -10,8 +10,14 @@ import math
 import jax
 import jax.numpy as jnp
 
-from partime_mcmc.certify.certificate import Certificate, before_steps, flat_steps, judged
-from partime_mcmc.certify.repeated import may_be_random, refuse_random_steps
+from partime_mcmc.certify.certificate import (
+    Certificate,
+    before_steps,
+    flat_steps,
+    judged,
+    may_be_random,
+    refuse_random_steps,
+)
 from partime_mcmc.certify.step_record import Records, decision_uniform, record
 from partime_mcmc.executions import run_jitted
 from partime_mcmc.kernels.explicit_randomness import anyone

@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 
 from partime_mcmc.compile_cache import versions
-from partime_mcmc.diagnostics.formatting import plain
 from partime_mcmc.diagnostics.plots import adopt_figure, figure
 from partime_mcmc.diagnostics.values import (
     coordinates,
@@ -37,6 +36,7 @@ from partime_mcmc.diagnostics.values import (
     named_draws,
     original,
     partly_constant,
+    plain,
     stuck,
 )
 

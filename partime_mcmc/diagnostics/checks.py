@@ -11,7 +11,7 @@ the captured data as arguments, and comes before anything that depends on the nu
 argument, what it got and what it wanted.
 
 Left out: a start that is bad only in law (far out in a tail), and a key that was used before; neither can be seen from one
-evaluation. A density that calls random code away from the start is found when its path is certified (`certify.repeated`). All checks want concrete values: call them outside `jit`.
+evaluation. A density that calls random code away from the start is found when its path is certified (`certify.certificate`). All checks want concrete values: call them outside `jit`.
 """
 
 import math
