@@ -36,7 +36,7 @@ from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.certify.step_record import Records
 from partime_mcmc.engine.solution import DEFAULT_ULPS, nanaware_max
-from partime_mcmc.kernels.kernel import Carry
+from partime_mcmc.kernels.kernel import Carry, raw
 from partime_mcmc.tracing import primitives_of
 from partime_mcmc.types import AnyArray, Array, PyTree, pytree
 
@@ -345,7 +345,7 @@ def refuse_random_steps(
     # A loop, so that both answers come from one piece of code; the barrier keeps the compiler from seeing that they are one.
     twice = jax.lax.map(answers, jnp.stack([chosen, jax.lax.optimization_barrier(chosen)]))
     differs = jnp.zeros(chosen.shape, bool)
-    for one, other in (_numbers(leaf) for leaf in jax.tree.leaves(twice)):
+    for one, other in (raw(leaf) for leaf in jax.tree.leaves(twice)):
         unlike = (one != other) & ~((one != one) & (other != other))
         differs |= unlike.reshape(unlike.shape[0], -1).any(axis=1)
     random = jnp.zeros(certificate.residual.shape, bool).at[chosen].max(differs)
@@ -372,7 +372,3 @@ def _farthest(path: Array) -> Array:
     widest = apart.max(axis=0)
     apart = (apart / jnp.where(widest > 0, widest, 1)).max(axis=1, initial=0)
     return jax.lax.top_k(apart, min(_FARTHEST, path.shape[0]))[1]
-
-
-def _numbers(leaf: Array) -> Array:
-    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
