@@ -93,9 +93,22 @@ def thinned_draws(draws: Any, most: int) -> dict[str, np.ndarray]:
 def coordinates(named: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
     """Every scalar coordinate of `named` with its label, such as `theta[3]`, as a float64 array `(C, T)`."""
     for name, values in named.items():
-        for index in np.ndindex(values.shape[2:]):
-            label = f"{name}[{', '.join(map(str, index))}]" if index else name
+        shape = values.shape[2:]
+        for label, index in zip(_labels(name, shape), np.ndindex(shape)):
             yield label, values[(slice(None), slice(None), *index)].astype(np.float64)
+
+
+def as_coordinates(named: Mapping[str, np.ndarray]) -> tuple[list[str], np.ndarray]:
+    """The labels of all `coordinates`, and these in one array `(C, T, D)` of the values' own type."""
+    labels = [label for name, value in named.items() for label in _labels(name, value.shape[2:])]
+    columns = [value.reshape(*value.shape[:2], -1) for value in named.values()]
+    return labels, np.concatenate(columns, axis=2)
+
+
+def _labels(name: str, shape: tuple[int, ...]) -> list[str]:
+    return [
+        f"{name}[{', '.join(map(str, index))}]" if index else name for index in np.ndindex(shape)
+    ]
 
 
 def frozen_chains(draws: Any) -> np.ndarray:

@@ -36,7 +36,12 @@ from scipy.special import ndtri
 
 from partime_mcmc.diagnostics import mixing
 from partime_mcmc.diagnostics.arviz import STAT_NAMES
-from partime_mcmc.diagnostics.values import frozen_chains, named_positions, thinned_draws
+from partime_mcmc.diagnostics.values import (
+    as_coordinates,
+    frozen_chains,
+    named_positions,
+    thinned_draws,
+)
 
 RHAT_GOOD, RHAT_BAD, RHAT_WARMUP_BAD = 1.01, 1.1, 1.2
 ESS_GOOD = 400
@@ -251,17 +256,6 @@ def _judge_chains(draws: Any, bad: list[str]) -> None:
         bad.append(f"chains {list(map(int, frozen))} never move, or not in some coordinate")
 
 
-def _as_coordinates(named: dict[str, np.ndarray]) -> tuple[list[str], np.ndarray]:
-    """Labels of all coordinates, and their draws `(C, T, D)`."""
-    labels = [
-        name + (f"[{', '.join(map(str, index))}]" if index else "")
-        for name, value in named.items()
-        for index in np.ndindex(value.shape[2:])
-    ]
-    flat = [value.reshape(*value.shape[:2], -1) for value in named.values()]
-    return labels, np.concatenate(flat, axis=2)
-
-
 def _judge_superchains(
     named: dict[str, np.ndarray],
     superchains: np.ndarray,
@@ -270,7 +264,7 @@ def _judge_superchains(
     good: list[str],
 ) -> None:
     """Nested R-hat of the second half of each chain; its limit allows for the M chains of a superchain."""
-    labels, x = _as_coordinates(named)
+    labels, x = as_coordinates(named)
     found = mixing.nested_rhat(x[:, x.shape[1] // 2 :], superchains)
     moving = np.isfinite(found) | (x != x[:1, :1]).any(axis=(0, 1))
     worst = np.flatnonzero(moving)[found[moving].argmax()] if moving.any() else 0
@@ -317,7 +311,7 @@ def _judge_gradients(draws: Any, doubts: list[str], good: list[str]) -> None:
     score = np.abs(terms.mean(axis=(0, 1))) / error
     limit = -ndtri(_STEIN_LEVEL / 2 / len(score))
     worst = int(score.argmax())
-    names = _as_coordinates(named_positions(draws))[0]
+    names = as_coordinates(named_positions(draws))[0]
     names = [*names, *(f"the spread of {name}" for name in names), "the spread of all coordinates"]
     name = np.array(names, object)[moving][worst]
     text = (
@@ -332,7 +326,7 @@ def _judge_mixing(
     named: dict[str, np.ndarray], bad: list[str], doubts: list[str], good: list[str]
 ) -> tuple[float, float]:
     """R-hat and effective sample sizes of the worst coordinates."""
-    labels, x = _as_coordinates(named)
+    labels, x = as_coordinates(named)
     # What is constant in every chain, at one value, is no coordinate (a simplex of one category, say).
     moving = np.flatnonzero((x != x[:1, :1]).any(axis=(0, 1)))
     if not moving.size:
@@ -392,7 +386,7 @@ def _judge_acceptance(draws: Any, doubts: list[str]) -> None:
     named = named_positions(draws)
     if rates is None or not named or sum(one.size for one in named.values()) > _MOST_NUMBERS:
         return
-    labels, x = _as_coordinates(named)
+    labels, x = as_coordinates(named)
     rates = np.nan_to_num(np.asarray(rates, float))
     # A proposal belongs to the state that it was made from, the draw before.
     rates, before = rates[:, 1:].ravel(), x[:, :-1].reshape(-1, x.shape[2])

@@ -1,57 +1,12 @@
-"""The data of a NumPyro model: what its arguments were, and the model bound to them.
+"""A NumPyro model bound to its data, which stay NumPy's if they are, in the dtypes of the precision that is on while it runs."""
 
-NumPy data stay NumPy, in the dtypes of the precision that is on while the model runs; what is equal by content is the same data, so
-that nothing is traced twice for it.
-"""
-
-import dataclasses
 import inspect
-from typing import Any, Callable, Self
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from numpyro.primitives import Messenger
-
-from partime_mcmc.types import jax_config
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """The arguments of a model as they are at one time; equal to the same objects with the same contents.
-
-    Attributes:
-        structure: Of all arguments.
-        ids: Of the objects.
-        contents: Type, shape and bytes of arrays that can be changed in place, so that NaN equals itself; None for other
-            leaves.
-        in_float64: Whether they are seen in 64 bits.
-        kept: The objects and copies of their entries, so that nothing else gets their ids.
-    """
-
-    structure: Any
-    ids: tuple[int, ...]
-    contents: tuple[tuple | None, ...]
-    in_float64: bool
-    kept: tuple = dataclasses.field(compare=False, repr=False)
-
-    @classmethod
-    def of(cls, args: tuple, kwargs: dict) -> Self:
-        """The arguments as they are now."""
-        leaves, structure = jax.tree.flatten((args, kwargs))
-        arrays = [np.array(leaf, copy=True) if _can_change(leaf) else None for leaf in leaves]
-        return cls(
-            structure,
-            tuple(map(id, leaves)),
-            tuple(one if one is None else (one.dtype, one.shape, one.tobytes()) for one in arrays),
-            jax_config.jax_enable_x64,
-            (leaves, [one for one in arrays if one is not None and one.dtype == object]),
-        )
-
-
-def _can_change(leaf: Any) -> bool:
-    """NumPy arrays, and what hands one out (a data frame's column); JAX's arrays and scalars stay what they are."""
-    return hasattr(leaf, "__array__") and not isinstance(leaf, (jax.Array, np.generic))
 
 
 class WithData:

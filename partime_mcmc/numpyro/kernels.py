@@ -45,6 +45,7 @@ from partime_mcmc.numpyro.hmc_state import hmc_state, is_typed, keys_of, sample_
 from partime_mcmc.numpyro.metric_blocks import (
     blocks_of,
     coordinates_of,
+    dimension_of,
     metric_of_blocks,
     site_names,
     whole_root,
@@ -123,7 +124,10 @@ class ParallelKernel(MCMCKernel):
             )
         if (model is None) == (potential_fn is None):
             raise ValueError("model and potential_fn: wanted exactly one of them")
-        check_kinetic_energy(kinetic_fn, "kinetic_fn")
+        if not is_euclidean(kinetic_fn):
+            raise ValueError(
+                f"kinetic_fn: got {kinetic_fn!r}, wanted NumPyro's Euclidean kinetic energy"
+            )
         if target_accept_prob is not None and not 0 < target_accept_prob < 1:
             raise ValueError(
                 f"target_accept_prob: got {target_accept_prob!r}, wanted a number between 0 and 1"
@@ -164,7 +168,7 @@ class ParallelKernel(MCMCKernel):
             first_step=self._step_size or PooledAdaptation.first_step,
         )
         self._family: Any = None
-        self._data, self._sample_fn, self._builder, self._maps = None, None, None, ()
+        self._data, self._sample_fn, self._maps = None, None, ()
 
     @property
     def sample_field(self) -> str:
@@ -183,8 +187,14 @@ class ParallelKernel(MCMCKernel):
             position: Makes a position, or its shapes.
 
         Raises:
-            ValueError: If a block names a site that there is not, or has another shape.
+            ValueError: If a metric has another dimension, or a block names a site that there is not or has another shape.
         """
+        guess = getattr(self.adaptation, "guess", None)
+        if guess is not None and len(guess) != dimension_of(position()):
+            size = dimension_of(position())
+            raise ValueError(
+                f"inverse_mass_matrix: shape {guess.shape}, wanted ({size},) or ({size}, {size})"
+            )
         if not self._blocks:
             return self.adaptation
         example, changes = position(), {}
@@ -196,14 +206,11 @@ class ParallelKernel(MCMCKernel):
             changes["metric"] = BlockMetric(where) if dense else DiagonalMetric()
         return dataclasses.replace(self.adaptation, **changes)
 
+    @functools.cached_property
     def tuned_builder(self) -> Callable[..., Kernel]:
         """What warm-up tunes, as `sample` takes it."""
-        if self._builder is None:
-            # Made once: a partial equals only itself, and what is compiled is found again by its builder.
-            self._builder = (
-                functools.partial(self.builder, **self._fixed) if self._fixed else self.builder
-            )
-        return self._builder
+        # Made once: a partial equals only itself, and what is compiled is found again by its builder.
+        return functools.partial(self.builder, **self._fixed) if self._fixed else self.builder
 
     @property
     def model(self) -> Callable | None:
@@ -503,16 +510,6 @@ def check_positive(value: Any, name: str) -> float | None:
 def is_euclidean(kinetic_fn: Any) -> bool:
     """Whether a kinetic energy is NumPyro's usual one, which None is, too."""
     return kinetic_fn in (None, euclidean_kinetic_energy)
-
-
-def check_kinetic_energy(kinetic_fn: Any, name: str) -> None:
-    """There is one kinetic energy.
-
-    Raises:
-        ValueError: For another one.
-    """
-    if not is_euclidean(kinetic_fn):
-        raise ValueError(f"{name}: got {kinetic_fn!r}, wanted NumPyro's Euclidean kinetic energy")
 
 
 def checked_metric(

@@ -79,7 +79,8 @@ def coordinates_of(names: Names, position: Any) -> np.ndarray:
     return np.concatenate([where[name] for name in names])
 
 
-def _dimension(position: PyTree) -> int:
+def dimension_of(position: PyTree) -> int:
+    """How many numbers a position has, or one of these shapes."""
     return sum(int(np.prod(jnp.shape(leaf))) for leaf in jax.tree.leaves(position))
 
 
@@ -93,7 +94,7 @@ def metric_of_blocks(blocks: Mapping[Names, np.ndarray], position: Any) -> np.nd
     Raises:
         ValueError: If a block has another number of coordinates than its sites.
     """
-    metric = np.eye(_dimension(position))
+    metric = np.eye(dimension_of(position))
     for names, block in blocks.items():
         where = coordinates_of(names, position)
         if block.shape[0] != where.size:
@@ -142,7 +143,7 @@ def whole_root(roots: Mapping[Names, Root] | Root, position: PyTree) -> Root:
     if tuple(sorted(position)) in roots:
         return roots[tuple(sorted(position))]
     is_diagonal = all(root.ndim == 1 for root in roots.values())
-    dimension = _dimension(position)
+    dimension = dimension_of(position)
     dtype = jnp.result_type(*roots.values())
     whole = jnp.zeros((dimension,) if is_diagonal else (dimension, dimension), dtype)
     for names, root in roots.items():

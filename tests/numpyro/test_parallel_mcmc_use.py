@@ -144,9 +144,9 @@ def test_what_was_pickled_knows_its_draws_and_can_run_again():
 def test_data_changed_in_place_are_new_data():
     mine = Y.copy()
     mcmc = run(data=(mine,), num_chains=1, solver=sequential())
-    target = mcmc._known[1]
+    target = mcmc._known.target
     mcmc.run(KEY, mine)
-    assert mcmc._known[1] is target, "the same data are traced once"
+    assert mcmc._known.target is target, "the same data are traced once"
     mine += 50
     start = {"mu": jnp.array(51.0), "sigma": jnp.array(-1.0)}
     mcmc.run(KEY, mine, init_params=start)
