@@ -148,15 +148,12 @@ def judge(draws: Any, superchains: Any = None, coupling: Any = None) -> Verdict:
     num_draws = min((value.shape[1] for value in named.values()), default=0)
     if superchains is not None:
         _judge_superchains(named, np.asarray(superchains), bad, doubts, good)
-    if num_draws < _FEWEST_DRAWS:
-        if superchains is None:
-            doubts.append(_too_few(num_draws))
-        elif draws.num_chains < ESS_GOOD:
-            doubts.append(
-                f"{draws.num_chains} chains of {num_draws} draws count for one effective draw each (wanted {ESS_GOOD})"
-            )
-    else:
+    if superchains is None or num_draws >= _FEWEST_DRAWS:
         rhat, ess = _judge_mixing(named, bad, doubts, good)
+    elif draws.num_chains < ESS_GOOD:
+        doubts.append(
+            f"{draws.num_chains} chains of {num_draws} draws count for one effective draw each (wanted {ESS_GOOD})"
+        )
     _judge_warmup(getattr(draws, "warmup", None), draws.num_chains, bad, doubts, good)
     if coupling is not None:
         steps = coupling.steps_until(_DISTANCE_GOOD)
@@ -187,12 +184,7 @@ def judge_values(values: Mapping[str, np.ndarray], info: Mapping[str, np.ndarray
         return _NOTHING
     bad, doubts, good = [], [], []
     named = _thinned({name: np.asarray(value, float) for name, value in values.items()})
-    num_draws = min(value.shape[1] for value in named.values())
-    rhat = ess = np.nan
-    if num_draws < _FEWEST_DRAWS:
-        doubts.append(_too_few(num_draws))
-    else:
-        rhat, ess = _judge_mixing(named, bad, doubts, good)
+    rhat, ess = _judge_mixing(named, bad, doubts, good)
     _judge_energy(info, doubts)
     return _verdict(bad, doubts, good, rhat, ess)
 
@@ -202,10 +194,6 @@ def _verdict(
 ) -> Verdict:
     outcome = Outcome.NOT_CONVERGED if bad else Outcome.UNDECIDED if doubts else Outcome.CONVERGED
     return Verdict(outcome, tuple(bad + doubts + good), rhat, ess)
-
-
-def _too_few(num_draws: int) -> str:
-    return f"{num_draws} draws per chain are too few to judge (wanted {_FEWEST_DRAWS})"
 
 
 def _thinned(named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -325,7 +313,11 @@ def _judge_gradients(draws: Any, doubts: list[str], good: list[str]) -> None:
 def _judge_mixing(
     named: dict[str, np.ndarray], bad: list[str], doubts: list[str], good: list[str]
 ) -> tuple[float, float]:
-    """R-hat and effective sample sizes of the worst coordinates."""
+    """R-hat and effective sample sizes of the worst coordinates; NaN of too few draws."""
+    num_draws = min((value.shape[1] for value in named.values()), default=0)
+    if num_draws < _FEWEST_DRAWS:
+        doubts.append(f"{num_draws} draws per chain are too few to judge (wanted {_FEWEST_DRAWS})")
+        return np.nan, np.nan
     labels, x = as_coordinates(named)
     # What is constant in every chain, at one value, is no coordinate (a simplex of one category, say).
     moving = np.flatnonzero((x != x[:1, :1]).any(axis=(0, 1)))

@@ -142,17 +142,12 @@ def whole_root(roots: Mapping[Names, Root] | Root, position: PyTree) -> Root:
         return roots
     if tuple(sorted(position)) in roots:
         return roots[tuple(sorted(position))]
-    is_diagonal = all(root.ndim == 1 for root in roots.values())
-    dimension = dimension_of(position)
-    dtype = jnp.result_type(*roots.values())
-    whole = jnp.zeros((dimension,) if is_diagonal else (dimension, dimension), dtype)
-    for names, root in roots.items():
-        where = coordinates_of(names, position)
-        if is_diagonal:
-            whole = whole.at[where].set(root)
-        else:
-            whole = whole.at[np.ix_(where, where)].set(root if root.ndim == 2 else jnp.diag(root))
-    return whole
+    # Where each coordinate of the position is among those of all blocks in a row.
+    places = np.argsort(np.concatenate([coordinates_of(names, position) for names in roots]))
+    if all(root.ndim == 1 for root in roots.values()):
+        return jnp.concatenate(list(roots.values()))[places]
+    matrices = [root if root.ndim == 2 else jnp.diag(root) for root in roots.values()]
+    return jax.scipy.linalg.block_diag(*matrices)[np.ix_(places, places)]
 
 
 def each_block(function: Callable[[Any], AnyArray], roots: Any, num_axes: int) -> Any:
