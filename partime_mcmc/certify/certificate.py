@@ -35,6 +35,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.certify.step_record import Records
+from partime_mcmc.engine import LocalTime
 from partime_mcmc.engine.solution import DEFAULT_ULPS, nanaware_max
 from partime_mcmc.kernels.kernel import Carry, raw
 from partime_mcmc.tracing import primitives_of
@@ -125,13 +126,6 @@ def describe_certification(independent: AnyArray | bool) -> str:
     )
 
 
-def before_steps(initial: PyTree, states: PyTree) -> PyTree:
-    """The state before each step of a path, leaves with leading axis `T`."""
-    return jax.tree.map(
-        lambda a, b: jnp.concatenate([a[None], b[:-1]])[: b.shape[0]], initial, states
-    )
-
-
 def flat_steps(carries: PyTree) -> Array:
     """Carries with a leading axis `T` as vectors, shape `(T, D)`."""
     return jax.vmap(lambda carry: ravel_pytree(carry)[0])(carries)
@@ -159,7 +153,7 @@ def judged(
         unit: Of the residual; None is the path's spread.
         independent: Whether the values were computed apart from the path.
     """
-    before, flatten = before_steps(initial, states), flat_steps
+    before, flatten = LocalTime().previous(initial, states), flat_steps
     path, expected, previous = flatten(states), flatten(values), flatten(before)
     num_steps, dtype = path.shape[0], path.dtype
     if num_steps == 0:
@@ -329,7 +323,7 @@ def refuse_random_steps(
     """
     if not certificate.residual.size:
         return certificate
-    before = before_steps(initial, states)
+    before = LocalTime().previous(initial, states)
     chosen = jnp.concatenate(
         [
             _evenly(certificate.accepted),

@@ -419,6 +419,11 @@ def stats_dataset(info: Mapping[str, Any]) -> Any:
 _OWN_NAMES = {arviz: own for own, arviz in STAT_NAMES.items()}
 
 
+def by_own_names(stats: Any) -> dict[str, Any]:
+    """What a kernel reports of each step, of an ``xarray.Dataset`` by ArviZ's names, by our names; nothing is read."""
+    return {_OWN_NAMES.get(name, str(name)): one for name, one in stats.data_vars.items()}
+
+
 def read_draws(path: str | os.PathLike) -> SimpleNamespace:
     """Read a file of `save_netcdf`.
 
@@ -441,8 +446,8 @@ def read_draws(path: str | os.PathLike) -> SimpleNamespace:
         raise ValueError(
             f"{path} holds no draws: {type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
-    stats = groups["sample_stats"].data_vars if "sample_stats" in groups else {}
-    info = {_OWN_NAMES.get(name, str(name)): one.values for name, one in stats.items()}
+    stats = by_own_names(groups["sample_stats"]) if "sample_stats" in groups else {}
+    info = {name: one.values for name, one in stats.items()}
     return SimpleNamespace(
         constrained={name: one.values for name, one in posterior.data_vars.items()},
         info=info,

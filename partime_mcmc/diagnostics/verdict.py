@@ -35,7 +35,7 @@ import numpy as np
 from scipy.special import ndtri
 
 from partime_mcmc.diagnostics import mixing
-from partime_mcmc.diagnostics.arviz import STAT_NAMES
+from partime_mcmc.diagnostics.arviz import by_own_names
 from partime_mcmc.diagnostics.values import (
     as_coordinates,
     frozen_chains,
@@ -218,12 +218,10 @@ def _judged(draws: Any) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
             named["log density"] = np.asarray(density)
         named = _thinned(named)
     else:
-        named, stats = thinned_draws(draws, _MOST_DRAWS), draws.sample_stats
-        names = {name: STAT_NAMES.get(name, name) for name in ("logdensity", "diverging", "energy")}
-        info = {ours: stats[theirs] for ours, theirs in names.items() if theirs in stats}
-        density, num_kept = info.get("logdensity"), stats.sizes["draw"]
+        named, info = thinned_draws(draws, _MOST_DRAWS), by_own_names(draws.sample_stats)
+        density = info.get("logdensity")
         if density is not None:
-            step = max(1, -(-num_kept // _MOST_DRAWS))
+            step = max(1, -(-density.sizes["draw"] // _MOST_DRAWS))
             named["log density"] = np.asarray(density[:, ::step])
     return named, {
         name: np.asarray(info[name][:, -_MOST_DRAWS:])

@@ -20,7 +20,7 @@ from jax.flatten_util import ravel_pytree
 from numpyro.infer.hmc import HMCState
 
 from partime_mcmc.compile_cache import Timings, compiler_options, run_program
-from partime_mcmc.diagnostics.arviz import STAT_NAMES
+from partime_mcmc.diagnostics.arviz import by_own_names
 from partime_mcmc.diagnostics.checks import check_precision, check_starts
 from partime_mcmc.host_keys import first_key, fold_in, split
 from partime_mcmc.kernels import Whitening
@@ -655,7 +655,7 @@ def read_fields(
     Raises:
         ValueError: For a field that a store does not have.
     """
-    stats = _stats(draws)
+    stats = by_own_names(draws.sample_stats)
     found = {
         name: _sites(draws.posterior.data_vars, removed, is_dict)
         if name == "z"
@@ -663,12 +663,6 @@ def read_fields(
         for name in names
     }
     return jax.tree.map(lambda one: jnp.asarray(np.asarray(one)), found)
-
-
-def _stats(draws: StoredDraws) -> Any:
-    """What steps reported, an `xarray.Dataset` by our names."""
-    stats = draws.sample_stats
-    return stats.rename({theirs: ours for ours, theirs in STAT_NAMES.items() if theirs in stats})
 
 
 def check_fields(names: tuple[str, ...], postprocess: Callable | None) -> None:
@@ -699,11 +693,11 @@ def last_stored_state(draws: StoredDraws, state: HMCState, num_steps: int) -> HM
     reported = {"mean_accept_prob": draws.mean_acceptance} if draws.num_samples else {}
     if draws.finished and draws.posterior.sizes.get("draw"):
         # The last draw of a finished run is always kept.
-        last = _stats(draws).isel(draw=-1)
+        stats = by_own_names(draws.sample_stats)
         reported |= {
-            name: last[stored].values
+            name: stats[stored][:, -1].values
             for name, stored in _REPORTED.items()
-            if stored in last and hasattr(state, name) and name != "potential_energy"
+            if stored in stats and hasattr(state, name) and name != "potential_energy"
         }
     return state._replace(
         i=jnp.full(state.i.shape, num_steps, jnp.int32),

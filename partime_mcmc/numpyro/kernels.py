@@ -134,14 +134,19 @@ class ParallelKernel(MCMCKernel):
             )
         deepest = max_tree_depth[-1] if isinstance(max_tree_depth, tuple) else max_tree_depth
         self._max_tree_depth = check_count(deepest, "max_tree_depth", 1)
-        check_alone(
-            adaptation,
-            inverse_mass_matrix=inverse_mass_matrix,
-            adapt_mass_matrix=None if adapt_mass_matrix else False,
-            dense_mass=dense_mass,
-            target_accept_prob=target_accept_prob,
-            trajectory_length=self._trajectory_length,
-        )
+        choices = {
+            "inverse_mass_matrix": inverse_mass_matrix,
+            "adapt_mass_matrix": None if adapt_mass_matrix else False,
+            "dense_mass": dense_mass,
+            "target_accept_prob": target_accept_prob,
+            "trajectory_length": self._trajectory_length,
+        }
+        chosen = [name for name, value in choices.items() if value is not None]
+        if adaptation is not None and chosen:
+            raise ValueError(
+                f"adaptation: got a {type(adaptation).__name__} together with {', '.join(chosen)}, wanted one or the other: an "
+                "adaptation has its own acceptance, path and metric"
+            )
         self._model, self._potential_fn, self._init_strategy = model, potential_fn, init_strategy
         self._step_size = check_positive(step_size, "step_size")
         if not adapt_step_size and self._step_size is None:
@@ -537,20 +542,6 @@ def checked_metric(
     if not usable:
         raise ValueError(f"{name}: got {metric!r}, {wanted}")
     return metric
-
-
-def check_alone(adaptation: Any, **choices: Any) -> None:
-    """A whole warm-up strategy comes without the arguments that would set parts of one.
-
-    Raises:
-        ValueError: Naming those that were given.
-    """
-    given = [name for name, value in choices.items() if value is not None]
-    if adaptation is not None and given:
-        raise ValueError(
-            f"adaptation: got a {type(adaptation).__name__} together with {', '.join(given)}, wanted one or the other: an "
-            "adaptation has its own acceptance, path and metric"
-        )
 
 
 # --- NumPyro's own kernels

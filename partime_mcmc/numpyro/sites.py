@@ -12,7 +12,7 @@ and what is wrong is said by name.
 import contextlib
 import dataclasses
 import warnings
-from typing import Any, Callable, Iterator, Self
+from typing import Any, Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -49,33 +49,6 @@ class Sites:
     discrete: str | None
     nesting: int
     kinds: frozenset[str]
-
-    @classmethod
-    def of(cls, sites: dict) -> Self:
-        """From NumPyro's trace."""
-        summed_out = [name for name, site in latent(sites).items() if is_discrete(site)]
-        sampled = {name: site for name, site in latent(sites).items() if name not in summed_out}
-        reported = tuple(
-            name
-            for name, site in sites.items()
-            if name in sampled or site["type"] == "deterministic"
-        )
-        plates = [frame for site in sites.values() for frame in site.get("cond_indep_stack", ())]
-        return cls(
-            # Starts are as wide as floats are, whatever the parameters of their laws.
-            {
-                name: jax.ShapeDtypeStruct(
-                    jax.eval_shape(biject_to(site["fn"].support).inv, site["value"]).shape,
-                    jnp.result_type(float),
-                )
-                for name, site in sampled.items()
-            },
-            reported,
-            _plate_dims(sites, reported),
-            next(iter(summed_out), None),
-            max((-frame.dim for frame in plates), default=0),
-            frozenset(site["type"] for site in sites.values()),
-        )
 
 
 def unsuspicious_sites(run: WithData, key: Key, strategy: Callable) -> Sites | None:
@@ -150,9 +123,29 @@ def checked_sites(sites: dict) -> Sites:
         FutureWarning: As NumPyro, for a discrete site that is not marked.
     """
     _check_latent_sites(sites)
-    known = Sites.of(sites)
-    _validate_model(sites, plate_warning="loose" if known.discrete is None else "error")
-    return known
+    summed_out = [name for name, site in latent(sites).items() if is_discrete(site)]
+    # Starts are as wide as floats are, whatever the parameters of their laws.
+    shapes = {
+        name: jax.ShapeDtypeStruct(
+            jax.eval_shape(biject_to(site["fn"].support).inv, site["value"]).shape,
+            jnp.result_type(float),
+        )
+        for name, site in latent(sites).items()
+        if name not in summed_out
+    }
+    reported = tuple(
+        name for name, site in sites.items() if name in shapes or site["type"] == "deterministic"
+    )
+    plates = [frame for site in sites.values() for frame in site.get("cond_indep_stack", ())]
+    _validate_model(sites, plate_warning="error" if summed_out else "loose")
+    return Sites(
+        shapes,
+        reported,
+        _plate_dims(sites, reported),
+        next(iter(summed_out), None),
+        max((-frame.dim for frame in plates), default=0),
+        frozenset(site["type"] for site in sites.values()),
+    )
 
 
 def _suspicions(sites: dict) -> Iterator[Array]:
@@ -299,7 +292,8 @@ def check_observed_sites(run: WithData, key: Key, sites: dict) -> None:
             continue
         # Only a float differs from itself.
         missing = np.asarray(value != value)
-        if _is_masked(distribution):
+        is_masked = isinstance(unwrapped(distribution), dist.MaskedDistribution)
+        if is_masked:
             # What is masked is nobody's business; the rest has a density.
             with warnings.catch_warnings(action="ignore"):
                 finite = np.isfinite(np.asarray(distribution.log_prob(site["value"])))
@@ -310,7 +304,7 @@ def check_observed_sites(run: WithData, key: Key, sites: dict) -> None:
                 f"{_first(missing)}); wanted numbers. Leave missing values out, or mask them"
             )
         support = _support(distribution)
-        if support is None or _is_masked(distribution):
+        if support is None or is_masked:
             continue
         outside = ~np.asarray(support(site["value"]))
         if outside.any():
@@ -320,13 +314,6 @@ def check_observed_sites(run: WithData, key: Key, sites: dict) -> None:
                 f"{type(_base(distribution)).__name__}, the first {seen.squeeze()} at index {_first(outside)}; wanted "
                 f"values in {support}"
             )
-
-
-def _is_masked(distribution: dist.Distribution) -> bool:
-    """Whether some values of a distribution may be left out, under whatever wraps it."""
-    while isinstance(distribution, dist.Independent | dist.ExpandedDistribution):
-        distribution = distribution.base_dist
-    return isinstance(distribution, dist.MaskedDistribution)
 
 
 def _fixed_supports(run: WithData, key: Key) -> list[str]:
@@ -348,12 +335,17 @@ def _fixed_supports(run: WithData, key: Key) -> list[str]:
     return names
 
 
-def _base(distribution: dist.Distribution) -> dist.Distribution:
-    while isinstance(
-        distribution, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution
-    ):
-        distribution = distribution.base_dist
-    return distribution
+def unwrapped(law: Any) -> Any:
+    """The law inside of those that only arrange its values."""
+    while isinstance(law, dist.Independent | dist.ExpandedDistribution):
+        law = law.base_dist
+    return law
+
+
+def _base(law: dist.Distribution) -> dist.Distribution:
+    """Likewise, inside of masks, too."""
+    law = unwrapped(law)
+    return _base(law.base_dist) if isinstance(law, dist.MaskedDistribution) else law
 
 
 def _first(flags: np.ndarray) -> tuple[int, ...]:

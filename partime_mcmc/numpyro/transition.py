@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.engine import Dynamics, Status
+from partime_mcmc.engine import Dynamics, LocalTime, Status
 from partime_mcmc.engine.solve import solve
 from partime_mcmc.kernels.kernel import raw
 from partime_mcmc.numpyro.hmc_state import is_typed
@@ -228,9 +228,7 @@ class Transition:
                 f"its chain did not forget where it began: after {int(found.iterations)} passes "
                 f"{int(found.num_exact):,} of {num_steps:,} steps were exact"
             )
-        before = [
-            jnp.concatenate([first[None], rest[:-1]]) for first, rest in zip(carried, found.states)
-        ]
+        before = LocalTime().previous(carried, found.states)
         path = self._evaluate(constants, before, ticks)
         self._check(state, path, ticks)
         residual = max(
@@ -259,10 +257,8 @@ class Transition:
         Raises:
             NoParallelForm: If one is not.
         """
-        before = [
-            jnp.concatenate([raw(first)[None], raw(rest)[:-1]])
-            for first, rest in zip(jax.tree.leaves(state), jax.tree.leaves(path))
-        ]
+        first, rest = ([raw(leaf) for leaf in jax.tree.leaves(one)] for one in (state, path))
+        before = LocalTime().previous(first, rest)
         begin, steps, same = (
             [_numbers(leaf) for leaf in jax.tree.leaves(tree)]
             for tree in (state, path, self._evaluate_whole(before))

@@ -132,9 +132,7 @@ def read_outputs(
     found = [path[index] for index in sources if index is not None]
     if len(found) == len(sources):
         return jax.tree.unflatten(outputs, found)
-    previous = jax.tree.map(
-        lambda first, rest: jnp.concatenate([first[None], rest[:-1]]), carry, states
-    )
+    previous = LocalTime().previous(carry, states)
     return jax.vmap(lambda state, x: cell(params, state, x)[1])(previous, inputs)
 
 
