@@ -156,10 +156,6 @@ def judged(
     before, flatten = LocalTime().previous(initial, states), flat_steps
     path, expected, previous = flatten(states), flatten(values), flatten(before)
     num_steps, dtype = path.shape[0], path.dtype
-    if num_steps == 0:
-        path, expected, previous = (
-            jnp.zeros((0, ravel_pytree(initial)[0].size), dtype) for _ in range(3)
-        )
     unit = _spread(path, expected) if unit is None else jnp.asarray(unit, dtype)
     # A unit that is not positive and finite would let anything pass.
     usable = (unit > 0) & jnp.isfinite(unit)
@@ -169,11 +165,7 @@ def judged(
     positions = [
         carry.position if isinstance(carry, Carry) else carry for carry in (states, before)
     ]
-    moved = (
-        (flatten(positions[0]) != flatten(positions[1])).any(axis=1)
-        if num_steps
-        else jnp.zeros(0, bool)
-    )
+    moved = (flatten(positions[0]) != flatten(positions[1])).any(axis=1)
     accepted = (
         jnp.ones(num_steps, bool)
         if records.accepted is None

@@ -230,8 +230,7 @@ def _drawn(name: str, series: Mapping[str, np.ndarray], **options: Any) -> Any:
     # A user's name is no formula, and no path in a DataTree.
     posterior = {label.replace("$", r"\$").replace("/", "\u2044"): x for label, x in series.items()}
     converters = _arviz()[1]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # both generations remark on their own insides
+    with warnings.catch_warnings(action="ignore"):  # both generations remark on their own insides
         tree = tree_of({"posterior": draws_dataset(posterior)}, {})
         if hasattr(converters, "InferenceData"):
             return adopt_figure(np.ravel(getattr(converters, name)(tree, **options))[0].figure)
@@ -256,15 +255,14 @@ def tree_of(groups: Mapping[str, Any], attributes: Mapping[str, Any]) -> Any:
         )
     import xarray
 
-    tree = xarray.DataTree.from_dict({name: _without_slashes(one) for name, one in groups.items()})
+    groups = dict(groups)
+    for group, data in groups.items():
+        # Names with a slash would be paths: all of them are escaped where one has it.
+        if any("/" in str(name) for name in (*data.variables, *data.dims)):
+            groups[group] = _renamed(data, escaped)
+    tree = xarray.DataTree.from_dict(groups)
     tree.attrs.update(attributes)
     return tree
-
-
-def _without_slashes(dataset: Any) -> Any:
-    """A dataset whose names are no paths: all of them `escaped` where one has a slash."""
-    has_slash = any("/" in str(name) for name in (*dataset.variables, *dataset.dims))
-    return _renamed(dataset, escaped) if has_slash else dataset
 
 
 def _attributes(draws: Any) -> dict[str, str | int | float]:

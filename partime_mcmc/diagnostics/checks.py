@@ -133,8 +133,7 @@ def check_precision(logdensity: LogDensity, position: PyTree, value: Any = None)
         return None
     here = float(_compiled(logdensity, position)(position) if value is None else value)
     try:
-        with jax.enable_x64(True), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with jax.enable_x64(True), warnings.catch_warnings(action="ignore"):
             wide = jax.device_put(jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), position))
             value = _compiled(logdensity, wide)(wide)
     except Exception:  # whatever a model that insists on float32 raises

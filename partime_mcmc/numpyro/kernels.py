@@ -172,8 +172,8 @@ class ParallelKernel(MCMCKernel):
             guess=given,
             first_step=self._step_size or PooledAdaptation.first_step,
         )
-        self._family: Any = None
-        self._data, self._sample_fn, self._maps = None, None, ()
+        self._adopted: Any = None
+        self._sample_fn = None
 
     @property
     def sample_field(self) -> str:
@@ -194,11 +194,12 @@ class ParallelKernel(MCMCKernel):
         Raises:
             ValueError: If a metric has another dimension, or a block names a site that there is not or has another shape.
         """
-        guess = getattr(self.adaptation, "guess", None)
-        if guess is not None and len(guess) != dimension_of(position()):
+        # A low-rank root, which only an adaptation of the user's may have, has no shape.
+        shape = getattr(getattr(self.adaptation, "guess", None), "shape", None)
+        if shape is not None and shape[0] != dimension_of(position()):
             size = dimension_of(position())
             raise ValueError(
-                f"inverse_mass_matrix: shape {guess.shape}, wanted ({size},) or ({size}, {size})"
+                f"inverse_mass_matrix: shape {shape}, wanted ({size},) or ({size}, {size})"
             )
         if not self._blocks:
             return self.adaptation
@@ -279,13 +280,7 @@ class ParallelKernel(MCMCKernel):
 
     def __getstate__(self) -> dict[str, Any]:
         """As NumPyro's kernels: without what is compiled or traced, which the next run makes again."""
-        return self.__dict__ | {
-            "_posterior": None,
-            "_family": None,
-            "_data": None,
-            "_maps": (),
-            "_sample_fn": None,
-        }
+        return self.__dict__ | {"_posterior": None, "_adopted": None, "_sample_fn": None}
 
     # --- one step at a time, in NumPyro's own MCMC
 
@@ -319,8 +314,7 @@ class ParallelKernel(MCMCKernel):
 
     def adopt(self, kernel: Kernel) -> None:
         """Take over what a warm-up chose: its states can then be moved, here or in NumPyro's own `MCMC`."""
-        self._family, params = program_and_params(kernel)
-        self._data, self._maps = params.data, params.whitening.maps
+        self._adopted = program_and_params(kernel)
         self._sample_fn = self.sample
 
     def sample(self, state: HMCState, model_args: tuple, model_kwargs: dict | None) -> HMCState:
@@ -328,14 +322,14 @@ class ParallelKernel(MCMCKernel):
         return jax.vmap(self._one)(state) if jnp.ndim(state.i) else self._one(state)
 
     def _one(self, state: HMCState) -> HMCState:
-        adapted = state.adapt_state
+        adapted, (program, params) = state.adapt_state, self._adopted
         whitening = Whitening(
             state.z,
             adapted.center,
             whole_root(adapted.scale, state.z),
-            reweighted(self._maps, adapted.weights),
+            reweighted(params.whitening.maps, adapted.weights),
         )
-        kernel = self._family.kernel(KernelParams(self._data, whitening, adapted.settings))
+        kernel = program.kernel(KernelParams(params.data, whitening, adapted.settings))
         key = jax.random.fold_in(state.rng_key, state.i)
         full = kernel.state(state.r, adapted.discrete)
         randomness = jax.tree.map(lambda leaf: leaf[0], kernel.tape_of(key[None], full).randomness)
