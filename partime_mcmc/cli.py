@@ -32,10 +32,11 @@ from partime_mcmc import StoredDraws, Target, hosts, open_draws, time_mesh
 from partime_mcmc.diagnostics import describe, mixing, plots
 from partime_mcmc.diagnostics.arviz import read_draws, save_netcdf
 from partime_mcmc.diagnostics.report import Level, Report
+from partime_mcmc.diagnostics.values import as_coordinates, flat
 from partime_mcmc.diagnostics.verdict import Outcome
 from partime_mcmc.models import MODELS
+from partime_mcmc.numpyro.loop import nuts_positions
 from partime_mcmc.numpyro.model import called
-from partime_mcmc.numpyro.plain_nuts import nuts_positions
 from partime_mcmc.sampling.defaults import DEFAULT_WINDOW
 from partime_mcmc.sampling.interrupts import termination_interrupts
 from partime_mcmc.sampling.memory import default_max_bytes
@@ -357,17 +358,10 @@ def _compare_with_nuts(
         ("this", draws.positions, seconds, f"; residual {residual:.0e}"),
         ("NumPyro's NUTS, chains vectorized", theirs, theirs_seconds, ""),
     ):
-        ess = _least_ess(positions)
+        ess = mixing.ess_mean_and_square(as_coordinates(flat(positions))[1]).min()
         print(
             f"  {ess:8,.0f} effective draws in {took:5.1f} s: {ess / took:7,.0f} a second  ({name}{more})"
         )
-
-
-def _least_ess(positions: Any) -> float:
-    """Effective draws of the worst coordinate, means and squares, of positions `(C, T, ...)`."""
-    leaves = [np.asarray(leaf, float) for leaf in jax.tree.leaves(positions)]
-    x = np.concatenate([leaf.reshape(*leaf.shape[:2], -1) for leaf in leaves], axis=2)
-    return float(mixing.ess_mean_and_square(x).min())
 
 
 def _finish(arguments: argparse.Namespace, key: Key, draws: Any) -> int:

@@ -14,9 +14,20 @@ decision is *ambiguous*: another compilation of the same kernel may decide other
 
 The values come from `independent`, one more pass that shares nothing with the solver, or from `recorded`, where every step
 was recorded while the path was rolled.
+
+Where a step asks somebody whose answers its arguments need not determine (Python on the host, a library, a random number
+generator of the device), f may be no function, and what was recorded of a path agrees with itself all the same. Then up to 256
+steps are evaluated twice by one and the same program,
+
+    64 accepted and 64 rejected ones all along the path, and the 128 that begin farthest from the start,
+
+and where any bit of the new state, the decision or what the kernel reports differs, nothing is certified. There is no
+tolerance, hence no false alarm: what rounds differently in another program is never compared. Left out: a density that changes
+seldom enough to answer twice alike.
 """
 
 import dataclasses
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +35,10 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from partime_mcmc.certify.step_record import Records
+from partime_mcmc.engine import LocalTime
 from partime_mcmc.engine.solution import DEFAULT_ULPS, nanaware_max
-from partime_mcmc.kernels.kernel import Carry
+from partime_mcmc.kernels.kernel import Carry, raw
+from partime_mcmc.tracing import primitives_of
 from partime_mcmc.types import AnyArray, Array, PyTree, pytree
 
 # Noise units. The floors seen are 4e-15 and 2e-6; a flipped decision shows as 1 or more.
@@ -34,6 +47,10 @@ _TOLERANCE = {jnp.dtype("float64"): 1e-8, jnp.dtype("float32"): 1e-4}
 FEWEST_TO_FREEZE = 10
 # Ten times the difference in acceptance probability that was seen between two compilations of one kernel.
 AMBIGUOUS = {jnp.dtype("float64"): 1e-11, jnp.dtype("float32"): 2e-3}
+# Steps that are evaluated twice.
+_EVENLY, _FARTHEST = 64, 128
+# Operations whose results their arguments need not determine.
+_NOT_FUNCTIONS = {"pure_callback", "io_callback", "ffi_call", "call_tf", "rng_uniform"}
 
 
 @pytree()
@@ -109,13 +126,6 @@ def describe_certification(independent: AnyArray | bool) -> str:
     )
 
 
-def before_steps(initial: PyTree, states: PyTree) -> PyTree:
-    """The state before each step of a path, leaves with leading axis `T`."""
-    return jax.tree.map(
-        lambda a, b: jnp.concatenate([a[None], b[:-1]])[: b.shape[0]], initial, states
-    )
-
-
 def flat_steps(carries: PyTree) -> Array:
     """Carries with a leading axis `T` as vectors, shape `(T, D)`."""
     return jax.vmap(lambda carry: ravel_pytree(carry)[0])(carries)
@@ -143,13 +153,9 @@ def judged(
         unit: Of the residual; None is the path's spread.
         independent: Whether the values were computed apart from the path.
     """
-    before, flatten = before_steps(initial, states), flat_steps
+    before, flatten = LocalTime().previous(initial, states), flat_steps
     path, expected, previous = flatten(states), flatten(values), flatten(before)
     num_steps, dtype = path.shape[0], path.dtype
-    if num_steps == 0:
-        path, expected, previous = (
-            jnp.zeros((0, ravel_pytree(initial)[0].size), dtype) for _ in range(3)
-        )
     unit = _spread(path, expected) if unit is None else jnp.asarray(unit, dtype)
     # A unit that is not positive and finite would let anything pass.
     usable = (unit > 0) & jnp.isfinite(unit)
@@ -159,11 +165,7 @@ def judged(
     positions = [
         carry.position if isinstance(carry, Carry) else carry for carry in (states, before)
     ]
-    moved = (
-        (flatten(positions[0]) != flatten(positions[1])).any(axis=1)
-        if num_steps
-        else jnp.zeros(0, bool)
-    )
+    moved = (flatten(positions[0]) != flatten(positions[1])).any(axis=1)
     accepted = (
         jnp.ones(num_steps, bool)
         if records.accepted is None
@@ -285,3 +287,74 @@ def _longest_run(flags: Array) -> Array:
     nothing = jnp.zeros((), jnp.int32)
     # Steps cost nothing but the loop around them.
     return jax.lax.scan(advance, (nothing, nothing), flags, unroll=16)[0][1]
+
+
+def may_be_random(jaxpr: Any) -> bool:
+    """Whether a traced function asks somebody whose answers its arguments need not determine."""
+    return bool(primitives_of(jaxpr) & _NOT_FUNCTIONS)
+
+
+def refuse_random_steps(
+    certificate: Certificate,
+    evaluate: Callable[[PyTree, PyTree], PyTree],
+    initial: PyTree,
+    states: PyTree,
+    drives: PyTree,
+) -> Certificate:
+    """The certificate of a path of a step that `may_be_random`: not certified where a step has two answers.
+
+    Args:
+        certificate: Of the path.
+        evaluate: One step, `(carry, drive) -> results`.
+        initial: The carry before the first step.
+        states: The path, leading axis `T`.
+        drives: The tape.
+
+    Returns:
+        The certificate; steps with two answers have an infinite residual.
+    """
+    if not certificate.residual.size:
+        return certificate
+    before = LocalTime().previous(initial, states)
+    chosen = jnp.concatenate(
+        [
+            _evenly(certificate.accepted),
+            _evenly(~certificate.accepted),
+            _farthest(flat_steps(before)),
+        ]
+    )
+
+    def answers(places):
+        some = jax.tree.map(lambda leaf: leaf[places], (before, drives))
+        return jax.vmap(evaluate)(*some)
+
+    # A loop, so that both answers come from one piece of code; the barrier keeps the compiler from seeing that they are one.
+    twice = jax.lax.map(answers, jnp.stack([chosen, jax.lax.optimization_barrier(chosen)]))
+    differs = jnp.zeros(chosen.shape, bool)
+    for one, other in (raw(leaf) for leaf in jax.tree.leaves(twice)):
+        unlike = (one != other) & ~((one != one) & (other != other))
+        differs |= unlike.reshape(unlike.shape[0], -1).any(axis=1)
+    random = jnp.zeros(certificate.residual.shape, bool).at[chosen].max(differs)
+    return dataclasses.replace(
+        certificate,
+        certified=certificate.certified & ~random.any(),
+        max_residual=jnp.where(random.any(), jnp.inf, certificate.max_residual),
+        worst_step=jnp.where(random.any(), jnp.argmax(random), certificate.worst_step),
+        residual=jnp.where(random, jnp.inf, certificate.residual),
+    )
+
+
+def _evenly(flags: AnyArray) -> Array:
+    """The places of some steps that are flagged, all along the path; the last step where none is."""
+    rank = jnp.cumsum(flags)
+    wanted = 1 + (jnp.arange(_EVENLY) * jnp.maximum(rank[-1], 1)) // _EVENLY
+    return jnp.minimum(jnp.searchsorted(rank, wanted), flags.shape[0] - 1)
+
+
+def _farthest(path: Array) -> Array:
+    """The places of the states `(T, D)` that are farthest from the first one, by the coordinate that has gone farthest in
+    units of its own range."""
+    apart = jnp.abs(path - path[0])
+    widest = apart.max(axis=0)
+    apart = (apart / jnp.where(widest > 0, widest, 1)).max(axis=1, initial=0)
+    return jax.lax.top_k(apart, min(_FARTHEST, path.shape[0]))[1]

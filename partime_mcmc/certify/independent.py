@@ -10,9 +10,15 @@ import math
 import jax
 import jax.numpy as jnp
 
-from partime_mcmc.certify.certificate import Certificate, before_steps, flat_steps, judged
-from partime_mcmc.certify.repeated import may_be_random, refuse_random_steps
+from partime_mcmc.certify.certificate import (
+    Certificate,
+    flat_steps,
+    judged,
+    may_be_random,
+    refuse_random_steps,
+)
 from partime_mcmc.certify.step_record import Records, decision_uniform, record
+from partime_mcmc.engine import LocalTime
 from partime_mcmc.executions import run_jitted
 from partime_mcmc.kernels.explicit_randomness import anyone
 from partime_mcmc.kernels.kernel import Kernel, Tape, raw
@@ -203,7 +209,7 @@ def _check_path(initial: PyTree, states: PyTree, drives: Tape) -> None:
 @functools.partial(jax.jit, static_argnums=0)
 def _certify(observe, params, initial, states, drives, unit):
     evaluate = functools.partial(observe, params)
-    seen = in_batches(evaluate, before_steps(initial, states), drives)
+    seen = in_batches(evaluate, LocalTime().previous(initial, states), drives)
     certificate, records = _judge(seen, initial, states, drives, unit)
     if may_be_random(observe.jaxpr):
         certificate = refuse_random_steps(certificate, evaluate, initial, states, drives)
@@ -217,7 +223,7 @@ def _certify_held(observe, params, initial, states, drives, unit):
     shape = jax.tree.leaves(drives)[0].shape[:2]
     one_axis = jax.tree.map(
         lambda leaf: leaf.reshape(math.prod(shape), *leaf.shape[2:]),
-        (jax.vmap(before_steps)(initial, states), drives),
+        (jax.vmap(LocalTime().previous)(initial, states), drives),
     )
     seen = in_batches(evaluate, *one_axis, size=4 * steps_at_once())
     seen = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), seen)
@@ -231,16 +237,18 @@ def _certify_held(observe, params, initial, states, drives, unit):
 
 
 def _hold_and_judge(evaluate, seen, initial, states, drives, unit):
-    before = before_steps(initial, states)
+    before = LocalTime().previous(initial, states)
     still = hold(initial, states, (flat_steps(seen[0]) == flat_steps(before)).all(axis=1))
     moved = [
         (new != old) & ~(jnp.isnan(new) & jnp.isnan(old))
-        for new, old in zip(jax.tree.leaves(before_steps(initial, still)), jax.tree.leaves(before))
+        for new, old in zip(
+            jax.tree.leaves(LocalTime().previous(initial, still)), jax.tree.leaves(before)
+        )
     ]
     again = functools.reduce(
         jnp.logical_or, [flags.any(axis=tuple(range(1, flags.ndim))) for flags in moved]
     )
-    seen = reevaluate(evaluate, seen, before_steps(initial, still), drives, again)
+    seen = reevaluate(evaluate, seen, LocalTime().previous(initial, still), drives, again)
     return *_judge(seen, initial, still, drives, unit), still
 
 

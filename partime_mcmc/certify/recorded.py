@@ -12,7 +12,7 @@ of every step and shares nothing with the solver but the kernel. It serves users
 not go step by step, and chains that are no longer finite.
 
 A recording agrees with itself even where f is no function. Steps that call Python or a library, whose answers might be random,
-are sampled and evaluated twice (`repeated`).
+are sampled and evaluated twice (`certificate`).
 """
 
 import functools
@@ -21,9 +21,13 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.certify.certificate import Certificate, judged
+from partime_mcmc.certify.certificate import (
+    Certificate,
+    judged,
+    may_be_random,
+    refuse_random_steps,
+)
 from partime_mcmc.certify.independent import Observe
-from partime_mcmc.certify.repeated import may_be_random, refuse_random_steps
 from partime_mcmc.certify.step_record import Records, unpacked
 from partime_mcmc.engine import Dynamics
 from partime_mcmc.kernels.kernel import Kernel, Tape

@@ -18,7 +18,7 @@ import importlib.metadata
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 
 from partime_mcmc.compile_cache import versions
-from partime_mcmc.diagnostics.formatting import plain
 from partime_mcmc.diagnostics.plots import adopt_figure, figure
 from partime_mcmc.diagnostics.values import (
     coordinates,
@@ -37,6 +36,7 @@ from partime_mcmc.diagnostics.values import (
     named_draws,
     original,
     partly_constant,
+    plain,
     stuck,
 )
 
@@ -164,30 +164,25 @@ def to_arviz(
     """
     named = named_draws(draws)
     _check_names(named, dims or {})
-    if not hasattr(_arviz()[1], "InferenceData") and any("/" in name for name in named):
-        # A path in a DataTree.
-        named = {escaped(name): values for name, values in named.items()}
-        dims = {escaped(name): list(map(escaped, axes)) for name, axes in (dims or {}).items()}
-        coords = {escaped(axis): labels for axis, labels in (coords or {}).items()}
-    return _tree(draws, named, coords, dims)
+    return _tree(draws, named, coords or {}, dims)
 
 
-def _tree(draws: Any, named: Mapping[str, Any], coords: Any, dims: Any) -> Any:
+def _tree(
+    draws: Any, named: Mapping[str, np.ndarray], coords: Mapping[str, Any], dims: Any = None
+) -> Any:
     certificate = getattr(draws, "certificate", None)
     recorded = {name: getattr(certificate, name, None) for name in _PER_DRAW}
     recorded |= getattr(draws, "info", None) or {}
-    stats = {
-        STAT_NAMES.get(name, name): np.asarray(values)
-        for name, values in recorded.items()
-        if values is not None
-    }
-    groups = {"posterior": named} | ({"sample_stats": stats} if stats else {})
-    axes = axis_names({name: values.shape[2:] for name, values in named.items()}, dims)
-    tree = _from_dict(groups, coords=coords, dims={name: list(own) for name, own in axes.items()})
+    recorded = {name: values for name, values in recorded.items() if values is not None}
     attributes = _attributes(draws)
-    tree.attrs.update(attributes)
-    tree["posterior"].attrs.update(attributes)
-    return tree
+    groups = {"posterior": draws_dataset(named, dims).assign_attrs(attributes)}
+    if recorded:
+        groups["sample_stats"] = stats_dataset(recorded)
+    for group, data in groups.items():
+        # As ArviZ does: an axis without labels is numbered.
+        labels = {axis: coords.get(axis, np.arange(size)) for axis, size in data.sizes.items()}
+        groups[group] = data.assign_coords(labels)
+    return tree_of(groups, attributes)
 
 
 def _check_names(named: Mapping[str, np.ndarray], dims: Mapping[str, Any]) -> None:
@@ -204,13 +199,6 @@ def _check_names(named: Mapping[str, np.ndarray], dims: Mapping[str, Any]) -> No
                 f"draws: got a value named {name!r}, wanted another name: an axis of the draws is called so, and ArviZ keeps one "
                 "of the two"
             )
-
-
-def _from_dict(groups: dict[str, Any], **options: Any) -> Any:
-    converters = _arviz()[1]
-    if hasattr(converters, "InferenceData"):
-        return converters.from_dict(**groups, **options)
-    return converters.from_dict(groups, **options)
 
 
 def trace_plot(series: Mapping[str, np.ndarray]) -> Any:
@@ -242,9 +230,8 @@ def _drawn(name: str, series: Mapping[str, np.ndarray], **options: Any) -> Any:
     # A user's name is no formula, and no path in a DataTree.
     posterior = {label.replace("$", r"\$").replace("/", "\u2044"): x for label, x in series.items()}
     converters = _arviz()[1]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # both generations remark on their own insides
-        tree = _from_dict({"posterior": posterior})
+    with warnings.catch_warnings(action="ignore"):  # both generations remark on their own insides
+        tree = tree_of({"posterior": draws_dataset(posterior)}, {})
         if hasattr(converters, "InferenceData"):
             return adopt_figure(np.ravel(getattr(converters, name)(tree, **options))[0].figure)
         plot = getattr(importlib.import_module("arviz_plots"), name)
@@ -268,17 +255,14 @@ def tree_of(groups: Mapping[str, Any], attributes: Mapping[str, Any]) -> Any:
         )
     import xarray
 
-    tree = xarray.DataTree.from_dict({name: _without_slashes(one) for name, one in groups.items()})
+    groups = dict(groups)
+    for group, data in groups.items():
+        # Names with a slash would be paths: all of them are escaped where one has it.
+        if any("/" in str(name) for name in (*data.variables, *data.dims)):
+            groups[group] = _renamed(data, escaped)
+    tree = xarray.DataTree.from_dict(groups)
     tree.attrs.update(attributes)
     return tree
-
-
-def _without_slashes(dataset: Any) -> Any:
-    """A dataset whose names are no paths: all of them `escaped` where one has a slash."""
-    names = [str(name) for name in {*dataset.variables, *dataset.dims}]
-    if not any("/" in name for name in names):
-        return dataset
-    return dataset.rename({name: escaped(name) for name in names if escaped(name) != name})
 
 
 def _attributes(draws: Any) -> dict[str, str | int | float]:
@@ -330,8 +314,8 @@ def save_netcdf(draws: Any, path: str | os.PathLike) -> Path:
     try:
         named = named_draws(draws)
         _check_names(named, {})
-        tree = _tree(draws, {escaped(name): values for name, values in named.items()}, None, None)
-        tree.attrs[_ESCAPED] = tree["posterior"].attrs[_ESCAPED] = 1
+        tree = _tree(draws, {escaped(name): values for name, values in named.items()}, {})
+        tree.attrs[_ESCAPED] = 1
         tree.to_netcdf(str(partial), engine="h5netcdf")
         os.replace(partial, path)
     finally:
@@ -348,33 +332,28 @@ def read_netcdf(path: str | os.PathLike) -> Any:
     Raises:
         FileNotFoundError: if there is no such file.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no NetCDF file at {path}")
-    converters = _arviz()[1]
-    if hasattr(converters, "InferenceData"):
-        with converters.rc_context({"data.load": "eager"}):
-            tree = converters.from_netcdf(str(path), engine="h5netcdf")
-        if tree.attrs.pop(_ESCAPED, None):
-            tree = tree.map(_with_names)
-            tree["posterior"].attrs.pop(_ESCAPED, None)
-        return tree
+    return tree_of(*_read_groups(path))
+
+
+def _read_groups(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Datasets by group with the names that their values had, and the attributes of the whole."""
     import xarray
 
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no NetCDF file at {path}")
     with xarray.open_datatree(str(path), engine="h5netcdf") as tree:
         tree.load()
-    slashes = any("/" in original(str(name)) for name in tree["posterior"].data_vars)
-    # As in `to_arviz`: there are no slashes in names.
-    if tree.attrs.get(_ESCAPED) and not slashes:
-        tree = tree.map_over_datasets(_with_names)
-        for attributes in (tree.attrs, tree["posterior"].attrs):
-            attributes.pop(_ESCAPED)
-    return tree
+    groups = {name: one.to_dataset() for name, one in tree.children.items()}
+    attributes = {str(name): value for name, value in tree.attrs.items()}
+    if attributes.pop(_ESCAPED, None):
+        groups = {name: _renamed(one, original) for name, one in groups.items()}
+    return groups, attributes
 
 
-def _with_names(dataset: Any) -> Any:
-    """A dataset whose names were `escaped`."""
+def _renamed(dataset: Any, rename: Callable[[str], str]) -> Any:
+    """A dataset with other names of values and axes."""
     names = map(str, {*dataset.variables, *dataset.dims})
-    return dataset.rename({name: original(name) for name in names if original(name) != name})
+    return dataset.rename({name: rename(name) for name in names if rename(name) != name})
 
 
 def draws_dataset(values: Mapping[str, Any], dims: Mapping[str, Any] | None = None) -> Any:
@@ -438,6 +417,11 @@ def stats_dataset(info: Mapping[str, Any]) -> Any:
 _OWN_NAMES = {arviz: own for own, arviz in STAT_NAMES.items()}
 
 
+def by_own_names(stats: Any) -> dict[str, Any]:
+    """What a kernel reports of each step, of an ``xarray.Dataset`` by ArviZ's names, by our names; nothing is read."""
+    return {_OWN_NAMES.get(name, str(name)): one for name, one in stats.data_vars.items()}
+
+
 def read_draws(path: str | os.PathLike) -> SimpleNamespace:
     """Read a file of `save_netcdf`.
 
@@ -451,21 +435,19 @@ def read_draws(path: str | os.PathLike) -> SimpleNamespace:
         ValueError: If it holds no draws.
     """
     try:
-        tree = read_netcdf(path)
-        posterior, attributes = tree["posterior"], {**tree["posterior"].attrs, **tree.attrs}
+        groups, attributes = _read_groups(path)
+        posterior = groups["posterior"]
+        attributes = posterior.attrs | attributes
     except FileNotFoundError:
         raise
-    except Exception as error:  # HDF5, xarray and either ArviZ have errors of their own
+    except Exception as error:  # HDF5 and xarray have errors of their own
         raise ValueError(
             f"{path} holds no draws: {type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
-    stats = tree["sample_stats"].data_vars if "sample_stats" in tree else {}
-    info = {_OWN_NAMES.get(name, str(name)): one.values for name, one in stats.items()}
+    stats = by_own_names(groups["sample_stats"]) if "sample_stats" in groups else {}
+    info = {name: one.values for name, one in stats.items()}
     return SimpleNamespace(
-        constrained={
-            original(str(name)) if _ESCAPED in attributes else name: one.values
-            for name, one in posterior.data_vars.items()
-        },
+        constrained={name: one.values for name, one in posterior.data_vars.items()},
         info=info,
         certificate=_object(attributes.get("certificate"), info),
         report=_object(attributes.get("run"), {}),

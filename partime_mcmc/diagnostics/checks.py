@@ -11,7 +11,7 @@ the captured data as arguments, and comes before anything that depends on the nu
 argument, what it got and what it wanted.
 
 Left out: a start that is bad only in law (far out in a tail), and a key that was used before; neither can be seen from one
-evaluation. A density that calls random code away from the start is found when its path is certified (`certify.repeated`). All checks want concrete values: call them outside `jit`.
+evaluation. A density that calls random code away from the start is found when its path is certified (`certify.certificate`). All checks want concrete values: call them outside `jit`.
 """
 
 import math
@@ -133,8 +133,7 @@ def check_precision(logdensity: LogDensity, position: PyTree, value: Any = None)
         return None
     here = float(_compiled(logdensity, position)(position) if value is None else value)
     try:
-        with jax.enable_x64(True), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with jax.enable_x64(True), warnings.catch_warnings(action="ignore"):
             wide = jax.device_put(jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), position))
             value = _compiled(logdensity, wide)(wide)
     except Exception:  # whatever a model that insists on float32 raises

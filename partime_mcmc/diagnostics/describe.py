@@ -10,6 +10,7 @@ import base64
 import contextlib
 import io
 import json
+import math
 import os
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,9 +23,9 @@ import numpy as np
 from partime_mcmc.certify.certificate import describe_certification
 from partime_mcmc.diagnostics import plots
 from partime_mcmc.diagnostics.arviz import rank_plot, summary_table, trace_plot
-from partime_mcmc.diagnostics.formatting import cell, plain, text_table
-from partime_mcmc.diagnostics.values import thinned_draws
+from partime_mcmc.diagnostics.values import plain, thinned_draws
 
+WIDTH = 100
 _MOST_FALLBACKS, _MOST_TEXT_ROWS, _MOST_ROWS = 5, 40, 500
 _MOST_DRAWS, _MOST_SERIES = 10_000, 4
 Rows = Sequence[Mapping[str, Any]]
@@ -122,6 +123,39 @@ def run_json(draws: Any) -> str:
         "totals": {} if statistics is None else statistics.totals(),
     }
     return json.dumps(plain(found), indent=2, allow_nan=False)
+
+
+def text_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of a table within 100 columns: the first column left-aligned, numbers in four digits, right-aligned.
+
+    Args:
+        rows: Dicts with the same keys, which become the titles.
+    """
+    if not rows:
+        return []
+    cells = [list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    widths[0] = max(10, min(widths[0], WIDTH - sum(widths[1:]) - 2 * len(widths[1:])))
+    lines = []
+    for first, *rest in cells:
+        first = first if len(first) <= widths[0] else first[: widths[0] - 1] + "…"
+        numbers = [text.rjust(width) for text, width in zip(rest, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *numbers]).rstrip())
+    return lines
+
+
+def cell(value: Any) -> str:
+    """A value in a table: text as it is, yes and no, numbers in four digits, `-` for NaN."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    value = float(value)
+    if not math.isfinite(value):
+        return "-" if math.isnan(value) else str(value)
+    if value == round(value) and abs(value) < 1e6:
+        return str(round(value))
+    return f"{value:.0f}" if 1e3 <= abs(value) < 1e7 else f"{value:#.4g}"
 
 
 def table_html(rows: Rows, title: str = "") -> str:

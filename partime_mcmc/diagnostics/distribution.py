@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from scipy import special
+from scipy.spatial.distance import cdist
 
 from partime_mcmc.diagnostics import arviz
 from partime_mcmc.diagnostics import values as by_name
@@ -232,8 +233,7 @@ def _joint_test(ours: Side, theirs: Side, rows: list[dict[str, Any]], alpha: flo
     sizes, points = [len(cloud) for cloud in clouds], np.concatenate(clouds)
     sd = points.std(axis=0)
     points = points / np.where(sd > 0, sd, 1.0)
-    square = (points**2).sum(axis=1)
-    distance = np.sqrt(np.maximum(square[:, None] + square - 2 * points @ points.T, 0.0))
+    distance = cdist(points, points)
     # With weights w = 1/n on one side and -1/m on the other the energy distance is -w' D w.
     weights, rng = np.repeat([1 / sizes[0], -1 / sizes[1]], sizes), np.random.default_rng(0)
     observed, above = -weights @ distance @ weights, 0

@@ -15,7 +15,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-from scipy import special
+from scipy import stats
 
 from partime_mcmc.diagnostics import values as by_name
 from partime_mcmc.diagnostics.report import PathComparison
@@ -146,7 +146,8 @@ def compare_paths(ours: Side, theirs: Side, table: list[dict[str, Any]]) -> Path
     flips = None if decisions[0] is None or decisions[1] is None else decisions[0] != decisions[1]
     edges = int(starts.sum()) + (0 if flips is None else int((flips & ~apart).sum()))
     rate = FLIPS_PER_STEP.get(np.result_type(*ours.leaves), FLIPS_PER_STEP_ELSE)
-    max_edges = _poisson_limit(rate * apart.size)
+    # The 99.9% quantile of a Poisson count.
+    max_edges = int(stats.poisson.isf(1e-3, rate * apart.size))
     mean_shift, sd_shift = _shift(table, "mean", "mcse_mean"), _shift(table, "sd", "mcse_sd")
     paired_ok = max(mean_shift, sd_shift) <= MAX_PAIRED_SHIFT
     return PathComparison(
@@ -180,14 +181,6 @@ def _shift(table: list[dict[str, Any]], what: str, error: str) -> float:
         elif difference > PATH_TOLERANCE**2 * row["sd_sequential"]:
             worst = np.inf
     return float(worst)
-
-
-def _poisson_limit(mean: float) -> int:
-    """The 99.9% quantile of a Poisson count."""
-    count = 0
-    while special.pdtrc(count, mean) > 1e-3:
-        count += 1
-    return count
 
 
 def _longest_run(flags: np.ndarray) -> int:

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from partime_mcmc.diagnostics import describe
-from partime_mcmc.diagnostics.formatting import WIDTH, plain, text_table
+from partime_mcmc.diagnostics.describe import WIDTH, text_table
+from partime_mcmc.diagnostics.values import plain
 
 _MAX_ROWS, _MAX_REASONS = 30, 8
 _COLUMNS = {

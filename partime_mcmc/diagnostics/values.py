@@ -1,10 +1,13 @@
-"""Draws by name and by coordinate, and chains that never moved.
+"""Draws by name and by coordinate, chains that never moved, and values as files hold them.
 
 A chain of D numbers is D scalar series `(C, T)` with labels such as `theta[3]`; tables, comparisons and plots all walk
 over these. A chain is frozen if a coordinate of its position has one value throughout: ArviZ would call that N
 effective draws.
 """
 
+import dataclasses
+import enum
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import unquote
@@ -90,9 +93,22 @@ def thinned_draws(draws: Any, most: int) -> dict[str, np.ndarray]:
 def coordinates(named: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
     """Every scalar coordinate of `named` with its label, such as `theta[3]`, as a float64 array `(C, T)`."""
     for name, values in named.items():
-        for index in np.ndindex(values.shape[2:]):
-            label = f"{name}[{', '.join(map(str, index))}]" if index else name
+        shape = values.shape[2:]
+        for label, index in zip(_labels(name, shape), np.ndindex(shape)):
             yield label, values[(slice(None), slice(None), *index)].astype(np.float64)
+
+
+def as_coordinates(named: Mapping[str, np.ndarray]) -> tuple[list[str], np.ndarray]:
+    """The labels of all `coordinates`, and these in one array `(C, T, D)` of the values' own type."""
+    labels = [label for name, value in named.items() for label in _labels(name, value.shape[2:])]
+    columns = [value.reshape(*value.shape[:2], -1) for value in named.values()]
+    return labels, np.concatenate(columns, axis=2)
+
+
+def _labels(name: str, shape: tuple[int, ...]) -> list[str]:
+    return [
+        f"{name}[{', '.join(map(str, index))}]" if index else name for index in np.ndindex(shape)
+    ]
 
 
 def frozen_chains(draws: Any) -> np.ndarray:
@@ -143,3 +159,23 @@ def escaped(name: str) -> str:
 def original(name: str) -> str:
     """The name that was `escaped`."""
     return "" if name == "%" else unquote(name)
+
+
+def plain(value: Any) -> Any:
+    """`value` in Python's own types, fit for strict JSON: dicts by string, lists, NaN as "nan", enums by name."""
+    if isinstance(value, enum.Enum):
+        return value.name
+    if value is None or isinstance(value, str | bool):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(vars(value))
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(entry) for entry in value]
+    if isinstance(value, int | float) or hasattr(value, "__array__"):
+        value = np.asarray(value).tolist()
+        if isinstance(value, list):
+            return plain(value)
+        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    return str(value)

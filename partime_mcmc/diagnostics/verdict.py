@@ -35,8 +35,13 @@ import numpy as np
 from scipy.special import ndtri
 
 from partime_mcmc.diagnostics import mixing
-from partime_mcmc.diagnostics.arviz import STAT_NAMES
-from partime_mcmc.diagnostics.values import frozen_chains, named_positions, thinned_draws
+from partime_mcmc.diagnostics.arviz import by_own_names
+from partime_mcmc.diagnostics.values import (
+    as_coordinates,
+    frozen_chains,
+    named_positions,
+    thinned_draws,
+)
 
 RHAT_GOOD, RHAT_BAD, RHAT_WARMUP_BAD = 1.01, 1.1, 1.2
 ESS_GOOD = 400
@@ -143,15 +148,12 @@ def judge(draws: Any, superchains: Any = None, coupling: Any = None) -> Verdict:
     num_draws = min((value.shape[1] for value in named.values()), default=0)
     if superchains is not None:
         _judge_superchains(named, np.asarray(superchains), bad, doubts, good)
-    if num_draws < _FEWEST_DRAWS:
-        if superchains is None:
-            doubts.append(_too_few(num_draws))
-        elif draws.num_chains < ESS_GOOD:
-            doubts.append(
-                f"{draws.num_chains} chains of {num_draws} draws count for one effective draw each (wanted {ESS_GOOD})"
-            )
-    else:
+    if superchains is None or num_draws >= _FEWEST_DRAWS:
         rhat, ess = _judge_mixing(named, bad, doubts, good)
+    elif draws.num_chains < ESS_GOOD:
+        doubts.append(
+            f"{draws.num_chains} chains of {num_draws} draws count for one effective draw each (wanted {ESS_GOOD})"
+        )
     _judge_warmup(getattr(draws, "warmup", None), draws.num_chains, bad, doubts, good)
     if coupling is not None:
         steps = coupling.steps_until(_DISTANCE_GOOD)
@@ -182,12 +184,7 @@ def judge_values(values: Mapping[str, np.ndarray], info: Mapping[str, np.ndarray
         return _NOTHING
     bad, doubts, good = [], [], []
     named = _thinned({name: np.asarray(value, float) for name, value in values.items()})
-    num_draws = min(value.shape[1] for value in named.values())
-    rhat = ess = np.nan
-    if num_draws < _FEWEST_DRAWS:
-        doubts.append(_too_few(num_draws))
-    else:
-        rhat, ess = _judge_mixing(named, bad, doubts, good)
+    rhat, ess = _judge_mixing(named, bad, doubts, good)
     _judge_energy(info, doubts)
     return _verdict(bad, doubts, good, rhat, ess)
 
@@ -197,10 +194,6 @@ def _verdict(
 ) -> Verdict:
     outcome = Outcome.NOT_CONVERGED if bad else Outcome.UNDECIDED if doubts else Outcome.CONVERGED
     return Verdict(outcome, tuple(bad + doubts + good), rhat, ess)
-
-
-def _too_few(num_draws: int) -> str:
-    return f"{num_draws} draws per chain are too few to judge (wanted {_FEWEST_DRAWS})"
 
 
 def _thinned(named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -225,12 +218,10 @@ def _judged(draws: Any) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
             named["log density"] = np.asarray(density)
         named = _thinned(named)
     else:
-        named, stats = thinned_draws(draws, _MOST_DRAWS), draws.sample_stats
-        names = {name: STAT_NAMES.get(name, name) for name in ("logdensity", "diverging", "energy")}
-        info = {ours: stats[theirs] for ours, theirs in names.items() if theirs in stats}
-        density, num_kept = info.get("logdensity"), stats.sizes["draw"]
+        named, info = thinned_draws(draws, _MOST_DRAWS), by_own_names(draws.sample_stats)
+        density = info.get("logdensity")
         if density is not None:
-            step = max(1, -(-num_kept // _MOST_DRAWS))
+            step = max(1, -(-density.sizes["draw"] // _MOST_DRAWS))
             named["log density"] = np.asarray(density[:, ::step])
     return named, {
         name: np.asarray(info[name][:, -_MOST_DRAWS:])
@@ -251,17 +242,6 @@ def _judge_chains(draws: Any, bad: list[str]) -> None:
         bad.append(f"chains {list(map(int, frozen))} never move, or not in some coordinate")
 
 
-def _as_coordinates(named: dict[str, np.ndarray]) -> tuple[list[str], np.ndarray]:
-    """Labels of all coordinates, and their draws `(C, T, D)`."""
-    labels = [
-        name + (f"[{', '.join(map(str, index))}]" if index else "")
-        for name, value in named.items()
-        for index in np.ndindex(value.shape[2:])
-    ]
-    flat = [value.reshape(*value.shape[:2], -1) for value in named.values()]
-    return labels, np.concatenate(flat, axis=2)
-
-
 def _judge_superchains(
     named: dict[str, np.ndarray],
     superchains: np.ndarray,
@@ -270,7 +250,7 @@ def _judge_superchains(
     good: list[str],
 ) -> None:
     """Nested R-hat of the second half of each chain; its limit allows for the M chains of a superchain."""
-    labels, x = _as_coordinates(named)
+    labels, x = as_coordinates(named)
     found = mixing.nested_rhat(x[:, x.shape[1] // 2 :], superchains)
     moving = np.isfinite(found) | (x != x[:1, :1]).any(axis=(0, 1))
     worst = np.flatnonzero(moving)[found[moving].argmax()] if moving.any() else 0
@@ -317,7 +297,7 @@ def _judge_gradients(draws: Any, doubts: list[str], good: list[str]) -> None:
     score = np.abs(terms.mean(axis=(0, 1))) / error
     limit = -ndtri(_STEIN_LEVEL / 2 / len(score))
     worst = int(score.argmax())
-    names = _as_coordinates(named_positions(draws))[0]
+    names = as_coordinates(named_positions(draws))[0]
     names = [*names, *(f"the spread of {name}" for name in names), "the spread of all coordinates"]
     name = np.array(names, object)[moving][worst]
     text = (
@@ -331,8 +311,12 @@ def _judge_gradients(draws: Any, doubts: list[str], good: list[str]) -> None:
 def _judge_mixing(
     named: dict[str, np.ndarray], bad: list[str], doubts: list[str], good: list[str]
 ) -> tuple[float, float]:
-    """R-hat and effective sample sizes of the worst coordinates."""
-    labels, x = _as_coordinates(named)
+    """R-hat and effective sample sizes of the worst coordinates; NaN of too few draws."""
+    num_draws = min((value.shape[1] for value in named.values()), default=0)
+    if num_draws < _FEWEST_DRAWS:
+        doubts.append(f"{num_draws} draws per chain are too few to judge (wanted {_FEWEST_DRAWS})")
+        return np.nan, np.nan
+    labels, x = as_coordinates(named)
     # What is constant in every chain, at one value, is no coordinate (a simplex of one category, say).
     moving = np.flatnonzero((x != x[:1, :1]).any(axis=(0, 1)))
     if not moving.size:
@@ -392,7 +376,7 @@ def _judge_acceptance(draws: Any, doubts: list[str]) -> None:
     named = named_positions(draws)
     if rates is None or not named or sum(one.size for one in named.values()) > _MOST_NUMBERS:
         return
-    labels, x = _as_coordinates(named)
+    labels, x = as_coordinates(named)
     rates = np.nan_to_num(np.asarray(rates, float))
     # A proposal belongs to the state that it was made from, the draw before.
     rates, before = rates[:, 1:].ravel(), x[:, :-1].reshape(-1, x.shape[2])

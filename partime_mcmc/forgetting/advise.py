@@ -24,8 +24,8 @@ from partime_mcmc.engine import (
     ravel,
     sequential,
     shooting,
-    without_captures,
 )
+from partime_mcmc.engine.solve import check_step
 from partime_mcmc.forgetting.coalescence import (
     MeetingTimes,
     expected_max_meeting_time,
@@ -133,8 +133,7 @@ def advise(
         or min(leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(drives)) < 1
     ):
         raise ValueError("drives: wanted at least one leaf, with a leading axis T' of at least 1")
-    drive = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), drives)
-    flat, start, _ = ravel(without_captures(dynamics, initial, drive), initial)
+    flat, start, _ = ravel(check_step(dynamics, initial, drives), initial)
     pool = _flat_starts(starts, initial, start)
     found, looked = _pilots(flat, start, pool, drives, num_steps, tolerance)
     met, steps = np.asarray(found.met), np.asarray(found.steps)

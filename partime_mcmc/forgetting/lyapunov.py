@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.engine import Dynamics, ravel, without_captures
+from partime_mcmc.engine import Dynamics, ravel
 from partime_mcmc.engine.solution import nanaware_max
+from partime_mcmc.engine.solve import check_step
 from partime_mcmc.executions import run_jitted
 from partime_mcmc.types import Array, Key, PyTree, pytree
 from partime_mcmc.validation import check_count
@@ -88,8 +89,7 @@ def lyapunov(
     num_steps = leaves[0].shape[0]
     if num_steps < 2:
         raise ValueError(f"states: a path of {num_steps} steps, wanted at least 2")
-    drive = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), drives)
-    flat, start, _ = ravel(without_captures(dynamics, initial, drive), initial)
+    flat, start, _ = ravel(check_step(dynamics, initial, drives), initial)
     path = jax.vmap(lambda state: ravel_pytree(state)[0])(states)
     spin_up = min(_MAX_SPIN_UP, num_steps // 8)
     num_segments = min(_MAX_SEGMENTS, (num_steps - spin_up) // max(spin_up, 1))

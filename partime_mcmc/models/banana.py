@@ -13,7 +13,6 @@ Probability's Inference Gym.
 import jax
 import jax.numpy as jnp
 
-from partime_mcmc.models.builtin import BuiltIn
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.types import Array, Key
 
@@ -53,17 +52,6 @@ def make_target(key: Key) -> Target:
         A target on positions of shape (2,), reported as `x1` and `x2`.
     """
     return Target(logdensity, _uniform_start, constrain=_coordinates)
-
-
-def built_in() -> BuiltIn:
-    """Its entry in `MODELS`."""
-    return BuiltIn(
-        name="banana",
-        description="A bent normal density with known moments (D = 2)",
-        make_target=make_target,
-        needs_float64=False,
-        source="Haario, Saksman and Tamminen (1999), Computational Statistics 14",
-    )
 
 
 def _uniform_start(key: Key) -> Array:

@@ -10,7 +10,6 @@ experiments", Journal of Educational Statistics 6(4), 1981; priors as in posteri
 
 import numpy as np
 
-from partime_mcmc.models.builtin import BuiltIn
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.types import Key
 
@@ -50,14 +49,3 @@ def make_target(key: Key) -> Target:
     from partime_mcmc.numpyro import from_numpyro
 
     return from_numpyro(model, np.array(EFFECT), np.array(STANDARD_ERROR), key=key)
-
-
-def built_in() -> BuiltIn:
-    """Its entry in `MODELS`."""
-    return BuiltIn(
-        name="eight_schools",
-        description="Eight schools, non-centred hierarchical normal model (D = 10)",
-        make_target=make_target,
-        needs_float64=True,
-        source="Rubin (1981), Journal of Educational Statistics 6(4)",
-    )

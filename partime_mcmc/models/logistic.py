@@ -15,7 +15,6 @@ from importlib import resources
 
 import numpy as np
 
-from partime_mcmc.models.builtin import BuiltIn
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.types import Key
 
@@ -82,14 +81,3 @@ def make_target(key: Key) -> Target:
 
     x, vote, _ = design()
     return from_numpyro(model, x, vote, key=key)
-
-
-def built_in() -> BuiltIn:
-    """Its entry in `MODELS`."""
-    return BuiltIn(
-        name="logistic",
-        description="Logistic regression on the American National Election Study of 1996 (N = 944, D = 25)",
-        make_target=make_target,
-        needs_float64=False,
-        source="American National Election Study 1996, public domain, via statsmodels.datasets.anes96",
-    )

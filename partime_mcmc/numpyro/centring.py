@@ -21,7 +21,7 @@ from numpyro.distributions import biject_to
 from numpyro.handlers import substitute
 from numpyro.primitives import Messenger
 
-from partime_mcmc.numpyro.sites import parameters_unchecked
+from partime_mcmc.numpyro.sites import parameters_unchecked, unwrapped
 from partime_mcmc.types import Array, PyTree
 
 _LAWS = (
@@ -150,9 +150,7 @@ def _centred_value(x, weight, location, stretch):
 
 def _law_of(message: dict) -> tuple[Array, Array] | None:
     """Location and scale of the site's unconstrained value, or None."""
-    law: Any = message["fn"]
-    while isinstance(law, dist.Independent | dist.ExpandedDistribution):
-        law = law.base_dist
+    law = unwrapped(message["fn"])
     if type(law) not in _LAWS or message["name"].endswith(_REPARAMETRISED):
         return None
     if isinstance(law, dist.MultivariateNormal):

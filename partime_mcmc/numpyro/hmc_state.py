@@ -20,7 +20,7 @@ from jax.flatten_util import ravel_pytree
 from numpyro.infer.hmc import HMCState
 
 from partime_mcmc.compile_cache import Timings, compiler_options, run_program
-from partime_mcmc.diagnostics.arviz import STAT_NAMES
+from partime_mcmc.diagnostics.arviz import by_own_names
 from partime_mcmc.diagnostics.checks import check_precision, check_starts
 from partime_mcmc.host_keys import first_key, fold_in, split
 from partime_mcmc.kernels import Whitening
@@ -201,7 +201,7 @@ def sample_arguments(
     """
     resumable = {"init_params": init_params, "post_warmup_state": state}
     starts = functools.partial(_checked_starts, sampler, target, first_key(keys), init_params)
-    kernel, chain_state = sampler.tuned_builder(), None
+    kernel, chain_state = sampler.tuned_builder, None
     if state is not None:
         if not isinstance(state.adapt_state, AdaptState):
             raise TypeError(
@@ -298,7 +298,7 @@ def kernel_from(sampler: ParallelKernel, target: Target, state: HMCState) -> Par
     adapted = one.adapt_state
     maps = learned_maps(target.centring, one.z, adapted.weights)
     return parametrised_kernel(
-        KernelProgram(density, sampler.tuned_builder()),
+        KernelProgram(density, sampler.tuned_builder),
         data,
         Whitening(one.z, adapted.center, whole_root(adapted.scale, one.z), maps),
         adapted.settings,
@@ -310,22 +310,34 @@ _MOST_TRIES = 100
 
 
 def log_densities(target: Target, positions: PyTree) -> tuple[np.ndarray, np.ndarray]:
-    """Log densities at positions `(C, ...)`, and whether they and their gradients are finite, each `(C,)`."""
+    """Log densities at positions `(N, ...)`, and whether they and their gradients are finite, each `(N,)`."""
+    values, gradients = _evaluated(target, positions, compiler_options(0))
+    good = [np.isfinite(leaf).reshape(len(leaf), -1).all(axis=1) for leaf in gradients]
+    return values, np.all([np.isfinite(values), *good], axis=0)
+
+
+def potential_gradients(target: Target, positions: PyTree) -> PyTree:
+    """Gradients of minus the log density at positions `(N, ...)`, as NumPyro's states have them."""
+    slopes = [jnp.negative(leaf) for leaf in _evaluated(target, positions)[1]]
+    return jax.tree.unflatten(jax.tree.structure(positions), slopes)
+
+
+def _evaluated(
+    target: Target, positions: PyTree, options: dict[str, Any] | None = None
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Log densities at positions `(N, ...)`, and the leaves of their gradients, `(N, ...)`."""
     density, data = density_of(target.logdensity, _first(positions))
-    return run_program(
-        _Evaluate(density), data, positions, timings=Timings(), options=compiler_options(0)
+    values, gradients = run_program(
+        _Evaluate(density), data, positions, timings=Timings(), options=options
     )
+    return np.asarray(values), list(map(np.asarray, jax.tree.leaves(gradients)))
 
 
 class _Evaluate(HashableFunction):
-    """Log densities, and whether they and their gradients are finite; the part is the density."""
+    """Log densities and their gradients; the part is the density."""
 
     def __call__(self, data, positions):
-        def one(position):
-            value, gradient = jax.value_and_grad(self.parts[0], argnums=1)(data, position)
-            return value, jnp.isfinite(value) & jnp.isfinite(ravel_pytree(gradient)[0]).all()
-
-        return jax.vmap(one)(positions)
+        return jax.vmap(jax.value_and_grad(self.parts[0], argnums=1), (None, 0))(data, positions)
 
 
 def _checked_starts(
@@ -335,22 +347,16 @@ def _checked_starts(
 
     Raises:
         InvalidStart: If no chain could move from one of them.
-        ValueError: If `init_params` are those of another model, or the metric given has another dimension.
+        ValueError: If `init_params` are those of another model.
     """
     starts = _starts(sampler, target, fold_in(key, _START_STREAM), init_params, count)
     try:
-        values, good = map(np.asarray, log_densities(target, starts))
+        values, good = log_densities(target, starts)
     except TypeError:
         # This says what is wrong with a density that has no gradient.
         check_starts(target.logdensity, starts, "init_params")
         raise
     first = _first(starts)
-    dimension = sum(map(np.size, jax.tree.leaves(first)))
-    guess = getattr(sampler.adaptation_for(lambda: first), "guess", None)
-    if guess is not None and guess.shape[0] != dimension:
-        raise ValueError(
-            f"inverse_mass_matrix: shape {guess.shape}, wanted ({dimension},) or ({dimension}, {dimension})"
-        )
     if not good.all():
         if init_params is None and sampler._posterior is not None:
             sampler._posterior.check_found(good)
@@ -396,7 +402,7 @@ def _models_starts(sampler: ParallelKernel, target: Target, key: Key, count: int
     starts = drawn()
     for _ in range(_MOST_TRIES):
         try:
-            good = np.asarray(log_densities(target, jax.device_put(starts))[1])
+            _, good = log_densities(target, jax.device_put(starts))
         except TypeError:  # no gradient: the caller says what is wrong
             break
         if good.all():
@@ -413,7 +419,7 @@ def _untuned(sampler: ParallelKernel, target: Target, starts: PyTree) -> Paramet
     """The kernel as it is without warm-up: the metric given, or none, and the step size given, or a cautious one."""
     first = _first(starts)
     density, data = density_of(target.logdensity, first)
-    builder = sampler.tuned_builder()
+    builder = sampler.tuned_builder
     adaptation = sampler.adaptation_for(lambda: first)
     flat, guess = ravel_pytree(first)[0], getattr(adaptation, "guess", None)
     step = sampler._step_size
@@ -468,7 +474,7 @@ def collect(
         names: Fields to collect, the draws' own field `z` first.
         removed: Sites to leave out of `z`.
         thinning: Of so many draws the last is kept.
-        gradients: From positions `(C, T, ...)` to the potential's gradients there, called where they are asked for.
+        gradients: From positions `(N, ...)` to the potential's gradients there, called where they are asked for.
 
     Returns:
         Fields with leaves `(C, T', ...)`, and the state of every chain after its last step.
@@ -479,29 +485,30 @@ def collect(
     everything, positions = _fields(draws, state), draws.positions
     sites = positions if isinstance(positions, dict) else {}
     known = everything | {f"z.{site}": value for site, value in sites.items()}
-    constant = [name for name in names if name in _CONSTANT]
-    known |= {name: _every_step(state, name, draws.num_samples) for name in constant}
     if "z_grad" in names:
-        known["z_grad"] = gradients(positions)
+        rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), positions)
+        known["z_grad"] = jax.tree.map(
+            lambda slope, leaf: slope.reshape(leaf.shape), gradients(rows), positions
+        )
     if postprocess is None:
         known["z"] = _sites(draws.constrained, removed, isinstance(positions, dict))
     else:
         value = jax.vmap(jax.vmap(postprocess))(positions)
         known["z"] = _sites(value, removed, True) if removed else value
-    unknown = [name for name in names if name not in known]
+    unknown = [name for name in names if name not in known and name not in _CONSTANT]
     if unknown:
         raise ValueError(
             f"extra_fields: got {unknown[0]!r}; wanted some of {sorted([*everything, *_CONSTANT, 'z_grad'])}, or z.<site>"
         )
-    fields = {name: known[name] for name in names}
-    # Keys cannot be indexed by NumPy.
-    keys = {name: fields.pop(name) for name in names if name == "rng_key"}
+    steps = draws.num_samples
+    fields = {name: known[name] for name in names if name in known}
     if thinning > 1:
-        steps = draws.num_samples
         kept = np.arange(steps % thinning + thinning - 1, steps, thinning)
         fields = jax.tree.map(lambda leaf: leaf[:, kept], fields)
-        keys = {name: leaf[:, kept] for name, leaf in keys.items()}
-    return jax.device_put(fields) | keys, _last(draws, state, everything)
+    for name in names:
+        if name in _CONSTANT:
+            fields[name] = _every_step(state, name, steps // thinning)
+    return jax.device_put(fields), _last(draws, state, everything)
 
 
 def empty_collection(
@@ -520,6 +527,8 @@ def empty_collection(
     shape = (0,) if num_chains == 1 else (num_chains, 0)
 
     def empty(name):
+        if name in _OWN_FIELDS:
+            return jnp.zeros(shape)
         try:
             like = state.z if name == "z_grad" else _field_of(state, name)
         except (AttributeError, KeyError):
@@ -528,8 +537,7 @@ def empty_collection(
             ) from None
         return jax.tree.map(lambda leaf: jnp.zeros((*shape, *leaf.shape[1:]), leaf.dtype), like)
 
-    none = {name: empty(name) for name in names if name not in _OWN_FIELDS}
-    none |= {name: jnp.zeros(shape) for name in names if name in _OWN_FIELDS}
+    none = {name: empty(name) for name in names}
     return none, jax.tree.map(lambda leaf: leaf[0], state) if num_chains == 1 else state
 
 
@@ -608,26 +616,10 @@ def _every_step(state: HMCState, name: str, num_steps: int) -> PyTree:
 
     def repeated(leaf):
         shape = (leaf.shape[0], num_steps, *leaf.shape[1:])
-        if name == "rng_key":
-            return jnp.broadcast_to(leaf[:, None], shape)
-        return np.broadcast_to(np.asarray(leaf)[:, None], shape)
+        # NumPy knows no keys.
+        return (jnp if is_typed(leaf) else np).broadcast_to(leaf[:, None], shape)
 
     return jax.tree.map(repeated, operator.attrgetter(name)(state))
-
-
-def potential_gradients(target: Target, positions: PyTree) -> PyTree:
-    """Gradients of minus the log density at positions `(C, T, ...)`, as NumPyro's states have them."""
-    first = _first(_first(positions))
-    density, data = density_of(target.logdensity, first)
-    return run_program(_Slopes(density), data, positions, timings=Timings())
-
-
-class _Slopes(HashableFunction):
-    """Gradients of minus a log density, which is the part."""
-
-    def __call__(self, data, positions):
-        slope = jax.grad(lambda position: -self.parts[0](data, position))
-        return jax.vmap(jax.vmap(slope))(positions)
 
 
 def _last(draws: Draws, state: HMCState, everything: dict[str, Any]) -> HMCState:
@@ -663,7 +655,7 @@ def read_fields(
     Raises:
         ValueError: For a field that a store does not have.
     """
-    stats = _stats(draws)
+    stats = by_own_names(draws.sample_stats)
     found = {
         name: _sites(draws.posterior.data_vars, removed, is_dict)
         if name == "z"
@@ -671,12 +663,6 @@ def read_fields(
         for name in names
     }
     return jax.tree.map(lambda one: jnp.asarray(np.asarray(one)), found)
-
-
-def _stats(draws: StoredDraws) -> Any:
-    """What steps reported, an `xarray.Dataset` by our names."""
-    stats = draws.sample_stats
-    return stats.rename({theirs: ours for ours, theirs in STAT_NAMES.items() if theirs in stats})
 
 
 def check_fields(names: tuple[str, ...], postprocess: Callable | None) -> None:
@@ -707,11 +693,11 @@ def last_stored_state(draws: StoredDraws, state: HMCState, num_steps: int) -> HM
     reported = {"mean_accept_prob": draws.mean_acceptance} if draws.num_samples else {}
     if draws.finished and draws.posterior.sizes.get("draw"):
         # The last draw of a finished run is always kept.
-        last = _stats(draws).isel(draw=-1)
+        stats = by_own_names(draws.sample_stats)
         reported |= {
-            name: last[stored].values
+            name: stats[stored][:, -1].values
             for name, stored in _REPORTED.items()
-            if stored in last and hasattr(state, name) and name != "potential_energy"
+            if stored in stats and hasattr(state, name) and name != "potential_energy"
         }
     return state._replace(
         i=jnp.full(state.i.shape, num_steps, jnp.int32),

@@ -45,6 +45,7 @@ from partime_mcmc.numpyro.hmc_state import hmc_state, is_typed, keys_of, sample_
 from partime_mcmc.numpyro.metric_blocks import (
     blocks_of,
     coordinates_of,
+    dimension_of,
     metric_of_blocks,
     site_names,
     whole_root,
@@ -123,21 +124,29 @@ class ParallelKernel(MCMCKernel):
             )
         if (model is None) == (potential_fn is None):
             raise ValueError("model and potential_fn: wanted exactly one of them")
-        check_kinetic_energy(kinetic_fn, "kinetic_fn")
+        if not is_euclidean(kinetic_fn):
+            raise ValueError(
+                f"kinetic_fn: got {kinetic_fn!r}, wanted NumPyro's Euclidean kinetic energy"
+            )
         if target_accept_prob is not None and not 0 < target_accept_prob < 1:
             raise ValueError(
                 f"target_accept_prob: got {target_accept_prob!r}, wanted a number between 0 and 1"
             )
         deepest = max_tree_depth[-1] if isinstance(max_tree_depth, tuple) else max_tree_depth
         self._max_tree_depth = check_count(deepest, "max_tree_depth", 1)
-        check_alone(
-            adaptation,
-            inverse_mass_matrix=inverse_mass_matrix,
-            adapt_mass_matrix=None if adapt_mass_matrix else False,
-            dense_mass=dense_mass,
-            target_accept_prob=target_accept_prob,
-            trajectory_length=self._trajectory_length,
-        )
+        choices = {
+            "inverse_mass_matrix": inverse_mass_matrix,
+            "adapt_mass_matrix": None if adapt_mass_matrix else False,
+            "dense_mass": dense_mass,
+            "target_accept_prob": target_accept_prob,
+            "trajectory_length": self._trajectory_length,
+        }
+        chosen = [name for name, value in choices.items() if value is not None]
+        if adaptation is not None and chosen:
+            raise ValueError(
+                f"adaptation: got a {type(adaptation).__name__} together with {', '.join(chosen)}, wanted one or the other: an "
+                "adaptation has its own acceptance, path and metric"
+            )
         self._model, self._potential_fn, self._init_strategy = model, potential_fn, init_strategy
         self._step_size = check_positive(step_size, "step_size")
         if not adapt_step_size and self._step_size is None:
@@ -163,8 +172,8 @@ class ParallelKernel(MCMCKernel):
             guess=given,
             first_step=self._step_size or PooledAdaptation.first_step,
         )
-        self._family: Any = None
-        self._data, self._sample_fn, self._builder, self._maps = None, None, None, ()
+        self._adopted: Any = None
+        self._sample_fn = None
 
     @property
     def sample_field(self) -> str:
@@ -183,8 +192,15 @@ class ParallelKernel(MCMCKernel):
             position: Makes a position, or its shapes.
 
         Raises:
-            ValueError: If a block names a site that there is not, or has another shape.
+            ValueError: If a metric has another dimension, or a block names a site that there is not or has another shape.
         """
+        # A low-rank root, which only an adaptation of the user's may have, has no shape.
+        shape = getattr(getattr(self.adaptation, "guess", None), "shape", None)
+        if shape is not None and shape[0] != dimension_of(position()):
+            size = dimension_of(position())
+            raise ValueError(
+                f"inverse_mass_matrix: shape {shape}, wanted ({size},) or ({size}, {size})"
+            )
         if not self._blocks:
             return self.adaptation
         example, changes = position(), {}
@@ -196,14 +212,11 @@ class ParallelKernel(MCMCKernel):
             changes["metric"] = BlockMetric(where) if dense else DiagonalMetric()
         return dataclasses.replace(self.adaptation, **changes)
 
+    @functools.cached_property
     def tuned_builder(self) -> Callable[..., Kernel]:
         """What warm-up tunes, as `sample` takes it."""
-        if self._builder is None:
-            # Made once: a partial equals only itself, and what is compiled is found again by its builder.
-            self._builder = (
-                functools.partial(self.builder, **self._fixed) if self._fixed else self.builder
-            )
-        return self._builder
+        # Made once: a partial equals only itself, and what is compiled is found again by its builder.
+        return functools.partial(self.builder, **self._fixed) if self._fixed else self.builder
 
     @property
     def model(self) -> Callable | None:
@@ -267,13 +280,7 @@ class ParallelKernel(MCMCKernel):
 
     def __getstate__(self) -> dict[str, Any]:
         """As NumPyro's kernels: without what is compiled or traced, which the next run makes again."""
-        return self.__dict__ | {
-            "_posterior": None,
-            "_family": None,
-            "_data": None,
-            "_maps": (),
-            "_sample_fn": None,
-        }
+        return self.__dict__ | {"_posterior": None, "_adopted": None, "_sample_fn": None}
 
     # --- one step at a time, in NumPyro's own MCMC
 
@@ -307,8 +314,7 @@ class ParallelKernel(MCMCKernel):
 
     def adopt(self, kernel: Kernel) -> None:
         """Take over what a warm-up chose: its states can then be moved, here or in NumPyro's own `MCMC`."""
-        self._family, params = program_and_params(kernel)
-        self._data, self._maps = params.data, params.whitening.maps
+        self._adopted = program_and_params(kernel)
         self._sample_fn = self.sample
 
     def sample(self, state: HMCState, model_args: tuple, model_kwargs: dict | None) -> HMCState:
@@ -316,14 +322,14 @@ class ParallelKernel(MCMCKernel):
         return jax.vmap(self._one)(state) if jnp.ndim(state.i) else self._one(state)
 
     def _one(self, state: HMCState) -> HMCState:
-        adapted = state.adapt_state
+        adapted, (program, params) = state.adapt_state, self._adopted
         whitening = Whitening(
             state.z,
             adapted.center,
             whole_root(adapted.scale, state.z),
-            reweighted(self._maps, adapted.weights),
+            reweighted(params.whitening.maps, adapted.weights),
         )
-        kernel = self._family.kernel(KernelParams(self._data, whitening, adapted.settings))
+        kernel = program.kernel(KernelParams(params.data, whitening, adapted.settings))
         key = jax.random.fold_in(state.rng_key, state.i)
         full = kernel.state(state.r, adapted.discrete)
         randomness = jax.tree.map(lambda leaf: leaf[0], kernel.tape_of(key[None], full).randomness)
@@ -505,16 +511,6 @@ def is_euclidean(kinetic_fn: Any) -> bool:
     return kinetic_fn in (None, euclidean_kinetic_energy)
 
 
-def check_kinetic_energy(kinetic_fn: Any, name: str) -> None:
-    """There is one kinetic energy.
-
-    Raises:
-        ValueError: For another one.
-    """
-    if not is_euclidean(kinetic_fn):
-        raise ValueError(f"{name}: got {kinetic_fn!r}, wanted NumPyro's Euclidean kinetic energy")
-
-
 def checked_metric(
     inverse_mass_matrix: Any, name: str = "inverse_mass_matrix"
 ) -> np.ndarray | dict[tuple[str, ...], np.ndarray]:
@@ -540,20 +536,6 @@ def checked_metric(
     if not usable:
         raise ValueError(f"{name}: got {metric!r}, {wanted}")
     return metric
-
-
-def check_alone(adaptation: Any, **choices: Any) -> None:
-    """A whole warm-up strategy comes without the arguments that would set parts of one.
-
-    Raises:
-        ValueError: Naming those that were given.
-    """
-    given = [name for name, value in choices.items() if value is not None]
-    if adaptation is not None and given:
-        raise ValueError(
-            f"adaptation: got a {type(adaptation).__name__} together with {', '.join(given)}, wanted one or the other: an "
-            "adaptation has its own acceptance, path and metric"
-        )
 
 
 # --- NumPyro's own kernels

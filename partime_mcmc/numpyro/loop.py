@@ -13,15 +13,16 @@ from typing import Any, Callable, Self
 
 import jax
 import numpy as np
-from numpyro.infer import MCMC
+from numpyro.infer import MCMC, NUTS
 from numpyro.infer.mcmc import MCMCKernel, _collect_and_postprocess
 
 from partime_mcmc.diagnostics.values import flat
 from partime_mcmc.diagnostics.verdict import Verdict, judge_values
 from partime_mcmc.numpyro.hmc_state import is_typed
 from partime_mcmc.numpyro.transition import NoParallelForm, Solved, Transition
+from partime_mcmc.sampling.target import Target
 from partime_mcmc.solvers import Solver
-from partime_mcmc.types import PyTree
+from partime_mcmc.types import Key, PyTree
 from partime_mcmc.validation import check_count, check_outside_transforms
 
 # What is asked of kernels of this package alone.
@@ -246,3 +247,33 @@ class LoopMCMC(MCMC):
         raise RuntimeError(
             f"draws: NumPyro's own loop ran {type(self.sampler).__name__}; its draws are had by get_samples()"
         )
+
+
+def nuts_positions(
+    target: Target, key: Key, num_warmup: int, num_samples: int, num_chains: int
+) -> PyTree:
+    """Draws of NumPyro's NUTS with default settings, chains vectorized: what a run is compared with.
+
+    Args:
+        target: What to sample.
+        key: PRNG key, shape ().
+        num_warmup: Steps of warm-up per chain.
+        num_samples: T.
+        num_chains: C.
+
+    Returns:
+        Unconstrained positions, leaves `(C, T, ...)`, ready.
+    """
+    starts = target.starts(jax.random.split(key, num_chains))
+    if num_chains == 1:
+        starts = jax.tree.map(lambda leaf: leaf[0], starts)
+    mcmc = MCMC(
+        NUTS(potential_fn=lambda position: -target.logdensity(position)),
+        num_warmup=num_warmup,
+        num_samples=num_samples,
+        num_chains=num_chains,
+        chain_method="vectorized",
+        progress_bar=False,
+    )
+    mcmc.run(key, init_params=starts)
+    return jax.block_until_ready(mcmc.get_samples(group_by_chain=True))

@@ -30,7 +30,6 @@ from partime_mcmc.engine import Schedule
 from partime_mcmc.forgetting.advise import Advice
 from partime_mcmc.host_keys import first_key, split
 from partime_mcmc.kernels import Kernel
-from partime_mcmc.numpyro.data import Data
 from partime_mcmc.numpyro.hmc_state import (
     check_fields,
     check_keys,
@@ -59,7 +58,7 @@ from partime_mcmc.storage.saved_run import chain_state_of
 from partime_mcmc.storage.store import Store
 from partime_mcmc.storage.stored_draws import StoredDraws
 from partime_mcmc.tracing import Reading
-from partime_mcmc.types import Key, PyTree
+from partime_mcmc.types import Key, PyTree, jax_config
 from partime_mcmc.validation import (
     check_count,
     check_generator,
@@ -396,7 +395,11 @@ class ParallelMCMC(MCMC):
             fields = self._read_store(True) or in_memory
             if fields and isinstance(fields["z"], dict):
                 # Of no numbers there is no mean.
-                sites = {name: one for name, one in fields["z"].items() if _has_numbers(one)}
+                sites = {
+                    name: one
+                    for name, one in fields["z"].items()
+                    if any(np.size(leaf) for leaf in jax.tree.leaves(one))
+                }
                 fields = fields | {"z": sites}
             self._states, self._states_flat = fields, None
             super().print_summary(prob, exclude_deterministic)
@@ -436,11 +439,10 @@ class ParallelMCMC(MCMC):
         """A state with the gradients of the potential energy at its positions, where the target is at hand."""
         if state is None or self._known is None or getattr(state, "z_grad", ()) is not None:
             return state
-        axes = (slice(None), None) if self.num_chains > 1 else (None, None)
-        positions = jax.tree.map(lambda leaf: jnp.asarray(leaf)[axes], state.z)
+        positions = with_chains(state.z, self.num_chains)
         slopes = potential_gradients(self._known.target, positions)
-        own = np.s_[:, 0] if self.num_chains > 1 else np.s_[0, 0]
-        full = state._replace(z_grad=jax.tree.map(lambda leaf: leaf[own], slopes))
+        own = slopes if self.num_chains > 1 else jax.tree.map(lambda leaf: leaf[0], slopes)
+        full = state._replace(z_grad=own)
         for name in ("_last_state", "_warmup_state"):
             if getattr(self, name) is state:
                 setattr(self, name, full)
@@ -449,7 +451,7 @@ class ParallelMCMC(MCMC):
     @property
     def chain_method(self) -> Callable:
         """How NumPyro's class sees it: a way of its own, by which all chains are run at once and come first in what is collected."""
-        return _all_at_once
+        return lambda run_chains: run_chains
 
     @chain_method.setter
     def chain_method(self, chain_method: str | Callable) -> None:
@@ -574,23 +576,35 @@ class ParallelMCMC(MCMC):
 
     def _target(self, args: tuple, kwargs: dict, keys: Key, init_params: PyTree) -> Target:
         """The target of these data; the same object for the same data, so that nothing is traced or compiled twice."""
-        data, read = Data.of(args, kwargs), data_read_by(self.sampler.model).tokens
-        if self._known is None or self._known.data != data or not self._known.reading.holds(read):
+        read = _read_by(self.sampler.model, args, kwargs)
+        if self._known is None or not self._known.reading.holds(read):
             start = None if init_params is None else jax.tree.map(lambda leaf: leaf[0], init_params)
             target = self.sampler.target(args, kwargs, first_key(keys), start)
-            reading = Reading.around(read, data_read_by(self.sampler.model).tokens)
-            self._known = _Known(data, reading, target, self.sampler._posterior)
+            reading = Reading.around(read, _read_by(self.sampler.model, args, kwargs))
+            self._known = _Known(reading, target, self.sampler._posterior)
         self.sampler._posterior = self._known.posterior
         return self._known.target
 
 
 class _Known(NamedTuple):
-    """The target of the last run, and what it was made from."""
+    """The target of the last run, and what its model read, data included, when it was made."""
 
-    data: Data
     reading: Reading
     target: Target
     posterior: Any
+
+
+def _read_by(model: Callable | None, args: tuple, kwargs: dict) -> dict[tuple, Any]:
+    """What a model reads, its arguments and the precision included, by content."""
+
+    def bound():
+        return model, args, kwargs
+
+    # Of a very long list the reader knows which one it is, not what is in it.
+    leaves = jax.tree.leaves((args, kwargs))
+    numbers = tuple(leaf for leaf in leaves if isinstance(leaf, int | float))
+    others = {(None, "numbers"): numbers, (None, "x64"): jax_config.jax_enable_x64}
+    return data_read_by(bound).tokens | others
 
 
 def _flat(leaf: Any) -> Any:
@@ -600,11 +614,3 @@ def _flat(leaf: Any) -> Any:
     if in_place and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.device_put(np.asarray(leaf).reshape(shape))
     return jnp.reshape(leaf, shape)
-
-
-def _has_numbers(tree: PyTree) -> bool:
-    return any(np.size(leaf) for leaf in jax.tree.leaves(tree))
-
-
-def _all_at_once(run_chains: Callable) -> Callable:
-    return run_chains

@@ -79,7 +79,8 @@ def coordinates_of(names: Names, position: Any) -> np.ndarray:
     return np.concatenate([where[name] for name in names])
 
 
-def _dimension(position: PyTree) -> int:
+def dimension_of(position: PyTree) -> int:
+    """How many numbers a position has, or one of these shapes."""
     return sum(int(np.prod(jnp.shape(leaf))) for leaf in jax.tree.leaves(position))
 
 
@@ -93,7 +94,7 @@ def metric_of_blocks(blocks: Mapping[Names, np.ndarray], position: Any) -> np.nd
     Raises:
         ValueError: If a block has another number of coordinates than its sites.
     """
-    metric = np.eye(_dimension(position))
+    metric = np.eye(dimension_of(position))
     for names, block in blocks.items():
         where = coordinates_of(names, position)
         if block.shape[0] != where.size:
@@ -141,17 +142,12 @@ def whole_root(roots: Mapping[Names, Root] | Root, position: PyTree) -> Root:
         return roots
     if tuple(sorted(position)) in roots:
         return roots[tuple(sorted(position))]
-    is_diagonal = all(root.ndim == 1 for root in roots.values())
-    dimension = _dimension(position)
-    dtype = jnp.result_type(*roots.values())
-    whole = jnp.zeros((dimension,) if is_diagonal else (dimension, dimension), dtype)
-    for names, root in roots.items():
-        where = coordinates_of(names, position)
-        if is_diagonal:
-            whole = whole.at[where].set(root)
-        else:
-            whole = whole.at[np.ix_(where, where)].set(root if root.ndim == 2 else jnp.diag(root))
-    return whole
+    # Where each coordinate of the position is among those of all blocks in a row.
+    places = np.argsort(np.concatenate([coordinates_of(names, position) for names in roots]))
+    if all(root.ndim == 1 for root in roots.values()):
+        return jnp.concatenate(list(roots.values()))[places]
+    matrices = [root if root.ndim == 2 else jnp.diag(root) for root in roots.values()]
+    return jax.scipy.linalg.block_diag(*matrices)[np.ix_(places, places)]
 
 
 def each_block(function: Callable[[Any], AnyArray], roots: Any, num_axes: int) -> Any:

@@ -24,18 +24,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
-from jax.extend.core import Literal
 from jax.flatten_util import ravel_pytree
+from jax.interpreters.partial_eval import dce_jaxpr
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.initialization import init_to_uniform
 from numpyro.infer.util import ParamInfo, constrain_fn, initialize_model, potential_energy
 
 from partime_mcmc.compile_cache import compiler_options
 from partime_mcmc.numpyro.centring import find_centring
-from partime_mcmc.numpyro.data import JaxObservations, WithData
 from partime_mcmc.numpyro.sites import (
+    JaxObservations,
     SiteNames,
     Sites,
+    WithData,
     anywhere,
     check_observed_sites,
     checked_sites,
@@ -355,12 +356,10 @@ def _params_that_matter(bare: WithData, sites: dict, key: Key) -> list[str]:
 
     arrays = [jnp.asarray(leaf) for _, leaf in leaves]
     jaxpr = jax.make_jaxpr(log_densities)(*arrays).jaxpr
-    needed = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}
-    for equation in reversed(jaxpr.eqns):
-        if needed.intersection(equation.outvars):
-            needed.update(atom for atom in equation.invars if not isinstance(atom, Literal))
-    used = [path for (path, _), given in zip(leaves, jaxpr.invars) if given in needed]
-    return sorted({f"{path[0].key}{jax.tree_util.keystr(path[1:])}" for path in used})
+    # As JAX leaves out what nothing depends on.
+    _, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    paths = [path for (path, _), is_used in zip(leaves, used) if is_used]
+    return sorted({f"{path[0].key}{jax.tree_util.keystr(path[1:])}" for path in paths})
 
 
 def forward_only(logdensity: Callable[[PyTree], Array]) -> Callable[[PyTree], Array]:

@@ -1,4 +1,4 @@
-"""What a NumPyro model's sites are, and whether they are such as can be sampled.
+"""A NumPyro model bound to its data, what its sites are, and whether they are such as can be sampled.
 
 A model is run once, its latent values at a start, and NumPyro, its handlers and the checks here look at laws, values and plates:
 
@@ -11,8 +11,9 @@ and what is wrong is said by name.
 
 import contextlib
 import dataclasses
+import inspect
 import warnings
-from typing import Any, Callable, Iterator, Self
+from typing import Any, Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,63 @@ from numpyro.primitives import Messenger
 from numpyro.util import _validate_model
 
 from partime_mcmc.compile_cache import Timings, compiler_options, run_explicit
-from partime_mcmc.numpyro.data import WithData
 from partime_mcmc.types import Array, Key
+
+
+class WithData:
+    """A model bound to its data: a model without arguments.
+
+    NumPy arrays are handed over as NumPy arrays, so that a model may still branch and index on its data, but as a copy
+    for each precision: JAX remembers captured NumPy arrays by identity, and one array used with x64 on and off comes
+    back in the dtype of the other mode.
+    """
+
+    def __init__(self, model: Callable, args: tuple, kwargs: dict):
+        self.model, self.args, self.kwargs = model, args, kwargs
+        self._data: dict = {}
+
+    def __call__(self):
+        precision = jnp.result_type(float)
+        if precision not in self._data:  # one copy each, so that traces capture the same arrays
+            self._data[precision] = jax.tree.map(_in_jax_dtype, (self.args, self.kwargs))
+        args, kwargs = self._data[precision]
+        return JaxObservations(self.model)(*args, **kwargs)
+
+    def nonfinite_arguments(self) -> list[str]:
+        """What is NaN or infinite among the data, by the model's own parameter names."""
+        try:
+            arguments = dict(
+                inspect.signature(self.model).bind(*self.args, **self.kwargs).arguments
+            )
+        except (TypeError, ValueError):  # no such signature: the model itself says so when it runs
+            arguments = {
+                **{f"args[{index}]": value for index, value in enumerate(self.args)},
+                **self.kwargs,
+            }
+        found = []
+        for path, leaf in jax.tree_util.tree_flatten_with_path(arguments)[0]:
+            if not (
+                isinstance(leaf, np.ndarray | jax.Array) and np.issubdtype(leaf.dtype, np.floating)
+            ):
+                continue
+            if count := int(np.sum(~np.isfinite(np.asarray(leaf)))):
+                where = f"{path[0].key!r}{jax.tree_util.keystr(path[1:])}"
+                found.append(f"argument {where} has {count} NaN or infinite of {leaf.size} entries")
+        return found
+
+
+def _in_jax_dtype(leaf: Any) -> Any:
+    if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "iufc":
+        return leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=True)
+    return leaf
+
+
+class JaxObservations(Messenger):
+    """Makes observed NumPy values JAX arrays: NumPyro compares the former with traced bounds of a support by NumPy."""
+
+    def process_message(self, message):
+        if message["type"] == "sample" and isinstance(message["value"], np.ndarray):
+            message["value"] = jnp.asarray(message["value"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,33 +106,6 @@ class Sites:
     nesting: int
     kinds: frozenset[str]
 
-    @classmethod
-    def of(cls, sites: dict) -> Self:
-        """From NumPyro's trace."""
-        summed_out = [name for name, site in latent(sites).items() if is_discrete(site)]
-        sampled = {name: site for name, site in latent(sites).items() if name not in summed_out}
-        reported = tuple(
-            name
-            for name, site in sites.items()
-            if name in sampled or site["type"] == "deterministic"
-        )
-        plates = [frame for site in sites.values() for frame in site.get("cond_indep_stack", ())]
-        return cls(
-            # Starts are as wide as floats are, whatever the parameters of their laws.
-            {
-                name: jax.ShapeDtypeStruct(
-                    jax.eval_shape(biject_to(site["fn"].support).inv, site["value"]).shape,
-                    jnp.result_type(float),
-                )
-                for name, site in sampled.items()
-            },
-            reported,
-            _plate_dims(sites, reported),
-            next(iter(summed_out), None),
-            max((-frame.dim for frame in plates), default=0),
-            frozenset(site["type"] for site in sites.values()),
-        )
-
 
 def unsuspicious_sites(run: WithData, key: Key, strategy: Callable) -> Sites | None:
     """What is known of a model's sites, if nothing is wrong with them at first sight; None if they are to be looked at closely.
@@ -97,11 +126,10 @@ def unsuspicious_sites(run: WithData, key: Key, strategy: Callable) -> Sites | N
 
     try:
         with (
-            warnings.catch_warnings(record=True) as remarks,
+            warnings.catch_warnings(record=True, action="always") as remarks,
             # NumPyro would check those parameters at once that are no tracers.
             numpyro.validation_enabled(False),
         ):
-            warnings.simplefilter("always")
             wrong = run_explicit(
                 looks_wrong, None, key, timings=Timings(), options=compiler_options(0)
             )
@@ -150,9 +178,29 @@ def checked_sites(sites: dict) -> Sites:
         FutureWarning: As NumPyro, for a discrete site that is not marked.
     """
     _check_latent_sites(sites)
-    known = Sites.of(sites)
-    _validate_model(sites, plate_warning="loose" if known.discrete is None else "error")
-    return known
+    summed_out = [name for name, site in latent(sites).items() if is_discrete(site)]
+    # Starts are as wide as floats are, whatever the parameters of their laws.
+    shapes = {
+        name: jax.ShapeDtypeStruct(
+            jax.eval_shape(biject_to(site["fn"].support).inv, site["value"]).shape,
+            jnp.result_type(float),
+        )
+        for name, site in latent(sites).items()
+        if name not in summed_out
+    }
+    reported = tuple(
+        name for name, site in sites.items() if name in shapes or site["type"] == "deterministic"
+    )
+    plates = [frame for site in sites.values() for frame in site.get("cond_indep_stack", ())]
+    _validate_model(sites, plate_warning="error" if summed_out else "loose")
+    return Sites(
+        shapes,
+        reported,
+        _plate_dims(sites, reported),
+        next(iter(summed_out), None),
+        max((-frame.dim for frame in plates), default=0),
+        frozenset(site["type"] for site in sites.values()),
+    )
 
 
 def _suspicions(sites: dict) -> Iterator[Array]:
@@ -299,7 +347,8 @@ def check_observed_sites(run: WithData, key: Key, sites: dict) -> None:
             continue
         # Only a float differs from itself.
         missing = np.asarray(value != value)
-        if _is_masked(distribution):
+        is_masked = isinstance(unwrapped(distribution), dist.MaskedDistribution)
+        if is_masked:
             # What is masked is nobody's business; the rest has a density.
             with warnings.catch_warnings(action="ignore"):
                 finite = np.isfinite(np.asarray(distribution.log_prob(site["value"])))
@@ -310,7 +359,7 @@ def check_observed_sites(run: WithData, key: Key, sites: dict) -> None:
                 f"{_first(missing)}); wanted numbers. Leave missing values out, or mask them"
             )
         support = _support(distribution)
-        if support is None or _is_masked(distribution):
+        if support is None or is_masked:
             continue
         outside = ~np.asarray(support(site["value"]))
         if outside.any():
@@ -320,13 +369,6 @@ def check_observed_sites(run: WithData, key: Key, sites: dict) -> None:
                 f"{type(_base(distribution)).__name__}, the first {seen.squeeze()} at index {_first(outside)}; wanted "
                 f"values in {support}"
             )
-
-
-def _is_masked(distribution: dist.Distribution) -> bool:
-    """Whether some values of a distribution may be left out, under whatever wraps it."""
-    while isinstance(distribution, dist.Independent | dist.ExpandedDistribution):
-        distribution = distribution.base_dist
-    return isinstance(distribution, dist.MaskedDistribution)
 
 
 def _fixed_supports(run: WithData, key: Key) -> list[str]:
@@ -348,12 +390,17 @@ def _fixed_supports(run: WithData, key: Key) -> list[str]:
     return names
 
 
-def _base(distribution: dist.Distribution) -> dist.Distribution:
-    while isinstance(
-        distribution, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution
-    ):
-        distribution = distribution.base_dist
-    return distribution
+def unwrapped(law: Any) -> Any:
+    """The law inside of those that only arrange its values."""
+    while isinstance(law, dist.Independent | dist.ExpandedDistribution):
+        law = law.base_dist
+    return law
+
+
+def _base(law: dist.Distribution) -> dist.Distribution:
+    """Likewise, inside of masks, too."""
+    law = unwrapped(law)
+    return _base(law.base_dist) if isinstance(law, dist.MaskedDistribution) else law
 
 
 def _first(flags: np.ndarray) -> tuple[int, ...]:

@@ -28,8 +28,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partime_mcmc.engine import Dynamics, Status
+from partime_mcmc.engine import Dynamics, LocalTime, Status
 from partime_mcmc.engine.solve import solve
+from partime_mcmc.kernels.kernel import raw
 from partime_mcmc.numpyro.hmc_state import is_typed
 from partime_mcmc.solvers import Solver
 from partime_mcmc.types import Array, PyTree
@@ -93,8 +94,8 @@ class Transition:
         # Once, for all chains of a run.
         self._try = jax.jit(jax.vmap(self._steps, (None, 0)))
         self._tick = jax.jit(self._ticks, static_argnums=2)
-        self._evaluate = jax.jit(jax.vmap(self._again, (None, 0, 0)))
-        self._evaluate_whole = jax.jit(jax.vmap(self._whole_step))
+        self._evaluate = jax.jit(jax.vmap(self._after_parts, (None, 0, 0)))
+        self._evaluate_whole = jax.jit(jax.vmap(self._after))
         self.roles = self._roles(state, field)
         carried = [self._example[k] for k in self.roles.carried]
         if any(is_typed(leaf) for leaf in carried):
@@ -181,29 +182,29 @@ class Transition:
 
     # --- the recurrence
 
-    def _whole(self, constants: list, clocks: list, carried: list) -> PyTree:
-        """A state of its parts; what is only reported has any value."""
-        leaves = list(self._example)
-        for indices, values in zip(self.roles, (constants, clocks, carried)):
-            for k, value in zip(indices, values):
-                leaves[k] = _as_kind_of(self._example[k], value)
-        return jax.tree.unflatten(self._structure, leaves)
+    def _part(self, state: PyTree, indices: tuple[int, ...]) -> list[Array]:
+        leaves = jax.tree.leaves(state)
+        return [raw(leaves[k]) for k in indices]
 
     def _carried(self, state: PyTree) -> list[Array]:
-        leaves = jax.tree.leaves(state)
-        return [leaves[k].astype(self._dtype) for k in self.roles.carried]
+        return [leaf.astype(self._dtype) for leaf in self._part(state, self.roles.carried)]
 
-    def _clocks(self, state: PyTree) -> list[Array]:
-        leaves = jax.tree.leaves(state)
-        return [_data(leaves[k]) for k in self.roles.clock]
+    def _after(self, leaves: list[Array]) -> PyTree:
+        """The state after one whose leaves are given, keys as words and all numbers of any type."""
+        leaves = [_as_kind_of(one, leaf) for one, leaf in zip(self._example, leaves)]
+        return self._sample(jax.tree.unflatten(self._structure, leaves))
 
-    def _constants(self, state: PyTree) -> list[Array]:
-        leaves = jax.tree.leaves(state)
-        return [_data(leaves[k]) for k in self.roles.constant]
+    def _after_parts(self, constants: list, carried: list, clocks: list) -> PyTree:
+        """Likewise of one whose parts are given; what is only reported has any value."""
+        leaves = [raw(leaf) for leaf in self._example]
+        for indices, values in zip(self.roles, (constants, clocks, carried)):
+            for k, value in zip(indices, values):
+                leaves[k] = value
+        return self._after(leaves)
 
     def step(self, constants: list, carried: list, clocks: list) -> list[Array]:
         """f: the carried leaves after a step."""
-        return self._carried(self._sample(self._whole(constants, clocks, carried)))
+        return self._carried(self._after_parts(constants, carried, clocks))
 
     def solved(self, state: PyTree, num_steps: int, solver: Solver) -> tuple[PyTree, Solved]:
         """A chain of the kernel.
@@ -219,17 +220,15 @@ class Transition:
         Raises:
             NoParallelForm: If the solver did not find the path, or what was taken for constant changed.
         """
-        constants, carried = self._constants(state), self._carried(state)
-        ticks = self._tick(constants, self._clocks(state), num_steps)
+        constants, carried = self._part(state, self.roles.constant), self._carried(state)
+        ticks = self._tick(constants, self._part(state, self.roles.clock), num_steps)
         found = solve(Dynamics(self.step, constants), carried, ticks, solver=solver)
         if found.verdict != Status.CONVERGED:
             raise NoParallelForm(
                 f"its chain did not forget where it began: after {int(found.iterations)} passes "
                 f"{int(found.num_exact):,} of {num_steps:,} steps were exact"
             )
-        before = [
-            jnp.concatenate([first[None], rest[:-1]]) for first, rest in zip(carried, found.states)
-        ]
+        before = LocalTime().previous(carried, found.states)
         path = self._evaluate(constants, before, ticks)
         self._check(state, path, ticks)
         residual = max(
@@ -247,18 +246,10 @@ class Transition:
         carried = self._carried(jax.tree.unflatten(self._structure, self._example))
 
         def tick(clocks, _):
-            return self._clocks(self._sample(self._whole(constants, clocks, carried))), clocks
+            after = self._after_parts(constants, carried, clocks)
+            return self._part(after, self.roles.clock), clocks
 
         return jax.lax.scan(tick, clocks, None, num_steps)[1]
-
-    def _again(self, constants: list, carried: list, clocks: list) -> PyTree:
-        """The whole state after a step."""
-        return self._sample(self._whole(constants, clocks, carried))
-
-    def _whole_step(self, leaves: list) -> PyTree:
-        """The state after one whose leaves are given."""
-        leaves = [_as_kind_of(one, leaf) for one, leaf in zip(self._example, leaves)]
-        return self._sample(jax.tree.unflatten(self._structure, leaves))
 
     def _check(self, state: PyTree, path: PyTree, ticks: list[Array]) -> None:
         """That leaves are what trials took them for: every step once more, from whole states.
@@ -266,26 +257,16 @@ class Transition:
         Raises:
             NoParallelForm: If one is not.
         """
-        before = [
-            jnp.concatenate([_data(first)[None], _data(rest)[:-1]])
-            for first, rest in zip(jax.tree.leaves(state), jax.tree.leaves(path))
-        ]
-
-        again = self._evaluate_whole(before)
-        roles, begin = self.roles, jax.tree.leaves(state)
-        steps, same = jax.tree.leaves(path), jax.tree.leaves(again)
-        constants = all(
-            np.array_equal(
-                _numbers(steps[k]),
-                np.broadcast_to(_numbers(begin[k]), _numbers(steps[k]).shape),
-            )
-            for k in roles.constant
+        first, rest = ([raw(leaf) for leaf in jax.tree.leaves(one)] for one in (state, path))
+        before = LocalTime().previous(first, rest)
+        begin, steps, same = (
+            [_numbers(leaf) for leaf in jax.tree.leaves(tree)]
+            for tree in (state, path, self._evaluate_whole(before))
         )
-        clocks = all(
-            np.array_equal(_numbers(steps[k])[:-1], np.asarray(tick)[1:])
-            for k, tick in zip(roles.clock, ticks)
-        )
-        carried = all(_close(_numbers(steps[k]), _numbers(same[k])) for k in roles.carried)
+        roles = self.roles
+        constants = all(np.all(steps[k] == begin[k]) for k in roles.constant)
+        clocks = all(np.array_equal(steps[k][:-1], t[1:]) for k, t in zip(roles.clock, ticks))
+        carried = all(_close(steps[k], same[k]) for k in roles.carried)
         if not (constants and clocks and carried):
             raise NoParallelForm(
                 "what seemed to change by itself, or not to matter, hangs on the chain"
@@ -309,11 +290,6 @@ def _close(one: np.ndarray, other: np.ndarray) -> bool:
     return bool(np.all(np.abs(one - other) <= _ROUNDING * spread + np.finfo(one.dtype).tiny))
 
 
-def _data(leaf: Array) -> Array:
-    """Numbers that stand for a leaf: keys are words."""
-    return jax.random.key_data(leaf) if is_typed(leaf) else leaf
-
-
 def _other(leaf: Array, way: int) -> Array:
     """Another value of the same type."""
     if leaf.dtype == bool:
@@ -325,7 +301,7 @@ def _other(leaf: Array, way: int) -> Array:
 
 
 def _numbers(leaf: Array) -> np.ndarray:
-    return np.asarray(_data(leaf))
+    return np.asarray(raw(leaf))
 
 
 def _as_kind_of(example: Array, value: Array) -> Array:

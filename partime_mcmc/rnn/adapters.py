@@ -8,7 +8,6 @@ An adapter holds no arrays of the cell: they are `params`, and gradients with re
 cells give equal adapters, so that nothing is compiled twice. Flax and Equinox are imported when they are asked for.
 """
 
-import dataclasses
 import functools
 from typing import Any, Callable
 
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 
 from partime_mcmc.rnn.unroll import unroll
 from partime_mcmc.solvers import Solver
+from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import PyTree
 
 
@@ -32,24 +32,16 @@ def from_flax_nnx(cell: Any) -> tuple[Callable, PyTree]:
     return _NNXCell(graph, rest), params
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _NNXCell:
-    graph: Any
-    rest: Any
+class _NNXCell(HashableFunction):
+    def __init__(self, graph, rest):
+        # Arrays that are no parameters are kept, and compared by identity.
+        super().__init__(graph, tuple(map(id, jax.tree.leaves(rest))))
+        self.rest = rest
 
     def __call__(self, params, carry, x):
         from flax import nnx
 
-        return nnx.merge(self.graph, params, self.rest)(carry, x)
-
-    def __eq__(self, other):
-        if type(self) is not type(other) or self.graph != other.graph:
-            return False
-        mine, theirs = jax.tree.leaves(self.rest), jax.tree.leaves(other.rest)
-        return len(mine) == len(theirs) and all(a is b for a, b in zip(mine, theirs))
-
-    def __hash__(self):
-        return hash(self.graph)
+        return nnx.merge(self.parts[0], params, self.rest)(carry, x)
 
 
 def from_flax_linen(cell: Any, variables: PyTree) -> tuple[Callable, PyTree]:
@@ -57,12 +49,9 @@ def from_flax_linen(cell: Any, variables: PyTree) -> tuple[Callable, PyTree]:
     return _LinenCell(cell), variables
 
 
-@dataclasses.dataclass(frozen=True)
-class _LinenCell:
-    module: Any
-
+class _LinenCell(HashableFunction):
     def __call__(self, params, carry, x):
-        return self.module.apply(params, carry, x)
+        return self.parts[0].apply(params, carry, x)
 
 
 def from_equinox(cell: Any) -> tuple[Callable, PyTree]:
@@ -77,14 +66,11 @@ def from_equinox(cell: Any) -> tuple[Callable, PyTree]:
     return _EquinoxCell(static), params
 
 
-@dataclasses.dataclass(frozen=True)
-class _EquinoxCell:
-    static: Any
-
+class _EquinoxCell(HashableFunction):
     def __call__(self, params, carry, x):
         import equinox
 
-        new = equinox.combine(params, self.static)(x, carry)
+        new = equinox.combine(params, self.parts[0])(x, carry)
         return new, new[0] if isinstance(new, tuple) else new
 
 
@@ -216,14 +202,11 @@ def _changes_itself(cell, x) -> bool:
     return any(changed)
 
 
-@dataclasses.dataclass(frozen=True)
-class _EveryCarry:
-    """A cell that also returns its carry; it costs nothing, because the path of the carry is known."""
-
-    cell: Callable
+class _EveryCarry(HashableFunction):
+    """A cell, the part, that also returns its carry; it costs nothing, because the path of the carry is known."""
 
     def __call__(self, params, carry, x):
-        carry, y = self.cell(params, carry, x)
+        carry, y = self.parts[0](params, carry, x)
         return carry, (carry, y)
 
 

@@ -27,7 +27,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,11 +84,10 @@ def is_coarse(carry: PyTree) -> bool:
     return jnp.finfo(jax.tree.leaves(carry)[0].dtype).bits < 32
 
 
-def network_tolerance(dtype: jnp.dtype) -> Tolerance:
+def network_tolerance(carry: PyTree) -> Tolerance:
     """The tolerance of a network's path."""
-    found = jnp.finfo(dtype)
-    unit = (_ULPS if found.bits >= 32 else _COARSE_ULPS) * float(found.eps)
-    return Tolerance(unit)
+    ulps = _COARSE_ULPS if is_coarse(carry) else _ULPS
+    return Tolerance(ulps * float(jnp.finfo(jax.tree.leaves(carry)[0].dtype).eps))
 
 
 def plan_for(carry: PyTree) -> SegmentedScanConfig:
@@ -133,35 +132,22 @@ def read_outputs(
     found = [path[index] for index in sources if index is not None]
     if len(found) == len(sources):
         return jax.tree.unflatten(outputs, found)
-    previous = jax.tree.map(
-        lambda first, rest: jnp.concatenate([first[None], rest[:-1]]), carry, states
-    )
+    previous = LocalTime().previous(carry, states)
     return jax.vmap(lambda state, x: cell(params, state, x)[1])(previous, inputs)
 
 
-def without_masked(inputs: PyTree, mask: Array | None) -> PyTree:
-    """Inputs `(T, ...)` with 0 where `mask` `(T,)` is False; floating-point leaves only."""
+def without_masked(tree: PyTree, mask: Array | None) -> PyTree:
+    """Inputs or outputs `(T, ...)` with 0 where `mask` `(T,)` is False; random keys are left as they are."""
     if mask is None:
-        return inputs
+        return tree
 
     def clean(leaf):
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             return leaf
-        return jnp.where(mask.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, 0)
+        counts = mask.reshape(-1, *(1,) * (leaf.ndim - 1))
+        return jnp.where(counts, leaf, jnp.zeros((), leaf.dtype))
 
-    return jax.tree.map(clean, inputs)
-
-
-def silence(outputs: PyTree, mask: Array | None) -> PyTree:
-    """Outputs `(T, ...)` with 0 where `mask` `(T,)` is False."""
-    if mask is None:
-        return outputs
-    return jax.tree.map(
-        lambda leaf: jnp.where(
-            mask.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, jnp.zeros((), leaf.dtype)
-        ),
-        outputs,
-    )
+    return jax.tree.map(clean, tree)
 
 
 class Packed(NamedTuple):
@@ -169,33 +155,6 @@ class Packed(NamedTuple):
 
     x: PyTree
     counts: Array
-
-
-@pytree()
-class Packing:
-    """Where steps go.
-
-    Attributes:
-        order: The steps that count, in their order, then the others; shape `(T,)`.
-        count: k_t, shape `(T,)`.
-    """
-
-    order: Array
-    count: Array
-
-    @classmethod
-    def of(cls, mask: Array) -> Self:
-        """The packing for a mask `(T,)`."""
-        return cls(jnp.argsort(~mask, stable=True), jnp.cumsum(mask))
-
-    def pack(self, inputs: PyTree) -> Packed:
-        """Inputs in packed order."""
-        counts = jnp.arange(self.order.shape[0]) < self.count[-1]
-        return Packed(jax.tree.map(lambda leaf: leaf[self.order], inputs), counts)
-
-    def unpack(self, initial: Array, path: Array) -> Array:
-        """States `(T, D)` at their own steps, from the packed path `(T, D)` and the initial state `(D,)`."""
-        return jnp.concatenate([initial[None], path])[self.count]
 
 
 class PackedStep(HashableFunction):
@@ -445,7 +404,7 @@ def unroll_with_status(
         raise TypeError(f"cell: returns {jax.tree.structure(result)}, wanted a pair (carry, y)")
     check_like("cell: returns a carry:", result[0], one, "carry")
     check_solver(solver, tolerance, max_iterations, one)
-    tolerance = network_tolerance(jax.tree.leaves(one)[0].dtype) if tolerance is None else tolerance
+    tolerance = network_tolerance(one) if tolerance is None else tolerance
     around = batch_around((params, carry, inputs, mask))
     return run_jitted(
         _program,
@@ -491,13 +450,19 @@ def _one_sequence(
         return _by_scan(cell, params, carry, inputs, mask, reverse)
     if reverse:
         inputs, mask = jax.tree.map(lambda leaf: jnp.flip(leaf, 0), (inputs, mask))
-    packing = None if mask is None else Packing.of(mask)
-    drives = inputs if packing is None else packing.pack(inputs)
+    drives = inputs
+    if mask is not None:
+        # The steps that count, in their order, then the others; and k_t.
+        order, count = jnp.argsort(~mask, stable=True), jnp.cumsum(mask)
+        packed = jax.tree.map(lambda leaf: leaf[order], inputs)
+        drives = Packed(packed, jnp.arange(num_steps) < count[-1])
     flat, start, unravel = ravel(Dynamics(PackedStep(cell, mask is not None), params), carry)
     path, status = _solved(flat, start, drives, solver, plan, tolerance, max_iterations)
-    states = jax.vmap(unravel)(path if packing is None else packing.unpack(start, path))
+    if mask is not None:
+        path = jnp.concatenate([start[None], path])[count]
+    states = jax.vmap(unravel)(path)
     final = jax.tree.map(lambda leaf: leaf[-1], states)
-    ys = silence(read_outputs(cell, params, carry, states, inputs), mask)
+    ys = without_masked(read_outputs(cell, params, carry, states, inputs), mask)
     status = dataclasses.replace(status, status=_verdict(final, ys))
     return final, jax.tree.map(lambda leaf: jnp.flip(leaf, 0), ys) if reverse else ys, status
 
@@ -515,7 +480,7 @@ def _by_scan(cell, params, carry, inputs, mask, reverse):
         )
 
     final, ys = lax.scan(advance, carry, (inputs, mask), reverse=reverse)
-    ys = silence(ys, mask)
+    ys = without_masked(ys, mask)
     zero = jnp.zeros((), jnp.int32)
     return (
         final,

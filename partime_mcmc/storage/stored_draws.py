@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 
 from partime_mcmc.certify.certificate import Certificate
-from partime_mcmc.diagnostics.arviz import STAT_NAMES, tree_of
+from partime_mcmc.diagnostics.arviz import by_own_names, tree_of
 from partime_mcmc.diagnostics.verdict import Verdict, verdict_of
 from partime_mcmc.engine import Status
 from partime_mcmc.extras import import_name
@@ -27,8 +27,6 @@ from partime_mcmc.storage.files import StoreError
 from partime_mcmc.storage.saved_run import read_choices
 from partime_mcmc.storage.store import Checkpoint, Folder, kept_steps
 from partime_mcmc.storage.streaming_statistics import Fold, StreamingStatistics
-
-_OUR_NAMES = {theirs: ours for ours, theirs in STAT_NAMES.items()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -149,13 +147,12 @@ class StoredDraws:
         Raises:
             StoreError: If no draws are kept yet, or a file is damaged.
         """
-        return self._values("posterior")
+        return {str(name): one.values for name, one in self._kept("posterior").data_vars.items()}
 
     @property
     def info(self) -> dict[str, np.ndarray]:
         """What the kernel reports of kept draws, and their residuals, in memory, `(C, T')`; errors as `constrained`."""
-        stats = self._values("sample_stats")
-        return {_OUR_NAMES.get(name, name): values for name, values in stats.items()}
+        return {name: one.values for name, one in by_own_names(self._kept("sample_stats")).items()}
 
     def summary(self) -> list[dict[str, Any]]:
         """A row per coordinate, of all draws, from streaming statistics (`StreamingStatistics.summary`)."""
@@ -228,14 +225,14 @@ class StoredDraws:
         found = open_group(self.folder.draws, self._begun(), self.digests, group)
         return found.assign_attrs(self.attributes())
 
-    def _values(self, group: str) -> dict[str, np.ndarray]:
+    def _kept(self, group: str) -> Any:
         self._begun()
         if not kept_steps(0, self.num_samples, self.thinning, self.run["num_samples"]).size:
             raise StoreError(
                 f"store: {self.path} has {self.num_samples:,} draws per chain, and with thinning="
                 f"{self.thinning} none of them is kept: resume(path, target, kernel) goes on with the run"
             )
-        return {str(name): one.values for name, one in getattr(self, group).data_vars.items()}
+        return getattr(self, group)
 
     def _begun(self) -> Checkpoint:
         if self.checkpoint is None:

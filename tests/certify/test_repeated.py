@@ -19,7 +19,7 @@ from partime_mcmc import (
     sequential,
     shooting,
 )
-from partime_mcmc.certify import repeated
+from partime_mcmc.certify import certificate as certificates
 from partime_mcmc.certify.certificate import describe_certification
 from partime_mcmc.engine.solution import SolveError
 
@@ -100,8 +100,8 @@ def test_the_steps_evaluated_twice_are_those_far_out_in_any_coordinate(still):
     path[700, 0], path[1400, 2] = 3e-6, 3e6
     if still:
         path[:, 1] = 5.0
-    chosen = set(np.asarray(repeated._farthest(jnp.asarray(path, jnp.float32))).tolist())
-    assert {700, 1400} <= chosen and len(chosen) == repeated._FARTHEST
+    chosen = set(np.asarray(certificates._farthest(jnp.asarray(path, jnp.float32))).tolist())
+    assert {700, 1400} <= chosen and len(chosen) == certificates._FARTHEST
     # The others come from the coordinate that has no such step, if it moves.
     assert still or np.mean([np.abs(path[one, 1]) > 0.9 for one in chosen]) > 0.9
 
@@ -109,11 +109,11 @@ def test_the_steps_evaluated_twice_are_those_far_out_in_any_coordinate(still):
 def test_steps_are_chosen_all_along_the_path():
     flags = np.zeros(1000, bool)
     flags[[3, 500, 501, 999]] = True
-    chosen = np.asarray(repeated._evenly(jnp.asarray(flags)))
+    chosen = np.asarray(certificates._evenly(jnp.asarray(flags)))
     assert set(chosen) == {3, 500, 501, 999} and len(chosen) == 64
-    every = np.asarray(repeated._evenly(jnp.ones(6400, bool)))
+    every = np.asarray(certificates._evenly(jnp.ones(6400, bool)))
     np.testing.assert_array_equal(np.diff(every), 100)
-    np.testing.assert_array_equal(repeated._evenly(jnp.zeros(10, bool)), 9)
+    np.testing.assert_array_equal(certificates._evenly(jnp.zeros(10, bool)), 9)
 
 
 def test_words_for_how_certificates_were_made():

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from partime_mcmc.diagnostics.compare import compare
-from partime_mcmc.diagnostics.formatting import WIDTH, plain, text_table
+from partime_mcmc.diagnostics.describe import WIDTH, text_table
 from partime_mcmc.diagnostics.report import Disagreement, Level
+from partime_mcmc.diagnostics.values import plain
 from tests import fakes
 
 QUIET = fakes.chains(0)

@@ -24,6 +24,7 @@ import partime_mcmc.numpyro.mcmc
 from partime_mcmc.engine.recipes import jacobi, sequential
 from partime_mcmc.numpyro import HMC, MALA, NUTS, CoalescingHMC, ParallelMCMC
 from partime_mcmc.numpyro.kernels import _CARRIED, _OWN, from_numpyro_kernel
+from partime_mcmc.numpyro.mcmc import _read_by
 from partime_mcmc.sampling.pilots import advise_plan
 from partime_mcmc.tracing import WithoutParams, explicit
 from partime_mcmc.warmup.warmup import WindowAdaptation
@@ -144,13 +145,24 @@ def test_what_was_pickled_knows_its_draws_and_can_run_again():
 def test_data_changed_in_place_are_new_data():
     mine = Y.copy()
     mcmc = run(data=(mine,), num_chains=1, solver=sequential())
-    target = mcmc._known[1]
+    target = mcmc._known.target
     mcmc.run(KEY, mine)
-    assert mcmc._known[1] is target, "the same data are traced once"
+    assert mcmc._known.target is target, "the same data are traced once"
     mine += 50
     start = {"mu": jnp.array(51.0), "sigma": jnp.array(-1.0)}
     mcmc.run(KEY, mine, init_params=start)
     assert abs(mcmc.get_samples()["mu"].mean() - 51.5) < 1
+
+
+def test_data_are_the_same_by_content():
+    values = [0.0] * 20_000
+    before = _read_by(level, (values, Y), {"scale": 1})
+    assert _read_by(level, (values, Y.copy()), {"scale": 1}) == before
+    assert _read_by(level, (values, Y), {"scale": 1.0}) != before
+    with jax.enable_x64(not jax.config.jax_enable_x64):
+        assert _read_by(level, (values, Y), {"scale": 1}) != before
+    values[7] = 1.0
+    assert _read_by(level, (values, Y), {"scale": 1}) != before
 
 
 # --- arguments

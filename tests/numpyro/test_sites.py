@@ -12,9 +12,14 @@ from numpyro.infer.initialization import init_to_uniform, init_to_value
 
 from partime_mcmc import from_numpyro
 from partime_mcmc.kernels.kernel_program import density_of
-from partime_mcmc.numpyro.data import WithData
 from partime_mcmc.numpyro.model import Posterior
-from partime_mcmc.numpyro.sites import anywhere, checked_sites, traced, unsuspicious_sites
+from partime_mcmc.numpyro.sites import (
+    WithData,
+    anywhere,
+    checked_sites,
+    traced,
+    unsuspicious_sites,
+)
 
 KEY = jax.random.key(0)
 
