@@ -39,7 +39,6 @@ from partime_mcmc.engine import (
     LocalTime,
     NoDerivatives,
     Schedule,
-    Status,
     TimeAxis,
     Windows,
     sequential,
@@ -341,25 +340,18 @@ class MeshExecutor:
         given, specs = (SAME, SAME, SAME, CHAINS, along), solution_specs(along, CHAINS)
         window = OnDevices(_solve_window, mesh, given, specs, program, axis, max_iterations)
         found = run(window, solver, self.plan.tolerance, params, carries, tape)
-        finished = [found.states, None]
         seen = allgather_to_hosts(dataclasses.replace(found, states=()))
 
-        def finish(_, num_exact):
+        def finish(num_exact):
             given, fixed = (SAME, CHAINS, along, along, CHAINS), (program, axis, layout.steps)
             rolling = OnDevices(_finish_chains, mesh, given, (along, CHAINS), *fixed)
             num_exact = place(mesh, CHAINS, num_exact)
-            finished[:] = run(rolling, params, carries, tape, found.states, num_exact)
-            return (), allgather_to_hosts(finished[1])
+            states, num_finite = run(rolling, params, carries, tape, found.states, num_exact)
+            return dataclasses.replace(seen, states=states), allgather_to_hosts(num_finite)
 
-        recorder.record(seen, done, done + layout.length, rolled, finish)
-        states, num_finite = finished
-        if num_finite is None:
-            num_finite = np.where(seen.status == Status.NONFINITE, seen.num_exact, layout.length)
-        return (
-            states,
-            allgather_to_hosts(num_finite),
-            seen.stats.evaluations_by_part * layout.length,
-        )
+        solved = dataclasses.replace(seen, states=found.states)
+        kept, num_finite = recorder.record(solved, done, done + layout.length, rolled, finish)
+        return kept.states, num_finite, seen.stats.evaluations_by_part * layout.length
 
 
 def layouts(

@@ -19,7 +19,9 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
 from typing import Any, Callable
 
 import jax
@@ -56,7 +58,6 @@ from partime_mcmc.sampling.chunk import (
 )
 from partime_mcmc.sampling.defaults import SHORT_RUN
 from partime_mcmc.sampling.draws import Draws, hardly_moves, spread_positions
-from partime_mcmc.sampling.interrupts import termination_interrupts
 from partime_mcmc.sampling.local import LocalExecutor
 from partime_mcmc.sampling.pilots import advise_plan, choose_coupling_by_pilots
 from partime_mcmc.sampling.plan import FEWEST_WARMUP, Plan, prepare
@@ -278,6 +279,28 @@ def sample(
     if draws.num_samples:
         draws.verdict.warn()
     return draws
+
+
+@contextlib.contextmanager
+def termination_interrupts() -> Iterator[None]:
+    """Inside, a run that is asked to end keeps everything that is finished: SIGTERM raises `KeyboardInterrupt` in the main thread.
+
+    Batch systems, containers and shutdowns send SIGTERM and kill some seconds later; Python would die at once. A program that has
+    an answer of its own keeps it, and so does JAX where it watches for preemption. In other threads Python allows no handlers:
+    nothing changes.
+    """
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    )
+    if not ours:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @termination_interrupts()

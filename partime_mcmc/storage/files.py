@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 PARTIAL = ".partial-"
@@ -47,34 +46,28 @@ def read_file(path: Path, digest: str | None = None) -> bytes:
     return data
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file that survives a loss of power once this returns.
+def write_file(path: Path, data: bytes, durable: bool = True) -> None:
+    """Write a file: whole or not there.
+
+    Args:
+        path: Of the file.
+        data: Its bytes.
+        durable: Whether it survives a loss of power once this returns; a file that can be made again need not.
 
     Raises:
         StoreError: If it cannot be written; what was there before is untouched.
     """
-    _write(path, data, os.fsync)
-
-
-def write_copy(path: Path, data: bytes) -> None:
-    """Write a file that can be made again: whole or not there, but not flushed to the disk.
-
-    Raises:
-        StoreError: As `write_file`.
-    """
-    _write(path, data, lambda handle: None)
-
-
-def _write(path: Path, data: bytes, flush: Callable[[int], None]) -> None:
     partial = path.with_name(PARTIAL + path.name)
     try:
         make_folder(path.parent)
         with open(partial, "wb") as file:
             file.write(data)
             file.flush()
-            flush(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(partial, path)
-        _flush_folder(path.parent, flush)
+        if durable:
+            _flush_folder(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -88,13 +81,13 @@ def make_folder(path: Path) -> None:
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
-        _flush_folder(path.parent, os.fsync)
+        _flush_folder(path.parent)
 
 
-def _flush_folder(path: Path, flush: Callable[[int], None]) -> None:
+def _flush_folder(path: Path) -> None:
     """Make renames durable: a folder is a file, too."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        flush(handle)
+        os.fsync(handle)
     finally:
         os.close(handle)

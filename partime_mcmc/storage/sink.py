@@ -199,12 +199,12 @@ class StoreSink:
                 report=report,
                 statistics=statistics.to_arrays(),
                 files=files,
-                tail=self._writer.files.tail,
-                metadata=dict(self._writer.files.metadata),
+                tail=self._writer.tail,
+                metadata=self._writer.metadata,
             )
         )
         self._statistics = statistics
-        self._writer.files.publish()
+        self._writer.publish()
 
 
 def _attributes(run: dict[str, Any], plan: Plan) -> dict[str, Any]:

@@ -34,7 +34,6 @@ from partime_mcmc.storage.files import (
     digest_of,
     make_folder,
     read_file,
-    write_copy,
     write_file,
 )
 from partime_mcmc.storage.serialize import (
@@ -412,7 +411,7 @@ class Folder:
         if good is None:
             shutil.rmtree(self.draws, ignore_errors=True)
         for key, data in wanted.items():
-            write_copy(self.draws / key, data)
+            write_file(self.draws / key, data, durable=False)
 
     def _all_checkpoints(self) -> set[Path]:
         return {path for path in self.path.glob("chunk-*.npz") if _CHECKPOINT.match(path.name)}
