@@ -28,9 +28,9 @@ from partime_mcmc.certify.independent import certify_with_records
 from partime_mcmc.certify.step_record import info_dict
 from partime_mcmc.compile_cache import Timings, run_program
 from partime_mcmc.distributed.collectives import (
-    Gather,
     allgather_to_hosts,
     broadcast_from_host0,
+    gather_to_host0,
     place,
 )
 from partime_mcmc.distributed.mesh import OnDevices, solution_specs
@@ -223,13 +223,13 @@ class MeshExecutor:
         plan: The plan; its chains are certified independently.
         progress: Shown meanwhile.
         mesh: With the axes `chains` and `time`.
-        gather: Which hosts get the draws.
+        everywhere: Whether all hosts get the draws, or the first one alone.
     """
 
     plan: Plan
     progress: Progress
     mesh: Mesh
-    gather: Gather
+    everywhere: bool
 
     def chunks(self, state: ChainState) -> Iterator[Chunk]:
         """As `LocalExecutor.chunks`.
@@ -312,8 +312,12 @@ class MeshExecutor:
             *certified, still, positions, after, same = certify(states, tape)
             if not allgather_to_hosts(same).all():
                 *certified, _, _, _, _ = certify(still, tape)
-            collect = functools.partial(run, what="certify")
-            gathered = self.gather((*certified, positions), mesh, along, collect)
+            gathered = (*certified, positions)
+            if self.everywhere:
+                gathered = allgather_to_hosts(gathered)
+            else:
+                collect = functools.partial(run, what="certify")
+                gathered = gather_to_host0(gathered, mesh, along, collect)
             if gathered is not None:
                 *others, positions = gathered
                 gathered = (*others, without_nonfinite(positions, num_finite))

@@ -20,14 +20,13 @@ import os
 from typing import Any, Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from partime_mcmc.compile_cache import Timings, compile_in_thread, compiled, is_abstract
 from partime_mcmc.engine import Dynamics
 from partime_mcmc.executions import calls_library, executing, overlaps
 from partime_mcmc.tracing import explicit
-from partime_mcmc.types import PyTree, nan_is_a_value
+from partime_mcmc.types import PyTree, is_key, nan_is_a_value
 
 _MOST_PER_CORE = 8
 
@@ -84,7 +83,7 @@ def concat_chains(groups: list[PyTree]) -> PyTree:
 def _on_host(function: Callable, *arrays: jax.Array) -> jax.Array:
     """A function of NumPy arrays, applied to arrays of a processor, keys included: groups are made on no other device, and
     every shape would be a program of its own."""
-    if not jnp.issubdtype(arrays[0].dtype, jax.dtypes.prng_key):
+    if not is_key(arrays[0]):
         return jax.device_put(function(*map(np.asarray, arrays)))
     words = [np.asarray(jax.random.key_data(one)) for one in arrays]
     return jax.random.wrap_key_data(function(*words), impl=jax.random.key_impl(arrays[0]))

@@ -96,7 +96,7 @@ class Convergence:
     @functools.cached_property
     def total_variation(self) -> np.ndarray:
         """The estimated bound on TV(π_t, π) for t = 0, 1, ..., until all pairs have met; infinite if some did not."""
-        return self._mean(self._lags_to_go())
+        return self._lags_to_go().mean(axis=0)
 
     @functools.cached_property
     def total_variation_error(self) -> np.ndarray:
@@ -118,7 +118,7 @@ class Convergence:
     @functools.cached_property
     def wasserstein(self) -> np.ndarray:
         """The estimated bound on the Wasserstein distance of π_t and π, in standard deviations; infinite likewise."""
-        return self._mean(self._summed_gaps())
+        return self._summed_gaps().mean(axis=0)
 
     @functools.cached_property
     def wasserstein_error(self) -> np.ndarray:
@@ -192,9 +192,6 @@ class Convergence:
         for time in range(num_times - 1, -1, -1):
             sums[:, time] += sums[:, time + self.lag]
         return np.where(self.met[:, None], sums[:, :num_times], np.inf)
-
-    def _mean(self, values: np.ndarray) -> np.ndarray:
-        return values.mean(axis=0)
 
     def _error(self, values: np.ndarray) -> np.ndarray:
         if self.num_unmet:

@@ -13,7 +13,7 @@ keeps the windows that are done.
 
 import dataclasses
 import functools
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from partime_mcmc.certify.independent import certify_held
 from partime_mcmc.certify.recorded import certify_recorded
 from partime_mcmc.certify.step_record import info_dict
 from partime_mcmc.compile_cache import Timings, device
-from partime_mcmc.engine import AllAtOnce, Dynamics, Schedule, Solution, Windows, sequential
+from partime_mcmc.engine import AllAtOnce, Solution, Windows, sequential
 from partime_mcmc.engine.solve import solve
 from partime_mcmc.kernels import Tape
 from partime_mcmc.kernels.kernel_program import program_and_params
@@ -39,8 +39,8 @@ from partime_mcmc.sampling.executor import (
 )
 from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.sampling.progress import Progress
-from partime_mcmc.sampling.randomness import compile_begin, draw_tapes, shapes_of_tapes
-from partime_mcmc.solvers import Sequential, Solver
+from partime_mcmc.sampling.randomness import draw_tapes
+from partime_mcmc.solvers import Sequential
 from partime_mcmc.solvers.sequential import finish_sequentially
 from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import PyTree
@@ -111,15 +111,14 @@ def solve_windows(
         advance: Called with the steps done, and what to show, after each window.
     """
     initial, tape, discrete = _draw(plan, state, num_steps, timings)
-    solve_window, size = _window_solver(plan, state.max_window or max(num_steps, 1), timings)
-    roll_window = _solver_of(plan, sequential(), AllAtOnce(), None, timings)
+    size = _window_size(plan, state.max_window or max(num_steps, 1))
     current, windows = initial, []
     try:
         for start in range(0, num_steps, size):
             stop = min(start + size, num_steps)
             part = tape if size >= num_steps else _steps(tape, start, stop)
             rolled = recorder.gives_up
-            found = (roll_window if rolled else solve_window)(plan.recurrence, current, part)
+            found = _solve_window(plan, current, part, timings, rolled)
             finish = functools.partial(_finished, plan, current, part, found, timings)
             found, num_finite = recorder.record(found, start, stop, rolled, finish)
             states, notes = found.states, (found.notes, found.defects)
@@ -164,32 +163,49 @@ def _draw(
     )
 
 
-def _window_solver(plan: Plan, size: int, timings: Timings) -> tuple[Callable, int]:
-    """What solves a window, as `_solver_of` has it, and the steps of one, at most `size`."""
-    inside = plan.schedule
-    if isinstance(inside, Windows):
-        # A sequential run gains nothing from windows, and neither does an empty one.
-        size = size if isinstance(plan.solver, Sequential) else min(size, inside.size)
-        inside = AllAtOnce()
-    options = plan.compiler_options
-    return _solver_of(plan, plan.solver, inside, plan.max_iterations, timings, options), size
+def _window_size(plan: Plan, size: int) -> int:
+    """Steps of a window, at most `size`: a sequential run gains nothing from windows, and neither does an empty one."""
+    if isinstance(plan.schedule, Windows) and not isinstance(plan.solver, Sequential):
+        return min(size, plan.schedule.size)
+    return size
 
 
-def compile_first_chunk(plan: Plan, positions: PyTree, state: ChainState) -> None:
-    """Compile the large programs of a plan's first chunk, which begin, draw, solve and certify a window.
+def _solve_window(
+    plan: Plan, initial: PyTree, tape: Tape, timings: Timings, rolled: bool = False
+) -> Solution:
+    """One window of all chains, solved by the plan's solver or rolled; for shapes, compiled in a thread."""
+    solver, schedule, max_iterations, options = sequential(), AllAtOnce(), None, None
+    if not rolled:
+        solver, max_iterations, options = plan.solver, plan.max_iterations, plan.compiler_options
+        # Windows are cut by the caller.
+        if not isinstance(plan.schedule, Windows):
+            schedule = plan.schedule
+    opaque = [one if jax.tree.structure(one) == _LEAF else None for one in (solver, schedule)]
+    given = [None if jax.tree.structure(one) == _LEAF else one for one in (solver, schedule)]
+    return run_groups(
+        _Solve(max_iterations, *opaque),
+        (*given, plan.tolerance, plan.recurrence),
+        (initial, tape),
+        plan.num_groups,
+        timings=timings,
+        options=options,
+    )
+
+
+_LEAF = jax.tree.structure(0)
+
+
+def compile_first_chunk(plan: Plan, state: ChainState) -> None:
+    """Compile the large programs of a plan's first chunk, which draw, solve and certify a window.
 
     Args:
         plan: The plan; its kernel may have other numbers than the kernel that will be used.
-        positions: Shapes and types of one start per chain (`jax.ShapeDtypeStruct`), so that nothing runs.
-        state: Likewise of where chains stand.
+        state: Shapes and types of where chains stand (`jax.ShapeDtypeStruct`), so that nothing runs.
     """
     timings, num_steps = Timings(), min(plan.chunk, plan.num_samples)
-    initial, tape, _ = shapes_of_tapes(plan.kernel, plan.keys, state, num_steps)
-    solve_window, size = _window_solver(plan, num_steps, timings)
-    # First, since it takes longest; then what is wanted before it.
-    found = solve_window(plan.recurrence, initial, _resized(tape, min(size, num_steps)))
-    compile_begin(plan.kernel, positions, plan.keys)
-    _draw(plan, state, num_steps, timings)
+    initial, tape, _ = _draw(plan, state, num_steps, timings)
+    size = min(_window_size(plan, num_steps), num_steps)
+    found = _solve_window(plan, initial, _resized(tape, size), timings)
     if found.notes is not None:
         states, *recorded = _resized((found.states, found.notes, found.defects), num_steps)
         _certify(plan, (initial, states, tape, *recorded), timings)
@@ -254,31 +270,6 @@ class _Solve(HashableFunction):
                 max_iterations=max_iterations,
             )
         )(initial, tape)
-
-
-def _solver_of(
-    plan: Plan,
-    solver: Solver,
-    schedule: Schedule,
-    max_iterations: int | None,
-    timings: Timings,
-    options: dict[str, Any] | None = None,
-) -> Callable[[Dynamics, PyTree, Tape], Solution]:
-    """`(dynamics, initial, tape) -> solution` of all chains, compiled once for all runs."""
-    opaque = [one if jax.tree.structure(one) == _LEAF else None for one in (solver, schedule)]
-    given = [None if jax.tree.structure(one) == _LEAF else one for one in (solver, schedule)]
-    program = _Solve(max_iterations, *opaque)
-    return lambda dynamics, initial, tape: run_groups(
-        program,
-        (*given, plan.tolerance, dynamics),
-        (initial, tape),
-        plan.num_groups,
-        timings=timings,
-        options=options,
-    )
-
-
-_LEAF = jax.tree.structure(0)
 
 
 def _certified(

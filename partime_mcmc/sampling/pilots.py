@@ -25,8 +25,7 @@ from partime_mcmc.kernels.kernel_program import (
     takes_coupling,
     with_coupling,
 )
-from partime_mcmc.sampling.defaults import default_tolerance
-from partime_mcmc.sampling.plan import Plan
+from partime_mcmc.sampling.plan import Plan, default_tolerance
 from partime_mcmc.sampling.randomness import coupled_chains
 from partime_mcmc.solvers import Sequential, Solver
 from partime_mcmc.types import Key, PyTree
