@@ -499,18 +499,10 @@ def _gap(scale: Array, positions: PyTree) -> Array:
 
 def _spread_of(kernel: Kernel, states: tuple[PyTree, PyTree]) -> np.ndarray:
     """Standard deviations of the coordinates of positions over chains `(K, 1, ...)`; 1 where they do not differ."""
-    program, params = program_and_params(kernel)
-    flat = np.asarray(run_explicit(_Flat(program), params, states[0], timings=Timings()))
-    scale = flat[:, 0].std(axis=0)
+    flat = jax.jit(jax.vmap(lambda carry: ravel_pytree(kernel.position(carry))[0]))
+    first = jax.tree.map(lambda leaf: leaf[:, 0], states[0])
+    scale = np.asarray(flat(first)).std(axis=0)
     return np.where(np.isfinite(scale) & (scale > 0), scale, 1.0).astype(jnp.result_type(float))
-
-
-class _Flat(HashableFunction):
-    """Flat positions of carries `(K, S, ...)`; the part is the kernel's program."""
-
-    def __call__(self, params, carries):
-        kernel = self.parts[0].kernel(params)
-        return jax.vmap(jax.vmap(lambda carry: ravel_pytree(kernel.position(carry))[0]))(carries)
 
 
 class _Move(HashableFunction):

@@ -38,12 +38,13 @@ def chunk_steps(asked: SampleArguments) -> int:
     Raises:
         TooLarge: Naming the setting to change.
     """
-    sizes = [(leaf.size, leaf.dtype.itemsize) for leaf in jax.tree.leaves(asked.target.example())]
+    example, constrain = asked.target.example(), asked.target.constrain
+    sizes = [(leaf.size, leaf.dtype.itemsize) for leaf in jax.tree.leaves(example)]
     dimension, itemsize = sum(size for size, _ in sizes), sizes[0][1] if sizes else 4
     limit = default_max_bytes(asked.mesh) if asked.max_bytes is None else asked.max_bytes
     # Bytes per draw of what is kept besides positions: values in the model's space, and what a step reports.
     recorded = isinstance(asked.certificate, CertifyWhileRolling) and asked.mesh is None
-    values = asked.target.constrained_shapes()
+    values = () if constrain is None else jax.tree.leaves(jax.eval_shape(constrain, example))
     more = (_NUM_INFO + (dimension if recorded else 0)) * itemsize
     more += sum(leaf.size * leaf.dtype.itemsize for leaf in values)
     rows, parts = mesh_shape(asked.mesh)
