@@ -52,7 +52,7 @@ from partime_mcmc.engine.dynamics import without_captures
 from partime_mcmc.engine.solution import Tolerance
 from partime_mcmc.forgetting import advise
 from partime_mcmc.rnn import gru, gru_params
-from partime_mcmc.sampling.defaults import default_tolerance
+from partime_mcmc.sampling.plan import default_tolerance
 
 # Lanes that are tried, and the steps of all chains of a row together.
 LANES, _STEPS = (64, 128, 256, 512, 1024), 65_536

@@ -23,7 +23,7 @@ from partime_mcmc import mala, rollout, solve
 from partime_mcmc.diagnostics.arviz import ess_bulk
 from partime_mcmc.engine.dynamics import without_captures
 from partime_mcmc.forgetting import advise
-from partime_mcmc.sampling.defaults import default_tolerance
+from partime_mcmc.sampling.plan import default_tolerance
 
 CASES = {
     "eight schools, MALA": (EIGHT_SCHOOLS, *tuned(mala)),

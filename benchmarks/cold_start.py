@@ -56,7 +56,7 @@ def one(name: str, method: str, models: Path | None) -> dict:
         numpyro.set_host_device_count(4)
     from benchmarks.hard_posteriors import CHAINS, STEPS
     from partime_mcmc import CoalescingHMC, ParallelMCMC, Windows, compile_cache
-    from partime_mcmc.sampling.defaults import DEFAULT_WINDOW
+    from partime_mcmc.sampling.memory import DEFAULT_WINDOW
 
     if method == "ours, optimised":
         compile_cache._WORTH_OPTIMISING = 0.0

@@ -64,7 +64,7 @@ from partime_mcmc import (
 from partime_mcmc.distributed import sharded_solve, time_mesh
 from partime_mcmc.distributed.sharded_solve import time_axis
 from partime_mcmc.models import MODELS
-from partime_mcmc.sampling.defaults import default_tolerance
+from partime_mcmc.sampling.plan import default_tolerance
 
 MESHES = (1, 2, 4, 8)
 MOVES = r"(all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter|collective-broadcast)"

@@ -38,7 +38,7 @@ from partime_mcmc import (
     solve,
 )
 from partime_mcmc.engine.dynamics import without_captures
-from partime_mcmc.sampling.defaults import default_tolerance
+from partime_mcmc.sampling.plan import default_tolerance
 
 CASES = {
     "eight schools, HMC 4×0.4": (EIGHT_SCHOOLS, *fixed_hmc(0.4, 4)),

@@ -113,10 +113,9 @@ MODULES: dict[str, Tests] = {
         ("tests/solvers/test_segment_rule.py", "tests/rnn/test_rnn.py"),
         "rule or batch or short_sequences or masked or kinks",
     ),
-    "certify/certificate.py": Tests((_CERTIFY,)),
+    "certify/certificate.py": Tests((_CERTIFY, "tests/certify/test_repeated.py")),
     "certify/independent.py": Tests((_CERTIFY,)),
     "certify/recorded.py": Tests(("tests/certify/test_recorded.py",)),
-    "certify/repeated.py": Tests(("tests/certify/test_repeated.py",)),
     "certify/step_record.py": Tests((_CERTIFY,)),
     "kernels/builders.py": Tests(
         (_KERNELS, _LEAPFROG),

@@ -92,7 +92,7 @@ def measure(name: str, method: str) -> dict:
     from partime_mcmc import Windows, sequential
     from partime_mcmc.diagnostics.arviz import ess_bulk
     from partime_mcmc.numpyro import CoalescingHMC, ParallelMCMC
-    from partime_mcmc.sampling.defaults import DEFAULT_WINDOW
+    from partime_mcmc.sampling.memory import DEFAULT_WINDOW
 
     model, data, names, flat = load(name)
     compilation, key = Compilation(), jax.random.key(1)

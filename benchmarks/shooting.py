@@ -45,7 +45,7 @@ from partime_mcmc import (
 from partime_mcmc.engine.dynamics import without_captures
 from partime_mcmc.forgetting import advise
 from partime_mcmc.models import MODELS
-from partime_mcmc.sampling.defaults import default_tolerance
+from partime_mcmc.sampling.plan import default_tolerance
 from partime_mcmc.sampling.target import Target
 
 SEGMENTS = (8, 16, 32, 64, 128, 256)

@@ -37,10 +37,9 @@ from partime_mcmc.diagnostics.verdict import Outcome
 from partime_mcmc.models import MODELS
 from partime_mcmc.numpyro.loop import nuts_positions
 from partime_mcmc.numpyro.model import called
-from partime_mcmc.sampling.defaults import DEFAULT_WINDOW
-from partime_mcmc.sampling.interrupts import termination_interrupts
-from partime_mcmc.sampling.memory import default_max_bytes
+from partime_mcmc.sampling.memory import DEFAULT_WINDOW, default_max_bytes
 from partime_mcmc.sampling.pilots import coupled_distances, solve_by_pass
+from partime_mcmc.sampling.sample import termination_interrupts
 from partime_mcmc.storage.store import Folder
 from partime_mcmc.types import Key
 from partime_mcmc.validation import check_count

@@ -75,38 +75,31 @@ def overlaps(program: jax.stages.Compiled) -> bool:
     return _LIBRARY_COMPILED.search(program.as_text() or "") is None
 
 
-class _Executions:
-    """The programs that are being executed, and a place to wait until one of them is done."""
-
-    def __init__(self):
-        self._changed, self._running = threading.Condition(), []
-
-    @contextlib.contextmanager
-    def of(self, overlaps: Callable[[], bool]) -> Iterator[None]:
-        """Execute a program inside: beside others only if it or they call no library.
-
-        Args:
-            overlaps: Whether it calls none; nobody asks while it is alone.
-        """
-        with self._changed:
-            self._changed.wait_for(
-                lambda: not self._running or overlaps() or all(other() for other in self._running)
-            )
-            self._running.append(overlaps)
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._running.remove(overlaps)
-                self._changed.notify_all()
+# The programs that are being executed, each as whether it may run beside others, and a place to wait until one of them is done.
+_CHANGED, _RUNNING = threading.Condition(), []
 
 
-_EXECUTIONS = _Executions()
+@contextlib.contextmanager
+def _executing(overlaps: Callable[[], bool]) -> Iterator[None]:
+    """Execute a program inside: beside others only if it or they call no library.
+
+    Args:
+        overlaps: Whether it calls none, a function of its own; nobody asks while it is alone.
+    """
+    with _CHANGED:
+        _CHANGED.wait_for(lambda: not _RUNNING or overlaps() or all(other() for other in _RUNNING))
+        _RUNNING.append(overlaps)
+    try:
+        yield
+    finally:
+        with _CHANGED:
+            _RUNNING.remove(overlaps)
+            _CHANGED.notify_all()
 
 
 def executing(program: jax.stages.Compiled) -> contextlib.AbstractContextManager[None]:
     """Execute a compiled program inside."""
-    return _EXECUTIONS.of(functools.partial(overlaps, program))
+    return _executing(functools.partial(overlaps, program))
 
 
 def run_jitted(program: Any, *args: PyTree, **static: Any) -> PyTree:
@@ -128,6 +121,5 @@ def run_jitted(program: Any, *args: PyTree, **static: Any) -> PyTree:
         or not _calls_library_with(program, leaves, args, static)
     ):
         return program(*args, **static)
-    # A function of its own for every execution, by which it is told from others.
-    with _EXECUTIONS.of(lambda: False):
+    with _executing(lambda: False):
         return jax.block_until_ready(program(*args, **static))

@@ -12,6 +12,7 @@ from typing import Any, Callable, TypeAlias, TypeVar, dataclass_transform
 
 import jax
 import jax.core
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike as ArrayLike
 
@@ -35,6 +36,11 @@ _SETTINGS = (
     "jax_numpy_dtype_promotion",
     "jax_high_dynamic_range_gumbel",
 )
+
+
+def is_key(value: Any) -> bool:
+    """Whether a value is a typed key, or several."""
+    return hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
 
 
 def settings() -> tuple:

@@ -26,7 +26,7 @@ import jax.numpy as jnp  # noqa: E402
 import pytest  # noqa: E402
 
 from partime_mcmc import compile_cache as programs  # noqa: E402
-from partime_mcmc.sampling import defaults  # noqa: E402
+from partime_mcmc.sampling import plan  # noqa: E402
 
 if "xla_backend_optimization_level" in os.environ["XLA_FLAGS"]:
     programs.CPU_OPTIONS.clear()
@@ -142,7 +142,7 @@ def code_forgotten():
 def solved_in_parallel(request, monkeypatch):
     """Short runs are solved in parallel, as long ones are, but in tests marked `short_runs`: those see what users of these see."""
     if request.node.get_closest_marker("short_runs") is None:
-        monkeypatch.setattr(defaults, "_SHORT_LOOP", 0.0)
+        monkeypatch.setattr(plan, "_SHORT_LOOP", 0.0)
 
 
 @pytest.fixture(params=["float32", "float64"])

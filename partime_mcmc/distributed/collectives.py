@@ -2,8 +2,8 @@
 
     check_same_arguments    every host gives 32 bits per argument; if they differ, all of them end
     broadcast_from_host0    the first host's numbers, on all of them
-    allgather_to_hosts      arrays of all devices on every host
-    gather_to_all           the draws of a window on every host: what all of them return
+    broadcast_bytes         the plan of a stored run likewise, and where its chains stand
+    allgather_to_hosts      arrays of all devices on every host, such as the draws of a window, which all hosts return
     gather_to_host0         the same on the first host alone: what a store is written from. Every device sends its shard
                             once, to one of the first host's, which receives one shard at a time: no device and no other
                             host holds the whole
@@ -13,7 +13,7 @@ Left out: a host that never calls `sample` at all is not noticed here; the other
 
 import re
 import zlib
-from typing import Any, Callable
+from typing import Callable
 
 import jax
 import numpy as np
@@ -27,9 +27,6 @@ from partime_mcmc.sampling.arguments import SampleArguments
 from partime_mcmc.storage.saved_run import fingerprint_of, name_of
 from partime_mcmc.types import PyTree, jax_config
 
-# (arrays with leaves (C, n, ...), the mesh, how all of them lie on it, what runs a program) -> the same as NumPy arrays on
-# the hosts that get them, None on the others
-Gather = Callable[[tuple, Mesh, PartitionSpec, Callable[..., PyTree]], Any]
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
@@ -119,6 +116,19 @@ def broadcast_from_host0(tree: PyTree) -> PyTree:
     return multihost_utils.broadcast_one_to_all(tree)
 
 
+def broadcast_bytes(data: bytes) -> bytes:
+    """The first host's bytes, on all hosts; what the others give is not looked at."""
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    mine = np.zeros(size, np.uint8)
+    mine[: min(size, len(data))] = np.frombuffer(data[:size], np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(mine), np.uint8).tobytes()
+
+
+def wait_for_hosts() -> None:
+    """Wait until all hosts are here."""
+    multihost_utils.sync_global_devices("partime_mcmc: stored run")
+
+
 def place(mesh: Mesh, spec: PartitionSpec, tree: PyTree) -> PyTree:
     """Arrays that every host holds in full, each device its own shard."""
 
@@ -142,17 +152,17 @@ def allgather_to_hosts(tree: PyTree) -> PyTree:
     return jax.tree.map(one, tree)
 
 
-def gather_to_all(
-    tree: tuple, mesh: Mesh, spec: PartitionSpec, run: Callable[..., PyTree]
-) -> tuple:
-    """A `Gather`: draws on every host."""
-    return allgather_to_hosts(tree)
-
-
 def gather_to_host0(
     tree: tuple, mesh: Mesh, spec: PartitionSpec, run: Callable[..., PyTree]
 ) -> tuple | None:
-    """A `Gather`: draws on the first host, None on the others."""
+    """Arrays of all devices on the first host, as NumPy arrays; None on the others.
+
+    Args:
+        tree: Leaves `(C, n, ...)`.
+        mesh: The devices.
+        spec: How all leaves lie on it.
+        run: Runs a program.
+    """
     leaves, structure = jax.tree.flatten(tree)
     devices, first = list(mesh.devices.flat), jax.process_index() == 0
     where = [NamedSharding(mesh, spec).devices_indices_map(leaf.shape) for leaf in leaves]

@@ -28,9 +28,9 @@ from partime_mcmc.certify.independent import certify_with_records
 from partime_mcmc.certify.step_record import info_dict
 from partime_mcmc.compile_cache import Timings, run_program
 from partime_mcmc.distributed.collectives import (
-    Gather,
     allgather_to_hosts,
     broadcast_from_host0,
+    gather_to_host0,
     place,
 )
 from partime_mcmc.distributed.mesh import OnDevices, solution_specs
@@ -39,7 +39,6 @@ from partime_mcmc.engine import (
     LocalTime,
     NoDerivatives,
     Schedule,
-    Status,
     TimeAxis,
     Windows,
     sequential,
@@ -224,13 +223,13 @@ class MeshExecutor:
         plan: The plan; its chains are certified independently.
         progress: Shown meanwhile.
         mesh: With the axes `chains` and `time`.
-        gather: Which hosts get the draws.
+        everywhere: Whether all hosts get the draws, or the first one alone.
     """
 
     plan: Plan
     progress: Progress
     mesh: Mesh
-    gather: Gather
+    everywhere: bool
 
     def chunks(self, state: ChainState) -> Iterator[Chunk]:
         """As `LocalExecutor.chunks`.
@@ -313,8 +312,12 @@ class MeshExecutor:
             *certified, still, positions, after, same = certify(states, tape)
             if not allgather_to_hosts(same).all():
                 *certified, _, _, _, _ = certify(still, tape)
-            collect = functools.partial(run, what="certify")
-            gathered = self.gather((*certified, positions), mesh, along, collect)
+            gathered = (*certified, positions)
+            if self.everywhere:
+                gathered = allgather_to_hosts(gathered)
+            else:
+                collect = functools.partial(run, what="certify")
+                gathered = gather_to_host0(gathered, mesh, along, collect)
             if gathered is not None:
                 *others, positions = gathered
                 gathered = (*others, without_nonfinite(positions, num_finite))
@@ -341,25 +344,18 @@ class MeshExecutor:
         given, specs = (SAME, SAME, SAME, CHAINS, along), solution_specs(along, CHAINS)
         window = OnDevices(_solve_window, mesh, given, specs, program, axis, max_iterations)
         found = run(window, solver, self.plan.tolerance, params, carries, tape)
-        finished = [found.states, None]
         seen = allgather_to_hosts(dataclasses.replace(found, states=()))
 
-        def finish(_, num_exact):
+        def finish(num_exact):
             given, fixed = (SAME, CHAINS, along, along, CHAINS), (program, axis, layout.steps)
             rolling = OnDevices(_finish_chains, mesh, given, (along, CHAINS), *fixed)
             num_exact = place(mesh, CHAINS, num_exact)
-            finished[:] = run(rolling, params, carries, tape, found.states, num_exact)
-            return (), allgather_to_hosts(finished[1])
+            states, num_finite = run(rolling, params, carries, tape, found.states, num_exact)
+            return dataclasses.replace(seen, states=states), allgather_to_hosts(num_finite)
 
-        recorder.record(seen, done, done + layout.length, rolled, finish)
-        states, num_finite = finished
-        if num_finite is None:
-            num_finite = np.where(seen.status == Status.NONFINITE, seen.num_exact, layout.length)
-        return (
-            states,
-            allgather_to_hosts(num_finite),
-            seen.stats.evaluations_by_part * layout.length,
-        )
+        solved = dataclasses.replace(seen, states=found.states)
+        kept, num_finite = recorder.record(solved, done, done + layout.length, rolled, finish)
+        return kept.states, num_finite, seen.stats.evaluations_by_part * layout.length
 
 
 def layouts(

@@ -5,7 +5,7 @@
 
 The arguments are those of `solve`, the result is that of `solve` to rounding, and every solver runs as it is:
 `ShardedTime` answers its questions. Chains go along a mesh axis of their own: `sharded_chains`. Further mesh axes are
-free, for the data of a log density that no single device could hold (`params_spec`, and `summed` in `distributed.data`).
+free, for the data of a log density that no single device could hold (`params_spec`, and `summed` in `distributed.mesh`).
 
 A length that devices cannot share evenly is filled up with steps that stand still: x_t = x_{t-1}, exact on sight, cut
 off from what is returned. Derivatives go by the implicit function theorem around the whole path (`TimeOnMesh`), not

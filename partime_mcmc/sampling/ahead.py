@@ -59,7 +59,7 @@ def compiling_first_chunk(asked: SampleArguments, builder: Builder, chunk: int) 
         # What fails here fails again where it is wanted.
         with contextlib.suppress(Exception):
             state = begin(kernel, positions, asked.chain_keys, Timings())
-            compile_first_chunk(plan_for(asked, chunk, kernel, None, state), positions, state)
+            compile_first_chunk(plan_for(asked, chunk, kernel, None, state), state)
 
     blas_libraries()  # now, while no thread is in the way
     in_thread(compile_chunk)

@@ -6,7 +6,6 @@ import os
 from typing import Any, Callable, ContextManager
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -19,7 +18,7 @@ from partime_mcmc.sampling.chunk import ChainState
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.solvers import Solver
 from partime_mcmc.storage.store import Store
-from partime_mcmc.types import Key, PyTree, jax_config
+from partime_mcmc.types import Key, PyTree, is_key, jax_config
 from partime_mcmc.validation import check_count, check_has, describe
 from partime_mcmc.warmup.warmup import Adaptation, Warmup
 
@@ -112,33 +111,22 @@ def check_strategies(
             f"kernel: got {describe(kernel)}, wanted a Kernel (from_blackjax(...)), a builder such as hmc, or the "
             "warm-up of another run"
         )
-    if solver is not None:
-        check_has(
-            solver,
-            "solver",
-            ("init", "step", "map_size"),
-            "a recipe such as shooting() or quasi_deer(), or None",
-        )
-    if schedule is not None:
-        check_has(
-            schedule,
-            "schedule",
-            ("window", "advance"),
-            "AllAtOnce(), Windows(size), SlidingWindow(size), or None",
-        )
+    recipes = "a recipe such as shooting() or quasi_deer(), or None"
+    schedules = "AllAtOnce(), Windows(size), SlidingWindow(size), or None"
+    adaptations = "PooledAdaptation(...), WindowAdaptation(...), or None"
+    for name, value, methods, wanted in (
+        ("solver", solver, ("init", "step", "map_size"), recipes),
+        ("schedule", schedule, ("window", "advance"), schedules),
+        ("adaptation", adaptation, ("__call__",), adaptations),
+    ):
+        if value is not None:
+            check_has(value, name, methods, wanted)
     if tolerance is not None and not isinstance(tolerance, Tolerance):
         raise TypeError(
             f"tolerance: got {describe(tolerance)}, wanted Tolerance(relative, absolute) or None"
         )
     if tolerance is not None:
         tolerance.check_values()
-    if adaptation is not None:
-        check_has(
-            adaptation,
-            "adaptation",
-            ("__call__",),
-            "PooledAdaptation(...), WindowAdaptation(...), or None",
-        )
     if max_iterations is not None:
         check_count(max_iterations, "max_iterations", 1)
     check_has(
@@ -164,11 +152,6 @@ def on_device(device: Any) -> ContextManager:
     """Where the body runs on this device; unchanged for None, and for the device on which it runs anyway."""
     default = jax_config.jax_default_device or jax.local_devices()[0]
     return contextlib.nullcontext() if device in (None, default) else jax.default_device(device)
-
-
-def is_key(leaf: Any) -> bool:
-    """Whether a value is a typed PRNG key, or several."""
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def key_words(key: Key) -> list[int]:

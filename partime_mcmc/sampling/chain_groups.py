@@ -19,14 +19,13 @@ import math
 from typing import Any, Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from partime_mcmc.compile_cache import Timings, compile_in_thread, compiled, is_abstract, num_cores
 from partime_mcmc.engine import Dynamics
 from partime_mcmc.executions import calls_library, executing, overlaps
 from partime_mcmc.tracing import explicit
-from partime_mcmc.types import PyTree, nan_is_a_value
+from partime_mcmc.types import PyTree, is_key, nan_is_a_value
 
 _MOST_PER_CORE = 8
 
@@ -53,7 +52,7 @@ def num_groups(num_chains: int, dynamics: Dynamics) -> int:
 
 
 def split_chains(tree: PyTree, count: int) -> list[PyTree]:
-    """Leaves `(C, ...)` as `count` trees of leaves `(C / count, ...)`."""
+    """Leaves `(C, ...)`, arrays or shapes, as `count` trees of leaves `(C / count, ...)`."""
     if count == 1:
         return [tree]
 
@@ -68,19 +67,16 @@ def split_chains(tree: PyTree, count: int) -> list[PyTree]:
 
 def concat_chains(groups: list[PyTree]) -> PyTree:
     """What `split_chains` has split, or what came of the groups: their leaves one after another along the first axis."""
-    return (
-        groups[0]
-        if len(groups) == 1
-        else jax.tree.map(
-            lambda *leaves: _on_host(lambda *some: np.concatenate(some), *leaves), *groups
-        )
-    )
+    if len(groups) == 1:
+        return groups[0]
+    join = lambda *arrays: np.concatenate(arrays)
+    return jax.tree.map(lambda *leaves: _on_host(join, *leaves), *groups)
 
 
 def _on_host(function: Callable, *arrays: jax.Array) -> jax.Array:
     """A function of NumPy arrays, applied to arrays of a processor, keys included: groups are made on no other device, and
     every shape would be a program of its own."""
-    if not jnp.issubdtype(arrays[0].dtype, jax.dtypes.prng_key):
+    if not is_key(arrays[0]):
         return jax.device_put(function(*map(np.asarray, arrays)))
     words = [np.asarray(jax.random.key_data(one)) for one in arrays]
     return jax.random.wrap_key_data(function(*words), impl=jax.random.key_impl(arrays[0]))
@@ -89,38 +85,40 @@ def _on_host(function: Callable, *arrays: jax.Array) -> jax.Array:
 def run_groups(
     function: Callable,
     shared: tuple,
-    groups: list[tuple],
+    chains: tuple,
+    count: int,
     *,
     timings: Timings,
     what: str = "run",
     options: dict[str, Any] | None = None,
-) -> list[PyTree]:
-    """`function(*shared, *group)` for every group, side by side.
+) -> PyTree:
+    """`function(*shared, *chains)` of all chains, cut into groups that run side by side.
 
     Args:
         function: As for `run_program`.
         shared: What all groups get.
-        groups: The other arguments, of one structure, shapes and types.
+        chains: The other arguments, leaves `(C, ...)`.
+        count: How many groups.
         timings: Where seconds are counted.
         what: Under what execution is booked.
         options: As for `compiled`.
 
     Returns:
-        The results, ready, in order. An error in one group is raised once all that have begun have ended. Groups of shapes
-        (`jax.ShapeDtypeStruct`) are compiled for only, in a thread, and shapes are returned.
+        The result, ready, leaves `(C, ...)`. An error in one group is raised once all that have begun have ended. Of shapes
+        (`jax.ShapeDtypeStruct`) the program is compiled only, in a thread, and shapes are returned.
     """
     # Threads do not inherit settings such as the width of numbers, so nothing may be left for them to convert.
-    shared, groups = jax.tree.map(
-        lambda leaf: (
-            leaf
-            if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
-            else jax.device_put(np.asarray(leaf))
-        ),
-        (shared, groups),
+    shared = jax.tree.map(
+        lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(np.asarray(leaf)),
+        shared,
     )
-    if is_abstract(groups):
-        shapes = compile_in_thread(function, *shared, *groups[0], options=options)
-        return [shapes] * len(groups)
+    groups = split_chains(chains, count)
+    if is_abstract(chains):
+        found = compile_in_thread(function, *shared, *groups[0], options=options)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0] * count, *leaf.shape[1:]), leaf.dtype),
+            found,
+        )
     program = compiled(function, *shared, *groups[0], timings=timings, options=options)
 
     @nan_is_a_value()
@@ -129,33 +127,17 @@ def run_groups(
             return jax.block_until_ready(program(*shared, *group))
 
     with timings.measure(what):
-        if len(groups) == 1 or not overlaps(program):
-            return [run(group) for group in groups]
-        with concurrent.futures.ThreadPoolExecutor(min(len(groups), num_cores())) as threads:
-            try:
-                return [
-                    future.result() for future in [threads.submit(run, group) for group in groups]
-                ]
-            except BaseException:
-                threads.shutdown(cancel_futures=True)
-                raise
+        if count == 1 or not overlaps(program):
+            return concat_chains([run(group) for group in groups])
+        with concurrent.futures.ThreadPoolExecutor(min(count, num_cores())) as threads:
+            return concat_chains(list(threads.map(run, groups)))
 
 
 def run_explicit_groups(
-    function: Callable,
-    params: PyTree,
-    groups: list[tuple],
-    *,
-    timings: Timings,
-    what: str = "run",
-    options: dict[str, Any] | None = None,
-) -> list[PyTree]:
-    """`function(params, *group)` as `run_groups`, for functions that capture arrays: these become arguments.
-
-    For groups of shapes (`jax.ShapeDtypeStruct`) these are traced only, and shapes are returned.
-    """
+    function: Callable, params: PyTree, chains: tuple, count: int, *, timings: Timings, **options
+) -> PyTree:
+    """`function(params, *chains)` as `run_groups`, for functions that capture arrays: these become arguments."""
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), chains)
     with timings.measure("compile"):
-        function, params = explicit(function, params, *groups[0])
-    if is_abstract(groups):
-        return [function.result] * len(groups)
-    return run_groups(function, (params,), groups, timings=timings, what=what, options=options)
+        function, params = explicit(function, params, *split_chains(shapes, count)[0])
+    return run_groups(function, (params,), chains, count, timings=timings, **options)

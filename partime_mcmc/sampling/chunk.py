@@ -7,11 +7,12 @@ never stopped: step t of a chain always has the random numbers of its number t (
 
 Of two chunks a and b, b after a: counts add up, bounds take the worse one, verdicts hold if both do. Only a run of
 rejections that crosses the border between them is counted on either side and not as one, and of close decisions those
-count that are known: a chunk without rejections does not tell. Of shards that devices have certified more is known, and
-runs of rejections are counted through their borders. Everything here is on the host.
+count that are known: a chunk without rejections does not tell. Of shards that devices have certified runs of rejections are
+counted through their borders. Everything here is on the host.
 """
 
 import dataclasses
+import functools
 from typing import Mapping, Sequence
 
 import jax
@@ -261,37 +262,19 @@ def merge_shard_certificates(steps: dict, shards: dict, num_samples: int) -> Cer
             the runs without movement with which each shard begins and ends.
         num_samples: T.
     """
-    residual = shards["max_residual"]
-    ranked, dtype = np.where(np.isnan(residual), np.inf, residual), residual.dtype
-    # The shard with the first of the largest, and how many steps there are before it.
-    where = np.arange(len(ranked)), ranked.argmax(axis=1)
-    before = np.cumsum(shards["num_steps"], axis=1) - shards["num_steps"]
-
-    def total(name):
-        known = np.maximum(shards[name], 0).sum(axis=1)
-        return np.where((shards[name] < 0).all(axis=1), -1, known)
-
-    def smallest(name):
-        known = np.where(np.isnan(shards[name]), np.inf, shards[name]).min(axis=1)
-        return np.where(np.isnan(shards[name]).all(axis=1), np.nan, known).astype(dtype)
-
+    num_chains, num_shards = shards["certified"].shape
+    nothing = {name: np.zeros((num_chains, 0), value.dtype) for name, value in steps.items()}
+    parts = [
+        Certificate(
+            **{name: value[:, shard] for name, value in shards.items() if name != "runs"}, **nothing
+        )
+        for shard in range(num_shards)
+    ]
     longest = _longest_rejection(shards)
-    return Certificate(
-        certified=shards["certified"].all(axis=1),
-        max_residual=residual[where],
-        worst_step=(before + shards["worst_step"])[where],
-        tolerance=shards["tolerance"][:, 0],
-        num_steps=np.full(len(ranked), num_samples),
-        finite=shards["finite"].all(axis=1),
-        frozen=(longest == num_samples) & (num_samples >= FEWEST_TO_FREEZE),
-        num_rejected=total("num_rejected"),
+    return dataclasses.replace(
+        functools.reduce(merge_certificates, parts),
         longest_rejection=longest,
-        num_nonfinite_proposals=shards["num_nonfinite_proposals"].sum(axis=1),
-        num_ambiguous=total("num_ambiguous"),
-        min_margin=smallest("min_margin"),
-        min_lattice_margin=smallest("min_lattice_margin"),
-        discrete_consistent=shards["discrete_consistent"].all(axis=1),
-        independent=shards["independent"].all(axis=1),
+        frozen=(longest == num_samples) & (num_samples >= FEWEST_TO_FREEZE),
         **steps,
     )
 

@@ -79,8 +79,8 @@ class RunRecorder:
         start: int,
         stop: int,
         rolled: bool,
-        finish: Callable[[PyTree, jax.Array], tuple[PyTree, jax.Array]],
-    ) -> PyTree:
+        finish: Callable[[jax.Array], tuple[Solution, jax.Array]],
+    ) -> tuple[Solution, np.ndarray]:
         """Record one window; chains that did not converge go on sequentially from where they are exact.
 
         Args:
@@ -88,10 +88,10 @@ class RunRecorder:
             start: Where it starts, counted from the first step of this recorder.
             stop: Where it ends.
             rolled: Whether it was sequential from the outset.
-            finish: `(states, num_exact (C,)) -> (states, steps that are then finite (C,))`.
+            finish: `(num_exact (C,)) -> (the window finished, steps that are then finite (C,))`.
 
         Returns:
-            Its carries, leaves `(C, stop - start, ...)`.
+            The window, finished where need be, and how many steps of each chain are finite, `(C,)`.
         """
         steps, verdicts = stop - start, [Status(int(code)) for code in np.asarray(found.status)]
         if not self.num_steps:
@@ -103,12 +103,12 @@ class RunRecorder:
         self.depth += np.asarray(found.stats.depth)
         bad = np.array([verdict != Status.CONVERGED for verdict in verdicts])
         self._memories.append(None if rolled or bad.any() else self._memory(found, steps))
-        states, num_finite = found.states, found.num_exact
+        num_finite = found.num_exact
         if rolled:
             self.num_sequential += steps
         else:
             if bad.any():
-                verdicts, states, num_finite = self._fall_back(
+                found, verdicts, num_finite = self._fall_back(
                     found, verdicts, bad, start, stop, finish
                 )
             self.num_failed_windows = self.num_failed_windows + 1 if bad.all() else 0
@@ -124,9 +124,7 @@ class RunRecorder:
         residual = np.where(bad, 0, np.asarray(found.residual))
         self.max_residual = float(np.nanmax(residual, initial=self.max_residual))
         lost = np.array([verdict == Status.NONFINITE for verdict in verdicts])
-        if lost.any():
-            states = without_nonfinite(states, np.where(lost, np.asarray(num_finite), steps))
-        return states
+        return found, np.where(lost, np.asarray(num_finite), steps)
 
     def _memory(self, found: Solution, steps: int) -> int | None:
         """Steps that segments of a solved window took to meet the chain: they were rolled once, then until they met."""
@@ -152,11 +150,11 @@ class RunRecorder:
         self.num_sequential += steps - exact
         self.evaluations += steps - exact
         self.depth += steps - exact
-        states, finite = finish(found.states, jnp.asarray(exact, jnp.int32))
+        found, finite = finish(jnp.asarray(exact, jnp.int32))
         finite = np.asarray(finite)
         for chain in np.flatnonzero(bad):
             verdicts[chain] = Status.CONVERGED if finite[chain] == steps else Status.NONFINITE
-        return verdicts, states, finite
+        return found, verdicts, finite
 
     def interrupt(self, done: int) -> None:
         """Mark every converged chain as INTERRUPTED after `done` steps.

@@ -96,7 +96,7 @@ class Convergence:
     @functools.cached_property
     def total_variation(self) -> np.ndarray:
         """The estimated bound on TV(π_t, π) for t = 0, 1, ..., until all pairs have met; infinite if some did not."""
-        return self._mean(self._lags_to_go())
+        return self._lags_to_go().mean(axis=0)
 
     @functools.cached_property
     def total_variation_error(self) -> np.ndarray:
@@ -118,7 +118,7 @@ class Convergence:
     @functools.cached_property
     def wasserstein(self) -> np.ndarray:
         """The estimated bound on the Wasserstein distance of π_t and π, in standard deviations; infinite likewise."""
-        return self._mean(self._summed_gaps())
+        return self._summed_gaps().mean(axis=0)
 
     @functools.cached_property
     def wasserstein_error(self) -> np.ndarray:
@@ -192,9 +192,6 @@ class Convergence:
         for time in range(num_times - 1, -1, -1):
             sums[:, time] += sums[:, time + self.lag]
         return np.where(self.met[:, None], sums[:, :num_times], np.inf)
-
-    def _mean(self, values: np.ndarray) -> np.ndarray:
-        return values.mean(axis=0)
 
     def _error(self, values: np.ndarray) -> np.ndarray:
         if self.num_unmet:
@@ -502,18 +499,10 @@ def _gap(scale: Array, positions: PyTree) -> Array:
 
 def _spread_of(kernel: Kernel, states: tuple[PyTree, PyTree]) -> np.ndarray:
     """Standard deviations of the coordinates of positions over chains `(K, 1, ...)`; 1 where they do not differ."""
-    program, params = program_and_params(kernel)
-    flat = np.asarray(run_explicit(_Flat(program), params, states[0], timings=Timings()))
-    scale = flat[:, 0].std(axis=0)
+    flat = jax.jit(jax.vmap(lambda carry: ravel_pytree(kernel.position(carry))[0]))
+    first = jax.tree.map(lambda leaf: leaf[:, 0], states[0])
+    scale = np.asarray(flat(first)).std(axis=0)
     return np.where(np.isfinite(scale) & (scale > 0), scale, 1.0).astype(jnp.result_type(float))
-
-
-class _Flat(HashableFunction):
-    """Flat positions of carries `(K, S, ...)`; the part is the kernel's program."""
-
-    def __call__(self, params, carries):
-        kernel = self.parts[0].kernel(params)
-        return jax.vmap(jax.vmap(lambda carry: ravel_pytree(kernel.position(carry))[0]))(carries)
 
 
 class _Move(HashableFunction):

@@ -1,39 +1,33 @@
 """Chunks on the default device: one compiled solve for all chains, window after window, then the certificate.
 
-    draw      the random numbers of the chunk, per group of chains (`chain_groups`)
+    draw      the random numbers of the chunk
     solve     window w of every chain is the recurrence x_t = f(x_{t-1}, u_t) for its part of the tape, from where the
               chain ended before; a chain whose solve does not converge is finished sequentially (`executor.RunRecorder`)
     certify   where every step was computed by rolling, from what it recorded; elsewhere the kernel is evaluated once
               more along the whole path. A solver is accurate to its tolerance only, so rejected steps are then set to
               the state before them: what is returned is what was certified.
 
-Groups are solved side by side and recorded together; a bad chain never changes how others are run, bit for bit. An
-interrupt keeps the windows that are done.
+Groups of chains run side by side (`chain_groups`); a bad chain never changes how others are run, bit for bit. An interrupt
+keeps the windows that are done.
 """
 
 import dataclasses
 import functools
-from typing import Any, Callable, Iterator
+from typing import Callable, Iterator, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from partime_mcmc.certify.certificate import Certificate
 from partime_mcmc.certify.independent import certify_held
 from partime_mcmc.certify.recorded import certify_recorded
 from partime_mcmc.certify.step_record import info_dict
-from partime_mcmc.compile_cache import Timings, compile_in_thread, device
-from partime_mcmc.engine import AllAtOnce, Dynamics, Schedule, Solution, Status, Windows, sequential
+from partime_mcmc.compile_cache import Timings, device
+from partime_mcmc.engine import AllAtOnce, Solution, Windows, sequential
 from partime_mcmc.engine.solve import solve
 from partime_mcmc.kernels import Tape
 from partime_mcmc.kernels.kernel_program import program_and_params
-from partime_mcmc.sampling.chain_groups import (
-    concat_chains,
-    run_explicit_groups,
-    run_groups,
-    split_chains,
-)
+from partime_mcmc.sampling.chain_groups import run_explicit_groups, run_groups
 from partime_mcmc.sampling.chunk import ChainState, Chunk
 from partime_mcmc.sampling.executor import (
     MAX_HALVINGS,
@@ -41,35 +35,28 @@ from partime_mcmc.sampling.executor import (
     RunRecorder,
     finite_steps,
     iterate_chunks,
+    without_nonfinite,
 )
 from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.sampling.progress import Progress
-from partime_mcmc.sampling.randomness import compile_begin, draw_tapes, shapes_of_tapes
-from partime_mcmc.solvers import Sequential, Solver
+from partime_mcmc.sampling.randomness import draw_tapes
+from partime_mcmc.solvers import Sequential
 from partime_mcmc.solvers.sequential import finish_sequentially
-from partime_mcmc.tracing import HashableFunction, explicit
+from partime_mcmc.tracing import HashableFunction
 from partime_mcmc.types import PyTree
 
 
-@dataclasses.dataclass
-class SolvedChains:
-    """Solved chains, lists of one entry per group of G chains, C in all.
+class SolvedChains(NamedTuple):
+    """Solved chains.
 
     Attributes:
-        initial: Where they started, leaves `(G, ...)`.
-        states: Their paths, leaves `(G, n, ...)`.
-        tape: Their random numbers, leaves `(G, n, ...)`.
+        paths: Where they started, leaves `(C, ...)`, their paths `(C, n, ...)` and random numbers `(C, n, ...)`; and, where all
+            steps were computed by rolling, what these recorded `(C, n, R)` and how far each is from the recurrence `(C, n, D)`.
         discrete: The discrete leaves after the last step, `(C, ...)`.
-        notes: What steps recorded, `(G, n, R)`; None where nothing was recorded, or not by all steps.
-        defects: How far each step is from the recurrence, `(G, n, D)`; None as `notes`.
     """
 
-    initial: list[PyTree]
-    states: list[PyTree]
-    tape: list[Tape]
+    paths: tuple
     discrete: dict
-    notes: list[jax.Array] | None
-    defects: list[jax.Array] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,36 +110,51 @@ def solve_windows(
         timings: Where seconds are counted.
         advance: Called with the steps done, and what to show, after each window.
     """
-    initial, tape, discrete = map(list, zip(*_draw(plan, state, num_steps, timings)))
-    solve_window, size = _window_solver(plan, state.max_window or max(num_steps, 1), timings)
-    roll_window = _solve_groups(sequential(), AllAtOnce(), plan.tolerance, None, timings)
-    current, windows, discrete = initial, [], concat_chains(discrete)
+    initial, tape, discrete = _draw(plan, state, num_steps, timings)
+    size = _window_size(plan, state.max_window or max(num_steps, 1))
+    current, windows = initial, []
+    # What is left where the plan's solver gives up.
+    loop = dataclasses.replace(
+        plan, solver=sequential(), schedule=AllAtOnce(), max_iterations=None, compiler_options=None
+    )
     try:
         for start in range(0, num_steps, size):
             stop = min(start + size, num_steps)
             part = tape if size >= num_steps else _steps(tape, start, stop)
-            chosen = roll_window if recorder.gives_up else solve_window
-            found = chosen(plan.recurrence, current, part)
-            finish = _Finish(plan.recurrence, current, part, found, timings)
-            states = _recorded(recorder, found, start, stop, chosen is roll_window, finish)
+            rolled = recorder.gives_up
+            found = _solve_window(loop if rolled else plan, current, part, timings)
+            finish = functools.partial(_finished, plan, current, part, found, timings)
+            found, num_finite = recorder.record(found, start, stop, rolled, finish)
+            states, notes = found.states, (found.notes, found.defects)
+            if (num_finite < stop - start).any():
+                states, notes = without_nonfinite(states, num_finite), (None, None)
             # At once, so that an interrupt finds a window with its notes or not at all.
-            windows.append((states, None if Status.NONFINITE in recorder.status else finish.notes))
+            windows.append((states, *notes))
             if stop < num_steps:
-                current = jax.tree.map(lambda leaf: leaf[:, -1], states)
+                current = _steps(states, -1)
             advance(stop - start, **recorder.progress())
     except KeyboardInterrupt:
         if not windows:
             raise
-        done = sum(jax.tree.leaves(states)[0].shape[1] for states, _ in windows)
+        done = sum(jax.tree.leaves(states)[0].shape[1] for states, *_ in windows)
         if done < num_steps:
-            discrete = concat_chains([_steps(one.discrete, done) for one in tape])
-            tape = _steps(tape, 0, done)
+            tape, discrete = _steps(tape, 0, done), _steps(tape.discrete, done)
         recorder.interrupt(done)
-    paths = _concat_windows(initial, [states for states, _ in windows])
-    return SolvedChains(initial, paths, tape, discrete, *_all_notes([kept for _, kept in windows]))
+    if not windows:
+        empty = lambda leaf: jnp.zeros((leaf.shape[0], 0, *leaf.shape[1:]), leaf.dtype)
+        return SolvedChains((initial, jax.tree.map(empty, initial), tape), discrete)
+    if any(notes is None for _, notes, _ in windows):
+        windows = [(states,) for states, *_ in windows]
+    states, *recorded = windows[0]
+    if len(windows) > 1:
+        join = lambda *leaves: jnp.concatenate(leaves, axis=1)
+        states, *recorded = jax.tree.map(join, *windows)
+    return SolvedChains((initial, states, tape, *recorded), discrete)
 
 
-def _draw(plan: Plan, state: ChainState, num_steps: int, timings: Timings) -> list[tuple]:
+def _draw(
+    plan: Plan, state: ChainState, num_steps: int, timings: Timings
+) -> tuple[PyTree, Tape, dict]:
     """`draw_tapes` of a plan; for shapes, compiled in a thread."""
     return draw_tapes(
         plan.kernel,
@@ -165,50 +167,51 @@ def _draw(plan: Plan, state: ChainState, num_steps: int, timings: Timings) -> li
     )
 
 
-def _window_solver(plan: Plan, size: int, timings: Timings) -> tuple[Callable, int]:
-    """What solves a window, as `_solve_groups` has it, and the steps of one, at most `size`."""
-    inside = plan.schedule
-    if isinstance(inside, Windows):
-        # A sequential run gains nothing from windows, and neither does an empty one.
-        size = size if isinstance(plan.solver, Sequential) else min(size, inside.size)
-        inside = AllAtOnce()
-    solve = _solve_groups(
-        plan.solver, inside, plan.tolerance, plan.max_iterations, timings, plan.compiler_options
+def _window_size(plan: Plan, size: int) -> int:
+    """Steps of a window, at most `size`: a sequential run gains nothing from windows, and neither does an empty one."""
+    if isinstance(plan.schedule, Windows) and not isinstance(plan.solver, Sequential):
+        return min(size, plan.schedule.size)
+    return size
+
+
+def _solve_window(plan: Plan, initial: PyTree, tape: Tape, timings: Timings) -> Solution:
+    """One window of all chains; for shapes, compiled in a thread."""
+    # Windows are cut by the caller.
+    schedule = AllAtOnce() if isinstance(plan.schedule, Windows) else plan.schedule
+    strategies = plan.solver, schedule
+    opaque = [one if jax.tree.structure(one) == _LEAF else None for one in strategies]
+    given = [None if jax.tree.structure(one) == _LEAF else one for one in strategies]
+    return run_groups(
+        _Solve(plan.max_iterations, *opaque),
+        (*given, plan.tolerance, plan.recurrence),
+        (initial, tape),
+        plan.num_groups,
+        timings=timings,
+        options=plan.compiler_options,
     )
-    return solve, size
 
 
-def compile_first_chunk(plan: Plan, positions: PyTree, state: ChainState) -> None:
-    """Compile the large programs of a plan's first chunk, which begin, draw, solve and certify a window.
+_LEAF = jax.tree.structure(0)
+
+
+def compile_first_chunk(plan: Plan, state: ChainState) -> None:
+    """Compile the large programs of a plan's first chunk, which draw, solve and certify a window.
 
     Args:
         plan: The plan; its kernel may have other numbers than the kernel that will be used.
-        positions: Shapes and types of one start per chain (`jax.ShapeDtypeStruct`), so that nothing runs.
-        state: Likewise of where chains stand.
+        state: Shapes and types of where chains stand (`jax.ShapeDtypeStruct`), so that nothing runs.
     """
     timings, num_steps = Timings(), min(plan.chunk, plan.num_samples)
-    initial, tape, _ = map(
-        list,
-        zip(*shapes_of_tapes(plan.kernel, plan.keys, state, num_steps, plan.num_groups)),
-    )
-    solve_window, size = _window_solver(plan, num_steps, timings)
-    # First, since it takes longest; then what is wanted before it.
-    found = solve_window(plan.recurrence, initial, _resized(tape, min(size, num_steps)))
-    compile_begin(plan.kernel, positions, plan.keys)
-    _draw(plan, state, num_steps, timings)
-    kept = [(one.states, one.notes, one.defects) for one in found if one.notes is not None]
-    if kept:
-        paths = [
-            (first, states, drives, *notes)
-            for first, drives, (states, *notes) in zip(initial, tape, _resized(kept, num_steps))
-        ]
-        program, params = program_and_params(plan.kernel)
-        certify, params = explicit(_Certify(program), params, *paths[0])
-        compile_in_thread(certify, params, *paths[0], options=plan.pass_options)
+    initial, tape, _ = _draw(plan, state, num_steps, timings)
+    size = min(_window_size(plan, num_steps), num_steps)
+    found = _solve_window(plan, initial, _resized(tape, size), timings)
+    if found.notes is not None:
+        states, *recorded = _resized((found.states, found.notes, found.defects), num_steps)
+        _certify(plan, (initial, states, tape, *recorded), timings)
 
 
 def _resized(tree: PyTree, num_steps: int) -> PyTree:
-    """Shapes `(G, n, ...)` with so many steps."""
+    """Shapes `(C, n, ...)` with so many steps."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0], num_steps, *leaf.shape[2:]), leaf.dtype),
         tree,
@@ -216,63 +219,24 @@ def _resized(tree: PyTree, num_steps: int) -> PyTree:
 
 
 def _steps(tree: PyTree, start: int, stop: int | None = None) -> PyTree:
-    """Steps from `start` to `stop`, or the one step `start`, of leaves `(G, n, ...)`."""
+    """Steps from `start` to `stop`, or the one step `start`, of leaves `(C, n, ...)`."""
     return jax.tree.map(lambda leaf: leaf[:, start if stop is None else slice(start, stop)], tree)
 
 
-def _recorded(
-    recorder: RunRecorder,
-    found: list[Solution],
-    start: int,
-    stop: int,
-    rolled: bool,
-    finish: Callable,
-) -> list[PyTree]:
-    """Record a window of all groups; their carries. Paths are joined only where some chain did not converge."""
-    without = [dataclasses.replace(one, states=None, notes=None, defects=None) for one in found]
-    whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *without)
-    if (whole.status == Status.CONVERGED).all():
-        recorder.record(whole, start, stop, rolled, finish)
-        return [one.states for one in found]
-    whole = dataclasses.replace(whole, states=concat_chains([one.states for one in found]))
-    return split_chains(recorder.record(whole, start, stop, rolled, finish), len(found))
-
-
-class _Finish:
-    """Finishes chains of a window sequentially, group by group.
-
-    Args:
-        dynamics: The recurrence.
-        current: Where the window begins, by group.
-        part: Its tape.
-        found: As it was solved.
-        timings: Where seconds are counted.
-
-    Attributes:
-        notes: Notes and defects of every step, by group: those of the solved window, or of the finished one.
-    """
-
-    def __init__(
-        self,
-        dynamics: Dynamics,
-        current: list[PyTree],
-        part: list[Tape],
-        found: list[Solution],
-        timings: Timings,
-    ):
-        self._dynamics, self._current, self._part, self._timings = dynamics, current, part, timings
-        self.notes = [(one.notes, one.defects) for one in found]
-
-    def __call__(self, states: PyTree, num_exact: jax.Array) -> tuple[PyTree, jax.Array]:
-        """The paths of all chains, and how many of their steps are finite, `(C,)`."""
-        count = len(self._part)
-        split = split_chains(states, count), split_chains(num_exact, count)
-        groups = [
-            (*group, *notes) for *group, notes in zip(self._current, self._part, *split, self.notes)
-        ]
-        finished = run_groups(_finish, (self._dynamics,), groups, timings=self._timings)
-        self.notes = [(notes, defects) for _, _, notes, defects in finished]
-        return concat_chains([(states, finite) for states, finite, _, _ in finished])
+def _finished(
+    plan: Plan,
+    current: PyTree,
+    part: Tape,
+    found: Solution,
+    timings: Timings,
+    num_exact: jax.Array,
+) -> tuple[Solution, jax.Array]:
+    """A window whose chains go on sequentially after their exact steps, and how many of its steps are then finite, `(C,)`."""
+    chains = (current, part, found.states, num_exact, found.notes, found.defects)
+    states, finite, notes, defects = run_groups(
+        _finish, (plan.recurrence,), chains, plan.num_groups, timings=timings
+    )
+    return dataclasses.replace(found, states=states, notes=notes, defects=defects), finite
 
 
 def _finish(dynamics, initial, tape, states, num_exact, notes, defects):
@@ -283,33 +247,6 @@ def _finish(dynamics, initial, tape, states, num_exact, notes, defects):
         defects = jnp.where(exact[:, :, None], defects, 0)
     finite = jnp.cumprod(finite_steps(states), axis=1).sum(axis=1)
     return states, finite, notes, defects
-
-
-def _all_notes(kept: list[list[tuple] | None]) -> tuple[list | None, list | None]:
-    """Notes and defects of all windows, by group, if all of them have some."""
-    if not kept or any(groups is None or groups[0][0] is None for groups in kept):
-        return None, None
-    by_group = [
-        windows[0]
-        if len(windows) == 1
-        else tuple(jnp.concatenate(one, axis=1) for one in zip(*windows))
-        for windows in zip(*kept)
-    ]
-    return [notes for notes, _ in by_group], [defects for _, defects in by_group]
-
-
-def _concat_windows(initial: list[PyTree], windows: list[list[PyTree]]) -> list[PyTree]:
-    """The paths of all groups, their windows one after another."""
-    if not windows:
-        return jax.tree.map(
-            lambda leaf: jnp.zeros((leaf.shape[0], 0, *leaf.shape[1:]), leaf.dtype), initial
-        )
-    return [
-        of_group[0]
-        if len(of_group) == 1
-        else jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *of_group)
-        for of_group in zip(*windows)
-    ]
 
 
 class _Solve(HashableFunction):
@@ -334,54 +271,34 @@ class _Solve(HashableFunction):
         )(initial, tape)
 
 
-def _solve_groups(
-    solver: Solver,
-    schedule: Schedule,
-    tolerance: Any,
-    max_iterations: int | None,
-    timings: Timings,
-    options: dict[str, Any] | None = None,
-) -> Callable[[Dynamics, list, list], list[Solution]]:
-    """`(dynamics, initial, tape) -> solutions` of every group of chains, compiled once for all runs."""
-    opaque = [one if jax.tree.structure(one) == _LEAF else None for one in (solver, schedule)]
-    given = [None if jax.tree.structure(one) == _LEAF else one for one in (solver, schedule)]
-    program = _Solve(max_iterations, *opaque)
-    return lambda dynamics, initial, tape: run_groups(
-        program,
-        (*given, tolerance, dynamics),
-        list(zip(initial, tape)),
-        timings=timings,
-        options=options,
-    )
-
-
-_LEAF = jax.tree.structure(0)
-
-
 def _certified(
     plan: Plan, chains: SolvedChains, state: ChainState, recorder: RunRecorder, timings: Timings
 ) -> Chunk:
     """The chunk of solved chains."""
-    recorded = () if chains.notes is None else (chains.notes, chains.defects)
-    paths = list(zip(chains.initial, chains.states, chains.tape, *recorded))
-    program, params = program_and_params(plan.kernel)
-    groups = run_explicit_groups(
-        _Certify(program),
-        params,
-        paths,
-        timings=timings,
-        what="certify",
-        options=plan.pass_options if recorded else plan.compiler_options,
-    )
-    certificate, records, last, positions = concat_chains(groups)
+    certificate, records, last, positions = _certify(plan, chains.paths, timings)
     constrained = plan.target.constrained_values(positions, timings, plan.compiler_options)
     info = info_dict(records, certificate.residual.shape) | {"residual": certificate.residual}
-    path = jax.tree.leaves(chains.states)[0]
+    path = jax.tree.leaves(chains.paths[1])[0]
     after = ChainState(
         last, chains.discrete, state.num_steps + path.shape[1], recorder.num_failed_windows
     )
     report = recorder.report(certificate, timings, path.dtype, device())
     return Chunk(positions, constrained, info, certificate, report, after)
+
+
+def _certify(plan: Plan, paths: tuple, timings: Timings) -> tuple:
+    """What `_Certify` says of paths; for shapes, compiled in a thread."""
+    program, params = program_and_params(plan.kernel)
+    return run_explicit_groups(
+        _Certify(program),
+        params,
+        paths,
+        plan.num_groups,
+        timings=timings,
+        what="certify",
+        # Without what steps recorded the kernel is evaluated once more.
+        options=plan.pass_options if len(paths) > 3 else plan.compiler_options,
+    )
 
 
 class _Certify(HashableFunction):

@@ -4,6 +4,7 @@ In memory a run is one chunk, and all of its draws must fit. In a store a chunk 
 divides the run evenly where it can. Either way the solver's linear maps of one window must fit beside the draws.
 """
 
+import functools
 import os
 
 import jax
@@ -12,9 +13,10 @@ from jax.sharding import Mesh
 from partime_mcmc.certify.recorded import CertifyWhileRolling
 from partime_mcmc.engine import Windows, sequential
 from partime_mcmc.sampling.arguments import SampleArguments
-from partime_mcmc.sampling.defaults import DEFAULT_WINDOW
 from partime_mcmc.validation import TooLarge, check_bytes, check_count
 
+# Steps of a window, if the user does not say.
+DEFAULT_WINDOW = 16384
 # Of the memory of the device; the rest is for the compiler, the host and everybody else.
 _SHARE = 0.6
 # Steps and bytes of a chunk of a stored run, when nothing else limits it.
@@ -23,6 +25,8 @@ _CHUNK, _CHUNK_BYTES = 65536, 2**29
 _WRITTEN_BYTES = 2**31
 # Numbers that a kernel reports of a step: decision, probability, energy, margins and the like.
 _NUM_INFO = 9
+# No limit of bytes.
+_ANY = 2**63
 
 
 def chunk_steps(asked: SampleArguments) -> int:
@@ -34,59 +38,49 @@ def chunk_steps(asked: SampleArguments) -> int:
     Raises:
         TooLarge: Naming the setting to change.
     """
-    sizes = [(leaf.size, leaf.dtype.itemsize) for leaf in jax.tree.leaves(asked.target.example())]
+    example, constrain = asked.target.example(), asked.target.constrain
+    sizes = [(leaf.size, leaf.dtype.itemsize) for leaf in jax.tree.leaves(example)]
     dimension, itemsize = sum(size for size, _ in sizes), sizes[0][1] if sizes else 4
     limit = default_max_bytes(asked.mesh) if asked.max_bytes is None else asked.max_bytes
     # Bytes per draw of what is kept besides positions: values in the model's space, and what a step reports.
     recorded = isinstance(asked.certificate, CertifyWhileRolling) and asked.mesh is None
-    values = asked.target.constrained_shapes()
+    values = () if constrain is None else jax.tree.leaves(jax.eval_shape(constrain, example))
     more = (_NUM_INFO + (dimension if recorded else 0)) * itemsize
     more += sum(leaf.size * leaf.dtype.itemsize for leaf in values)
-    if asked.store is None:
-        return _whole_run(asked, dimension, itemsize, limit, more)
-    return _stored_chunk(asked, asked.store.chunk, dimension, itemsize, limit, more)
-
-
-def _whole_run(asked: SampleArguments, dimension: int, itemsize: int, limit: int, more: int) -> int:
-    """All steps, if they fit with `more` bytes per draw beside positions."""
     rows, parts = mesh_shape(asked.mesh)
-    num_chains, steps = asked.num_chains // rows, -(-asked.num_samples // parts)
-    window = getattr(asked.schedule or Windows(DEFAULT_WINDOW), "size", steps)
-    check_bytes(
-        min(window, steps),
-        dimension,
-        itemsize,
-        limit,
-        per_step=(asked.solver or sequential()).map_size(dimension),
-        num_chains=num_chains,
+    num_chains = asked.num_chains // rows
+    per_step = (asked.solver or sequential()).map_size(dimension)
+    bytes_of = functools.partial(
+        check_bytes, dimension=dimension, itemsize=itemsize, num_chains=num_chains
     )
-    total = check_bytes(
-        steps, dimension, itemsize, 2**63, per_step=0, num_chains=num_chains, more=more
-    )
-    if total > limit:
-        # However it is cut, what is returned would not fit.
-        raise TooLarge(
-            f"num_samples: got {asked.num_samples} draws of dimension {dimension} in {asked.num_chains} chain(s), about "
-            f"{total:.3g} bytes; wanted at most max_bytes={limit}: keep the draws on disk with store= (and thinning=), or "
-            "raise max_bytes"
-        )
-    return max(asked.num_samples, 1)
+    if asked.store is None:
+        steps = -(-asked.num_samples // parts)
+        window = getattr(asked.schedule or Windows(DEFAULT_WINDOW), "size", steps)
+        bytes_of(min(window, steps), max_bytes=limit, per_step=per_step)
+        total = bytes_of(steps, max_bytes=_ANY, per_step=0, more=more)
+        if total > limit:
+            # However it is cut, what is returned would not fit.
+            raise TooLarge(
+                f"num_samples: got {asked.num_samples} draws of dimension {dimension} in {asked.num_chains} chain(s), about "
+                f"{total:.3g} bytes; wanted at most max_bytes={limit}: keep the draws on disk with store= (and thinning=), "
+                "or raise max_bytes"
+            )
+        return max(asked.num_samples, 1)
+    one = bytes_of(1, max_bytes=_ANY, per_step=per_step) + num_chains * more
+    written = asked.num_chains * (dimension * itemsize + more)
+    return _stored_chunk(asked, asked.store.chunk, limit, one, written)
 
 
 def _stored_chunk(
-    asked: SampleArguments, wanted: int | None, dimension: int, itemsize: int, limit: int, more: int
+    asked: SampleArguments, wanted: int | None, limit: int, one: int, written: int
 ) -> int:
-    """Steps of a chunk in a store, of which `wanted` is asked for."""
+    """Steps of a chunk in a store, of which `wanted` is asked for, with so many bytes in the memory of a device and on disk for
+    each step of all chains."""
     mesh, num_samples = asked.mesh, asked.num_samples
-    rows, parts = mesh_shape(mesh)
-    per_step = (asked.solver or sequential()).map_size(dimension)
-    one = check_bytes(
-        1, dimension, itemsize, 2**63, per_step=per_step, num_chains=asked.num_chains // rows
-    )
-    one += asked.num_chains // rows * more
     schedule = asked.schedule or (Windows(DEFAULT_WINDOW) if mesh is None else None)
     unit = schedule.size if isinstance(schedule, Windows) else 1
     # A chunk wants as much again for its random numbers and for what is reported of its draws.
+    parts = mesh_shape(mesh)[1]
     fits, steps = parts * (limit // (2 * one)), wanted
     if wanted is not None:
         # Shorter than a window, it makes windows shorter.
@@ -105,7 +99,7 @@ def _stored_chunk(
     if steps is None:
         steps = min(parts * _CHUNK, fits, parts * (_CHUNK_BYTES // one))
         if mesh is not None:
-            steps = min(steps, _WRITTEN_BYTES // (asked.num_chains * (dimension * itemsize + more)))
+            steps = min(steps, _WRITTEN_BYTES // written)
         steps = max(unit, steps // unit * unit)
     if steps >= num_samples:
         return max(num_samples, 1)

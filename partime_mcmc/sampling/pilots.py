@@ -14,19 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from partime_mcmc.engine import Tolerance
+from partime_mcmc.engine import Dynamics, Tolerance
 from partime_mcmc.engine.iterates import iterates
 from partime_mcmc.forgetting.advise import Advice, advise
 from partime_mcmc.forgetting.coalescence import distances, meeting_times
-from partime_mcmc.kernels import Kernel, MultishiftCoupling
+from partime_mcmc.kernels import Kernel, MultishiftCoupling, Tape
 from partime_mcmc.kernels.kernel_program import (
     ParametrisedKernel,
     parametrised_kernel,
     takes_coupling,
     with_coupling,
 )
-from partime_mcmc.sampling.defaults import default_tolerance
-from partime_mcmc.sampling.plan import Plan
+from partime_mcmc.sampling.plan import Plan, default_tolerance
 from partime_mcmc.sampling.randomness import coupled_chains
 from partime_mcmc.solvers import Sequential, Solver
 from partime_mcmc.types import Key, PyTree
@@ -66,14 +65,22 @@ def _median_meeting_time(kernel: Kernel, warmup: Warmup, tolerance: Tolerance, k
     """Steps until pairs of the warm-up's draws meet, in the median; infinity if most do not."""
     keys, count = jax.random.split(key, _NUM_PAIRS), jax.tree.leaves(warmup.pool)[0].shape[0]
     first = np.arange(_NUM_PAIRS) % count
-    (dynamics, starts, tapes), (_, others, _) = (
-        coupled_chains(
-            kernel, jax.tree.map(lambda leaf: leaf[index % count], warmup.pool), keys, _HORIZON
-        )
-        for index in (first, first + count // 2)
+    dynamics, starts, others, tapes = _pairs(
+        kernel, warmup.pool, first, (first + count // 2) % count, keys, _HORIZON
     )
     found = meeting_times(dynamics, starts, others, tapes, tolerance=tolerance)
     return float(np.median(np.where(np.asarray(found.met), np.asarray(found.steps), np.inf)))
+
+
+def _pairs(
+    kernel: Kernel, pool: PyTree, first: np.ndarray, second: np.ndarray, keys: Key, num_steps: int
+) -> tuple[Dynamics, PyTree, PyTree, Tape]:
+    """The recurrence, the carries of pairs of draws of a pool, by their places in it, and the random numbers that they share."""
+    (dynamics, starts, tapes), (_, others, _) = (
+        coupled_chains(kernel, jax.tree.map(lambda leaf: leaf[index], pool), keys, num_steps)
+        for index in (first, second)
+    )
+    return dynamics, starts, others, tapes
 
 
 # Steps of random numbers that pilots choose their own from.
@@ -123,10 +130,7 @@ def coupled_distances(
     kernel, first = warmup.kernel, np.arange(num_pairs) % count
     second = (first + 1 + np.arange(num_pairs) // count) % count
     keys = jax.random.split(key, num_pairs)
-    (dynamics, starts, tape), (_, others, _) = (
-        coupled_chains(kernel, jax.tree.map(lambda leaf: leaf[index], warmup.pool), keys, num_steps)
-        for index in (first, second)
-    )
+    dynamics, starts, others, tape = _pairs(kernel, warmup.pool, first, second, keys, num_steps)
     pool = jax.vmap(lambda position: ravel_pytree(kernel.carry(kernel.init(position)))[0])(
         warmup.pool
     )

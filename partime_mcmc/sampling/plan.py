@@ -12,34 +12,37 @@ import math
 from typing import Any, Callable, ContextManager
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from partime_mcmc.certify.recorded import Certification
 from partime_mcmc.compile_cache import Timings, compiler_options
 from partime_mcmc.diagnostics.checks import looks_improper
-from partime_mcmc.engine import Dynamics, Schedule, Tolerance, Windows
+from partime_mcmc.engine import Dynamics, Schedule, Tolerance, Windows, sequential, shooting
 from partime_mcmc.kernels import Kernel
 from partime_mcmc.kernels.kernel_program import Builder, ParametrisedKernel, coupling_of
 from partime_mcmc.sampling.arguments import SampleArguments
 from partime_mcmc.sampling.chain_groups import num_groups
 from partime_mcmc.sampling.chunk import ChainState
-from partime_mcmc.sampling.defaults import (
-    DEFAULT_WINDOW,
-    default_solver,
-    default_tolerance,
-    is_short,
-)
-from partime_mcmc.sampling.memory import chunk_steps, mesh_shape
+from partime_mcmc.sampling.memory import DEFAULT_WINDOW, chunk_steps, mesh_shape
 from partime_mcmc.sampling.progress import Progress
 from partime_mcmc.sampling.randomness import begin, recurrence
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.solvers import Solver
+from partime_mcmc.solvers.segments import segment_length
 from partime_mcmc.types import Key
 from partime_mcmc.warmup.pooled import PooledAdaptation
 from partime_mcmc.warmup.warmup import Warmup, warm_up
 
 # Fewer steps teach nothing.
 FEWEST_WARMUP = 20
+# Runs too short to be worth pilot chains.
+SHORT_RUN = 1024
+# Lanes that fill one core. From 32 to 128 times differ by a tenth, and the fewer, the less is evaluated twice.
+_CORE_LANES = 64
+# A parallel solver takes 0.6 to 1.7 s longer to compile than the loop, and on two cores gains a third of the time of a loop over
+# four chains at most (JAX 0.10.1).
+_SHORT_LOOP = 1.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -138,8 +141,22 @@ def prepare(
         TooLarge: If the run cannot fit into memory; before anything is computed.
         ValueError: If starts are bad, or a warm-up has another number of chains.
     """
-    chunk = chunk_steps(arguments)
-    kernel, warmup, state = _tuned(arguments, chunk, progress, ahead)
+    chunk, kernel, warmup = chunk_steps(arguments), arguments.kernel, None
+    num_chains, state = arguments.num_chains, arguments.state
+    if not isinstance(kernel, Kernel):
+        if isinstance(kernel, Warmup):
+            warmup = kernel
+        else:
+            warmup = _warmed_up(arguments, kernel, chunk, progress, ahead)
+        have = jax.tree.leaves(warmup.positions)[0].shape[0]
+        if have != num_chains:
+            raise ValueError(
+                f"num_chains: got {num_chains}, but the warm-up given as `kernel` has {have} chains"
+            )
+        kernel, state = warmup.kernel, None
+    if state is None:
+        positions = warmup.positions if warmup else arguments.starts(num_chains)
+        state = begin(kernel, positions, arguments.chain_keys, Timings())
     return plan_for(arguments, chunk, kernel, warmup, state), state
 
 
@@ -207,6 +224,47 @@ def _loop_seconds(asked: SampleArguments, kernel: Kernel) -> float:
     return kernel.loop_seconds(asked.num_samples, asked.num_chains)
 
 
+def is_short(loop_seconds: float) -> bool:
+    """Whether a loop that takes so long ends before a parallel solver would be compiled."""
+    return loop_seconds < _SHORT_LOOP and jax.default_backend() == "cpu"
+
+
+def default_solver(
+    num_chains: int = 1,
+    num_samples: int = DEFAULT_WINDOW,
+    groups: int = 1,
+    loop_seconds: float = math.inf,
+) -> Solver:
+    """Shooting, the lanes of the device shared by all chains: near one evaluation per draw where chains forget.
+
+    On a processor it is the loop over all steps where that ends before a parallel solver would be compiled.
+
+    Args:
+        num_chains: Chains that share them.
+        num_samples: T.
+        groups: How many groups of so many chains there are, each with a core of its own.
+        loop_seconds: What the loop takes; infinite where that is not known.
+    """
+    if is_short(loop_seconds):
+        return sequential()
+    lanes = None if groups == 1 else _CORE_LANES
+    return shooting(steps=segment_length(min(num_samples, DEFAULT_WINDOW), num_chains, lanes=lanes))
+
+
+def default_tolerance(kernel: Kernel, dtype: Any) -> Tolerance:
+    """A tenth (float32) to a thousandth (float64) of what the certificate allows, in the units of the kernel's noise.
+
+    What is left to the certificate's bound is for conditioning: an error of one step reaches the next ones. The unit is 1 in the
+    whitened coordinates that warm-up found; other kernels that do not know their noise are judged by the sizes of their states.
+    """
+    size = 1e-11 if jnp.dtype(dtype) == jnp.float64 else 1e-5
+    noise = kernel.noise_scale
+    if noise is None and not isinstance(kernel, ParametrisedKernel):
+        return Tolerance(relative=0.25 * size)
+    unit = np.minimum(1.0, np.min(np.asarray(1.0 if noise is None else noise)))
+    return Tolerance(relative=0.25 * size, absolute=np.asarray(size * unit, dtype))
+
+
 def _compiler_options(
     asked: SampleArguments, kernel: Kernel, seconds: Callable[[ParametrisedKernel, float], float]
 ) -> dict[str, Any] | None:
@@ -215,32 +273,6 @@ def _compiler_options(
     if asked.store is not None or not isinstance(kernel, ParametrisedKernel):
         return compiler_options()
     return compiler_options(seconds(kernel, asked.num_samples * asked.num_chains))
-
-
-def _tuned(
-    asked: SampleArguments, chunk: int, progress: Progress, ahead: Ahead
-) -> tuple[Kernel, Warmup | None, ChainState]:
-    """The tuned kernel, the warm-up behind it, and where the chains stand."""
-    kernel, num_chains = asked.kernel, asked.num_chains
-    if isinstance(kernel, Kernel):
-        return (
-            kernel,
-            None,
-            asked.state or begin(kernel, asked.starts(num_chains), asked.chain_keys, Timings()),
-        )
-    warmup = (
-        kernel if isinstance(kernel, Warmup) else _warmed_up(asked, kernel, chunk, progress, ahead)
-    )
-    have = jax.tree.leaves(warmup.positions)[0].shape[0]
-    if have != num_chains:
-        raise ValueError(
-            f"num_chains: got {num_chains}, but the warm-up given as `kernel` has {have} chains"
-        )
-    return (
-        warmup.kernel,
-        warmup,
-        begin(warmup.kernel, warmup.positions, asked.chain_keys, Timings()),
-    )
 
 
 def _warmed_up(

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from partime_mcmc.certify.recorded import Certification, CertifyIndependently
-from partime_mcmc.compile_cache import Timings, compile_in_thread, compiler_options, run_explicit
+from partime_mcmc.compile_cache import Timings, compiler_options
 from partime_mcmc.engine import Dynamics, without_captures
 from partime_mcmc.host_keys import splits_by_counting
 from partime_mcmc.kernels import Kernel, Tape
 from partime_mcmc.kernels.kernel_program import program_and_params
-from partime_mcmc.sampling.chain_groups import run_groups, split_chains
+from partime_mcmc.sampling.chain_groups import run_explicit_groups, run_groups
 from partime_mcmc.sampling.chunk import ChainState
 from partime_mcmc.tracing import HashableFunction, explicit
 from partime_mcmc.types import Array, Key, PyTree
@@ -37,28 +37,17 @@ def begin(kernel: Kernel, positions: PyTree, keys: Key, timings: Timings) -> Cha
 
     Args:
         kernel: The kernel.
-        positions: One start per chain, leaves `(C, ...)`.
+        positions: One start per chain, leaves `(C, ...)`; of shapes (`jax.ShapeDtypeStruct`) this is compiled only, in a thread,
+            and shapes are returned.
         keys: One key per chain, shape `(C,)`.
         timings: Where seconds are counted.
     """
     program, params = program_and_params(kernel)
-    found = run_explicit(
-        _Begin(program), params, positions, keys, timings=timings, options=compiler_options(0)
+    chains, options = (positions, keys), compiler_options(0)
+    found = run_explicit_groups(
+        _Begin(program), params, chains, 1, timings=timings, options=options
     )
     return ChainState(*found)
-
-
-def compile_begin(kernel: Kernel, positions: PyTree, keys: Key) -> None:
-    """Compile what `begin` runs, in a thread.
-
-    Args:
-        kernel: As for `begin`, as of the others only structure, shapes and types matter.
-        positions: Shapes and types suffice.
-        keys: One key per chain, shape `(C,)`.
-    """
-    program, params = program_and_params(kernel)
-    function, params = explicit(_Begin(program), params, positions, keys)
-    compile_in_thread(function, params, positions, keys, options=compiler_options(0))
 
 
 def draw_tapes(
@@ -69,38 +58,27 @@ def draw_tapes(
     timings: Timings,
     num_groups: int = 1,
     options: dict[str, Any] | None = None,
-) -> list[tuple[PyTree, Tape, dict]]:
-    """The tapes of the next steps, group by group (`chain_groups`).
+) -> tuple[PyTree, Tape, dict]:
+    """The tapes of the next steps of all chains.
 
     Args:
         kernel: The kernel.
         keys: One key per chain, shape `(C,)`.
-        state: Where the chains stand.
+        state: Where the chains stand; for shapes as for `begin`.
         num_steps: n.
         timings: Where seconds are counted.
-        num_groups: How many groups.
+        num_groups: How many groups of chains draw side by side (`chain_groups`).
         options: As for `compile_cache.compiled`.
 
     Returns:
-        Of each group the carries `(G, ...)` it starts from, its tape `(G, n, ...)`, and the discrete leaves after the
-        last step `(G, ...)`.
+        The carries `(C, ...)` that chains start from, tapes `(C, n, ...)`, and the discrete leaves after the last step
+        `(C, ...)`.
     """
     draw, params = _tape_of_a_chain(kernel, keys, state, num_steps, timings)
-    chains = split_chains((state.carries, state.discrete, keys), num_groups)
-    groups = [(*group, np.uint32(state.num_steps)) for group in chains]
-    return run_groups(_DrawTapes(draw), (params,), groups, timings=timings, options=options)
-
-
-def shapes_of_tapes(
-    kernel: Kernel, keys: Key, state: ChainState, num_steps: int, num_groups: int
-) -> list[tuple[PyTree, Tape, dict]]:
-    """Shapes and types of what `draw_tapes` returns; nothing is compiled."""
-    draw, _ = _tape_of_a_chain(kernel, keys, state, num_steps, Timings())
-    size = keys.shape[0] // num_groups
-    group = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), draw.result
+    shared, chains = (params, np.uint32(state.num_steps)), (state.carries, state.discrete, keys)
+    return run_groups(
+        _DrawTapes(draw), shared, chains, num_groups, timings=timings, options=options
     )
-    return [group] * num_groups
 
 
 def recurrence(
@@ -142,7 +120,7 @@ def coupled_chains(
         Dynamics, carries `(K, ...)`, tapes `(K, n, ...)`.
     """
     state = begin(kernel, positions, keys, Timings())
-    ((carries, tape, _),) = draw_tapes(kernel, keys, state, num_steps, Timings())
+    carries, tape, _ = draw_tapes(kernel, keys, state, num_steps, Timings())
     return recurrence(kernel, keys, state, Timings()), carries, tape
 
 
@@ -186,7 +164,7 @@ class _DrawTape(HashableFunction):
 class _DrawTapes(HashableFunction):
     """What `_tape_of_a_chain` gives, of all chains; the part is that."""
 
-    def __call__(self, params, carries, discrete, keys, first):
+    def __call__(self, params, first, carries, discrete, keys):
         (draw,) = self.parts
         return jax.vmap(draw, (None, 0, 0, 0, None))(params, carries, discrete, keys, first)
 

@@ -19,7 +19,9 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
 from typing import Any, Callable
 
 import jax
@@ -30,9 +32,8 @@ from partime_mcmc.captured_data import data_read_by
 from partime_mcmc.certify.recorded import Certification, CertifyWhileRolling
 from partime_mcmc.compile_cache import keep_on_disk
 from partime_mcmc.diagnostics.checks import check_deterministic, check_precision, check_starts
-from partime_mcmc.distributed.collectives import check_mesh, check_same_arguments, gather_to_all
+from partime_mcmc.distributed.collectives import check_mesh, check_same_arguments
 from partime_mcmc.distributed.executor import MeshExecutor
-from partime_mcmc.distributed.multihost import FirstHostSink, OtherHostSink
 from partime_mcmc.engine import Schedule, Tolerance, Windows
 from partime_mcmc.host_keys import fold_in, split, split_into
 from partime_mcmc.kernels import Kernel
@@ -54,18 +55,16 @@ from partime_mcmc.sampling.chunk import (
     merge_certificates,
     merge_reports,
 )
-from partime_mcmc.sampling.defaults import SHORT_RUN
 from partime_mcmc.sampling.draws import Draws, hardly_moves, spread_positions
-from partime_mcmc.sampling.interrupts import termination_interrupts
 from partime_mcmc.sampling.local import LocalExecutor
 from partime_mcmc.sampling.pilots import advise_plan, choose_coupling_by_pilots
-from partime_mcmc.sampling.plan import FEWEST_WARMUP, Plan, prepare
+from partime_mcmc.sampling.plan import FEWEST_WARMUP, SHORT_RUN, Plan, prepare
 from partime_mcmc.sampling.progress import Progress, chosen_progress
 from partime_mcmc.sampling.score import scores_at
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.solvers import Solver
 from partime_mcmc.storage.saved_run import StoreMismatch, read_arguments
-from partime_mcmc.storage.sink import StoreSink
+from partime_mcmc.storage.sink import SharedStoreSink, StoreSink
 from partime_mcmc.storage.store import Store
 from partime_mcmc.storage.stored_draws import StoredDraws
 from partime_mcmc.storage.streaming_statistics import Fold
@@ -82,11 +81,8 @@ from partime_mcmc.warmup.warmup import Adaptation, Warmup
 class MemorySink(contextlib.AbstractContextManager):
     """Keeps all chunks in memory, on every host.
 
-    A sink is given the chunks in order. It is a context manager, closed last. On a mesh `gather` decides which hosts get
-    the draws of each chunk (`distributed.collectives`).
+    A sink is given the chunks in order. It is a context manager, closed last.
     """
-
-    gather = staticmethod(gather_to_all)
 
     def __exit__(self, *error: Any) -> None:
         pass
@@ -280,6 +276,28 @@ def sample(
     return draws
 
 
+@contextlib.contextmanager
+def termination_interrupts() -> Iterator[None]:
+    """Inside, a run that is asked to end keeps everything that is finished: SIGTERM raises `KeyboardInterrupt` in the main thread.
+
+    Batch systems, containers and shutdowns send SIGTERM and kill some seconds later; Python would die at once. A program that has
+    an answer of its own keeps it, and so does JAX where it watches for preemption. In other threads Python allows no handlers:
+    nothing changes.
+    """
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    )
+    if not ours:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 @termination_interrupts()
 @nan_is_a_value()
 def run(arguments: SampleArguments, progress: Progress) -> tuple[Plan, Draws | StoredDraws]:
@@ -292,14 +310,21 @@ def run(arguments: SampleArguments, progress: Progress) -> tuple[Plan, Draws | S
     Returns:
         The plan and the draws.
     """
-    with open_sink(arguments, progress) as sink:
+    mesh, store = arguments.mesh, arguments.store
+    if mesh is not None:
+        check_same_arguments(arguments)
+    sink = MemorySink()
+    if store is not None:
+        several = mesh is not None and jax.process_count() > 1
+        sink = (SharedStoreSink if several else StoreSink)(store, arguments, progress)
+    with sink:
         plan, state = sink.start(
             functools.partial(prepare, arguments, progress, compiling_first_chunk)
         )
         executor = LocalExecutor(plan, progress)
         # Without steps there is nothing to spread over a mesh.
-        if arguments.mesh is not None and plan.num_samples:
-            executor = MeshExecutor(plan, progress, arguments.mesh, sink.gather)
+        if mesh is not None and plan.num_samples:
+            executor = MeshExecutor(plan, progress, mesh, everywhere=store is None)
         try:
             for chunk in executor.chunks(state):
                 sink.write(chunk)
@@ -412,21 +437,6 @@ def _checked_starts(target: Target, key: Key, count: int) -> PyTree:
     check_deterministic(target.logdensity, first)
     check_precision(target.logdensity, first)
     return positions
-
-
-def open_sink(
-    arguments: SampleArguments, progress: Progress
-) -> MemorySink | StoreSink | OtherHostSink:
-    """Where the draws of a run go: memory, or a store, which the first of several hosts writes."""
-    if arguments.mesh is not None:
-        check_same_arguments(arguments)
-    if arguments.store is None:
-        return MemorySink()
-    if arguments.mesh is None or jax.process_count() == 1:
-        return StoreSink(arguments.store, arguments, progress)
-    if jax.process_index():
-        return OtherHostSink(arguments, arguments.store)
-    return FirstHostSink(arguments.store, arguments, progress)
 
 
 def _progress_of_first_host(progress: Progress | bool, mesh: Mesh | None) -> Progress:

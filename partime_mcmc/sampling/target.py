@@ -153,13 +153,6 @@ class Target:
             for path, leaf in jax.tree_util.tree_leaves_with_path(positions)
         }
 
-    def constrained_shapes(self) -> list[jax.ShapeDtypeStruct]:
-        """Shapes and types of the values of one position that `constrain` adds to it."""
-        constrain = self.constrain
-        return (
-            [] if constrain is None else jax.tree.leaves(jax.eval_shape(constrain, self.example()))
-        )
-
 
 class _Mapped(HashableFunction):
     """A function of the target, mapped over the first axes of its argument; parts: the function, and how many axes."""

@@ -48,7 +48,7 @@ from partime_mcmc.sampling.chunk import ChainState
 from partime_mcmc.sampling.plan import Plan
 from partime_mcmc.sampling.randomness import MAX_STEPS, recurrence
 from partime_mcmc.sampling.target import Target
-from partime_mcmc.storage.files import Damaged
+from partime_mcmc.storage.files import Damaged, StoreError
 from partime_mcmc.storage.serialize import decode, digest_arrays, encode, pack_arrays, unpack_arrays
 from partime_mcmc.storage.store import Folder, Store
 from partime_mcmc.tracing import HashableFunction, WithoutParams, explicit, inner_arrays
@@ -239,6 +239,8 @@ def read_arguments(
     """
     folder = Folder(path)
     run = folder.read_run()
+    if missing := {*PLAIN, *STRATEGIES, "chunk", "tuned"} - set(run):
+        raise StoreError(f"store: {folder.path}/run.json is damaged: it lacks {min(missing)!r}")
     builder = not isinstance(kernel, (Kernel, Warmup)) and folder.read_plan() is not None
     return {
         **{name: run[name] for name in (*PLAIN, "chunk")},

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from partime_mcmc.storage.files import Damaged, StoreError, digest_of
+from partime_mcmc.types import is_key
 
 _PACKAGE = "partime_mcmc"
 _DIGEST_LENGTH = len(digest_of(b""))
@@ -206,8 +207,3 @@ def read_words(path: Path) -> tuple[dict[str, Any], str]:
             return json.loads(file["words"].tobytes()), file.zip.comment.decode()
     except Exception as error:  # whatever the readers of archives make of a damaged one
         raise Damaged(f"store: {path} is damaged: {error}") from error
-
-
-def is_key(value: Any) -> bool:
-    """Whether an array holds keys."""
-    return hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)

@@ -19,7 +19,7 @@ import numpy as np
 
 from partime_mcmc.diagnostics.arviz import STAT_NAMES
 from partime_mcmc.diagnostics.values import flat
-from partime_mcmc.distributed.collectives import gather_to_all
+from partime_mcmc.distributed.collectives import broadcast_bytes, wait_for_hosts
 from partime_mcmc.extras import import_name
 from partime_mcmc.sampling.arguments import SampleArguments
 from partime_mcmc.sampling.chunk import (
@@ -40,7 +40,7 @@ from partime_mcmc.storage.saved_run import (
     unpack_plan,
     with_leaves,
 )
-from partime_mcmc.storage.serialize import encode
+from partime_mcmc.storage.serialize import decode, encode
 from partime_mcmc.storage.store import Checkpoint, Folder, Store, draws_per_file, kept_steps
 from partime_mcmc.storage.stored_draws import StoredDraws, open_draws
 from partime_mcmc.storage.streaming_statistics import StreamingStatistics
@@ -58,8 +58,6 @@ class StoreSink:
     Attributes:
         folder: The files.
     """
-
-    gather = staticmethod(gather_to_all)
 
     def __init__(self, store: Store, arguments: SampleArguments, progress: Progress):
         self._store, self._arguments, self._progress = store, arguments, progress
@@ -199,12 +197,54 @@ class StoreSink:
                 report=report,
                 statistics=statistics.to_arrays(),
                 files=files,
-                tail=self._writer.files.tail,
-                metadata=dict(self._writer.files.metadata),
+                tail=self._writer.tail,
+                metadata=self._writer.metadata,
             )
         )
         self._statistics = statistics
-        self._writer.files.publish()
+        self._writer.publish()
+
+
+class SharedStoreSink(StoreSink):
+    """A store of several hosts: the first one plans, writes and reads, the others compute their shards of the same chunks.
+
+    The plan and where the chains stand are broadcast. If a host is lost the run ends on all of them, and what was written stays:
+    a store is resumed by any number of hosts, however many worked on it.
+
+    Left out: runs that go on by themselves with the hosts that are left; a store whose hosts share no folder; several hosts that
+    write one store. Hosts that should each keep their own chains make runs of their own, with a key and a store each, which
+    `storage.stored_draws.concat_draws` opens together.
+    """
+
+    def __enter__(self) -> Self:
+        return self if jax.process_index() else super().__enter__()
+
+    def start(self, make_plan: Callable[[], tuple[Plan, ChainState]]) -> tuple[Plan, ChainState]:
+        """As `StoreSink.start` on the first host; the others take plan and state from it."""
+        asked = self._arguments
+        if jax.process_index():
+            plan, state = unpack_plan(broadcast_bytes(b""), asked.target, asked.kernel)
+        else:
+            plan, state = super().start(make_plan)
+            broadcast_bytes(self.folder.read_plan() or b"")
+        mine = json.dumps(encode(with_leaves(state), "state")).encode()
+        leaves = decode(json.loads(broadcast_bytes(mine)))
+        return plan, chain_state_of(leaves, plan.kernel, asked.target.example())
+
+    def write(self, chunk: Chunk) -> None:
+        """As `StoreSink.write`; the others keep nothing."""
+        if not jax.process_index():
+            super().write(chunk)
+
+    def interrupt(self) -> None:
+        """Raise the interrupt again: the other hosts wait inside a window, and the store resumes."""
+        raise KeyboardInterrupt
+
+    def close(self) -> StoredDraws:
+        """The draws that the first host has written, on all of them."""
+        self._wait()
+        wait_for_hosts()
+        return super().close()
 
 
 def _attributes(run: dict[str, Any], plan: Plan) -> dict[str, Any]:

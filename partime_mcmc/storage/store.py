@@ -189,17 +189,6 @@ def draws_per_file(chunk: int, thinning: int, num_samples: int) -> int:
     return kept if aligned else max(kept // 8, _FEWEST_DRAWS)
 
 
-class _Description(dict):
-    """What was asked for, by name; a name that the file lacks is an error of the file."""
-
-    def __init__(self, run: dict[str, Any], where: Path):
-        super().__init__(run)
-        self._where = where
-
-    def __missing__(self, name: str) -> Any:
-        raise StoreError(f"store: {self._where} is damaged: it lacks {name!r}")
-
-
 class Folder:
     """The files of one run.
 
@@ -285,7 +274,7 @@ class Folder:
                 f"store: {file} has changed since it was written (its checksum is not the one in it): put back what "
                 "was there, or begin another run in a new folder"
             )
-        return _Description(run, where=file)
+        return run
 
     def write_plan(self, data: bytes) -> None:
         """Write what warm-up tuned and what was chosen.

@@ -15,9 +15,8 @@ Zarr's view of it is the metadata of a checkpoint, and files of draws that are w
 What a checkpoint does not name does not exist. Needs zarr 3, and is imported only where draws are written or read.
 """
 
-import asyncio
 import math
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ import zarr
 from zarr.abc.buffer import Buffer
 from zarr.buffer import default_buffer_prototype
 from zarr.codecs import Crc32cCodec, ZstdCodec
-from zarr.storage import LocalStore
+from zarr.storage import MemoryStore
 
 from partime_mcmc.diagnostics.arviz import axis_names
 from partime_mcmc.diagnostics.values import escaped, original
@@ -36,91 +35,35 @@ from partime_mcmc.storage.store import Checkpoint
 _LARGEST_FILE = 2**28
 
 
-class CommittedFiles(LocalStore):
-    """The files of a zarr group as far as they are committed.
+class CommittedFiles(dict[str, Buffer]):
+    """The committed files of a zarr group, by key: what a checkpoint holds, and others, which are read when they are asked for.
 
     Args:
-        root: The group's folder.
-        metadata: Documents by key.
-        tail: Partly filled files by key.
-        digests: Of all other files, by key; not needed to write.
-        read_only: Whether nothing may be written.
+        folder: The group's.
+        held: What the newest checkpoint holds.
+        digests: Of all other files.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        metadata: dict[str, bytes],
-        tail: dict[str, bytes],
-        digests: dict[str, str] | None = None,
-        *,
-        read_only: bool = False,
-    ):
-        super().__init__(root, read_only=read_only)
-        self.metadata, self.tail, self.digests = dict(metadata), dict(tail), digests or {}
-        self._written: dict[str, bytes] = {}
+    def __init__(self, folder: Path, held: Mapping[str, bytes], digests: Mapping[str, str]):
+        super().__init__({key: _buffer(data) for key, data in held.items()})
+        self._folder, self._digests = folder, digests
 
-    def take_written(self) -> dict[str, bytes]:
-        """What was written since this was called last, by key."""
-        written, self._written = self._written, {}
-        return written
-
-    def publish(self) -> None:
-        """Write the metadata to where other programs look for it; done after a commit, they see committed draws only."""
-        for key, data in self.metadata.items():
-            write_copy(self.root / key, data)
-
-    def get_sync(self, key: str, *, prototype: Any = None, byte_range: Any = None) -> Buffer | None:
-        """As `LocalStore.get_sync`.
+    def __missing__(self, key: str) -> Buffer:
+        """A file that no checkpoint holds.
 
         Raises:
-            Damaged: If the file is missing, or holds other bytes than were written.
+            Damaged: If it is missing, or holds other bytes than were written.
+            KeyError: If there is no such metadata.
         """
-        data = self.metadata.get(key, self.tail.get(key))
-        if key in self.digests and data is None:
-            data = read_file(self.root / key, self.digests[key])
-        if data is None:
-            if self.read_only and not _is_metadata(key):
-                raise Damaged(f"store: {self.root / key} is not named by any checkpoint")
-            return None
-        if byte_range is not None:
-            raise NotImplementedError("files of draws are read whole")
-        return (prototype or default_buffer_prototype()).buffer.from_bytes(data)
-
-    async def get(self, key: str, prototype: Any = None, byte_range: Any = None) -> Buffer | None:
-        """As `get_sync`."""
-        return await asyncio.to_thread(
-            self.get_sync, key, prototype=prototype, byte_range=byte_range
-        )
-
-    def set_sync(self, key: str, value: Buffer) -> None:
-        """Write a file; metadata are kept for the checkpoint."""
-        data = value.to_bytes()
+        if key in self._digests:
+            return _buffer(read_file(self._folder / key, self._digests[key]))
         if _is_metadata(key):
-            self.metadata[key] = data
-        else:
-            write_file(self.root / key, data)
-            self._written[key] = data
+            raise KeyError(key)
+        raise Damaged(f"store: {self._folder / key} is not named by any checkpoint")
 
-    async def set(self, key: str, value: Buffer) -> None:
-        """As `set_sync`."""
-        await asyncio.to_thread(self.set_sync, key, value)
 
-    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
-        """As `LocalStore.set_if_not_exists`."""
-        if not await self.exists(key):
-            await self.set(key, value)
-
-    async def exists(self, key: str) -> bool:
-        """As `LocalStore.exists`."""
-        return key in self.metadata or key in self.tail or key in self.digests
-
-    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
-        """As `LocalStore.list_dir`, of arrays and groups."""
-        start = f"{prefix.rstrip('/')}/" if prefix else ""
-        inside = (key.removeprefix(start) for key in self.metadata if key.startswith(start))
-        for name in dict.fromkeys(path.split("/")[0] for path in inside):
-            yield name
+def _buffer(data: bytes) -> Buffer:
+    return default_buffer_prototype().buffer.from_bytes(data)
 
 
 def _is_metadata(key: str) -> bool:
@@ -147,9 +90,26 @@ class DrawsWriter:
         dims: Mapping[str, Any],
         attributes: Mapping[str, Any],
     ):
-        metadata, tail = (checkpoint.metadata, checkpoint.tail) if checkpoint else ({}, {})
-        self.files = CommittedFiles(path, metadata, tail)
+        held = checkpoint.metadata | checkpoint.tail if checkpoint else {}
+        self._path, self._held = path, {key: _buffer(data) for key, data in held.items()}
+        self._store = MemoryStore(self._held)
         self._length, self._dims, self._attributes = length, dims, attributes
+
+    @property
+    def metadata(self) -> dict[str, bytes]:
+        """Documents of the group, by key."""
+        return {key: one.to_bytes() for key, one in self._held.items() if _is_metadata(key)}
+
+    @property
+    def tail(self) -> dict[str, bytes]:
+        """Files that are partly filled, by key."""
+        return {key: one.to_bytes() for key, one in self._held.items() if not _is_metadata(key)}
+
+    def publish(self) -> None:
+        """Write what the checkpoint holds to where other programs look for it; done after a commit, they see committed draws
+        only."""
+        for key, data in (self.tail | self.metadata).items():
+            write_copy(self._path / key, data)
 
     def append(
         self, groups: Mapping[str, Mapping[str, np.ndarray]], draws: np.ndarray
@@ -161,32 +121,44 @@ class DrawsWriter:
             draws: Their numbers, ascending.
 
         Returns:
-            Digests of the files that are full now, by key; the others are `files.tail`.
+            Digests of the files that are full now, by key; the others are `tail`.
 
         Raises:
             StoreError: If a file cannot be written.
         """
-        digests = {} if self.files.metadata else self._create(groups)
-        if not draws.size:
-            return digests
-        tail: dict[str, bytes] = {}
-        for group, variables in groups.items():
-            for name, values in {**variables, "draw": draws}.items():
-                path, axis = f"{group}/{escaped(name)}", int(name != "draw")
-                with zarr.config.set({"array.write_empty_chunks": True}):
-                    array = zarr.open_array(self.files, path=path, mode="r+", zarr_format=3)
+        digests: dict[str, str] = {}
+        with zarr.config.set({"array.write_empty_chunks": True}):
+            if not self._held:
+                self._create(groups)
+                digests |= self._written(list(self.tail))
+            for group, variables in groups.items() if draws.size else ():
+                for name, values in {**variables, "draw": draws}.items():
+                    path, axis = f"{group}/{escaped(name)}", int(name != "draw")
+                    array = zarr.open_array(self._store, path=path, mode="r+", zarr_format=3)
                     array.append(values, axis=axis)
-                for key, data in self.files.take_written().items():
-                    number = int(key.removeprefix(f"{path}/c.").split(".")[axis])
-                    if (number + 1) * array.chunks[axis] <= array.shape[axis]:
-                        digests[key] = digest_of(data)
-                    else:
-                        tail[key] = data
-        self.files.tail = tail
+                    num_full = array.shape[axis] // array.chunks[axis]
+                    start = f"{path}/c."
+                    full = [
+                        key
+                        for key in self._held
+                        if key.startswith(start)
+                        and int(key.removeprefix(start).split(".")[axis]) < num_full
+                    ]
+                    digests |= self._written(full)
         return digests
 
-    def _create(self, groups: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, str]:
-        root = zarr.create_group(self.files, attributes=dict(self._attributes), zarr_format=3)
+    def _written(self, full: list[str]) -> dict[str, str]:
+        """Write files that are full, and let go of them; their digests by key."""
+        digests = {}
+        for key in full:
+            data = self._held.pop(key).to_bytes()
+            write_file(self._path / key, data)
+            digests[key] = digest_of(data)
+        return digests
+
+    def _create(self, groups: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        """The arrays, without draws."""
+        root = zarr.create_group(self._store, attributes=dict(self._attributes), zarr_format=3)
         for group, variables in groups.items():
             place, created = root.create_group(group), {}
             num_chains = next(iter(variables.values())).shape[0]
@@ -216,9 +188,7 @@ class DrawsWriter:
                     compressors=[ZstdCodec(), Crc32cCodec()],
                     chunk_key_encoding={"name": "default", "separator": "."},
                 )
-            with zarr.config.set({"array.write_empty_chunks": True}):
-                created["chain"][:] = chains
-        return {key: digest_of(data) for key, data in self.files.take_written().items()}
+            created["chain"][:] = chains
 
 
 def open_group(path: Path, checkpoint: Checkpoint, digests: Mapping[str, str], group: str) -> Any:
@@ -235,12 +205,11 @@ def open_group(path: Path, checkpoint: Checkpoint, digests: Mapping[str, str], g
     """
     import xarray
 
+    files = CommittedFiles(path, checkpoint.metadata | checkpoint.tail, digests)
     # Runs are longer than memory: what is read is not kept. xarray's types leave out stores of zarr.
-    files: Any = CommittedFiles(
-        path, checkpoint.metadata, checkpoint.tail, dict(digests), read_only=True
-    )
+    store: Any = MemoryStore(files, read_only=True)
     found = xarray.open_dataset(
-        files,
+        store,
         engine="zarr",
         group=group,
         cache=False,

@@ -113,12 +113,10 @@ def test_steps_that_call_a_library_are_left_together_and_never_run_side_by_side(
 
     monkeypatch.setattr(chain_groups.concurrent.futures, "ThreadPoolExecutor", no_threads)
     states = np.arange(1.0, 13).reshape(4, 3)
-    found = run_groups(
-        jax.vmap(LIBRARY[name]), (), [(states[:2],), (states[2:],)], timings=Timings()
-    )
-    np.testing.assert_allclose(np.concatenate(found), jax.vmap(LIBRARY[name])(states), rtol=1e-12)
+    found = run_groups(jax.vmap(LIBRARY[name]), (), (states,), 2, timings=Timings())
+    np.testing.assert_allclose(found, jax.vmap(LIBRARY[name])(states), rtol=1e-12)
     with pytest.raises(AssertionError, match="a thread was started"):
-        run_groups(double, (1.0,), [(states[:2],), (states[2:],)], timings=Timings())
+        run_groups(double, (1.0,), (states,), 2, timings=Timings())
 
 
 def double(scale, x):
@@ -129,11 +127,11 @@ def double(scale, x):
 def test_groups_run_side_by_side_as_they_do_one_by_one(count, with_cores):
     with_cores(count)
     # NumPy's float64 and a plain number: threads, which do not know of the fixture's setting, may not narrow them.
-    groups = [(np.full(4, 1 / 3 + number),) for number in range(3)]
-    found = run_groups(double, (1 / 7,), groups, timings=Timings())
-    for (x,), one in zip(groups, found):
-        assert one["y"].dtype == jnp.float64
-        np.testing.assert_array_equal(one["y"], x * (1 / 7))
+    x = np.repeat(1 / 3 + np.arange(3), 4)
+    found = run_groups(double, (1 / 7,), (x,), 3, timings=Timings())
+    assert found["y"].dtype == jnp.float64
+    np.testing.assert_array_equal(found["y"], x * (1 / 7))
+    np.testing.assert_allclose(found["sum"], x.reshape(3, 4).sum(axis=1))
 
 
 def test_groups_overlap_and_an_error_in_one_is_raised_after_all_have_ended(with_cores, monkeypatch):
@@ -151,11 +149,11 @@ def test_groups_overlap_and_an_error_in_one_is_raised_after_all_have_ended(with_
     for module in (chain_groups, executions):
         monkeypatch.setattr(module, "overlaps", lambda program: True)
     with pytest.raises(MemoryError, match="RESOURCE_EXHAUSTED"):
-        run_groups(double, (), [(np.zeros(1),), (np.ones(1),)], timings=Timings())
+        run_groups(double, (), (np.array([0.0, 1.0]),), 2, timings=Timings())
     assert ended == [0.0]
     meet.reset()
     with pytest.raises(MemoryError):
-        run_groups(double, (), [(np.ones(1),), (np.zeros(1),)], timings=Timings())
+        run_groups(double, (), (np.array([1.0, 0.0]),), 2, timings=Timings())
     assert ended == [0.0, 0.0]
 
 

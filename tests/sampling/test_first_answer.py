@@ -14,7 +14,7 @@ from partime_mcmc.engine import Windows, sequential, shooting
 from partime_mcmc.kernels import Whitening, coalescing_hmc, mala
 from partime_mcmc.kernels.kernel_program import KernelProgram, density_of, parametrised_kernel
 from partime_mcmc.kernels.traced_gradient import unoptimised_seconds
-from partime_mcmc.sampling import ahead, defaults
+from partime_mcmc.sampling import ahead, plan
 from partime_mcmc.sampling.local import _Certify, _Solve
 from partime_mcmc.sampling.progress import quiet
 from partime_mcmc.sampling.randomness import _Begin, _DrawTapes
@@ -156,7 +156,7 @@ def test_pilots_choose_a_coupling_only_for_a_parallel_solve(monkeypatch):
     options = {"num_samples": 1024, "num_chains": 2, "num_warmup": 64, "progress": False}
     loop = sample(jax.random.key(1), TARGET, mala, **options)
     assert "Sequential" in loop.plan["solver"] and "pilot" not in str(loop.warmup)
-    monkeypatch.setattr(defaults, "_SHORT_LOOP", 0.0)  # as in longer runs
+    monkeypatch.setattr(plan, "_SHORT_LOOP", 0.0)  # as in longer runs
     solved = sample(jax.random.key(1), TARGET, mala, **options)
     assert "Shooting" in solved.plan["solver"] and "pilot pairs met" in str(solved.warmup)
 

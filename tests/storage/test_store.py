@@ -562,13 +562,13 @@ def test_a_full_disk_leaves_the_last_good_state(failing, tmp_path, whole, monkey
 
     inner = files.write_file
 
-    def full(path, data):
+    def full(path, data, **options):
         if failing in path.name:
             with monkeypatch.context() as patch:
                 patch.setattr(files.os, "fsync", no_space)
-                inner(path, data)
+                inner(path, data, **options)
         else:
-            inner(path, data)
+            inner(path, data, **options)
 
     for module in (store, zarr_files):
         monkeypatch.setattr(module, "write_file", full)
@@ -911,7 +911,7 @@ def test_tapes_start_anywhere():
         with jax.threefry_partitionable(partitionable):
             first = begin(kernel, positions, keys, Timings())
             everything, later = (
-                draw_tapes(kernel, keys, state, steps, Timings())[0][1]
+                draw_tapes(kernel, keys, state, steps, Timings())[1]
                 for steps, state in ((50, first), (20, dataclasses.replace(first, num_steps=30)))
             )
             np.testing.assert_array_equal(
