@@ -3,7 +3,7 @@
 A traced function keeps the values that it read. If a notebook cell rebinds a global array, or writes into one, the function
 is the same object and computes something else. `data_read_by` names every such variable with a token,
 
-    token(array) = its type, shape and a checksum of its bytes,      token(number or text) = itself,
+    token(array) = its type, shape and the digest of its bytes,      token(number or text) = itself,
     token(immutable or unknown object) = the object itself, compared by identity,
 
 so that two equal fingerprints mean that nothing was rebound and no array changed in place. Code of libraries is followed into
@@ -13,11 +13,11 @@ Left out: what a function reads from files, from modules of libraries, or from a
 """
 
 import functools
+import hashlib
 import os
 import pickle
 import sys
 import types
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -149,11 +149,11 @@ def _of_array(value: Any) -> Any:
     array = np.asarray(value)
     if array.dtype.hasobject:
         try:
-            return "objects", zlib.crc32(pickle.dumps(value))
+            return "objects", hashlib.sha256(pickle.dumps(value)).digest()
         except Exception:  # whatever an object raises that cannot be pickled
             return _Same(value)
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return "array", array.dtype.str, array.shape, zlib.crc32(data.data)
+    return "array", array.dtype.str, array.shape, hashlib.sha256(data.data).digest()
 
 
 def _variables(function: types.FunctionType) -> dict[str, Any]:

@@ -284,3 +284,16 @@ def test_a_folder_beside_a_library_is_the_users(folder):
     assert captured_data.is_library(f"{folder}module.py")
     assert not captured_data.is_library(f"{folder.rstrip('/')}_runs/module.py")
     assert not captured_data.has_version(f"{folder.rstrip('/')}_runs/module.py")
+
+
+def test_data_are_told_apart_by_more_than_a_checksum():
+    # Of these two CRC-32 is the same.
+    centre = np.zeros(2, np.uint32)
+
+    def density(x):
+        return around(x, centre)
+
+    before = captured_data.data_read_by(density).tokens
+    assert captured_data.data_read_by(density).tokens == before
+    centre[:] = 3681617473, 1
+    assert captured_data.data_read_by(density).tokens != before
