@@ -35,7 +35,7 @@ from partime_mcmc import kept_programs
 from partime_mcmc.captured_data import VERSIONED
 from partime_mcmc.executions import executing, overlaps
 from partime_mcmc.tracing import OnceCache, explicit
-from partime_mcmc.types import PyTree, jax_config, nan_is_a_value, settings
+from partime_mcmc.types import PyTree, is_key, jax_config, nan_is_a_value, settings
 
 
 def num_cores() -> int:
@@ -363,8 +363,7 @@ def run_explicit(
 
 def as_committed_array(value: Any) -> jax.Array:
     """A JAX array that keeps nothing but its numbers: restored and computed ones run the same programs."""
-    is_key = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
-    return value if is_key else jax.device_put(np.asarray(value))
+    return value if is_key(value) else jax.device_put(np.asarray(value))
 
 
 @functools.cache

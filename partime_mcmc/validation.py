@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import get_opaque_trace_state
 
-from partime_mcmc.types import Array, PyTree, Tracer
+from partime_mcmc.types import Array, PyTree, Tracer, is_key
 
 # The state of JAX's tracing when this is imported, before any function is traced.
 _NOTHING_TRACED = get_opaque_trace_state()
@@ -118,7 +118,7 @@ def check_key(key: Any, name: str = "key") -> jax.Array:
     wanted = "wanted one key, as jax.random.key(0) makes it"
     if not isinstance(key, jax.Array | np.ndarray | np.generic):
         raise TypeError(f"{name}: got {key!r} of type {type(key).__name__}; {wanted}")
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    if is_key(key):
         if key.shape != ():
             raise ValueError(
                 f"{name}: got a batch of keys of shape {key.shape}; {wanted} (it is split inside)"

@@ -23,7 +23,7 @@ from partime_mcmc.certify.step_record import StepRecord, decision_uniform, recor
 from partime_mcmc.engine import CachedStep, Dynamics
 from partime_mcmc.kernels.explicit_randomness import ExplicitRandomnessKernel
 from partime_mcmc.tracing import HashableFunction
-from partime_mcmc.types import Array, Key, PyTree, pytree
+from partime_mcmc.types import Array, Key, PyTree, is_key, pytree
 from partime_mcmc.validation import check_generator
 
 _DERIVED = ("logdensity", "logdensity_grad")
@@ -308,7 +308,7 @@ def _fields(state: PyTree) -> dict | None:
 
 def raw(leaf: Array) -> Array:
     """A discrete leaf as numbers, keys included."""
-    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+    return jax.random.key_data(leaf) if is_key(leaf) else leaf
 
 
 def _is_discrete(value: PyTree) -> bool:

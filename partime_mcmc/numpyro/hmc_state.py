@@ -48,7 +48,7 @@ from partime_mcmc.sampling.target import Target
 from partime_mcmc.storage.saved_run import digest_arrays
 from partime_mcmc.storage.stored_draws import StoredDraws
 from partime_mcmc.tracing import HashableFunction
-from partime_mcmc.types import Key, PyTree
+from partime_mcmc.types import Key, PyTree, is_key
 from partime_mcmc.validation import check_dtypes, check_key
 from partime_mcmc.warmup.hmc_batch import SeedTree
 from partime_mcmc.warmup.tuning import any_settings, path_rule_of, target_of
@@ -96,11 +96,6 @@ class AdaptState(NamedTuple):
         return each_block(mass_sqrt_inv, self.scale, np.ndim(self.step_size))
 
 
-def is_typed(key: Any) -> bool:
-    """Whether keys are of JAX's new style."""
-    return jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-
-
 def check_keys(rng_key: Any, num_chains: int) -> Any:
     """One typed key, or a batch of keys as it came.
 
@@ -114,7 +109,7 @@ def check_keys(rng_key: Any, num_chains: int) -> Any:
     """
     is_array = hasattr(rng_key, "dtype") and hasattr(rng_key, "ndim")
     # A legacy key is two numbers: shape (2,) is one of these, or two typed keys.
-    own_axes = 0 if is_array and is_typed(rng_key) else 1
+    own_axes = 0 if is_array and is_key(rng_key) else 1
     if num_chains == 1 or not is_array or rng_key.ndim <= own_axes:
         return check_key(rng_key, "rng_key")
     if rng_key.ndim > own_axes + 1 or rng_key.shape[0] != num_chains:
@@ -172,7 +167,7 @@ def check_sites(given: PyTree, shapes: dict[str, jax.ShapeDtypeStruct]) -> None:
 
 def keys_of(rng_key: Any) -> Key:
     """One typed key per chain, shape `(C,)`, from one key or a batch, typed or legacy."""
-    keys = rng_key if is_typed(rng_key) else jax.random.wrap_key_data(jnp.asarray(rng_key))
+    keys = rng_key if is_key(rng_key) else jax.random.wrap_key_data(jnp.asarray(rng_key))
     return keys.reshape(-1)
 
 
@@ -617,7 +612,7 @@ def _every_step(state: HMCState, name: str, num_steps: int) -> PyTree:
     def repeated(leaf):
         shape = (leaf.shape[0], num_steps, *leaf.shape[1:])
         # NumPy knows no keys.
-        return (jnp if is_typed(leaf) else np).broadcast_to(leaf[:, None], shape)
+        return (jnp if is_key(leaf) else np).broadcast_to(leaf[:, None], shape)
 
     return jax.tree.map(repeated, operator.attrgetter(name)(state))
 

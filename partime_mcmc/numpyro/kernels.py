@@ -41,7 +41,7 @@ from partime_mcmc.kernels import (
 )
 from partime_mcmc.kernels.coordinates import reweighted
 from partime_mcmc.kernels.kernel_program import KernelParams, program_and_params
-from partime_mcmc.numpyro.hmc_state import hmc_state, is_typed, keys_of, sample_arguments
+from partime_mcmc.numpyro.hmc_state import hmc_state, keys_of, sample_arguments
 from partime_mcmc.numpyro.metric_blocks import (
     blocks_of,
     coordinates_of,
@@ -55,7 +55,7 @@ from partime_mcmc.sampling.plan import prepare
 from partime_mcmc.sampling.progress import quiet
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.tracing import HashableFunction
-from partime_mcmc.types import ArrayLike, Key, PyTree, Tracer
+from partime_mcmc.types import ArrayLike, Key, PyTree, Tracer, is_key
 from partime_mcmc.validation import check_count
 from partime_mcmc.warmup.metric import BlockMetric, DiagonalMetric, FrozenMetric
 from partime_mcmc.warmup.pooled import PooledAdaptation, learn_coordinates
@@ -302,7 +302,7 @@ class ParallelKernel(MCMCKernel):
                 "chain_method: got one that traces `init`; wanted 'vectorized' or 'sequential', or ParallelMCMC"
             )
         keys = keys_of(rng_key)
-        is_single = jnp.ndim(rng_key) == (0 if is_typed(rng_key) else 1)
+        is_single = jnp.ndim(rng_key) == (0 if is_key(rng_key) else 1)
         if is_single and init_params is not None:
             init_params = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], init_params)
         target = self.target(model_args, model_kwargs, keys[0], init_params)

@@ -18,11 +18,10 @@ from numpyro.infer.mcmc import MCMCKernel, _collect_and_postprocess
 
 from partime_mcmc.diagnostics.values import flat
 from partime_mcmc.diagnostics.verdict import Verdict, judge_values
-from partime_mcmc.numpyro.hmc_state import is_typed
 from partime_mcmc.numpyro.transition import NoParallelForm, Solved, Transition
 from partime_mcmc.sampling.target import Target
 from partime_mcmc.solvers import Solver
-from partime_mcmc.types import Key, PyTree
+from partime_mcmc.types import Key, PyTree, is_key
 from partime_mcmc.validation import check_count, check_outside_transforms
 
 # What is asked of kernels of this package alone.
@@ -188,7 +187,7 @@ class LoopMCMC(MCMC):
                 "keeps its draws in memory"
             )
         self._solved, self._notes, self._transition = [], [], None
-        if self._solver is not None and not is_typed(rng_key):
+        if self._solver is not None and not is_key(rng_key):
             # By their type keys are told from counters; the random numbers are the same.
             rng_key = jax.random.wrap_key_data(jax.numpy.asarray(rng_key))
         super().run(rng_key, *args, extra_fields=extra_fields, init_params=init_params, **kwargs)

@@ -58,7 +58,7 @@ from partime_mcmc.storage.saved_run import chain_state_of
 from partime_mcmc.storage.store import Store
 from partime_mcmc.storage.stored_draws import StoredDraws
 from partime_mcmc.tracing import Reading
-from partime_mcmc.types import Key, PyTree, jax_config
+from partime_mcmc.types import Key, PyTree, is_key, jax_config
 from partime_mcmc.validation import (
     check_count,
     check_generator,
@@ -611,6 +611,6 @@ def _flat(leaf: Any) -> Any:
     """`(C, T, ...)` as `(C T, ...)`, where the host has the numbers without a program."""
     shape = (leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
     in_place = jax.default_backend() == "cpu" and not getattr(leaf, "committed", False)
-    if in_place and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if in_place and not is_key(leaf):
         return jax.device_put(np.asarray(leaf).reshape(shape))
     return jnp.reshape(leaf, shape)

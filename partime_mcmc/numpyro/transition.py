@@ -31,9 +31,8 @@ import numpy as np
 from partime_mcmc.engine import Dynamics, LocalTime, Status
 from partime_mcmc.engine.solve import solve
 from partime_mcmc.kernels.kernel import raw
-from partime_mcmc.numpyro.hmc_state import is_typed
 from partime_mcmc.solvers import Solver
-from partime_mcmc.types import Array, PyTree
+from partime_mcmc.types import Array, PyTree, is_key
 
 # Steps after which what has not changed is taken for constant; the whole path is looked at later.
 _TRIAL_STEPS = 32
@@ -98,7 +97,7 @@ class Transition:
         self._evaluate_whole = jax.jit(jax.vmap(self._after))
         self.roles = self._roles(state, field)
         carried = [self._example[k] for k in self.roles.carried]
-        if any(is_typed(leaf) for leaf in carried):
+        if any(is_key(leaf) for leaf in carried):
             raise NoParallelForm("its keys depend on where the chain stands")
         floats = [leaf.dtype for leaf in carried if jnp.issubdtype(leaf.dtype, jnp.floating)]
         self._dtype = jnp.result_type(*floats) if floats else jnp.result_type(float)
@@ -107,7 +106,7 @@ class Transition:
         if jax.tree.structure(jax.eval_shape(self._sample, state)) != self._structure:
             raise NoParallelForm("a step changes the structure of its state")
         example, every = self._example, range(len(self._example))
-        keys = {k for k in every if is_typed(example[k])}
+        keys = {k for k in every if is_key(example[k])}
         floats = {k for k in every if jnp.issubdtype(example[k].dtype, jnp.floating)}
         draws = {k for k in every if re.match(rf"\.{field}(\W|$)", self._names[k])}
 
@@ -167,7 +166,7 @@ class Transition:
         def step(state, _):
             leaves = [
                 leaf
-                if is_typed(leaf)
+                if is_key(leaf)
                 else jnp.select(
                     [ways[k] == n for n in range(1, len(_OTHER_VALUES) + 1)],
                     [_other(leaf, n) for n in range(len(_OTHER_VALUES))],
@@ -306,7 +305,7 @@ def _numbers(leaf: Array) -> np.ndarray:
 
 def _as_kind_of(example: Array, value: Array) -> Array:
     """A value as a leaf of the example's type."""
-    if is_typed(example):
+    if is_key(example):
         return jax.random.wrap_key_data(value, impl=jax.random.key_impl(example))
     if jnp.issubdtype(example.dtype, jnp.floating):
         return value.astype(example.dtype)

@@ -21,7 +21,7 @@ import jax.extend.core
 import numpy as np
 
 from partime_mcmc.tracing import evaluate
-from partime_mcmc.types import PyTree
+from partime_mcmc.types import PyTree, is_key
 
 # Numbers of 4 bytes that may be kept per step: so many times the memory of a step, and so many for any step.
 _STATES, _IN_ANY_CASE = 4, 16
@@ -115,10 +115,6 @@ def _cut(jaxpr, params, memory, drive):
 def _bytes(variables) -> int:
     def one(aval):
         # Typed keys have no itemsize of their own.
-        return aval.size * (
-            8
-            if jax.numpy.issubdtype(aval.dtype, jax.dtypes.prng_key)
-            else np.dtype(aval.dtype).itemsize
-        )
+        return aval.size * (8 if is_key(aval) else np.dtype(aval.dtype).itemsize)
 
     return sum(one(variable.aval) for variable in variables)
