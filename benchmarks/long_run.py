@@ -49,8 +49,9 @@ from partime_mcmc import (
     shooting,
     solve,
 )
-from partime_mcmc.certify.certificate import before_steps, flat_steps
+from partime_mcmc.certify.certificate import flat_steps
 from partime_mcmc.compile_cache import compiler_options
+from partime_mcmc.engine import LocalTime
 from partime_mcmc.kernels import blackjax_loop
 from partime_mcmc.models.eight_schools import make_target
 from partime_mcmc.sampling.progress import progress_line, quiet
@@ -272,7 +273,7 @@ def evaluated_again(dynamics: Dynamics, unit: Any, carry: Any, states: Any, tape
         states: The path, leaves `(T, ...)`.
         tape: Its random numbers.
     """
-    before = before_steps(carry, states)
+    before = LocalTime().previous(carry, states)
     values = flat_steps(jax.lax.map(lambda one: dynamics(*one), (before, tape), batch_size=2**12))
     path, previous = flat_steps(states), flat_steps(before)
     residual = jnp.abs(values - path).max(axis=1) / unit
