@@ -80,8 +80,7 @@ def learn_map(
         root: Of a metric for these draws: in its units correlations are small, and so is what shrinking them does.
         minima: Of the fit before; none at first.
     """
-    # In the draws' type, as the rest.
-    root = jax.tree.map(lambda leaf: leaf.astype(draws.positions.dtype), root)
+    # In float64, as is J then: where it is rounded to float32 line searches fail.
     inverse = dual(root)
     num_steps, num_chains, dimension = draws.positions.shape
     chains = min(num_chains, _MOST_CHAINS)
