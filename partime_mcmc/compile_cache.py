@@ -350,14 +350,9 @@ def run_explicit(
     what: str = "run",
     options: dict[str, Any] | None = None,
 ) -> PyTree:
-    """`function(params, *args)` as `run_program`, for functions that capture arrays: these become arguments.
-
-    With shapes (`jax.ShapeDtypeStruct`) among the arguments it is traced only, and shapes are returned.
-    """
+    """`function(params, *args)` as `run_program`, for functions that capture arrays: these become arguments."""
     with timings.measure("compile"):
         function, params = explicit(function, params, *args)
-    if is_abstract(args):
-        return function.result
     return run_program(function, params, *args, timings=timings, what=what, options=options)
 
 

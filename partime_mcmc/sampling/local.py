@@ -289,6 +289,7 @@ def _certified(
 def _certify(plan: Plan, paths: tuple, timings: Timings) -> tuple:
     """What `_Certify` says of paths; for shapes, compiled in a thread."""
     program, params = program_and_params(plan.kernel)
+    _, _, _, *recorded = paths
     return run_explicit_groups(
         _Certify(program),
         params,
@@ -297,7 +298,7 @@ def _certify(plan: Plan, paths: tuple, timings: Timings) -> tuple:
         timings=timings,
         what="certify",
         # Without what steps recorded the kernel is evaluated once more.
-        options=plan.pass_options if len(paths) > 3 else plan.compiler_options,
+        options=plan.pass_options if recorded else plan.compiler_options,
     )
 
 

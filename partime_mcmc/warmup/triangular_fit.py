@@ -367,18 +367,20 @@ def _fitted(
     pair = np.stack([start.slopes, start.log_slopes])[:, others]
     begin = np.maximum(np.stack([pair, -pair]), 0).ravel()
     begin = np.concatenate([begin, start.origin[others]])
+    # What SciPy asks for first, too.
+    at_begin = objective(begin)
     of_slopes, of_widths = ([(0, most)] * (count // 4) for most in (largest_slope, np.inf))
     of_origin = [(one - origin_range, one + origin_range) for one in start.origin[others]]
     bounds = [*(of_slopes + of_widths) * 2, *of_origin]
     found = minimize(
-        objective,
+        lambda weights: at_begin if np.array_equal(weights, begin) else objective(weights),
         begin,
         jac=True,
         method="L-BFGS-B",
         bounds=bounds,
         options={
             "maxiter": _MAX_ITERATIONS,
-            "ftol": least_fall * len(start.origin) / max(1.0, abs(objective(begin)[0])),
+            "ftol": least_fall * len(start.origin) / max(1.0, abs(at_begin[0])),
         },
     )
     return unpacked(found.x), found.fun
